@@ -1,0 +1,74 @@
+"""handgrad's operations: forward and backward written by hand, as Triton kernels, each with its reference in plain torch."""
+
+from .activations import ACTIVATIONS, Activation
+from .cross_entropy import (
+    check_labels,
+    cross_entropy,
+    cross_entropy_bwd,
+    cross_entropy_bwd_ref,
+    cross_entropy_fwd,
+    cross_entropy_fwd_ref,
+)
+from .launch import path, use
+from .linear import (
+    linear,
+    linear_bwd,
+    linear_bwd_dw,
+    linear_bwd_dx,
+    linear_bwd_dz,
+    linear_bwd_ref,
+    linear_fwd,
+    linear_fwd_ref,
+)
+from .linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_bwd,
+    linear_cross_entropy_bwd_ref,
+    linear_cross_entropy_fwd,
+    linear_cross_entropy_fwd_ref,
+)
+from .mlp import mlp, mlp_bwd, mlp_bwd_ref, mlp_fwd, mlp_fwd_ref
+from .mse import mse_bwd, mse_bwd_ref, mse_fwd, mse_fwd_ref, mse_loss
+from .operations import OPERATIONS
+from .optim import adam, adam_ref, sgd, sgd_ref
+
+__all__ = [
+    "ACTIVATIONS",
+    "OPERATIONS",
+    "Activation",
+    "adam",
+    "adam_ref",
+    "check_labels",
+    "cross_entropy",
+    "cross_entropy_bwd",
+    "cross_entropy_bwd_ref",
+    "cross_entropy_fwd",
+    "cross_entropy_fwd_ref",
+    "linear",
+    "linear_bwd",
+    "linear_bwd_dw",
+    "linear_bwd_dx",
+    "linear_bwd_dz",
+    "linear_bwd_ref",
+    "linear_cross_entropy",
+    "linear_cross_entropy_bwd",
+    "linear_cross_entropy_bwd_ref",
+    "linear_cross_entropy_fwd",
+    "linear_cross_entropy_fwd_ref",
+    "linear_fwd",
+    "linear_fwd_ref",
+    "mlp",
+    "mlp_bwd",
+    "mlp_bwd_ref",
+    "mlp_fwd",
+    "mlp_fwd_ref",
+    "mse_bwd",
+    "mse_bwd_ref",
+    "mse_fwd",
+    "mse_fwd_ref",
+    "mse_loss",
+    "path",
+    "sgd",
+    "sgd_ref",
+    "use",
+]

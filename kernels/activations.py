@@ -1,0 +1,235 @@
+"""The activation table: every activation of the library, once.
+
+A row holds the function z -> y and its derivative applied to an incoming gradient, (dy, s) -> dz, where s is what the
+backward needs: the output y where the derivative can be written in it, so that z need not be kept, else z. Each comes
+twice: as a scalar `@triton.jit` function, which kernels take as a constexpr argument, and in plain torch, which is the
+CPU implementation and the oracle. Nothing else in the library names an activation.
+
+To add one: two jit functions, two torch functions, one row at the bottom.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+# In the interpreter a constexpr on the left of a product with a tensor gives a constexpr: keep them on the right.
+LEAKY_SLOPE = tl.constexpr(0.01)  # torch.nn.LeakyReLU's default
+SQRT_1_2 = tl.constexpr(0.7071067811865476)
+INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+SQRT_2_PI = tl.constexpr(0.7978845608028654)
+GELU_CUBIC = tl.constexpr(0.044715)
+
+
+@triton.jit
+def identity(z):
+    return z
+
+
+@triton.jit
+def identity_bwd(dy, y):
+    return dy
+
+
+@triton.jit
+def relu(z):
+    return tl.where(z <= 0, 0.0, z)  # not tl.maximum: NaN must stay NaN
+
+
+@triton.jit
+def relu_bwd(dy, y):
+    return tl.where(y <= 0, 0.0, dy)  # relu'(0) = 0, as torch
+
+
+@triton.jit
+def sigmoid(z):
+    e = tl.exp(-tl.abs(z))  # in (0, 1]: never overflows
+    return tl.where(z >= 0, 1.0 / (1.0 + e), e / (1.0 + e))
+
+
+@triton.jit
+def sigmoid_bwd(dy, y):
+    return dy * y * (1.0 - y)  # σ' = σ (1 - σ)
+
+
+@triton.jit
+def tanh(z):
+    a = tl.abs(z)
+    e = tl.exp(-2.0 * a)
+    large = (1.0 - e) / (1.0 + e)
+    # 1 - e cancels near 0: there the odd Taylor series to z⁹ (error < 2⁻²⁶ relative for |z| < 0.25).
+    q = z * z
+    small = a * (1.0 + q * (-0.3333333333 + q * (0.1333333333 + q * (-0.0539682540 + q * 0.0218694885))))
+    t = tl.where(a < 0.25, small, large)
+    return tl.where(z < 0, -t, t)
+
+
+@triton.jit
+def tanh_bwd(dy, y):
+    return dy * (1.0 - y * y)  # tanh' = 1 - tanh²
+
+
+@triton.jit
+def leaky_relu(z):
+    return tl.where(z > 0, z, z * LEAKY_SLOPE)
+
+
+@triton.jit
+def leaky_relu_bwd(dy, y):
+    return tl.where(y > 0, dy, dy * LEAKY_SLOPE)  # the slope is positive, so y has the sign of z
+
+
+@triton.jit
+def gelu(z):
+    return 0.5 * z * (1.0 + tl.erf(z * SQRT_1_2))  # z Φ(z)
+
+
+@triton.jit
+def gelu_bwd(dy, z):
+    cdf = 0.5 * (1.0 + tl.erf(z * SQRT_1_2))
+    pdf = tl.exp(-0.5 * z * z) * INV_SQRT_2PI
+    return dy * (cdf + z * pdf)  # (z Φ)' = Φ + z φ
+
+
+@triton.jit
+def gelu_tanh(z):
+    return 0.5 * z * (1.0 + tanh((z + z * z * z * GELU_CUBIC) * SQRT_2_PI))
+
+
+@triton.jit
+def gelu_tanh_bwd(dy, z):
+    t = tanh((z + z * z * z * GELU_CUBIC) * SQRT_2_PI)
+    du = (1.0 + z * z * GELU_CUBIC * 3.0) * SQRT_2_PI
+    return dy * 0.5 * (1.0 + t + z * (1.0 - t * t) * du)
+
+
+@triton.jit
+def silu(z):
+    return z * sigmoid(z)
+
+
+@triton.jit
+def silu_bwd(dy, z):
+    s = sigmoid(z)
+    return dy * s * (1.0 + z * (1.0 - s))  # (z σ)' = σ + z σ (1 - σ)
+
+
+@triton.jit
+def relu_squared(z):
+    r = relu(z)
+    return r * r
+
+
+@triton.jit
+def relu_squared_bwd(dy, z):
+    return dy * 2.0 * relu(z)
+
+
+def identity_ref(z, out=None):
+    return z if out is None else out.copy_(z)
+
+
+def identity_bwd_ref(dy, y, out=None):
+    return dy if out is None else out.copy_(dy)
+
+
+def relu_ref(z, out=None):
+    return torch.relu(z) if out is None else torch.clamp_min(z, 0, out=out)
+
+
+def relu_bwd_ref(dy, y, out=None):
+    return torch.where(y <= 0, dy.new_zeros(()), dy, out=out)
+
+
+def sigmoid_bwd_ref(dy, y, out=None):
+    return torch.mul(dy, y * (1 - y), out=out)
+
+
+def tanh_bwd_ref(dy, y, out=None):
+    return torch.mul(dy, 1 - y * y, out=out)
+
+
+def leaky_relu_ref(z, out=None):
+    return torch.where(z > 0, z, LEAKY_SLOPE.value * z, out=out)
+
+
+def leaky_relu_bwd_ref(dy, y, out=None):
+    return torch.where(y > 0, dy, LEAKY_SLOPE.value * dy, out=out)
+
+
+def gelu_ref(z, out=None):
+    return torch.mul(z, 0.5 * (1 + torch.erf(z * SQRT_1_2.value)), out=out)
+
+
+def gelu_bwd_ref(dy, z, out=None):
+    cdf = 0.5 * (1 + torch.erf(z * SQRT_1_2.value))
+    pdf = INV_SQRT_2PI.value * torch.exp(-0.5 * z * z)
+    return torch.mul(dy, cdf + z * pdf, out=out)
+
+
+def gelu_tanh_ref(z, out=None):
+    t = torch.tanh(SQRT_2_PI.value * (z + GELU_CUBIC.value * z**3))
+    return torch.mul(z, 0.5 * (1 + t), out=out)
+
+
+def gelu_tanh_bwd_ref(dy, z, out=None):
+    t = torch.tanh(SQRT_2_PI.value * (z + GELU_CUBIC.value * z**3))
+    du = SQRT_2_PI.value * (1 + 3 * GELU_CUBIC.value * z**2)
+    return torch.mul(dy, 0.5 * (1 + t + z * (1 - t * t) * du), out=out)
+
+
+def silu_ref(z, out=None):
+    return torch.mul(z, torch.sigmoid(z), out=out)
+
+
+def silu_bwd_ref(dy, z, out=None):
+    s = torch.sigmoid(z)
+    return torch.mul(dy, s * (1 + z * (1 - s)), out=out)
+
+
+def relu_squared_ref(z, out=None):
+    r = torch.relu(z)
+    return torch.mul(r, r, out=out)
+
+
+def relu_squared_bwd_ref(dy, z, out=None):
+    return torch.mul(dy, 2 * torch.relu(z), out=out)
+
+
+class Activation(NamedTuple):
+    """One row: `forward(z) -> y` and `backward(dy, s) -> dz` as jit scalars and in torch, with s the output or z."""
+
+    forward: Any
+    backward: Any
+    forward_ref: Callable
+    backward_ref: Callable
+    torch: Callable  # what torch.nn.functional calls it: an independent oracle, and what `mlp.fuse` recognises
+    needs: str  # what the backward needs: "nothing", "y" (the output) or "z" (the pre-activation)
+    kinks: tuple[float, ...] = ()  # where the derivative jumps
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "identity": Activation(identity, identity_bwd, identity_ref, identity_bwd_ref, lambda z: z, "nothing"),
+    "relu": Activation(relu, relu_bwd, relu_ref, relu_bwd_ref, F.relu, "y", (0.0,)),
+    "sigmoid": Activation(sigmoid, sigmoid_bwd, torch.sigmoid, sigmoid_bwd_ref, F.sigmoid, "y"),
+    "tanh": Activation(tanh, tanh_bwd, torch.tanh, tanh_bwd_ref, F.tanh, "y"),
+    "leaky_relu": Activation(leaky_relu, leaky_relu_bwd, leaky_relu_ref, leaky_relu_bwd_ref, F.leaky_relu, "y", (0.0,)),
+    "gelu": Activation(gelu, gelu_bwd, gelu_ref, gelu_bwd_ref, F.gelu, "z"),
+    "gelu_tanh": Activation(
+        gelu_tanh, gelu_tanh_bwd, gelu_tanh_ref, gelu_tanh_bwd_ref, lambda z: F.gelu(z, approximate="tanh"), "z"
+    ),
+    "silu": Activation(silu, silu_bwd, silu_ref, silu_bwd_ref, F.silu, "z"),
+    "relu_squared": Activation(
+        relu_squared, relu_squared_bwd, relu_squared_ref, relu_squared_bwd_ref, lambda z: F.relu(z) ** 2, "z", (0.0,)
+    ),
+}
+
+
+def get(name: str, op: str = "activation") -> Activation:
+    """The row called `name`; a ValueError that lists the table if there is none."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"{op}: unknown activation {name!r}; known: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]

@@ -1,0 +1,365 @@
+"""Softmax cross-entropy: loss and gradient of the logits in one pass over them.
+
+    z (N, C) or (N, C, d1, …) or (C,): logits; one row is the C logits of one item
+    p = softmax(z)     q_c: the target's weight on class c     Q = Σ_c q_c
+
+    ℓ = -Σ_c q_c log p_c = Σ_c q_c (lse - z_c),   lse = log Σ_c exp z_c
+    ∂ℓ/∂z_c = Q p_c - q_c                         since ∂lse/∂z_c = p_c
+
+One formula serves every kind of target. With class weights w and label smoothing ε:
+    a label y:            q_c = w_c ((1 - ε) [c = y] + ε / C), all zero where y is `ignore_index`
+    probabilities t:      q_c = w_c ((1 - ε) t_c + ε / C)
+The mean divides Σ ℓ by Σ w_y over the labels not ignored, or by the number of rows for probabilities, as torch does.
+The gradient is kept before that division, so that half precision does not underflow; the backward only scales it.
+"""
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+from .linear import cast
+from .mse import check_reduction
+
+_TILE = 4096  # logits of one program's tile
+_check_labels_on_device = False
+
+
+@contextlib.contextmanager
+def check_labels():
+    """While open, labels on a GPU are checked as they are on the CPU. Costs a host synchronisation a call."""
+    global _check_labels_on_device
+    before, _check_labels_on_device = _check_labels_on_device, True
+    try:
+        yield
+    finally:
+        _check_labels_on_device = before
+
+
+def expected_shape(logits):
+    """The shape of labels and of an unreduced loss for these logits."""
+    return logits.shape[:1] * (logits.dim() > 1) + logits.shape[2:]
+
+
+def _rows(logits, target):
+    """Logits as (N, C, D) and the target as (N, D) labels or (N, C, D) probabilities: views where strides allow."""
+    if logits.dim() == 1:
+        logits, target = logits.unsqueeze(0), target.unsqueeze(0)
+    n, c = logits.shape[:2]
+    z = logits.unsqueeze(-1) if logits.dim() == 2 else logits.reshape(n, c, logits.shape[2:].numel())
+    return z, target.reshape(z.shape if target.is_floating_point() else (n, z.shape[2]))
+
+
+def check_range(target, classes, ignore_index) -> bool:
+    """Whether every label is known to be a class. An IndexError names the first that is neither that nor ignored."""
+    if target.device.type != "cpu" and not _check_labels_on_device:
+        return False
+    if target.numel() == 0:
+        return True
+    low, high = (bound.item() for bound in torch.aminmax(target))
+    if low >= 0 and high < classes:
+        return not low <= ignore_index <= high
+    bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if bad.any():
+        index = bad.nonzero()[0].tolist()
+        raise IndexError(
+            f"cross_entropy: target{index} is {target[tuple(index)].item()}, but there are {classes} classes: labels are "
+            f"0 to {classes - 1}, or ignore_index = {ignore_index}"
+        )
+    return False
+
+
+def cross_entropy_fwd_ref(
+    logits, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0, *, target_grad=False
+):
+    """The reference of `cross_entropy_fwd`; with `target_grad`, the gradient of probability targets is kept too."""
+    dtype = logits.dtype
+    z, t = _rows(logits, target)
+    if dtype in (torch.float16, torch.bfloat16):
+        z = z.float()
+    logp = torch.log_softmax(z, 1)
+    w = 1.0 if weight is None else weight.to(z.dtype)[:, None]
+    smooth = w * (label_smoothing / max(z.shape[1], 1))  # (C, 1), or a number for w = 1
+    dtarget = None
+    if t.is_floating_point():
+        q = (w * (1 - label_smoothing)) * t + smooth
+        loss, grad = -(q * logp).sum(1), logp.exp() * q.sum(1, keepdim=True) - q
+        denominator = loss.numel()
+        dtarget = (logp * (-w * (1 - label_smoothing))).to(dtype).view(logits.shape) if target_grad else None
+    else:
+        loss, grad, denominator = _label_terms_ref(logp, t.long(), weight, ignore_index, label_smoothing, smooth)
+    if reduction != "none":
+        loss = loss.sum()
+        if reduction == "mean":
+            loss = loss / denominator if isinstance(denominator, torch.Tensor) or denominator else loss * float("nan")
+    else:
+        loss = loss.view(expected_shape(logits))
+    return loss.to(dtype), (grad.to(dtype).view(logits.shape), dtarget, denominator, reduction)
+
+
+def _label_terms_ref(logp, t, weight, ignore_index, label_smoothing, smooth):
+    """Loss of every row, gradient before reduction, and the mean's denominator, for integer labels t (N, D)."""
+    all_valid = check_range(t, logp.shape[1], ignore_index)
+    valid = None if all_valid else t != ignore_index
+    t = (t if all_valid else t.masked_fill(~valid, 0)).unsqueeze(1)  # (N, 1, D)
+    w_label = torch.ones_like(logp[:, :1]) if weight is None else weight.to(logp.dtype)[t]
+    if not all_valid:
+        w_label = w_label * valid.unsqueeze(1)
+    a = w_label if label_smoothing == 0 else w_label * (1 - label_smoothing)
+    loss = -a * logp.gather(1, t)
+    p = logp.exp()
+    grad = (p if all_valid and weight is None and label_smoothing == 0 else p * a).scatter_add(1, t, -a)
+    if label_smoothing:
+        u = smooth if all_valid else smooth * valid.unsqueeze(1)
+        u = torch.broadcast_to(torch.as_tensor(u, dtype=logp.dtype, device=logp.device), logp.shape)
+        loss = loss - (u * logp).sum(1, keepdim=True)
+        grad = grad + p * u.sum(1, keepdim=True) - u
+    denominator = w_label.numel() if all_valid and weight is None else w_label.sum()
+    return loss.squeeze(1), grad, denominator
+
+
+def cross_entropy_bwd_ref(dy, grad, dtarget, denominator, reduction, *, needs=(True, True)):
+    """The reference of `cross_entropy_bwd`."""
+    if reduction == "none":
+        scale = dy if grad.dim() == 1 else dy.unsqueeze(1)
+    elif reduction == "mean" and isinstance(denominator, torch.Tensor):
+        scale = torch.where(denominator == 0, 0, dy / denominator)  # every row ignored: no gradient, as torch
+    else:
+        scale = dy / max(denominator, 1) if reduction == "mean" else dy
+    return tuple((g * scale).to(g.dtype) if n and g is not None else None for g, n in zip((grad, dtarget), needs))
+
+
+@triton.jit
+def target_tile(t_ptrs, label, offs_c, mask, w_ptr, C, stride_tc, stride_w, smoothing, ignore_index, SOFT: tl.constexpr):
+    """q of the module's formula for one tile [BLOCK_R, BLOCK_C] of rows and classes; 0 outside the mask."""
+    if SOFT:
+        t = tl.load(t_ptrs[:, None] + offs_c[None, :] * stride_tc, mask=mask, other=0.0).to(tl.float32)
+    else:
+        t = tl.where(offs_c[None, :] == label[:, None], 1.0, 0.0)
+        mask = mask & (label != ignore_index)[:, None]
+    q = t * (1.0 - smoothing) + smoothing / C
+    if w_ptr is not None:
+        q *= tl.load(w_ptr + offs_c * stride_w, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
+    return tl.where(mask, q, 0.0)
+
+
+@triton.jit
+def softmax_loss_tile(z, m, s, q, total):
+    """(Σ_c q (lse - z), Q p - q) of one tile, given each row's maximum m, s = Σ exp(z - m) and Q = total."""
+    shifted = z - m[:, None]
+    loss = tl.sum(tl.where(q == 0, 0.0, q * (tl.log(s)[:, None] - shifted)), axis=1)  # 0 · inf counts as 0
+    return loss, tl.exp(shifted) / s[:, None] * total[:, None] - q
+
+
+@triton.jit
+def label_weight(label, valid, w_ptr, C, stride_w, ignore_index):
+    """What a row adds to the mean's denominator: w_y, 0 if ignored; NaN for a label that is no class, so that it shows."""
+    known = (label >= 0) & (label < C)
+    counted = valid & (label != ignore_index)
+    weight = tl.where(counted & (known == 0), float("nan"), tl.where(counted, 1.0, 0.0))
+    if w_ptr is not None:
+        weight *= tl.load(w_ptr + label * stride_w, mask=counted & known, other=1.0).to(tl.float32)
+    return weight
+
+
+@triton.jit
+def store_loss(loss_ptr, rows, mask, loss, weight, pid, programs, REDUCE: tl.constexpr):
+    """Each row's loss, or under REDUCE this program's partial sums of losses and weights, side by side."""
+    loss = tl.where(mask, tl.where(weight == weight, loss, float("nan")), 0.0)
+    if REDUCE:
+        tl.store(loss_ptr + pid, tl.sum(loss, axis=0))
+        tl.store(loss_ptr + programs + pid, tl.sum(weight, axis=0))
+    else:
+        tl.store(loss_ptr + rows, cast(loss, loss_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def cross_entropy_fwd_kernel(
+    loss_ptr, grad_ptr, z_ptr, t_ptr, w_ptr, R, C, D, stride_zn, stride_zc, stride_zd, stride_tn, stride_tc, stride_td,
+    stride_w, ignore_index, smoothing,
+    SOFT: tl.constexpr, REDUCE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Rows r = n·D + d: an online softmax, then loss and gradient, tile by tile. The second reading comes from cache."""
+    pid = tl.program_id(0)
+    rows = pid.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_r = rows < R
+    n, d = rows // D, rows % D
+    z_ptrs = z_ptr + n * stride_zn + d * stride_zd
+    t_ptrs = t_ptr + n * stride_tn + d * stride_td
+    grad_ptrs = grad_ptr + n * C * D + d
+    label = rows * 0
+    weight = tl.where(mask_r, 1.0, 0.0)
+    if not SOFT:
+        label = tl.load(t_ptrs, mask=mask_r, other=ignore_index).to(tl.int64)
+        weight = label_weight(label, mask_r, w_ptr, C, stride_w, ignore_index)
+    m = tl.full((BLOCK_R,), float("-inf"), tl.float32)
+    s = tl.zeros((BLOCK_R,), tl.float32)
+    total = tl.zeros((BLOCK_R,), tl.float32)
+    for c in range(0, C, BLOCK_C):
+        offs_c = c + tl.arange(0, BLOCK_C).to(tl.int64)
+        mask = mask_r[:, None] & (offs_c < C)[None, :]
+        z = tl.load(z_ptrs[:, None] + offs_c[None, :] * stride_zc, mask=mask, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(m, tl.max(z, axis=1))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        s = s * tl.exp(m - shift) + tl.sum(tl.exp(z - shift[:, None]), axis=1)
+        m = higher
+        q = target_tile(t_ptrs, label, offs_c, mask, w_ptr, C, stride_tc, stride_w, smoothing, ignore_index, SOFT)
+        total += tl.sum(q, axis=1)
+    loss = tl.zeros((BLOCK_R,), tl.float32)
+    for c in range(0, C, BLOCK_C):
+        offs_c = c + tl.arange(0, BLOCK_C).to(tl.int64)
+        mask = mask_r[:, None] & (offs_c < C)[None, :]
+        z = tl.load(z_ptrs[:, None] + offs_c[None, :] * stride_zc, mask=mask, other=float("-inf")).to(tl.float32)
+        q = target_tile(t_ptrs, label, offs_c, mask, w_ptr, C, stride_tc, stride_w, smoothing, ignore_index, SOFT)
+        tile_loss, grad = softmax_loss_tile(z, m, s, q, total)
+        loss += tile_loss
+        tl.store(grad_ptrs[:, None] + offs_c[None, :] * D, cast(grad, grad_ptr.dtype.element_ty), mask=mask)
+    store_loss(loss_ptr, rows, mask_r, loss, weight, pid, tl.num_programs(0), REDUCE)
+
+
+@triton.jit
+def cross_entropy_reduce_kernel(loss_ptr, denominator_ptr, parts_ptr, count, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+    """Partial losses and weights, (2, count), added by one program in a fixed order; the quotient for the mean."""
+    loss = tl.zeros((BLOCK,), tl.float32)
+    weight = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, count, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        loss += tl.load(parts_ptr + offs, mask=offs < count, other=0.0)
+        weight += tl.load(parts_ptr + count + offs, mask=offs < count, other=0.0)
+    result = tl.sum(loss, axis=0)
+    denominator = tl.sum(weight, axis=0)
+    if MEAN:
+        result = result / denominator
+    tl.store(denominator_ptr, denominator)
+    tl.store(loss_ptr, cast(result, loss_ptr.dtype.element_ty))
+
+
+@triton.jit
+def cross_entropy_bwd_kernel(
+    dz_ptr, dy_ptr, grad_ptr, denominator_ptr, size, row_size, D, SCALAR: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Forward kept ∂ℓ/∂z, so dz = ∂ℓ/∂z · dy, over the denominator for the mean; dy is one number or one a row."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < size
+    if SCALAR:
+        dy = tl.load(dy_ptr).to(tl.float32)
+    else:
+        dy = tl.load(dy_ptr + offs // row_size * D + offs % D, mask=mask, other=0.0).to(tl.float32)
+    if denominator_ptr is not None:
+        denominator = tl.load(denominator_ptr)
+        dy = tl.where(denominator == 0, 0.0, dy / denominator)  # every row ignored: no gradient, as torch
+    grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dz_ptr + offs, cast(grad * dy, dz_ptr.dtype.element_ty), mask=mask)
+
+
+def check_cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing, op="cross_entropy") -> None:
+    """Shapes, dtypes and options as torch requires them; a ValueError (labels: an IndexError) that names both values."""
+    check_reduction(op, reduction)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{op}: label_smoothing must be between 0 and 1, got {label_smoothing}")
+    if logits.dim() == 0 or not logits.is_floating_point():
+        raise ValueError(f"{op}: input must be floating-point logits (N, C), (N, C, d1, …) or (C,), "
+                         f"got {logits.dtype} {tuple(logits.shape)}")  # fmt: skip
+    classes = logits.shape[logits.dim() > 1]
+    if target.is_floating_point():
+        launch.check_same(op, input=logits, target=target)
+        expected = logits.shape
+        if ignore_index >= 0:
+            raise ValueError(f"{op}: ignore_index is for labels; probability targets take none, got {ignore_index}")
+    else:
+        expected = expected_shape(logits)
+    if target.shape != expected:
+        kind = "class probabilities" if target.is_floating_point() else "labels"
+        raise ValueError(f"{op}: target must be {kind} {tuple(expected)} for logits {tuple(logits.shape)}, "
+                         f"got {tuple(target.shape)}")  # fmt: skip
+    if target.dtype == torch.bool or target.is_complex():
+        raise ValueError(f"{op}: target must be integer labels or floating-point probabilities, got {target.dtype}")
+    if target.device != logits.device:
+        raise ValueError(f"{op}: target must be on {logits.device} as input is, got {target.device}; move one of them")
+    if weight is not None:
+        launch.check_same(op, input=logits, weight=weight)
+        if weight.shape != (classes,):
+            raise ValueError(f"{op}: weight must be ({classes},), one for each class, got {tuple(weight.shape)}")
+
+
+def cross_entropy_fwd(
+    logits, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0, *, target_grad=False
+):
+    """The loss, and what `cross_entropy_bwd` takes after dy, in one reading of the logits and one writing of their gradient.
+
+    logits (N, C), (N, C, d1, …) or (C,); target: integer labels (N, d1, …), or probabilities of logits' shape and dtype;
+    weight (C,) or None. Loss: a scalar, or (N, d1, …) for reduction "none". Any strides; logits are left as they are.
+    Float32 throughout, sums in a fixed order: deterministic. Labels out of range: IndexError on the CPU; on a GPU
+    the loss is NaN (no host synchronisation; `check_labels()` turns the CPU's check on).
+    `target_grad` keeps the gradient of probabilities as well, by the reference.
+    """
+    check_cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing)
+    if target_grad or launch.path(logits, weight) == "torch":
+        return cross_entropy_fwd_ref(
+            logits, target, weight, ignore_index, reduction, label_smoothing, target_grad=target_grad
+        )
+    z, t = _rows(logits, target)
+    N, C, D = z.shape
+    soft = t.is_floating_point()
+    if not soft:
+        check_range(t, C, ignore_index)
+    block_c = min(_TILE, max(16, triton.next_power_of_2(C)))
+    block_r = max(1, min(_TILE // 2 // block_c, triton.next_power_of_2(max(N * D, 1))))
+    programs = triton.cdiv(N * D, block_r)
+    reduce = reduction != "none"
+    rows = logits.new_empty(2 * programs, dtype=torch.float32) if reduce else logits.new_empty(N * D)
+    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    launch.run(cross_entropy_fwd_kernel, (programs,), rows, grad, z, t, weight, N * D, C, D, *z.stride(),
+               *(t.stride() if soft else (t.stride(0), 0, t.stride(1))), 0 if weight is None else weight.stride(0),
+               ignore_index, float(label_smoothing), SOFT=soft, REDUCE=reduce, BLOCK_R=block_r, BLOCK_C=block_c,
+               num_warps=8 if block_c > 2048 else 4)  # fmt: skip
+    return finish(rows, programs, logits, expected_shape(logits), reduction, grad)
+
+
+def finish(rows, programs, like, shape, reduction, grad):
+    """Reduce what the forward kernel left, and return (loss, saved)."""
+    if reduction == "none":
+        return rows.view(shape), (grad, None, None, reduction)
+    loss = like.new_empty(())
+    denominator = like.new_empty((), dtype=torch.float32)
+    launch.run(cross_entropy_reduce_kernel, (1,), loss, denominator, rows, programs, MEAN=reduction == "mean", BLOCK=1024)
+    return loss, (grad, None, denominator if reduction == "mean" else None, reduction)
+
+
+def cross_entropy_bwd(dy, grad, dtarget, denominator, reduction, *, needs=(True, True)):
+    """(dlogits, dtarget or None) from dy, a scalar or one number a row, and what the forward saved: one scaling pass."""
+    number = denominator is not None and not isinstance(denominator, torch.Tensor)  # as the reference leaves it
+    if dtarget is not None or number or launch.path(dy, grad, denominator) == "torch":
+        return cross_entropy_bwd_ref(dy, grad, dtarget, denominator, reduction, needs=needs)
+    dz = torch.empty_like(grad)
+    D = grad.shape[2:].numel() if grad.dim() > 2 else 1
+    row_size = grad.shape[grad.dim() > 1] * D
+    launch.run(cross_entropy_bwd_kernel, (triton.cdiv(grad.numel(), 1024),), dz, dy.contiguous(), grad, denominator,
+               grad.numel(), row_size, D, SCALAR=reduction != "none", BLOCK=1024)  # fmt: skip
+    return dz, None
+
+
+class CrossEntropyFunction(torch.autograd.Function):
+    """cross_entropy_fwd and cross_entropy_bwd as one node of the tape."""
+
+    @staticmethod
+    def forward(ctx, logits, target, *options):
+        target_grad = ctx.needs_input_grad[1]
+        loss, saved = cross_entropy_fwd(logits, target, *options, target_grad=target_grad)
+        launch.remember(ctx, (logits, target, *options), saved)
+        return loss
+
+    @staticmethod
+    def backward(ctx, dy):
+        def fwd_ref(*inputs):
+            return cross_entropy_fwd_ref(*inputs, target_grad=ctx.needs_input_grad[1])
+
+        needs = ctx.needs_input_grad[:2]
+        return *launch.differentiate(ctx, dy, cross_entropy_bwd, fwd_ref, cross_entropy_bwd_ref, needs), *(None,) * 4
+
+
+def cross_entropy(input, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
+    """`torch.nn.functional.cross_entropy`, loss and gradient in one pass. See `cross_entropy_fwd` for shapes and errors."""
+    return CrossEntropyFunction.apply(input, target, weight, ignore_index, reduction, label_smoothing)

@@ -1,0 +1,167 @@
+"""What every operation shares: which implementation runs, how a kernel is launched, how a Function remembers.
+
+A leaf: it imports no operation. The path is chosen here and nowhere else:
+
+    CUDA, HIP or XPU tensor                 -> the Triton kernel
+    CPU tensor under TRITON_INTERPRET=1     -> the same kernel, in Triton's interpreter
+    any other tensor, or float64 anywhere   -> the reference, in plain torch
+
+and `use("torch")` or `use("triton")` forces one of them.
+"""
+
+import contextlib
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+# Read once, at import, because @triton.jit reads it once as well: later changes of the variable would not reach the kernels.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+INTERPRET = tl.constexpr(INTERPRETED)
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_ACCELERATORS = ("cuda", "xpu")
+
+_forced: str | None = None
+_observers: list = []
+_target: tuple[str, int] | None = None  # (architecture, processors) while dry_run is open
+
+
+@contextlib.contextmanager
+def use(path: str):
+    """Force the `"torch"` reference or the `"triton"` kernels while the context is open, in every thread.
+
+    Forcing `"triton"` on tensors that no kernel can take (float64, or a CPU without the interpreter) is an error.
+    """
+    global _forced
+    if path not in ("torch", "triton"):
+        raise ValueError(f'use: path must be "torch" or "triton", got {path!r}')
+    before, _forced = _forced, path
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def path(*tensors) -> str:
+    """`"triton"` or `"torch"`: the implementation that serves these tensors (None and non-tensors are ignored)."""
+    if _forced == "torch":
+        return "torch"
+    tensors = [t for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    if all(t.dtype in KERNEL_DTYPES and _has_kernels(t.device) for t in tensors):
+        return "triton"
+    if _forced == "triton":
+        got = ", ".join(sorted({f"{t.dtype} on {t.device.type}" for t in tensors}))
+        raise ValueError(
+            f'use("triton"): no kernel takes {got}; kernels take float32, float16 and bfloat16 on a GPU, '
+            "or on the CPU when TRITON_INTERPRET=1 is set before the first import"
+        )
+    return "torch"
+
+
+def _has_kernels(device: torch.device) -> bool:
+    return device.type in _ACCELERATORS or _target is not None or (INTERPRETED and device.type == "cpu")
+
+
+def run(kernel, grid: tuple[int, ...], *args, **options) -> None:
+    """Launch `kernel[grid](*args, **options)` on the device of the first tensor among `args`; nothing for an empty grid."""
+    if 0 in grid:
+        return
+    for observer in _observers:
+        observer(kernel, grid, args, options)
+    if _target is not None:
+        return
+    device = next(t.device for a in args for t in (a if isinstance(a, tuple) else (a,)) if isinstance(t, torch.Tensor))
+    # Triton launches on the current device, which need not be the tensors'.
+    other = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if other else contextlib.nullcontext():
+        kernel[grid](*args, enable_fp_fusion=True, **options)
+
+
+@contextlib.contextmanager
+def observe(callback):
+    """Call `callback(kernel, grid, args, options)` before every launch: how benchmarks count launches and bytes."""
+    _observers.append(callback)
+    try:
+        yield
+    finally:
+        _observers.remove(callback)
+
+
+@contextlib.contextmanager
+def dry_run(arch: str, sms: int):
+    """Choose paths and configurations as on that GPU, and launch nothing: results stay unwritten.
+
+    With `observe` and tensors on the meta device this lists what an operation would launch there: for compiling
+    without a GPU and for counting.
+    """
+    global _target
+    before, _target = _target, (arch, sms)
+    try:
+        yield
+    finally:
+        _target = before
+
+
+def arch(device: torch.device) -> str:
+    """`"sm_90"`, `"gfx942"`, … of a device; `"cpu"` for the interpreter."""
+    return _target[0] if _target else _device_facts(device)[0]
+
+
+def sm_count(device: torch.device) -> int:
+    """Streaming multiprocessors (compute units) of a device; 1 in the interpreter, which runs one program at a time."""
+    return _target[1] if _target else _device_facts(device)[1]
+
+
+@functools.cache
+def _device_facts(device: torch.device) -> tuple[str, int]:
+    if device.type != "cuda":
+        return device.type, 1
+    properties = torch.cuda.get_device_properties(device)
+    name = properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+    return name, properties.multi_processor_count
+
+
+def dot_precision() -> str:
+    """`input_precision` of float32 products: torch.get_float32_matmul_precision() in Triton's words."""
+    if _target[0].startswith("gfx") if _target else torch.version.hip:
+        return "ieee"
+    return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
+
+
+def check_same(op: str, **tensors) -> None:
+    """All tensors (None is skipped) share one dtype and one device, else a ValueError that names the odd one."""
+    given = {name: t for name, t in tensors.items() if t is not None}
+    first, reference = next(iter(given.items()))
+    for name, t in given.items():
+        if t.dtype != reference.dtype:
+            raise ValueError(f"{op}: {name} must be {reference.dtype} as {first} is, got {t.dtype}; convert one of them")
+        if t.device != reference.device:
+            raise ValueError(f"{op}: {name} must be on {reference.device} as {first} is, got {t.device}; move one of them")
+
+
+def remember(ctx, inputs: tuple, saved: tuple) -> None:
+    """Keep a Function's inputs and what its forward saved: tensors through save_for_backward, the rest on ctx."""
+    values = (*inputs, *saved)
+    ctx.save_for_backward(*(v for v in values if isinstance(v, torch.Tensor)))
+    ctx.constants = [None if isinstance(v, torch.Tensor) else (v,) for v in values]
+    ctx.input_count = len(inputs)
+
+
+def recall(ctx) -> tuple[tuple, tuple]:
+    """`(inputs, saved)` as given to `remember`."""
+    tensors = iter(ctx.saved_tensors)
+    values = tuple(next(tensors) if constant is None else constant[0] for constant in ctx.constants)
+    return values[: ctx.input_count], values[ctx.input_count :]
+
+
+def differentiate(ctx, dy, bwd, fwd_ref, bwd_ref, needs):
+    """A Function's backward: `bwd(dy, *saved)`, or under create_graph=True the reference, itself differentiable.
+
+    The kernels' results carry no graph, so what the second derivative needs is computed again from the inputs.
+    """
+    inputs, saved = recall(ctx)
+    if torch.is_grad_enabled():
+        return bwd_ref(dy, *fwd_ref(*inputs)[1], needs=needs)
+    return bwd(dy, *saved, needs=needs)

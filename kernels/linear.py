@@ -1,0 +1,352 @@
+"""Linear layer with its activation: y = act(z), z = x wᵀ + b.
+
+    x (…, K)   w (N, K)   b (N,)   z, y (…, N)        leading dimensions of x are flattened to M
+
+Backward, from dy (…, N):
+    dz = dy ⊙ act'(z)          (M, N)    element by element
+    dx = dz w                  (M, K)    z = Σ_k x_k w_nk, so ∂z_n/∂x_k = w_nk
+    dw = dzᵀ x                 (N, K)    ∂z_n/∂w_nk = x_k, summed over the batch
+    db = Σ_m dz                (N,)      ∂z_n/∂b_n = 1, summed over the batch
+
+In a stack, dx of this layer is dy of the one beneath: `linear_bwd_dx` multiplies by that layer's act' before it stores.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import activations, configs, launch
+
+MAX_SPLITS = 32  # of the batch in dw: the workspace is at most this many times dw
+
+
+def linear_fwd_ref(x, w, b=None, activation="identity", *, out=None):
+    """The reference of `linear_fwd`: same arguments, same results, plain torch."""
+    act = activations.get(activation, "linear")
+    y, z = out or (None, None)
+    x2 = x.reshape(-1, w.shape[1])
+    z = (
+        torch.mm(x2, w.t(), out=y if act.needs != "z" else z)
+        if b is None
+        else torch.addmm(b, x2, w.t(), out=y if act.needs != "z" else z)
+    )
+    if act.needs != "nothing":
+        y = act.forward_ref(z, out=y)
+    else:
+        y = z
+    y = y.view(*x.shape[:-1], w.shape[0])
+    return y, (x, w, {"nothing": None, "y": y, "z": z}[act.needs], b is not None, activation)
+
+
+def linear_bwd_dz_ref(dy, s, activation, *, out=None):
+    """The reference of `linear_bwd_dz`."""
+    dy = dy.reshape(-1, dy.shape[-1])
+    if s is None:
+        return dy
+    return activations.get(activation).backward_ref(dy, s.reshape(dy.shape), out=out)
+
+
+def linear_bwd_dx_ref(dz, w, s_below=None, activation_below="identity", *, out=None):
+    """The reference of `linear_bwd_dx`."""
+    dx = torch.mm(dz, w, out=out)
+    if s_below is None:
+        return dx
+    return activations.get(activation_below).backward_ref(dx, s_below.reshape(dx.shape), out=out)
+
+
+def linear_bwd_dw_ref(dz, x, bias=True, *, out=None):
+    """The reference of `linear_bwd_dw`."""
+    dw, db = out or (None, None)
+    dw = torch.mm(dz.t(), x.reshape(-1, x.shape[-1]), out=dw)
+    return dw, torch.sum(dz, 0, out=db) if bias else None
+
+
+def linear_bwd_ref(dy, x, w, s, bias, activation, *, needs=(True, True, True)):
+    """The reference of `linear_bwd`."""
+    return _backward(dy, x, w, s, bias, activation, needs, linear_bwd_dz_ref, linear_bwd_dx_ref, linear_bwd_dw_ref)
+
+
+def _backward(dy, x, w, s, bias, activation, needs, bwd_dz, bwd_dx, bwd_dw):
+    """The three products of one layer in order, with either implementation of each."""
+    needs_dx, needs_dw, needs_db = needs
+    dz = bwd_dz(dy, s, activation)
+    dx = bwd_dx(dz, w).view(x.shape) if needs_dx else None
+    dw, db = bwd_dw(dz, x, bias and needs_db) if needs_dw or needs_db else (None, None)
+    return dx, dw if needs_dw else None, db
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x.to(dtype), rounding to nearest even also in the interpreter, which truncates float32 to bfloat16."""
+    if launch.INTERPRET and dtype == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        x = tl.where(x == x, rounded, bits).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a·b in float32; the interpreter would multiply bfloat16's raw bits, so it gets float32."""
+    if launch.INTERPRET:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def product_tile(
+    a_ptr, b_ptr, offs_m, offs_n, M, N, k_start, k_end, stride_am, stride_ak, stride_bn, stride_bk,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, ROW_SUM: tl.constexpr,
+):  # fmt: skip
+    """acc[m, n] = Σ_k a[m, k] b[n, k] for k in [k_start, k_end), and with ROW_SUM also Σ_k a[m, k].
+
+    The forward and both products of the backward are this sum; they differ in strides. Offsets are 64-bit.
+    """
+    offs_k = k_start + tl.arange(0, BLOCK_K).to(tl.int64)
+    mask_m = (offs_m < M)[:, None]
+    mask_n = (offs_n < N)[None, :]
+    a_ptrs = a_ptr + offs_m.to(tl.int64)[:, None] * stride_am + offs_k[None, :] * stride_ak  # [BLOCK_M, BLOCK_K]
+    b_ptrs = b_ptr + offs_n.to(tl.int64)[None, :] * stride_bn + offs_k[:, None] * stride_bk  # [BLOCK_K, BLOCK_N]
+    step = tl.full((), BLOCK_K, tl.int64)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    for k in range(k_start, k_end, BLOCK_K):
+        mask_k = k + tl.arange(0, BLOCK_K) < k_end
+        a = tl.load(a_ptrs, mask=mask_m & mask_k[None, :], other=0.0)
+        b = tl.load(b_ptrs, mask=mask_k[:, None] & mask_n, other=0.0)
+        acc = dot(a, b, acc, PRECISION)
+        if ROW_SUM:
+            row_sum += tl.sum(a.to(tl.float32), axis=1)
+        a_ptrs += step * stride_ak
+        b_ptrs += step * stride_bk
+    return acc, row_sum
+
+
+@triton.jit
+def linear_fwd_kernel(
+    y_ptr, z_ptr, x_ptr, w_ptr, b_ptr, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, stride_b,
+    ACT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of y = act(x wᵀ + b); z is stored too where z_ptr is not None. y and z are contiguous (M, N)."""
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    z, _ = product_tile(x_ptr, w_ptr, offs_m, offs_n, M, N, 0, K, stride_xm, stride_xk, stride_wn, stride_wk,
+                        BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, False)  # fmt: skip
+    if b_ptr is not None:
+        z += tl.load(b_ptr + offs_n * stride_b, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    offs = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    if z_ptr is not None:
+        tl.store(z_ptr + offs, cast(z, z_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + offs, cast(ACT(z), y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def linear_bwd_dz_kernel(
+    dz_ptr, dy_ptr, s_ptr, M, N, stride_dym, stride_dyn, stride_sm, stride_sn,
+    ACT_BWD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Forward was y = act(z), so dz = dy ⊙ act'(z), with act' written in s: y or z."""
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    mask = (offs_m < M) & (offs_n < N)
+    dy = tl.load(dy_ptr + offs_m * stride_dym + offs_n * stride_dyn, mask=mask, other=0.0).to(tl.float32)
+    s = tl.load(s_ptr + offs_m * stride_sm + offs_n * stride_sn, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dz_ptr + offs_m * N + offs_n, cast(ACT_BWD(dy, s), dz_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def linear_bwd_dx_kernel(
+    dx_ptr, dz_ptr, w_ptr, s_ptr, M, N, K, stride_dzm, stride_dzn, stride_wn, stride_wk, stride_sm, stride_sk,
+    ACT_BWD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Forward was z_mn = Σ_k x_mk w_nk, so dx_mk = Σ_n dz_mn w_nk; then ⊙ act' of the layer beneath, whose output x is.
+
+    Here a tile's columns are k and its sum runs over n, so the names of the block sizes follow the result (M, K).
+    """
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    dx, _ = product_tile(dz_ptr, w_ptr, offs_m, offs_k, M, K, 0, N, stride_dzm, stride_dzn, stride_wk, stride_wn,
+                         BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, False)  # fmt: skip
+    offs_m = offs_m.to(tl.int64)[:, None]
+    offs_k = offs_k.to(tl.int64)[None, :]
+    mask = (offs_m < M) & (offs_k < K)
+    if s_ptr is not None:
+        s = tl.load(s_ptr + offs_m * stride_sm + offs_k * stride_sk, mask=mask, other=0.0).to(tl.float32)
+        dx = ACT_BWD(dx, s)
+    tl.store(dx_ptr + offs_m * K + offs_k, cast(dx, dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def linear_bwd_dw_kernel(
+    dw_ptr, db_ptr, dz_ptr, x_ptr, M, N, K, rows, split_stride, stride_dzm, stride_dzn, stride_xm, stride_xk,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Forward was z_mn = Σ_k x_mk w_nk + b_n, so dw_nk = Σ_m dz_mn x_mk and db_n = Σ_m dz_mn.
+
+    A tile's rows are n, its columns k, its sum runs over the batch rows [split·rows, split·rows + rows). The programs of
+    the first column of tiles have dz in hand and sum db: no atomics. Splits write apart, split_stride elements on.
+    """
+    offs_n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(2)
+    start = split * rows
+    dw, db = product_tile(dz_ptr, x_ptr, offs_n, offs_k, N, K, start, tl.minimum(start + rows, M),
+                          stride_dzn, stride_dzm, stride_xk, stride_xm,
+                          BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, db_ptr is not None)  # fmt: skip
+    if db_ptr is not None:  # noqa: SIM102  known at compile time, unlike the next
+        if tl.program_id(1) == 0:
+            db_ptrs = db_ptr + split.to(tl.int64) * split_stride + offs_n
+            tl.store(db_ptrs, cast(db, db_ptr.dtype.element_ty), mask=offs_n < N)
+    offs_n = offs_n.to(tl.int64)[:, None]
+    offs_k = offs_k[None, :]
+    dw_ptrs = dw_ptr + split.to(tl.int64) * split_stride + offs_n * K + offs_k
+    tl.store(dw_ptrs, cast(dw, dw_ptr.dtype.element_ty), mask=(offs_n < N) & (offs_k < K))
+
+
+@triton.jit
+def linear_bwd_reduce_kernel(dw_ptr, db_ptr, parts_ptr, SIZE, N, splits, split_stride, BLOCK: tl.constexpr):
+    """Sum the splits' parts, laid out (splits, N·K + N), in a fixed order: dw, then db where db_ptr is not None."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for split in range(splits):
+        total += tl.load(parts_ptr + tl.cast(split, tl.int64) * split_stride + offs, mask=offs < SIZE + N, other=0.0)
+    tl.store(dw_ptr + offs, cast(total, dw_ptr.dtype.element_ty), mask=offs < SIZE)
+    if db_ptr is not None:
+        tl.store(db_ptr + offs - SIZE, cast(total, db_ptr.dtype.element_ty), mask=(offs >= SIZE) & (offs < SIZE + N))
+
+
+def check_linear(x, w, b, op="linear") -> None:
+    """Shapes, dtypes and devices of a linear layer; a ValueError that names both values."""
+    if w.dim() != 2 or x.dim() < 1 or x.shape[-1] != w.shape[1]:
+        features = x.shape[-1] if x.dim() else "at least one dimension"
+        raise ValueError(
+            f"{op}: weight must be (out, in) with in = {features} (input is {tuple(x.shape)}), got {tuple(w.shape)}"
+        )
+    if b is not None and b.shape != w.shape[:1]:
+        raise ValueError(f"{op}: bias must be ({w.shape[0]},) as weight is {tuple(w.shape)}, got {tuple(b.shape)}")
+    launch.check_same(op, input=x, weight=w, bias=b)
+    if not x.is_floating_point():
+        raise ValueError(f"{op}: input must be floating point, got {x.dtype}; convert it, for example with .float()")
+
+
+def linear_fwd(x, w, b=None, activation="identity", *, out=None):
+    """y = act(x wᵀ + b), bias and activation in the product's epilogue.
+
+    x (…, K), w (N, K), b (N,) or None, of one dtype; any strides. `out`: a pair (y, z) of contiguous (M, N) buffers to
+    fill, z only for activations whose backward needs it. Returns y (…, N) and what `linear_bwd` takes after dy.
+    Accumulates in float32, deterministic; reads x once per column of tiles, w once per row of tiles.
+    ValueError: shapes that do not fit, mixed dtypes or devices, an unknown activation.
+    """
+    check_linear(x, w, b)
+    act = activations.get(activation, "linear")
+    if launch.path(x, w, b) == "torch":
+        return linear_fwd_ref(x, w, b, activation, out=out)
+    x2 = x.reshape(-1, x.shape[-1])
+    (M, K), N = x2.shape, w.shape[0]
+    y, z = out or (x.new_empty(M, N), x.new_empty(M, N) if act.needs == "z" else None)
+    config = configs.product("linear_fwd", x, M, N)
+    grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"]))
+    launch.run(linear_fwd_kernel, grid, y, z, x2, w, b, M, N, K, *x2.stride(), *w.stride(),
+               0 if b is None else b.stride(0), ACT=act.forward, **config)  # fmt: skip
+    y = y.view(*x.shape[:-1], N)
+    return y, (x, w, {"nothing": None, "y": y, "z": z}[act.needs], b is not None, activation)
+
+
+def linear_bwd_dz(dy, s, activation, *, out=None):
+    """dz = dy ⊙ act', (M, N), from dy (…, N) of any strides and s as saved; dy itself where act is the identity.
+
+    One read of dy and s, one write. `out`: a contiguous (M, N) buffer.
+    """
+    if launch.path(dy, s) == "torch" or s is None:
+        return linear_bwd_dz_ref(dy, s, activation, out=out)
+    dy = dy.reshape(-1, dy.shape[-1])
+    s = s.reshape(dy.shape)
+    M, N = dy.shape
+    dz = dy.new_empty(M, N) if out is None else out
+    block_n = min(128, triton.next_power_of_2(N))
+    block_m = 1024 // block_n
+    launch.run(linear_bwd_dz_kernel, (triton.cdiv(M, block_m), triton.cdiv(N, block_n)), dz, dy, s, M, N,
+               *dy.stride(), *s.stride(), ACT_BWD=activations.get(activation).backward,
+               BLOCK_M=block_m, BLOCK_N=block_n)  # fmt: skip
+    return dz
+
+
+def linear_bwd_dx(dz, w, s_below=None, activation_below="identity", *, out=None):
+    """dx = dz w, (M, K), from dz (M, N) and w (N, K); times act' of the layer beneath where s_below (M, K) is given.
+
+    Float32 accumulation, the derivative applied to the float32 sum. `out`: a contiguous (M, K) buffer.
+    """
+    if launch.path(dz, w) == "torch":
+        return linear_bwd_dx_ref(dz, w, s_below, activation_below, out=out)
+    (M, N), K = dz.shape, w.shape[1]
+    dx = dz.new_empty(M, K) if out is None else out
+    s = None if s_below is None else s_below.reshape(M, K)
+    config = configs.product("linear_bwd_dx", dz, M, K)
+    grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(K, config["BLOCK_N"]))
+    launch.run(linear_bwd_dx_kernel, grid, dx, dz, w, s, M, N, K, *dz.stride(), *w.stride(),
+               *((0, 0) if s is None else s.stride()),
+               ACT_BWD=activations.get(activation_below).backward, **config)  # fmt: skip
+    return dx
+
+
+def linear_bwd_dw(dz, x, bias=True, *, out=None):
+    """dw = dzᵀ x, (N, K), and db = Σ_m dz, (N,) or None without bias, from dz (M, N) and x (…, K).
+
+    Where dw has fewer tiles than the device has processors the batch is split: each split writes its own float32 part
+    and a second kernel adds them in a fixed order, so two runs are bitwise equal. `out`: a pair of contiguous buffers.
+    """
+    if launch.path(dz, x) == "torch":
+        return linear_bwd_dw_ref(dz, x, bias, out=out)
+    x = x.reshape(-1, x.shape[-1])
+    (M, N), K = dz.shape, x.shape[1]
+    dw, db = out or (dz.new_empty(N, K), dz.new_empty(N) if bias else None)
+    config = configs.product("linear_bwd_dw", dz, N, K)
+    tiles = triton.cdiv(N, config["BLOCK_M"]), triton.cdiv(K, config["BLOCK_N"])
+    splits, rows = _split_batch(M, tiles[0] * tiles[1], dz.device)
+    size = N * K
+    strides = (*dz.stride(), *x.stride())
+    if splits == 1:
+        launch.run(linear_bwd_dw_kernel, (*tiles, 1), dw, db, dz, x, M, N, K, rows, 0, *strides, **config)
+        return dw, db
+    parts = dz.new_empty(splits, size + N, dtype=torch.float32)
+    launch.run(linear_bwd_dw_kernel, (*tiles, splits), parts, parts[:, size:] if bias else None, dz, x, M, N, K, rows,
+               size + N, *strides, **config)  # fmt: skip
+    launch.run(linear_bwd_reduce_kernel, (triton.cdiv(size + N, 512),), dw, db, parts, size, N, splits, size + N,
+               BLOCK=512)  # fmt: skip
+    return dw, db
+
+
+def _split_batch(M: int, tiles: int, device) -> tuple[int, int]:
+    """(splits, rows of each): at least 256 rows a split, and no more splits than keep the device busy."""
+    wanted = min(MAX_SPLITS, M // 256, launch.sm_count(device) // max(tiles, 1))
+    rows = triton.cdiv(M, max(wanted, 1))
+    return (triton.cdiv(M, rows), rows) if M else (1, 1)
+
+
+def linear_bwd(dy, x, w, s, bias, activation, *, needs=(True, True, True)):
+    """(dx, dw, db) from dy (…, N) and what `linear_fwd` saved; None for each that `needs` says is not wanted."""
+    return _backward(dy, x, w, s, bias, activation, needs, linear_bwd_dz, linear_bwd_dx, linear_bwd_dw)
+
+
+class LinearFunction(torch.autograd.Function):
+    """linear_fwd and linear_bwd as one node of the tape."""
+
+    @staticmethod
+    def forward(ctx, x, w, b, activation):
+        y, saved = linear_fwd(x, w, b, activation)
+        launch.remember(ctx, (x, w, b, activation), saved)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        needs = ctx.needs_input_grad[:3]
+        return *launch.differentiate(ctx, dy, linear_bwd, linear_fwd_ref, linear_bwd_ref, needs), None
+
+
+def linear(input, weight, bias=None, activation="identity"):
+    """act(input weightᵀ + bias): `torch.nn.functional.linear` and its activation in one kernel.
+
+    input (…, in), weight (out, in), bias (out,) or None -> (…, out). Differentiable, twice too; float64 by the reference.
+    """
+    return LinearFunction.apply(input, weight, bias, activation)

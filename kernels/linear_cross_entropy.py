@@ -1,0 +1,146 @@
+"""The last layer and its loss as one operation: cross_entropy(x wᵀ + b, target).
+
+    x (M, K)   w (C, K)   b (C,)   target (M,) labels or (M, C) probabilities
+
+Up to FUSED_CLASSES classes one kernel holds a row of logits in one tile: product, softmax, loss and ∂ℓ/∂z, and the
+logits are never stored. With more, the two operations run one after the other. Backward: ∂ℓ/∂z scaled as in
+`cross_entropy`, then dx, dw and db of `linear`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import configs, launch
+from .cross_entropy import (
+    check_cross_entropy,
+    check_range,
+    cross_entropy_bwd,
+    cross_entropy_bwd_ref,
+    cross_entropy_fwd,
+    cross_entropy_fwd_ref,
+    finish,
+    label_weight,
+    softmax_loss_tile,
+    store_loss,
+    target_tile,
+)
+from .linear import cast, check_linear, linear_bwd, linear_bwd_ref, linear_fwd, linear_fwd_ref, product_tile
+
+FUSED_CLASSES = 128
+
+
+def linear_cross_entropy_fwd_ref(x, w, b, target, *options):
+    """The reference of `linear_cross_entropy_fwd`."""
+    logits, _ = linear_fwd_ref(x, w, b)
+    loss, saved = cross_entropy_fwd_ref(logits, target, *options)
+    return loss, (x, w, b is not None, *saved)
+
+
+def linear_cross_entropy_bwd_ref(dy, x, w, bias, *saved, needs=(True, True, True)):
+    """The reference of `linear_cross_entropy_bwd`."""
+    dz, _ = cross_entropy_bwd_ref(dy, *saved)
+    return linear_bwd_ref(dz, x, w, None, bias, "identity", needs=needs)
+
+
+@triton.jit
+def linear_cross_entropy_fwd_kernel(
+    loss_ptr, grad_ptr, x_ptr, w_ptr, b_ptr, t_ptr, class_weight_ptr, M, C, K, stride_xm, stride_xk, stride_wn, stride_wk,
+    stride_b, stride_tm, stride_tc, stride_cw, ignore_index, smoothing,
+    SOFT: tl.constexpr, REDUCE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Rows of logits x wᵀ + b in one tile [BLOCK_M, BLOCK_N], then softmax, loss and gradient: logits are never stored."""
+    pid = tl.program_id(0)
+    rows = pid * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_c = tl.arange(0, BLOCK_N)
+    z, _ = product_tile(x_ptr, w_ptr, rows, offs_c, M, C, 0, K, stride_xm, stride_xk, stride_wn, stride_wk,
+                        BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, False)  # fmt: skip
+    if b_ptr is not None:
+        z += tl.load(b_ptr + offs_c * stride_b, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
+    z = tl.where((offs_c < C)[None, :], z, float("-inf"))
+    rows = rows.to(tl.int64)
+    mask_r = rows < M
+    mask = mask_r[:, None] & (offs_c < C)[None, :]
+    t_ptrs = t_ptr + rows * stride_tm
+    label = rows * 0
+    weight = tl.where(mask_r, 1.0, 0.0)
+    if not SOFT:
+        label = tl.load(t_ptrs, mask=mask_r, other=ignore_index).to(tl.int64)
+        weight = label_weight(label, mask_r, class_weight_ptr, C, stride_cw, ignore_index)
+    q = target_tile(t_ptrs, label, offs_c, mask, class_weight_ptr, C, stride_tc, stride_cw, smoothing, ignore_index, SOFT)
+    m = tl.max(z, axis=1)
+    s = tl.sum(tl.exp(z - m[:, None]), axis=1)
+    loss, grad = softmax_loss_tile(z, m, s, q, tl.sum(q, axis=1))
+    tl.store(grad_ptr + rows[:, None] * C + offs_c[None, :], cast(grad, grad_ptr.dtype.element_ty), mask=mask)
+    store_loss(loss_ptr, rows, mask_r, loss, weight, pid, tl.num_programs(0), REDUCE)
+
+
+def linear_cross_entropy_fwd(x, w, b, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
+    """The last layer and its loss: up to 128 classes in one kernel that never stores the logits, else through the two.
+
+    x (M, K), w (C, K), b (C,) or None, target and options as `cross_entropy_fwd`. Errors as the two operations.
+    """
+    options = (weight, ignore_index, reduction, label_smoothing)
+    check_linear(x, w, b, "linear_cross_entropy")
+    if x.dim() != 2:
+        raise ValueError(f"linear_cross_entropy: input must be (N, in), got {tuple(x.shape)}; flatten it and the target")
+    C = w.shape[0]
+    if launch.path(x, w, b, weight) == "torch" or C > FUSED_CLASSES:
+        logits, _ = linear_fwd(x, w, b)
+        loss, saved = cross_entropy_fwd(logits, target, *options)
+        return loss, (x, w, b is not None, *saved)
+    (M, K), logits_like = x.shape, x.new_empty((1, 1)).expand(x.shape[0], C)
+    check_cross_entropy(logits_like, target, *options, op="linear_cross_entropy")
+    soft = target.is_floating_point()
+    if not soft:
+        check_range(target, C, ignore_index)
+    config = configs.product("linear_cross_entropy", x, M, 1)
+    config["BLOCK_N"] = max(16, triton.next_power_of_2(C))
+    programs = triton.cdiv(M, config["BLOCK_M"])
+    reduce = reduction != "none"
+    rows = x.new_empty(2 * programs, dtype=torch.float32) if reduce else x.new_empty(M)
+    grad = x.new_empty(M, C)
+    launch.run(linear_cross_entropy_fwd_kernel, (programs,), rows, grad, x, w, b, target, weight, M, C, K, *x.stride(),
+               *w.stride(), 0 if b is None else b.stride(0), target.stride(0), target.stride(1) if soft else 0,
+               0 if weight is None else weight.stride(0), ignore_index, float(label_smoothing),
+               SOFT=soft, REDUCE=reduce, **config)  # fmt: skip
+    loss, saved = finish(rows, programs, x, (M,), reduction, grad)
+    return loss, (x, w, b is not None, *saved)
+
+
+def linear_cross_entropy_bwd(dy, x, w, bias, *saved, needs=(True, True, True)):
+    """(dx, dw, db) from dy and what the forward saved: the loss's gradient scaled, then the layer's backward."""
+    dz, _ = cross_entropy_bwd(dy, *saved)
+    return linear_bwd(dz, x, w, None, bias, "identity", needs=needs)
+
+
+class LinearCrossEntropyFunction(torch.autograd.Function):
+    """linear_cross_entropy_fwd and _bwd as one node of the tape."""
+
+    @staticmethod
+    def forward(ctx, x, w, b, target, *options):
+        loss, saved = linear_cross_entropy_fwd(x, w, b, target, *options)
+        launch.remember(ctx, (x, w, b, target, *options), saved)
+        return loss
+
+    @staticmethod
+    def backward(ctx, dy):
+        needs = ctx.needs_input_grad[:3]
+        grads = launch.differentiate(
+            ctx, dy, linear_cross_entropy_bwd, linear_cross_entropy_fwd_ref, linear_cross_entropy_bwd_ref, needs
+        )
+        return *grads, *(None,) * 5
+
+
+def linear_cross_entropy(
+    input, weight, bias, target, class_weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0
+):
+    """cross_entropy(linear(input, weight, bias), target, …): the last layer and its loss as one operation.
+
+    input (N, in), weight (C, in), bias (C,) or None. `class_weight` and the rest are cross_entropy's keywords.
+    Probability targets get no gradient here: use the two operations where they need one.
+    """
+    return LinearCrossEntropyFunction.apply(
+        input, weight, bias, target, class_weight, ignore_index, reduction, label_smoothing
+    )

@@ -1,0 +1,160 @@
+"""The table of operations, each with cases to try it on: what `handgrad info`, the tests and compile checks iterate over.
+
+To add an operation: its file, its names in `__init__`, one row here.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from .activations import ACTIVATIONS
+from .cross_entropy import cross_entropy_bwd, cross_entropy_bwd_ref, cross_entropy_fwd, cross_entropy_fwd_ref
+from .linear import linear_bwd, linear_bwd_ref, linear_fwd, linear_fwd_ref
+from .linear_cross_entropy import (
+    linear_cross_entropy_bwd,
+    linear_cross_entropy_bwd_ref,
+    linear_cross_entropy_fwd,
+    linear_cross_entropy_fwd_ref,
+)
+from .mlp import mlp_bwd, mlp_bwd_ref, mlp_fwd, mlp_fwd_ref
+from .mse import mse_bwd, mse_bwd_ref, mse_fwd, mse_fwd_ref
+from .optim import adam, adam_ref, sgd, sgd_ref
+
+
+class Make:
+    """Seeded random arguments on one device in one dtype; on the meta device, shapes only."""
+
+    def __init__(self, device="cpu", dtype=torch.float32, seed=0):
+        self.device, self.dtype = torch.device(device), dtype
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def real(self, *shape):
+        """Standard normal numbers."""
+        if self.device.type == "meta":
+            return torch.empty(shape, dtype=self.dtype, device="meta")
+        return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
+
+    def positive(self, *shape):
+        """Uniform numbers in [0.1, 1.1)."""
+        if self.device.type == "meta":
+            return self.real(*shape)
+        return (torch.rand(shape, generator=self.generator) + 0.1).to(self.device, self.dtype)
+
+    def labels(self, classes, *shape):
+        """Integers in [0, classes)."""
+        if self.device.type == "meta":
+            return torch.empty(shape, dtype=torch.int64, device="meta")
+        return torch.randint(0, classes, shape, generator=self.generator).to(self.device)
+
+
+class Operation(NamedTuple):
+    """`cases(make, m, k, n)` yields (label, arguments of fwd) for a batch of m, k features in and n out."""
+
+    cases: Callable[[Make, int, int, int], Iterator[tuple[str, tuple]]]
+    fwd: Callable
+    fwd_ref: Callable
+    bwd: Callable | None = None
+    bwd_ref: Callable | None = None
+
+    def results(self, args: tuple, dy=None, *, reference: bool = False) -> list[torch.Tensor]:
+        """The forward's output and every gradient, flat, by the kernels' launchers or by the reference; dy: ones if None."""
+        y, saved = (self.fwd_ref if reference else self.fwd)(*args)
+        outputs = flatten(y)
+        if self.bwd is not None:
+            dy = torch.ones_like(y) if dy is None else dy
+            outputs += flatten((self.bwd_ref if reference else self.bwd)(dy, *saved))
+        return outputs
+
+
+def flatten(value) -> list[torch.Tensor]:
+    """The tensors in nested tuples and lists, in order; everything else is dropped."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [t for item in value for t in flatten(item)] if isinstance(value, (tuple, list)) else []
+
+
+def _linear_cases(make, m, k, n):
+    for activation in ACTIVATIONS:
+        yield activation, (make.real(m, k), make.real(n, k), make.real(n), activation)
+    yield "no bias", (make.real(m, k), make.real(n, k), None, "sigmoid")
+
+
+def _mlp_cases(make, m, k, n):
+    widths = (k, n + 3, n, 10)
+    weights = [make.real(o, i) for i, o in itertools.pairwise(widths)]
+    for activation, output in (("sigmoid", "identity"), ("gelu", "tanh")):
+        yield f"{activation}, {output}", (make.real(m, k), weights, [make.real(w) for w in widths[1:]], activation, output)
+    yield "no biases", (make.real(m, k), weights, [None] * 3, "relu", "identity")
+
+
+def _cross_entropy_cases(make, m, k, n):
+    logits, labels = make.real(m, n), make.labels(n, m)
+    for reduction in ("mean", "sum", "none"):
+        yield reduction, (logits, labels, None, -100, reduction)
+    yield "weight, smoothing", (logits, labels, make.positive(n), -100, "mean", 0.1)
+    yield "ignore_index", (logits, labels, None, 0, "sum", 0.1)
+    yield "probabilities", (logits, make.positive(m, n), None, -100, "mean", 0.1)
+    yield "(N, C, d1, d2)", (make.real(m, n, 2, 3), make.labels(n, m, 2, 3))
+
+
+def _linear_cross_entropy_cases(make, m, k, n):
+    x, w, b = make.real(m, k), make.real(n, k), make.real(n)
+    yield "mean", (x, w, b, make.labels(n, m))
+    yield "no bias, none", (x, w, None, make.labels(n, m), make.positive(n), -100, "none", 0.1)
+    yield "probabilities", (x, w, b, make.positive(m, n))
+
+
+def _mse_cases(make, m, k, n):
+    for reduction in ("mean", "sum", "none"):
+        yield reduction, (make.real(m, n), make.real(m, n), reduction)
+
+
+def _updates(update):
+    """An optimizer's update as a forward: on copies, returning everything it changed."""
+
+    def forward(lists, *options):
+        lists = [[t.clone() for t in tensors] for tensors in lists]
+        update(*lists, *options)
+        return lists, ()
+
+    return forward
+
+
+def _parameters(make, k, n, copies):
+    """`copies` lists of tensors shaped like the parameters of a small network; the last list is positive."""
+    shapes = ((n, k), (n,), (10, n), (10,))
+    return [[(make.positive if i == copies - 1 else make.real)(*shape) for shape in shapes] for i in range(copies)]
+
+
+def _sgd_cases(make, m, k, n):
+    lists = _parameters(make, k, n, 3)
+    yield "plain", (lists, 0.1)
+    yield "momentum", (lists, 0.1, 0.9, 0.1, 0.01)
+    yield "Nesterov, first", (lists, 0.1, 0.9, 0.0, 0.01, True, True, True)
+
+
+def _adam_cases(make, m, k, n):
+    lists = _parameters(make, k, n, 4)
+    yield "Adam", (lists, 3, 0.01, (0.9, 0.999), 1e-8, 0.1)
+    yield "AdamW", (lists, 1, 0.01, (0.9, 0.999), 1e-8, 0.1, True)
+
+
+OPERATIONS: dict[str, Operation] = {
+    "linear": Operation(_linear_cases, linear_fwd, linear_fwd_ref, linear_bwd, linear_bwd_ref),
+    "mlp": Operation(_mlp_cases, mlp_fwd, mlp_fwd_ref, mlp_bwd, mlp_bwd_ref),
+    "cross_entropy": Operation(
+        _cross_entropy_cases, cross_entropy_fwd, cross_entropy_fwd_ref, cross_entropy_bwd, cross_entropy_bwd_ref
+    ),
+    "linear_cross_entropy": Operation(
+        _linear_cross_entropy_cases,
+        linear_cross_entropy_fwd,
+        linear_cross_entropy_fwd_ref,
+        linear_cross_entropy_bwd,
+        linear_cross_entropy_bwd_ref,
+    ),
+    "mse": Operation(_mse_cases, mse_fwd, mse_fwd_ref, mse_bwd, mse_bwd_ref),
+    "sgd": Operation(_sgd_cases, _updates(sgd), _updates(sgd_ref)),
+    "adam": Operation(_adam_cases, _updates(adam), _updates(adam_ref)),
+}
