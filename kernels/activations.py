@@ -145,7 +145,7 @@ def relu_bwd_ref(dy, y, out=None):
 
 
 def sigmoid_bwd_ref(dy, y, out=None):
-    return torch.mul(dy, y * (1 - y), out=out)
+    return torch.mul(dy, torch.addcmul(y, y, y, value=-1), out=out)  # y - y²
 
 
 def tanh_bwd_ref(dy, y, out=None):
@@ -176,9 +176,12 @@ def gelu_tanh_ref(z, out=None):
 
 
 def gelu_tanh_bwd_ref(dy, z, out=None):
-    t = torch.tanh(SQRT_2_PI.value * (z + GELU_CUBIC.value * z**3))
-    du = SQRT_2_PI.value * (1 + 3 * GELU_CUBIC.value * z**2)
-    return torch.mul(dy, 0.5 * (1 + t + z * (1 - t * t) * du), out=out)
+    # (1 + tanh u) / 2 = σ(2u), and σ(-2u) instead of 1 - σ(2u), which cancels: that shows in the second derivative.
+    c = z.clamp(-16, 16)  # beyond, σ is 0 or 1, and 0 times a square that overflows half precision would be NaN
+    u2 = 2 * SQRT_2_PI.value * (c + GELU_CUBIC.value * c**3)
+    du2 = 2 * SQRT_2_PI.value * (1 + 3 * GELU_CUBIC.value * c**2)
+    s = torch.sigmoid(u2)
+    return torch.mul(dy, s + z * s * torch.sigmoid(-u2) * du2, out=out)
 
 
 def silu_ref(z, out=None):

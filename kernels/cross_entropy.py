@@ -63,6 +63,7 @@ def check_range(target, classes, ignore_index) -> bool:
         return not low <= ignore_index <= high
     bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
     if bad.any():
+        bad, target = (x.squeeze(1) if x.dim() > 1 and x.shape[1] == 1 else x for x in (bad, target))
         index = bad.nonzero()[0].tolist()
         raise IndexError(
             f"cross_entropy: target{index} is {target[tuple(index)].item()}, but there are {classes} classes: labels are "
@@ -72,52 +73,60 @@ def check_range(target, classes, ignore_index) -> bool:
 
 
 def cross_entropy_fwd_ref(
-    logits, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0, *, target_grad=False
+    logits,
+    target,
+    weight=None,
+    ignore_index=-100,
+    reduction="mean",
+    label_smoothing=0.0,
+    *,
+    target_grad=False,
+    labels_valid=False,
 ):
     """The reference of `cross_entropy_fwd`; with `target_grad`, the gradient of probability targets is kept too."""
-    dtype = logits.dtype
-    z, t = _rows(logits, target)
-    if dtype in (torch.float16, torch.bfloat16):
+    z, t = (logits, target) if logits.dim() > 1 else (logits.unsqueeze(0), target.unsqueeze(0))
+    if z.dtype in (torch.float16, torch.bfloat16):
         z = z.float()
     logp = torch.log_softmax(z, 1)
-    w = 1.0 if weight is None else weight.to(z.dtype)[:, None]
-    smooth = w * (label_smoothing / max(z.shape[1], 1))  # (C, 1), or a number for w = 1
+    w = None if weight is None else weight.to(z.dtype).view(-1, *(1,) * (z.dim() - 2))
     dtarget = None
     if t.is_floating_point():
-        q = (w * (1 - label_smoothing)) * t + smooth
+        w = torch.ones_like(logp[:1]) if w is None else w
+        q = w * ((1 - label_smoothing) * t + label_smoothing / max(z.shape[1], 1))
         loss, grad = -(q * logp).sum(1), logp.exp() * q.sum(1, keepdim=True) - q
         denominator = loss.numel()
-        dtarget = (logp * (-w * (1 - label_smoothing))).to(dtype).view(logits.shape) if target_grad else None
+        dtarget = (logp * w * (label_smoothing - 1)).to(logits.dtype).view(logits.shape) if target_grad else None
     else:
-        loss, grad, denominator = _label_terms_ref(logp, t.long(), weight, ignore_index, label_smoothing, smooth)
-    if reduction != "none":
-        loss = loss.sum()
-        if reduction == "mean":
-            loss = loss / denominator if isinstance(denominator, torch.Tensor) or denominator else loss * float("nan")
-    else:
+        loss, grad, denominator = _label_terms_ref(
+            logp, t.long().unsqueeze(1), w, ignore_index, label_smoothing, labels_valid
+        )
+    if reduction == "none":
         loss = loss.view(expected_shape(logits))
-    return loss.to(dtype), (grad.to(dtype).view(logits.shape), dtarget, denominator, reduction)
+    elif reduction == "sum":
+        loss = loss.sum()
+    else:
+        loss = loss.sum() / denominator if isinstance(denominator, torch.Tensor) else loss.mean()
+    return loss.to(logits.dtype), (grad.to(logits.dtype).view(logits.shape), dtarget, denominator, reduction)
 
 
-def _label_terms_ref(logp, t, weight, ignore_index, label_smoothing, smooth):
-    """Loss of every row, gradient before reduction, and the mean's denominator, for integer labels t (N, D)."""
-    all_valid = check_range(t, logp.shape[1], ignore_index)
-    valid = None if all_valid else t != ignore_index
-    t = (t if all_valid else t.masked_fill(~valid, 0)).unsqueeze(1)  # (N, 1, D)
-    w_label = torch.ones_like(logp[:, :1]) if weight is None else weight.to(logp.dtype)[t]
-    if not all_valid:
-        w_label = w_label * valid.unsqueeze(1)
-    a = w_label if label_smoothing == 0 else w_label * (1 - label_smoothing)
+def _label_terms_ref(logp, t, w, ignore_index, label_smoothing, all_valid):
+    """Losses (N, …), gradient before reduction, and the mean's denominator, for labels t (N, 1, …), weights w (C, …)."""
+    all_valid = all_valid or check_range(t, logp.shape[1], ignore_index)
+    if all_valid and w is None and label_smoothing == 0:  # the training loop's case, in as few operations as it takes
+        minus_one = logp.new_full((), -1.0).expand(t.shape)
+        return -logp.gather(1, t).squeeze(1), logp.exp().scatter_add(1, t, minus_one), t.numel()
+    valid = t != ignore_index
+    t = t.masked_fill(~valid, 0)
+    w = torch.ones_like(logp[:1]) if w is None else w.expand(logp[:1].shape)
+    w_label = w.expand(logp.shape).gather(1, t) * valid
+    a, u = w_label * (1 - label_smoothing), w * valid * (label_smoothing / logp.shape[1])
     loss = -a * logp.gather(1, t)
     p = logp.exp()
-    grad = (p if all_valid and weight is None and label_smoothing == 0 else p * a).scatter_add(1, t, -a)
+    grad = (p * a).scatter_add(1, t, -a)
     if label_smoothing:
-        u = smooth if all_valid else smooth * valid.unsqueeze(1)
-        u = torch.broadcast_to(torch.as_tensor(u, dtype=logp.dtype, device=logp.device), logp.shape)
         loss = loss - (u * logp).sum(1, keepdim=True)
         grad = grad + p * u.sum(1, keepdim=True) - u
-    denominator = w_label.numel() if all_valid and weight is None else w_label.sum()
-    return loss.squeeze(1), grad, denominator
+    return loss.squeeze(1), grad, w_label.sum()
 
 
 def cross_entropy_bwd_ref(dy, grad, dtarget, denominator, reduction, *, needs=(True, True)):
@@ -285,7 +294,15 @@ def check_cross_entropy(logits, target, weight, ignore_index, reduction, label_s
 
 
 def cross_entropy_fwd(
-    logits, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0, *, target_grad=False
+    logits,
+    target,
+    weight=None,
+    ignore_index=-100,
+    reduction="mean",
+    label_smoothing=0.0,
+    *,
+    target_grad=False,
+    labels_valid=False,
 ):
     """The loss, and what `cross_entropy_bwd` takes after dy, in one reading of the logits and one writing of their gradient.
 
@@ -293,17 +310,17 @@ def cross_entropy_fwd(
     weight (C,) or None. Loss: a scalar, or (N, d1, …) for reduction "none". Any strides; logits are left as they are.
     Float32 throughout, sums in a fixed order: deterministic. Labels out of range: IndexError on the CPU; on a GPU
     the loss is NaN (no host synchronisation; `check_labels()` turns the CPU's check on).
-    `target_grad` keeps the gradient of probabilities as well, by the reference.
+    `target_grad` keeps the gradient of probabilities as well, by the reference. `labels_valid`: the caller vouches that
+    every label is a class and none is ignored, and nothing is checked.
     """
     check_cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing)
     if target_grad or launch.path(logits, weight) == "torch":
-        return cross_entropy_fwd_ref(
-            logits, target, weight, ignore_index, reduction, label_smoothing, target_grad=target_grad
-        )
+        options = (weight, ignore_index, reduction, label_smoothing)
+        return cross_entropy_fwd_ref(logits, target, *options, target_grad=target_grad, labels_valid=labels_valid)
     z, t = _rows(logits, target)
     N, C, D = z.shape
     soft = t.is_floating_point()
-    if not soft:
+    if not soft and not labels_valid:
         check_range(t, C, ignore_index)
     block_c = min(_TILE, max(16, triton.next_power_of_2(C)))
     block_r = max(1, min(_TILE // 2 // block_c, triton.next_power_of_2(max(N * D, 1))))

@@ -14,6 +14,7 @@ import torch
 
 from . import launch
 from .linear import (
+    check_linear,
     linear_bwd_dw,
     linear_bwd_dw_ref,
     linear_bwd_dx,
@@ -88,6 +89,9 @@ def mlp_fwd(x, weights, biases, activation="relu", output_activation="identity",
     activations whose derivative needs it. `out`: per layer the (y, z) buffers of `linear_fwd`. Errors as `linear_fwd`.
     """
     check_mlp(x, weights, biases)
+    if launch.path(x, *weights) == "torch":
+        check_linear(x, weights[0], biases[0], "mlp")
+        return mlp_fwd_ref(x, weights, biases, activation, output_activation, out=out)
     return _forward(x, weights, biases, activation, output_activation, out, linear_fwd)
 
 
@@ -97,6 +101,8 @@ def mlp_bwd(dy, *saved, needs=None, out=None):
     `needs`: which of x, every weight, every bias want a gradient (all, if None); the others are None.
     `out`: (per layer dz buffers, per layer (dw, db) buffers).
     """
+    if launch.path(dy, *(s for s in saved if isinstance(s, torch.Tensor))) == "torch":
+        return mlp_bwd_ref(dy, *saved, needs=needs, out=out)
     return _backward(dy, *saved, needs=needs, out=out, bwd_dz=linear_bwd_dz, bwd_dx=linear_bwd_dx, bwd_dw=linear_bwd_dw)
 
 

@@ -187,7 +187,7 @@ def _dense(t) -> bool:
 
 
 def _on_kernels(params, *states) -> bool:
-    return all(_dense(p) for p in params) and launch.path(*params, *(t for s in states for t in s)) == "triton"
+    return launch.path(*params, *(t for s in states for t in s)) == "triton" and all(_dense(p) for p in params)
 
 
 def _launch(kernel, lists, *scalars, **constexprs) -> None:

@@ -1,0 +1,36 @@
+"""Networks and training on handgrad's kernels: the autograd modules, the manual API, the trainer."""
+
+from . import data, recipes
+from .checkpoint import load, load_weights, save
+from .data import Dataset
+from .engines import ENGINES, Diverged
+from .init import initialise
+from .loss import MeanSquaredError, SoftmaxCrossEntropy
+from .modules import MLP, CrossEntropyLoss, Linear, MSELoss
+from .net import Net
+from .optim import SGD, Adam, AdamW
+from .trainer import History, Trainer
+
+__all__ = [
+    "ENGINES",
+    "MLP",
+    "SGD",
+    "Adam",
+    "AdamW",
+    "CrossEntropyLoss",
+    "Dataset",
+    "Diverged",
+    "History",
+    "Linear",
+    "MSELoss",
+    "MeanSquaredError",
+    "Net",
+    "SoftmaxCrossEntropy",
+    "Trainer",
+    "data",
+    "initialise",
+    "load",
+    "load_weights",
+    "recipes",
+    "save",
+]

@@ -1,0 +1,231 @@
+"""The command line: train, evaluate, recipes, info. Errors are one line on stderr and exit status 2."""
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+import kernels
+
+from . import checkpoint, data, engines, recipes, report
+from .checkpoint import RunFolder
+from .trainer import Trainer, line
+
+app = typer.Typer(
+    help="Train multilayer perceptrons by hand-written backpropagation.",
+    rich_markup_mode=None,
+    add_completion=False,
+    no_args_is_help=True,
+)
+
+# name -> dtype of weights and data, and torch's name for the precision of float32 products
+PRECISIONS = {
+    "fp32": (torch.float32, "highest"),
+    "tf32x3": (torch.float32, "high"),
+    "tf32": (torch.float32, "medium"),
+    "bf16": (torch.bfloat16, "highest"),
+    "fp16": (torch.float16, "highest"),
+    "fp64": (torch.float64, "highest"),
+}
+
+
+def run(argv: list[str]) -> int:
+    """Run a command; 0, or 2 after one line on stderr. HANDGRAD_DEBUG=1 shows where an error comes from."""
+    try:
+        return app(argv, standalone_mode=False) or 0
+    except Exception as error:
+        if os.environ.get("HANDGRAD_DEBUG"):
+            raise
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        if not isinstance(error, (ValueError, IndexError, OSError, engines.Diverged)) and not hasattr(error, "exit_code"):
+            message = f"{type(error).__name__}: {message} (HANDGRAD_DEBUG=1 shows where)"
+        print(f"handgrad: {' '.join(message.split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("handgrad: interrupted", file=sys.stderr)
+        return 130
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is the GPU if there is one; a ValueError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}; known: auto, cpu, cuda, cuda:1, …") from None
+    count = torch.cuda.device_count() if device.type == "cuda" else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"device {name} was asked for, but this machine has {count} CUDA devices; use --device cpu")
+    return device
+
+
+def pick_precision(name: str) -> torch.dtype:
+    """The dtype of a --precision; sets how float32 products are made."""
+    if name not in PRECISIONS:
+        raise ValueError(f"unknown precision {name!r}; known: {', '.join(PRECISIONS)}")
+    dtype, products = PRECISIONS[name]
+    torch.set_float32_matmul_precision(products)
+    return dtype
+
+
+def _widths(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(f"--hidden must be widths with commas, such as 100,50, got {text!r}") from None
+
+
+def _free_folder(source: str) -> Path:
+    """runs/NAME, or the first runs/NAME-2, -3, … that does not exist."""
+    stem = Path("runs") / Path(source.split(",")[0]).stem
+    return next(p for n in range(1, 10**6) if not (p := stem if n == 1 else stem.with_name(f"{stem.name}-{n}")).exists())
+
+
+def _prepare(settings: dict):
+    """(recipe, train, test, device, dtype) of a run's settings."""
+    recipe = recipes.Recipe(**settings["recipe"])
+    recipe = dataclasses.replace(recipe, hidden=tuple(recipe.hidden), normalize=recipe.normalize and tuple(recipe.normalize))
+    device, dtype = pick_device(settings["device"]), pick_precision(settings["precision"])
+    train, test = recipe.prepare(*data.load(settings["dataset"], settings["data_dir"]))
+    return recipe, train, test, device, dtype
+
+
+@app.command()
+def train(
+    dataset: Annotated[str, typer.Argument(help="digits, mnist, fashion-mnist, kmnist, or a path: .mat, .npz, image folder")] = "digits",
+    recipe: Annotated[str, typer.Option(help="settings by name; see `handgrad recipes`")] = "default",
+    hidden: Annotated[str | None, typer.Option(help="widths of the hidden layers, such as 100,50")] = None,
+    activation: Annotated[str | None, typer.Option(help=f"one of {', '.join(kernels.ACTIVATIONS)}")] = None,
+    loss: Annotated[str | None, typer.Option(help=f"one of {', '.join(recipes.LOSSES)}")] = None,
+    optimizer: Annotated[str | None, typer.Option(help=f"one of {', '.join(recipes.OPTIMIZERS)}")] = None,
+    lr: Annotated[float | None, typer.Option(help="learning rate")] = None,
+    momentum: Annotated[float | None, typer.Option(help="momentum of sgd")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="samples in a step")] = None,
+    epochs: Annotated[int | None, typer.Option(help="passes over the training data")] = None,
+    seed: Annotated[int, typer.Option(help="of initial weights and sample order")] = 0,
+    engine: Annotated[str, typer.Option(help=f"auto, {', '.join(engines.ENGINES)}")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    precision: Annotated[str, typer.Option(help=f"one of {', '.join(PRECISIONS)}")] = "fp32",
+    data_dir: Annotated[Path | None, typer.Option(help="where data sets lie or are downloaded to; default $HANDGRAD_DATA, else the cache")] = None,
+    out: Annotated[Path | None, typer.Option(help="run folder; default runs/DATASET, numbered")] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace the run in --out")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out, up to --epochs")] = False,
+):  # fmt: skip
+    """Train a network; prints a line an epoch and writes a run folder."""
+    if resume:
+        run = RunFolder(_required(out, "--resume needs --out, the run folder to go on with"))
+        settings = run.config
+        settings["recipe"]["epochs"] = epochs or settings["recipe"]["epochs"]
+    else:
+        chosen = recipes.changed(recipes.get(recipe), hidden=_widths(hidden), activation=activation, loss=loss,
+                                 optimizer=optimizer, lr=lr, momentum=momentum, batch_size=batch_size, epochs=epochs)  # fmt: skip
+        settings = {
+            "dataset": dataset,
+            "data_dir": str(data_dir) if data_dir else None,
+            "seed": seed,
+            "device": device,
+            "engine": engine,
+            "precision": precision,
+            "recipe": dataclasses.asdict(chosen),
+            "versions": versions(),
+        }
+    chosen, train_set, test_set, on, dtype = _prepare(settings)
+    model = chosen.model(train_set, settings["seed"], on, dtype)
+    trainer = Trainer(model, chosen.make_loss(), chosen.make_optimizer, settings["engine"], verbose=False)
+    if not resume:
+        run = RunFolder.create(out or _free_folder(dataset), force)
+    run.config = settings
+    if resume:
+        run.resume(trainer)
+    print(f"{train_set.name}: {len(train_set):,} samples, {' → '.join(map(str, model.config()['sizes']))} "
+          f"{chosen.activation}, {trainer.engine_note}, {on}")  # fmt: skip
+    _fit(trainer, chosen, train_set, test_set, settings["seed"], run)
+
+
+def _required(value, message: str):
+    if value is None:
+        raise ValueError(message)
+    return value
+
+
+def _fit(trainer, recipe, train_set, test_set, seed, run):
+    """Train with a progress bar, record every epoch, and draw the curves."""
+    from tqdm import tqdm
+
+    steps = -(-len(train_set) // recipe.batch_size)
+    remaining = max(recipe.epochs - len(trainer.history), 0)
+    with tqdm(total=steps * remaining, unit="step", leave=False, disable=None, file=sys.stderr) as bar:
+
+        def on_epoch(row):
+            run.record(trainer)
+            bar.write(line(row), file=sys.stdout)
+
+        trainer.fit(train_set, recipe.epochs, recipe.batch_size, test_set, seed, drop_last=recipe.drop_last,
+                    on_epoch=on_epoch, on_step=None if bar.disable else bar.update)  # fmt: skip
+    if trainer.history:
+        report.curves(trainer.history, run.path / "curves.png")
+    print(f"trained {sum(row['seconds'] for row in trainer.history):.1f} s; run folder {run.path}")
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="a run folder")],
+    data_dir: Annotated[Path | None, typer.Option(help="as for train; default: the run's")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+):
+    """Loss and accuracy of a trained network on its test data."""
+    settings = {**RunFolder(run).config, "device": device}
+    settings["data_dir"] = str(data_dir) if data_dir else settings["data_dir"]
+    recipe, _, test_set, on, _ = _prepare(settings)
+    trainer = Trainer(checkpoint.load(run, on), recipe.make_loss(), recipe.make_optimizer, "autograd", verbose=False)
+    result = trainer.evaluate(test_set)
+    accuracy = "" if result["test_accuracy"] is None else f", accuracy {result['test_accuracy']:.2%}"
+    print(f"{test_set.name}: {len(test_set):,} samples, loss {result['test_loss']:.4f}{accuracy}")
+
+
+@app.command("recipes")
+def list_recipes():
+    """The networks and settings that --recipe knows."""
+    for name, recipe in recipes.RECIPES.items():
+        print(f"{name:<12} {recipe.about}")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that matter."""
+    packages = ("handgrad", "torch", "triton", "numpy", "torchvision", "scikit-learn")
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+@app.command()
+def info():
+    """Versions, the GPU, which path each operation takes, and a self-check of every kernel."""
+    from kernels import selfcheck
+
+    print("  ".join(f"{name} {version}" for name, version in versions().items()))
+    if Path(kernels.__file__).parent.parent != Path(__file__).parent.parent:
+        print(f"warning: `kernels` is imported from {kernels.__file__}, which is not handgrad's")
+    device = pick_device("auto")
+    print(f"device {torch.cuda.get_device_name(device) if device.type == 'cuda' else f'cpu, {torch.get_num_threads()} threads'}")
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        path = kernels.path(torch.empty(0, device=device, dtype=dtype))
+        print(f"{dtype}: {', '.join(kernels.OPERATIONS)} by {'Triton kernels' if path == 'triton' else 'the torch reference'}")
+    print("self-check: kernels " + ("on the GPU" if device.type == "cuda" else "in Triton's interpreter") + " against float64")
+    passed, text = selfcheck.run()
+    print(text)
+    if not passed:
+        raise ValueError("self-check failed: a kernel errs more than twice as much as plain torch; see the table")

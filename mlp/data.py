@@ -1,0 +1,313 @@
+"""Data sets as tensors on the device: pixels stay uint8 and are scaled where they are read. No DataLoader.
+
+`load("digits")`, `load("mnist")`, … or a path: .mat files, .npz, or a folder of images. Batches are rows picked by index;
+`permutation` draws their order.
+"""
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
+NAMES = ("digits", *TORCHVISION)
+_NPZ_KEYS = (("x_train", "y_train", "x_test", "y_test"), ("train_data", "train_labels", "test_data", "test_labels"))
+_MAT_KEYS = ("training_data", "training_label", "testing_data", "testing_label")
+
+
+class DataError(ValueError):
+    """A data set that cannot be found, read or used, in one line."""
+
+
+@dataclass
+class Dataset:
+    """Inputs (N, features) and targets, on one device. An input is read as `inputs · scale + shift`.
+
+    targets: (N,) int64 labels in [0, len(classes)), or (N, outputs) floating point. image_shape: (C, H, W) if the
+    features are an image's. ValueError or IndexError for lengths that differ, no data, labels out of range.
+    """
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    classes: tuple[str, ...] = ()
+    image_shape: tuple[int, int, int] | None = None
+    scale: float = 1.0
+    shift: float = 0.0
+    name: str = "data"
+    _buffers: dict = field(default_factory=dict, repr=False)
+
+    def __post_init__(self):
+        if len(self.inputs) != len(self.targets):
+            raise DataError(f"{self.name}: {len(self.inputs)} inputs but {len(self.targets)} targets")
+        if len(self.inputs) == 0:
+            raise DataError(f"{self.name}: empty: it has no samples")
+        if not self.targets.is_floating_point():
+            self.targets = self.targets.long()
+            if not self.classes:
+                self.classes = tuple(str(c) for c in range(int(self.targets.max()) + 1))
+            bad = ((self.targets < 0) | (self.targets >= len(self.classes))).nonzero()
+            if len(bad):
+                i = int(bad[0])
+                raise DataError(f"{self.name}: label {int(self.targets[i])} of sample {i} is not one of the "
+                                f"{len(self.classes)} classes, 0 to {len(self.classes) - 1}")  # fmt: skip
+        self.inputs = self.inputs.reshape(len(self.inputs), -1).contiguous()
+
+    def __len__(self):
+        return len(self.inputs)
+
+    @property
+    def features(self) -> int:
+        """Numbers in one input."""
+        return self.inputs.shape[1]
+
+    @property
+    def is_classification(self) -> bool:
+        """Whether the targets are labels."""
+        return not self.targets.is_floating_point()
+
+    def to(self, device) -> "Dataset":
+        """The same data set on another device."""
+        return replace(self, inputs=self.inputs.to(device), targets=self.targets.to(device), _buffers={})
+
+    def take(self, count: int) -> "Dataset":
+        """The first `count` samples."""
+        return replace(self, inputs=self.inputs[:count], targets=self.targets[:count], _buffers={})
+
+    def normalized(self, mean: float, std: float) -> "Dataset":
+        """Read as (x - mean) / std, with x as it was read before. Nothing is copied."""
+        return replace(self, scale=self.scale / std, shift=(self.shift - mean) / std, _buffers={})
+
+    def read(self, raw: torch.Tensor, dtype=torch.float32, out=None) -> torch.Tensor:
+        """Rows of `inputs` as numbers: raw · scale + shift in `dtype`."""
+        x = torch.mul(raw if raw.dtype != torch.uint8 or dtype == torch.float32 else raw.to(dtype), self.scale, out=out)
+        if self.shift:
+            x = x.add_(self.shift)
+        return x.to(dtype)
+
+    def batch(self, indices: torch.Tensor, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs (rows, features) and targets of these samples, in buffers that the next batch overwrites."""
+        rows = len(indices)
+        key = (rows, dtype)
+        if key not in self._buffers:
+            while len(self._buffers) > 1:
+                self._buffers.pop(next(iter(self._buffers)))
+            self._buffers[key] = (
+                self.inputs.new_empty(rows, self.features),
+                self.inputs.new_empty(rows, self.features, dtype=torch.float32) if self.inputs.dtype == torch.uint8 else None,
+                self.targets.new_empty(rows, *self.targets.shape[1:]),
+            )
+        raw, x, y = self._buffers[key]
+        torch.index_select(self.inputs, 0, indices, out=raw)
+        torch.index_select(self.targets, 0, indices, out=y)
+        return self.read(raw, dtype, x if dtype == torch.float32 else None), y
+
+    def chunks(self, size: int, dtype=torch.float32):
+        """(inputs, targets) of consecutive pieces of at most `size` samples, in order: for evaluation."""
+        for start in range(0, len(self), size):
+            yield self.read(self.inputs[start : start + size], dtype), self.targets[start : start + size]
+
+
+def permutation(count: int, seed: int, epoch: int, device="cpu") -> torch.Tensor:
+    """The order of an epoch's samples: the same for the same count, seed, epoch and kind of device."""
+    generator = torch.Generator(device).manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(count, generator=generator, device=device)
+
+
+def default_dir() -> Path:
+    """$HANDGRAD_DATA, else handgrad in the user's cache folder."""
+    if os.environ.get("HANDGRAD_DATA"):
+        return Path(os.environ["HANDGRAD_DATA"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "handgrad"
+
+
+def load(source: str, data_dir=None) -> tuple[Dataset, Dataset]:
+    """(train, test) of a data set by name (see NAMES) or by path: .npz, one or two .mat files with a comma, an image folder.
+
+    torchvision downloads what is missing into `data_dir`; `digits` comes with scikit-learn. DataError in one line.
+    """
+    if source == "digits":
+        return _digits()
+    if source in TORCHVISION:
+        return _torchvision(source, Path(data_dir) if data_dir else default_dir())
+    paths = [Path(p) for p in source.split(",")]
+    missing = [str(p) for p in paths if not p.exists()]
+    if missing:
+        raise DataError(f"unknown data set {source!r}: known are {', '.join(NAMES)}, or the path of an existing .mat or .npz "
+                        f"file or image folder (there is no {missing[0]})")  # fmt: skip
+    if paths[0].is_dir():
+        return _image_folder(paths[0])
+    readers = {".mat": _mat, ".npz": _npz}
+    if paths[0].suffix not in readers:
+        raise DataError(f"{source}: cannot read {paths[0].suffix or 'such'} files; known: .mat, .npz and folders of images")
+    return readers[paths[0].suffix](paths)
+
+
+def needs_extra(package: str, what: str) -> DataError:
+    """The error for a missing optional package: says which extra to install."""
+    return DataError(f"{what} needs {package}: install the extra, pip install 'handgrad[train]'")
+
+
+def split(data: Dataset, test_share: float = 0.2) -> tuple[Dataset, Dataset]:
+    """A fixed random split into (train, test)."""
+    order = permutation(len(data), seed=0, epoch=0)
+    count = max(1, round(len(data) * test_share))
+    return tuple(
+        replace(data, inputs=data.inputs[rows], targets=data.targets[rows], _buffers={}, name=f"{data.name} ({part})")
+        for part, rows in (("train", order[count:]), ("test", order[:count]))
+    )
+
+
+def _digits() -> tuple[Dataset, Dataset]:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise needs_extra("scikit-learn", "the data set digits") from None
+    bunch = load_digits()
+    pixels = torch.from_numpy(bunch.images).to(torch.uint8)  # 0 to 16
+    return split(Dataset(pixels, torch.from_numpy(bunch.target), image_shape=(1, 8, 8), scale=1 / 16, name="digits"))
+
+
+def _torchvision(name: str, root: Path) -> tuple[Dataset, Dataset]:
+    try:
+        from torchvision import datasets
+    except ImportError:
+        raise needs_extra("torchvision", f"the data set {name}") from None
+    kind = getattr(datasets, TORCHVISION[name])
+    by_hand = f"place its four *-ubyte.gz files in {root / kind.__name__ / 'raw'} by hand, or train on digits, which is embedded"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{name}: cannot write the data folder {root}: {error.strerror}; choose another --data-dir") from None
+    parts = []
+    for train in (True, False):
+        try:
+            download = not kind(root, train=train)._check_exists()
+        except RuntimeError:  # torchvision's "Dataset not found"
+            download = True
+        except (ValueError, OSError, AssertionError) as error:
+            raise DataError(f"{name}: a file in {root / kind.__name__ / 'raw'} is damaged ({error}); remove it") from None
+        if download and not os.access(root, os.W_OK):
+            raise DataError(f"{name}: cannot write the data folder {root}; choose another --data-dir")
+        try:
+            part = kind(root, train=train, download=download)
+        except (RuntimeError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise DataError(f"{name}: cannot be downloaded into {root} ({reason}): is there no network? Then {by_hand}") from None
+        parts.append(Dataset(part.data.unsqueeze(1), part.targets, tuple(part.classes), (1, *part.data.shape[1:]), 1 / 255,
+                             name=f"{name} ({'train' if train else 'test'})"))  # fmt: skip
+    return tuple(parts)
+
+
+def _from_arrays(x, y, name: str) -> Dataset:
+    """Rows of numbers or images, and labels as a row or a column."""
+    try:
+        inputs, targets = torch.as_tensor(x), torch.as_tensor(y)
+    except (TypeError, ValueError):
+        raise DataError(f"{name}: inputs and labels must be arrays of numbers") from None
+    if targets.dim() == 2 and 1 in targets.shape:
+        targets = targets.flatten()
+    if targets.dim() != 1 or len(inputs) != len(targets):
+        raise DataError(f"{name}: inputs {tuple(inputs.shape)} need as many labels, got {tuple(targets.shape)}")
+    if targets.is_floating_point() and bool((targets != targets.round()).any()):
+        raise DataError(f"{name}: labels must be whole numbers, got {float(targets[targets != targets.round()][0])}")
+    features = inputs[0].numel() if len(inputs) else 0
+    side = int(features**0.5)
+    shape = (1, side, side) if side * side == features and side > 1 else None
+    if inputs.dtype == torch.uint8:
+        return Dataset(inputs, targets.long(), image_shape=shape, scale=1 / 255, name=name)
+    return Dataset(inputs.float(), targets.long(), image_shape=shape, name=name)
+
+
+def _pairs(arrays: dict, keys, name: str) -> tuple[Dataset, Dataset]:
+    """(train, test) from arrays under keys (train inputs, train labels, test inputs, test labels); split where no test is."""
+    train = _from_arrays(arrays[keys[0]], arrays[keys[1]], name)
+    if keys[2] in arrays and keys[3] in arrays:
+        test = _from_arrays(arrays[keys[2]], arrays[keys[3]], name)
+        classes = max(train.classes, test.classes, key=len)
+        return replace(train, classes=classes), replace(test, classes=classes)
+    return split(train)
+
+
+def _mat(paths: list[Path]) -> tuple[Dataset, Dataset]:
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise needs_extra("scipy (with scikit-learn)", "reading .mat files") from None
+    arrays = {}
+    for path in paths:
+        try:
+            arrays.update({k: v for k, v in loadmat(path).items() if not k.startswith("__")})
+        except NotImplementedError:
+            raise DataError(f"{path}: a MATLAB 7.3 file; save it with -v7") from None
+        except Exception as error:  # scipy raises many kinds for a damaged file
+            raise DataError(f"{path}: not a readable .mat file ({type(error).__name__}: {error})") from None
+    if not {*_MAT_KEYS[:2]} <= arrays.keys():
+        raise DataError(f"{','.join(map(str, paths))}: needs the variables {' and '.join(_MAT_KEYS[:2])}, "
+                        f"found {', '.join(sorted(arrays)) or 'none'}")  # fmt: skip
+    return _pairs(arrays, _MAT_KEYS, paths[0].stem)
+
+
+def _npz(paths: list[Path]) -> tuple[Dataset, Dataset]:
+    import numpy
+
+    try:
+        with numpy.load(paths[0], allow_pickle=False) as archive:
+            arrays = dict(archive)
+    except Exception as error:  # zipfile, zlib and numpy each raise their own
+        raise DataError(f"{paths[0]}: not a readable .npz file ({type(error).__name__}: {error})") from None
+    for keys in _NPZ_KEYS:
+        if {*keys[:2]} <= arrays.keys():
+            return _pairs(arrays, keys, paths[0].stem)
+    expected = " or ".join(f"{keys[0]} and {keys[1]}" for keys in _NPZ_KEYS)
+    raise DataError(f"{paths[0]}: needs the arrays {expected}, found {', '.join(sorted(arrays)) or 'none'}")
+
+
+def read_image(image, shape: tuple[int, int, int]) -> tuple[torch.Tensor, bool]:
+    """A PIL image as uint8 pixels (C, H, W) of `shape`, grey or RGB, and whether it had to be resized for that."""
+    import numpy
+
+    channels, height, width = shape
+    image = image.convert("L" if channels == 1 else "RGB")
+    resized = image.size != (width, height)
+    if resized:
+        image = image.resize((width, height))
+    pixels = torch.from_numpy(numpy.array(image, dtype=numpy.uint8))
+    return (pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1)), resized
+
+
+def _image_folder(root: Path) -> tuple[Dataset, Dataset]:
+    """root/CLASS/image, or root/train/CLASS/image and root/test/CLASS/image; the first image's size and mode hold for all."""
+    try:
+        from torchvision.datasets import ImageFolder
+    except ImportError:
+        raise needs_extra("torchvision", "reading a folder of images") from None
+    parts = [root / "train", root / "test"] if (root / "train").is_dir() and (root / "test").is_dir() else [root]
+    sets, shape = [], None
+    for part in parts:
+        try:
+            folder = ImageFolder(str(part), loader=_open_image)
+        except FileNotFoundError as error:
+            raise DataError(f"{part}: {str(error).splitlines()[0]}; images go into one folder for each class") from None
+        pixels = []
+        for image, _ in folder:
+            shape = shape or (1 if image.mode in ("1", "L", "I;16") else 3, image.height, image.width)
+            if image.size != (shape[2], shape[1]):
+                raise DataError(f"{part}: images must all be {shape[2]}×{shape[1]}, got {image.width}×{image.height}")
+            pixels.append(read_image(image, shape)[0])
+        sets.append(Dataset(torch.stack(pixels), torch.tensor(folder.targets), tuple(folder.classes), shape, 1 / 255,
+                            name=str(part)))  # fmt: skip
+    if len(sets) == 2 and sets[0].classes != sets[1].classes:
+        raise DataError(f"{root}: train and test have the classes {sets[0].classes} and {sets[1].classes}")
+    return tuple(sets) if len(sets) == 2 else split(sets[0])
+
+
+def _open_image(path: str):
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise DataError(f"{path}: not a readable image ({error})") from None

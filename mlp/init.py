@@ -1,0 +1,46 @@
+"""Initialisers by name, drawn from a seeded generator on the CPU so that every device starts from the same weights."""
+
+import functools
+import math
+
+import torch
+
+_INITIALISERS = {
+    "normal": torch.nn.init.normal_,
+    "xavier_normal": torch.nn.init.xavier_normal_,
+    "xavier_uniform": torch.nn.init.xavier_uniform_,
+    "kaiming_normal": functools.partial(torch.nn.init.kaiming_normal_, nonlinearity="relu"),
+    "kaiming_uniform": functools.partial(torch.nn.init.kaiming_uniform_, nonlinearity="relu"),
+}
+NAMES = ("torch", *_INITIALISERS)
+
+
+def _draw(init: str, weight: torch.Tensor, generator) -> None:
+    name, _, std = init.partition(":")
+    if name not in _INITIALISERS or (std and name != "normal"):
+        raise ValueError(f"init: unknown initialiser {init!r}; known: {', '.join(NAMES)}, and normal:STD, such as normal:0.1")
+    _INITIALISERS[name](weight, **({"std": float(std)} if std else {}), generator=generator)
+
+
+@torch.no_grad()
+def initialise(parameters: dict[str, torch.Tensor], init: str | None = None, seed: int | None = None) -> None:
+    """Fill weights and biases in place, in their order in `parameters`.
+
+    init: "torch" or None, nn.Linear's and nn.Conv2d's own: uniform within ±1/√fan_in, weights and biases; or another of
+    NAMES for the weights, with biases 0. seed: of a generator of its own; None draws from torch's global one.
+    """
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    bound = math.inf
+    for name, parameter in parameters.items():
+        values = torch.empty(parameter.shape, dtype=torch.float32)
+        is_weight = name.endswith("weight")
+        if is_weight:
+            fan_in = parameter[0].numel()
+            bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
+        if init in (None, "torch"):
+            values.uniform_(-bound, bound, generator=generator)
+        elif is_weight:
+            _draw(init, values, generator)
+        else:
+            values.zero_()
+        parameter.copy_(values)

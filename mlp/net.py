@@ -1,0 +1,163 @@
+"""The manual API: a network that is forward, backward and its arrays. No tape, no requires_grad, no modules.
+
+    net = Net([784, 100, 10])
+    logits = net.forward(x)                 # (batch, 10)
+    value = loss.forward(logits, target)
+    net.backward(loss.backward())           # fills net.grads
+    optimizer.step(grads=net.grads)
+
+All parameters are views of one flat tensor, all gradients of another.
+"""
+
+import itertools
+
+import torch
+
+import kernels
+from kernels import activations
+
+from .init import initialise
+from .modules import check_sizes
+
+_ALIGNMENT = 128  # bytes: a view starts on a cache line, so that loads of it can be vectorised
+
+
+class Stack:
+    """The linear layers of a network as one operation: what Net runs forward and backward."""
+
+    def __init__(self, sizes, activation="relu", output_activation="identity", bias=True, prefix=""):
+        self.sizes = check_sizes(sizes, "Net")
+        self.activation, self.output_activation = activation, output_activation
+        for name in (activation, output_activation):
+            activations.get(name, "Net")
+        self.layers = len(self.sizes) - 1
+        self.shapes = {}
+        for i, (k, n) in enumerate(itertools.pairwise(self.sizes)):
+            self.shapes[f"{prefix}{i}.weight"] = (n, k)
+            if bias:
+                self.shapes[f"{prefix}{i}.bias"] = (n,)
+        self.bias = bias
+        self._buffers = {}
+
+    def bind(self, parameters, grads):
+        """Take the tensors to work on: this stack's own views, in the order of `shapes`."""
+        step = 2 if self.bias else 1
+        self.weights = parameters[::step]
+        self.biases = parameters[1::step] if self.bias else [None] * self.layers
+        self.grads = list(zip(grads[::step], grads[1::step] if self.bias else [None] * self.layers))
+        self._buffers.clear()
+
+    def _buffers_for(self, rows):
+        """Outputs (y, z) and dz of every layer for a batch of `rows`; those of the two latest sizes are kept."""
+        if rows not in self._buffers:
+            while len(self._buffers) > 1:
+                self._buffers.pop(next(iter(self._buffers)))
+            like = self.weights[0]
+            names = [self.activation] * (self.layers - 1) + [self.output_activation]
+            outputs = [
+                (like.new_empty(rows, n), like.new_empty(rows, n) if activations.get(name).needs == "z" else None)
+                for n, name in zip(self.sizes[1:], names)
+            ]
+            self._buffers[rows] = outputs, [like.new_empty(rows, n) for n in self.sizes[1:]]
+        return self._buffers[rows]
+
+    def forward(self, x, keep=True):
+        """(rows, sizes[0]) -> (rows, sizes[-1]); with keep, into this stack's buffers and ready for `backward`."""
+        out = self._buffers_for(x.shape[0])[0] if keep else None
+        y, saved = kernels.mlp_fwd(x, self.weights, self.biases, self.activation, self.output_activation, out=out)
+        if keep:
+            self._saved = saved
+        return y
+
+    def backward(self, dy, input_grad=False):
+        """Fill the gradients from dy (rows, sizes[-1]); dx (rows, sizes[0]) if asked for."""
+        out = self._buffers_for(dy.shape[0])[1], self.grads
+        needs = (input_grad, *(True,) * self.layers, *(self.bias,) * self.layers)
+        return kernels.mlp_bwd(dy, *self._saved, needs=needs, out=out)[0]
+
+
+class Net:
+    """A network with its gradients written out. `parameters` and `grads`: "0.weight" -> view of `flat` and `flat_grad`.
+
+    sizes: widths from input to output. init: see `mlp.init`; seed: of the initial weights. float32, float16 and bfloat16
+    run in the kernels, float64 on the reference.
+    """
+
+    def __init__(
+        self, sizes, activation="relu", output_activation="identity", bias=True, init=None, device=None, dtype=None, seed=0
+    ):
+        config = {"kind": "mlp", "sizes": list(sizes), "activation": activation}
+        self._build({**config, "output_activation": output_activation, "bias": bias}, device, dtype)
+        initialise(self.parameters, init, seed)
+
+    @classmethod
+    def of(cls, module) -> "Net":
+        """A net that shares its parameters with an `mlp.MLP`: the module's are made views of the net's flat tensor."""
+        net = cls.__new__(cls)
+        first = next(iter(module.parameters()))
+        net._build(module.config(), first.device, first.dtype)
+        for name, parameter in module.named_parameters():
+            net.parameters[name].copy_(parameter.detach())
+            parameter.data = net.parameters[name]
+        return net
+
+    def _build(self, config, device, dtype):
+        self._config = config
+        self.stages = stages(config)
+        shapes = {name: shape for stage in self.stages for name, shape in stage.shapes.items()}
+        dtype = dtype or torch.get_default_dtype()
+        unit = _ALIGNMENT // torch.empty((), dtype=dtype).element_size()
+        sizes = [torch.Size(shape).numel() for shape in shapes.values()]
+        offsets = [0, *itertools.accumulate(-(-size // unit) * unit for size in sizes)]
+        self.flat = torch.zeros(offsets[-1], device=device, dtype=dtype)
+        self.flat_grad = torch.zeros_like(self.flat)
+        self.parameters, self.grads = (
+            {name: flat[start : start + size].view(shape) for (name, shape), start, size in zip(shapes.items(), offsets, sizes)}
+            for flat in (self.flat, self.flat_grad)
+        )
+        for stage in self.stages:
+            stage.bind([self.parameters[n] for n in stage.shapes], [self.grads[n] for n in stage.shapes])
+
+    def forward(self, x):
+        """Outputs for x (…, features), kept for `backward`. They lie in a buffer that the next forward overwrites."""
+        self._lead = x.shape[:-1]
+        y = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        for stage in self.stages:
+            y = stage.forward(y)
+        return y if x.dim() == 2 else y.view(*self._lead, -1)
+
+    def predict(self, x):
+        """As `forward`, into fresh memory and without keeping anything."""
+        y = x.reshape(-1, x.shape[-1])
+        for stage in self.stages:
+            y = stage.forward(y, keep=False)
+        return y.view(*x.shape[:-1], -1)
+
+    def backward(self, doutput, input_grad=False):
+        """Overwrite `grads` from the gradient of the latest forward's output; returns dx if `input_grad`, else None."""
+        dy = doutput if doutput.dim() == 2 else doutput.reshape(-1, doutput.shape[-1])
+        for i, stage in reversed(list(enumerate(self.stages))):
+            dy = stage.backward(dy, input_grad=input_grad or i > 0)
+        return None if dy is None else dy.view(*self._lead, -1)
+
+    def config(self) -> dict:
+        """The network's description, as a module's `config()`."""
+        return self._config
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The parameters, copied."""
+        return {name: p.clone() for name, p in self.parameters.items()}
+
+    def load_state_dict(self, state) -> None:
+        """Copy parameters in, from `state_dict` or from that of an `mlp.MLP` of the same sizes; else a ValueError."""
+        shapes = {name: tuple(t.shape) for name, t in state.items()}
+        expected = {name: tuple(p.shape) for name, p in self.parameters.items()}
+        if shapes != expected:
+            raise ValueError(f"Net: parameters must be {expected}, got {shapes}")
+        for name, p in self.parameters.items():
+            p.copy_(state[name])
+
+
+def stages(config: dict) -> list:
+    """The stages of the network that a module's `config()` describes."""
+    return [Stack(config["sizes"], config["activation"], config["output_activation"], config["bias"])]

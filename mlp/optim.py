@@ -1,0 +1,129 @@
+"""SGD, Adam and AdamW: torch's optimizers with one launch a step, and gradients that may be handed in.
+
+They are torch's classes: arguments, defaults, parameter groups, state_dict and learning-rate schedulers are torch's own.
+Only the update differs. `foreach` and `fused` have no effect; `differentiable` and `amsgrad` are refused.
+"""
+
+import torch
+
+import kernels
+
+
+def _refuse(name, **options):
+    for option, value in options.items():
+        if value:
+            raise ValueError(f"{name}: {option}=True is not supported; use torch.optim.{name}")
+
+
+class _Stepper:
+    """What the three share: which gradients a step uses."""
+
+    def step(self, closure=None, *, grads=None):
+        """Update every parameter from its .grad, or from `grads`: a sequence or dict in the parameters' order.
+
+        A parameter whose gradient is None is left alone, as in torch. Returns the closure's loss, if one is given.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.update(grads)
+        return loss
+
+    def constants(self) -> tuple | None:
+        """What an update depends on besides parameters, gradients and states; None while that changes from step to step."""
+        return None
+
+    @torch.no_grad()
+    def update(self, grads=None):
+        """`step` without torch's hooks and profiler record around it: what the engines call."""
+        if isinstance(grads, dict):
+            grads = grads.values()
+        grads = None if grads is None else list(grads)
+        count = sum(len(group["params"]) for group in self.param_groups)
+        if grads is not None and len(grads) != count:
+            raise ValueError(f"{type(self).__name__}: {count} parameters but {len(grads)} gradients")
+        start = 0
+        for group in self.param_groups:
+            params = group["params"]
+            given = [p.grad for p in params] if grads is None else grads[start : start + len(params)]
+            start += len(params)
+            if any(g is None for g in given):
+                params = [p for p, g in zip(params, given) if g is not None]
+                given = [g for g in given if g is not None]
+            if params:
+                self._update(group, params, given)
+
+
+class SGD(_Stepper, torch.optim.SGD):
+    """`torch.optim.SGD`: momentum, dampening, weight decay, Nesterov, maximize; lr a number or a device tensor."""
+
+    def __init__(self, params, lr=1e-3, momentum=0, **options):
+        _refuse("SGD", differentiable=options.get("differentiable"))
+        super().__init__(params, lr=lr, momentum=momentum, **options)
+
+    def constants(self):
+        """The hyperparameters, once momentum buffers exist and unless the learning rate is a tensor."""
+        if any(g["momentum"] and not all(self.state[p] for p in g["params"]) for g in self.param_groups):
+            return None
+        names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+        values = tuple(group[name] for group in self.param_groups for name in names)
+        return None if any(isinstance(value, torch.Tensor) for value in values) else values
+
+    def _update(self, group, params, grads):
+        options = (group["dampening"], group["weight_decay"], group["nesterov"], group["maximize"])
+        momentum = group["momentum"]
+        if not momentum:
+            return kernels.sgd(params, grads, params, group["lr"], 0.0, *options)
+        fresh = [self.state[p].get("momentum_buffer") is None for p in params]
+        for first in set(fresh):
+            members = [i for i, is_fresh in enumerate(fresh) if is_fresh == first]
+            for i in members:
+                if first:
+                    self.state[params[i]]["momentum_buffer"] = torch.empty_like(params[i])
+            buffers = [self.state[params[i]]["momentum_buffer"] for i in members]
+            subset, given = [params[i] for i in members], [grads[i] for i in members]
+            kernels.sgd(subset, given, buffers, group["lr"], momentum, *options, first)
+
+
+class Adam(_Stepper, torch.optim.Adam):
+    """`torch.optim.Adam`; with capturable=True the step counts live on the device, for CUDA graphs."""
+
+    def __init__(self, params, lr=1e-3, **options):
+        _refuse(type(self).__name__, differentiable=options.get("differentiable"), amsgrad=options.get("amsgrad"))
+        super().__init__(params, lr=lr, **options)
+
+    def _update(self, group, params, grads):
+        for p in params:
+            if not self.state[p]:
+                on = p.device if group["capturable"] else "cpu"
+                self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=on)
+                self.state[p]["exp_avg"] = torch.zeros_like(p)
+                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+        states = [self.state[p] for p in params]
+        steps = [s["step"] for s in states]
+        torch._foreach_add_(steps, 1)
+        if group["capturable"]:  # no host read: parameters of a group advance together
+            groups = {0: range(len(params))}
+        else:
+            groups = {}
+            for i, step in enumerate(steps):
+                groups.setdefault(int(step), []).append(i)
+        for count, members in groups.items():
+            kernels.adam([params[i] for i in members], [grads[i] for i in members],
+                         [states[i]["exp_avg"] for i in members], [states[i]["exp_avg_sq"] for i in members],
+                         steps[members[0]] if group["capturable"] else count, group["lr"], group["betas"], group["eps"],
+                         group["weight_decay"], self._decoupled(group), group["maximize"])  # fmt: skip
+
+    def _decoupled(self, group):
+        return group.get("decoupled_weight_decay", False)
+
+
+class AdamW(Adam, torch.optim.AdamW):
+    """`torch.optim.AdamW`: Adam whose weight decay does not pass through the moments."""
+
+    def _decoupled(self, group):
+        return True
+
+
+OPTIMIZERS = {"sgd": SGD, "adam": Adam, "adamw": AdamW}

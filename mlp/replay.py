@@ -1,0 +1,74 @@
+"""Record the torch calls of a step once, then repeat them without the Python between: what a CUDA graph is, on the CPU.
+
+A step of a small network is some thirty calls of a few microseconds each, and as much again of Python around them. Its
+buffers stay the same from step to step, so the calls do too. Every result gets a fixed home: views and constants are
+made once, calls that wrote into `out` or in place are repeated as they are, the others write where their first result lies.
+"""
+
+import functools
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_OPERATORS = {"__neg__": "neg", "__mul__": "mul", "__rmul__": "mul", "__truediv__": "div", "__add__": "add",
+              "__radd__": "add", "__sub__": "sub", "__pow__": "pow"}  # fmt: skip
+_HOST_READS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy")
+_BUFFERS = ("empty", "new_empty", "empty_like")
+_CONSTANTS = ("new_full", "new_zeros", "new_ones", "zeros_like", "ones_like", "full_like")
+
+
+class NotReplayable(RuntimeError):
+    """The recorded computation reads a result on the host, or changes what a replay takes as constant."""
+
+
+def _tensors(value) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [t for item in value for t in _tensors(item)] if isinstance(value, (tuple, list)) else []
+
+
+class Replay(TorchFunctionMode):
+    """`with Replay() as replay: …` runs and records; `replay()` repeats it on what its input buffers hold by then."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self._constants = [], set()
+
+    def __call__(self):
+        """Repeat the recorded calls."""
+        for call in self.calls:
+            call()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func.__name__
+        if name in _HOST_READS:
+            raise NotReplayable(f"{name} reads a tensor on the host")
+        result = func(*args, **kwargs)
+        in_place = name.endswith("_") and not name.endswith("__")
+        inputs = _tensors([*args, *kwargs.values()])
+        if in_place or kwargs.get("out") is not None:
+            changed = _tensors(kwargs["out"] if kwargs.get("out") is not None else args[0])
+            if any(t.data_ptr() in self._constants for t in changed):
+                raise NotReplayable(f"{name} changes a constant in place")
+            self.calls.append(functools.partial(func, *args, **kwargs))
+        elif isinstance(result, torch.Tensor):
+            if name in _BUFFERS:
+                pass  # to be written by a later call
+            elif not inputs or name in _CONSTANTS:
+                self._constants.add(result.data_ptr())
+            elif result.data_ptr() not in {t.data_ptr() for t in inputs}:  # not a view of an input
+                self.calls.append(self._into(result, name, func, args, kwargs))
+        elif _tensors(result):
+            raise NotReplayable(f"{name} returns several tensors")
+        return result
+
+    def _into(self, result, name, func, args, kwargs):
+        """The call that writes where `result` lies."""
+        function = getattr(torch, _OPERATORS.get(name, name), None)
+        kwargs = {key: value for key, value in kwargs.items() if key != "out"}
+        try:
+            function(*args, **kwargs, out=result)
+        except TypeError:  # no such function, or one without `out`
+            return lambda: result.copy_(func(*args, **kwargs))
+        return functools.partial(function, *args, **kwargs, out=result)

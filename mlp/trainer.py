@@ -1,0 +1,140 @@
+"""fit, evaluate, resume: epochs of one engine, what they measured, and the run folder."""
+
+import time
+
+import torch
+
+from . import engines
+from .data import Dataset, permutation
+from .engines import Diverged, parameters_of
+from .loss import SoftmaxCrossEntropy, per_sample
+from .net import Net
+from .optim import SGD
+
+_EVALUATION_ROWS = 4096
+
+
+class History(list):
+    """One dict an epoch: epoch, train_loss, train_accuracy, test_loss, test_accuracy, seconds, samples_per_second."""
+
+    def __str__(self):
+        return "\n".join(line(row) for row in self)
+
+
+def line(row: dict) -> str:
+    """One epoch for people."""
+    parts = [f"epoch {row['epoch']:3d}", f"loss {row['train_loss']:.4f}"]
+    for key, label in (("train_accuracy", "accuracy"), ("test_loss", "test loss"), ("test_accuracy", "test accuracy")):
+        if row.get(key) is not None:
+            parts.append(f"{label} {row[key]:.2%}" if "accuracy" in key else f"{label} {row[key]:.4f}")
+    return "  ".join([*parts, f"{row['samples_per_second']:,.0f} samples/s"])
+
+
+def as_dataset(data, device) -> Dataset:
+    """A data set of `mlp.data`, or a pair of tensors (inputs, targets), on the device."""
+    return (data if isinstance(data, Dataset) else Dataset(*data)).to(device)
+
+
+class Trainer:
+    """Trains a network with one engine.
+
+    model: an `mlp` module, any nn.Module, or a Net, already on its device. loss: one of `mlp.loss`, or any function of
+    (output, target) for the autograd engine; softmax cross-entropy if None. optimizer: an Optimizer over the model's
+    parameters, or a function of them; SGD with lr 0.1 if None. engine: "auto" takes the fastest that serves and
+    prints which and why (unless verbose is False).
+    """
+
+    def __init__(self, model, loss=None, optimizer=None, engine="auto", verbose=True):
+        self.model = model
+        self.loss = SoftmaxCrossEntropy() if loss is None else loss
+        parameters = parameters_of(model)
+        self.device = next(iter(parameters.values())).device
+        optimizer = (lambda params: SGD(params, lr=0.1)) if optimizer is None else optimizer
+        is_made = isinstance(optimizer, torch.optim.Optimizer)
+        self.optimizer = optimizer if is_made else optimizer(list(parameters.values()))
+        self.engine, self.engine_note = engines.choose(engine, model, self.loss, self.optimizer)
+        self.history = History()
+        if engine == "auto" and verbose:
+            print(self.engine_note)
+
+    def fit(self, train, epochs=10, batch_size=32, evaluate=None, seed=0, *, drop_last=False, scheduler=None,
+            on_epoch=None, on_step=None) -> History:  # fmt: skip
+        """Train until `epochs` epochs are done, counting those of a resumed run; returns the history of all.
+
+        train, evaluate: data sets, or pairs of tensors. seed: of the order of samples. drop_last: leave out the last,
+        smaller batch. scheduler: a torch learning-rate scheduler, stepped once an epoch. on_epoch(row) and on_step() are
+        called after each. Diverged if the loss is not finite: the weights are then those of the epoch's beginning.
+        """
+        train = as_dataset(train, self.device)
+        evaluate = None if evaluate is None else as_dataset(evaluate, self.device)
+        self._check(train, epochs, batch_size)
+        count = len(train) // batch_size * batch_size if drop_last else len(train)
+        if count == 0:
+            raise ValueError(f"fit: drop_last leaves nothing of {len(train)} samples in batches of {batch_size}")
+        for epoch in range(len(self.history) + 1, epochs + 1):
+            order = permutation(len(train), seed, epoch, self.device)[:count]
+            started = time.perf_counter()
+            result = self._epoch(epoch, train, order, batch_size, on_step)
+            seconds = time.perf_counter() - started
+            row = {
+                "epoch": epoch,
+                "train_loss": result.loss,
+                "train_accuracy": None if result.correct is None else result.correct / result.samples,
+                **(self.evaluate(evaluate) if evaluate is not None else {}),
+                "seconds": seconds,
+                "samples_per_second": result.samples / seconds,
+            }
+            self.history.append(row)
+            if scheduler is not None:
+                scheduler.step()
+            if on_epoch is not None:
+                on_epoch(row)
+        return self.history
+
+    def _epoch(self, epoch, train, order, batch_size, on_step):
+        parameters = parameters_of(self.model).values()
+        before = [p.detach().clone() for p in parameters]
+        try:
+            return self.engine.epoch(train, order, batch_size, on_step)
+        except FloatingPointError as error:
+            with torch.no_grad():
+                for p, good in zip(parameters, before):
+                    p.copy_(good)
+            lr = float(self.optimizer.param_groups[0]["lr"])
+            raise Diverged(f"training stopped: {error} of epoch {epoch} with learning rate {lr:g}; the weights are those "
+                           f"of the end of epoch {epoch - 1}: try a smaller learning rate") from None  # fmt: skip
+
+    def _check(self, train, epochs, batch_size):
+        if batch_size < 1 or epochs < 0:
+            raise ValueError(f"fit: batch_size must be positive and epochs not negative, got {batch_size} and {epochs}")
+        config = self.model.config() if hasattr(self.model, "config") else {}
+        features, outputs = config.get("sizes", (train.features, None))[0], config.get("sizes", (None,))[-1]
+        if features != train.features:
+            raise ValueError(f"fit: the network takes {features} features, but {train.name} has {train.features}")
+        if outputs is not None and train.is_classification and outputs < len(train.classes):
+            raise ValueError(f"fit: the network has {outputs} outputs, but {train.name} has {len(train.classes)} classes")
+
+    @torch.no_grad()
+    def evaluate(self, data) -> dict:
+        """{"test_loss", "test_accuracy"} of the whole data set; accuracy None where targets are not labels."""
+        data = as_dataset(data, self.device)
+        forward = self.model.predict if isinstance(self.model, Net) else self.model
+        total, correct = 0.0, 0
+        for x, y in data.chunks(_EVALUATION_ROWS, self.engine.dtype):
+            output = forward(x)
+            total += per_sample(self.loss, float(self.loss(output, y)), len(x)) * len(x)
+            correct += int((output.argmax(1) == y).sum()) if data.is_classification else 0
+        return {"test_loss": total / len(data), "test_accuracy": correct / len(data) if data.is_classification else None}
+
+    def state_dict(self) -> dict:
+        """What resuming needs: weights, optimizer state and history."""
+        parameters = {name: p.detach() for name, p in parameters_of(self.model).items()}
+        return {"model": parameters, "optimizer": self.optimizer.state_dict(), "history": list(self.history)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where `state_dict` was taken."""
+        with torch.no_grad():
+            for name, p in parameters_of(self.model).items():
+                p.copy_(state["model"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.history = History(state["history"])
