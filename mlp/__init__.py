@@ -6,7 +6,7 @@ from .data import Dataset
 from .engines import ENGINES, Diverged
 from .init import initialise
 from .loss import MeanSquaredError, SoftmaxCrossEntropy
-from .modules import MLP, CrossEntropyLoss, Linear, MSELoss
+from .modules import MLP, Conv2d, ConvNet, CrossEntropyLoss, Linear, MSELoss
 from .net import Net
 from .optim import SGD, Adam, AdamW
 from .trainer import History, Trainer
@@ -17,6 +17,8 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "Conv2d",
+    "ConvNet",
     "CrossEntropyLoss",
     "Dataset",
     "Diverged",

@@ -19,6 +19,11 @@ class CheckpointError(ValueError):
     """A file that is not the checkpoint it should be, in one line."""
 
 
+def _reason(error: Exception) -> str:
+    """What went wrong, without the advice and the traces that torch adds."""
+    return f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
+
+
 @contextmanager
 def replacing(path: Path):
     """A path to write to that takes the place of `path` at the end, or of nothing if writing fails."""
@@ -64,7 +69,7 @@ def read_weights(path) -> dict[str, torch.Tensor]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint") from None
     except Exception as error:  # pickle, zip and safetensors each raise their own
-        raise CheckpointError(f"{path}: not readable as weights ({str(error).splitlines()[0]})") from None
+        raise CheckpointError(f"{path}: not readable as weights ({_reason(error)})") from None
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise CheckpointError(f"{path}: must hold a plain state_dict, name -> tensor")
     return state
@@ -144,6 +149,6 @@ class RunFolder:
         except FileNotFoundError:
             raise CheckpointError(f"{self.path} cannot be resumed: it has no {RESUME}") from None
         except Exception as error:  # pickle and zip raise many kinds
-            raise CheckpointError(f"{self.path / RESUME}: not readable ({str(error).splitlines()[0]})") from None
+            raise CheckpointError(f"{self.path / RESUME}: not readable ({_reason(error)})") from None
         trainer.load_state_dict(state)
         (self.path / METRICS).write_text("".join(json.dumps(row) + "\n" for row in trainer.history))

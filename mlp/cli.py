@@ -93,7 +93,6 @@ def _free_folder(source: str) -> Path:
 def _prepare(settings: dict):
     """(recipe, train, test, device, dtype) of a run's settings."""
     recipe = recipes.Recipe(**settings["recipe"])
-    recipe = dataclasses.replace(recipe, hidden=tuple(recipe.hidden), normalize=recipe.normalize and tuple(recipe.normalize))
     device, dtype = pick_device(settings["device"]), pick_precision(settings["precision"])
     train, test = recipe.prepare(*data.load(settings["dataset"], settings["data_dir"]))
     return recipe, train, test, device, dtype
@@ -101,7 +100,7 @@ def _prepare(settings: dict):
 
 @app.command()
 def train(
-    dataset: Annotated[str, typer.Argument(help="digits, mnist, fashion-mnist, kmnist, or a path: .mat, .npz, image folder")] = "digits",
+    dataset: Annotated[str, typer.Argument(help=f"{', '.join(data.NAMES)}, or a path: .mat, .npz, image folder")] = "digits",
     recipe: Annotated[str, typer.Option(help="settings by name; see `handgrad recipes`")] = "default",
     hidden: Annotated[str | None, typer.Option(help="widths of the hidden layers, such as 100,50")] = None,
     activation: Annotated[str | None, typer.Option(help=f"one of {', '.join(kernels.ACTIVATIONS)}")] = None,
@@ -115,7 +114,7 @@ def train(
     engine: Annotated[str, typer.Option(help=f"auto, {', '.join(engines.ENGINES)}")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     precision: Annotated[str, typer.Option(help=f"one of {', '.join(PRECISIONS)}")] = "fp32",
-    data_dir: Annotated[Path | None, typer.Option(help="where data sets lie or are downloaded to; default $HANDGRAD_DATA, else the cache")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="folder of data sets; default $HANDGRAD_DATA, else the cache")] = None,
     out: Annotated[Path | None, typer.Option(help="run folder; default runs/DATASET, numbered")] = None,
     force: Annotated[bool, typer.Option("--force", help="replace the run in --out")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out, up to --epochs")] = False,
@@ -143,11 +142,11 @@ def train(
     trainer = Trainer(model, chosen.make_loss(), chosen.make_optimizer, settings["engine"], verbose=False)
     if not resume:
         run = RunFolder.create(out or _free_folder(dataset), force)
-    run.config = settings
     if resume:
         run.resume(trainer)
-    print(f"{train_set.name}: {len(train_set):,} samples, {' → '.join(map(str, model.config()['sizes']))} "
-          f"{chosen.activation}, {trainer.engine_note}, {on}")  # fmt: skip
+    run.config = settings
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{train_set.name}: {len(train_set):,} samples; {chosen.about}; {count:,} parameters; {trainer.engine_note}; {on}")
     _fit(trainer, chosen, train_set, test_set, settings["seed"], run)
 
 

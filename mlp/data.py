@@ -207,7 +207,7 @@ def _from_arrays(x, y, name: str) -> Dataset:
         raise DataError(f"{name}: inputs and labels must be arrays of numbers") from None
     if targets.dim() == 2 and 1 in targets.shape:
         targets = targets.flatten()
-    if targets.dim() != 1 or len(inputs) != len(targets):
+    if targets.dim() != 1 or inputs.dim() == 0 or len(inputs) != len(targets):
         raise DataError(f"{name}: inputs {tuple(inputs.shape)} need as many labels, got {tuple(targets.shape)}")
     if targets.is_floating_point() and bool((targets != targets.round()).any()):
         raise DataError(f"{name}: labels must be whole numbers, got {float(targets[targets != targets.round()][0])}")
@@ -224,6 +224,8 @@ def _pairs(arrays: dict, keys, name: str) -> tuple[Dataset, Dataset]:
     train = _from_arrays(arrays[keys[0]], arrays[keys[1]], name)
     if keys[2] in arrays and keys[3] in arrays:
         test = _from_arrays(arrays[keys[2]], arrays[keys[3]], name)
+        if test.features != train.features:
+            raise DataError(f"{name}: training inputs have {train.features} features, test inputs {test.features}")
         classes = max(train.classes, test.classes, key=len)
         return replace(train, classes=classes), replace(test, classes=classes)
     return split(train)
@@ -288,7 +290,9 @@ def _image_folder(root: Path) -> tuple[Dataset, Dataset]:
         try:
             folder = ImageFolder(str(part), loader=_open_image)
         except FileNotFoundError as error:
-            raise DataError(f"{part}: {str(error).splitlines()[0]}; images go into one folder for each class") from None
+            raise DataError(
+                f"{part}: {str(error).splitlines()[0].rstrip('.')}; images go into one folder for each class"
+            ) from None
         pixels = []
         for image, _ in folder:
             shape = shape or (1 if image.mode in ("1", "L", "I;16") else 3, image.height, image.width)

@@ -14,7 +14,7 @@ import torch
 import kernels
 
 from . import loss as losses
-from .modules import MLP
+from .modules import MLP, ConvNet
 from .net import Net
 from .replay import Replay
 
@@ -103,9 +103,9 @@ class Manual(Engine):
 
     @classmethod
     def refuses(cls, model, loss, optimizer):
-        if not isinstance(model, (Net, MLP)):
-            return f"manual: has no backward for {type(model).__name__}, only for Net and MLP"
-        frozen = [name for name, p in parameters_of(model).items() if isinstance(model, MLP) and not p.requires_grad]
+        if not isinstance(model, (Net, MLP, ConvNet)):
+            return f"manual: has no backward for {type(model).__name__}, only for Net, MLP and ConvNet"
+        frozen = [name for name, p in parameters_of(model).items() if not (isinstance(model, Net) or p.requires_grad)]
         if frozen:
             return f"manual: trains every parameter, but {frozen[0]} does not require a gradient"
         if not hasattr(loss, "backward"):
@@ -118,14 +118,26 @@ class Manual(Engine):
         self._constants = getattr(optimizer, "constants", lambda: None)
         self._replays, self._labels_valid = {}, False
         self.update = getattr(optimizer, "update", None) or self._foreign_update
+        self._bind()
+
+    def _bind(self):
+        """Take the module's parameters back if they were moved since, and list gradients in the optimizer's order."""
+        parameters = parameters_of(self.model)
+        if any(p.data_ptr() != self.net.parameters[name].data_ptr() for name, p in parameters.items()):
+            self.net = Net.of(self.model)
+            self._replays.clear()
+        names = {id(p): name for name, p in parameters.items()}
+        self._updated = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._grads = [self.net.grads.get(names.get(id(p))) for p in self._updated]
 
     def _foreign_update(self, grads):
         """Any other torch optimizer reads .grad."""
-        for p, g in zip(parameters_of(self.model).values(), grads.values()):
+        for p, g in zip(self._updated, grads):
             p.grad = g
         self.optimizer.step()
 
     def epoch(self, data, order, batch_size, on_step=None):
+        self._bind()
         # A data set's labels are classes; whether one of them is the ignored one is the loss's business.
         ignored = self.loss.options[1] if isinstance(self.loss, losses.SoftmaxCrossEntropy) else -1
         self._labels_valid = data.is_classification and not 0 <= ignored < len(data.classes)
@@ -135,7 +147,7 @@ class Manual(Engine):
     def step(self, x, y):
         if not (self._labels_valid and x.device.type == "cpu" and kernels.path(x) == "torch"):
             result = self._gradients(x, y)
-            self.update(self.net.grads)
+            self.update(self._grads)
             return result
         constants = self._constants()
         key = (x.data_ptr(), y.data_ptr(), len(x), constants)
@@ -145,13 +157,13 @@ class Manual(Engine):
             with Replay() as replay:
                 result = self._gradients(x, y)
                 if constants is not None:
-                    self.update(self.net.grads)
+                    self.update(self._grads)
             self._replays[key] = replay, result
         else:
             replay, result = self._replays[key]
             replay()
         if constants is None:
-            self.update(self.net.grads)
+            self.update(self._grads)
         return result
 
     def _gradients(self, x, y):

@@ -1,6 +1,7 @@
 """The autograd API: nn.Modules that hold parameters and make one `kernels` call each."""
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -77,6 +78,84 @@ class MLP(nn.Module):
         }
 
 
+class Conv2d(nn.Conv2d):
+    """`nn.Conv2d` with its activation and max-pool fused in; groups = 1 and zero padding. state_dict as nn.Conv2d's."""
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, bias=True,
+                 activation="identity", max_pool=1, device=None, dtype=None):  # fmt: skip
+        activations.get(activation, "Conv2d")
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=bias, device=device, dtype=dtype)
+        self.activation, self.max_pool = activation, max_pool
+
+    def forward(self, input):
+        """(N, in, H, W) or (in, H, W) -> images of the convolution's size over max_pool."""
+        return kernels.conv2d(input, self.weight, self.bias, self.stride, self.padding, self.activation, self.max_pool,
+                              self.dilation)  # fmt: skip
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, activation={self.activation}, max_pool={self.max_pool}"
+
+
+class ConvNet(nn.Module):
+    """Convolutions, each with activation and max-pool, then a multilayer perceptron on the flattened result.
+
+    image_shape (C, H, W); channels, kernel_size, max_pool of the convolutions; hidden: widths of the perceptron's hidden
+    layers; classes: outputs. Parameters: "conv.0.weight", …, "mlp.0.weight", … The defaults are the LeNet-like network
+    of the recipe `convnet`: 1 → 6 → 12 channels, 192-120-60-10.
+    """
+
+    def __init__(self, image_shape=(1, 28, 28), channels=(6, 12), kernel_size=5, max_pool=2, hidden=(120, 60), classes=10,
+                 activation="relu", init=None, device=None, dtype=None):  # fmt: skip
+        super().__init__()
+        self.arguments = {
+            "image_shape": list(image_shape),
+            "channels": list(channels),
+            "kernel_size": kernel_size,
+            "max_pool": max_pool,
+            "hidden": list(hidden),
+            "classes": classes,
+            "activation": activation,
+        }
+        layers, features = conv_layers(self.arguments)
+        self.conv = nn.ModuleList(
+            Conv2d(c, o, kernel_size, activation=activation, max_pool=max_pool, device=device, dtype=dtype) for c, o in layers
+        )
+        self.mlp = MLP((features, *hidden, classes), activation, device=device, dtype=dtype)
+        if init is not None:
+            initialise(dict(self.named_parameters()), init)
+
+    def forward(self, input):
+        """(N, C, H, W), or flattened (N, C·H·W), -> (N, classes)."""
+        y = input.reshape(-1, *self.arguments["image_shape"])
+        for layer in self.conv:
+            y = layer(y)
+        return self.mlp(y.flatten(1))
+
+    def config(self) -> dict:
+        """The arguments that build this network again, as JSON can hold them."""
+        return {"kind": "convnet", **self.arguments}
+
+
+def conv_layers(arguments: dict) -> tuple[list[tuple[int, int]], int]:
+    """(in, out) channels of each convolution of a ConvNet, and the features left; a ValueError where an image is too small."""
+    channels = [arguments["image_shape"][0], *arguments["channels"]]
+    size, k, pool = list(arguments["image_shape"][1:]), arguments["kernel_size"], arguments["max_pool"]
+    for layer in range(len(channels) - 1):
+        reduced = [(side - k + 1) // pool for side in size]
+        if min(reduced) < 1:
+            raise ValueError(f"ConvNet: convolution {layer} needs images of at least {k + pool - 1} × {k + pool - 1}, "
+                             f"got {size[0]} × {size[1]} (image_shape {tuple(arguments['image_shape'])})")  # fmt: skip
+        size = reduced
+    return list(itertools.pairwise(channels)), channels[-1] * size[0] * size[1]
+
+
+def ends(config: dict) -> tuple[int, int]:
+    """Features in and outputs of the network that a `config()` describes."""
+    if config["kind"] == "convnet":
+        return math.prod(config["image_shape"]), config["classes"]
+    return config["sizes"][0], config["sizes"][-1]
+
+
 class CrossEntropyLoss(nn.CrossEntropyLoss):
     """`nn.CrossEntropyLoss`, loss and gradient in one pass over the logits."""
 
@@ -96,7 +175,7 @@ class MSELoss(nn.MSELoss):
 def build(config: dict, device=None, dtype=None) -> torch.nn.Module:
     """The network that a `config()` describes, with fresh weights."""
     arguments = {key: value for key, value in config.items() if key != "kind"}
-    kinds = {"mlp": MLP}
+    kinds = {"mlp": MLP, "convnet": ConvNet}
     if config.get("kind") not in kinds:
         raise ValueError(f"build: unknown kind of network {config.get('kind')!r}; known: {', '.join(kinds)}")
     return kinds[config["kind"]](**arguments, device=device, dtype=dtype)

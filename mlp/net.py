@@ -17,7 +17,7 @@ import kernels
 from kernels import activations
 
 from .init import initialise
-from .modules import check_sizes
+from .modules import check_sizes, conv_layers
 
 _ALIGNMENT = 128  # bytes: a view starts on a cache line, so that loads of it can be vectorised
 
@@ -76,6 +76,37 @@ class Stack:
         return kernels.mlp_bwd(dy, *self._saved, needs=needs, out=out)[0]
 
 
+class Convolution:
+    """A convolution with its activation and max-pool. Rows in and out are flattened images."""
+
+    def __init__(self, image_shape, channels, kernel_size, max_pool, activation, prefix):
+        self.image_shape, self.options = image_shape, (1, 0, activation, max_pool)
+        self.shapes = {
+            f"{prefix}weight": (channels, image_shape[0], kernel_size, kernel_size),
+            f"{prefix}bias": (channels,),
+        }
+        self.out_shape = (channels, *((side - kernel_size + 1) // max_pool for side in image_shape[1:]))
+
+    def bind(self, parameters, grads):
+        """Take the tensors to work on, in the order of `shapes`."""
+        (self.weight, self.bias), self.grads = parameters, grads
+
+    def forward(self, x, keep=True):
+        """(rows, C·H·W) -> (rows, features of the pooled result)."""
+        y, saved = kernels.conv2d_fwd(x.view(-1, *self.image_shape), self.weight, self.bias, *self.options)
+        if keep:
+            self._saved = saved
+        return y.flatten(1)
+
+    def backward(self, dy, input_grad=False):
+        """Fill the gradients from dy; dx (rows, C·H·W) if asked for."""
+        dy = dy.view(-1, *self.out_shape)
+        dx, *grads = kernels.conv2d_bwd(dy, *self._saved, needs=(input_grad, True, True))
+        for kept, grad in zip(self.grads, grads):
+            kept.copy_(grad)
+        return None if dx is None else dx.flatten(1)
+
+
 class Net:
     """A network with its gradients written out. `parameters` and `grads`: "0.weight" -> view of `flat` and `flat_grad`.
 
@@ -92,7 +123,7 @@ class Net:
 
     @classmethod
     def of(cls, module) -> "Net":
-        """A net that shares its parameters with an `mlp.MLP`: the module's are made views of the net's flat tensor."""
+        """A net that shares its parameters with an `mlp.MLP` or `mlp.ConvNet`, which are made views of the net's flat tensor."""
         net = cls.__new__(cls)
         first = next(iter(module.parameters()))
         net._build(module.config(), first.device, first.dtype)
@@ -124,21 +155,21 @@ class Net:
         y = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         for stage in self.stages:
             y = stage.forward(y)
-        return y if x.dim() == 2 else y.view(*self._lead, -1)
+        return y if x.dim() == 2 else y.view(*self._lead, y.shape[-1])
 
     def predict(self, x):
         """As `forward`, into fresh memory and without keeping anything."""
         y = x.reshape(-1, x.shape[-1])
         for stage in self.stages:
             y = stage.forward(y, keep=False)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def backward(self, doutput, input_grad=False):
         """Overwrite `grads` from the gradient of the latest forward's output; returns dx if `input_grad`, else None."""
         dy = doutput if doutput.dim() == 2 else doutput.reshape(-1, doutput.shape[-1])
         for i, stage in reversed(list(enumerate(self.stages))):
             dy = stage.backward(dy, input_grad=input_grad or i > 0)
-        return None if dy is None else dy.view(*self._lead, -1)
+        return None if dy is None else dy.view(*self._lead, dy.shape[-1])
 
     def config(self) -> dict:
         """The network's description, as a module's `config()`."""
@@ -160,4 +191,11 @@ class Net:
 
 def stages(config: dict) -> list:
     """The stages of the network that a module's `config()` describes."""
-    return [Stack(config["sizes"], config["activation"], config["output_activation"], config["bias"])]
+    if config["kind"] == "mlp":
+        return [Stack(config["sizes"], config["activation"], config["output_activation"], config["bias"])]
+    layers, features = conv_layers(config)
+    found, shape = [], tuple(config["image_shape"])
+    for i, (_, channels) in enumerate(layers):
+        stage = Convolution(shape, channels, config["kernel_size"], config["max_pool"], config["activation"], f"conv.{i}.")
+        found, shape = [*found, stage], stage.out_shape
+    return [*found, Stack((features, *config["hidden"], config["classes"]), config["activation"], prefix="mlp.")]

@@ -40,6 +40,7 @@ class _Stepper:
         if isinstance(grads, dict):
             grads = grads.values()
         grads = None if grads is None else list(grads)
+        self._opt_called = True  # torch's schedulers ask whether a step was taken
         count = sum(len(group["params"]) for group in self.param_groups)
         if grads is not None and len(grads) != count:
             raise ValueError(f"{type(self).__name__}: {count} parameters but {len(grads)} gradients")

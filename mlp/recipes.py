@@ -18,6 +18,7 @@ class Recipe:
 
     about: str
     hidden: tuple[int, ...] = (100, 50)
+    channels: tuple[int, ...] = ()  # of convolutions before the hidden layers: none is an MLP
     activation: str = "relu"
     output_activation: str = "identity"
     bias: bool = True
@@ -43,6 +44,21 @@ class Recipe:
     def network(self, train) -> dict:
         """The `config()` of this recipe's network for a data set."""
         outputs = len(train.classes) if train.is_classification else train.targets.shape[1]
+        if self.channels:
+            if train.image_shape is None:
+                raise ValueError(
+                    f"a network with convolutions needs images, but {train.name} has rows of {train.features} numbers"
+                )
+            return {
+                "kind": "convnet",
+                "image_shape": list(train.image_shape),
+                "channels": list(self.channels),
+                "kernel_size": 5,
+                "max_pool": 2,
+                "hidden": list(self.hidden),
+                "classes": outputs,
+                "activation": self.activation,
+            }
         return {
             "kind": "mlp",
             "sizes": [train.features, *self.hidden, outputs],
@@ -71,7 +87,56 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
-    "default": Recipe("a ReLU network with momentum", optimizer_options={"lr": 0.05, "momentum": 0.9}, epochs=20),
+    "default": Recipe("a ReLU network, SGD with momentum", optimizer_options={"lr": 0.05, "momentum": 0.9}, epochs=20),
+    "convnet": Recipe(
+        "two convolutions with max-pool, then 192-120-60-10; Adam; the first 50,000 images",
+        hidden=(120, 60),
+        channels=(6, 12),
+        optimizer="adam",
+        optimizer_options={"lr": 0.01},
+        batch_size=100,
+        epochs=10,
+        train_samples=50_000,
+    ),
+    "classifier": Recipe(
+        "784-120-256-10 ReLU, SGD with momentum, batches of 4",
+        hidden=(120, 256),
+        optimizer_options={"lr": 0.001, "momentum": 0.9},
+        batch_size=4,
+        epochs=2,
+        normalize=(0.5, 0.5),
+    ),
+    # The loss is averaged over the batch and the ten classes: a tenth of the usual, and so is every gradient.
+    "sigmoid": Recipe(
+        "784-100-50-10 sigmoid, weights normal(0, 0.1), plain SGD, loss averaged over classes too",
+        activation="sigmoid",
+        init="normal:0.1",
+        loss_options={"scale": 0.1},
+        drop_last=True,
+    ),
+    # The notebook divides the bias gradient by the batch twice; here it is the gradient of the mean loss.
+    "deep-linear": Recipe(
+        "784-64-64-64-64-64-10 without activations, Xavier normal weights, slow SGD",
+        hidden=(64,) * 5,
+        activation="identity",
+        init="xavier_normal",
+        optimizer_options={"lr": 0.001},
+        epochs=20,
+        normalize=(0.5, 0.5),
+    ),
+    # The notebook takes σ' at σ(z); here it is taken at z, which is the derivative.
+    "mse": Recipe(
+        "784-100-10, sigmoid on both layers, no biases, half the summed squared error",
+        hidden=(100,),
+        activation="sigmoid",
+        output_activation="sigmoid",
+        bias=False,
+        init="normal",
+        loss="mse",
+        loss_options={"reduction": "sum", "scale": 0.5},
+        epochs=5,
+        normalize=(0.1307, 0.3081),
+    ),
 }
 
 

@@ -14,6 +14,7 @@ _OPERATORS = {"__neg__": "neg", "__mul__": "mul", "__rmul__": "mul", "__truediv_
               "__radd__": "add", "__sub__": "sub", "__pow__": "pow"}  # fmt: skip
 _HOST_READS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy")
 _BUFFERS = ("empty", "new_empty", "empty_like")
+_IN_PLACE = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__setitem__")
 _CONSTANTS = ("new_full", "new_zeros", "new_ones", "zeros_like", "ones_like", "full_like")
 
 
@@ -45,7 +46,7 @@ class Replay(TorchFunctionMode):
         if name in _HOST_READS:
             raise NotReplayable(f"{name} reads a tensor on the host")
         result = func(*args, **kwargs)
-        in_place = name.endswith("_") and not name.endswith("__")
+        in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
         inputs = _tensors([*args, *kwargs.values()])
         if in_place or kwargs.get("out") is not None:
             changed = _tensors(kwargs["out"] if kwargs.get("out") is not None else args[0])
@@ -60,7 +61,7 @@ class Replay(TorchFunctionMode):
             elif result.data_ptr() not in {t.data_ptr() for t in inputs}:  # not a view of an input
                 self.calls.append(self._into(result, name, func, args, kwargs))
         elif _tensors(result):
-            raise NotReplayable(f"{name} returns several tensors")
+            self.calls.append(lambda: torch._foreach_copy_(_tensors(result), _tensors(func(*args, **kwargs))))
         return result
 
     def _into(self, result, name, func, args, kwargs):

@@ -8,6 +8,7 @@ from . import engines
 from .data import Dataset, permutation
 from .engines import Diverged, parameters_of
 from .loss import SoftmaxCrossEntropy, per_sample
+from .modules import ends
 from .net import Net
 from .optim import SGD
 
@@ -47,6 +48,8 @@ class Trainer:
     def __init__(self, model, loss=None, optimizer=None, engine="auto", verbose=True):
         self.model = model
         self.loss = SoftmaxCrossEntropy() if loss is None else loss
+        if getattr(self.loss, "reduction", "mean") == "none":
+            raise ValueError("Trainer: the loss must be one number, its reduction mean or sum, got none")
         parameters = parameters_of(model)
         self.device = next(iter(parameters.values())).device
         optimizer = (lambda params: SGD(params, lr=0.1)) if optimizer is None else optimizer
@@ -68,6 +71,8 @@ class Trainer:
         train = as_dataset(train, self.device)
         evaluate = None if evaluate is None else as_dataset(evaluate, self.device)
         self._check(train, epochs, batch_size)
+        if evaluate is not None:
+            self._check(evaluate, epochs, batch_size)
         count = len(train) // batch_size * batch_size if drop_last else len(train)
         if count == 0:
             raise ValueError(f"fit: drop_last leaves nothing of {len(train)} samples in batches of {batch_size}")
@@ -107,11 +112,12 @@ class Trainer:
     def _check(self, train, epochs, batch_size):
         if batch_size < 1 or epochs < 0:
             raise ValueError(f"fit: batch_size must be positive and epochs not negative, got {batch_size} and {epochs}")
-        config = self.model.config() if hasattr(self.model, "config") else {}
-        features, outputs = config.get("sizes", (train.features, None))[0], config.get("sizes", (None,))[-1]
+        if not hasattr(self.model, "config"):
+            return
+        features, outputs = ends(self.model.config())
         if features != train.features:
             raise ValueError(f"fit: the network takes {features} features, but {train.name} has {train.features}")
-        if outputs is not None and train.is_classification and outputs < len(train.classes):
+        if train.is_classification and outputs < len(train.classes):
             raise ValueError(f"fit: the network has {outputs} outputs, but {train.name} has {len(train.classes)} classes")
 
     @torch.no_grad()
@@ -133,8 +139,12 @@ class Trainer:
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where `state_dict` was taken."""
+        parameters = parameters_of(self.model)
+        found, expected = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (state["model"], parameters))
+        if found != expected:
+            raise ValueError(f"the state of another network: has {found}, needs {expected}")
         with torch.no_grad():
-            for name, p in parameters_of(self.model).items():
+            for name, p in parameters.items():
                 p.copy_(state["model"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.history = History(state["history"])
