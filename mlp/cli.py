@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, recipes, info. Errors are one line on stderr and exit status 2."""
+"""The command line: train, evaluate, report, predict, recipes, info. Errors are one line on stderr and exit status 2."""
 
 import dataclasses
 import importlib.metadata
@@ -13,7 +13,7 @@ import typer
 
 import kernels
 
-from . import checkpoint, data, engines, recipes, report
+from . import checkpoint, data, engines, metrics, recipes, report
 from .checkpoint import RunFolder
 from .trainer import Trainer, line
 
@@ -117,6 +117,7 @@ def train(
     data_dir: Annotated[Path | None, typer.Option(help="folder of data sets; default $HANDGRAD_DATA, else the cache")] = None,
     out: Annotated[Path | None, typer.Option(help="run folder; default runs/DATASET, numbered")] = None,
     force: Annotated[bool, typer.Option("--force", help="replace the run in --out")] = False,
+    plots: Annotated[bool, typer.Option("--plots", help="draw all pictures of `handgrad report` at the end")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out, up to --epochs")] = False,
 ):  # fmt: skip
     """Train a network; prints a line an epoch and writes a run folder."""
@@ -144,10 +145,14 @@ def train(
         run = RunFolder.create(out or _free_folder(dataset), force)
     if resume:
         run.resume(trainer)
+    settings["data"] = {"classes": list(train_set.classes), "image_shape": train_set.image_shape,
+                        "scale": train_set.scale, "shift": train_set.shift}  # fmt: skip
     run.config = settings
     count = sum(p.numel() for p in model.parameters())
     print(f"{train_set.name}: {len(train_set):,} samples; {chosen.about}; {count:,} parameters; {trainer.engine_note}; {on}")
     _fit(trainer, chosen, train_set, test_set, settings["seed"], run)
+    if plots:
+        _draw(run, chosen, test_set, model)
 
 
 def _required(value, message: str):
@@ -175,20 +180,77 @@ def _fit(trainer, recipe, train_set, test_set, seed, run):
     print(f"trained {sum(row['seconds'] for row in trainer.history):.1f} s; run folder {run.path}")
 
 
-@app.command()
-def evaluate(
-    run: Annotated[Path, typer.Argument(help="a run folder")],
-    data_dir: Annotated[Path | None, typer.Option(help="as for train; default: the run's")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
-):
-    """Loss and accuracy of a trained network on its test data."""
+def _open(run: Path, data_dir, device: str):
+    """(settings, recipe, test data, model on its device) of a run folder."""
     settings = {**RunFolder(run).config, "device": device}
     settings["data_dir"] = str(data_dir) if data_dir else settings["data_dir"]
     recipe, _, test_set, on, _ = _prepare(settings)
-    trainer = Trainer(checkpoint.load(run, on), recipe.make_loss(), recipe.make_optimizer, "autograd", verbose=False)
+    return settings, recipe, test_set, checkpoint.load(run, on)
+
+
+_RunArgument = Annotated[Path, typer.Argument(help="a run folder")]
+_DataOption = Annotated[Path | None, typer.Option(help="as for train; default: the run's")]
+_DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
+
+
+@app.command()
+def evaluate(
+    run: _RunArgument,
+    top: Annotated[int | None, typer.Option(help="k of the top-k accuracy; default 5, or all classes if fewer")] = None,
+    data_dir: _DataOption = None,
+    device: _DeviceOption = "auto",
+):
+    """Loss and accuracy of a trained network on its test data: top-1, top-k and by class."""
+    _, recipe, test_set, model = _open(run, data_dir, device)
+    trainer = Trainer(model, recipe.make_loss(), recipe.make_optimizer, "autograd", verbose=False)
     result = trainer.evaluate(test_set)
-    accuracy = "" if result["test_accuracy"] is None else f", accuracy {result['test_accuracy']:.2%}"
-    print(f"{test_set.name}: {len(test_set):,} samples, loss {result['test_loss']:.4f}{accuracy}")
+    print(f"{test_set.name}: {len(test_set):,} samples, loss {result['test_loss']:.4f}")
+    if test_set.is_classification:
+        scores = metrics.probabilities(model, trainer.loss, test_set)
+        measured = metrics.classification(scores, test_set, top or min(5, len(test_set.classes)))
+        print(f"accuracy {measured['accuracy']:.2%}, top-{measured['k']} {measured['top_k']:.2%}")
+        for name, share in measured["per_class"].items():
+            print(f"  {name:<20} {'no samples' if share is None else f'{share:.2%}'}")
+
+
+@app.command("report")
+def draw(run: _RunArgument, data_dir: _DataOption = None, device: _DeviceOption = "auto"):
+    """Draw a run: curves, test images with predictions, confusion matrix, the first layer's weights."""
+    _, recipe, test_set, model = _open(run, data_dir, device)
+    for path in _draw(RunFolder(run), recipe, test_set, model):
+        print(path)
+
+
+def _draw(run: RunFolder, recipe, test_set, model) -> list[Path]:
+    scores = measured = None
+    if test_set.is_classification:
+        scores = metrics.probabilities(model, recipe.make_loss(), test_set)
+        measured = metrics.classification(scores, test_set, 1)
+    return report.write_all(run.history, model, scores, measured, test_set, run.path)
+
+
+@app.command()
+def predict(
+    run: _RunArgument,
+    images: Annotated[list[Path], typer.Argument(help="PNG or JPEG files")],
+    device: _DeviceOption = "auto",
+):
+    """The class of each image, and its probability. Images of another size are resized, with a note."""
+    settings = RunFolder(run).config
+    facts, recipe = settings["data"], recipes.Recipe(**settings["recipe"])
+    if facts["image_shape"] is None:
+        raise ValueError(f"{run} was trained on rows of numbers, not on images: it cannot read {images[0]}")
+    model = checkpoint.load(run, pick_device(device))
+    dtype = pick_precision(settings["precision"])
+    pixels, notes = zip(*(data.open_image(path, tuple(facts["image_shape"])) for path in images))
+    batch = data.Dataset(torch.stack(pixels), torch.zeros(len(pixels), dtype=torch.int64), tuple(facts["classes"]),
+                         scale=facts["scale"], shift=facts["shift"])  # fmt: skip
+    with torch.no_grad():
+        x = batch.read(batch.inputs, dtype).to(next(model.parameters()).device)
+        scores = recipe.make_loss().probabilities(model(x)).float().cpu()
+    for path, note, score in zip(images, notes, scores):
+        best = int(score.argmax())
+        print(f"{path}: {facts['classes'][best]} ({score[best]:.1%})" + (f", {note}" if note else ""))
 
 
 @app.command("recipes")

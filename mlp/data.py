@@ -80,7 +80,7 @@ class Dataset:
 
     def read(self, raw: torch.Tensor, dtype=torch.float32, out=None) -> torch.Tensor:
         """Rows of `inputs` as numbers: raw · scale + shift in `dtype`."""
-        x = torch.mul(raw if raw.dtype != torch.uint8 or dtype == torch.float32 else raw.to(dtype), self.scale, out=out)
+        x = torch.mul(raw if raw.dtype == torch.uint8 and dtype == torch.float32 else raw.to(dtype), self.scale, out=out)
         if self.shift:
             x = x.add_(self.shift)
         return x.to(dtype)
@@ -94,13 +94,13 @@ class Dataset:
                 self._buffers.pop(next(iter(self._buffers)))
             self._buffers[key] = (
                 self.inputs.new_empty(rows, self.features),
-                self.inputs.new_empty(rows, self.features, dtype=torch.float32) if self.inputs.dtype == torch.uint8 else None,
+                self.inputs.new_empty(rows, self.features, dtype=dtype),
                 self.targets.new_empty(rows, *self.targets.shape[1:]),
             )
         raw, x, y = self._buffers[key]
         torch.index_select(self.inputs, 0, indices, out=raw)
         torch.index_select(self.targets, 0, indices, out=y)
-        return self.read(raw, dtype, x if dtype == torch.float32 else None), y
+        return self.read(raw, dtype, x), y
 
     def chunks(self, size: int, dtype=torch.float32):
         """(inputs, targets) of consecutive pieces of at most `size` samples, in order: for evaluation."""
@@ -164,8 +164,8 @@ def _digits() -> tuple[Dataset, Dataset]:
     except ImportError:
         raise needs_extra("scikit-learn", "the data set digits") from None
     bunch = load_digits()
-    pixels = torch.from_numpy(bunch.images).to(torch.uint8)  # 0 to 16
-    return split(Dataset(pixels, torch.from_numpy(bunch.target), image_shape=(1, 8, 8), scale=1 / 16, name="digits"))
+    pixels = torch.from_numpy(bunch.images * 255 / 16).round().to(torch.uint8)  # 0 to 16 there, as an image file here
+    return split(Dataset(pixels, torch.from_numpy(bunch.target), image_shape=(1, 8, 8), scale=1 / 255, name="digits"))
 
 
 def _torchvision(name: str, root: Path) -> tuple[Dataset, Dataset]:
@@ -265,17 +265,23 @@ def _npz(paths: list[Path]) -> tuple[Dataset, Dataset]:
     raise DataError(f"{paths[0]}: needs the arrays {expected}, found {', '.join(sorted(arrays)) or 'none'}")
 
 
-def read_image(image, shape: tuple[int, int, int]) -> tuple[torch.Tensor, bool]:
-    """A PIL image as uint8 pixels (C, H, W) of `shape`, grey or RGB, and whether it had to be resized for that."""
+def _pixels(image, shape: tuple[int, int, int]) -> torch.Tensor:
+    """A PIL image, resized if need be, as uint8 pixels (C, H, W) of `shape`, grey for one channel, else RGB."""
     import numpy
 
     channels, height, width = shape
     image = image.convert("L" if channels == 1 else "RGB")
-    resized = image.size != (width, height)
-    if resized:
+    if image.size != (width, height):
         image = image.resize((width, height))
     pixels = torch.from_numpy(numpy.array(image, dtype=numpy.uint8))
-    return (pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1)), resized
+    return pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1)
+
+
+def open_image(path, shape: tuple[int, int, int]) -> tuple[torch.Tensor, str | None]:
+    """The pixels of an image file as uint8 (C, H, W) of `shape`, and a note if it had another size."""
+    image = _open_image(str(path))
+    note = None if image.size == (shape[2], shape[1]) else f"resized from {image.width}×{image.height} to {shape[2]}×{shape[1]}"
+    return _pixels(image, shape), note
 
 
 def _image_folder(root: Path) -> tuple[Dataset, Dataset]:
@@ -298,7 +304,7 @@ def _image_folder(root: Path) -> tuple[Dataset, Dataset]:
             shape = shape or (1 if image.mode in ("1", "L", "I;16") else 3, image.height, image.width)
             if image.size != (shape[2], shape[1]):
                 raise DataError(f"{part}: images must all be {shape[2]}×{shape[1]}, got {image.width}×{image.height}")
-            pixels.append(read_image(image, shape)[0])
+            pixels.append(_pixels(image, shape))
         sets.append(Dataset(torch.stack(pixels), torch.tensor(folder.targets), tuple(folder.classes), shape, 1 / 255,
                             name=str(part)))  # fmt: skip
     if len(sets) == 2 and sets[0].classes != sets[1].classes:
@@ -307,11 +313,15 @@ def _image_folder(root: Path) -> tuple[Dataset, Dataset]:
 
 
 def _open_image(path: str):
-    from PIL import Image, UnidentifiedImageError
-
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError:
+        raise needs_extra("pillow (with torchvision)", "reading images") from None
     try:
         with Image.open(path) as image:
             image.load()
             return image
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise DataError(f"{path}: not a readable image ({error})") from None

@@ -31,6 +31,10 @@ class SoftmaxCrossEntropy:
         """Gradient of the latest forward's value with respect to its logits."""
         return kernels.cross_entropy_bwd(_seed(self, self.scale), *self._saved, needs=(True, False))[0]
 
+    def probabilities(self, output):
+        """(N, C) probabilities that these logits stand for."""
+        return torch.softmax(output, -1)
+
 
 class MeanSquaredError:
     """Squared error of outputs and targets, which may be class labels: then the target is their one-hot vector.
@@ -56,6 +60,11 @@ class MeanSquaredError:
     def backward(self):
         """Gradient of the latest forward's value with respect to its outputs."""
         return kernels.mse_bwd(_seed(self, self.scale), *self._saved, needs=(True, False))[0]
+
+    def probabilities(self, output):
+        """(N, C) outputs as shares of their sum; negative ones count as nothing."""
+        positive = output.clamp_min(0)
+        return positive / positive.sum(-1, keepdim=True).clamp_min(torch.finfo(output.dtype).tiny)
 
 
 def _seed(loss, scale):

@@ -1,0 +1,44 @@
+"""What a classifier gets right: top-1 and top-k accuracy, accuracy of each class, confusion matrix, by scikit-learn."""
+
+import torch
+
+from .data import Dataset, needs_extra
+from .engines import parameters_of
+from .net import Net
+
+_ROWS = 4096
+
+
+@torch.no_grad()
+def probabilities(model, loss, data: Dataset) -> torch.Tensor:
+    """(N, classes) float32 on the CPU: what the network gives each class, by its loss's reading of the outputs."""
+    first = next(iter(parameters_of(model).values()))
+    forward = model.predict if isinstance(model, Net) else model
+    data = data.to(first.device)
+    return torch.cat([loss.probabilities(forward(x)).float().cpu() for x, _ in data.chunks(_ROWS, first.dtype)])
+
+
+def classification(scores: torch.Tensor, data: Dataset, k: int = 5) -> dict:
+    """{"accuracy", "top_k", "k", "per_class": {name: accuracy}, "confusion": rows true, columns predicted}.
+
+    scores (N, classes); a class without samples has accuracy None.
+    """
+    try:
+        from sklearn import metrics
+    except ImportError:
+        raise needs_extra("scikit-learn", "measuring a classifier") from None
+    if not 1 <= k <= scores.shape[1]:
+        raise ValueError(f"top-k: k must be 1 to {scores.shape[1]}, the number of classes, got {k}")
+    labels = range(len(data.classes))
+    targets, predicted = data.targets.cpu().numpy(), scores.argmax(1).numpy()
+    confusion = metrics.confusion_matrix(targets, predicted, labels=labels)
+    top_k = (
+        1.0 if k >= len(data.classes) else float((scores.topk(k, 1).indices == data.targets.cpu()[:, None]).any(1).float().mean())
+    )
+    return {
+        "accuracy": float(metrics.accuracy_score(targets, predicted)),
+        "top_k": top_k,
+        "k": k,
+        "per_class": {n: int(r[i]) / int(r.sum()) if r.sum() else None for i, (n, r) in enumerate(zip(data.classes, confusion))},
+        "confusion": confusion.tolist(),
+    }
