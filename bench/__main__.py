@@ -5,7 +5,7 @@ import importlib
 import sys
 from pathlib import Path
 
-NAMES = ("linear", "cross_entropy", "train")
+NAMES = ("linear", "cross_entropy", "train", "launches")
 
 
 def main() -> int:

@@ -16,20 +16,23 @@ SIZES, BATCH, STEPS = (784, 100, 50, 10), 32, 100
 class Eager:
     """What a PyTorch user writes: nn.Sequential, cross_entropy, torch.optim.SGD."""
 
-    def __init__(self, on, lr):
+    def __init__(self, on, lr, **options):
         layers = [torch.nn.Linear(k, n) for k, n in pairwise(SIZES)]
         modules = [m for layer in layers for m in (layer, torch.nn.Sigmoid())][:-1]
         self.model = torch.nn.Sequential(*modules).to(on)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr, **options)
 
     def epoch(self, dataset, order, batch_size):
         """Train on the samples of `order`, reading batches as the engines do."""
         for indices in order.split(batch_size):
-            x, y = dataset.batch(indices)
-            loss = torch.nn.functional.cross_entropy(self.model(x), y)
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
+            self.step(*dataset.batch(indices))
+
+    def step(self, x, y):
+        """One step."""
+        loss = torch.nn.functional.cross_entropy(self.model(x), y)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
 
 
 def dataset(on) -> mlp.Dataset:

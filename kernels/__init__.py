@@ -1,6 +1,8 @@
 """handgrad's operations: forward and backward written by hand, as Triton kernels, each with its reference in plain torch."""
 
 from .activations import ACTIVATIONS, Activation
+from .conv import conv2d, conv2d_fwd, conv2d_fwd_ref
+from .conv_bwd import conv2d_bwd, conv2d_bwd_ref
 from .cross_entropy import (
     check_labels,
     cross_entropy,
@@ -9,6 +11,7 @@ from .cross_entropy import (
     cross_entropy_fwd,
     cross_entropy_fwd_ref,
 )
+from .epoch import train_epoch, train_epoch_ref
 from .launch import path, use
 from .linear import (
     linear,
@@ -29,21 +32,33 @@ from .linear_cross_entropy import (
 )
 from .mlp import mlp, mlp_bwd, mlp_bwd_ref, mlp_fwd, mlp_fwd_ref
 from .mse import mse_bwd, mse_bwd_ref, mse_fwd, mse_fwd_ref, mse_loss
+from .network import Spec, hyperparameters, refusal
 from .operations import OPERATIONS
 from .optim import adam, adam_ref, sgd, sgd_ref
+from .replicas import train_replicas, train_replicas_ref
+from .step import StepState, flush, train_step
 
 __all__ = [
     "ACTIVATIONS",
     "OPERATIONS",
     "Activation",
+    "Spec",
+    "StepState",
     "adam",
     "adam_ref",
     "check_labels",
+    "conv2d",
+    "conv2d_bwd",
+    "conv2d_bwd_ref",
+    "conv2d_fwd",
+    "conv2d_fwd_ref",
     "cross_entropy",
     "cross_entropy_bwd",
     "cross_entropy_bwd_ref",
     "cross_entropy_fwd",
     "cross_entropy_fwd_ref",
+    "flush",
+    "hyperparameters",
     "linear",
     "linear_bwd",
     "linear_bwd_dw",
@@ -68,7 +83,13 @@ __all__ = [
     "mse_fwd_ref",
     "mse_loss",
     "path",
+    "refusal",
     "sgd",
     "sgd_ref",
+    "train_epoch",
+    "train_epoch_ref",
+    "train_replicas",
+    "train_replicas_ref",
+    "train_step",
     "use",
 ]

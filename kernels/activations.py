@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch import nn
 
 # In the interpreter a constexpr on the left of a product with a tensor gives a constexpr: keep them on the right.
 LEAKY_SLOPE = tl.constexpr(0.01)  # torch.nn.LeakyReLU's default
@@ -209,22 +210,32 @@ class Activation(NamedTuple):
     backward: Any
     forward_ref: Callable
     backward_ref: Callable
-    torch: Callable  # what torch.nn.functional calls it: an independent oracle, and what `mlp.fuse` recognises
+    torch: Callable  # what torch.nn.functional calls it: an independent oracle
     needs: str  # what the backward needs: "nothing", "y" (the output) or "z" (the pre-activation)
     kinks: tuple[float, ...] = ()  # where the derivative jumps
+    module: Callable | None = None  # () -> the torch.nn module that computes it: what `mlp.fuse` recognises
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "identity": Activation(identity, identity_bwd, identity_ref, identity_bwd_ref, lambda z: z, "nothing"),
-    "relu": Activation(relu, relu_bwd, relu_ref, relu_bwd_ref, F.relu, "y", (0.0,)),
-    "sigmoid": Activation(sigmoid, sigmoid_bwd, torch.sigmoid, sigmoid_bwd_ref, F.sigmoid, "y"),
-    "tanh": Activation(tanh, tanh_bwd, torch.tanh, tanh_bwd_ref, F.tanh, "y"),
-    "leaky_relu": Activation(leaky_relu, leaky_relu_bwd, leaky_relu_ref, leaky_relu_bwd_ref, F.leaky_relu, "y", (0.0,)),
-    "gelu": Activation(gelu, gelu_bwd, gelu_ref, gelu_bwd_ref, F.gelu, "z"),
-    "gelu_tanh": Activation(
-        gelu_tanh, gelu_tanh_bwd, gelu_tanh_ref, gelu_tanh_bwd_ref, lambda z: F.gelu(z, approximate="tanh"), "z"
+    "identity": Activation(identity, identity_bwd, identity_ref, identity_bwd_ref, lambda z: z, "nothing", (), nn.Identity),
+    "relu": Activation(relu, relu_bwd, relu_ref, relu_bwd_ref, F.relu, "y", (0.0,), nn.ReLU),
+    "sigmoid": Activation(sigmoid, sigmoid_bwd, torch.sigmoid, sigmoid_bwd_ref, F.sigmoid, "y", (), nn.Sigmoid),
+    "tanh": Activation(tanh, tanh_bwd, torch.tanh, tanh_bwd_ref, F.tanh, "y", (), nn.Tanh),
+    "leaky_relu": Activation(
+        leaky_relu, leaky_relu_bwd, leaky_relu_ref, leaky_relu_bwd_ref, F.leaky_relu, "y", (0.0,), nn.LeakyReLU
     ),
-    "silu": Activation(silu, silu_bwd, silu_ref, silu_bwd_ref, F.silu, "z"),
+    "gelu": Activation(gelu, gelu_bwd, gelu_ref, gelu_bwd_ref, F.gelu, "z", (), nn.GELU),
+    "gelu_tanh": Activation(
+        gelu_tanh,
+        gelu_tanh_bwd,
+        gelu_tanh_ref,
+        gelu_tanh_bwd_ref,
+        lambda z: F.gelu(z, approximate="tanh"),
+        "z",
+        (),
+        lambda: nn.GELU(approximate="tanh"),
+    ),
+    "silu": Activation(silu, silu_bwd, silu_ref, silu_bwd_ref, F.silu, "z", (), nn.SiLU),
     "relu_squared": Activation(
         relu_squared, relu_squared_bwd, relu_squared_ref, relu_squared_bwd_ref, lambda z: F.relu(z) ** 2, "z", (0.0,)
     ),

@@ -7,6 +7,7 @@ configurations cannot run in the interpreter. `bench/tune.py` proposes entries f
 from typing import NamedTuple
 
 import torch
+import triton
 
 from . import launch
 
@@ -65,3 +66,49 @@ def product(kernel: str, like: torch.Tensor, m: int, n: int) -> dict:
     size = bucket(m, n, launch.sm_count(like.device))
     config = lookup(kernel, launch.arch(like.device), precision if like.dtype == torch.float32 else "half", size)
     return dict(config._asdict(), PRECISION=precision)
+
+
+def convolution(kernel: str, like: torch.Tensor, m: int, n: int) -> dict:
+    """As `product`, for a convolution: an address and a mask for every element of a patch take registers, so tiles are small.
+
+    Rows, the many, are cut until every processor has a tile; columns, often few, are padded to 16.
+    """
+    precision, sms = launch.dot_precision(), launch.sm_count(like.device)
+    kind = precision if like.dtype == torch.float32 else "half"
+    key = kernel, launch.arch(like.device), kind, bucket(m, n, sms)
+    if key in PINNED:
+        return dict(PINNED[key]._asdict(), PRECISION=precision)
+    block_m, block_n = (max(16, triton.next_power_of_2(size)) for size in (m, n))
+    block_m, block_n, block_k = min(64, block_m), min(64 if kind == "half" else 32, block_n), 32 if kind == "half" else 16
+    while block_m > 16 and triton.cdiv(m, block_m) * triton.cdiv(n, block_n) < sms:
+        block_m //= 2
+    config = Config(block_m, block_n, block_k, 8 if block_m * block_n >= 1024 else 4, 2)
+    return dict(config._asdict(), PRECISION=precision)
+
+
+class Training(NamedTuple):
+    """Tiles of the kernels that hold a whole training step, see `layers`: they bound registers whatever the network."""
+
+    columns: int  # of a layer, computed at once
+    block_k: int  # input features read at once
+    block_r: int  # terms of a sum over hidden units taken at once
+    rows: int  # outputs of layer 1 that one program owns, where several share a network
+    num_warps: int
+    num_stages: int
+
+
+# (kernel name, architecture, precision, states of a parameter, sizes, padded batch) -> Training.
+# Empty: nothing has been measured on a GPU yet.
+PINNED_TRAINING: dict[tuple[str, str, str, int, tuple[int, ...], int], Training] = {}
+
+
+def training(kernel: str, arch: str, precision: str, states: int, sizes: tuple[int, ...], block_m: int) -> Training:
+    """The pinned configuration, or tiles that fit the registers: checked by compiling, nothing of it is measured."""
+    pinned = PINNED_TRAINING.get((kernel, arch, precision, states, tuple(sizes), block_m))
+    if pinned:
+        return pinned
+    columns = max(16, min(64, 2048 // block_m))
+    block_k, rows = (64 if states == 0 else 32, 8) if kernel == "exchange" else (16 if precision == "ieee" else 32, 16)
+    if not arch.startswith("sm_"):  # a lane of AMD's has twice the registers; its products want 16 rows
+        return Training(columns, 16, 16, 16, num_warps=4, num_stages=1)
+    return Training(columns, block_k, 16, rows, num_warps=8, num_stages=3)

@@ -48,7 +48,7 @@ def path(*tensors) -> str:
     """`"triton"` or `"torch"`: the implementation that serves these tensors (None and non-tensors are ignored)."""
     if _forced == "torch":
         return "torch"
-    if _forced is None and _target is None and not INTERPRETED and tensors[0].device.type == "cpu":
+    if _forced is None and _target is None and not INTERPRETED and tensors and tensors[0].device.type == "cpu":
         return "torch"  # the short way, for the CPU's training loop
     tensors = [t for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()]
     if all(t.dtype in KERNEL_DTYPES and _has_kernels(t.device) for t in tensors):

@@ -20,11 +20,16 @@ from . import activations, configs, launch
 MAX_SPLITS = 32  # of the batch in dw: the workspace is at most this many times dw
 
 
+def as_matrix(t):
+    """t (…, n) as (M, n); also where n = 0, which leaves reshape(-1, n) no answer."""
+    return t.reshape(t.shape[:-1].numel(), t.shape[-1])
+
+
 def linear_fwd_ref(x, w, b=None, activation="identity", *, out=None):
     """The reference of `linear_fwd`: same arguments, same results, plain torch."""
     act = activations.get(activation, "linear")
     y, z = out or (None, None)
-    x2 = x.reshape(-1, w.shape[1])
+    x2 = as_matrix(x)
     z = (
         torch.mm(x2, w.t(), out=y if act.needs != "z" else z)
         if b is None
@@ -40,7 +45,7 @@ def linear_fwd_ref(x, w, b=None, activation="identity", *, out=None):
 
 def linear_bwd_dz_ref(dy, s, activation, *, out=None):
     """The reference of `linear_bwd_dz`."""
-    dy = dy.reshape(-1, dy.shape[-1])
+    dy = as_matrix(dy)
     if s is None:
         return dy
     return activations.get(activation).backward_ref(dy, s.reshape(dy.shape), out=out)
@@ -57,7 +62,7 @@ def linear_bwd_dx_ref(dz, w, s_below=None, activation_below="identity", *, out=N
 def linear_bwd_dw_ref(dz, x, bias=True, *, out=None):
     """The reference of `linear_bwd_dw`."""
     dw, db = out or (None, None)
-    dw = torch.mm(dz.t(), x.reshape(-1, x.shape[-1]), out=dw)
+    dw = torch.mm(dz.t(), as_matrix(x), out=dw)
     return dw, torch.sum(dz, 0, out=db) if bias else None
 
 
@@ -242,7 +247,7 @@ def linear_fwd(x, w, b=None, activation="identity", *, out=None):
     act = activations.get(activation, "linear")
     if launch.path(x, w, b) == "torch":
         return linear_fwd_ref(x, w, b, activation, out=out)
-    x2 = x.reshape(-1, x.shape[-1])
+    x2 = as_matrix(x)
     (M, K), N = x2.shape, w.shape[0]
     y, z = out or (x.new_empty(M, N), x.new_empty(M, N) if act.needs == "z" else None)
     config = configs.product("linear_fwd", x, M, N)
@@ -260,11 +265,11 @@ def linear_bwd_dz(dy, s, activation, *, out=None):
     """
     if launch.path(dy, s) == "torch" or s is None:
         return linear_bwd_dz_ref(dy, s, activation, out=out)
-    dy = dy.reshape(-1, dy.shape[-1])
+    dy = as_matrix(dy)
     s = s.reshape(dy.shape)
     M, N = dy.shape
     dz = dy.new_empty(M, N) if out is None else out
-    block_n = min(128, triton.next_power_of_2(N))
+    block_n = min(128, triton.next_power_of_2(max(N, 1)))
     block_m = 1024 // block_n
     launch.run(linear_bwd_dz_kernel, (triton.cdiv(M, block_m), triton.cdiv(N, block_n)), dz, dy, s, M, N,
                *dy.stride(), *s.stride(), ACT_BWD=activations.get(activation).backward,
@@ -298,11 +303,11 @@ def linear_bwd_dw(dz, x, bias=True, *, out=None):
     """
     if launch.path(dz, x) == "torch":
         return linear_bwd_dw_ref(dz, x, bias, out=out)
-    x = x.reshape(-1, x.shape[-1])
+    x = as_matrix(x)
     (M, N), K = dz.shape, x.shape[1]
     dw, db = out or (dz.new_empty(N, K), dz.new_empty(N) if bias else None)
     config = configs.product("linear_bwd_dw", dz, N, K)
-    tiles = triton.cdiv(N, config["BLOCK_M"]), triton.cdiv(K, config["BLOCK_N"])
+    tiles = triton.cdiv(N, config["BLOCK_M"]), max(triton.cdiv(K, config["BLOCK_N"]), 1)  # one for db if K = 0
     splits, rows = _split_batch(M, tiles[0] * tiles[1], dz.device)
     size = N * K
     strides = (*dz.stride(), *x.stride())

@@ -52,12 +52,21 @@ def adam_ref(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas=(0.9, 0.999),
     torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
     torch._foreach_mul_(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
-    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+    correction1, correction2 = _correction_ref(beta1, step), _correction_ref(beta2, step)
     denominators = torch._foreach_sqrt(exp_avg_sqs)
     torch._foreach_div_(denominators, correction2**0.5)
     torch._foreach_add_(denominators, eps)
     torch._foreach_div_(denominators, -lr / correction1)
     torch._foreach_addcdiv_(params, exp_avgs, denominators)
+
+
+def _log(beta) -> float:
+    return math.log(beta) if beta else -1e30
+
+
+def _correction_ref(beta, step):
+    """1 - βᵗ; of a step that is a float32 tensor by expm1, since the difference would cancel."""
+    return -torch.expm1(step * _log(beta)) if isinstance(step, torch.Tensor) else 1 - beta**step
 
 
 def _decayed_ref(params, grads, weight_decay, maximize):
@@ -128,24 +137,24 @@ def bias_correction(step, log_beta):
 
 
 @triton.jit
-def adam_update(p, g, m, v, lr, correction1, correction2, beta1, beta2, eps, weight_decay,
+def adam_update(p, g, m, v, lr, correction1, correction2, rate1, rate2, eps, weight_decay,
                 DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr):  # fmt: skip
-    """(p, m, v) after one step, elementwise in float32."""
+    """(p, m, v) after one step, elementwise in float32; rates are 1 - β, which float32's β would give to 1e-5 only."""
     if MAXIMIZE:
         g = -g
     if DECOUPLED:
         p *= 1.0 - lr * weight_decay
     else:
         g += weight_decay * p
-    m += (1.0 - beta1) * (g - m)
-    v = beta2 * v + (1.0 - beta2) * g * g
+    m = (1.0 - rate1) * m + rate1 * g
+    v = (1.0 - rate2) * v + rate2 * g * g
     denominator = tl.sqrt(v) / tl.sqrt(correction2) + eps
     return p - lr / correction1 * (m / denominator), m, v
 
 
 @triton.jit
 def adam_kernel(
-    p_ptrs, g_ptrs, m_ptrs, v_ptrs, sizes, step, lr, log_beta1, log_beta2, beta1, beta2, eps, weight_decay,
+    p_ptrs, g_ptrs, m_ptrs, v_ptrs, sizes, step, lr, log_beta1, log_beta2, rate1, rate2, eps, weight_decay,
     STEP_TENSOR: tl.constexpr, LR_TENSOR: tl.constexpr, DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -164,7 +173,7 @@ def adam_kernel(
             g = tl.load(g_ptrs[i] + offs, mask=mask, other=0.0).to(tl.float32)
             m = tl.load(m_ptrs[i] + offs, mask=mask, other=0.0).to(tl.float32)
             v = tl.load(v_ptrs[i] + offs, mask=mask, other=0.0).to(tl.float32)
-            p, m, v = adam_update(p, g, m, v, lr, correction1, correction2, beta1, beta2, eps, weight_decay,
+            p, m, v = adam_update(p, g, m, v, lr, correction1, correction2, rate1, rate2, eps, weight_decay,
                                   DECOUPLED, MAXIMIZE)  # fmt: skip
             tl.store(m_ptrs[i] + offs, cast(m, m_ptrs[i].dtype.element_ty), mask=mask)
             tl.store(v_ptrs[i] + offs, cast(v, v_ptrs[i].dtype.element_ty), mask=mask)
@@ -183,7 +192,7 @@ def check_update(op: str, params, grads) -> None:
 
 def _dense(t) -> bool:
     """Whether the elements fill one gapless stretch of memory, in whatever order."""
-    return t.is_contiguous() or torch._prims_common.is_non_overlapping_and_dense(t)
+    return t.is_contiguous() or t.permute(sorted(range(t.dim()), key=t.stride, reverse=True)).is_contiguous()
 
 
 def _on_kernels(params, *states) -> bool:
@@ -191,13 +200,17 @@ def _on_kernels(params, *states) -> bool:
 
 
 def _launch(kernel, lists, *scalars, **constexprs) -> None:
-    """Launch over at most MAX_TENSORS tensors at a time. lists: params, grads, states; all laid out as their parameter."""
-    lists = [[t if t.stride() == p.stride() else torch.empty_like(p).copy_(t) for t, p in zip(ts, lists[0])] for ts in lists]
+    """Launch over at most MAX_TENSORS tensors at a time. lists: params, grads, states; copied where not laid out alike."""
+    laid = [[t if t.stride() == p.stride() else torch.empty_like(p).copy_(t) for t, p in zip(ts, lists[0])] for ts in lists]
     for start in range(0, len(lists[0]), MAX_TENSORS):
-        chunk = [tuple(ts[start : start + MAX_TENSORS]) for ts in lists]
+        chunk = [tuple(ts[start : start + MAX_TENSORS]) for ts in laid]
         sizes = tuple(p.numel() for p in chunk[0])
         grid = (sum(triton.cdiv(size, _BLOCK) for size in sizes),)
         launch.run(kernel, grid, *chunk, sizes, *scalars, **constexprs, BLOCK=_BLOCK)
+    for given, used in zip(lists[2:], laid[2:]):
+        for t, copy in zip(given, used):
+            if t is not copy:
+                t.copy_(copy)
 
 
 def sgd(params, grads, buffers, lr, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False,
@@ -228,6 +241,6 @@ def adam(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas=(0.9, 0.999), eps
         return adam_ref(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps, weight_decay, decoupled, maximize)
     step_tensor, lr_tensor = isinstance(step, torch.Tensor), isinstance(lr, torch.Tensor)
     return _launch(adam_kernel, [params, grads, exp_avgs, exp_avg_sqs], step if step_tensor else float(step),
-                   lr if lr_tensor else float(lr), *(math.log(b) if b else -1e30 for b in betas), *map(float, betas),
+                   lr if lr_tensor else float(lr), *map(_log, betas), *(1.0 - b for b in betas),
                    float(eps), float(weight_decay), STEP_TENSOR=step_tensor, LR_TENSOR=lr_tensor, DECOUPLED=decoupled,
                    MAXIMIZE=maximize)  # fmt: skip

@@ -4,6 +4,7 @@ from . import data, recipes
 from .checkpoint import load, load_weights, save
 from .data import Dataset
 from .engines import ENGINES, Diverged
+from .fuse import fuse
 from .init import initialise
 from .loss import MeanSquaredError, SoftmaxCrossEntropy
 from .modules import MLP, Conv2d, ConvNet, CrossEntropyLoss, Linear, MSELoss
@@ -30,6 +31,7 @@ __all__ = [
     "SoftmaxCrossEntropy",
     "Trainer",
     "data",
+    "fuse",
     "initialise",
     "load",
     "load_weights",

@@ -9,8 +9,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from .engines import parameters_of
 from .modules import build
+from .stepwise import parameters_of
 
 CONFIG, METRICS, WEIGHTS, RESUME = "config.json", "metrics.jsonl", "model.safetensors", "last.ckpt"
 

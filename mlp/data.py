@@ -174,7 +174,6 @@ def _torchvision(name: str, root: Path) -> tuple[Dataset, Dataset]:
     except ImportError:
         raise needs_extra("torchvision", f"the data set {name}") from None
     kind = getattr(datasets, TORCHVISION[name])
-    by_hand = f"place its four *-ubyte.gz files in {root / kind.__name__ / 'raw'} by hand, or train on digits, which is embedded"
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -182,21 +181,27 @@ def _torchvision(name: str, root: Path) -> tuple[Dataset, Dataset]:
     parts = []
     for train in (True, False):
         try:
-            download = not kind(root, train=train)._check_exists()
-        except RuntimeError:  # torchvision's "Dataset not found"
-            download = True
-        except (ValueError, OSError, AssertionError) as error:
-            raise DataError(f"{name}: a file in {root / kind.__name__ / 'raw'} is damaged ({error}); remove it") from None
-        if download and not os.access(root, os.W_OK):
-            raise DataError(f"{name}: cannot write the data folder {root}; choose another --data-dir")
-        try:
-            part = kind(root, train=train, download=download)
-        except (RuntimeError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise DataError(f"{name}: cannot be downloaded into {root} ({reason}): is there no network? Then {by_hand}") from None
+            part = kind(root, train=train)
+        except (RuntimeError, ValueError, OSError, AssertionError) as error:
+            if not str(error).startswith("Dataset not found"):  # torchvision's words where a file is missing
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                raise DataError(f"{name}: a file in {root / kind.__name__ / 'raw'} is damaged ({reason}); remove it") from None
+            part = _download(kind, root, train, name)
         parts.append(Dataset(part.data.unsqueeze(1), part.targets, tuple(part.classes), (1, *part.data.shape[1:]), 1 / 255,
                              name=f"{name} ({'train' if train else 'test'})"))  # fmt: skip
     return tuple(parts)
+
+
+def _download(kind, root: Path, train: bool, name: str):
+    if not os.access(root, os.W_OK):
+        raise DataError(f"{name}: cannot write the data folder {root}; choose another --data-dir")
+    try:
+        return kind(root, train=train, download=True)
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise DataError(f"{name}: cannot be downloaded into {root} ({reason}): is there no network? Then place its four "
+                        f"*-ubyte.gz files in {root / kind.__name__ / 'raw'} by hand, or train on digits, which is "
+                        "embedded") from None  # fmt: skip
 
 
 def _from_arrays(x, y, name: str) -> Dataset:
@@ -254,7 +259,7 @@ def _npz(paths: list[Path]) -> tuple[Dataset, Dataset]:
     import numpy
 
     try:
-        with numpy.load(paths[0], allow_pickle=False) as archive:
+        with paths[0].open("rb") as file, numpy.load(file, allow_pickle=False) as archive:
             arrays = dict(archive)
     except Exception as error:  # zipfile, zlib and numpy each raise their own
         raise DataError(f"{paths[0]}: not a readable .npz file ({type(error).__name__}: {error})") from None

@@ -17,9 +17,13 @@ NAMES = ("torch", *_INITIALISERS)
 
 def _draw(init: str, weight: torch.Tensor, generator) -> None:
     name, _, std = init.partition(":")
-    if name not in _INITIALISERS or (std and name != "normal"):
+    try:
+        options = {"std": float(std)} if std else {}
+    except ValueError:
+        name = None
+    if name not in _INITIALISERS or (options and (name != "normal" or not options["std"] >= 0)):
         raise ValueError(f"init: unknown initialiser {init!r}; known: {', '.join(NAMES)}, and normal:STD, such as normal:0.1")
-    _INITIALISERS[name](weight, **({"std": float(std)} if std else {}), generator=generator)
+    _INITIALISERS[name](weight, **options, generator=generator)
 
 
 @torch.no_grad()

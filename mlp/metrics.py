@@ -3,8 +3,8 @@
 import torch
 
 from .data import Dataset, needs_extra
-from .engines import parameters_of
 from .net import Net
+from .stepwise import parameters_of
 
 _ROWS = 4096
 

@@ -30,6 +30,12 @@ class _Stepper:
         self.update(grads)
         return loss
 
+    def load_state_dict(self, state_dict):
+        """As torch's; the state of an optimizer with a refused option is refused."""
+        for group in state_dict["param_groups"]:
+            _refuse(type(self).__name__, differentiable=group.get("differentiable"), amsgrad=group.get("amsgrad"))
+        super().load_state_dict(state_dict)
+
     def constants(self) -> tuple | None:
         """What an update depends on besides parameters, gradients and states; None while that changes from step to step."""
         return None
@@ -71,6 +77,21 @@ class SGD(_Stepper, torch.optim.SGD):
         values = tuple(group[name] for group in self.param_groups for name in names)
         return None if any(isinstance(value, torch.Tensor) for value in values) else values
 
+    def states(self, capturable=False):
+        """(lists of states as the training kernels take them, count of steps): momentum buffers, made if there are none."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        fresh = any(self.state[p].get("momentum_buffer") is None for p in params)
+        count = torch.full((1,), 0.0 if fresh else 1.0, device=params[0].device)
+        if not self.param_groups[0]["momentum"]:
+            return [], count
+        for p in params:
+            if self.state[p].get("momentum_buffer") is None:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return [[self.state[p]["momentum_buffer"] for p in params]], count
+
+    def advance(self, steps: int) -> None:
+        """Take note of steps that a training kernel made: SGD counts none."""
+
     def _update(self, group, params, grads):
         options = (group["dampening"], group["weight_decay"], group["nesterov"], group["maximize"])
         momentum = group["momentum"]
@@ -94,13 +115,32 @@ class Adam(_Stepper, torch.optim.Adam):
         _refuse(type(self).__name__, differentiable=options.get("differentiable"), amsgrad=options.get("amsgrad"))
         super().__init__(params, lr=lr, **options)
 
-    def _update(self, group, params, grads):
-        for p in params:
+    def _make_states(self, group):
+        for p in group["params"]:
             if not self.state[p]:
                 on = p.device if group["capturable"] else "cpu"
                 self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=on)
                 self.state[p]["exp_avg"] = torch.zeros_like(p)
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+
+    def states(self, capturable=False):
+        """(lists of states as the training kernels take them, count of steps); step counts go to the device if capturable."""
+        for group in self.param_groups:
+            group["capturable"] = group["capturable"] or capturable
+            self._make_states(group)
+        params = [p for group in self.param_groups for p in group["params"]]
+        for p in params if capturable else ():
+            self.state[p]["step"] = self.state[p]["step"].to(p.device)
+        count = self.state[params[0]]["step"].detach().to(params[0].device).reshape(1).clone()
+        return [[self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq")], count
+
+    def advance(self, steps: int) -> None:
+        """Take note of steps that a training kernel made."""
+        for state in self.state.values():
+            state["step"] += steps
+
+    def _update(self, group, params, grads):
+        self._make_states(group)
         states = [self.state[p] for p in params]
         steps = [s["step"] for s in states]
         torch._foreach_add_(steps, 1)

@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 _OPERATORS = {"__neg__": "neg", "__mul__": "mul", "__rmul__": "mul", "__truediv__": "div", "__add__": "add",
               "__radd__": "add", "__sub__": "sub", "__pow__": "pow"}  # fmt: skip
-_HOST_READS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy")
+_HOST_READS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "__contains__", "numpy", "equal", "allclose",
+               "is_nonzero", "nonzero", "masked_select", "unique")  # fmt: skip
 _BUFFERS = ("empty", "new_empty", "empty_like")
 _IN_PLACE = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__setitem__")
 _CONSTANTS = ("new_full", "new_zeros", "new_ones", "zeros_like", "ones_like", "full_like")
@@ -26,6 +27,11 @@ def _tensors(value) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
     return [t for item in value for t in _tensors(item)] if isinstance(value, (tuple, list)) else []
+
+
+def _copy_all(kept, func, args, kwargs):
+    for old, new in zip(kept, _tensors(func(*args, **kwargs))):
+        old.copy_(new)
 
 
 class Replay(TorchFunctionMode):
@@ -43,11 +49,11 @@ class Replay(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func.__name__
-        if name in _HOST_READS:
+        inputs = _tensors([*args, *kwargs.values()])
+        if name in _HOST_READS or (name == "__getitem__" and any(t.dtype == torch.bool for t in inputs[1:])):
             raise NotReplayable(f"{name} reads a tensor on the host")
         result = func(*args, **kwargs)
         in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-        inputs = _tensors([*args, *kwargs.values()])
         if in_place or kwargs.get("out") is not None:
             changed = _tensors(kwargs["out"] if kwargs.get("out") is not None else args[0])
             if any(t.data_ptr() in self._constants for t in changed):

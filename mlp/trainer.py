@@ -6,11 +6,11 @@ import torch
 
 from . import engines
 from .data import Dataset, permutation
-from .engines import Diverged, parameters_of
 from .loss import SoftmaxCrossEntropy, per_sample
 from .modules import ends
 from .net import Net
 from .optim import SGD
+from .stepwise import Diverged, parameters_of
 
 _EVALUATION_ROWS = 4096
 
@@ -55,10 +55,9 @@ class Trainer:
         optimizer = (lambda params: SGD(params, lr=0.1)) if optimizer is None else optimizer
         is_made = isinstance(optimizer, torch.optim.Optimizer)
         self.optimizer = optimizer if is_made else optimizer(list(parameters.values()))
+        self.requested, self.verbose = engine, verbose
         self.engine, self.engine_note = engines.choose(engine, model, self.loss, self.optimizer)
         self.history = History()
-        if engine == "auto" and verbose:
-            print(self.engine_note)
 
     def fit(self, train, epochs=10, batch_size=32, evaluate=None, seed=0, *, drop_last=False, scheduler=None,
             on_epoch=None, on_step=None) -> History:  # fmt: skip
@@ -71,6 +70,7 @@ class Trainer:
         train = as_dataset(train, self.device)
         evaluate = None if evaluate is None else as_dataset(evaluate, self.device)
         self._check(train, epochs, batch_size)
+        self._choose_engine(batch_size)
         if evaluate is not None:
             self._check(evaluate, epochs, batch_size)
         count = len(train) // batch_size * batch_size if drop_last else len(train)
@@ -95,6 +95,14 @@ class Trainer:
             if on_epoch is not None:
                 on_epoch(row)
         return self.history
+
+    def _choose_engine(self, batch_size):
+        """Another engine than at construction, if that one does not serve batches of this size."""
+        if self.engine.refuses(self.model, self.loss, self.optimizer, batch_size) is not None:
+            chosen = engines.choose(self.requested, self.model, self.loss, self.optimizer, batch_size)
+            self.engine, self.engine_note = chosen
+        if self.requested == "auto" and self.verbose:
+            print(self.engine_note)
 
     def _epoch(self, epoch, train, order, batch_size, on_step):
         parameters = parameters_of(self.model).values()

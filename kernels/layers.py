@@ -1,0 +1,276 @@
+"""One training step as pieces of a kernel: what `step` and `epoch` are made of.
+
+Layer 1 is `input_tile`: one reading of w_1 applies the update of the step before and computes this step's z_1.
+Layers 2 … L, loss and backward are `forward`, `loss` and `backward_layer`, which takes dx, dw and the update of a layer
+in one reading of its weights. The formulas are in `network`; l counts from 1.
+
+A program works alone on its network. What one phase leaves for the next is in scratch, which stays in the processor's
+cache: y_l and dz_l of every layer, each NET.block_m rows of NET.pitch. A value stored by one thread is read by others
+only behind `tl.debug_barrier()`. Arrays of several networks, or of private copies, are stacked: `r` selects one.
+Tiles are bounded by the configuration, not by the network. Rows beyond the batch have dz = 0, columns beyond a layer's
+width meet weights that were loaded as 0.
+"""
+
+import triton
+import triton.language as tl
+
+from .cross_entropy import label_weight, softmax_loss_tile, target_tile
+from .linear import dot, product_tile
+from .optim import adam_update, bias_correction, sgd_update
+
+LOWEST = tl.constexpr(-3.0e38)  # of a column that does not exist: finite, so that 0 times it is 0
+
+
+@triton.jit
+def rule_at(hyper_ptr, step, NET: tl.constexpr):
+    """A row of `hyperparameters` for step 1, 2, …: (lr, decay, a, b, eps, 1 - β1ᵗ, 1 - β2ᵗ), a = 1 - β1 or momentum, …"""
+    step = tl.maximum(step, 1.0)  # before the first step there is no update, but these numbers
+    lr, decay, eps = tl.load(hyper_ptr), tl.load(hyper_ptr + 1), tl.load(hyper_ptr + 4)
+    a, b = tl.load(hyper_ptr + 2), tl.load(hyper_ptr + 3)
+    if NET.rule == "adam" or NET.rule == "adamw":
+        return lr, decay, a, b, eps, bias_correction(step, tl.load(hyper_ptr + 5)), bias_correction(step, tl.load(hyper_ptr + 6))
+    # The first step's v = g is v ← momentum · 0 + (1 - 0) g. Without momentum there is no dampening either.
+    b = tl.where((step == 1) | (a == 0), 0.0, b)
+    return lr, decay, a, b, eps, 1.0, 1.0
+
+
+@triton.jit
+def update(p_ptrs, m_ptrs, v_ptrs, i: tl.constexpr, base, offs, mask, p, g, rule, NET: tl.constexpr):
+    """A tile of parameter i after its gradient g was applied: its states and itself are stored, itself is returned."""
+    lr, decay, a, b, eps, correction1, correction2 = rule
+    if NET.rule == "adam" or NET.rule == "adamw":
+        m = tl.load(m_ptrs[i] + base + offs, mask=mask, other=0.0)
+        v = tl.load(v_ptrs[i] + base + offs, mask=mask, other=0.0)
+        p, m, v = adam_update(p, g, m, v, lr, correction1, correction2, a, b, eps, decay, NET.rule == "adamw", False)
+        tl.store(m_ptrs[i] + base + offs, m, mask=mask)
+        tl.store(v_ptrs[i] + base + offs, v, mask=mask)
+    elif NET.rule == "sgd":
+        p, _ = sgd_update(p, g, p, lr, a, b, decay, False, False, False, False)
+    else:
+        m = tl.load(m_ptrs[i] + base + offs, mask=mask, other=0.0)
+        p, m = sgd_update(p, g, m, lr, a, b, decay, True, NET.rule == "nesterov", False, False)
+        tl.store(m_ptrs[i] + base + offs, m, mask=mask)
+    tl.store(p_ptrs[i] + base + offs, p, mask=mask)
+    return p
+
+
+@triton.jit
+def update_bias(p_ptrs, m_ptrs, v_ptrs, r, offs_n, dz, live, rule, l: tl.constexpr, NET: tl.constexpr):
+    """Forward was z_mn = … + b_n, so db_n = Σ_m dz_mn. Returns the columns offs_n of b_l, updated where `live`."""
+    i: tl.constexpr = 2 * l - 1
+    base = r * NET.sizes[l]
+    mask = offs_n < NET.sizes[l]
+    b = tl.load(p_ptrs[i] + base + offs_n, mask=mask, other=0.0)
+    mask = offs_n < tl.where(live, NET.sizes[l], 0)  # the interpreter cannot `&` a tile and one truth value
+    return tl.where(live, update(p_ptrs, m_ptrs, v_ptrs, i, base, offs_n, mask, b, tl.sum(dz, axis=0), rule, NET), b)
+
+
+@triton.jit
+def batch_rows(i_ptr, t, n, batch, NET: tl.constexpr):
+    """The data rows of batch t of the permutation, [block_m], and which of them exist: none for t = -1 or past the end."""
+    offs_m = tl.arange(0, NET.block_m)
+    mask = offs_m < tl.where(t >= 0, tl.minimum(batch, n - t * batch), 0)
+    return tl.load(i_ptr + t * batch + offs_m, mask=mask, other=0).to(tl.int64), mask
+
+
+@triton.jit
+def inputs(x_ptrs, mask, scale, shift):
+    """A tile of the data, data · scale + shift in float32; 0 outside the mask, where the shift must not reach either."""
+    return tl.where(mask, tl.load(x_ptrs, mask=mask, other=0).to(tl.float32) * scale + shift, 0.0)
+
+
+@triton.jit
+def input_tile(
+    p_ptrs, m_ptrs, v_ptrs, r, x_ptr, rows, mask_m, rows_before, mask_before, dz, live, offs_n, rule, scale, shift,
+    NET: tl.constexpr,
+):  # fmt: skip
+    """Columns offs_n of z_1 = x w_1ᵀ + b_1, after w_1 and b_1 took the update of the step before: one reading of w_1.
+
+    That step's forward was z_mn = Σ_k x_mk w_nk, so dw_nk = Σ_m dz_mn x_mk, with its rows x and dz [block_m, columns].
+    Before the first step (`live` is false) there is nothing to apply. Tiles of w lie transposed: [block_k, columns].
+    """
+    K: tl.constexpr = NET.sizes[0]
+    PRECISION: tl.constexpr = NET.precision
+    base = r * (NET.sizes[1] * K)
+    mask_n = offs_n < NET.sizes[1]
+    x_ptrs, xt_ptrs = (x_ptr + rows * K)[:, None], (x_ptr + rows_before * K)[None, :]
+    z = tl.zeros(dz.shape, dtype=tl.float32)
+    if NET.bias:
+        z += update_bias(p_ptrs, m_ptrs, v_ptrs, r, offs_n, dz, live, rule, 1, NET)[None, :]
+    for k in tl.range(0, K, NET.block_k):
+        offs_k = k + tl.arange(0, NET.block_k)
+        mask_k = offs_k < K
+        offs_w = offs_n[None, :] * K + offs_k[:, None]
+        mask = mask_k[:, None] & mask_n[None, :]
+        w = tl.load(p_ptrs[0] + base + offs_w, mask=mask, other=0.0)
+        xt = inputs(xt_ptrs + offs_k[:, None], mask_k[:, None] & mask_before[None, :], scale, shift)
+        dw = dot(xt, dz, tl.zeros(w.shape, dtype=tl.float32), PRECISION)
+        mask = (offs_k < tl.where(live, K, 0))[:, None] & mask_n[None, :]
+        w = tl.where(live, update(p_ptrs, m_ptrs, v_ptrs, 0, base, offs_w, mask, w, dw, rule, NET), w)
+        x = inputs(x_ptrs + offs_k[None, :], mask_m[:, None] & mask_k[None, :], scale, shift)
+        z = dot(x, w, z, PRECISION)
+    return z
+
+
+@triton.jit
+def scratch(l: tl.constexpr, offs, NET: tl.constexpr):
+    """Offsets of columns offs of layer l in the scratch of y or dz, [block_m, columns]."""
+    return (l - 1) * (NET.block_m * NET.pitch) + tl.arange(0, NET.block_m)[:, None] * NET.pitch + offs[None, :]
+
+
+@triton.jit
+def load_columns(ptr, l: tl.constexpr, offs, NET: tl.constexpr):
+    """Columns offs of y_l or dz_l from scratch, 0 beyond the layer's width."""
+    return tl.load(ptr + scratch(l, offs, NET), mask=(offs < NET.sizes[l])[None, :], other=0.0)
+
+
+@triton.jit
+def first_tile(
+    y_ptr, dz_ptr, p_ptrs, m_ptrs, v_ptrs, r, x_ptr, rows, mask_m, rows_before, mask_before, live, offs_n, rule, scale,
+    shift, ACT: tl.constexpr, OUT: tl.constexpr, NET: tl.constexpr,
+):  # fmt: skip
+    """`input_tile` from dz_1 of the step before to y_1 of this step, both columns offs_n in scratch."""
+    offs = scratch(1, offs_n, NET)
+    dz = tl.load(dz_ptr + offs, mask=(offs_n < tl.where(live, NET.sizes[1], 0))[None, :], other=0.0)
+    z = input_tile(p_ptrs, m_ptrs, v_ptrs, r, x_ptr, rows, mask_m, rows_before, mask_before, dz, live, offs_n, rule,
+                   scale, shift, NET)  # fmt: skip
+    tl.store(y_ptr + offs, first_act(z, ACT, OUT, NET))
+
+
+@triton.jit
+def first_act(z, ACT: tl.constexpr, OUT: tl.constexpr, NET: tl.constexpr):
+    """y_1 = act(z_1): the output's activation where layer 1 is the last."""
+    if len(NET.sizes) == 2:
+        return OUT(z)
+    else:
+        return ACT(z)
+
+
+@triton.jit
+def forward_tile(y_ptr, p_ptrs, r, n, l: tl.constexpr, NET: tl.constexpr):
+    """Columns n … n + tile of z_l = y_{l-1} w_lᵀ + b_l."""
+    K: tl.constexpr = NET.sizes[l - 1]
+    N: tl.constexpr = NET.sizes[l]
+    PRECISION: tl.constexpr = NET.precision
+    offs_n = n + tl.arange(0, NET.tiles[l])
+    z, _ = product_tile(y_ptr + (l - 2) * (NET.block_m * NET.pitch), p_ptrs[(l - 1) * (1 + NET.bias)] + r * (N * K),
+                        tl.arange(0, NET.block_m), offs_n, NET.block_m, N, 0, K, NET.pitch, 1, K, 1,
+                        NET.block_m, NET.tiles[l], NET.block_r, PRECISION, False)  # fmt: skip
+    if NET.bias:
+        z += tl.load(p_ptrs[2 * l - 1] + r * N + offs_n, mask=offs_n < N, other=0.0)[None, :]
+    return z
+
+
+@triton.jit
+def forward(y_ptr, p_ptrs, r, ACT: tl.constexpr, OUT: tl.constexpr, NET: tl.constexpr):
+    """y_L [block_m, classes' tile], from y_1 in scratch; y_2 … y_{L-1} are left there."""
+    L: tl.constexpr = len(NET.sizes) - 1
+    for l in tl.static_range(2, L):
+        for n in tl.range(0, NET.sizes[l], NET.tiles[l], num_stages=1):
+            y = ACT(forward_tile(y_ptr, p_ptrs, r, n, l, NET))
+            tl.store(y_ptr + scratch(l, n + tl.arange(0, NET.tiles[l]), NET), y)
+        tl.debug_barrier()
+    if L > 1:
+        return OUT(forward_tile(y_ptr, p_ptrs, r, 0, L, NET))
+    else:
+        return load_columns(y_ptr, 1, tl.arange(0, NET.tiles[1]), NET)
+
+
+@triton.jit
+def loss(y, t_ptr, rows, mask_m, NET: tl.constexpr):
+    """(loss, correct predictions, ∂loss/∂y) of the outputs y [block_m, tile], against labels or rows of targets."""
+    C: tl.constexpr = NET.sizes[len(NET.sizes) - 1]
+    offs_c = tl.arange(0, NET.tiles[len(NET.sizes) - 1])
+    mask = mask_m[:, None] & (offs_c < C)[None, :]
+    label = rows * 0
+    weight = tl.where(mask_m, 1.0, 0.0)
+    if not NET.soft:
+        label = tl.load(t_ptr + rows, mask=mask_m, other=-100).to(tl.int64)
+        weight = label_weight(label, mask_m, None, C, 0, -100)
+    q = target_tile(t_ptr + rows * C, label, offs_c, mask, None, C, 1, 0, 0.0, -100, NET.soft)
+    z = tl.where((offs_c < C)[None, :], y, LOWEST)
+    m = tl.max(z, axis=1)
+    if NET.loss == "cross_entropy":
+        rows_loss, dy = softmax_loss_tile(z, m, tl.sum(tl.exp(z - m[:, None]), axis=1), q, tl.sum(q, axis=1))
+    else:
+        d = tl.where(mask, y - q, 0.0) * weight[:, None]
+        rows_loss, dy = tl.sum(d * d, axis=1), 2.0 * d
+    factor = tl.sum(weight, axis=0) * 0.0 + NET.loss_scale  # NaN if a label is no class
+    if NET.loss_mean:
+        factor = factor / tl.sum(weight, axis=0)
+    if NET.soft:
+        label = first_largest(tl.where((offs_c < C)[None, :], q, LOWEST), offs_c)
+    correct = mask_m & (first_largest(z, offs_c) == label)
+    return tl.sum(rows_loss, axis=0) * factor, tl.sum(correct.to(tl.int32), axis=0), dy * factor
+
+
+@triton.jit
+def first_largest(z, offs_c):
+    """The first column of each row's maximum, as torch.argmax; a large number where there is none (NaN)."""
+    return tl.min(tl.where(z == tl.max(z, axis=1)[:, None], offs_c[None, :], 1 << 30), axis=1)
+
+
+@triton.jit
+def top(
+    y_ptr, dz_ptr, loss_ptr, correct_ptr, p_ptrs, m_ptrs, v_ptrs, r, t_ptr, rows, mask_m, rule, writer,
+    ACT: tl.constexpr, OUT: tl.constexpr, OUT_BWD: tl.constexpr, NET: tl.constexpr,
+):  # fmt: skip
+    """From y_1 up to the loss and down to dz_L, both in scratch; stores loss and count where `writer`, updates b_L."""
+    L: tl.constexpr = len(NET.sizes) - 1
+    y = forward(y_ptr, p_ptrs, r, ACT, OUT, NET)
+    value, correct, dy = loss(y, t_ptr, rows, mask_m, NET)
+    tl.store(loss_ptr, value, mask=writer)
+    tl.store(correct_ptr, correct, mask=writer)
+    dz = OUT_BWD(dy, y)
+    offs_c = tl.arange(0, NET.tiles[L])
+    tl.store(dz_ptr + scratch(L, offs_c, NET), dz)
+    if NET.bias and L > 1:
+        update_bias(p_ptrs, m_ptrs, v_ptrs, r, offs_c, dz, True, rule, L, NET)
+    tl.debug_barrier()
+
+
+@triton.jit
+def backward_tile(
+    dz_ptr, p_ptrs, m_ptrs, v_ptrs, r, y, offs_k, rule, l: tl.constexpr, DX: tl.constexpr, UPDATE: tl.constexpr,
+    NET: tl.constexpr,
+):  # fmt: skip
+    """Columns offs_k of dy_{l-1} = dz_l w_l, and the update of those columns of w_l: one reading of them does both.
+
+    Forward was z_mn = Σ_k y_mk w_nk, so dy_mk = Σ_n dz_mn w_nk with w as it was, and dw_nk = Σ_m dz_mn y_mk.
+    """
+    K: tl.constexpr = NET.sizes[l - 1]
+    N: tl.constexpr = NET.sizes[l]
+    PRECISION: tl.constexpr = NET.precision
+    i: tl.constexpr = (l - 1) * (1 + NET.bias)
+    base = r * (N * K)
+    dy = tl.zeros(y.shape, dtype=tl.float32)
+    for n in tl.range(0, N, NET.block_r):
+        offs_n = n + tl.arange(0, NET.block_r)
+        dz = load_columns(dz_ptr, l, offs_n, NET)
+        offs_w = offs_n[:, None] * K + offs_k[None, :]
+        mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
+        w = tl.load(p_ptrs[i] + base + offs_w, mask=mask, other=0.0)
+        if DX:
+            dy = dot(dz, w, dy, PRECISION)
+        if UPDATE:
+            dw = dot(tl.trans(dz), y, tl.zeros(w.shape, dtype=tl.float32), PRECISION)
+            update(p_ptrs, m_ptrs, v_ptrs, i, base, offs_w, mask, w, dw, rule, NET)
+    return dy
+
+
+@triton.jit
+def backward_layer(
+    y_ptr, dz_ptr, p_ptrs, m_ptrs, v_ptrs, r, rule, l: tl.constexpr, DX: tl.constexpr, ACT_BWD: tl.constexpr,
+    NET: tl.constexpr,
+):  # fmt: skip
+    """Updates w_l from dz_l and y_{l-1} in scratch; with DX stores dz_{l-1} = dy_{l-1} ⊙ act' there and updates b_{l-1}."""
+    for k in tl.range(0, NET.sizes[l - 1], NET.tiles[l - 1], num_stages=1):
+        offs_k = k + tl.arange(0, NET.tiles[l - 1])
+        y = load_columns(y_ptr, l - 1, offs_k, NET)
+        dy = backward_tile(dz_ptr, p_ptrs, m_ptrs, v_ptrs, r, y, offs_k, rule, l, DX, True, NET)
+        if DX:
+            dz = ACT_BWD(dy, y)
+            tl.store(dz_ptr + scratch(l - 1, offs_k, NET), dz)
+            if NET.bias and l > 2:  # b_1 takes its update with w_1
+                update_bias(p_ptrs, m_ptrs, v_ptrs, r, offs_k, dz, True, rule, l - 1, NET)
+    tl.debug_barrier()

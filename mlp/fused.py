@@ -1,0 +1,251 @@
+"""Engines that run many steps without Python between: `graph` replays captured launches, `epoch` is one launch.
+
+    graph    the two launches of kernels.step where they serve, else the manual step; captured once, replayed over the epoch
+    epoch    kernels.train_epoch
+
+Both read nothing back before the epoch's end, and allocate no gradients where the step or epoch kernels serve.
+"""
+
+import math
+
+import torch
+
+import kernels
+
+from . import loss as losses
+from .optim import SGD, Adam, AdamW
+from .stepwise import Engine, EpochResult, Manual, parameters_of
+
+_CAPTURED = 25  # steps in one CUDA graph
+
+
+def spec_of(model, loss, optimizer) -> kernels.Spec | str:
+    """What the training kernels call this network, loss and optimizer; or, in words, why they have no name for it."""
+    config = model.config() if hasattr(model, "config") else {"kind": type(model).__name__}
+    if config["kind"] != "mlp":
+        return f"trains multilayer perceptrons, got {config['kind']}"
+    if any(p.dtype != torch.float32 for p in parameters_of(model).values()):
+        return f"trains float32 networks, got {next(iter(parameters_of(model).values())).dtype}"
+    criterion = _criterion(loss, config["sizes"][-1])
+    rule = _rule(optimizer, parameters_of(model))
+    if isinstance(criterion, str) or rule is None:
+        return criterion if isinstance(criterion, str) else "trains with one parameter group of mlp's SGD, Adam or AdamW"
+    return kernels.Spec(tuple(config["sizes"]), config["activation"], config["output_activation"], config["bias"],
+                        **criterion, rule=rule)  # fmt: skip
+
+
+def _criterion(loss, classes: int) -> dict | str:
+    """A loss of `mlp.loss` as the training kernels take it."""
+    if isinstance(loss, losses.SoftmaxCrossEntropy):
+        weight, ignore_index, reduction, smoothing = loss.options
+        if weight is None and smoothing == 0 and not 0 <= ignore_index < classes and reduction != "none":
+            return {"loss": "cross_entropy", "loss_scale": loss.scale, "loss_mean": reduction == "mean"}
+        return "takes cross-entropy without class weights, smoothing or an ignored class"
+    if isinstance(loss, losses.MeanSquaredError) and loss.reduction != "none":
+        mean = loss.reduction == "mean"
+        return {"loss": "squared_error", "loss_scale": loss.scale / (classes if mean else 1), "loss_mean": mean}
+    return f"takes the losses {', '.join(losses.LOSSES)}, reduced, got {type(loss).__name__}"
+
+
+def _rule(optimizer, parameters) -> str | None:
+    """The name of an optimizer's update, or None if the training kernels do not have it."""
+    if type(optimizer) not in (SGD, Adam, AdamW) or len(optimizer.param_groups) != 1:
+        return None
+    (group,) = optimizer.param_groups
+    own = [p.data_ptr() for p in group["params"]] == [p.data_ptr() for p in parameters.values()]
+    if not own or group["maximize"] or isinstance(group["lr"], torch.Tensor):
+        return None
+    if isinstance(optimizer, SGD):
+        return "nesterov" if group["nesterov"] else "momentum" if group["momentum"] else "sgd"
+    return "adamw" if isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay") else "adam"
+
+
+class _Fused(Engine):
+    """What the two engines share: the kernels' view of model, optimizer and data."""
+
+    def __init__(self, model, loss, optimizer):
+        super().__init__(model, loss, optimizer)
+        self.spec = spec_of(model, loss, optimizer)
+        self.parameters = list(parameters_of(model).values())
+
+    def hyper(self) -> torch.Tensor:
+        """The optimizer's numbers as they are now, for the kernels to read."""
+        (group,) = self.optimizer.param_groups
+        names = ("betas", "eps") if "betas" in group else ("momentum", "dampening")
+        options = {name: group[name] for name in ("weight_decay", *names)}
+        return kernels.hyperparameters(group["lr"], **options, device=self.parameters[0].device)
+
+    def result(self, values, correct, order, batch_size, on_step) -> EpochResult:
+        """The epoch's losses and counts, read back once; FloatingPointError names the first step that is not finite."""
+        values = values.tolist()
+        for step, value in enumerate(values):
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the loss is {value} at step {step}")
+        sizes = [min(batch_size, len(order) - start) for start in range(0, len(order), batch_size)]
+        total = sum(losses.per_sample(self.loss, value, size) * size for value, size in zip(values, sizes))
+        if on_step is not None:
+            on_step(len(values))
+        return EpochResult(total / len(order), None if correct is None else int(correct.sum()), len(order))
+
+
+class Epoch(_Fused):
+    """One launch trains the whole epoch."""
+
+    name = "epoch"
+
+    @classmethod
+    def refuses(cls, model, loss, optimizer, batch_size=1):
+        first = next(iter(parameters_of(model).values()))
+        if kernels.path(first.detach()) != "triton" and first.dtype == torch.float32:
+            return "epoch: needs a GPU, or TRITON_INTERPRET=1"
+        spec = spec_of(model, loss, optimizer)
+        return f"epoch: {spec}" if isinstance(spec, str) else kernels.refusal(spec, batch_size, "epoch")
+
+    @torch.no_grad()
+    def epoch(self, data, order, batch_size, on_step=None):
+        states, count = self.optimizer.states()
+        values, correct = kernels.train_epoch(
+            self.spec, [p.detach() for p in self.parameters], states, data.inputs, data.targets, order, batch_size,
+            self.hyper(), count, scale=data.scale, shift=data.shift,
+        )  # fmt: skip
+        self.optimizer.advance(len(values))
+        return self.result(values, correct if data.is_classification else None, order, batch_size, on_step)
+
+
+class Graph(_Fused):
+    """Launches of many steps captured in CUDA graphs and replayed; needs CUDA and one of mlp's optimizers."""
+
+    name = "graph"
+
+    def __init__(self, model, loss, optimizer):
+        super().__init__(model, loss, optimizer)
+        self._steps = self._chain = None
+
+    @classmethod
+    def refuses(cls, model, loss, optimizer, batch_size=1):
+        if next(iter(parameters_of(model).values())).device.type != "cuda":
+            return "graph: needs a CUDA GPU"
+        if not isinstance(optimizer, (SGD, Adam)):
+            return f"graph: needs mlp's SGD, Adam or AdamW, got {type(optimizer).__name__}"
+        if any(group.get("dampening") for group in optimizer.param_groups):
+            return "graph: a first step with dampening differs from the others; use engine 'manual' or 'epoch'"
+        return Manual.refuses(model, loss, optimizer, batch_size)
+
+    @torch.no_grad()
+    def epoch(self, data, order, batch_size, on_step=None):
+        served = isinstance(self.spec, kernels.Spec) and kernels.refusal(self.spec, batch_size, "graph") is None
+        run = self._fused_epoch if served else self._chain_epoch
+        return self.result(*run(data, order, batch_size), order, batch_size, on_step)
+
+    def _fused_epoch(self, data, order, batch_size):
+        """Losses and correct predictions of every step, by the two launches of `kernels.train_step`."""
+        steps = math.ceil(len(order) / batch_size)
+        states, count = self.optimizer.states()
+        key = (data.inputs.data_ptr(), len(order), batch_size)
+        if self._steps is None or self._steps[0] != key:
+            state = kernels.StepState(
+                self.spec, [p.detach() for p in self.parameters], states, data.inputs, data.targets, order.clone(), batch_size,
+                self.hyper(), count.clone(), order.new_empty(steps, dtype=torch.float32),
+                order.new_empty(steps, dtype=torch.int32), data.scale, data.shift,
+            )  # fmt: skip
+            state.position[0] = steps  # past the end: compiles the kernels and trains nothing
+            self._steps = key, state, _captured(lambda: kernels.train_step(state), _CAPTURED)
+        _, state, replay = self._steps
+        state.indices.copy_(order)
+        state.hyper.copy_(self.hyper())
+        state.count.copy_(count)
+        state.position.zero_()
+        for _ in range(math.ceil((steps + 1) / _CAPTURED)):  # the step past the last applies its pending update
+            replay()
+        self.optimizer.advance(steps)
+        return state.losses, state.correct if data.is_classification else None
+
+    def _chain_epoch(self, data, order, batch_size):
+        """Losses of every step and correct predictions, by the manual step."""
+        full, rest = divmod(len(order), batch_size)
+        key = (data.inputs.data_ptr(), len(order), batch_size)
+        if self._chain is None or self._chain[0] != key:
+            self._chain = key, _Chain(self.model, self.loss, self.optimizer, data, len(order), batch_size)
+        return self._chain[1].run(order, full, rest)
+
+
+class _Chain:
+    """The manual step with everything that changes in device memory: position, batch, learning rate, losses."""
+
+    def __init__(self, model, loss, optimizer, data, count, batch_size):
+        self.engine, self.data, self.batch_size = Manual(model, loss, optimizer), data, batch_size
+        self.optimizer, device = optimizer, data.inputs.device
+        self.engine.trust(data)
+        self.order = torch.zeros(count, dtype=torch.int64, device=device)
+        self.offsets = torch.arange(batch_size, device=device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.losses = torch.zeros(math.ceil(count / batch_size), device=device)
+        self.correct = torch.zeros((), dtype=torch.int64, device=device)
+        self.rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
+        self.replays, self._held = {}, []
+
+    def step(self):
+        """Train on the batch at `position` and move on; every host value in here is frozen at capture."""
+        indices = self.order.index_select(0, self.position * self.batch_size + self.offsets)
+        self._train(indices)
+        self.position += 1
+
+    def _train(self, indices):
+        x, y = self.data.batch(indices, self.engine.dtype)
+        output, value = self.engine.step(x, y)
+        self.losses.index_copy_(0, self.position, value.float().view(1))
+        if self.data.is_classification:
+            self.correct += (output.argmax(1) == y).sum()
+
+    def run(self, order, full, rest):
+        """Replay `full` whole batches, then train on the `rest` samples."""
+        numbers = [group["lr"] for group in self.optimizer.param_groups]
+        self.order.copy_(order)
+        for group, rate, number in zip(self.optimizer.param_groups, self.rates, numbers):
+            rate.fill_(number)
+            group["lr"] = rate
+        try:
+            for steps in (_CAPTURED, 1):
+                if steps not in self.replays and full:
+                    self.replays[steps] = self._capture(steps)
+            self.position.zero_()
+            self.correct.zero_()
+            for steps in [_CAPTURED] * (full // _CAPTURED) + [1] * (full % _CAPTURED):
+                self.replays[steps]()
+            if rest:
+                self._train(self.order[-rest:])
+        finally:
+            for group, number in zip(self.optimizer.param_groups, numbers):
+                group["lr"] = number
+        return self.losses, self.correct if self.data.is_classification else None
+
+    def _capture(self, steps):
+        """Capture after one step that compiles every kernel, and put back what that step changed."""
+        self.optimizer.states(capturable=True)
+        tensors = [*parameters_of(self.engine.model).values(), *_state_tensors(self.optimizer)]
+        before = [t.detach().clone() for t in tensors]
+        self.position.zero_()
+        replay = _captured(self.step, steps)
+        for t, good in zip(tensors, before):
+            t.copy_(good)
+        # The graph writes into the net's and the data set's buffers: keep them when these make others.
+        self._held += [dict(getattr(owner, "_buffers", {})) for owner in (self.data, *self.engine.net.stages)]
+        return replay
+
+
+def _state_tensors(optimizer) -> list[torch.Tensor]:
+    return [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+
+
+def _captured(step, times: int):
+    """A function that repeats `times` calls of step by replaying a CUDA graph of their launches."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # compiles what it launches
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            step()
+    return graph.replay

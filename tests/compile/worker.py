@@ -1,0 +1,168 @@
+"""Compile, without a GPU, everything the operations would launch on one architecture, and say what came out.
+
+    python -m tests.compile.worker sm_90      # one JSON array on standard output
+
+A process of its own, because jit functions are either interpreted, as pytest has them here, or compiled.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels import launch
+from kernels.operations import OPERATIONS, Make, flatten
+
+# Multiprocessors of a usual card: they decide how many splits and which tiles are chosen.
+SMS = {"sm_75": 40, "sm_80": 108, "sm_86": 82, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170,
+       "gfx942": 304, "gfx1100": 96}  # fmt: skip
+# (batch, in, out): a small network's first layer; a batch that is split; large tiles; unaligned, one output.
+SHAPES = [(32, 784, 100), (8192, 100, 50), (8192, 1024, 1024), (7, 33, 1)]
+# label -> (element type, torch.set_float32_matmul_precision)
+PRECISIONS = {
+    "ieee": (torch.float32, "highest"),
+    "tf32x3": (torch.float32, "high"),
+    "tf32": (torch.float32, "medium"),
+    "fp16": (torch.float16, "highest"),
+    "bf16": (torch.bfloat16, "highest"),
+}
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64",
+            torch.int32: "*i32", torch.uint8: "*u8", torch.bool: "*i1", torch.float64: "*fp64"}  # fmt: skip
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+def signature(value):
+    """The type Triton gives an argument at launch: ones and Nones are compiled in."""
+    if isinstance(value, torch.Tensor):
+        return POINTERS[value.dtype]
+    if isinstance(value, tuple):
+        return tuple(map(signature, value))
+    if isinstance(value, bool):
+        return "u1"
+    if isinstance(value, int) and value != 1:
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return "fp32" if isinstance(value, float) else "constexpr"
+
+
+def specialise(value, path, constants, attributes):
+    """What Triton knows of the value itself: constants, and divisibility by 16 of integers and addresses."""
+    if isinstance(value, tuple):
+        for i, item in enumerate(value):
+            specialise(item, (*path, i), constants, attributes)
+    elif isinstance(value, torch.Tensor):
+        if value.storage_offset() * value.element_size() % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+    elif signature(value) == "constexpr":
+        constants[path] = value
+    elif isinstance(value, int) and not isinstance(value, bool) and value % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
+
+
+def as_source(kernel, args, options):
+    """(source, options) to compile, of what was given to a launch."""
+    names, types, constants, attributes = kernel.arg_names, {}, {}, {}
+    given = dict(zip(names, args)) | {k: v for k, v in options.items() if k in names}
+    for i, parameter in enumerate(kernel.params):
+        value = given[parameter.name]
+        if parameter.is_constexpr:
+            types[parameter.name], constants[i,] = "constexpr", value
+        else:
+            types[parameter.name] = signature(value)
+            specialise(value, (i,), constants, attributes)
+    source = ASTSource(kernel, types, constants, attributes)
+    return source, {"enable_fp_fusion": True} | {k: v for k, v in options.items() if k not in names}
+
+
+def launches(arch):
+    """Every launch of every operation worth compiling: [(label, precision, source, options)].
+
+    One for each kernel, element type and configuration: the one with the most arguments given and the longest
+    activation stands for all. On sm_90 every combination of constants and missing arguments, and for the last shape
+    every activation. How strides happen to be divisible never makes another.
+    """
+    found = {}
+    for precision, (dtype, setting) in PRECISIONS.items():
+        torch.set_float32_matmul_precision(setting)
+        for shape in SHAPES:
+            for name, op in OPERATIONS.items():
+                for label, arguments in op.cases(Make("meta", dtype), *shape):
+                    listed = []
+                    with launch.dry_run(arch, SMS[arch]), launch.observe(lambda *launched: listed.append(launched)):
+                        op.results(arguments)
+                    for kernel, _, args, options in listed:
+                        key, weight = identity(kernel, args, options, arch == "sm_90", shape == SHAPES[-1])
+                        if weight > found.get(key, (-1,))[0]:
+                            text = f"{kernel.fn.__name__} of {name}, {label}, {precision}, {shape}"
+                            found[key] = weight, text, precision, *as_source(kernel, args, options)
+    return [entry[1:] for entry in found.values()]
+
+
+def identity(kernel, args, options, every_constant, every_activation):
+    """(key, weight): launches of one key are the same to us, and the heaviest is compiled."""
+    functions = [v for v in options.values() if isinstance(v, triton.JITFunction)]
+    constants = {k: v for k, v in options.items() if not isinstance(v, triton.JITFunction)}
+    tensors = [t.dtype for t in flatten(args)]
+    weight = len(tensors) + sum(len(f.src) for f in functions) / 1e6
+    if every_constant:
+        types = [signature(v) if isinstance(v, torch.Tensor | tuple) else v is None for v in args]
+        chosen = [f.__name__ for f in functions] if every_activation else []
+        return str((kernel.fn.__name__, types, constants, chosen)), weight
+    tiles = {k: v for k, v in constants.items() if k.startswith(("BLOCK", "num_", "PRECISION"))}
+    return str((kernel.fn.__name__, tensors[0], tiles)), weight
+
+
+def target(arch):
+    """Triton's name for an architecture, with the lanes of a warp: 64 on CDNA, 32 elsewhere."""
+    if arch.startswith("sm_"):
+        return GPUTarget("cuda", int(arch[3:]), 32)
+    return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+
+
+def compile_and_describe(arch, label, precision, source, options):
+    """One JSON object: what was compiled, and its error, or registers, stack, shared memory and instructions."""
+    row = {"label": label, "precision": precision, "kernel": source.fn.__name__, **options}
+    row |= {name: value for (i, *_), value in source.constants.items()
+            if (name := source.fn.arg_names[i]).startswith("BLOCK")}  # fmt: skip
+    try:
+        compiled = triton.compile(source, target=target(arch), options=options)
+    except Exception as error:  # whatever it is, it is the test's to judge
+        return row | {"error": f"{type(error).__name__}: {error}"[-600:]}
+    assembly = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+    row |= {"shared": compiled.metadata.shared, "dots": compiled.asm["ttir"].count("tt.dot "),
+            "products": sorted(set(re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_s?w?mfma|v_wmma", assembly)))}  # fmt: skip
+    if arch.startswith("sm_"):
+        row |= resources(compiled.asm["cubin"], disassemble=arch in ("sm_80", "sm_90"))
+    else:
+        row |= {"stack": sum(int(n) for n in re.findall(r"ScratchSize: (\d+)", assembly)),
+                "registers": max(map(int, re.findall(r"\.vgpr_count:\s+(\d+)", assembly)), default=0)}  # fmt: skip
+    return row
+
+
+def resources(cubin, disassemble):
+    """Registers, stack and local memory, and with `disassemble` how often each instruction occurs."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        run = lambda tool, *args: subprocess.run([TOOLS / tool, *args, path], capture_output=True, text=True, check=True).stdout  # noqa: E731
+        used = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", run("cuobjdump", "--dump-resource-usage"))
+        row = dict(zip(("registers", "stack", "local"), map(int, used.groups())))
+        if disassemble:
+            line = r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)"
+            row["instructions"] = Counter(re.findall(line, run("nvdisasm", "-c"), re.MULTILINE))
+    return row
+
+
+if __name__ == "__main__":
+    architecture = sys.argv[1]
+    with tempfile.TemporaryDirectory() as cache:  # so that nothing is served from a cache of another version
+        os.environ["TRITON_CACHE_DIR"] = cache
+        json.dump([compile_and_describe(architecture, *launch) for launch in launches(architecture)], sys.stdout)

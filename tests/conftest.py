@@ -1,0 +1,59 @@
+"""How the suite runs: on a GPU where there is one, else every kernel in Triton's interpreter on the CPU.
+
+tests/kernels runs on NaN-filled buffers; tests/mlp takes the reference path on a CPU, where training through the
+interpreter would take hours, unless a test is marked `interpreter`.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).parent
+ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
+if not ON_GPU:
+    # Triton reads the variable when it is imported, and that must not have happened: half of it would be compiled.
+    assert "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") == "1", "triton was imported before conftest.py"
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)  # pytest-xdist has a process for each core
+
+import triton  # noqa: E402
+
+import kernels  # noqa: E402
+from tests import checks, interpreter  # noqa: E402
+
+if not ON_GPU:
+    interpreter.improve()
+
+if Path(kernels.__file__).parent != TESTS.parent / "kernels":
+    # Another distribution on PyPI imports under this name.
+    pytest.exit(f"`import kernels` found {kernels.__file__}, not this repository's: uninstall that or `pip install -e .`", 4)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "interpreter: under tests/mlp, run the kernels in the interpreter also on a CPU")
+
+
+def pytest_report_header():
+    where = f"on {torch.cuda.get_device_name()}" if ON_GPU else "in Triton's interpreter on the CPU"
+    return f"handgrad: kernels run {where}; torch {torch.__version__}, triton {triton.__version__}"
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where tensors that kernels shall take are made: "cuda", or "cpu" under the interpreter."""
+    return "cuda" if ON_GPU else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def surroundings(request, monkeypatch):
+    """What the folder's tests run under: poisoned buffers for kernels, the reference for training on a CPU."""
+    if request.path.is_relative_to(TESTS / "kernels"):
+        checks.poison_fresh_buffers(monkeypatch)
+    if request.path.is_relative_to(TESTS / "mlp") and not ON_GPU and not request.node.get_closest_marker("interpreter"):
+        with kernels.use("torch"):
+            yield
+    else:
+        yield

@@ -1,0 +1,82 @@
+"""cross_entropy: every kind of target and option against torch.nn.functional, gradients and second derivatives too."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck, gradgradcheck
+
+import kernels
+from tests.checks import compare
+
+EACH_REDUCTION = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+EACH_TARGET = pytest.mark.parametrize("target", ["labels", "probabilities"])
+# (N, C), one class, one vector of logits, images, no rows at all
+SHAPES = [(7, 10), (5, 1), (10,), (3, 5, 2, 4), (1, 3, 1), (0, 4), (2, 3, 0)]
+# Class weights, label smoothing, how many of the labels are ignored.
+OPTIONS = {
+    "plain": (False, 0.0, "none"),
+    "weight": (True, 0.0, "none"),
+    "smoothing": (False, 0.1, "none"),
+    "ignore some": (False, 0.0, "some"),
+    "ignore all": (True, 0.1, "all"),
+    "everything": (True, 0.3, "some"),
+}
+EACH_OPTION = pytest.mark.parametrize("options", OPTIONS)
+
+
+def draw(shape, target, options, seed=0):
+    """Logits, target, keywords, in float64. Probabilities need not sum to one: torch does not ask for it either."""
+    weighted, smoothing, ignored = OPTIONS[options]
+    torch.manual_seed(seed)
+    logits, classes = 2 * torch.randn(shape, dtype=torch.float64), shape[min(1, len(shape) - 1)]
+    keywords = {"label_smoothing": smoothing}
+    if weighted:
+        keywords["weight"] = torch.linspace(0.5, 1.5, classes, dtype=torch.float64)
+    if target == "probabilities":
+        return logits, torch.rand(shape, dtype=torch.float64), keywords
+    t = torch.randint(0, classes, shape[:1] * (len(shape) > 1) + shape[2:])
+    if ignored != "none":
+        keywords["ignore_index"] = 1 if ignored == "some" else -7
+    return logits, torch.full_like(t, -7) if ignored == "all" else t, keywords
+
+
+def loss(function, target, keywords, reduction):
+    """The loss as a function of what has a gradient: the logits, and probabilities given as a second tensor."""
+
+    def of(logits, probabilities=None):
+        # Class weights in the precision that is asked for.
+        k = {name: v.to(logits) if isinstance(v, torch.Tensor) else v for name, v in keywords.items()}
+        t = target.to(logits.device) if probabilities is None else probabilities
+        return function(logits, t, **k, reduction=reduction)
+
+    return of
+
+
+@EACH_REDUCTION
+@EACH_OPTION
+@EACH_TARGET
+def test_gradcheck(target, options, reduction):
+    """Of the logits and of probabilities, once and twice."""
+    for shape in [(3, 4), (2, 3, 2), (4,)]:
+        logits, t, keywords = draw(shape, target, options)
+        of = loss(kernels.cross_entropy, t, keywords, reduction)
+        if of(logits).isnan().any():  # the mean of nothing, when all are ignored: nothing to differentiate
+            assert loss(F.cross_entropy, t, keywords, reduction)(logits).isnan()
+            continue
+        tensors = [x.requires_grad_() for x in ([logits, t] if target == "probabilities" else [logits])]
+        assert gradcheck(of, tensors)
+        assert gradgradcheck(of, tensors)
+
+
+@EACH_REDUCTION
+@EACH_OPTION
+@EACH_TARGET
+@pytest.mark.parametrize("path", ["triton", "torch"])
+def test_against_torch(path, target, options, reduction, device):
+    """Every shape, by the kernel and by the reference. The gradient of probabilities too, which has no kernel."""
+    for shape in SHAPES:
+        _, t, keywords = draw(shape, target, options)
+        ours, torchs = (loss(f, t, keywords, reduction) for f in (kernels.cross_entropy, F.cross_entropy))
+        draws = [draw(shape, target, options, seed)[: 2 if target == "probabilities" else 1] for seed in range(4)]
+        with kernels.use(path):
+            compare(ours, torchs, *([x.to(device, torch.float32) for x in d] for d in draws), what=f"{shape}")

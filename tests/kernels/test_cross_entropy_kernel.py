@@ -1,0 +1,152 @@
+"""cross_entropy's kernels where the formula is hardest on them: extremes, many classes, odd labels, memory layouts."""
+
+import importlib
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+from kernels import cross_entropy, cross_entropy_bwd, cross_entropy_fwd
+from tests.checks import DTYPES, LAYOUTS, assert_as_accurate, compare, double, with_gradients
+
+module = importlib.import_module("kernels.cross_entropy")  # its name in the package is the function's
+INF = math.inf
+PRECISIONS = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def pair(target, **options):
+    """The same loss of the logits by us and by torch."""
+    return tuple(lambda z, f=f: f(z, target, **options) for f in (cross_entropy, F.cross_entropy))
+
+
+def on_torch(function):
+    """The gradcheck oracle's path, also for float32."""
+    with kernels.use("torch"):
+        return function()
+
+
+@PRECISIONS
+@pytest.mark.parametrize("classes", [1, 7, 16, 17, 33, 100, 5000])
+def test_numbers_of_classes(classes, dtype, device):
+    """From one class to more than a tile holds: 5,000 take the online softmax through two tiles."""
+    torch.manual_seed(classes)
+    target = torch.randint(0, classes, (5,), device=device)
+    draws = [[torch.randn(5, classes).to(device, dtype)] for _ in range(3)]
+    compare(*pair(target, reduction="none"), *draws)
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["labels", "probabilities"])
+def test_many_tiles(soft, device, monkeypatch):
+    """Rows and classes over many small tiles, the maximum rising from tile to tile and falling: the rescaling is right."""
+    monkeypatch.setattr(module, "_TILE", 16)
+    logits = 20 * torch.sin(torch.arange(7 * 100, device=device) / 9).view(7, 100)
+    target = torch.rand(7, 100, device=device) if soft else torch.arange(0, 98, 14, device=device)
+    compare(*pair(target, label_smoothing=0.1, reduction="none"), [logits])
+
+
+def test_50000_classes_in_one_row(device):
+    logits = 3 * torch.randn(1, 50_000, device=device)
+    compare(*pair(torch.tensor([49_999], device=device)), [logits], [logits.flip(1)])
+
+
+@PRECISIONS
+def test_sum_over_programs(dtype, device):
+    """More partial losses and weights than the reducing program adds at a time, and with the last lanes empty."""
+    parts = torch.rand(2 * 2500, device=device)
+    loss, (_, _, denominator, _) = module.finish(parts, 2500, parts.to(dtype), (), "mean", None)
+    exact = double(parts).view(2, 2500).sum(1)
+    torchs = parts.view(2, 2500).sum(1)
+    assert_as_accurate([loss, denominator], [(torchs[0] / torchs[1]).to(dtype), torchs[1]], [exact[0] / exact[1], exact[1]])
+
+
+@PRECISIONS
+@pytest.mark.parametrize(
+    "row",
+    [
+        [1e4, -1e4, 0.0],
+        [-1e4, -1e4, -1e4],
+        [1e4, 1e4, 1e4],
+        [INF, 0.0, 0.0],
+        [-INF, 0.0, 0.0],
+        [0.0, -INF, 0.0],
+        [0.0, -INF, -INF],
+        [-INF, -INF, -INF],
+        [math.nan, 0.0, 0.0],
+        [0.0, math.nan, 0.0],
+        [0.0, 0.0, INF],
+    ],
+    ids=str,
+)
+def test_extreme_logits(row, dtype, device):
+    """Losses and gradients are infinite, NaN or finite where torch's are, and no other row notices."""
+    logits = torch.tensor([row, [0.5, -1.0, 2.0]]).to(device, dtype)
+    for label in (0, 1):
+        target = torch.tensor([label, 2], device=device)
+        ours, torchs = (with_gradients(f, [logits]) for f in pair(target, reduction="none"))
+        exact = with_gradients(pair(target, reduction="none")[1], double([logits]))
+        assert_as_accurate(ours, torchs, exact, f"label {label}")
+
+
+@PRECISIONS
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(7, 17), (3, 5, 4)], ids=str)
+def test_layouts(shape, layout, dtype, device):
+    """Logits, labels, probabilities, class weights and incoming gradients of any strides, NaN in the gaps."""
+    arrange = LAYOUTS[layout]
+    torch.manual_seed(0)
+    logits = arrange(torch.randn(shape).to(device, dtype))
+    weight = arrange((torch.rand(shape[1]) + 0.5).to(device, dtype))
+    labels = torch.randint(0, shape[1], shape[:1] + shape[2:], device=device)
+    dy = arrange(torch.rand(labels.shape).to(device, dtype))
+    for target in (arrange(labels), arrange(torch.rand(shape).to(device, dtype))):
+        results = []
+        for cast, function in ((torch.Tensor.detach, cross_entropy), (torch.Tensor.detach, F.cross_entropy),
+                               (torch.Tensor.double, F.cross_entropy)):  # fmt: skip
+            z = cast(logits).requires_grad_()
+            t = cast(target) if target.is_floating_point() else target
+            value = function(z, t, cast(weight), reduction="none", label_smoothing=0.1)
+            results.append((value, torch.autograd.grad(value, z, cast(dy))))
+        assert_as_accurate(*results, layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)
+def test_integer_types_of_labels(dtype, device):
+    """torch takes uint8 and int64; we take every integer."""
+    target = torch.tensor([0, 2, 1], device=device)
+    logits = torch.randn(3, 4, device=device)
+    assert torch.equal(cross_entropy(logits, target.to(dtype)), cross_entropy(logits, target))
+    assert torch.equal(on_torch(lambda: cross_entropy(logits, target.to(dtype))), on_torch(lambda: cross_entropy(logits, target)))
+
+
+@pytest.mark.parametrize("bad", [4, -1, 1 << 40])
+def test_label_out_of_range(bad, device, monkeypatch):
+    """The CPU names the label; on a GPU, which is not asked to wait, the loss is NaN, and check_labels() asks."""
+    logits, target = torch.randn(3, 4, device=device), torch.tensor([0, bad, 1], device=device)
+    message = rf"target\[1\] is {bad}, but there are 4 classes: labels are 0 to 3, or ignore_index = -100"
+    for path in ("torch", "triton"):
+        with kernels.use(path), kernels.check_labels(), pytest.raises(IndexError, match=message):
+            cross_entropy(logits, target)
+    monkeypatch.setattr(module, "check_range", lambda *args: False)
+    assert cross_entropy(logits, target).isnan()
+    losses = cross_entropy(logits, target, reduction="none")
+    assert losses[1].isnan() and losses[[0, 2]].isfinite().all()
+
+
+def test_check_labels_ends_with_its_context(device, monkeypatch):
+    check_range, target = module.check_range, torch.tensor([9], device="meta")
+    assert check_range(target, 4, -100) is False  # elsewhere than on the CPU, nothing is read
+    with kernels.check_labels(), pytest.raises(Exception, match="meta"):
+        check_range(target, 4, -100)
+    assert check_range(target, 4, -100) is False
+
+
+def test_logits_are_not_overwritten_and_gradients_are_fresh(device):
+    logits, target = torch.randn(7, 5, device=device), torch.zeros(7, dtype=torch.int64, device=device)
+    before = logits.clone()
+    loss, saved = cross_entropy_fwd(logits, target)
+    kept = saved[0].clone()
+    gradients = [cross_entropy_bwd(torch.ones_like(loss), *saved)[0] for _ in range(2)]
+    assert torch.equal(logits, before) and torch.equal(saved[0], kept)
+    assert len({t.data_ptr() for t in (logits, saved[0], *gradients)}) == 4

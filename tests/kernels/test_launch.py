@@ -1,0 +1,137 @@
+"""Which implementation runs, on what device, and what a dry run lists."""
+
+import threading
+
+import pytest
+import torch
+
+import kernels
+from kernels import configs, launch
+from kernels.launch import KERNEL_DTYPES
+from kernels.operations import OPERATIONS, Make
+
+
+def recorded(function):
+    """Names of the kernels launched while the function ran."""
+    names = []
+    with launch.observe(lambda kernel, grid, args, options: names.append(kernel.fn.__name__)):
+        function()
+    return names
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_kernels_take_their_precisions(dtype, device):
+    x = torch.ones(2, 2, dtype=dtype, device=device)
+    assert kernels.path(x) == "triton"
+    assert kernels.path(x, torch.zeros(2, dtype=torch.int64, device=device), None) == "triton"
+    assert recorded(lambda: kernels.linear(x, x)) == ["linear_fwd_kernel"]
+
+
+def test_float64_takes_the_reference(device):
+    x = torch.ones(2, 2, dtype=torch.float64, device=device)
+    assert kernels.path(x) == kernels.path(torch.ones(2, device=device), x) == "torch"
+    assert recorded(lambda: kernels.linear(x, x)) == []
+
+
+@pytest.mark.parametrize("interpreted", [True, False])
+def test_cpu_needs_the_interpreter(interpreted, monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", interpreted)
+    x = torch.ones(2, 2)
+    assert kernels.path(x) == kernels.path(x, None, torch.ones(2)) == ("triton" if interpreted else "torch")
+    kernels.sgd([], [], [], 0.1)  # nothing to choose by, and nothing to do
+
+
+def test_use_forces_and_ends(device):
+    x = torch.ones(2, 2, device=device)
+    with kernels.use("torch"):
+        assert kernels.path(x) == "torch"
+        with kernels.use("triton"):
+            assert kernels.path(x) == "triton"
+        assert kernels.path(x) == "torch"
+        seen = []
+        thread = threading.Thread(target=lambda: seen.append(kernels.path(x)))
+        thread.start()
+        thread.join()
+        assert seen == ["torch"], "autograd's threads must take the same path"
+    with pytest.raises(KeyError), kernels.use("torch"):
+        raise KeyError
+    assert kernels.path(x) == "triton"
+
+
+def test_use_triton_refuses_what_no_kernel_takes(device, monkeypatch):
+    double = torch.ones(2, 2, dtype=torch.float64, device=device)
+    with kernels.use("triton"), pytest.raises(ValueError, match=rf"no kernel takes .*torch\.float64 on {device}.*kernels take float32"):
+        kernels.linear(double, double)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    with kernels.use("triton"), pytest.raises(ValueError, match=r"torch\.float32 on cpu; .*TRITON_INTERPRET=1"):
+        kernels.path(torch.ones(2))
+    with pytest.raises(ValueError, match="path must be \"torch\" or \"triton\", got 'cuda'"), kernels.use("cuda"):
+        pass
+
+
+def test_backward_takes_the_path_of_its_own_time(device):
+    """A graph recorded on one path can be run on the other: what is saved is the same."""
+    x = torch.ones(2, 3, device=device, requires_grad=True)
+    for forward, backward in (("torch", "triton"), ("triton", "torch")):
+        for function in (lambda: kernels.linear(x, x, None, "gelu").sum(),
+                         lambda: kernels.cross_entropy(x, torch.tensor([0, 2], device=device)),
+                         lambda: kernels.mse_loss(x, 2 * x)):  # fmt: skip
+            with kernels.use(forward):
+                value = function()
+            with kernels.use(backward):
+                crossed = torch.autograd.grad(value, x)[0]
+            torch.testing.assert_close(crossed, torch.autograd.grad(function(), x)[0])
+
+
+def test_empty_grid_launches_nothing():
+    """Not even a device to launch on is asked for."""
+    assert recorded(lambda: launch.run("no kernel", (3, 0))) == []
+
+
+def test_observers_end_with_their_context(device):
+    x, seen = torch.ones(2, 2, device=device), []
+    with pytest.raises(KeyError), launch.observe(lambda *launched: seen.append(launched)):
+        kernels.linear(x, x)
+        raise KeyError
+    kernels.linear(x, x)
+    (kernel, grid, args, options), = seen
+    assert grid == (1, 1) and args[2].data_ptr() == x.data_ptr() and "num_warps" in options
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_dry_run_writes_nothing(name, device):
+    """On meta tensors, as on that architecture: launches are listed and none runs."""
+    op, listed = OPERATIONS[name], []
+    with launch.dry_run("sm_90", 132), launch.observe(lambda *launched: listed.append(launched)):
+        for _, args in op.cases(Make("meta", torch.bfloat16), 33, 17, 16):
+            assert all(t.device.type == "meta" for t in op.results(args))
+        assert launch.arch("cuda") == "sm_90" and launch.sm_count("cuda") == 132
+    assert listed
+    assert launch.arch(torch.device("cpu")) == "cpu" and launch.sm_count(torch.device("cpu")) == 1
+
+
+@pytest.mark.parametrize(("setting", "precision"), [("highest", "ieee"), ("high", "tf32x3"), ("medium", "tf32")])
+def test_precision_of_float32_products(setting, precision, monkeypatch):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: setting)
+    for arch in ("sm_90", "gfx942"):
+        with launch.dry_run(arch, 100):
+            assert launch.dot_precision() == ("ieee" if arch == "gfx942" else precision)
+            options = configs.product("linear_fwd", torch.empty(1, device="meta"), 64, 64)
+            assert options["PRECISION"] == launch.dot_precision()
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "sms", "size"),
+    [(32, 4096, 132, "tiny"), (4096, 1, 132, "tiny"), (33, 4096, 132, "small"), (1024, 1024, 132, "small"),
+     (1024, 1024, 108, "large"), (8192, 1024, 132, "large"), (64, 64, 1, "small")],
+)  # fmt: skip
+def test_buckets(m, n, sms, size):
+    assert configs.bucket(m, n, sms) == size
+
+
+def test_pinned_configurations_win(monkeypatch):
+    pinned = configs.Config(16, 16, 16, 1, 1)
+    monkeypatch.setitem(configs.PINNED, ("linear_fwd", "sm_90", "half", "tiny"), pinned)
+    assert configs.lookup("linear_fwd", "sm_90", "half", "tiny") is pinned
+    assert configs.lookup("linear_bwd_dx", "sm_90", "half", "tiny") != pinned
+    assert configs.lookup("linear_fwd", "sm_75", "half", "large").num_stages == 2  # no asynchronous copies

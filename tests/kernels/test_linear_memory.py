@@ -1,0 +1,67 @@
+"""linear's launchers: any strides in, given buffers out, and only the gradients asked for."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels import linear_bwd, linear_bwd_dw, linear_bwd_dx, linear_bwd_dz, linear_fwd, linear_fwd_ref
+from kernels.activations import ACTIVATIONS
+from kernels.linear import linear_bwd_dw_ref, linear_bwd_dx_ref, linear_bwd_dz_ref
+from tests.checks import LAYOUTS, assert_as_accurate, assert_equal, double
+
+
+def draw(m, k, n, device):
+    return [torch.randn(*shape, device=device) for shape in ((m, k), (n, k), (n,))]
+
+
+@pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, repeat=2)), ids="-".join)
+def test_layouts(layouts, device):
+    """Inputs, weights, biases, incoming gradients and saved tensors of any strides, NaN in the gaps."""
+    first, second = (LAYOUTS[name] for name in layouts)
+    x, w, b = draw(17, 33, 7, device)
+    x, w, b = first(x), second(w), second(b)
+    exact_y, exact_saved = linear_fwd_ref(*double((x, w, b)), "gelu")
+    y, saved = linear_fwd(x, w, b, "gelu")
+    assert_as_accurate(y, F.gelu(F.linear(x, w, b)), exact_y, "forward")
+    dz, s = second(torch.rand(17, 7, device=device) + 0.5), second(saved[2])
+    for kernel, reference, args in (
+        (linear_bwd_dz, linear_bwd_dz_ref, (first(dz), s, "gelu")),
+        (linear_bwd_dx, linear_bwd_dx_ref, (dz, w, first(torch.rand(17, 33, device=device)), "tanh")),
+        (linear_bwd_dw, linear_bwd_dw_ref, (dz, x)),
+    ):
+        assert_as_accurate(kernel(*args), reference(*args), reference(*double(args)), kernel.__name__)
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=3)), ids=str)
+def test_needs(needs, device):
+    """Gradients that are not wanted are None; the others do not depend on it."""
+    y, saved = linear_fwd(*draw(7, 5, 3, device), "relu")
+    whole = linear_bwd(torch.ones_like(y), *saved)
+    parts = linear_bwd(torch.ones_like(y), *saved, needs=needs)
+    for gradient, part, needed in zip(whole, parts, needs):
+        assert part is None if not needed else torch.equal(part, gradient)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_out(activation, device):
+    """Given buffers are filled and returned, with the same bits as fresh ones."""
+    x, w, b = draw(17, 5, 7, device)
+    fresh_y, (_, _, s, _, _) = linear_fwd(x, w, b, activation)
+    y, z = torch.empty_like(fresh_y), torch.empty_like(fresh_y)
+    result, (_, _, kept, _, _) = linear_fwd(x, w, b, activation, out=(y, z))
+    assert result.data_ptr() == y.data_ptr()
+    assert_equal((y, kept), (fresh_y, s), "forward")
+    dw, db = torch.empty_like(w), torch.empty_like(b)
+    assert linear_bwd_dw(y, x, out=(dw, db))[0] is dw
+    assert_equal((dw, db), linear_bwd_dw(y, x), "dw")
+    dx = torch.empty_like(x)
+    assert linear_bwd_dx(y, w, x, activation, out=dx) is dx
+    assert_equal(dx, linear_bwd_dx(y, w, x, activation), "dx")
+    dz = torch.empty_like(y)
+    result = linear_bwd_dz(y, s, activation, out=dz)
+    assert result.data_ptr() == (y if s is None else dz).data_ptr()  # the identity has nothing to write
+    assert_equal(result, linear_bwd_dz(y, s, activation), "dz")
+
+

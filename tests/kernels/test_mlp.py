@@ -1,0 +1,132 @@
+"""mlp: a whole stack as one node, against the same stack of torch's functions."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck, gradgradcheck
+
+import kernels
+from kernels import linear, mlp_bwd, mlp_fwd
+from kernels.activations import ACTIVATIONS
+from tests.checks import DTYPES, assert_equal, compare, double, snapshot, with_gradients
+
+EACH_ACTIVATION = pytest.mark.parametrize("activation", ACTIVATIONS)
+WIDTHS = (33, 16, 7, 10)
+
+
+def draw(widths, batch, device="cpu", dtype=torch.float64, seed=0):
+    """x, weights, biases of a stack, scaled so that no layer saturates."""
+    torch.manual_seed(seed)
+    weights = [torch.randn(o, i) * i**-0.5 for i, o in itertools.pairwise(widths)]
+    biases = [torch.randn(w) * 0.5 for w in widths[1:]]
+    return [t.to(device, dtype) for t in (torch.randn(batch, widths[0]), *weights, *biases)]
+
+
+def away_from_kinks(tensors, activation):
+    """Whether no pre-activation of a hidden layer is so near a kink that rounding could carry it across."""
+    y, *parameters = double(tensors)
+    layers = len(parameters) // 2
+    margin = []
+    for w, b in zip(parameters[:layers], parameters[layers:]):
+        z = F.linear(y, w, b)
+        y = ACTIVATIONS[activation].torch(z)
+        margin += [(z - kink).abs().min() for kink in ACTIVATIONS[activation].kinks]
+    return all(m > 1e-4 for m in margin)
+
+
+def pair(activation, output_activation="identity"):
+    """The same function of (x, *weights, *biases) by us and by torch."""
+
+    def by_kernels(x, *parameters):
+        layers = len(parameters) // 2
+        return kernels.mlp(x, parameters[:layers], parameters[layers:], activation, output_activation)
+
+    def by_torch(x, *parameters):
+        layers = len(parameters) // 2
+        for layer, (w, b) in enumerate(zip(parameters[:layers], parameters[layers:]), 1):
+            x = ACTIVATIONS[output_activation if layer == layers else activation].torch(F.linear(x, w, b))
+        return x
+
+    return by_kernels, by_torch
+
+
+@EACH_ACTIVATION
+def test_gradcheck(activation):
+    tensors = [t.requires_grad_() for t in draw((3, 4, 2), 3)]
+    assert away_from_kinks(tensors, activation)
+    function, _ = pair(activation, "tanh")
+    assert gradcheck(function, tensors)
+    assert gradgradcheck(function, tensors)
+
+
+@EACH_ACTIVATION
+def test_against_torch(activation, device):
+    seeds = (draw(WIDTHS, 17, device, torch.float32, seed) for seed in itertools.count())
+    compare(*pair(activation), next(t for t in seeds if away_from_kinks(t, activation)))
+
+
+@EACH_ACTIVATION
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_is_a_stack_of_linear(activation, dtype, device):
+    """Bitwise the same value and gradients as kernels.linear, layer on layer, but for what an unstored dy rounds."""
+    tensors = draw(WIDTHS, 17, device, dtype)
+
+    def stack(x, *parameters):
+        for layer, (w, b) in enumerate(zip(parameters[:3], parameters[3:]), 1):
+            x = linear(x, w, b, activation if layer < 3 else "identity")
+        return x
+
+    whole = with_gradients(pair(activation)[0], tensors)
+    layered = with_gradients(stack, tensors)
+    if dtype == torch.float32:
+        assert_equal(whole, layered, activation)
+    assert_equal(whole[0], layered[0], activation)
+
+
+def test_second_derivative_through_kernels(device):
+    def penalty(function):
+        def of(*tensors):
+            y = function(*tensors)
+            return sum(g.square().sum() for g in torch.autograd.grad(y.square().sum(), tensors, create_graph=True))
+
+        return of
+
+    draws = [draw((16, 17, 7), 16, device, torch.float32, seed) for seed in range(4)]
+    compare(*map(penalty, pair("silu", "sigmoid")), *draws)
+
+
+@pytest.mark.parametrize("shape", [(33,), (2, 3, 33), (0, 33)], ids=str)
+def test_leading_dimensions(shape, device):
+    _, *parameters = draw(WIDTHS, 1, device, torch.float32)
+    compare(*pair("tanh"), (torch.randn(shape, device=device), *parameters))
+
+
+def test_only_the_gradients_wanted(device):
+    """Each input alone, and each left out, gets the gradient it gets among all."""
+    x, *parameters = draw(WIDTHS, 7, device, torch.float32)
+    y, saved = mlp_fwd(x, parameters[:3], parameters[3:], "sigmoid")
+    flat = lambda dx, dws, dbs: [dx, *dws, *dbs]  # noqa: E731
+    whole = flat(*mlp_bwd(torch.ones_like(y), *saved))
+    one_hot = [tuple(i == j for j in range(7)) for i in range(7)]
+    for needs in [*one_hot, *(tuple(not n for n in row) for row in one_hot), (False,) * 7]:
+        for gradient, part, needed in zip(whole, flat(*mlp_bwd(torch.ones_like(y), *saved, needs=needs)), needs):
+            assert torch.equal(part, gradient) if needed else part is None
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])  # one that keeps y, one that keeps z
+def test_out(activation, device):
+    """With every buffer given, the numbers are the same and no tensor but views is made."""
+    x, *parameters = draw(WIDTHS, 17, device, torch.float32)
+    weights, biases = parameters[:3], parameters[3:]
+    y, saved = mlp_fwd(x, weights, biases, activation)
+    fresh = snapshot((y, mlp_bwd(torch.ones_like(y), *saved)))
+    forward_out = [(torch.empty(17, w, device=device), torch.empty(17, w, device=device)) for w in WIDTHS[1:]]
+    dz_out = [torch.empty(17, w, device=device) for w in WIDTHS[1:]]
+    grads_out = [(torch.empty_like(w), torch.empty_like(b)) for w, b in zip(weights, biases)]
+    y, saved = mlp_fwd(x, weights, biases, activation, out=forward_out)
+    _, dws, dbs = grads = mlp_bwd(torch.ones_like(y), *saved, out=(dz_out, grads_out))
+    assert_equal((y, grads), fresh, activation)
+    assert y.data_ptr() == forward_out[-1][0].data_ptr()
+    assert all(dw is given[0] and db is given[1] for dw, db, given in zip(dws, dbs, grads_out))

@@ -1,0 +1,141 @@
+"""optim: torch's optimizers, step for step, however the gradients arrive and whoever saved the state."""
+
+import copy
+import functools
+import io
+
+import pytest
+import torch
+
+import mlp
+from mlp.optim import OPTIMIZERS
+from tests.checks import assert_equal
+
+VARIANTS = {
+    "sgd": [
+        {"lr": 0.1},
+        {"lr": 0.1, "momentum": 0.9},
+        {"lr": 0.1, "momentum": 0.9, "dampening": 0.3},
+        {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+        {"lr": 0.01, "weight_decay": 0.1, "maximize": True},
+    ],
+    "adam": [{"lr": 0.01}, {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-4, "weight_decay": 0.1}, {"lr": 0.01, "maximize": True}],
+    "adamw": [{"lr": 0.01}, {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.2, "maximize": True}],
+}
+CASES = [pytest.param(n, o, id=f"{n} {i}: {' '.join(o)}") for n in OPTIMIZERS for i, o in enumerate(VARIANTS[n])]
+EACH = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+def torchs(name):
+    return getattr(torch.optim, OPTIMIZERS[name].__name__)
+
+
+def problem(device="cpu", dtype=torch.float32):
+    """Parameters of a module, and a function that puts step i's gradients, of the parameters' present values, on them."""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3)).to(device, dtype)
+    x = torch.randn(100, 11, 7, device=device, dtype=dtype)
+
+    def gradients(i):
+        module.zero_grad()
+        module(x[i % 100]).sin().square().sum().backward()
+
+    return list(module.parameters()), gradients
+
+
+def trajectory(make, device, dtype=torch.float32, steps=100):
+    params, gradients = problem(device, dtype)
+    optimizer = make(params)
+    for i in range(steps):
+        gradients(i)
+        optimizer.step()
+    return [p.detach() for p in params], optimizer
+
+
+def assert_same_place(ours, theirs, exact):
+    """As near to the float64 trajectory as torch's float32 one, but for a factor: both only round."""
+    for a, b, c in zip(ours, theirs, exact):
+        error, allowed = (a.double() - c).abs().max(), (b.double() - c).abs().max()
+        assert error <= 4 * allowed + 64 * torch.finfo(a.dtype).eps * c.abs().max()
+
+
+@pytest.mark.parametrize("name, options", CASES)
+def test_hundred_steps_as_torch(name, options, device):
+    ours, _ = trajectory(functools.partial(OPTIMIZERS[name], **options), device)
+    theirs, _ = trajectory(functools.partial(torchs(name), **options), device)
+    exact, _ = trajectory(functools.partial(torchs(name), **options), device, torch.float64)
+    exact_ours, _ = trajectory(functools.partial(OPTIMIZERS[name], **options), device, torch.float64)
+    assert_same_place(ours, theirs, exact)
+    assert_same_place(exact_ours, exact, exact)
+    start = problem(device)[0]
+    assert max((a - b.detach()).abs().max() for a, b in zip(ours, start)) > 0.1, "it must have gone somewhere"
+
+
+@pytest.mark.interpreter
+@EACH
+def test_steps_in_the_kernel(name, device):
+    runs = [trajectory(functools.partial(k, **VARIANTS[name][-1]), device, steps=3)[0] for k in (OPTIMIZERS[name], torchs(name))]
+    for a, b in zip(*runs):
+        torch.testing.assert_close(a, b)
+
+
+@EACH
+def test_defaults_are_torchs(name):
+    params, _ = problem()
+    assert OPTIMIZERS[name](params).defaults == torchs(name)(params).defaults
+
+
+@pytest.mark.parametrize("name, options", CASES)
+def test_gradients_handed_in(name, options, device):
+    """step(), step(grads=list) and step(grads=dict) do the same; only the first touches .grad."""
+    expected, _ = trajectory(functools.partial(OPTIMIZERS[name], **options), device, steps=5)
+    for wrap in (list, lambda grads: dict(enumerate(grads))):
+        params, gradients = problem(device)
+        optimizer = OPTIMIZERS[name](params, **options)
+        for i in range(5):
+            gradients(i)
+            grads = [p.grad for p in params]
+            for p in params:
+                p.grad = None
+            optimizer.step(grads=wrap(grads))
+        assert_equal([p.detach() for p in params], expected)
+    with pytest.raises(ValueError, match=f"{OPTIMIZERS[name].__name__}: 4 parameters but 3 gradients"):
+        optimizer.step(grads=grads[:3])
+
+
+@EACH
+def test_groups_and_missing_gradients(name, device):
+    """Groups of their own settings; a parameter without gradient is left alone, then starts late."""
+    runs = []
+    for kind in (OPTIMIZERS[name], torchs(name)):
+        params, gradients = problem(device)
+        groups = [{"params": params[2:], **VARIANTS[name][1]}, {"params": params[:2], "lr": 0.02}]
+        optimizer = kind(groups)
+        for i in range(6):
+            gradients(i)
+            if i < 3:
+                params[3].grad = None
+            optimizer.step()
+            assert i >= 3 or torch.equal(params[3], problem(device)[0][3])
+        runs.append([p.detach() for p in params])
+    for a, b in zip(*runs):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name, options", CASES)
+def test_state_moves_between_ours_and_torchs(name, options, device):
+    """Saved after 3 steps by one and loaded by the other, a run goes on as if nothing had happened."""
+    for first, second in ((OPTIMIZERS[name], torchs(name)), (torchs(name), OPTIMIZERS[name])):
+        straight, _ = trajectory(functools.partial(first, **options), device, steps=6)
+        params, gradients = problem(device)
+        before, after = first(params, **options), second(params, lr=123.0)
+        for i in range(6):
+            if i == 3:
+                file = io.BytesIO()
+                torch.save(before.state_dict(), file)
+                after.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+            gradients(i)
+            (before if i < 3 else after).step()
+        for a, b in zip(params, straight):
+            torch.testing.assert_close(a.detach(), b)
+    assert copy.deepcopy(after).state_dict()["param_groups"] == after.state_dict()["param_groups"]

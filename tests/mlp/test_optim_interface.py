@@ -1,0 +1,136 @@
+"""optim: what torch's own optimizers are asked for beside a step: closures, schedulers, tensors as rates, hooks, refusals."""
+
+import warnings
+
+import pytest
+import torch
+
+from mlp.optim import OPTIMIZERS, SGD, Adam
+from tests.checks import assert_equal
+
+EACH = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+def torchs(name):
+    return getattr(torch.optim, OPTIMIZERS[name].__name__)
+
+
+def parameter(device="cpu"):
+    return torch.linspace(-1, 1, 5, device=device).requires_grad_()
+
+
+@EACH
+def test_closure(name, device):
+    """Called once, with gradients enabled, before the update; its loss is returned."""
+    values = []
+    for kind in (OPTIMIZERS[name], torchs(name)):
+        p = parameter(device)
+        optimizer = kind([p], lr=0.1)
+
+        def closure(p=p, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = p.sin().sum()
+            loss.backward()
+            return loss
+
+        with torch.no_grad():
+            values.append([optimizer.step(closure).detach(), p.detach()])
+    torch.testing.assert_close(*values)
+    assert OPTIMIZERS[name]([parameter()]).step() is None
+
+
+@EACH
+def test_learning_rate_as_a_tensor(name, device):
+    """Updated in place between steps, as a captured graph would see it: the same as the number."""
+    options = {} if name == "sgd" else {"capturable": device != "cpu"}
+    results = []
+    for lr in (torch.tensor(0.1, device=device), 0.1):
+        p = parameter(device)
+        optimizer = OPTIMIZERS[name]([p], lr=lr, **options)
+        for _ in range(3):
+            optimizer.step(grads=[torch.ones_like(p)])
+            if isinstance(lr, torch.Tensor):
+                lr.mul_(0.5)
+            else:
+                optimizer.param_groups[0]["lr"] *= 0.5
+        results.append(p.detach())
+    torch.testing.assert_close(*results)
+
+
+@EACH
+def test_scheduler(name, device):
+    """StepLR moves the rate of our updates, also those without `step`, and has nothing to warn about."""
+    results = []
+    for kind in (OPTIMIZERS[name], torchs(name)):
+        p = parameter(device)
+        optimizer = kind([p], lr=0.1)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(5):
+                p.grad = p.detach().cos()
+                optimizer.step() if kind is torchs(name) else optimizer.update([p.grad])
+                scheduler.step()
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
+        results.append(p.detach())
+    torch.testing.assert_close(*results)
+
+
+@EACH
+def test_step_hooks(name):
+    p, seen = parameter(), []
+    optimizer = OPTIMIZERS[name]([p])
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    optimizer.step(grads=[torch.ones_like(p)])
+    assert seen == ["before", "after"]
+
+
+@EACH
+def test_gradients_are_only_read(name, device):
+    for options in ({}, {"weight_decay": 0.1, "maximize": True}, {"momentum": 0.9, "nesterov": True}):
+        if "momentum" in options and name != "sgd":
+            continue
+        p, grad = parameter(device), torch.ones(5, device=device)
+        optimizer = OPTIMIZERS[name]([p], lr=0.1, **options)
+        for _ in range(2):
+            optimizer.step(grads=[grad])
+        assert_equal(grad, torch.ones(5, device=device))
+
+
+@EACH
+def test_refusals(name):
+    kind = OPTIMIZERS[name]
+    for option in ("differentiable",) if name == "sgd" else ("differentiable", "amsgrad"):
+        with pytest.raises(ValueError, match=f"{kind.__name__}: {option}=True is not supported; use torch.optim.{kind.__name__}"):
+            kind([parameter()], **{option: True})
+    with pytest.raises(ValueError, match="learning rate"):
+        kind([parameter()], lr=-1.0)
+    with pytest.raises(ValueError, match=r"gradient 0 must be \(5,\) as its parameter is, got \(3,\)"):
+        kind([parameter()]).step(grads=[torch.ones(3)])
+
+
+def test_loaded_amsgrad_is_refused():
+    """A state saved with amsgrad would need its maxima: it must not go on as plain Adam in silence."""
+    p = parameter()
+    theirs = torch.optim.Adam([p], amsgrad=True)
+    p.grad = torch.ones_like(p)
+    theirs.step()
+    ours = Adam([p])
+    with pytest.raises(ValueError, match="amsgrad"):
+        ours.load_state_dict(theirs.state_dict())
+        ours.step()
+
+
+def test_momentum_switched_on_later(device):
+    """Momentum, given to a group after plain steps, starts its buffers then, as torch's does."""
+    results = []
+    for kind in (SGD, torch.optim.SGD):
+        p = parameter(device)
+        optimizer = kind([p], lr=0.1)
+        for momentum in (0.0, 0.9, 0.9):
+            optimizer.param_groups[0]["momentum"] = momentum
+            p.grad = p.detach().cos()
+            optimizer.step()
+        results.append(p.detach())
+    torch.testing.assert_close(*results)
