@@ -55,7 +55,8 @@ def lookup(kernel: str, arch: str, precision: str, size: str) -> Config:
     """The pinned configuration, or the heuristic one cut to what the architecture can hold in shared memory."""
     if (kernel, arch, precision, size) in PINNED:
         return PINNED[kernel, arch, precision, size]
-    config = _HEURISTIC[precision, size]
+    # Triton has no tensor cores on Turing: every product runs on the FMA units there, and wider tiles spill.
+    config = _HEURISTIC["ieee" if arch == "sm_75" else precision, size]
     # Turing has 64 KiB and no asynchronous copies, AMD 64 KiB: deeper pipelines would not fit.
     return config._replace(num_stages=2) if arch == "sm_75" or arch.startswith("gfx") else config
 

@@ -9,6 +9,7 @@ from . import activations, configs, launch
 from .linear import cast, dot, linear_bwd_reduce_kernel
 from .patches import load_patches, locate, unravel
 
+NARROW = 64  # columns of patches: up to here the reference's dw is faster by a product than by a convolution with dz
 MAX_SPLITS = 128  # of the batch in dw: a convolution has many positions and few weights
 
 
@@ -19,9 +20,8 @@ def conv2d_bwd_dz_ref(dy, s, winner, activation, g, size):
         return dz
     n, o = dz.shape[:2]
     oh, ow = g.conv_size(*size)
-    dz, winner = (t.transpose(0, 1).flatten(2) for t in (dz, winner))
-    zeros = dz.new_zeros(o, n, oh * ow)  # (O, N, …) in memory, as dw will read it
-    return zeros.scatter(2, winner.long(), dz).view(o, n, oh, ow).transpose(0, 1)
+    zeros = dz.new_zeros(n, o, oh * ow)
+    return zeros.scatter_(2, winner.long().flatten(2), dz.flatten(2)).view(n, o, oh, ow)
 
 
 def conv2d_bwd_dx_ref(dz, w, g, size):
@@ -34,12 +34,17 @@ def conv2d_bwd_dx_ref(dz, w, g, size):
 
 
 def conv2d_bwd_dw_ref(dz, x, g, bias=True):
-    """The reference of `conv2d_bwd_dw`: the correlation of x with dz, in which batch is summed and taps are the positions."""
+    """The reference of `conv2d_bwd_dw`: a product with the unfolded patches where they are narrow, else a correlation."""
+    (N, O), C = dz.shape[:2], x.shape[1]
     db = dz.sum((0, 2, 3)) if bias else None
-    if 0 in x.shape:
-        return dz.new_zeros(dz.shape[1], x.shape[1], g.KH, g.KW), db
-    x = pad_end(x, g).transpose(0, 1)
-    dw = F.conv2d(x, dz.transpose(0, 1), None, (g.DH, g.DW), (g.TOP, g.LEFT), (g.SH, g.SW))
+    if C * g.KH * g.KW <= NARROW or N == 0:
+        padded = F.pad(x, (g.LEFT, g.RIGHT, g.TOP, g.BOTTOM))
+        windows = padded.unfold(2, g.DH * (g.KH - 1) + 1, g.SH).unfold(3, g.DW * (g.KW - 1) + 1, g.SW)
+        patches = windows[..., :: g.DH, :: g.DW].permute(0, 1, 4, 5, 2, 3).flatten(1, 3).flatten(2)  # (N, K, OH·OW)
+        return torch.bmm(dz.flatten(2), patches.mT).sum(0).view(O, C, g.KH, g.KW), db
+    # x with batch and channels exchanged, dz as its kernel: the batch is summed, and the outputs' places are the taps.
+    x, dz = pad_end(x, g).transpose(0, 1), dz.transpose(0, 1)
+    dw = F.conv2d(x, dz, None, (g.DH, g.DW), (g.TOP, g.LEFT), (g.SH, g.SW))
     return dw[:, :, : g.KH, : g.KW].transpose(0, 1).contiguous(), db
 
 

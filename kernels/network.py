@@ -46,6 +46,11 @@ class Spec:
     rule: str = "sgd"
 
     @property
+    def state_lists(self) -> int:
+        """How many lists of states the rule keeps."""
+        return RULES[self.rule]
+
+    @property
     def shapes(self) -> list[tuple[int, ...]]:
         """Shapes of the parameters, in order."""
         pairs = zip(self.sizes[1:], self.sizes[:-1])

@@ -10,6 +10,7 @@ from .loss import MeanSquaredError, SoftmaxCrossEntropy
 from .modules import MLP, Conv2d, ConvNet, CrossEntropyLoss, Linear, MSELoss
 from .net import Net
 from .optim import SGD, Adam, AdamW
+from .sweep import Sweep
 from .trainer import History, Trainer
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "MeanSquaredError",
     "Net",
     "SoftmaxCrossEntropy",
+    "Sweep",
     "Trainer",
     "data",
     "fuse",

@@ -1,10 +1,12 @@
-"""The command line: train, evaluate, report, predict, recipes, info. Errors are one line on stderr and exit status 2."""
+"""The command line: train, evaluate, report, predict, sweep, recipes, info. Errors are one line on stderr and exit status 2."""
 
 import dataclasses
 import importlib.metadata
+import json
 import os
 import platform
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +17,7 @@ import kernels
 
 from . import checkpoint, data, engines, metrics, recipes, report
 from .checkpoint import RunFolder
+from .sweep import Sweep, spread
 from .trainer import Trainer, line
 
 app = typer.Typer(
@@ -251,6 +254,54 @@ def predict(
     for path, note, score in zip(images, notes, scores):
         best = int(score.argmax())
         print(f"{path}: {facts['classes'][best]} ({score[best]:.1%})" + (f", {note}" if note else ""))
+
+
+@app.command()
+def sweep(
+    dataset: Annotated[str, typer.Argument(help="as for train")] = "digits",
+    replicas: Annotated[int, typer.Option(help="how many networks")] = 16,
+    lr: Annotated[str, typer.Option(help="learning rate, or LOW:HIGH, spread over the networks in equal ratios")] = "0.01:1.0",
+    momentum: Annotated[float, typer.Option(help="momentum of sgd")] = 0.0,
+    hidden: Annotated[str, typer.Option(help="widths of the hidden layers")] = "100,50",
+    activation: Annotated[str, typer.Option(help="as for train")] = "relu",
+    optimizer: Annotated[str, typer.Option(help="as for train")] = "sgd",
+    batch_size: Annotated[int, typer.Option(help="samples in a step")] = 32,
+    epochs: Annotated[int, typer.Option(help="passes over the training data")] = 10,
+    seed: Annotated[int, typer.Option(help="of the first network; the others count on")] = 0,
+    top: Annotated[int, typer.Option(help="rows of the table to print")] = 10,
+    device: _DeviceOption = "auto",
+    data_dir: Annotated[Path | None, typer.Option(help="as for train")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for sweep.jsonl and every network; none is written without it")] = None,
+):
+    """Train many networks at once; prints a table, best first, and the accuracy of their mean."""
+    from tqdm import tqdm
+
+    train_set, test_set = data.load(dataset, data_dir)
+    low, colon, high = lr.partition(":")
+    try:
+        rates = spread(float(low), float(high) if colon else float(low), replicas)
+    except ValueError as error:
+        raise ValueError(f"--lr must be a number, or LOW:HIGH with 0 < LOW <= HIGH, got {lr!r} ({error})") from None
+    if out is not None and out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty; choose another --out")
+    sizes = (train_set.features, *_widths(hidden), len(train_set.classes))
+    job = Sweep(sizes, replicas, rates, momentum, range(seed, seed + replicas), activation=activation, optimizer=optimizer,
+                device=pick_device(device))  # fmt: skip
+    started = time.perf_counter()
+    with tqdm(total=epochs, unit="epoch", leave=False, disable=None, file=sys.stderr) as bar:
+        rows = job.fit(train_set, epochs, batch_size, test_set, on_epoch=lambda epoch, losses: bar.update())
+    seconds = time.perf_counter() - started
+    print(
+        f"{replicas} networks {' → '.join(map(str, sizes))} on {job.device}: {seconds:.1f} s, {replicas / seconds:.2f} a second"
+    )
+    print(f"{'network':>7} {'seed':>5} {'lr':>9} {'loss':>9} {'test accuracy':>14}")
+    for row in rows[:top]:
+        print(f"{row.replica:>7} {row.seed:>5} {row.lr:>9.4g} {row.train_loss:>9.4f} {row.test_accuracy:>14.2%}")
+    print(f"mean of all networks' probabilities: test accuracy {job.ensemble_accuracy(test_set):.2%}")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "sweep.jsonl").write_text("".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
+        job.save(out)
 
 
 @app.command("recipes")

@@ -1,5 +1,6 @@
 """fit, evaluate, resume: epochs of one engine, what they measured, and the run folder."""
 
+import copy
 import time
 
 import torch
@@ -106,13 +107,14 @@ class Trainer:
 
     def _epoch(self, epoch, train, order, batch_size, on_step):
         parameters = parameters_of(self.model).values()
-        before = [p.detach().clone() for p in parameters]
+        before, state = [p.detach().clone() for p in parameters], copy.deepcopy(self.optimizer.state_dict())
         try:
             return self.engine.epoch(train, order, batch_size, on_step)
         except FloatingPointError as error:
             with torch.no_grad():
                 for p, good in zip(parameters, before):
                     p.copy_(good)
+            self._load_optimizer(state)
             lr = float(self.optimizer.param_groups[0]["lr"])
             raise Diverged(f"training stopped: {error} of epoch {epoch} with learning rate {lr:g}; the weights are those "
                            f"of the end of epoch {epoch - 1}: try a smaller learning rate") from None  # fmt: skip
@@ -154,5 +156,10 @@ class Trainer:
         with torch.no_grad():
             for name, p in parameters.items():
                 p.copy_(state["model"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._load_optimizer(state["optimizer"])
         self.history = History(state["history"])
+
+    def _load_optimizer(self, state: dict) -> None:
+        """Its state is then in other tensors than the engine may have recorded: make that anew."""
+        self.optimizer.load_state_dict(state)
+        self.engine = type(self.engine)(self.model, self.loss, self.optimizer)

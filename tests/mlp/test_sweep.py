@@ -1,0 +1,112 @@
+"""Sweep: every network comes out as Trainer makes it alone; the table, the ensemble, the files."""
+
+import math
+
+import pytest
+import torch
+
+import kernels
+import mlp
+from mlp.sweep import Sweep, spread
+from tests.checks import assert_equal
+
+SIZES = (9, 8, 4)
+OPTIMIZERS = {
+    "sgd": {},
+    "momentum": {"momentum": 0.9},
+    "adam": {"optimizer": "adam"},
+    "adamw": {"optimizer": "adamw", "weight_decay": 0.1},
+}
+
+
+@pytest.fixture
+def data():
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (50, 9), dtype=torch.uint8, generator=generator)
+    return mlp.Dataset(pixels, torch.randint(0, 4, (50,), generator=generator), tuple("abcd"), scale=1 / 255, shift=-0.5)
+
+
+def alone(data, seed, lr, options, activation):
+    """The network that Trainer makes of one replica's settings."""
+    model = mlp.MLP(SIZES, activation)
+    mlp.initialise(dict(model.named_parameters()), None, seed)
+    options = dict(options)
+    make = mlp.optim.OPTIMIZERS[options.pop("optimizer", "sgd")]
+    trainer = mlp.Trainer(model, None, lambda p: make(p, lr=lr, **options), "manual", verbose=False)
+    trainer.fit(data, 3, 16, seed=seed)
+    return model, trainer.history[-1]["train_loss"]
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "gelu"])  # gelu: never in the kernel
+@pytest.mark.parametrize("options", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_replicas_are_those_of_the_trainer(data, options, activation):
+    rates = [0.02, 0.1, 0.2]
+    sweep = Sweep(SIZES, 3, rates, seeds=[5, 6, 7], activation=activation, device="cpu", **options)
+    rows = {row.replica: row for row in sweep.fit(data, 3, 16, data)}
+    for replica, (seed, lr) in enumerate(zip((5, 6, 7), rates)):
+        model, loss = alone(data, seed, lr, options, activation)
+        assert rows[replica].train_loss == pytest.approx(loss, rel=1e-5)
+        for ours, expected in zip(sweep.network(replica).parameters(), model.parameters()):
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.interpreter
+def test_the_kernel_trains_as_the_batched_products(data):
+    def trained():
+        sweep = Sweep(SIZES, 2, [0.1, 0.3], activation="sigmoid", momentum=0.5, device="cpu")
+        sweep.fit(data.take(20), 2, 8)
+        return sweep.parameters
+
+    with kernels.use("torch"):
+        expected = trained()
+    for ours, reference in zip(trained(), expected):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_are_best_first_and_a_diverged_network_is_last(data):
+    sweep = Sweep(SIZES, 4, [0.1, 1e30, 0.01, 0.3], seeds=[0] * 4, device="cpu")
+    rows = sweep.fit(data, 2, 16)
+    finite = [row.train_loss for row in rows[:-1]]
+    assert finite == sorted(finite) and not math.isfinite(rows[-1].train_loss) and rows[-1].replica == 1
+    assert 0 <= sweep.ensemble_accuracy(data) <= 1  # the NaN network does not vote
+    accuracies = sweep.accuracies(data)
+    assert [row.test_accuracy for row in sweep.fit(data, 0, 16, data)] == sorted(accuracies, reverse=True)
+
+
+def test_every_network_can_be_saved_and_loaded(data, tmp_path):
+    sweep = Sweep(SIZES, 2, device="cpu")
+    sweep.fit(data, 1, 16)
+    sweep.save(tmp_path)
+    for replica in range(2):
+        loaded = mlp.load(tmp_path / f"{replica:03d}.safetensors")
+        assert_equal(list(loaded.parameters()), list(sweep.network(replica).parameters()))
+
+
+def test_an_ensemble_of_one_is_that_network(data):
+    sweep = Sweep(SIZES, 1, device="cpu")
+    sweep.fit(data, 1, 16)
+    assert sweep.ensemble_accuracy(data) == pytest.approx(sweep.accuracies(data)[0])
+
+
+def test_spread_has_equal_ratios():
+    assert spread(0.01, 1.0, 3) == pytest.approx([0.01, 0.1, 1.0]) and spread(0.5, 0.5, 1) == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"replicas": 0}, "at least 1, got 0"),
+        ({"replicas": 3, "lr": [0.1, 0.2]}, "one for each of 3 replicas, got 2"),
+        ({"replicas": 2, "loss": mlp.SoftmaxCrossEntropy(label_smoothing=0.1)}, "without class weights, smoothing"),
+    ],
+)
+def test_bad_arguments_say_both_values(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Sweep(SIZES, **arguments)
+
+
+def test_a_bad_range_or_data_says_both_values(data):
+    with pytest.raises(ValueError, match=r"0 < LOW <= HIGH, got 1:0\.1"):
+        spread(1, 0.1, 4)
+    with pytest.raises(ValueError, match="take 10 features, but data has 9"):
+        Sweep((10, 4), 2, device="cpu").fit(data)
