@@ -5,7 +5,7 @@ import importlib
 import sys
 from pathlib import Path
 
-NAMES = ("linear", "cross_entropy", "train", "launches")
+NAMES = ("linear", "cross_entropy", "train", "recipes", "launches")
 
 
 def main() -> int:

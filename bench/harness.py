@@ -7,11 +7,11 @@ the first provider's: a provider that is wrong gets no time.
 import datetime
 import json
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 
 import torch
 import triton
@@ -94,7 +94,7 @@ def measure(providers: dict[str, Callable], rounds: int = _ROUNDS) -> dict[str, 
     for _ in range(rounds):
         for name, provider in providers.items():
             times[name].append(_once(provider, calls[name]))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: median(values) for name, values in times.items()}
 
 
 def agreeing(results: dict[str, list[torch.Tensor]], tolerance: float) -> list[str]:

@@ -144,10 +144,11 @@ def train(
     chosen, train_set, test_set, on, dtype = _prepare(settings)
     model = chosen.model(train_set, settings["seed"], on, dtype)
     trainer = Trainer(model, chosen.make_loss(), chosen.make_optimizer, settings["engine"], verbose=False)
-    if not resume:
-        run = RunFolder.create(out or _free_folder(dataset), force)
+    trainer.check(train_set, chosen.epochs, chosen.batch_size, test_set, drop_last=chosen.drop_last)
     if resume:
         run.resume(trainer)
+    else:
+        run = RunFolder.create(out or _free_folder(dataset), force)
     settings["data"] = {"classes": list(train_set.classes), "image_shape": train_set.image_shape,
                         "scale": train_set.scale, "shift": train_set.shift}  # fmt: skip
     run.config = settings

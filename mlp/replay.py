@@ -20,7 +20,7 @@ _CONSTANTS = ("new_full", "new_zeros", "new_ones", "zeros_like", "ones_like", "f
 
 
 class NotReplayable(RuntimeError):
-    """The recorded computation reads a result on the host, or changes what a replay takes as constant."""
+    """The computation reads a tensor on the host: a replay would not see it read again."""
 
 
 def _tensors(value) -> list[torch.Tensor]:
@@ -29,9 +29,8 @@ def _tensors(value) -> list[torch.Tensor]:
     return [t for item in value for t in _tensors(item)] if isinstance(value, (tuple, list)) else []
 
 
-def _copy_all(kept, func, args, kwargs):
-    for old, new in zip(kept, _tensors(func(*args, **kwargs))):
-        old.copy_(new)
+def _memory(tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 class Replay(TorchFunctionMode):
@@ -39,12 +38,16 @@ class Replay(TorchFunctionMode):
 
     def __init__(self):
         super().__init__()
-        self.calls, self._constants = [], set()
+        self.calls, self._constants = [], {}
 
     def __call__(self):
         """Repeat the recorded calls."""
         for call in self.calls:
             call()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.calls = [call for call in self.calls if call is not None]
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -55,16 +58,18 @@ class Replay(TorchFunctionMode):
         result = func(*args, **kwargs)
         in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
         if in_place or kwargs.get("out") is not None:
-            changed = _tensors(kwargs["out"] if kwargs.get("out") is not None else args[0])
-            if any(t.data_ptr() in self._constants for t in changed):
-                raise NotReplayable(f"{name} changes a constant in place")
+            for t in _tensors(kwargs["out"] if kwargs.get("out") is not None else args[0]):
+                if _memory(t) in self._constants:  # no constant after all: make it anew where it was made
+                    position, remake = self._constants.pop(_memory(t))
+                    self.calls[position] = remake
             self.calls.append(functools.partial(func, *args, **kwargs))
         elif isinstance(result, torch.Tensor):
             if name in _BUFFERS:
                 pass  # to be written by a later call
             elif not inputs or name in _CONSTANTS:
-                self._constants.add(result.data_ptr())
-            elif result.data_ptr() not in {t.data_ptr() for t in inputs}:  # not a view of an input
+                self._constants[_memory(result)] = len(self.calls), lambda: result.copy_(func(*args, **kwargs))
+                self.calls.append(None)
+            elif _memory(result) not in map(_memory, inputs):  # not a view of an input
                 self.calls.append(self._into(result, name, func, args, kwargs))
         elif _tensors(result):
             self.calls.append(lambda: torch._foreach_copy_(_tensors(result), _tensors(func(*args, **kwargs))))

@@ -70,13 +70,10 @@ class Trainer:
         """
         train = as_dataset(train, self.device)
         evaluate = None if evaluate is None else as_dataset(evaluate, self.device)
-        self._check(train, epochs, batch_size)
-        self._choose_engine(batch_size)
-        if evaluate is not None:
-            self._check(evaluate, epochs, batch_size)
+        self.check(train, epochs, batch_size, evaluate, drop_last=drop_last)
+        if self.requested == "auto" and self.verbose:
+            print(self.engine_note)
         count = len(train) // batch_size * batch_size if drop_last else len(train)
-        if count == 0:
-            raise ValueError(f"fit: drop_last leaves nothing of {len(train)} samples in batches of {batch_size}")
         for epoch in range(len(self.history) + 1, epochs + 1):
             order = permutation(len(train), seed, epoch, self.device)[:count]
             started = time.perf_counter()
@@ -97,13 +94,17 @@ class Trainer:
                 on_epoch(row)
         return self.history
 
-    def _choose_engine(self, batch_size):
-        """Another engine than at construction, if that one does not serve batches of this size."""
+    def check(self, train, epochs=1, batch_size=32, evaluate=None, *, drop_last=False) -> None:
+        """Raise what `fit` would, before anything is trained; takes another engine, if this one does not serve such batches."""
+        if batch_size < 1 or epochs < 0:
+            raise ValueError(f"fit: batch_size must be positive and epochs not negative, got {batch_size} and {epochs}")
+        if drop_last and len(train) < batch_size:
+            raise ValueError(f"fit: drop_last leaves nothing of {len(train)} samples in batches of {batch_size}")
+        for data in (train,) if evaluate is None else (train, evaluate):
+            self._check_data(data)
         if self.engine.refuses(self.model, self.loss, self.optimizer, batch_size) is not None:
             chosen = engines.choose(self.requested, self.model, self.loss, self.optimizer, batch_size)
             self.engine, self.engine_note = chosen
-        if self.requested == "auto" and self.verbose:
-            print(self.engine_note)
 
     def _epoch(self, epoch, train, order, batch_size, on_step):
         parameters = parameters_of(self.model).values()
@@ -119,16 +120,14 @@ class Trainer:
             raise Diverged(f"training stopped: {error} of epoch {epoch} with learning rate {lr:g}; the weights are those "
                            f"of the end of epoch {epoch - 1}: try a smaller learning rate") from None  # fmt: skip
 
-    def _check(self, train, epochs, batch_size):
-        if batch_size < 1 or epochs < 0:
-            raise ValueError(f"fit: batch_size must be positive and epochs not negative, got {batch_size} and {epochs}")
+    def _check_data(self, data):
         if not hasattr(self.model, "config"):
             return
         features, outputs = ends(self.model.config())
-        if features != train.features:
-            raise ValueError(f"fit: the network takes {features} features, but {train.name} has {train.features}")
-        if train.is_classification and outputs < len(train.classes):
-            raise ValueError(f"fit: the network has {outputs} outputs, but {train.name} has {len(train.classes)} classes")
+        if features != data.features:
+            raise ValueError(f"fit: the network takes {features} features, but {data.name} has {data.features}")
+        if data.is_classification and outputs < len(data.classes):
+            raise ValueError(f"fit: the network has {outputs} outputs, but {data.name} has {len(data.classes)} classes")
 
     @torch.no_grad()
     def evaluate(self, data) -> dict:

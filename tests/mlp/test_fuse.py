@@ -1,0 +1,160 @@
+"""fuse: models of many kinds give what they gave before, keep parameters, names and hooks, and say what was left alone."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import mlp
+from kernels.activations import ACTIVATIONS
+from mlp import fuse
+from tests.checks import assert_as_accurate, assert_equal
+
+
+class Mixer(nn.Module):
+    """A block of MLP-Mixer: torchvision's MLP over 6 tokens, then over 8 channels."""
+
+    def __init__(self):
+        from torchvision.ops import MLP
+
+        super().__init__()
+        options = {"activation_layer": nn.GELU, "inplace": None, "dropout": 0.1}
+        self.tokens, self.channels = MLP(6, [12, 6], **options), MLP(8, [16, 8], norm_layer=nn.LayerNorm, **options)
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(2))
+
+    def forward(self, x):
+        x = x + self.tokens(self.norms[0](x).mT).mT
+        return x + self.channels(self.norms[1](x))
+
+
+class ActorCritic(nn.Module):
+    """Two heads on one trunk, which is registered three times."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(7, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh())
+        self.actor, self.critic = nn.Sequential(self.trunk, nn.Linear(16, 4)), nn.Sequential(self.trunk, nn.Linear(16, 1))
+
+    def forward(self, x):
+        return torch.cat([self.actor(x), self.critic(x)], 1)
+
+
+def autoencoder():
+    encoder = nn.Sequential(nn.Linear(20, 9, bias=False), nn.LeakyReLU(inplace=True), nn.Linear(9, 3), nn.Tanh())
+    return nn.Sequential(encoder, nn.Sequential(nn.Linear(3, 9), nn.SiLU(), nn.Linear(9, 20), nn.Sigmoid()))
+
+
+def perceptron():
+    return nn.Sequential(nn.Linear(7, 12), nn.ReLU(True), nn.Identity(), nn.Linear(12, 12), nn.GELU("tanh"), nn.Linear(12, 5))
+
+
+def vgg():
+    """torchvision's VGG with its own features, but fewer of them, and as few in the classifier."""
+    from torchvision.models.vgg import VGG, make_layers
+
+    with torch.device("meta"):
+        model = VGG(nn.Identity(), init_weights=False)
+    model.features, model.avgpool = make_layers([4, "M", 6, 6, "M"]), nn.AdaptiveAvgPool2d(2)
+    classifier = nn.Linear(24, 16), nn.ReLU(True), nn.Dropout(), nn.Linear(16, 16), nn.ReLU(True), nn.Dropout(), nn.Linear(16, 5)
+    model.classifier = nn.Sequential(*classifier)
+    return model
+
+
+# A model, the shape of its input, and how many of its activations and poolings stay
+MODELS = {
+    "perceptron": (perceptron, (9, 7), 0),
+    "mixer": (Mixer, (3, 6, 8), 1),  # behind a LayerNorm
+    "vgg": (vgg, (3, 3, 12, 12), 0),
+    "autoencoder": (autoencoder, (5, 20), 0),
+    "actor-critic": (ActorCritic, (5, 7), 0),
+}
+FOLLOWERS = (nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.GELU, nn.SiLU, nn.MaxPool2d)
+
+
+def built(name, device="cpu"):
+    torch.manual_seed(0)
+    make, shape, _ = MODELS[name]
+    return make().to(device).eval(), torch.randn(shape, device=device)
+
+
+def with_gradients(model, x):
+    x = x.clone().requires_grad_()
+    y = model(x)
+    return [y, *torch.autograd.grad(y, [x, *model.parameters()], torch.cos(torch.arange(y.numel()).view(y.shape)).to(y))]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_same_model(name, device):
+    """Outputs and gradients in float32 and float64; the same parameters under the same names; twice is once."""
+    model, x = built(name, device)
+    before, parameters = copy.deepcopy(model), dict(model.named_parameters())
+    keys = list(model.state_dict())
+    assert fuse(model) is model
+    assert all(parameters.pop(key) is p for key, p in model.named_parameters()) and not parameters
+    assert list(model.state_dict()) == keys and not any(m.training for m in model.modules())
+    assert not [m for m in model.modules() if type(m) in (nn.Linear, nn.Conv2d)]
+    assert sum(isinstance(m, FOLLOWERS) for m in model.modules()) == MODELS[name][2]
+    doubled = [with_gradients(m, x.double()) for m in (copy.deepcopy(model).double(), copy.deepcopy(before).double())]
+    torch.testing.assert_close(*doubled)
+    assert_as_accurate(with_gradients(model, x), with_gradients(before, x), doubled[1], name)
+    again, shown = [], str(model)
+    assert str(fuse(model, again.append)) == shown and not [line for line in again if "->" in line]
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), fuse(copy.deepcopy(before))):
+        twin.load_state_dict(before.state_dict())
+        assert_equal(twin(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["mixer", "vgg"])
+def test_training_mode(name):
+    """Dropout draws what it drew before."""
+    model, x = built(name)
+    results = []
+    for each in (copy.deepcopy(model).train(), fuse(model.train())):
+        torch.manual_seed(1)
+        results.append(with_gradients(each, x))
+    torch.testing.assert_close(*results)
+
+
+def test_optimizer_goes_on(device):
+    """Adam's moments survive; fusing between two steps, with the loss inside the model, changes nothing."""
+    model, x = (t.double() for t in built("autoencoder", device))
+    model.loss = nn.MSELoss()
+    twin = copy.deepcopy(model)
+    optimizers = [torch.optim.Adam(m.parameters(), lr=0.01) for m in (model, twin)]
+    for step in range(6):
+        for m, optimizer in zip((model, twin), optimizers):
+            optimizer.zero_grad()
+            m.loss(m(x), x).backward()
+            optimizer.step()
+        if step == 2:
+            fuse(model)
+    assert type(model.loss) is mlp.MSELoss
+    torch.testing.assert_close(list(model.parameters()), list(twin.parameters()))
+
+
+@pytest.mark.parametrize("activation", [name for name, row in ACTIVATIONS.items() if row.module])
+def test_every_activation(activation):
+    """A row's module computes what the row does, and is recognised."""
+    row, z = ACTIVATIONS[activation], torch.linspace(-3, 3, 101, dtype=torch.float64)
+    assert_equal(row.module()(z), row.torch(z))
+    assert fuse(nn.Sequential(nn.Linear(3, 2), row.module()))[0].activation == activation
+
+
+def test_shared_layers():
+    """A layer in several places, inside and outside of the model, is right in each, and stays tied."""
+    fc, act = nn.Linear(4, 4), nn.Tanh()
+    model = nn.ModuleDict(
+        {"tied": nn.Sequential(fc, act, fc, act), "other": nn.Sequential(fc, nn.Sigmoid()), "lone": fc, "act": act}
+    )
+    outside, held, x = nn.Sequential(fc, act), [fc], torch.randn(3, 4)
+    places = (*model.values(), outside, *held)
+    before = [place(x) for place in places]
+    keys = list(model.state_dict())
+    assert fuse(model)["tied"][0] is model["tied"][2]
+    torch.testing.assert_close([place(x) for place in places], before)
+    assert list(model.state_dict()) == keys and len(list(model.parameters())) == 2
+    model["lone"].weight = nn.Parameter(torch.zeros(4, 4))
+    assert not any(p.any() for name, p in model.state_dict().items() if "weight" in name)
+    assert not pickle.loads(pickle.dumps(model))["tied"][2].weight.any()

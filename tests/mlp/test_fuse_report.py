@@ -1,0 +1,118 @@
+"""fuse: what it says: what was swapped, and what was left alone, why, and unharmed."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import mlp
+from mlp import fuse
+from tests.checks import with_gradients
+
+
+class Skip(nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def with_own_forward():
+    fc = nn.Linear(3, 3)
+    fc.forward = lambda x: 3 * nn.Linear.forward(fc, x)
+    return fc
+
+
+LAYERS = {
+    "subclass": (lambda: Scaled(3, 3), "a subclass"),
+    "own forward": (with_own_forward, "has forward of its own"),
+    "parametrized": (lambda: parametrizations.weight_norm(nn.Linear(3, 3)), "parametrized"),
+    "pruned": (lambda: prune.l1_unstructured(nn.Linear(3, 3), "weight", 2), "bias, weight_orig, not weight and bias"),
+    "lazy": (lambda: nn.LazyLinear(3), "no weights yet"),
+    "complex": (lambda: nn.Linear(3, 3, dtype=torch.complex64), "torch.complex64"),
+    "grouped": (lambda: nn.Conv2d(3, 3, 2, groups=3), "this one 3 and zeros"),
+    "reflecting": (lambda: nn.Conv2d(3, 3, 2, padding=1, padding_mode="reflect"), "this one 1 and reflect"),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name):
+    make, reason = LAYERS[name]
+    model, lines = nn.Sequential(make(), nn.ReLU()), []
+    kind, shown = type(model[0]).__name__, str(model)
+    assert str(fuse(model, lines.append)) == shown
+    assert lines[0].startswith(f"0: {kind} left alone: ") and reason in lines[0]
+    assert lines[1] == f"1: ReLU left alone: the {kind} before it is left alone"
+
+
+def conv():
+    return nn.Conv2d(2, 3, 2)
+
+
+def linear():
+    return nn.Linear(8, 8)
+
+
+NEIGHBOURS = {  # a model, the place that stays and the reason
+    "slope": (lambda: nn.Sequential(linear(), nn.LeakyReLU(0.2)), 1, "kernels have no LeakyReLU(negative_slope=0.2)"),
+    "second": (lambda: nn.Sequential(linear(), nn.SiLU(), nn.Tanh()), 2, "already has activation=silu"),
+    "fused": (lambda: nn.Sequential(mlp.Linear(8, 8, activation="tanh"), nn.Tanh()), 1, "already has activation=tanh"),
+    "overlap": (lambda: nn.Sequential(conv(), nn.MaxPool2d(3, 2)), 1, "kernels have no MaxPool2d(kernel_size=3, stride=2"),
+    "ceil": (lambda: nn.Sequential(conv(), nn.MaxPool2d(2, ceil_mode=True)), 1, "kernels have no MaxPool2d"),
+    "pool first": (lambda: nn.Sequential(conv(), nn.MaxPool2d(2), nn.Tanh()), 2, "already has activation=identity, max_pool=2"),
+    "no images": (lambda: nn.Sequential(linear(), nn.MaxPool2d(2)), 1, "does not directly follow"),
+    "between": (lambda: nn.Sequential(linear(), nn.LayerNorm(8), nn.ReLU()), 2, "does not directly follow"),
+    "nested": (lambda: nn.Sequential(nn.Sequential(linear()), nn.ReLU()), 1, "does not directly follow"),
+    "own forward": (lambda: Skip(linear(), nn.ReLU()), 1, "Skip has a forward of its own"),
+    "overwritten": (lambda: nn.Sequential(linear(), nn.LeakyReLU(), nn.ELU(inplace=True)), 1, "the ELU after it overwrites"),
+}
+
+
+@pytest.mark.parametrize("name", NEIGHBOURS)
+def test_neighbours(name):
+    make, place, reason = NEIGHBOURS[name]
+    model, x, lines = make().double(), torch.randn(3, 2, 8, 8, dtype=torch.float64), []
+    before, stays = copy.deepcopy(model), model[place]
+    assert fuse(model, lines.append)[place] is stays
+    about = next(line for line in lines if line.startswith(f"{place}: {type(stays).__name__} left alone: "))
+    assert reason in about
+    torch.testing.assert_close(with_gradients(model, [x]), with_gradients(before, [x]))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_full_backward_hook"])
+def test_hooks(register, place):
+    """Every hook sees what it saw: its activation stays apart, also in place, until the hook is gone."""
+    model, seen, lines = nn.Sequential(nn.Linear(4, 3), nn.LeakyReLU()).double(), [], []
+    handle = getattr(model[place], register)(lambda module, before, after: seen.extend(t.clone() for t in (*before, *after)))
+    x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    model(x).sum().backward()
+    fuse(model, lines.append)
+    assert type(model[0]) is mlp.Linear and type(model[1]) is nn.LeakyReLU and "a hook on it" in lines[1]
+    model(x).sum().backward()
+    half = len(seen) // 2
+    torch.testing.assert_close(seen[:half], seen[half:])
+    handle.remove()
+    assert fuse(model)[0].activation == "leaky_relu"
+
+
+def test_losses(caplog):
+    """With their options; the module itself may be the one to swap. Without `report`, lines go to the log."""
+    options = {"weight": torch.rand(5), "ignore_index": 2, "label_smoothing": 0.1, "reduction": "sum"}
+    z, target = torch.randn(7, 5), torch.tensor([0, 2, 4, 2, 1, 3, 0])
+    with caplog.at_level(logging.INFO, "handgrad"):
+        ours = fuse(nn.CrossEntropyLoss(**options))
+    assert caplog.messages == ["module: CrossEntropyLoss -> mlp.CrossEntropyLoss()"] and type(ours) is mlp.CrossEntropyLoss
+    torch.testing.assert_close(ours(z, target), nn.CrossEntropyLoss(**options)(z, target))
+    assert list(ours.state_dict()) == ["weight"] and type(fuse(nn.MSELoss())) is mlp.MSELoss
+
+
+def test_only_modules():
+    with pytest.raises(TypeError, match=r"must be an nn.Module, got Net"):
+        fuse(mlp.Net([3, 2]))
