@@ -1,5 +1,6 @@
 """handgrad's operations: forward and backward written by hand, as Triton kernels, each with its reference in plain torch."""
 
+from . import compiled, compiled_optim  # noqa: F401  they register the operators that torch.compile sees
 from .activations import ACTIVATIONS, Activation
 from .conv import conv2d, conv2d_fwd, conv2d_fwd_ref
 from .conv_bwd import conv2d_bwd, conv2d_bwd_ref

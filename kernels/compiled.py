@@ -17,13 +17,12 @@ from .cross_entropy import cross_entropy_bwd, cross_entropy_fwd
 from .linear_cross_entropy import linear_cross_entropy_bwd, linear_cross_entropy_fwd
 from .mlp import mlp_bwd, mlp_fwd
 from .mse import mse_bwd, mse_fwd
-from .optim import adam, sgd
 from .patches import Geometry, geometry
 
 ops = torch.ops.handgrad
 
 
-def operator(schema: str, mutates=()):
+def operator(schema: str):
     """Register the function below as the operator of this schema, and by the reference as its fake implementation."""
 
     def register(function):
@@ -31,24 +30,25 @@ def operator(schema: str, mutates=()):
             with launch.use("torch"):
                 return function(*args)
 
-        op = torch.library.custom_op("handgrad::" + schema.split("(")[0], function, mutates_args=mutates, schema=schema)
-        op.register_fake((lambda *args: None) if mutates else fake)
+        name, _, rest = schema.partition("(")
+        op = torch.library.custom_op(f"handgrad::{name}", function, mutates_args=(), schema=f"({rest}")
+        op.register_fake(fake)
         return op
 
     return register
 
 
 def differentiable(op, bwd, saved, count) -> None:
-    """Give an operator its gradient, by `bwd(dy, *saved(inputs, outputs), needs)`, for its first `count` inputs."""
+    """Give an operator its gradient: `bwd(dy, *saved(inputs, outputs), needs)`, those of its first `count` inputs."""
 
     def setup_context(ctx, inputs, output):
         ctx.set_materialize_grads(False)
-        launch.remember(ctx, inputs, saved(inputs, output))
+        ctx.others = len(inputs) - count
+        launch.remember(ctx, (), saved(inputs, output))
 
     def backward(ctx, dys):
         needs = list(ctx.needs_input_grad[:count])
-        inputs, saved = launch.recall(ctx)
-        return *spread(bwd(dys[0], *saved, needs), needs), *(None,) * (len(inputs) - count)
+        return *spread(bwd(dys[0], *launch.recall(ctx)[1], needs), needs), *(None,) * ctx.others
 
     op.register_autograd(backward, setup_context=setup_context)
 
@@ -64,8 +64,8 @@ def spread(tensors, present) -> list:
     return [next(tensors) if here else None for here in present]
 
 
-# mlp and linear. Parameters: all weights, then the biases that `bias` says there are. Outputs: y, the outputs of the hidden
-# layers, the pre-activations of the layers whose derivative needs them.
+# mlp, and linear as a stack of one. Parameters: all weights, then the biases that `bias` says there are. Outputs: y, the
+# outputs of the hidden layers, the pre-activations of the layers whose derivative needs them.
 
 
 def _needed(layers, activation, output_activation) -> list[str]:
@@ -77,37 +77,36 @@ def mlp_op(x, parameters, bias, *acts):
     layers = len(bias)
     y, saved = mlp_fwd(x, parameters[:layers], spread(parameters[layers:], bias), *acts)
     hidden, kept = saved[5 + layers : 4 + 2 * layers], saved[4 + 2 * layers :]
-    return dense(y, *hidden, *(s for s, what in zip(kept, _needed(layers, *acts)) if what == "z"))
+    return dense(y, *hidden, *(s for s, needs in zip(kept, _needed(layers, *acts)) if needs == "z"))
 
 
-@operator(
-    "mlp_bwd(Tensor dy, Tensor?[] saved, bool[] bias, str activation, str output_activation, bool[] needs) -> Tensor[]"
-)
+@operator("mlp_bwd(Tensor dy, Tensor?[] saved, bool[] bias, str activation, str output_activation, bool[] needs) -> Tensor[]")
 def mlp_bwd_op(dy, saved, bias, activation, output_activation, needs):
     dx, dws, dbs = mlp_bwd(dy, len(bias), bias, activation, output_activation, *saved, needs=needs)
     return dense(dx, *dws, *dbs)
 
 
-def _mlp_save(ctx, inputs, outputs):
+def _mlp_setup(ctx, inputs, output):
     x, parameters, ctx.bias, *ctx.acts = inputs
     layers = len(ctx.bias)
-    (y, *hidden), zs = outputs[:layers], iter(outputs[layers:])
-    kept = [{"y": s, "z": None}.get(what) for s, what in zip([*hidden, y], _needed(layers, *ctx.acts))]
-    kept = [next(zs) if what == "z" else s for s, what in zip(kept, _needed(layers, *ctx.acts))]
+    (y, *hidden), zs = output[:layers], iter(output[layers:])
+    choices = zip([*hidden, y], _needed(layers, *ctx.acts))
+    kept = [next(zs) if needs == "z" else y if needs == "y" else None for y, needs in choices]
+    ctx.set_materialize_grads(False)
     launch.remember(ctx, (), (*parameters[:layers], x, *hidden, *kept))
 
 
-def _mlp_backward(ctx, dy):
-    _, saved = launch.recall(ctx)
+def _mlp_backward(ctx, dys):
+    """As in `differentiable`, but the gradients of parameters are a list, and of biases that are absent there is none."""
     needs_x, needs_parameters = ctx.needs_input_grad[:2]
     present = [True] * (1 + len(ctx.bias)) + ctx.bias
     needs = [bool(n) for n in spread([needs_x, *needs_parameters], present)]
-    grads = spread(ops.mlp_bwd(dy, saved, ctx.bias, *ctx.acts, needs), needs)
+    grads = spread(ops.mlp_bwd(dys[0], launch.recall(ctx)[1], ctx.bias, *ctx.acts, needs), needs)
     dx, *dparameters = (g for g, here in zip(grads, present) if here)
     return dx, dparameters, None, None, None
 
 
-differentiable(mlp_op, _mlp_save, _mlp_backward)
+mlp_op.register_autograd(_mlp_backward, setup_context=_mlp_setup)
 
 
 # The losses. Outputs: the loss, ∂ℓ/∂z, ∂ℓ/∂t if the target wants it, and the mean's denominator, always a tensor here.
@@ -122,38 +121,27 @@ def _loss_outputs(loss, grad, dtarget, denominator, reduction):
 
 
 def _loss_saved(outputs, target_grad, reduction):
-    return (*spread(outputs[1:], (True, target_grad, reduction == "mean")), reduction)
+    return *spread(outputs[1:], (True, target_grad, reduction == "mean")), reduction
 
 
 @operator(
     "cross_entropy(Tensor logits, Tensor target, Tensor? weight, int ignore_index, str reduction, float label_smoothing, "
     "bool target_grad) -> Tensor[]"
 )
-def cross_entropy_op(logits, target, weight, ignore_index, reduction, label_smoothing, target_grad):
-    options = (weight, ignore_index, reduction, label_smoothing)
-    loss, saved = cross_entropy_fwd(logits, target, *options, target_grad=target_grad)
+def cross_entropy_op(*args):
+    loss, saved = cross_entropy_fwd(*args[:-1], target_grad=args[-1])
     return _loss_outputs(loss, *saved)
 
 
 @operator(
     "cross_entropy_bwd(Tensor dy, Tensor grad, Tensor? dtarget, Tensor? denominator, str reduction, bool[] needs) -> Tensor[]"
 )
-def cross_entropy_bwd_op(dy, grad, dtarget, denominator, reduction, needs):
-    grads = cross_entropy_bwd(dy, grad, dtarget, denominator, reduction, needs=needs)
-    return dense(*(g if n else None for g, n in zip(grads, needs)))
+def cross_entropy_bwd_op(*args):
+    grads = cross_entropy_bwd(*args[:-1], needs=args[-1])
+    return dense(*(g if needed else None for g, needed in zip(grads, args[-1])))
 
 
-def _cross_entropy_save(ctx, inputs, outputs):
-    launch.remember(ctx, (), _loss_saved(outputs, inputs[6], inputs[4]))
-
-
-def _cross_entropy_backward(ctx, dy):
-    _, saved = launch.recall(ctx)
-    needs = list(ctx.needs_input_grad[:2])
-    return *spread(ops.cross_entropy_bwd(dy, *saved, needs), needs), *(None,) * 5
-
-
-differentiable(cross_entropy_op, _cross_entropy_save, _cross_entropy_backward)
+differentiable(cross_entropy_op, ops.cross_entropy_bwd, lambda inputs, outputs: _loss_saved(outputs, inputs[6], inputs[4]), 2)
 
 
 @operator(
@@ -173,18 +161,12 @@ def linear_cross_entropy_bwd_op(*args):
     return dense(*linear_cross_entropy_bwd(*args[:-1], needs=args[-1]))
 
 
-def _linear_cross_entropy_save(ctx, inputs, outputs):
+def _linear_cross_entropy_saved(inputs, outputs):
     x, w, b = inputs[:3]
-    launch.remember(ctx, (), (x, w, b is not None, *_loss_saved(outputs, False, inputs[6])))
+    return x, w, b is not None, *_loss_saved(outputs, False, inputs[6])
 
 
-def _linear_cross_entropy_backward(ctx, dy):
-    _, saved = launch.recall(ctx)
-    needs = list(ctx.needs_input_grad[:3])
-    return *spread(ops.linear_cross_entropy_bwd(dy, *saved, needs), needs), *(None,) * 5
-
-
-differentiable(linear_cross_entropy_op, _linear_cross_entropy_save, _linear_cross_entropy_backward)
+differentiable(linear_cross_entropy_op, ops.linear_cross_entropy_bwd, _linear_cross_entropy_saved, 3)
 
 
 @operator("mse_loss(Tensor x, Tensor t, str reduction) -> Tensor[]")
@@ -197,25 +179,19 @@ def mse_bwd_op(dy, x, t, reduction, needs):
     return dense(*mse_bwd(dy, x.contiguous(), t.contiguous(), reduction, needs=needs))
 
 
-def _mse_backward(ctx, dy):
-    inputs, _ = launch.recall(ctx)
-    needs = list(ctx.needs_input_grad[:2])
-    return *spread(ops.mse_loss_bwd(dy, *inputs, needs), needs), None
+differentiable(mse_op, ops.mse_loss_bwd, lambda inputs, outputs: inputs, 2)
 
 
-differentiable(mse_op, lambda ctx, inputs, outputs: launch.remember(ctx, inputs, ()), _mse_backward)
+# conv2d. Padding is two numbers unless it has a name. Outputs: y, z if the derivative needs it, the winners if it pools.
 
 
-# conv2d. Padding is two numbers, or none and a name. Outputs: y, z if the derivative needs it, the winners if it pools.
-
-_CONV = "int[] stride, int[] padding, str named_padding, str activation, int[] max_pool, int[] dilation"
-
-
-@operator(f"conv2d(Tensor x, Tensor w, Tensor? b, {_CONV}, int groups) -> Tensor[]")
-def conv2d_op(x, w, b, stride, padding, named_padding, activation, max_pool, dilation, groups):
-    y, saved = conv2d_fwd(x, w, b, stride, padding or named_padding, activation, max_pool, dilation, groups)
-    _, _, s, winner, *_ = saved
-    return dense(y, s if activations.get(activation).needs == "z" else None, winner if winner is None else winner.int())
+@operator(
+    "conv2d(Tensor x, Tensor w, Tensor? b, int[] stride, int[] padding, str named_padding, str activation, int[] max_pool, "
+    "int[] dilation, int groups) -> Tensor[]"
+)
+def conv2d_op(x, w, b, stride, padding, named_padding, activation, *options):
+    y, (_, _, s, winner, *_) = conv2d_fwd(x, w, b, stride, named_padding or padding, activation, *options)
+    return dense(y, s if activations.get(activation).needs == "z" else None, None if winner is None else winner.int())
 
 
 @operator(
@@ -226,19 +202,42 @@ def conv2d_bwd_op(dy, x, w, s, winner, bias, activation, g, needs):
     return dense(*conv2d_bwd(dy, x, w, s, winner, bias, activation, Geometry(*g), needs=needs))
 
 
-def _conv2d_save(ctx, inputs, outputs):
+def _conv2d_saved(inputs, outputs):
     x, w, b, stride, padding, named_padding, activation, max_pool, dilation, _ = inputs
-    g = geometry(w.shape[2:], stride, padding or named_padding, dilation, max_pool)
+    g = geometry(w.shape[2:], stride, named_padding or padding, dilation, max_pool)
     needs = activations.get(activation).needs
     y, z, winner = spread(outputs, (True, needs == "z", g.pooled))
-    s = {"nothing": None, "y": y, "z": z}[needs]
-    launch.remember(ctx, (), (x, w, s, winner, b is not None, activation, list(g)))
+    return x, w, {"nothing": None, "y": y, "z": z}[needs], winner, b is not None, activation, list(g)
 
 
-def _conv2d_backward(ctx, dy):
-    _, saved = launch.recall(ctx)
-    needs = list(ctx.needs_input_grad[:3])
-    return *spread(ops.conv2d_bwd(dy, *saved, needs), needs), *(None,) * 7
+differentiable(conv2d_op, ops.conv2d_bwd, _conv2d_saved, 3)
 
 
-differentiable(conv2d_op, _conv2d_save, _conv2d_backward)
+# How the public functions, which `launch.call` knows by name, call the operators.
+
+
+def _mlp(x, activation, output_activation, *parameters):
+    layers = len(parameters) // 2
+    bias = [b is not None for b in parameters[layers:]]
+    return ops.mlp(x, [p for p in parameters if p is not None], bias, activation, output_activation)
+
+
+def _linear(x, w, b, activation):
+    return _mlp(x, activation, activation, w, b)
+
+
+def _cross_entropy(logits, target, *options):
+    return ops.cross_entropy(logits, target, *options, target.requires_grad)
+
+
+def _conv2d(x, w, b, stride, padding, activation, max_pool, dilation, groups):
+    stride, max_pool, dilation = ([v, v] if isinstance(v, int) else list(v) for v in (stride, max_pool, dilation))
+    named = padding if isinstance(padding, str) else ""
+    padding = [0, 0] if named else [padding, padding] if isinstance(padding, int) else list(padding)
+    return ops.conv2d(x, w, b, stride, padding, named, activation, max_pool, dilation, groups)
+
+
+launch.operators.update(
+    mlp=_mlp, linear=_linear, cross_entropy=_cross_entropy, linear_cross_entropy=ops.linear_cross_entropy,
+    mse_loss=ops.mse_loss, conv2d=_conv2d,
+)  # fmt: skip

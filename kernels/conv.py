@@ -32,11 +32,11 @@ def conv2d_fwd_ref(x, w, b=None, stride=1, padding=0, activation="identity", max
     g = check_conv(x, w, b, stride, padding, dilation, max_pool, groups)
     images = x if x.dim() == 4 else x.unsqueeze(0)
     z = F.conv2d(pad_end(images, g), w, b, (g.SH, g.SW), (g.TOP, g.LEFT), (g.DH, g.DW))
-    y = act.forward_ref(z, out=z if act.needs == "y" and not z.requires_grad else None)
+    y = act.forward_ref(z, out=z if act.needs == "y" and not (z.requires_grad or launch.watched()) else None)
     winner = None
     if g.pooled:
         y, winner = _max_pool_ref(y, (g.PH, g.PW))
-        z = z.flatten(2).gather(2, winner.flatten(2)).view_as(y) if act.needs == "z" else None
+        z = z.flatten(2).gather(2, winner.long().flatten(2)).view_as(y) if act.needs == "z" else None
     y = y if x.dim() == 4 else y.squeeze(0)
     return y, (x, w, {"nothing": None, "y": y, "z": z}[act.needs], winner, b is not None, activation, g)
 
@@ -50,7 +50,7 @@ def _max_pool_ref(y, pool):
     y = (y.transpose(0, 1) if swap else y).contiguous(memory_format=torch.channels_last)
     y, winner = F.max_pool2d(y, pool, return_indices=True)
     y, winner = (y.transpose(0, 1), winner.transpose(0, 1)) if swap else (y, winner)
-    return y.contiguous(), winner
+    return y.contiguous(), winner.to(torch.int32, memory_format=torch.contiguous_format)
 
 
 @triton.jit
@@ -156,4 +156,5 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, activation="identity",
     input (N, in, H, W) or (in, H, W), weight (out, in, KH, KW), bias (out,) or None; stride, dilation and max_pool an integer
     or two; padding likewise, "same" or "valid"; groups must be 1. Differentiable, twice too; float64 by the reference.
     """
-    return Conv2dFunction.apply(input, weight, bias, stride, padding, activation, max_pool, dilation, groups)
+    options = stride, padding, activation, max_pool, dilation, groups
+    return launch.call("conv2d", Conv2dFunction, conv2d_fwd, input, weight, bias, *options)

@@ -53,8 +53,9 @@ def _rows(logits, target):
 
 
 def check_range(target, classes, ignore_index) -> bool:
-    """Whether every label is known to be a class. An IndexError names the first that is neither that nor ignored."""
-    if target.device.type != "cpu" and not _check_labels_on_device:
+    """Whether every label is known to be a class: never where it cannot be read. An IndexError names the first that is
+    neither that nor ignored."""
+    if launch.watched() or (target.device.type != "cpu" and not _check_labels_on_device):
         return False
     if target.numel() == 0:
         return True
@@ -379,4 +380,7 @@ class CrossEntropyFunction(torch.autograd.Function):
 
 def cross_entropy(input, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
     """`torch.nn.functional.cross_entropy`, loss and gradient in one pass. See `cross_entropy_fwd` for shapes and errors."""
-    return CrossEntropyFunction.apply(input, target, weight, ignore_index, reduction, label_smoothing)
+    options = weight, ignore_index, reduction, label_smoothing
+    return launch.call(
+        "cross_entropy", CrossEntropyFunction, cross_entropy_fwd, input, target, *options, autocast=torch.float32
+    )

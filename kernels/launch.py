@@ -15,6 +15,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from torch.autograd import forward_ad
 
 # Read once, at import, because @triton.jit reads it once as well: later changes of the variable would not reach the kernels.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -22,9 +23,11 @@ INTERPRET = tl.constexpr(INTERPRETED)
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ACCELERATORS = ("cuda", "xpu")
+_AUTOCAST = ("cpu", *_ACCELERATORS)
 
 _forced: str | None = None
 _observers: list = []
+operators: dict = {}  # public function -> how `compiled` calls its operator; the first output is the function's
 _target: tuple[str, int] | None = None  # (architecture, processors) while dry_run is open
 
 
@@ -141,6 +144,51 @@ def check_same(op: str, **tensors) -> None:
             raise ValueError(f"{op}: {name} must be {reference.dtype} as {first} is, got {t.dtype}; convert one of them")
         if t.device != reference.device:
             raise ValueError(f"{op}: {name} must be on {reference.device} as {first} is, got {t.device}; move one of them")
+
+
+def watched() -> bool:
+    """Whether somebody follows every torch operation: torch.func, forward-mode AD, torch.export, make_fx, fake tensors.
+
+    Then no kernel may run, as it would not be seen, and no value may be read.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
+    )
+
+
+def autocasting(tensor) -> bool:
+    """Whether torch.autocast is on for this tensor's device."""
+    device = tensor.device.type
+    return device in _AUTOCAST and torch.is_autocast_enabled(device)
+
+
+def call(name: str, function, fwd, *args, autocast=None):
+    """What a public function does with its arguments: of the four ways there are to compute, the one that serves here.
+
+    Under torch.autocast, cast the arguments as torch does, to autocast's dtype or to the one given, and then: compiled, the
+    operator of this name; watched, the reference `fwd` in differentiable torch operations; else the autograd function.
+    """
+    if autocasting(args[0]):
+        device = args[0].device.type
+        dtype = autocast or torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return call(name, function, fwd, *(_autocast(a, device, dtype) for a in args))
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return operators[name](*args)[0]
+    if watched():
+        with use("torch"):
+            return fwd(*args)[0]
+    return function.apply(*args)
+
+
+def _autocast(value, device: str, dtype):
+    """Floating-point tensors on this device in this dtype, but for float64, which torch leaves alone as well."""
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype == torch.float64:
+        return value
+    return value.to(dtype) if value.device.type == device else value
 
 
 def remember(ctx, inputs: tuple, saved: tuple) -> None:

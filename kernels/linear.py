@@ -11,6 +11,8 @@ Backward, from dy (…, N):
 In a stack, dx of this layer is dy of the one beneath: `linear_bwd_dx` multiplies by that layer's act' before it stores.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -22,7 +24,7 @@ MAX_SPLITS = 32  # of the batch in dw: the workspace is at most this many times 
 
 def as_matrix(t):
     """t (…, n) as (M, n); also where n = 0, which leaves reshape(-1, n) no answer."""
-    return t.reshape(t.shape[:-1].numel(), t.shape[-1])
+    return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
 def linear_fwd_ref(x, w, b=None, activation="identity", *, out=None):
@@ -353,5 +355,9 @@ def linear(input, weight, bias=None, activation="identity"):
     """act(input weightᵀ + bias): `torch.nn.functional.linear` and its activation in one kernel.
 
     input (…, in), weight (out, in), bias (out,) or None -> (…, out). Differentiable, twice too; float64 by the reference.
+    As in torch, weight may also be (in,), with bias () or None: one output, without its dimension.
     """
-    return LinearFunction.apply(input, weight, bias, activation)
+    if weight.dim() == 1 and input.dim() and input.shape[-1:] == weight.shape:
+        bias = None if bias is None else bias.unsqueeze(0)
+        return linear(input, weight.unsqueeze(0), bias, activation).squeeze(-1)
+    return launch.call("linear", LinearFunction, linear_fwd, input, weight, bias, activation)

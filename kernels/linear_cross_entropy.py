@@ -15,6 +15,7 @@ from . import configs, launch
 from .cross_entropy import (
     check_cross_entropy,
     check_range,
+    cross_entropy,
     cross_entropy_bwd,
     cross_entropy_bwd_ref,
     cross_entropy_fwd,
@@ -25,7 +26,7 @@ from .cross_entropy import (
     store_loss,
     target_tile,
 )
-from .linear import cast, check_linear, linear_bwd, linear_bwd_ref, linear_fwd, linear_fwd_ref, product_tile
+from .linear import cast, check_linear, linear, linear_bwd, linear_bwd_ref, linear_fwd, linear_fwd_ref, product_tile
 
 FUSED_CLASSES = 128
 
@@ -141,6 +142,9 @@ def linear_cross_entropy(
     input (N, in), weight (C, in), bias (C,) or None. `class_weight` and the rest are cross_entropy's keywords.
     Probability targets get no gradient here: use the two operations where they need one.
     """
-    return LinearCrossEntropyFunction.apply(
-        input, weight, bias, target, class_weight, ignore_index, reduction, label_smoothing
+    options = class_weight, ignore_index, reduction, label_smoothing
+    if launch.autocasting(input):  # torch computes the product in half precision, the loss not
+        return cross_entropy(linear(input, weight, bias), target, *options)
+    return launch.call(
+        "linear_cross_entropy", LinearCrossEntropyFunction, linear_cross_entropy_fwd, input, weight, bias, target, *options
     )

@@ -10,6 +10,8 @@ Backward, from dy (…, n_L), with s_l the output or the pre-activation of layer
 The kernels are those of `linear`.
 """
 
+import functools
+
 import torch
 
 from . import launch
@@ -106,25 +108,28 @@ def mlp_bwd(dy, *saved, needs=None, out=None):
     return _backward(dy, *saved, needs=needs, out=out, bwd_dz=linear_bwd_dz, bwd_dx=linear_bwd_dx, bwd_dw=linear_bwd_dw)
 
 
+def _flat(fwd, x, activation, output_activation, *parameters):
+    """`fwd`, its weights and biases flat, as autograd wants them."""
+    layers = len(parameters) // 2
+    return fwd(x, parameters[:layers], parameters[layers:], activation, output_activation)
+
+
+_flat_fwd, _flat_fwd_ref = functools.partial(_flat, mlp_fwd), functools.partial(_flat, mlp_fwd_ref)
+
+
 class MLPFunction(torch.autograd.Function):
-    """mlp_fwd and mlp_bwd as one node of the tape; weights and biases arrive flat, as autograd wants them."""
+    """mlp_fwd and mlp_bwd as one node of the tape."""
 
     @staticmethod
-    def forward(ctx, x, activation, output_activation, *parameters):
-        y, saved = MLPFunction.fwd(mlp_fwd, x, activation, output_activation, *parameters)
-        launch.remember(ctx, (x, activation, output_activation, *parameters), saved)
+    def forward(ctx, *inputs):
+        y, saved = _flat_fwd(*inputs)
+        launch.remember(ctx, inputs, saved)
         return y
-
-    @staticmethod
-    def fwd(fwd, x, activation, output_activation, *parameters):
-        layers = len(parameters) // 2
-        return fwd(x, parameters[:layers], parameters[layers:], activation, output_activation)
 
     @staticmethod
     def backward(ctx, dy):
         needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
-        fwd_ref = lambda *inputs: MLPFunction.fwd(mlp_fwd_ref, *inputs)  # noqa: E731
-        dx, dws, dbs = launch.differentiate(ctx, dy, mlp_bwd, fwd_ref, mlp_bwd_ref, needs)
+        dx, dws, dbs = launch.differentiate(ctx, dy, mlp_bwd, _flat_fwd_ref, mlp_bwd_ref, needs)
         return dx, None, None, *dws, *dbs
 
 
@@ -135,4 +140,4 @@ def mlp(input, weights, biases=None, activation="relu", output_activation="ident
     """
     biases = [None] * len(weights) if biases is None else list(biases)
     check_mlp(input, weights, biases)
-    return MLPFunction.apply(input, activation, output_activation, *weights, *biases)
+    return launch.call("mlp", MLPFunction, _flat_fwd, input, activation, output_activation, *weights, *biases)

@@ -138,4 +138,4 @@ class MSEFunction(torch.autograd.Function):
 
 def mse_loss(input, target, reduction="mean"):
     """`torch.nn.functional.mse_loss` for input and target of one shape; the gradient of the target as well."""
-    return MSEFunction.apply(input, target, reduction)
+    return launch.call("mse_loss", MSEFunction, mse_fwd, input, target, reduction, autocast=torch.float32)

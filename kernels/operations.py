@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 
 from .activations import ACTIVATIONS
+from .conv import conv2d_fwd, conv2d_fwd_ref
+from .conv_bwd import conv2d_bwd, conv2d_bwd_ref
 from .cross_entropy import cross_entropy_bwd, cross_entropy_bwd_ref, cross_entropy_fwd, cross_entropy_fwd_ref
 from .linear import linear_bwd, linear_bwd_ref, linear_fwd, linear_fwd_ref
 from .linear_cross_entropy import (
@@ -111,6 +113,18 @@ def _mse_cases(make, m, k, n):
         yield reduction, (make.real(m, n), make.real(m, n), reduction)
 
 
+def _conv2d_cases(make, m, k, n):
+    """k channels in, n out; of images and numbers small enough for the interpreter, unless only shapes are asked for."""
+    small = make.device.type != "meta"
+    m, k, n = (min(m, 3), min(k, 2), min(n, 5)) if small else (m, k, n)
+    h, w, kernel = (8, 7, 3) if small else (28, 28, 5)
+    x, b = make.real(m, k, h, w), make.real(n)
+    yield "pool", (x, make.real(n, k, kernel, kernel), b, 1, 0, "relu", 2)
+    yield "same, no bias", (x, make.real(n, k, 2, 3), None, 1, "same", "gelu", (1, 2))
+    yield "stride, dilation", (x, make.real(n, k, 3, 2), b, (2, 1), (1, 2), "sigmoid", 1, (1, 2))
+    yield "one image", (make.real(k, h, w), make.real(n, k, 1, 1), b, 1, 0, "identity", 2)
+
+
 def _updates(update):
     """An optimizer's update as a forward: on copies, returning everything it changed."""
 
@@ -155,6 +169,7 @@ OPERATIONS: dict[str, Operation] = {
         linear_cross_entropy_bwd_ref,
     ),
     "mse": Operation(_mse_cases, mse_fwd, mse_fwd_ref, mse_bwd, mse_bwd_ref),
+    "conv2d": Operation(_conv2d_cases, conv2d_fwd, conv2d_fwd_ref, conv2d_bwd, conv2d_bwd_ref),
     "sgd": Operation(_sgd_cases, _updates(sgd), _updates(sgd_ref)),
     "adam": Operation(_adam_cases, _updates(adam), _updates(adam_ref)),
 }

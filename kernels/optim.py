@@ -221,6 +221,9 @@ def sgd(params, grads, buffers, lr, momentum=0.0, dampening=0.0, weight_decay=0.
     a one-element tensor on the parameters' device. Arithmetic in float32; reads p, g (and v) and writes p (and v) once.
     """
     check_update("sgd", params, grads)
+    if torch.compiler.is_compiling():
+        options = momentum, dampening, weight_decay, nesterov, maximize, first
+        return launch.operators["sgd"](params, grads, buffers, lr, *options)
     buffers = buffers if momentum else params
     if not _on_kernels(params, grads, buffers):
         return sgd_ref(params, grads, buffers, lr, momentum, dampening, weight_decay, nesterov, maximize, first)
@@ -237,8 +240,11 @@ def adam(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas=(0.9, 0.999), eps
     step: the count of this step, 1 at the first: a number, or a one-element tensor on the parameters' device; lr likewise.
     """
     check_update("adam", params, grads)
+    options = lr, betas, eps, weight_decay, decoupled, maximize
+    if torch.compiler.is_compiling():
+        return launch.operators["adam"](params, grads, exp_avgs, exp_avg_sqs, step, *options)
     if not _on_kernels(params, grads, exp_avgs, exp_avg_sqs):
-        return adam_ref(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps, weight_decay, decoupled, maximize)
+        return adam_ref(params, grads, exp_avgs, exp_avg_sqs, step, *options)
     step_tensor, lr_tensor = isinstance(step, torch.Tensor), isinstance(lr, torch.Tensor)
     return _launch(adam_kernel, [params, grads, exp_avgs, exp_avg_sqs], step if step_tensor else float(step),
                    lr if lr_tensor else float(lr), *map(_log, betas), *(1.0 - b for b in betas),

@@ -133,6 +133,8 @@ def _refusal(sequential, layer, options, follower, option, after) -> str | None:
         return f"its {type(sequential).__name__} has a forward of its own"
     if _obstacle(layer) is not None:
         return f"the {type(layer).__name__} before it is left alone"
+    if "forward" in vars(follower):
+        return "it has a forward of its own"
     if not option:
         return f"kernels have no {follower}"
     if not option.keys() <= options.keys():
@@ -171,8 +173,4 @@ def _same(module, model) -> bool:
     """Whether `module` has the type and the settings of `model`; in place or not makes no difference."""
     spread = lambda value: (value, value) if isinstance(value, int) else value  # noqa: E731  2 means (2, 2)
     settings = {name: value for name, value in vars(model).items() if name[0] != "_" and name not in ("training", "inplace")}
-    return (
-        type(module) is type(model)
-        and "forward" not in vars(module)
-        and all(spread(getattr(module, name)) == spread(value) for name, value in settings.items())
-    )
+    return type(module) is type(model) and all(spread(getattr(module, name)) == spread(settings[name]) for name in settings)

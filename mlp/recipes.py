@@ -151,6 +151,8 @@ def changed(recipe: Recipe, **changes) -> Recipe:
     """A recipe with the settings that are not None replaced; lr and momentum go to the optimizer."""
     options = {key: changes.pop(key) for key in ("lr", "momentum") if changes.get(key) is not None}
     changes = {key: value for key, value in changes.items() if value is not None}
+    if changes.get("loss", recipe.loss) != recipe.loss:
+        changes = {"loss_options": {}, **changes}
     kept = recipe.optimizer_options
     if changes.get("optimizer", recipe.optimizer) != recipe.optimizer:
         kept = {"lr": kept["lr"]} if "lr" in kept else {}

@@ -83,15 +83,15 @@ def first_weights(weight, image_shape, path: Path, count: int = 64) -> None:
         axis.axis("off")
     for axis, image in zip(axes.flat, images):
         bound = float(image.abs().max()) or 1.0
-        axis.imshow(image, cmap="RdBu_r", vmin=-bound, vmax=bound)
+        axis.imshow(image.numpy(), cmap="RdBu_r", vmin=-bound, vmax=bound)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
 def _picture(pixels, image_shape):
     """Flattened pixels as matplotlib wants them: (H, W), or (H, W, C) for colour."""
-    image = pixels.view(image_shape)
-    return image[0] if image_shape[0] == 1 else image.permute(1, 2, 0)
+    image = pixels.view(image_shape).numpy()
+    return image[0] if image_shape[0] == 1 else image.transpose(1, 2, 0)
 
 
 def write_all(history, model, scores, measured, data, folder: Path) -> list[Path]:

@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -37,7 +36,7 @@ PRECISIONS = {
 }
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64",
             torch.int32: "*i32", torch.uint8: "*u8", torch.bool: "*i1", torch.float64: "*fp64"}  # fmt: skip
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 def signature(value):
@@ -86,8 +85,8 @@ def launches(arch):
     """Every launch of every operation worth compiling: [(label, precision, source, options)].
 
     One for each kernel, element type and configuration: the one with the most arguments given and the longest
-    activation stands for all. On sm_90 every combination of constants and missing arguments, and for the last shape
-    every activation. How strides happen to be divisible never makes another.
+    activation stands for all. On sm_90, for the first shape every combination of constants and missing arguments,
+    and for the last every activation. How strides happen to be divisible never makes another.
     """
     found = {}
     for precision, (dtype, setting) in PRECISIONS.items():
@@ -99,25 +98,25 @@ def launches(arch):
                     with launch.dry_run(arch, SMS[arch]), launch.observe(lambda *launched: listed.append(launched)):
                         op.results(arguments)
                     for kernel, _, args, options in listed:
-                        key, weight = identity(kernel, args, options, arch == "sm_90", shape == SHAPES[-1])
+                        thorough = SHAPES.index(shape) if arch == "sm_90" else None
+                        key, weight = identity(kernel, args, options, dtype, thorough == 0, thorough == len(SHAPES) - 1)
                         if weight > found.get(key, (-1,))[0]:
                             text = f"{kernel.fn.__name__} of {name}, {label}, {precision}, {shape}"
                             found[key] = weight, text, precision, *as_source(kernel, args, options)
     return [entry[1:] for entry in found.values()]
 
 
-def identity(kernel, args, options, every_constant, every_activation):
+def identity(kernel, args, options, dtype, every_constant, every_activation):
     """(key, weight): launches of one key are the same to us, and the heaviest is compiled."""
     functions = [v for v in options.values() if isinstance(v, triton.JITFunction)]
     constants = {k: v for k, v in options.items() if not isinstance(v, triton.JITFunction)}
-    tensors = [t.dtype for t in flatten(args)]
-    weight = len(tensors) + sum(len(f.src) for f in functions) / 1e6
+    weight = len(flatten(args)) + sum(len(f.src) for f in functions) / 1e6
     if every_constant:
-        types = [signature(v) if isinstance(v, torch.Tensor | tuple) else v is None for v in args]
-        chosen = [f.__name__ for f in functions] if every_activation else []
-        return str((kernel.fn.__name__, types, constants, chosen)), weight
-    tiles = {k: v for k, v in constants.items() if k.startswith(("BLOCK", "num_", "PRECISION"))}
-    return str((kernel.fn.__name__, tensors[0], tiles)), weight
+        more = [signature(v) if isinstance(v, torch.Tensor | tuple) else v is None for v in args]
+    else:
+        constants = {k: v for k, v in constants.items() if k.startswith(("BLOCK", "num_", "PRECISION"))}
+        more = [f.__name__ for f in functions] if every_activation else []
+    return str((kernel.fn.__name__, dtype, constants, more)), weight
 
 
 def target(arch):
@@ -140,25 +139,22 @@ def compile_and_describe(arch, label, precision, source, options):
     row |= {"shared": compiled.metadata.shared, "dots": compiled.asm["ttir"].count("tt.dot "),
             "products": sorted(set(re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_s?w?mfma|v_wmma", assembly)))}  # fmt: skip
     if arch.startswith("sm_"):
-        row |= resources(compiled.asm["cubin"], disassemble=arch in ("sm_80", "sm_90"))
+        row |= resources(compiled.asm["cubin"])
     else:
         row |= {"stack": sum(int(n) for n in re.findall(r"ScratchSize: (\d+)", assembly)),
                 "registers": max(map(int, re.findall(r"\.vgpr_count:\s+(\d+)", assembly)), default=0)}  # fmt: skip
     return row
 
 
-def resources(cubin, disassemble):
-    """Registers, stack and local memory, and with `disassemble` how often each instruction occurs."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        run = lambda tool, *args: subprocess.run([TOOLS / tool, *args, path], capture_output=True, text=True, check=True).stdout  # noqa: E731
-        used = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", run("cuobjdump", "--dump-resource-usage"))
-        row = dict(zip(("registers", "stack", "local"), map(int, used.groups())))
-        if disassemble:
-            line = r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)"
-            row["instructions"] = Counter(re.findall(line, run("nvdisasm", "-c"), re.MULTILINE))
-    return row
+def resources(cubin):
+    """Registers, and bytes of stack and local memory: what is spilled goes to the stack."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    return dict(zip(("registers", "stack", "local"), map(int, used.groups())))
 
 
 if __name__ == "__main__":

@@ -109,18 +109,14 @@ def test_unknown_name():
     assert one_line(error)
 
 
-@pytest.mark.parametrize("fail", [urllib.error.URLError("no route"), RuntimeError("Error downloading\ntrace"), OSError()], ids=repr)
+@pytest.mark.parametrize("fail", [urllib.error.URLError("down"), RuntimeError("Error downloading\ntrace"), OSError()], ids=repr)
 @pytest.mark.parametrize("name", data.TORCHVISION)
 def test_no_network(name, fail, tmp_path, monkeypatch):
     """Says how to place the files by hand, and that digits needs none."""
-    datasets = pytest.importorskip("torchvision.datasets")
-
-    def refuse(*_):
-        raise fail
-
-    kind = getattr(datasets, data.TORCHVISION[name])
-    monkeypatch.setattr(kind, "download", refuse)
-    with pytest.raises(DataError, match=f"{name}: cannot be downloaded into.*{kind.__name__}/raw by hand, or train on digits") as error:
+    kind = getattr(pytest.importorskip("torchvision.datasets"), data.TORCHVISION[name])
+    monkeypatch.setattr(kind, "download", lambda self: (_ for _ in ()).throw(fail))
+    message = f"{name}: cannot be downloaded into.*{kind.__name__}/raw by hand, or train on digits"
+    with pytest.raises(DataError, match=message) as error:
         data.load(name, tmp_path / "new")
     assert one_line(error)
 
@@ -144,12 +140,13 @@ def test_default_folder(monkeypatch):
     assert data.default_dir() == Path("/cache/handgrad")
 
 
-@NEEDS_MNIST
-def test_damaged_mnist_file(tmp_path):
+@pytest.mark.parametrize("content", [b"", b"junk", bytes([0, 0, 8, 3] + [0, 0, 0, 9] * 3)], ids=["empty", "junk", "cut"])
+def test_damaged_mnist_file(content, tmp_path):
+    """Empty, other, or cut after the header."""
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for file in Path(os.environ["HANDGRAD_DATA"], "MNIST", "raw").glob("*-ubyte"):
-        (raw / file.name).write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(DataError, match="mnist: a file in .*MNIST/raw is damaged") as error:
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (raw / f"{name}-ubyte").write_bytes(content)
+    with pytest.raises(DataError, match=r"mnist: a file in .*MNIST/raw is damaged") as error:
         data.load("mnist", tmp_path)
     assert one_line(error)

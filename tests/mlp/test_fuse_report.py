@@ -9,8 +9,17 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import mlp
+from kernels.activations import ACTIVATIONS
 from mlp import fuse
-from tests.checks import with_gradients
+from tests.checks import assert_equal, with_gradients
+
+
+@pytest.mark.parametrize("activation", [name for name, row in ACTIVATIONS.items() if row.module])
+def test_every_activation(activation):
+    """A row's module computes what the row does, and is recognised."""
+    row, z = ACTIVATIONS[activation], torch.linspace(-3, 3, 101, dtype=torch.float64)
+    assert_equal(row.module()(z), row.torch(z))
+    assert fuse(nn.Sequential(nn.Linear(3, 2), row.module()))[0].activation == activation
 
 
 class Skip(nn.Sequential):
@@ -23,15 +32,15 @@ class Scaled(nn.Linear):
         return 2 * super().forward(x)
 
 
-def with_own_forward():
-    fc = nn.Linear(3, 3)
-    fc.forward = lambda x: 3 * nn.Linear.forward(fc, x)
-    return fc
+def patched(module):
+    """With its forward on the object, as libraries do that wrap it."""
+    module.forward = module.forward
+    return module
 
 
 LAYERS = {
     "subclass": (lambda: Scaled(3, 3), "a subclass"),
-    "own forward": (with_own_forward, "has forward of its own"),
+    "patched": (lambda: patched(nn.Linear(3, 3)), "has forward of its own"),
     "parametrized": (lambda: parametrizations.weight_norm(nn.Linear(3, 3)), "parametrized"),
     "pruned": (lambda: prune.l1_unstructured(nn.Linear(3, 3), "weight", 2), "bias, weight_orig, not weight and bias"),
     "lazy": (lambda: nn.LazyLinear(3), "no weights yet"),
@@ -70,6 +79,8 @@ NEIGHBOURS = {  # a model, the place that stays and the reason
     "between": (lambda: nn.Sequential(linear(), nn.LayerNorm(8), nn.ReLU()), 2, "does not directly follow"),
     "nested": (lambda: nn.Sequential(nn.Sequential(linear()), nn.ReLU()), 1, "does not directly follow"),
     "own forward": (lambda: Skip(linear(), nn.ReLU()), 1, "Skip has a forward of its own"),
+    "patched": (lambda: patched(nn.Sequential(linear(), nn.ReLU())), 1, "Sequential has a forward of its own"),
+    "patched ReLU": (lambda: nn.Sequential(linear(), patched(nn.ReLU())), 1, "it has a forward of its own"),
     "overwritten": (lambda: nn.Sequential(linear(), nn.LeakyReLU(), nn.ELU(inplace=True)), 1, "the ELU after it overwrites"),
 }
 
@@ -85,16 +96,17 @@ def test_neighbours(name):
     torch.testing.assert_close(with_gradients(model, [x]), with_gradients(before, [x]))
 
 
-@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("place", [0, 1, 2])
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_full_backward_hook"])
 def test_hooks(register, place):
     """Every hook sees what it saw: its activation stays apart, also in place, until the hook is gone."""
-    model, seen, lines = nn.Sequential(nn.Linear(4, 3), nn.LeakyReLU()).double(), [], []
+    model, seen, lines = nn.Sequential(nn.Linear(4, 3), nn.Identity(), nn.LeakyReLU()).double(), [], []
     handle = getattr(model[place], register)(lambda module, before, after: seen.extend(t.clone() for t in (*before, *after)))
     x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
     model(x).sum().backward()
     fuse(model, lines.append)
-    assert type(model[0]) is mlp.Linear and type(model[1]) is nn.LeakyReLU and "a hook on it" in lines[1]
+    assert type(model[0]) is mlp.Linear and type(model[2]) is nn.LeakyReLU
+    assert ("does not directly follow" if place == 1 else "a hook on it") in lines[1]
     model(x).sum().backward()
     half = len(seen) // 2
     torch.testing.assert_close(seen[:half], seen[half:])
@@ -111,6 +123,14 @@ def test_losses(caplog):
     assert caplog.messages == ["module: CrossEntropyLoss -> mlp.CrossEntropyLoss()"] and type(ours) is mlp.CrossEntropyLoss
     torch.testing.assert_close(ours(z, target), nn.CrossEntropyLoss(**options)(z, target))
     assert list(ours.state_dict()) == ["weight"] and type(fuse(nn.MSELoss())) is mlp.MSELoss
+
+
+def test_attention():
+    """torch files MultiheadAttention under activations, and uses its output layer's weight without calling it."""
+    lines = []
+    fuse(nn.TransformerEncoderLayer(8, 2), lines.append)
+    assert [line.split(" ")[0] for line in lines] == ["self_attn.out_proj:", "linear1:", "linear2:"]
+    assert "a subclass" in lines[0]
 
 
 def test_only_modules():

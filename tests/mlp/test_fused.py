@@ -3,7 +3,6 @@
 import pytest
 
 import kernels
-import mlp
 from mlp import ENGINES
 from mlp.loss import LOSSES
 from tests.mlp.test_engines import OPTIONS, assert_same_run, problem, train

@@ -52,7 +52,12 @@ def test_manual_is_autograd_is_torch(name, kind, reduction, scale, device):
 def test_one_object_serves_all_shapes(name, device):
     """What a loss keeps from one batch is not left over for the next, of another size, dtype or kind of target."""
     kept = LOSSES[name](scale=0.5)
-    for rows, dtype, kind in ((7, "float32", "labels"), (3, "float64", "numbers"), (7, "float32", "numbers"), (7, "bfloat16", "labels")):
+    for rows, dtype, kind in (
+        (7, "float32", "labels"),
+        (3, "float64", "numbers"),
+        (7, "float32", "numbers"),
+        (7, "bfloat16", "labels"),
+    ):
         output = torch.randn(rows, 5, dtype=getattr(torch, dtype), device=device)
         target = targets(output, kind)
         assert_equal(manual(kept, output, target), manual(LOSSES[name](scale=0.5), output, target))

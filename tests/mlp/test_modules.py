@@ -129,7 +129,9 @@ def test_unknown_activation_lists_the_table():
 
 
 def test_convnet_refuses_small_images():
-    with pytest.raises(ValueError, match=r"convolution 1 needs images of at least 6 × 6, got 4 × 4 \(image_shape \(1, 12, 12\)\)"):
+    with pytest.raises(
+        ValueError, match=r"convolution 1 needs images of at least 6 × 6, got 4 × 4 \(image_shape \(1, 12, 12\)\)"
+    ):
         ConvNet((1, 12, 12))
 
 

@@ -7,7 +7,6 @@ import io
 import pytest
 import torch
 
-import mlp
 from mlp.optim import OPTIMIZERS
 from tests.checks import assert_equal
 

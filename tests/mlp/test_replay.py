@@ -127,7 +127,6 @@ def test_every_kind_of_call(name):
 
 
 def test_refuses_host_reads():
-    """What a replay would not see again: values read by Python, shapes that depend on them."""
     for read in (
         torch.Tensor.tolist, torch.Tensor.numpy, torch.nonzero, torch.unique, lambda x: x[0].item(), lambda x: float(x[0]),
         lambda x: bool(x[0] > 0), lambda x: torch.equal(x, x + 1), lambda x: x[x > 0], lambda x: 1.0 in x,
@@ -142,12 +141,10 @@ def test_changed_constants_are_made_anew(change):
     x = torch.randn(3)
     for make in (lambda: torch.ones(3), lambda: torch.zeros_like(x), lambda: x.new_full((3,), 2.0)):
         with Replay() as replay:
-            t = make()
-            change(t, x)
+            change(t := make(), x)
             result = t * 2
         for _ in range(3):
             x.normal_()
             replay()
-            expected = make()
-            change(expected, x)
+            change(expected := make(), x)
             assert_equal(result, expected * 2)

@@ -9,6 +9,7 @@ from mlp.loss import LOSSES
 from mlp.replay import Replay
 from tests.mlp.test_engines import assert_same_run, problem
 
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_groups_in_another_order(engine, device):
     """The optimizer's order of parameters need not be the network's, nor must it have all of them."""

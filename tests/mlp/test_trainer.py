@@ -1,7 +1,6 @@
-"""trainer: fit, evaluate and resume on real digits and on tensors; what stops it, and what it leaves behind."""
+"""trainer: fit, evaluate and resume, on real digits and on tensors."""
 
 import copy
-import math
 import time
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import mlp
-from mlp import MLP, Diverged, MeanSquaredError, Net, Trainer, recipes
+from mlp import MLP, MeanSquaredError, Net, Trainer, recipes
 from mlp.optim import OPTIMIZERS
 from mlp.trainer import line
 
@@ -73,27 +72,25 @@ def test_regression(device):
     last = trainer.fit((x, y), 60, 20, evaluate=(x, y))[-1]
     assert last["train_accuracy"] is last["test_accuracy"] is None
     assert last["test_loss"] < 0.05 * y.var() and "accuracy" not in line(last)
-    assert last["test_loss"] == pytest.approx(float(F.mse_loss(trainer.model(x.to(device)).detach().cpu(), y)), rel=1e-4)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("kind", [MLP, Net])
-def test_evaluate(kind, device):
-    """Means over all samples, whatever the pieces; the same for a sum of losses, taken per sample."""
+def test_evaluate(kind, reduction, device):
+    """Means over all samples, whatever the pieces; of a sum of losses as well."""
     x, y = tensors(5000)
     model = kind((6, 8, 3), device=device)
-    trainer = Trainer(model, engine="manual", verbose=False)
     with torch.no_grad():
         logits = (model.predict if kind is Net else model)(x.to(device)).cpu()
+    trainer = Trainer(model, mlp.SoftmaxCrossEntropy(reduction=reduction), engine="manual", verbose=False)
     result = trainer.evaluate((x, y))
     assert result["test_loss"] == pytest.approx(float(F.cross_entropy(logits, y)), rel=1e-5)
     assert result["test_accuracy"] == float((logits.argmax(1) == y).double().mean())
-    summed = Trainer(model, mlp.SoftmaxCrossEntropy(reduction="sum"), engine="manual", verbose=False)
-    assert summed.evaluate((x, y))["test_loss"] == pytest.approx(result["test_loss"], rel=1e-5)
 
 
 def test_scheduler(device):
     """Stepped once an epoch, heard by whichever engine trains: the rate at the end, and a run that differs."""
-    trainer, steady = make(device, lambda p: mlp.SGD(p, lr=0.1)), make(device, lambda p: mlp.SGD(p, lr=0.1))
+    trainer, steady = (make(device, lambda p: mlp.SGD(p, lr=0.1)) for _ in range(2))
     scheduler = torch.optim.lr_scheduler.StepLR(trainer.optimizer, step_size=1, gamma=0.5)
     history = trainer.fit(tensors(), 3, 32, scheduler=scheduler)
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 8)
@@ -118,44 +115,3 @@ def test_resume_is_as_if_never_stopped(name, device):
     for p, q in zip(straight.model.parameters(), second.model.parameters()):
         assert torch.equal(p, q)
     assert [row["train_loss"] for row in straight.history] == [row["train_loss"] for row in second.history]
-
-
-@pytest.mark.parametrize("engine", ["auto", "autograd"])
-def test_diverged(engine, device):
-    """One line with epoch, step and rate; the weights and the history are those of the last good epoch."""
-    x, y = tensors()
-    trainer = make(device, lambda p: mlp.SGD(p, lr=0.1, momentum=0.9), engine=engine)
-    trainer.fit(tensors(), 2, 32)
-    good = copy.deepcopy(trainer.model.state_dict())
-    x[40] = float("inf")
-    with pytest.raises(Diverged, match=r"the loss is nan at step \d of epoch 3 with learning rate 0.1; .* end of epoch 2") as error:
-        trainer.fit((x, y), 5, 32)
-    assert "\n" not in str(error.value)
-    for name, p in trainer.model.state_dict().items():
-        assert torch.equal(p, good[name])
-    assert len(trainer.history) == 2
-    rows = trainer.fit(tensors(), 4, 32)
-    assert all(math.isfinite(row["train_loss"]) for row in rows), "it must be able to go on from there"
-
-
-def test_what_does_not_fit(device):
-    x, y = tensors()
-    numbers = torch.zeros(70, 2)
-    for data, evaluate, batch, message in (
-        ((x[:, :5], y), None, 32, "fit: the network takes 6 features, but data has 5"),
-        ((x, y), (x[:, :5], y), 32, "fit: the network takes 6 features, but data has 5"),
-        ((x, y + 1), None, 32, "fit: the network has 3 outputs, but data has 4 classes"),
-        ((x, numbers), None, 32, r"\(\d+, 3\).*\(\d+, 2\)"),
-        ((x, y), None, 0, "batch_size must be positive and epochs not negative, got 0 and 1"),
-        ((x[:0], y[:0]), None, 32, "data: empty"),
-    ):
-        with pytest.raises(ValueError, match=message) as error:
-            make(device, engine="autograd").fit(data, 1, batch, evaluate)
-        assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="reduction mean or sum, got none"):
-        make(device, loss=mlp.SoftmaxCrossEntropy(reduction="none"))
-    other = Trainer(MLP((6, 9, 3)).to(device), verbose=False)
-    before = copy.deepcopy(other.model.state_dict())
-    with pytest.raises(ValueError, match="the state of another network"):
-        other.load_state_dict(make(device).state_dict())
-    assert all(torch.equal(p, before[name]) for name, p in other.model.state_dict().items())

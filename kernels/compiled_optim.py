@@ -1,0 +1,57 @@
+"""The optimizers' updates as torch.library operators that mutate their tensors: see `compiled`."""
+
+import torch
+
+from . import launch
+from .optim import adam, sgd
+
+ops = torch.ops.handgrad
+
+
+def mutating(schema: str):
+    """Register the function below, which returns nothing, as the operator of this schema."""
+
+    def register(function):
+        name, _, rest = schema.partition("(")
+        mutated = [argument.split()[-1] for argument in rest.split(",") if "!" in argument]
+        op = torch.library.custom_op(f"handgrad::{name}", function, mutates_args=mutated, schema=f"({rest}")
+        op.register_fake(lambda *args: None)
+        return op
+
+    return register
+
+
+# A learning rate, or step, that is a tensor is given beside the number, which is then ignored. Without momentum there are no
+# buffers: sgd's own convention, the parameters twice, would be mutated under two names.
+
+
+@mutating(
+    "sgd(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] buffers, Tensor? lr_tensor, float lr, float momentum, "
+    "float dampening, float weight_decay, bool nesterov, bool maximize, bool first) -> ()"
+)
+def sgd_op(params, grads, buffers, lr_tensor, lr, *options):
+    sgd(params, grads, buffers or params, lr if lr_tensor is None else lr_tensor, *options)
+
+
+@mutating(
+    "adam(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor? step_tensor, "
+    "float step, Tensor? lr_tensor, float lr, float[] betas, float eps, float weight_decay, bool decoupled, bool maximize) -> ()"
+)
+def adam_op(params, grads, exp_avgs, exp_avg_sqs, step_tensor, step, lr_tensor, lr, *options):
+    step, lr = step if step_tensor is None else step_tensor, lr if lr_tensor is None else lr_tensor
+    adam(params, grads, exp_avgs, exp_avg_sqs, step, lr, *options)
+
+
+def _number(value) -> tuple[torch.Tensor | None, float]:
+    return (value, 0.0) if isinstance(value, torch.Tensor) else (None, float(value))
+
+
+def _sgd(params, grads, buffers, lr, momentum, *options):
+    ops.sgd(params, grads, buffers if momentum else [], *_number(lr), momentum, *options)
+
+
+def _adam(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, *options):
+    ops.adam(params, grads, exp_avgs, exp_avg_sqs, *_number(step), *_number(lr), list(betas), *options)
+
+
+launch.operators.update(sgd=_sgd, adam=_adam)

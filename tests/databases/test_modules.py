@@ -1,0 +1,55 @@
+"""torch's module_db: every sample and error input of the modules we have, with the same parameters in both."""
+
+import pytest
+import torch
+from torch import nn
+
+import kernels
+import mlp
+from tests.databases import torchs
+
+MODULES = {nn.Linear: mlp.Linear, nn.Conv2d: mlp.Conv2d, nn.CrossEntropyLoss: mlp.CrossEntropyLoss, nn.MSELoss: mlp.MSELoss}
+EACH = pytest.mark.parametrize("info", [i for i in torchs.module_db if i.module_cls in MODULES], ids=lambda i: i.name)
+
+
+def build(cls, constructor, device, dtype):
+    kind = {} if issubclass(cls, (nn.CrossEntropyLoss, nn.MSELoss)) else {"device": device, "dtype": dtype}
+    return cls(*constructor.args, **constructor.kwargs, **kind)
+
+
+def compare(info, device, dtype) -> int:
+    samples = info.module_inputs_func(info, device, dtype, True, True)
+    for sample in samples:
+        ours, theirs = (
+            build(cls, sample.constructor_input, device, dtype) for cls in (MODULES[info.module_cls], info.module_cls)
+        )
+        # One and the same parameters, so that both functions have their gradients by them.
+        for name, parameter in theirs.named_parameters():
+            setattr(ours, name, parameter)
+        given = sample.forward_input
+        functions = (lambda m=m, g=given: m(*g.args, **g.kwargs) for m in (ours, theirs))
+        torchs.assert_same(*functions, (given.args, given.kwargs, list(theirs.parameters())), f"{info.name} {sample.desc}")
+    return len(samples)
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_by_the_reference(info, dtype):
+    with kernels.use("torch"):
+        assert compare(info, "cpu", dtype)
+
+
+@EACH
+def test_by_the_kernels(info, device):
+    assert compare(info, device, torch.float32)
+
+
+@EACH
+def test_error_inputs(info):
+    func = info.module_error_inputs_func
+    for case in func(info, "cpu", torch.float32, False, True) if func else ():
+        given = case.module_error_input
+        with pytest.raises((ValueError, IndexError, TypeError, RuntimeError)) as error:
+            module = build(MODULES[info.module_cls], given.constructor_input, "cpu", torch.float32)
+            module(*given.forward_input.args, **given.forward_input.kwargs)
+        torchs.assert_clear(error.value)

@@ -1,0 +1,92 @@
+"""torch's op_db: every sample and error input of the operators we have, by the reference and by the kernels.
+
+`operators.REFUSED` is what torch accepts and we do not; all else equals torch's.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+from tests.databases import torchs
+from tests.databases.operators import FLOAT64, OPERATORS, REFUSED, groups, other_windows
+
+EACH = pytest.mark.parametrize("name", OPERATORS)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+quiet = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+
+
+def drawn(name, kind, device, dtype):
+    """(torch's function, [(sample, whether we refuse it)])."""
+    variant = name.partition(".")[2]
+    op = next(op for op in torchs.op_db if (op.name, op.variant_test_name) == (OPERATORS[name][0], variant))
+    refused = REFUSED.get(name, (None, lambda *args, **options: False))[1]
+    samples = list(getattr(op, kind)(device, dtype, requires_grad=True))
+    return OPERATORS[name][2] or op.op, [(s, bool(refused(s.input, *s.args, **s.kwargs))) for s in samples]
+
+
+def compare(name, theirs, sample):
+    ours, theirs = (lambda f=f: f(sample.input, *sample.args, **sample.kwargs) for f in (OPERATORS[name][1], theirs))
+    torchs.assert_same(ours, theirs, (sample.input, sample.args, sample.kwargs), name)
+
+
+@EACH
+@DTYPES
+@quiet
+def test_by_the_reference(name, dtype):
+    """The samples, and more of them that op_db has for references, up to 100,000 numbers; again with gaps between elements."""
+    with kernels.use("torch"):
+        theirs, samples = drawn(name, "reference_inputs", "cpu", dtype)
+        for sample, refused in samples:
+            if not refused and sample.input.numel() < 100_000:
+                compare(name, theirs, sample)
+                compare(name, theirs, sample.noncontiguous())
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name != FLOAT64])
+@quiet
+def test_by_the_kernels(name, device):
+    theirs, samples = drawn(name, "sample_inputs", device, torch.float32)
+    for sample, refused in samples:
+        if not refused:
+            compare(name, theirs, sample)
+
+
+@EACH
+@quiet
+def test_what_is_refused(name):
+    """Whole kinds of samples, with a clear error; of the other kinds, every sample is served."""
+    _, samples = drawn(name, "sample_inputs", "cpu", torch.float32)
+    count = sum(refused for _, refused in samples)
+    assert bool(count) == (name in REFUSED) and count < len(samples)
+    print(f"{name}: {len(samples)} samples, {len(samples) - count} served", *REFUSED.get(name, ())[:1])
+    for sample, refused in samples:
+        if refused and REFUSED[name][2]:
+            with pytest.raises(ValueError, match=REFUSED[name][2]) as error:
+                OPERATORS[name][1](sample.input, *sample.args, **sample.kwargs)
+            torchs.assert_clear(error.value)
+
+
+@EACH
+@pytest.mark.parametrize("path", ["torch", None], ids=["reference", "kernels"])
+def test_error_inputs(name, path):
+    """What torch takes for an error is one here, with one line that says what is wrong."""
+    op = next(op for op in torchs.op_db if op.name == OPERATORS[name][0])
+    for case in op.error_inputs("cpu") if op.error_inputs_func and OPERATORS[name][2] is None else ():
+        sample = case.sample_input
+        if REFUSED.get(name, (0, groups, "error"))[2] is None and other_windows(sample.input, **sample.kwargs):
+            continue
+        with pytest.raises((ValueError, IndexError, TypeError, RuntimeError)) as error:
+            if path is None:
+                OPERATORS[name][1](sample.input, *sample.args, **sample.kwargs)
+            else:
+                with kernels.use(path):
+                    OPERATORS[name][1](sample.input, *sample.args, **sample.kwargs)
+        torchs.assert_clear(error.value)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_linear_with_one_output(bias, device):
+    """A weight of one dimension, which op_db has without a bias only."""
+    inputs = [torch.randn(shape, device=device, requires_grad=True) for shape in ((3, 2, 5), (5,), ())[: 2 + bias]]
+    torchs.assert_same(lambda: kernels.linear(*inputs), lambda: F.linear(*inputs), inputs, "linear")

@@ -1,0 +1,76 @@
+"""torch's optim_db: every sample and error input of the optimizers we have, over five steps from the same weights."""
+
+import copy
+
+import pytest
+import torch
+
+import kernels
+import mlp
+from tests.databases import torchs
+
+OPTIMIZERS = {torch.optim.SGD: mlp.SGD, torch.optim.Adam: mlp.Adam, torch.optim.AdamW: mlp.AdamW}
+REFUSED = {"amsgrad": "Adam's maxima of its second moments", "differentiable": "steps that are part of a graph"}
+EACH = pytest.mark.parametrize(
+    "info", [i for i in torchs.optim_db if i.optim_cls in OPTIMIZERS], ids=lambda i: i.optim_cls.__name__
+)
+
+
+def parameters(device, dtype):
+    torch.manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape).to(device, dtype)) for shape in ((3, 5), (5,), (), (2, 0))]
+
+
+def trained(cls, device, dtype, keywords):
+    """Weights and state_dict after five steps, the third of which has no gradient for the first parameter."""
+    params = parameters(device, dtype)
+    optimizer = cls(params, **copy.deepcopy(keywords))
+    for step in range(5):
+        for i, p in enumerate(params):
+            p.grad = None if (step, i) == (2, 0) else torch.cos(step + torch.arange(p.numel())).view(p.shape).to(p)
+        optimizer.step()
+    return params, optimizer.state_dict()["state"]
+
+
+def samples(info):
+    """The database's keywords, and each again with the flags that choose an implementation in torch."""
+    for sample in info.optim_inputs_func("cpu"):
+        for flag in ({}, {"foreach": True}, {"fused": True}):
+            if not (flag and isinstance(sample.kwargs.get("lr"), torch.Tensor)):  # torch refuses a tensor with foreach
+                yield sample.desc, {**sample.kwargs, **flag}
+
+
+def compare(info, device, dtype):
+    served, refused = 0, []
+    for desc, keywords in samples(info):
+        if any(keywords.get(name) for name in REFUSED):
+            with pytest.raises(ValueError, match=r"=True is not supported; use torch\.optim\."):
+                OPTIMIZERS[info.optim_cls](parameters(device, dtype), **keywords)
+            refused.append(f"{desc}, {keywords}")
+            continue
+        ours, theirs = (trained(cls, device, dtype, keywords) for cls in (OPTIMIZERS[info.optim_cls], info.optim_cls))
+        torch.testing.assert_close(ours, theirs, msg=lambda m, d=desc, k=keywords: f"{d}, {k}: {m}")
+        served += 1
+    print(f"{info.optim_cls.__name__}: {served} samples served, {len(refused)} refused:", *refused, sep="\n  ")
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_by_the_reference(info, dtype):
+    with kernels.use("torch"):
+        compare(info, "cpu", dtype)
+
+
+@EACH
+def test_by_the_kernels(info, device):
+    compare(info, device, torch.float32)
+
+
+@EACH
+def test_error_inputs(info):
+    """What torch takes for an error or warns of, at construction or at a step, is one here."""
+    for case in info.optim_error_inputs_func("cpu", torch.float32):
+        given = case.optimizer_error_input
+        params = parameters("cpu", torch.float32) if given.params is None else given.params
+        with pytest.raises((case.error_type, FutureWarning), match=case.error_regex):
+            OPTIMIZERS[info.optim_cls](params, **given.kwargs).step()

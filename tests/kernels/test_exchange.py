@@ -1,0 +1,108 @@
+"""Programs that share one network. The interpreter runs a grid one program at a time, which would wait for ever: here every
+program is an operating-system process, on tensors in shared memory."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from triton.runtime.interpreter import InterpreterBuilder
+
+from kernels import exchange as module
+from kernels import network, train_epoch, train_epoch_ref
+from tests import interpreter
+from tests.checks import assert_equal
+from tests.kernels.test_epoch import CASES, Run, assert_agrees, assert_near
+
+SPECS = {
+    "momentum, 5 programs": CASES["wider than a tile, momentum"],
+    "single layer, 2 programs": (network.Spec((12, 20)), {}),
+    "four layers, Adam, 3 programs": (network.Spec((12, 37, 26, 8, 3), "tanh", rule="adam"), {"lr": 0.01, "betas": (0.9, 0.999)}),
+}
+PATIENCE = 60  # seconds for one training; each takes one or two
+
+
+def wait(seconds):
+    """Let this process sleep before it looks for another program's word; there are more programs than processors."""
+    load, add = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_atomic_rmw
+    InterpreterBuilder.create_masked_load = lambda *args: (time.sleep(seconds if args[-1] else 0), load(*args))[1]  # volatile
+    InterpreterBuilder.create_atomic_rmw = lambda *args: (time.sleep(seconds), add(*args))[1]
+
+
+def by_processes(kind):
+    """`train_epoch` with a process for each program of `module.exchange_kernel`."""
+
+    def train(spec, parameters, states, data, targets, indices, batch, hyper, count, scale=1.0, shift=0.0):
+        steps = network.steps_of(len(indices), batch)
+        losses, correct = torch.full((steps,), float("nan")), torch.zeros(steps, dtype=torch.int32)
+        made, rows, options = network.plan(spec, batch, targets, "exchange")
+        programs = -(-spec.sizes[1] // rows)
+        args, copied = module.prepare(spec, parameters, states, data, targets, indices, batch, hyper, count, scale, shift,
+                                      losses, correct, programs, rows, kind, made)  # fmt: skip
+        for value in args:
+            for tensor in value if isinstance(value, tuple) else (value,):
+                if isinstance(tensor, torch.Tensor):
+                    tensor.share_memory_()
+        options |= {"ROWS": rows, "PROGRAMS": programs, "WORDS": kind == "words"}
+
+        def run(first):
+            wait(0.3 if first == 0 else 0.001)  # the others are ahead of program 0 as far as the exchange lets them
+            module.exchange_kernel[(1,)](*args, first, **options)
+
+        processes = [multiprocessing.get_context("fork").Process(target=run, args=(g,)) for g in range(programs)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(PATIENCE)
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+        assert codes == [0] * programs, f"{programs} programs ended with {codes}; None is one that still waits"
+        for tensor, copies in copied:
+            assert_equal(list(copies), [copies[0]] * programs, "copies of the programs")
+            tensor.copy_(copies[0])
+        count += steps
+        return losses, correct
+
+    return train
+
+
+def check(name):
+    """One case by both exchanges, against the reference and each other."""
+    spec, hyper = SPECS[name]
+    run = Run(spec, "cpu", n=13, **hyper)  # three steps: the third writes where the first was
+    results = {kind: run.train(by_processes(kind)) for kind in module.EXCHANGES}
+    assert_equal(results["counter"], results["words"], "counter and words")
+    assert_near(results["words"], run, train_epoch_ref)
+
+
+def test_programs_agree_with_reference():
+    """In a process of its own, without threads, that can fork."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-m", "tests.kernels.test_exchange"], capture_output=True, text=True,
+                          cwd=Path(__file__).parents[2], env=environment, timeout=6 * PATIENCE)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a grid whose programs wait for each other needs a GPU")
+@pytest.mark.parametrize("kind", module.EXCHANGES)
+@pytest.mark.parametrize("name", SPECS)
+def test_programs_on_a_gpu(name, kind):
+    spec, hyper = SPECS[name]
+    run = Run(spec, "cuda", **hyper)
+    together = lambda *a, **k: train_epoch(*a, **k, exchange=kind)  # noqa: E731
+    assert_agrees(run, together, train_epoch_ref)
+    first = run.train(together)
+    for _ in range(100):
+        assert_equal(run.train(together), first)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    interpreter.improve()
+    for case in SPECS:
+        check(case)

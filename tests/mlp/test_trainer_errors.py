@@ -1,0 +1,57 @@
+"""trainer: what stops it, in one line, and that it leaves the last good weights behind."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+import mlp
+from mlp import MLP, Diverged, Trainer
+from tests.mlp.test_trainer import make, tensors
+
+
+@pytest.mark.parametrize("engine", ["auto", "autograd"])
+def test_diverged(engine, device):
+    """One line with epoch, step and rate; the weights and the history are those of the last good epoch."""
+    x, y = tensors()
+    trainer = make(device, lambda p: mlp.SGD(p, lr=0.1, momentum=0.9), engine=engine)
+    trainer.fit(tensors(), 2, 32)
+    good = copy.deepcopy(trainer.model.state_dict())
+    x[40] = float("inf")
+    message = r"the loss is (nan|inf) at step \d of epoch 3 with learning rate 0.1; .* end of epoch 2"
+    with pytest.raises(Diverged, match=message) as error:
+        trainer.fit((x, y), 5, 32)
+    assert "\n" not in str(error.value)
+    for name, p in trainer.model.state_dict().items():
+        assert torch.equal(p, good[name])
+    assert len(trainer.history) == 2
+    rows = trainer.fit(tensors(), 4, 32)
+    assert all(math.isfinite(row["train_loss"]) for row in rows), "it must be able to go on from there"
+
+
+def test_what_does_not_fit(device):
+    x, y = tensors()
+    numbers = torch.zeros(70, 2)
+    for data, evaluate, batch, message in (
+        ((x[:, :5], y), None, 32, "fit: the network takes 6 features, but data has 5"),
+        ((x, y), (x[:, :5], y), 32, "fit: the network takes 6 features, but data has 5"),
+        ((x, y + 1), None, 32, "fit: the network has 3 outputs, but data has 4 classes"),
+        ((x, numbers), None, 32, r"\(\d+, 3\).*\(\d+, 2\)"),
+        ((x, y), None, 0, "batch_size must be positive and epochs not negative, got 0 and 1"),
+        ((x[:0], y[:0]), None, 32, "data: empty"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            make(device, engine="autograd").fit(data, 1, batch, evaluate)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="reduction mean or sum, got none"):
+        make(device, loss=mlp.SoftmaxCrossEntropy(reduction="none"))
+
+
+def test_the_state_of_another_network(device):
+    """Refused before anything is changed."""
+    other = Trainer(MLP((6, 9, 3)).to(device), verbose=False)
+    before = copy.deepcopy(other.model.state_dict())
+    with pytest.raises(ValueError, match=r"the state of another network: has .*\(8, 6\).*, needs .*\(9, 6\)"):
+        other.load_state_dict(make(device).state_dict())
+    assert all(torch.equal(p, before[name]) for name, p in other.model.state_dict().items())
