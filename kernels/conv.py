@@ -46,6 +46,9 @@ def _max_pool_ref(y, pool):
 
     torch vectorises over the channels of channels-last images, and for pooling batch and channels are the same thing.
     """
+    if launch.watched():  # vmap knows no channels-last, and a compiler should not learn which is longer
+        y, winner = F.max_pool2d(y, pool, return_indices=True)
+        return y, winner.int()
     swap = y.shape[0] > y.shape[1]
     y = (y.transpose(0, 1) if swap else y).contiguous(memory_format=torch.channels_last)
     y, winner = F.max_pool2d(y, pool, return_indices=True)
@@ -95,8 +98,7 @@ def conv2d_fwd_kernel(
             best_z = tl.where(higher, z, best_z)
         if winner_ptr is not None:
             winner = tl.where(higher, (oh * OW + ow)[:, None], winner)
-    planes = (n * O)[:, None] + o[None, :]
-    offs = planes * height * width + (i * width + j)[:, None]
+    offs = (n * O * (height * width) + (i * width + j))[:, None] + (o.to(tl.int64) * (height * width))[None, :]
     mask = mask_m[:, None] & (o < O)[None, :]
     tl.store(y_ptr + offs, cast(best, y_ptr.dtype.element_ty), mask=mask)
     if s_ptr is not None:

@@ -113,6 +113,7 @@ def conv2d_bwd_dx_kernel(
     offs_c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_c = offs_c < C
     TAPS: tl.constexpr = G.KH * G.KW
+    images = n * (K // TAPS) * (OH * OW)
     dx = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first in range(0, K, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
@@ -121,13 +122,12 @@ def conv2d_bwd_dx_kernel(
         right = (w + G.LEFT)[:, None] - (k % G.KW * G.DW)[None, :]
         inside = (down >= 0) & (down < OH * G.SH) & (right >= 0) & (right < OW * G.SW) & mask_m[:, None] & (k < K)[None, :]
         inside = inside & (down % G.SH == 0) & (right % G.SW == 0)
-        planes = (n * (K // TAPS))[:, None] + o[None, :]
-        dz = tl.load(dz_ptr + planes * OH * OW + down // G.SH * OW + right // G.SW, mask=inside, other=0.0)
+        dz_ptrs = dz_ptr + images[:, None] + (o * (OH * OW))[None, :] + (down // G.SH * OW + right // G.SW)
+        dz = tl.load(dz_ptrs, mask=inside, other=0.0)
         w_ptrs = w_ptr + (o * stride_wn + k % TAPS * stride_wk)[:, None] + offs_c.to(tl.int64)[None, :] * TAPS * stride_wk
         weights = tl.load(w_ptrs, mask=(k < K)[:, None] & mask_c[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
         dx = dot(dz, weights, dx, PRECISION)
-    pixels = (n * C)[:, None] + offs_c[None, :]
-    dx_ptrs = dx_ptr + pixels * H * W + (h * W + w)[:, None]
+    dx_ptrs = dx_ptr + (n * C * (H * W) + (h * W + w))[:, None] + (offs_c.to(tl.int64) * (H * W))[None, :]
     tl.store(dx_ptrs, cast(dx, dx_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_c[None, :])
 
 
@@ -152,8 +152,7 @@ def conv2d_bwd_dw_kernel(
     for first in range(0, count, BLOCK_K):
         offs = first + tl.arange(0, BLOCK_K)
         n, oh, ow = unravel(image, start + offs, OH, OW)
-        planes = o[:, None] + (n * O)[None, :]
-        dz_ptrs = dz_ptr + planes * OH * OW + (oh * OW + ow)[None, :]
+        dz_ptrs = dz_ptr + (o.to(tl.int64) * (OH * OW))[:, None] + (n * O * (OH * OW) + (oh * OW + ow))[None, :]
         dz = tl.load(dz_ptrs, mask=(o < O)[:, None] & (offs < count)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
         patches = load_patches(x_ptr, n, oh, ow, k, offs < count, k < K, H, W,
                                stride_xn, stride_xc, stride_xh, stride_xw, G)  # fmt: skip

@@ -16,6 +16,7 @@ The gradient is kept before that division, so that half precision does not under
 import contextlib
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -98,9 +99,11 @@ def cross_entropy_fwd_ref(
         denominator = loss.numel()
         dtarget = (logp * w * (label_smoothing - 1)).to(logits.dtype).view(logits.shape) if target_grad else None
     else:
-        loss, grad, denominator = _label_terms_ref(
-            logp, t.long().unsqueeze(1), w, ignore_index, label_smoothing, labels_valid
-        )
+        t = t.long().unsqueeze(1)
+        all_valid = labels_valid or check_range(t, z.shape[1], ignore_index)
+        if all_valid and w is None and label_smoothing == 0 and z.dim() == 2:
+            return _plain_ref(logits, logp, t, reduction)
+        loss, grad, denominator = _label_terms_ref(logp, t, w, ignore_index, label_smoothing)
     if reduction == "none":
         loss = loss.view(expected_shape(logits))
     elif reduction == "sum":
@@ -110,12 +113,16 @@ def cross_entropy_fwd_ref(
     return loss.to(logits.dtype), (grad.to(logits.dtype).view(logits.shape), dtarget, denominator, reduction)
 
 
-def _label_terms_ref(logp, t, w, ignore_index, label_smoothing, all_valid):
+def _plain_ref(logits, logp, t, reduction):
+    """The training loop's case, in as few operations as it takes: every label (N, 1) a class, of one weight."""
+    loss = F.nll_loss(logp, t.squeeze(1), reduction=reduction).to(logits.dtype)
+    loss = loss.view(expected_shape(logits)) if reduction == "none" else loss
+    grad = logp.exp().scatter_add(1, t, logp.new_full(t.shape, -1.0)).to(logits.dtype)
+    return loss, (grad if logits.dim() == 2 else grad.view(logits.shape), None, t.shape[0], reduction)
+
+
+def _label_terms_ref(logp, t, w, ignore_index, label_smoothing):
     """Losses (N, …), gradient before reduction, and the mean's denominator, for labels t (N, 1, …), weights w (C, …)."""
-    all_valid = all_valid or check_range(t, logp.shape[1], ignore_index)
-    if all_valid and w is None and label_smoothing == 0:  # the training loop's case, in as few operations as it takes
-        minus_one = logp.new_full((), -1.0).expand(t.shape)
-        return -logp.gather(1, t).squeeze(1), logp.exp().scatter_add(1, t, minus_one), t.numel()
     valid = t != ignore_index
     t = t.masked_fill(~valid, 0)
     w = torch.ones_like(logp[:1]) if w is None else w.expand(logp[:1].shape)
@@ -381,6 +388,4 @@ class CrossEntropyFunction(torch.autograd.Function):
 def cross_entropy(input, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
     """`torch.nn.functional.cross_entropy`, loss and gradient in one pass. See `cross_entropy_fwd` for shapes and errors."""
     options = weight, ignore_index, reduction, label_smoothing
-    return launch.call(
-        "cross_entropy", CrossEntropyFunction, cross_entropy_fwd, input, target, *options, autocast=torch.float32
-    )
+    return launch.call("cross_entropy", CrossEntropyFunction, cross_entropy_fwd, input, target, *options, autocast=torch.float32)

@@ -101,7 +101,8 @@ def train_epoch(spec: Spec, parameters, states, data, targets, indices, batch, h
         return train_epoch_ref(spec, parameters, states, data, targets, indices, batch, hyper, count, scale=scale,
                                shift=shift, losses=losses, correct=correct)  # fmt: skip
     losses, correct = results(data, steps_of(len(indices), batch), losses, correct)
-    arguments = (spec, parameters, states, data, targets, indices.contiguous(), batch, hyper, count, scale, shift, losses, correct)
+    arguments = (spec, parameters, states, data, targets, indices.contiguous(), batch, hyper, count, scale, shift,
+                 losses, correct)  # fmt: skip
     if programs == 1 or (programs is None and not shareable(spec, batch, targets)):
         run_epoch_kernel(*arguments, 1)
     else:

@@ -53,6 +53,8 @@ def path(*tensors) -> str:
         return "torch"
     if _forced is None and _target is None and not INTERPRETED and tensors and tensors[0].device.type == "cpu":
         return "torch"  # the short way, for the CPU's training loop
+    if watched():
+        return "torch"
     tensors = [t for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()]
     if all(t.dtype in KERNEL_DTYPES and _has_kernels(t.device) for t in tensors):
         return "triton"
@@ -176,11 +178,11 @@ def call(name: str, function, fwd, *args, autocast=None):
         dtype = autocast or torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             return call(name, function, fwd, *(_autocast(a, device, dtype) for a in args))
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    transformed = torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not transformed:
         return operators[name](*args)[0]
     if watched():
-        with use("torch"):
-            return fwd(*args)[0]
+        return fwd(*args)[0]
     return function.apply(*args)
 
 
@@ -194,15 +196,17 @@ def _autocast(value, device: str, dtype):
 def remember(ctx, inputs: tuple, saved: tuple) -> None:
     """Keep a Function's inputs and what its forward saved: tensors through save_for_backward, the rest on ctx."""
     values = (*inputs, *saved)
-    ctx.save_for_backward(*(v for v in values if isinstance(v, torch.Tensor)))
-    ctx.constants = [None if isinstance(v, torch.Tensor) else (v,) for v in values]
+    tensors = {id(v): v for v in values if isinstance(v, torch.Tensor)}  # a tensor that is there twice is saved once
+    ctx.save_for_backward(*tensors.values())
+    places = {key: place for place, key in enumerate(tensors)}
+    ctx.values = [places.get(id(v), (v,)) for v in values]
     ctx.input_count = len(inputs)
 
 
 def recall(ctx) -> tuple[tuple, tuple]:
     """`(inputs, saved)` as given to `remember`."""
-    tensors = iter(ctx.saved_tensors)
-    values = tuple(next(tensors) if constant is None else constant[0] for constant in ctx.constants)
+    tensors = ctx.saved_tensors
+    values = tuple(v[0] if isinstance(v, tuple) else tensors[v] for v in ctx.values)
     return values[: ctx.input_count], values[ctx.input_count :]
 
 
@@ -211,6 +215,9 @@ def differentiate(ctx, dy, bwd, fwd_ref, bwd_ref, needs):
 
     The kernels' results carry no graph, so what the second derivative needs is computed again from the inputs.
     """
+    if autocasting(dy):
+        with torch.autocast(dy.device.type, enabled=False):
+            return differentiate(ctx, dy, bwd, fwd_ref, bwd_ref, needs)
     inputs, saved = recall(ctx)
     if torch.is_grad_enabled():
         return bwd_ref(dy, *fwd_ref(*inputs)[1], needs=needs)

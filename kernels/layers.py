@@ -14,11 +14,9 @@ width meet weights that were loaded as 0.
 import triton
 import triton.language as tl
 
-from .cross_entropy import label_weight, softmax_loss_tile, target_tile
 from .linear import dot, product_tile
+from .objective import loss
 from .optim import adam_update, bias_correction, sgd_update
-
-LOWEST = tl.constexpr(-3.0e38)  # of a column that does not exist: finite, so that 0 times it is 0
 
 
 @triton.jit
@@ -61,6 +59,7 @@ def update_bias(p_ptrs, m_ptrs, v_ptrs, r, offs_n, dz, live, rule, l: tl.constex
     base = r * NET.sizes[l]
     mask = offs_n < NET.sizes[l]
     b = tl.load(p_ptrs[i] + base + offs_n, mask=mask, other=0.0)
+    tl.debug_barrier()  # several warps hold the same columns: all have read before one writes
     mask = offs_n < tl.where(live, NET.sizes[l], 0)  # the interpreter cannot `&` a tile and one truth value
     return tl.where(live, update(p_ptrs, m_ptrs, v_ptrs, i, base, offs_n, mask, b, tl.sum(dz, axis=0), rule, NET), b)
 
@@ -174,40 +173,6 @@ def forward(y_ptr, p_ptrs, r, ACT: tl.constexpr, OUT: tl.constexpr, NET: tl.cons
         return OUT(forward_tile(y_ptr, p_ptrs, r, 0, L, NET))
     else:
         return load_columns(y_ptr, 1, tl.arange(0, NET.tiles[1]), NET)
-
-
-@triton.jit
-def loss(y, t_ptr, rows, mask_m, NET: tl.constexpr):
-    """(loss, correct predictions, ∂loss/∂y) of the outputs y [block_m, tile], against labels or rows of targets."""
-    C: tl.constexpr = NET.sizes[len(NET.sizes) - 1]
-    offs_c = tl.arange(0, NET.tiles[len(NET.sizes) - 1])
-    mask = mask_m[:, None] & (offs_c < C)[None, :]
-    label = rows * 0
-    weight = tl.where(mask_m, 1.0, 0.0)
-    if not NET.soft:
-        label = tl.load(t_ptr + rows, mask=mask_m, other=-100).to(tl.int64)
-        weight = label_weight(label, mask_m, None, C, 0, -100)
-    q = target_tile(t_ptr + rows * C, label, offs_c, mask, None, C, 1, 0, 0.0, -100, NET.soft)
-    z = tl.where((offs_c < C)[None, :], y, LOWEST)
-    m = tl.max(z, axis=1)
-    if NET.loss == "cross_entropy":
-        rows_loss, dy = softmax_loss_tile(z, m, tl.sum(tl.exp(z - m[:, None]), axis=1), q, tl.sum(q, axis=1))
-    else:
-        d = tl.where(mask, y - q, 0.0) * weight[:, None]
-        rows_loss, dy = tl.sum(d * d, axis=1), 2.0 * d
-    factor = tl.sum(weight, axis=0) * 0.0 + NET.loss_scale  # NaN if a label is no class
-    if NET.loss_mean:
-        factor = factor / tl.sum(weight, axis=0)
-    if NET.soft:
-        label = first_largest(tl.where((offs_c < C)[None, :], q, LOWEST), offs_c)
-    correct = mask_m & (first_largest(z, offs_c) == label)
-    return tl.sum(rows_loss, axis=0) * factor, tl.sum(correct.to(tl.int32), axis=0), dy * factor
-
-
-@triton.jit
-def first_largest(z, offs_c):
-    """The first column of each row's maximum, as torch.argmax; a large number where there is none (NaN)."""
-    return tl.min(tl.where(z == tl.max(z, axis=1)[:, None], offs_c[None, :], 1 << 30), axis=1)
 
 
 @triton.jit

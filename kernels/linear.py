@@ -41,7 +41,7 @@ def linear_fwd_ref(x, w, b=None, activation="identity", *, out=None):
         y = act.forward_ref(z, out=y)
     else:
         y = z
-    y = y.view(*x.shape[:-1], w.shape[0])
+    y = y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])
     return y, (x, w, {"nothing": None, "y": y, "z": z}[act.needs], b is not None, activation)
 
 
@@ -50,7 +50,7 @@ def linear_bwd_dz_ref(dy, s, activation, *, out=None):
     dy = as_matrix(dy)
     if s is None:
         return dy
-    return activations.get(activation).backward_ref(dy, s.reshape(dy.shape), out=out)
+    return activations.get(activation).backward_ref(dy, as_matrix(s), out=out)
 
 
 def linear_bwd_dx_ref(dz, w, s_below=None, activation_below="identity", *, out=None):
@@ -58,7 +58,7 @@ def linear_bwd_dx_ref(dz, w, s_below=None, activation_below="identity", *, out=N
     dx = torch.mm(dz, w, out=out)
     if s_below is None:
         return dx
-    return activations.get(activation_below).backward_ref(dx, s_below.reshape(dx.shape), out=out)
+    return activations.get(activation_below).backward_ref(dx, as_matrix(s_below), out=out)
 
 
 def linear_bwd_dw_ref(dz, x, bias=True, *, out=None):

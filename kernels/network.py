@@ -82,7 +82,7 @@ def plan(spec: Spec, batch: int, targets, kernel: str) -> tuple[Plan, int, dict]
     precision, arch = launch.dot_precision(), launch.arch(targets.device)
     config = configs.training(kernel, arch, precision, RULES[spec.rule], spec.sizes, block_m)
     padded = [max(16, triton.next_power_of_2(size)) for size in spec.sizes]
-    tiles = tuple(min(p, config.columns) for p in padded[:-1]) + (padded[-1],)
+    tiles = (*(min(p, config.columns) for p in padded[:-1]), padded[-1])
     made = Plan(tuple(spec.sizes), tiles, int(spec.bias), spec.rule, spec.loss, float(spec.loss_scale), spec.loss_mean,
                 targets.is_floating_point(), precision, block_m, config.block_k, config.block_r, max(padded[1:]))  # fmt: skip
     options = dict(acts(spec), NET=made, num_warps=config.num_warps, num_stages=config.num_stages)
@@ -102,16 +102,12 @@ def refusal(spec: Spec, batch: int, engine: str = "epoch") -> str | None:
     instead = "use engine 'graph' or 'manual'" if engine == "epoch" else "use engine 'manual'"
     for name in (spec.activation, spec.output_activation):
         if activations.get(name, engine).needs == "z":
-            return (
-                f"{engine}: the derivative of {name!r} needs the pre-activation, which these kernels do not keep; {instead}"
-            )
+            return f"{engine}: the derivative of {name!r} needs the pre-activation, which these kernels do not keep; {instead}"
     if spec.rule not in RULES or spec.loss not in LOSSES:
         return f"{engine}: rule must be one of {', '.join(RULES)} and loss one of {', '.join(LOSSES)}, got {spec.rule!r} " \
                f"and {spec.loss!r}; {instead}"  # fmt: skip
     if len(spec.sizes) < 2 or min(spec.sizes) < 1 or batch < 1:
-        return (
-            f"{engine}: sizes must be (features, …, classes), all at least 1, and so the batch, got {spec.sizes} and {batch}"
-        )
+        return f"{engine}: sizes must be (features, …, classes), all at least 1, and so the batch, got {spec.sizes} and {batch}"
     limits = [("hidden width", max(spec.sizes[1:-1], default=1), MAX_WIDTH), ("classes", spec.sizes[-1], MAX_CLASSES),
               ("batch", batch, MAX_BATCH)]  # fmt: skip
     for what, value, limit in limits:

@@ -103,28 +103,36 @@ def _fuse_neighbours(sequential, copies, reasons) -> list[tuple[str, str]]:
     for i, (slot, layer) in enumerate(slots):
         if not isinstance(layer, (nn.Linear, nn.Conv2d)):
             continue
-        defaults = OPTIONS.get(TWINS.get(type(layer), type(layer)), {})
-        options, taken = {name: getattr(layer, name, default) for name, default in defaults.items()}, []
-        for j, (_, follower) in enumerate(slots[i + 1 :], i + 1):
-            if not _is_follower(follower):
-                break
-            option, after = _option(follower), slots[j + 1][1] if j + 1 < len(slots) else None
-            reason = _refusal(sequential, layer, options, follower, option, after)
-            if reason is not None:
-                reasons[id(follower)] = reason
-                break
-            options.update(option)
-            taken.append(slots[j])
-        if taken:
-            key = id(layer), *options.values()
-            if key not in copies:
-                copies[key] = layer, _make_ours(copy.copy(layer), options)  # the layer is kept, so that its id is
-            fused = sequential._modules[slot] = copies[key][1]
-            for place, follower in taken:
-                sequential._modules[place] = nn.Identity().train(follower.training)
-            names = " + ".join(type(member).__name__ for member in (layer, *(follower for _, follower in taken)))
-            changes.append((slot, f"{names} -> mlp.{fused}"))
+        options, taken = _followers(sequential, [child for _, child in slots[i:]], reasons)
+        if not taken:
+            continue
+        key = id(layer), *options.values()
+        if key not in copies:
+            copies[key] = layer, _make_ours(copy.copy(layer), options)  # the layer is kept, so that its id is
+        sequential._modules[slot] = copies[key][1]
+        for (place, _), follower in zip(slots[i + 1 :], taken):
+            sequential._modules[place] = nn.Identity().train(follower.training)
+        names = " + ".join(type(member).__name__ for member in (layer, *taken))
+        changes.append((slot, f"{names} -> mlp.{copies[key][1]}"))
     return changes
+
+
+def _followers(sequential, line, reasons) -> tuple[dict, list]:
+    """What the layer at the head of `line` is to have, and the modules after it whose work that is."""
+    layer, *rest = line
+    defaults = OPTIONS.get(TWINS.get(type(layer), type(layer)), {})
+    options, taken = {name: getattr(layer, name, default) for name, default in defaults.items()}, []
+    for follower, after in zip(rest, [*rest[1:], None]):
+        if not _is_follower(follower):
+            break
+        option = _option(follower)
+        reason = _refusal(sequential, layer, options, follower, option, after)
+        if reason is not None:
+            reasons[id(follower)] = reason
+            break
+        options.update(option)
+        taken.append(follower)
+    return options, taken
 
 
 def _refusal(sequential, layer, options, follower, option, after) -> str | None:
@@ -162,7 +170,8 @@ def _is_follower(module) -> bool:
 def _option(module) -> dict:
     """What a layer needs to do this module's work: an activation of the table or a pooling window; {} if none would do."""
     if type(module) is nn.MaxPool2d and _same(module, nn.MaxPool2d(module.kernel_size)):
-        return {"max_pool": module.kernel_size}
+        window = _spread(module.kernel_size)
+        return {"max_pool": window[0] if window[0] == window[-1] else window}
     for name, row in kernels.ACTIVATIONS.items():
         if row.module is not None and _same(module, row.module()):
             return {"activation": name}
@@ -171,6 +180,12 @@ def _option(module) -> dict:
 
 def _same(module, model) -> bool:
     """Whether `module` has the type and the settings of `model`; in place or not makes no difference."""
-    spread = lambda value: (value, value) if isinstance(value, int) else value  # noqa: E731  2 means (2, 2)
     settings = {name: value for name, value in vars(model).items() if name[0] != "_" and name not in ("training", "inplace")}
-    return type(module) is type(model) and all(spread(getattr(module, name)) == spread(settings[name]) for name in settings)
+    return type(module) is type(model) and all(_spread(getattr(module, name)) == _spread(settings[name]) for name in settings)
+
+
+def _spread(setting):
+    """2 and [2, 2] as (2, 2); others as they are."""
+    if isinstance(setting, int):
+        return setting, setting
+    return tuple(setting) if isinstance(setting, list) else setting

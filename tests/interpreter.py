@@ -29,7 +29,7 @@ def _patching_once(patch):
 
     class Scope:
         def __init__(self, fn):
-            self.inner = patch(fn)
+            self.inner = repaired(fn)
 
         def restore(self):
             done.clear()
@@ -39,12 +39,18 @@ def _patching_once(patch):
         def restore(self):
             pass
 
+    def repaired(fn):
+        scope = patch(fn)
+        # As bounds of a loop; Triton 3.6 calls int() on an array of one element, which numpy 2.4 refuses.
+        tl.tensor.__index__ = lambda self: self.handle.data.item()
+        return scope
+
     def patch_once(fn):
         modules = {id(value) for value in fn.__globals__.values() if value is tl or value is tl.core}
         if done and modules <= done:
             return Nested()
         outermost = not done
         done.update(modules)
-        return Scope(fn) if outermost else patch(fn)
+        return Scope(fn) if outermost else repaired(fn)
 
     return patch_once

@@ -2,11 +2,11 @@
 
     python -m tests.compile.worker sm_90      # one JSON array on standard output
 
-A process of its own, because jit functions are either interpreted, as pytest has them here, or compiled.
+A process of its own, because jit functions are either interpreted, as pytest has them here, or compiled. What was compiled
+before comes from Triton's cache, which knows versions, sources and options, and which processes may share.
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -25,7 +25,7 @@ from kernels.operations import OPERATIONS, Make, flatten
 SMS = {"sm_75": 40, "sm_80": 108, "sm_86": 82, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170,
        "gfx942": 304, "gfx1100": 96}  # fmt: skip
 # (batch, in, out): a small network's first layer; a batch that is split; large tiles; unaligned, one output.
-SHAPES = [(32, 784, 100), (8192, 100, 50), (8192, 1024, 1024), (7, 33, 1)]
+SHAPES = [(32, 784, 100), (2048, 100, 50), (8192, 1024, 1024), (7, 33, 1)]
 # label -> (element type, torch.set_float32_matmul_precision)
 PRECISIONS = {
     "ieee": (torch.float32, "highest"),
@@ -84,39 +84,47 @@ def as_source(kernel, args, options):
 def launches(arch):
     """Every launch of every operation worth compiling: [(label, precision, source, options)].
 
-    One for each kernel, element type and configuration: the one with the most arguments given and the longest
-    activation stands for all. On sm_90, for the first shape every combination of constants and missing arguments,
-    and for the last every activation. How strides happen to be divisible never makes another.
+    One for each kernel, precision and configuration: of several, the one with the most arguments given and the longest
+    activation. How strides happen to be divisible makes no other. On sm_90 also, in two precisions, every combination
+    of constants and missing arguments for the first shape, and every activation for the last.
     """
     found = {}
     for precision, (dtype, setting) in PRECISIONS.items():
         torch.set_float32_matmul_precision(setting)
-        for shape in SHAPES:
+        thorough = arch == "sm_90" and precision in ("ieee", "bf16")
+        for shape in SHAPES if arch in ("sm_80", "sm_90") else SHAPES[1:3]:
             for name, op in OPERATIONS.items():
                 for label, arguments in op.cases(Make("meta", dtype), *shape):
-                    listed = []
-                    with launch.dry_run(arch, SMS[arch]), launch.observe(lambda *launched: listed.append(launched)):
-                        op.results(arguments)
-                    for kernel, _, args, options in listed:
-                        thorough = SHAPES.index(shape) if arch == "sm_90" else None
-                        key, weight = identity(kernel, args, options, dtype, thorough == 0, thorough == len(SHAPES) - 1)
-                        if weight > found.get(key, (-1,))[0]:
+                    for kernel, args, options in listed(arch, op, arguments):
+                        key = identity(kernel, args, options, thorough and shape == SHAPES[0], thorough and shape == SHAPES[-1])
+                        functions = sum(len(v.src) for v in options.values() if isinstance(v, triton.JITFunction))
+                        weight = len(flatten(args)), functions
+                        if weight > found.get((dtype, key), ((-1, 0),))[0]:
                             text = f"{kernel.fn.__name__} of {name}, {label}, {precision}, {shape}"
-                            found[key] = weight, text, precision, *as_source(kernel, args, options)
+                            found[dtype, key] = weight, text, precision, *as_source(kernel, args, options)
     return [entry[1:] for entry in found.values()]
 
 
-def identity(kernel, args, options, dtype, every_constant, every_activation):
-    """(key, weight): launches of one key are the same to us, and the heaviest is compiled."""
-    functions = [v for v in options.values() if isinstance(v, triton.JITFunction)]
+def listed(arch, op, arguments):
+    """(kernel, arguments, options) of each launch that the operation's forward and backward would make."""
+    seen = []
+    record = lambda kernel, grid, args, options: seen.append((kernel, args, options))  # noqa: E731
+    with launch.dry_run(arch, SMS[arch]), launch.observe(record):
+        op.results(arguments)
+    return seen
+
+
+def identity(kernel, args, options, every_constant, every_activation):
+    """Launches with the same answer are the same to us."""
     constants = {k: v for k, v in options.items() if not isinstance(v, triton.JITFunction)}
-    weight = len(flatten(args)) + sum(len(f.src) for f in functions) / 1e6
     if every_constant:
         more = [signature(v) if isinstance(v, torch.Tensor | tuple) else v is None for v in args]
     else:
-        constants = {k: v for k, v in constants.items() if k.startswith(("BLOCK", "num_", "PRECISION"))}
-        more = [f.__name__ for f in functions] if every_activation else []
-    return str((kernel.fn.__name__, dtype, constants, more)), weight
+        # Tiles matter where there are products. Elsewhere they follow the shape, and any will do.
+        tiles = ("BLOCK", "num_", "PRECISION") if "PRECISION" in constants else ("num_",)
+        constants = {k: v for k, v in constants.items() if k.startswith(tiles)}
+        more = [v.__name__ for v in options.values() if isinstance(v, triton.JITFunction)] if every_activation else []
+    return str((kernel.fn.__name__, constants, more))
 
 
 def target(arch):
@@ -136,8 +144,8 @@ def compile_and_describe(arch, label, precision, source, options):
     except Exception as error:  # whatever it is, it is the test's to judge
         return row | {"error": f"{type(error).__name__}: {error}"[-600:]}
     assembly = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
-    row |= {"shared": compiled.metadata.shared, "dots": compiled.asm["ttir"].count("tt.dot "),
-            "products": sorted(set(re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_s?w?mfma|v_wmma", assembly)))}  # fmt: skip
+    row |= {"shared": compiled.metadata.shared, "dots": compiled.asm["ttir"].count("tt.dot ")}
+    row["products"] = sorted(set(re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_s?mfma|v_wmma", assembly)))
     if arch.startswith("sm_"):
         row |= resources(compiled.asm["cubin"])
     else:
@@ -159,6 +167,4 @@ def resources(cubin):
 
 if __name__ == "__main__":
     architecture = sys.argv[1]
-    with tempfile.TemporaryDirectory() as cache:  # so that nothing is served from a cache of another version
-        os.environ["TRITON_CACHE_DIR"] = cache
-        json.dump([compile_and_describe(architecture, *launch) for launch in launches(architecture)], sys.stdout)
+    json.dump([compile_and_describe(architecture, *launch) for launch in launches(architecture)], sys.stdout)

@@ -48,8 +48,7 @@ class Run:
     def train(self, implementation, dtype=torch.float32, lrs=(None,)):
         """(parameters, losses) and correct predictions after an epoch at each learning rate, from the same start."""
         keep = double if dtype == torch.float64 else lambda x: x
-        parameters, states = ([t.clone() for t in keep(ts)] for ts in (self.parameters, sum(self.states, [])))
-        states = [states[i : i + len(parameters)] for i in range(0, len(states), len(parameters))]
+        parameters, *states = ([t.clone() for t in keep(ts)] for ts in (self.parameters, *self.states))
         hyper, count, outcomes = self.hyper.clone(), self.count.clone(), []
         for lr in lrs:
             if lr is not None:
@@ -66,7 +65,6 @@ def assert_agrees(run, ours, reference, **options):
 
 
 def assert_near(ours, run, reference, **options):
-    """`assert_agrees` for what a training has returned."""
     (results, correct), (exact, right) = ours, run.train(reference, torch.float64, **options)
     theirs, _ = run.train(reference, **options)
     assert_equal([c.long() for c in correct], [r.long() for r in right])
@@ -105,9 +103,10 @@ def test_replicas_agree_with_reference_and_with_single_trainings(name, device):
 
 def test_repeats_are_bitwise_equal_and_leave_inputs_alone(device):
     run = Run(CASES["three layers"][0], device)
-    before = snapshot([run.data, run.targets, run.indices, run.hyper])
+    given = [run.data, run.targets, run.indices, run.hyper]
+    before = snapshot(given)
     assert_equal(run.train(train_epoch), run.train(train_epoch))
-    assert_equal([run.data, run.targets, run.indices, run.hyper], before)
+    assert_equal(given, before)
 
 
 def test_label_that_is_no_class_shows_in_the_loss(device):
@@ -146,7 +145,7 @@ def test_bad_arguments(wrong, message, device):
 
 def test_more_programs_than_processors_are_refused_before_the_launch():
     run = Run(Spec((20, 70, 4)), "meta")
-    arguments = (run.spec, run.parameters, run.states, run.data, run.targets, run.indices, run.batch, run.hyper, run.count)
+    arguments = run.spec, run.parameters, run.states, run.data, run.targets, run.indices, run.batch, run.hyper, run.count
     launched = []
     with launch.dry_run("sm_90", 8), launch.observe(lambda kernel, grid, *_: launched.append((kernel.__name__, grid))):
         with pytest.raises(ValueError, match="9 programs must run at once, but meta runs 8; pass programs=1"):

@@ -1,7 +1,6 @@
 """Errors come before any work, name both values and say what to do; the same ones on both paths."""
 
 import pytest
-import torch
 
 import kernels
 from kernels.operations import Make
@@ -30,24 +29,32 @@ ERRORS = {
     "stack's activation": (lambda: kernels.mlp(x, [w], activation="swish", output_activation="swish"), "unknown activation"),
     "labels' shape": (lambda: kernels.cross_entropy(logits, labels[:3]),
                       r"cross_entropy: target must be labels \(32,\) for logits \(32, 10\), got \(3,\)"),
-    "image labels' shape": (lambda: kernels.cross_entropy(image, labels[:2]), r"labels \(2, 3\) for logits \(2, 10, 3\), got \(2,\)"),
+    "image labels' shape": (lambda: kernels.cross_entropy(image, labels[:2]),
+                            r"labels \(2, 3\) for logits \(2, 10, 3\), got \(2,\)"),
     "probabilities' shape": (lambda: kernels.cross_entropy(logits, logits[:, :9]),
                              r"class probabilities \(32, 10\) for logits \(32, 10\), got \(32, 9\)"),
-    "probabilities' dtype": (lambda: kernels.cross_entropy(logits, logits.double()), r"target must be torch\.float32 as input is"),
+    "probabilities' dtype": (lambda: kernels.cross_entropy(logits, logits.double()),
+                             r"target must be torch\.float32 as input is"),
     "boolean target": (lambda: kernels.cross_entropy(logits, labels > 3), r"integer labels or .* got torch\.bool"),
-    "ignored probabilities": (lambda: kernels.cross_entropy(logits, logits, ignore_index=3), r"ignore_index is for labels.* got 3"),
+    "ignored probabilities": (lambda: kernels.cross_entropy(logits, logits, ignore_index=3),
+                              r"ignore_index is for labels.* got 3"),
     "reduction": (lambda: kernels.cross_entropy(logits, labels, reduction="max"),
                   r"cross_entropy: unknown reduction 'max'; known: none, mean, sum"),
     "smoothing": (lambda: kernels.cross_entropy(logits, labels, label_smoothing=1.5), r"between 0 and 1, got 1\.5"),
     "class weights": (lambda: kernels.cross_entropy(logits, labels, make.real(9)),
                       r"weight must be \(10,\), one for each class, got \(9,\)"),
-    "integer logits": (lambda: kernels.cross_entropy(labels, labels), r"must be floating-point logits .* got torch\.int64 \(32,\)"),
-    "label": (lambda: kernels.cross_entropy(logits, labels + 5), r"target\[\d+\] is 1\d, but there are 10 classes: labels are 0 to 9"),
+    "integer logits": (lambda: kernels.cross_entropy(labels, labels),
+                       r"must be floating-point logits .* got torch\.int64 \(32,\)"),
+    "label": (lambda: kernels.cross_entropy(logits, labels + 5),
+              r"target\[\d+\] is 1\d, but there are 10 classes: labels are 0 to 9"),
     "flatten": (lambda: kernels.linear_cross_entropy(x[None], w, b, labels),
                 r"linear_cross_entropy: input must be \(N, in\), got \(1, 32, 784\); flatten"),
-    "its weight": (lambda: kernels.linear_cross_entropy(x, w[:, :3], b, labels), r"linear_cross_entropy: weight must be \(out, in\)"),
-    "its labels": (lambda: kernels.linear_cross_entropy(x, w, b, labels[:3]), r"labels \(32,\) for logits \(32, 100\), got \(3,\)"),
-    "squared error's shape": (lambda: kernels.mse_loss(x, w), r"mse_loss: target must be \(32, 784\) as input is, got \(100, 784\)"),
+    "its weight": (lambda: kernels.linear_cross_entropy(x, w[:, :3], b, labels),
+                   r"linear_cross_entropy: weight must be \(out, in\)"),
+    "its labels": (lambda: kernels.linear_cross_entropy(x, w, b, labels[:3]),
+                   r"labels \(32,\) for logits \(32, 100\), got \(3,\)"),
+    "squared error's shape": (lambda: kernels.mse_loss(x, w),
+                              r"mse_loss: target must be \(32, 784\) as input is, got \(100, 784\)"),
     "squared error's reduction": (lambda: kernels.mse_loss(x, x, "max"), "mse_loss: unknown reduction 'max'"),
     "squared error's dtype": (lambda: kernels.mse_loss(x, x.half()), r"target must be torch\.float32 as input is"),
     "gradients": (lambda: kernels.sgd([w], [], [], 0.1), "sgd: 1 parameters but 0 gradients"),

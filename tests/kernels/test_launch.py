@@ -60,12 +60,15 @@ def test_use_forces_and_ends(device):
 
 def test_use_triton_refuses_what_no_kernel_takes(device, monkeypatch):
     double = torch.ones(2, 2, dtype=torch.float64, device=device)
-    with kernels.use("triton"), pytest.raises(ValueError, match=rf"no kernel takes .*torch\.float64 on {device}.*kernels take float32"):
+    with (
+        kernels.use("triton"),
+        pytest.raises(ValueError, match=rf"no kernel takes .*torch\.float64 on {device}.*kernels take float32"),
+    ):
         kernels.linear(double, double)
     monkeypatch.setattr(launch, "INTERPRETED", False)
     with kernels.use("triton"), pytest.raises(ValueError, match=r"torch\.float32 on cpu; .*TRITON_INTERPRET=1"):
         kernels.path(torch.ones(2))
-    with pytest.raises(ValueError, match="path must be \"torch\" or \"triton\", got 'cuda'"), kernels.use("cuda"):
+    with pytest.raises(ValueError, match='path must be "torch" or "triton", got \'cuda\''), kernels.use("cuda"):
         pass
 
 
@@ -94,7 +97,7 @@ def test_observers_end_with_their_context(device):
         kernels.linear(x, x)
         raise KeyError
     kernels.linear(x, x)
-    (kernel, grid, args, options), = seen
+    ((_, grid, args, options),) = seen
     assert grid == (1, 1) and args[2].data_ptr() == x.data_ptr() and "num_warps" in options
 
 

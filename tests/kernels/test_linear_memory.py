@@ -22,7 +22,7 @@ def test_layouts(layouts, device):
     first, second = (LAYOUTS[name] for name in layouts)
     x, w, b = draw(17, 33, 7, device)
     x, w, b = first(x), second(w), second(b)
-    exact_y, exact_saved = linear_fwd_ref(*double((x, w, b)), "gelu")
+    exact_y, _ = linear_fwd_ref(*double((x, w, b)), "gelu")
     y, saved = linear_fwd(x, w, b, "gelu")
     assert_as_accurate(y, F.gelu(F.linear(x, w, b)), exact_y, "forward")
     dz, s = second(torch.rand(17, 7, device=device) + 0.5), second(saved[2])
@@ -63,5 +63,3 @@ def test_out(activation, device):
     result = linear_bwd_dz(y, s, activation, out=dz)
     assert result.data_ptr() == (y if s is None else dz).data_ptr()  # the identity has nothing to write
     assert_equal(result, linear_bwd_dz(y, s, activation), "dz")
-
-

@@ -12,8 +12,6 @@ SHAPES = [(1, 1, 1), (7, 33, 16), (33, 17, 100), (16, 16, 16), (100, 16, 7), (17
 DRAWS = {(1, 1, 1): 4, (17, 100, 1): 2}
 
 
-
-
 def random_like(y, seed):
     return torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(y)
 

@@ -50,10 +50,9 @@ def test_npz(keys, tmp_path):
 def test_mat(files, tmp_path):
     """Rows of pixels and a column of labels, in one file or a pair."""
     x, y = {"training_data": IMAGES.reshape(20, 16)}, {"training_label": LABELS.reshape(-1, 1)}
+    source = f"{write_mat(tmp_path / 'data.mat', **x)},{write_mat(tmp_path / 'label.mat', **y)}"
     if files == "one":
         source = str(write_mat(tmp_path / "all.mat", **x, **y))
-    else:
-        source = f"{write_mat(tmp_path / 'data.mat', **x)},{write_mat(tmp_path / 'label.mat', **y)}"
     train, test = data.load(source)
     assert (len(train), len(test)) == (16, 4) and train.features == 16
     both = torch.cat([train.inputs, test.inputs]).tolist(), torch.cat([train.targets, test.targets]).tolist()
@@ -145,7 +144,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_one_clear_line(case, tmp_path):
     make, message = BAD[case]
-    source = make(tmp_path)
+    source = str(make(tmp_path))
     with pytest.raises(DataError, match=message) as error:
-        data.load(str(source))
+        data.load(source)
     assert "\n" not in str(error.value)

@@ -133,6 +133,15 @@ def test_attention():
     assert "a subclass" in lines[0]
 
 
+@pytest.mark.parametrize(("window", "stride"), [(2, None), ([2, 2], 2), ((2, 3), [2, 3])])
+def test_windows(window, stride):
+    """However a window and its stride are written."""
+    model, x = nn.Sequential(conv(), nn.MaxPool2d(window, stride)), torch.randn(1, 2, 8, 8)
+    before = model(x)
+    assert fuse(model)[0].max_pool == (window if window == (2, 3) else 2)
+    torch.testing.assert_close(model(x), before)
+
+
 def test_only_modules():
     with pytest.raises(TypeError, match=r"must be an nn.Module, got Net"):
         fuse(mlp.Net([3, 2]))

@@ -104,9 +104,9 @@ def test_gradients_handed_in(name, options, device):
 
 @EACH
 def test_groups_and_missing_gradients(name, device):
-    """Groups of their own settings; a parameter without gradient is left alone, then starts late."""
+    """Groups of their own settings; a parameter without gradient is left alone, then starts late. Also with grads=…"""
     runs = []
-    for kind in (OPTIMIZERS[name], torchs(name)):
+    for kind, handed_in in ((OPTIMIZERS[name], False), (OPTIMIZERS[name], True), (torchs(name), False)):
         params, gradients = problem(device)
         groups = [{"params": params[2:], **VARIANTS[name][1]}, {"params": params[:2], "lr": 0.02}]
         optimizer = kind(groups)
@@ -114,10 +114,11 @@ def test_groups_and_missing_gradients(name, device):
             gradients(i)
             if i < 3:
                 params[3].grad = None
-            optimizer.step()
+            optimizer.step(**({"grads": [p.grad for p in (*params[2:], *params[:2])]} if handed_in else {}))
             assert i >= 3 or torch.equal(params[3], problem(device)[0][3])
         runs.append([p.detach() for p in params])
-    for a, b in zip(*runs):
+    assert_equal(runs[0], runs[1])
+    for a, b in zip(*runs[1:]):
         torch.testing.assert_close(a, b)
 
 

@@ -1,0 +1,66 @@
+"""Every kernel compiles for GPUs that are not here, fits them, keeps its registers and uses their tensor cores.
+
+What is compiled, and how it is found, says `tests.compile.worker`; each architecture in a process of its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.compile import worker
+from tests.test_structure import ROOT
+
+# KiB of shared memory that a program can have.
+SHARED = {"sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99,
+          "gfx942": 64, "gfx1100": 64}  # fmt: skip
+# Where a single byte on the stack fails. Elsewhere registers are the same or fewer, and nobody has asked for the last bit.
+NO_STACK = ("sm_80", "sm_90")
+WARPGROUP = "wgmma.mma_async"  # HGMMA
+FIFTH_GENERATION = "tcgen05.mma"
+
+
+def expected_products(arch, row):
+    """The instructions that multiply where the kernel has a dot: those of tensor cores wherever the precision allows."""
+    if arch == "gfx942":
+        return {"v_mfma"}  # takes float32 as it is
+    if row["precision"] == "ieee" or arch == "sm_75":
+        # float32 runs on the FMA units; so does everything on Turing, whose tensor cores Triton dropped, bfloat16 included:
+        # configs.py gives it the tiles of float32.
+        return set()
+    if arch == "gfx1100":
+        return {"v_wmma"}
+    # A warpgroup of four warps multiplies 64 rows at a time: smaller tiles go warp by warp.
+    if row["BLOCK_M"] >= 64 and row["num_warps"] >= 4 and arch in ("sm_90", "sm_100"):
+        return {WARPGROUP if arch == "sm_90" else FIFTH_GENERATION}
+    return {"mma.sync"}
+
+
+def problems(arch, row):
+    """What is wrong with one compiled kernel, in words."""
+    if "error" in row:
+        yield row["error"]
+        return
+    if row["shared"] > SHARED[arch] * 1024:
+        yield f"{row['shared']} bytes of shared memory, at most {SHARED[arch]} KiB"
+    if arch in NO_STACK and (row["stack"] or row["local"]):
+        yield f"{row['stack']} bytes of stack, {row['local']} local, at {row['registers']} registers"
+    if row["dots"] and (used := set(row["products"])) != (expected := expected_products(arch, row)):
+        yield f"multiplies by {sorted(used)}, expected {sorted(expected)}"
+
+
+@pytest.mark.parametrize("arch", worker.SMS)
+def test_every_kernel(arch):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.compile.worker", arch]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(done.stdout)
+    found = [f"{row['label']}: {problem}" for row in rows for problem in problems(arch, row)]
+    assert not found, "\n".join([f"{len(found)} of {len(rows)} kernels:", *found])
+    names, missing = {row["kernel"] for row in rows}, []
+    for kernel in ("linear_fwd_kernel", "linear_bwd_reduce_kernel", "linear_cross_entropy_fwd_kernel", "adam_kernel"):
+        missing += [kernel] if kernel not in names else []
+    assert not missing, "the shapes no longer reach them"

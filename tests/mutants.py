@@ -1,0 +1,151 @@
+"""Does the suite notice? The faults of mutants.txt are put into the kernels one at a time, and the tests of each run.
+
+    python -m tests.mutants [WORD …]        faults whose file or description contains one of the words; all, if none
+
+By hand, never by pytest. Works in a temporary copy of the tree. A fault is caught if a test fails that passes without it;
+exits with 1 if one survives. In mutants.txt a fault is a description, the code as it is (-), found once in the file that the
+heading (#) names, and the code with the fault (+).
+"""
+
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+import pytest
+import torch  # noqa: F401
+import triton  # noqa: F401
+
+ROOT = Path(__file__).parent.parent
+LIMIT = 1200  # seconds for the tests of a fault
+
+# What a fault in a file of kernels/ is looked for with, up to the first failure; where not named, test_<file>.py.
+TESTS = {
+    "linear": ("test_linear.py", "test_linear_memory.py"),
+    "cross_entropy": ("test_cross_entropy.py", "test_cross_entropy_kernel.py"),
+    "patches": ("test_conv.py", "test_conv_memory.py"),
+    "conv": ("test_conv.py", "test_conv_memory.py"),
+    "conv_bwd": ("test_conv.py", "test_conv_memory.py"),
+    "layers": ("test_step.py", "test_epoch.py"),
+    "objective": ("test_step.py", "test_epoch.py"),
+    "launch": ("test_launch.py", "test_linear.py"),
+}
+
+
+class Mutant(NamedTuple):
+    """In kernels/<file>.py, from `line` on, `old` becomes `new`."""
+
+    file: str
+    fault: str
+    old: str
+    new: str
+    line: int
+
+
+def read() -> list[Mutant]:
+    """mutants.txt; an exit that names the fault if its text is not in the file exactly once."""
+    mutants, file, text = [], "", ""
+    for block in (ROOT / "tests" / "mutants.txt").read_text().strip().split("\n\n"):
+        if block.startswith("# "):
+            file = block[2:]
+            text = (ROOT / "kernels" / f"{file}.py").read_text()
+            continue
+        fault, *lines = block.split("\n")
+        old, new = ("\n".join(line[2:] for line in lines if line.startswith(sign)) for sign in "-+")
+        if text.count(old) != 1:
+            raise SystemExit(f"kernels/{file}.py must have this once, has it {text.count(old)} times ({fault}):\n{old}")
+        mutants.append(Mutant(file, fault, old, new, text[: text.index(old)].count("\n") + 1))
+    return mutants
+
+
+class FirstFailure:
+    """A plugin for pytest that notes the first test that fails, or the first file that cannot be imported."""
+
+    name = None
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed and self.name is None:
+            self.name = report.nodeid
+
+    pytest_collectreport = pytest_runtest_logreport
+
+
+def run(tree, tests) -> str | None:
+    """pytest in this process, on the copy of the tree: the first test that fails, or None if all pass."""
+    os.chdir(tree)
+    sys.path[:] = [str(tree), *(p for p in sys.path if p not in ("", str(ROOT)))]
+    for module in [m for m in sys.modules if m.partition(".")[0] in ("tests", "kernels", "mlp")]:
+        del sys.modules[module]
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    noted = FirstFailure()
+    options = ["-x", "-p", "no:cacheprovider", "--tb=no", "--rootdir", str(tree)]
+    code = pytest.main([*options, *(f"tests/kernels/{t}" for t in tests)], plugins=[noted])
+    return (noted.name or f"pytest, which ended with {code}").removeprefix("tests/kernels/") if code else None
+
+
+def first_failure(tree, tests) -> str | None:
+    """The first of the copy's tests that fails, or None if all pass.
+
+    In a fork of this process, which has imported all but kernels and tests: that takes longer than most tests.
+    """
+    name = tree / "failed"
+    name.unlink(missing_ok=True)
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(LIMIT)
+            failed = run(tree, tests)
+            if failed:
+                name.write_text(failed)
+        finally:
+            os._exit(0 if sys.exc_info()[0] is None else 1)
+    _, status = os.waitpid(child, 0)
+    if status:
+        return f"pytest, which ended with status {status} (within {LIMIT} s)"
+    return name.read_text() if name.exists() else None
+
+
+def caught_by(tree, mutant, passing: set) -> str | None:
+    """The test that fails with the fault, and passes without it; None if there is none. `passing`: tests known to pass."""
+    path = tree / "kernels" / f"{mutant.file}.py"
+    text = path.read_text()
+    path.write_text(text.replace(mutant.old, mutant.new))
+    try:
+        failed = first_failure(tree, TESTS.get(mutant.file, (f"test_{mutant.file}.py",)))
+    finally:
+        path.write_text(text)
+    if failed and "::" in failed and failed not in passing:
+        if first_failure(tree, [failed]):
+            raise SystemExit(f"{failed} fails without any fault too")
+        passing.add(failed)
+    return failed
+
+
+def main(words) -> int:
+    chosen = [m for m in read() if not words or any(w in f"{m.file}: {m.fault}" for w in words)]
+    survivors, passing = 0, set()
+    sys.dont_write_bytecode = True  # a fault may be as long as what it replaces, and as old by the second
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        for name in ("kernels", "mlp", "tests"):
+            shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", tree)
+        print("| # | fault | where | caught by | s |\n|---|---|---|---|---|", flush=True)
+        for number, mutant in enumerate(chosen, 1):
+            started = time.perf_counter()
+            caught = caught_by(tree, mutant, passing)
+            survivors += caught is None
+            print(f"| {number} | {mutant.fault} | kernels/{mutant.file}.py:{mutant.line} | {caught or '**survived**'} | "
+                  f"{time.perf_counter() - started:.0f} |", flush=True)  # fmt: skip
+    print(f"\n{len(chosen) - survivors} of {len(chosen)} caught")
+    return survivors > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
