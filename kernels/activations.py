@@ -60,11 +60,12 @@ def sigmoid_bwd(dy, y):
 def tanh(z):
     a = tl.abs(z)
     e = tl.exp(-2.0 * a)
-    large = (1.0 - e) / (1.0 + e)
-    # 1 - e cancels near 0: there the odd Taylor series to z⁹ (error < 2⁻²⁶ relative for |z| < 0.25).
+    large = 1.0 - 2.0 * e / (1.0 + e)
+    # Near 0 that difference would cancel: an odd polynomial, with the coefficients of Cephes' tanhf.
     q = z * z
-    small = a * (1.0 + q * (-0.3333333333 + q * (0.1333333333 + q * (-0.0539682540 + q * 0.0218694885))))
-    t = tl.where(a < 0.25, small, large)
+    p = 0.133314422 + q * (-0.0537397156 + q * (0.0206390888 + q * -0.00570498873))
+    small = a + a * q * (-0.333332819 + q * p)
+    t = tl.where(a < 0.625, small, large)
     return tl.where(z < 0, -t, t)
 
 

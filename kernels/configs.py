@@ -29,7 +29,7 @@ PINNED: dict[tuple[str, str, str, str], Config] = {}
 # Heuristic by element type and bucket. ieee products run on the FMA units, which unroll K: K tiles stay at 16.
 _HEURISTIC = {
     ("half", "large"): Config(128, 128, 64, 8, 3),
-    ("half", "small"): Config(64, 64, 64, 4, 3),
+    ("half", "small"): Config(64, 64, 64, 8, 3),
     ("half", "tiny"): Config(16, 32, 64, 4, 3),
     ("ieee", "large"): Config(64, 64, 16, 8, 2),
     ("ieee", "small"): Config(32, 64, 16, 4, 2),
@@ -61,11 +61,16 @@ def lookup(kernel: str, arch: str, precision: str, size: str) -> Config:
     return config._replace(num_stages=2) if arch == "sm_75" or arch.startswith("gfx") else config
 
 
-def product(kernel: str, like: torch.Tensor, m: int, n: int) -> dict:
-    """Keyword arguments of a product kernel whose result is m × n, on the device and in the dtype of `like`."""
+def product(kernel: str, like: torch.Tensor, m: int, n: int, heavy: bool = False) -> dict:
+    """Keyword arguments of a product kernel whose result is m × n, on the device and in the dtype of `like`.
+
+    heavy: its epilogue takes so many registers (act' of z) that a thread's share of 128 × 128 would spill.
+    """
     precision = launch.dot_precision()
     size = bucket(m, n, launch.sm_count(like.device))
     config = lookup(kernel, launch.arch(like.device), precision if like.dtype == torch.float32 else "half", size)
+    if heavy and config.BLOCK_N == 128:
+        config = config._replace(BLOCK_N=64)
     return dict(config._asdict(), PRECISION=precision)
 
 
@@ -84,7 +89,9 @@ def convolution(kernel: str, like: torch.Tensor, m: int, n: int) -> dict:
     while block_m > 16 and triton.cdiv(m, block_m) * triton.cdiv(n, block_n) < sms:
         block_m //= 2
     config = Config(block_m, block_n, block_k, 8 if block_m * block_n >= 1024 else 4, 2)
-    return dict(config._asdict(), PRECISION=precision)
+    # Without the bound ptxas stops at 80 registers to fit a third block, and spills.
+    bound = {"maxnreg": 255} if key[1].startswith("sm_") else {}
+    return dict(config._asdict(), PRECISION=precision, **bound)
 
 
 class Training(NamedTuple):

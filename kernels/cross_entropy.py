@@ -127,7 +127,7 @@ def _label_terms_ref(logp, t, w, ignore_index, label_smoothing):
     t = t.masked_fill(~valid, 0)
     w = torch.ones_like(logp[:1]) if w is None else w.expand(logp[:1].shape)
     w_label = w.expand(logp.shape).gather(1, t) * valid
-    a, u = w_label * (1 - label_smoothing), w * valid * (label_smoothing / logp.shape[1])
+    a, u = w_label * (1 - label_smoothing), w * valid * (label_smoothing / max(logp.shape[1], 1))
     loss = -a * logp.gather(1, t)
     p = logp.exp()
     grad = (p * a).scatter_add(1, t, -a)
@@ -331,7 +331,7 @@ def cross_entropy_fwd(
     if not soft and not labels_valid:
         check_range(t, C, ignore_index)
     block_c = min(_TILE, max(16, triton.next_power_of_2(C)))
-    block_r = max(1, min(_TILE // 2 // block_c, triton.next_power_of_2(max(N * D, 1))))
+    block_r = max(1, min(_TILE // 4 // block_c, triton.next_power_of_2(max(N * D, 1))))
     programs = triton.cdiv(N * D, block_r)
     reduce = reduction != "none"
     rows = logits.new_empty(2 * programs, dtype=torch.float32) if reduce else logits.new_empty(N * D)

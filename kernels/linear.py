@@ -227,9 +227,7 @@ def check_linear(x, w, b, op="linear") -> None:
     """Shapes, dtypes and devices of a linear layer; a ValueError that names both values."""
     if w.dim() != 2 or x.dim() < 1 or x.shape[-1] != w.shape[1]:
         features = x.shape[-1] if x.dim() else "at least one dimension"
-        raise ValueError(
-            f"{op}: weight must be (out, in) with in = {features} (input is {tuple(x.shape)}), got {tuple(w.shape)}"
-        )
+        raise ValueError(f"{op}: weight must be (out, in) with in = {features} (input is {tuple(x.shape)}), got {tuple(w.shape)}")
     if b is not None and b.shape != w.shape[:1]:
         raise ValueError(f"{op}: bias must be ({w.shape[0]},) as weight is {tuple(w.shape)}, got {tuple(b.shape)}")
     launch.check_same(op, input=x, weight=w, bias=b)
@@ -252,7 +250,7 @@ def linear_fwd(x, w, b=None, activation="identity", *, out=None):
     x2 = as_matrix(x)
     (M, K), N = x2.shape, w.shape[0]
     y, z = out or (x.new_empty(M, N), x.new_empty(M, N) if act.needs == "z" else None)
-    config = configs.product("linear_fwd", x, M, N)
+    config = configs.product("linear_fwd", x, M, N, heavy=act.needs == "z")
     grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"]))
     launch.run(linear_fwd_kernel, grid, y, z, x2, w, b, M, N, K, *x2.stride(), *w.stride(),
                0 if b is None else b.stride(0), ACT=act.forward, **config)  # fmt: skip
@@ -289,11 +287,12 @@ def linear_bwd_dx(dz, w, s_below=None, activation_below="identity", *, out=None)
     (M, N), K = dz.shape, w.shape[1]
     dx = dz.new_empty(M, K) if out is None else out
     s = None if s_below is None else s_below.reshape(M, K)
-    config = configs.product("linear_bwd_dx", dz, M, K)
+    act = activations.get(activation_below)
+    config = configs.product("linear_bwd_dx", dz, M, K, heavy=act.needs == "z")
     grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(K, config["BLOCK_N"]))
     launch.run(linear_bwd_dx_kernel, grid, dx, dz, w, s, M, N, K, *dz.stride(), *w.stride(),
                *((0, 0) if s is None else s.stride()),
-               ACT_BWD=activations.get(activation_below).backward, **config)  # fmt: skip
+               ACT_BWD=act.backward, **config)  # fmt: skip
     return dx
 
 

@@ -16,8 +16,8 @@ from tests.test_structure import ROOT
 # KiB of shared memory that a program can have.
 SHARED = {"sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99,
           "gfx942": 64, "gfx1100": 64}  # fmt: skip
-# Where a single byte on the stack fails. Elsewhere registers are the same or fewer, and nobody has asked for the last bit.
-NO_STACK = ("sm_80", "sm_90")
+# Where a single spill fails. Elsewhere registers are the same or fewer, and nobody has asked for the last bit.
+NO_SPILLS = ("sm_80", "sm_90")
 WARPGROUP = "wgmma.mma_async"  # HGMMA
 FIFTH_GENERATION = "tcgen05.mma"
 
@@ -45,8 +45,8 @@ def problems(arch, row):
         return
     if row["shared"] > SHARED[arch] * 1024:
         yield f"{row['shared']} bytes of shared memory, at most {SHARED[arch]} KiB"
-    if arch in NO_STACK and (row["stack"] or row["local"]):
-        yield f"{row['stack']} bytes of stack, {row['local']} local, at {row['registers']} registers"
+    if arch in NO_SPILLS and (row["spills"] or row["local"]):
+        yield f"{row['spills']} spills, {row['stack']} bytes of stack, at {row['registers']} registers"
     if row["dots"] and (used := set(row["products"])) != (expected := expected_products(arch, row)):
         yield f"multiplies by {sorted(used)}, expected {sorted(expected)}"
 

@@ -162,7 +162,19 @@ def resources(cubin):
         command = [CUOBJDUMP, "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     used = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
-    return dict(zip(("registers", "stack", "local"), map(int, used.groups())))
+    found = dict(zip(("registers", "stack", "local"), map(int, used.groups())))
+    return found | {"spills": spills(cubin) if found["stack"] else 0}
+
+
+def spills(cubin):
+    """Loads and stores of local memory in the machine code: a stack frame alone, which calls reserve, moves nothing."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [CUOBJDUMP.with_name("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return len(re.findall(r"\b(?:LDL|STL)\b", text))
 
 
 if __name__ == "__main__":

@@ -109,8 +109,9 @@ def test_repeats_are_bitwise_equal_and_leave_inputs_alone(device):
     assert_equal(given, before)
 
 
-def test_label_that_is_no_class_shows_in_the_loss(device):
-    run = Run(Spec((6, 5, 3)), device)
+@pytest.mark.parametrize("mean", [True, False])
+def test_label_that_is_no_class_shows_in_the_loss(mean, device):
+    run = Run(Spec((6, 5, 3), loss_mean=mean), device)
     run.targets[run.indices[7]] = 3
     (_, (losses,)), _ = run.train(train_epoch)
     assert losses.isnan().tolist() == [False, True, True, True, True]

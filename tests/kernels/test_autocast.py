@@ -1,0 +1,105 @@
+"""torch.autocast: dtypes as torch's, values within half precision of them, gradients in the parameters' dtype."""
+
+import pytest
+import torch
+
+import kernels
+from kernels import launch
+from tests.checks import assert_equal
+from tests.pairs import PAIRS, cases, gradients, leaves
+
+EACH_OPERATION = pytest.mark.parametrize("name", PAIRS)
+EACH_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+HALF = torch.bfloat16
+
+
+def under(function, device, args, dtype=HALF):
+    with torch.autocast(device, dtype=dtype):
+        return function(*args)
+
+
+def worst(results, exact) -> list[float]:
+    """How far each result is off, relative to the largest number of the exact one."""
+    return [((r.double() - e).abs().max() / e.abs().max().clamp(min=1e-30)).item() for r, e in zip(results, exact)]
+
+
+@EACH_OPERATION
+@EACH_DTYPE
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_as_torch(name, dtype, half, device):
+    """Dtypes of the output and of every gradient; no further from float64 than torch under autocast is, twice, and an ulp."""
+    ours, torchs, _ = PAIRS[name]
+    for args in cases(name, device, dtype):
+        results = []
+        for function in (ours, torchs):
+            given = leaves(name, args)
+            results.append(gradients([under(function, device, given, half)], given))
+        doubled = leaves(name, cast(args, torch.float64))
+        exact = gradients([torchs(*doubled)], doubled)
+        assert [r.dtype for r in results[0]] == [r.dtype for r in results[1]]
+        for mine, theirs in zip(worst(results[0], exact), worst(results[1], exact)):
+            assert mine <= 2 * theirs + torch.finfo(half).eps
+
+
+def cast(value, dtype):
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    return type(value)(cast(v, dtype) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+@EACH_OPERATION
+def test_is_the_operation_on_cast_arguments(name, device):
+    """Bitwise: products in autocast's dtype, losses in float32."""
+    for args in cases(name, device):
+        if name == "linear_cross_entropy":
+            x, w, b, *options = args
+            logits = kernels.linear(*cast((x, w, b), HALF))
+            expected = kernels.cross_entropy(*cast((logits, *options), torch.float32))
+        else:
+            expected = PAIRS[name][0](*cast(args, torch.float32 if name in ("cross_entropy", "mse") else HALF))
+        assert_equal(under(PAIRS[name][0], device, args), expected, name)
+
+
+@EACH_OPERATION
+def test_backward_within_autocast(name, device):
+    """A backward computes as its forward did, whether autocast is on or off by then; so does a second derivative."""
+    for args in cases(name, device)[:1]:
+        results = []
+        for enabled in (False, True):
+            given = leaves(name, args)
+            y = PAIRS[name][0](*given)
+            with torch.autocast(device, dtype=HALF, enabled=enabled):
+                results.append(gradients([y], given))
+        assert_equal(*results)
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "around"])
+def test_compiled(inside, device):
+    """Autocast inside the compiled function, or around it: as eager."""
+    torch._dynamo.reset()
+
+    def step(x, weights, biases, target):
+        return kernels.cross_entropy(kernels.mlp(x, weights, biases, "sigmoid"), target)
+
+    def cast_step(*args):
+        return under(step, device, args)
+
+    x, weights, biases, *_ = cases("mlp", device)[0]
+    args = leaves("mlp", (x, weights, biases, torch.arange(7, device=device)))
+    with kernels.use("torch"):
+        run = torch.compile(cast_step if inside else step, fullgraph=True, backend="aot_eager")
+        result = run(*args) if inside else under(run, device, args)
+        assert_equal(gradients([result], args), gradients([cast_step(*args)], args))
+
+
+def test_off_for_other_devices_and_inside(device):
+    """Autocast of a device that the tensors are not on changes nothing, and no operation leaves it changed."""
+    (args, *_) = cases("linear", device)
+    other = "xpu" if device == "cpu" else "cpu"
+    if torch.amp.is_autocast_available(other):
+        assert not launch.autocasting(args[0])
+    with torch.autocast(device, dtype=HALF):
+        kernels.linear(*args)
+        assert torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == HALF
+    with torch.autocast("cpu", dtype=HALF):
+        assert kernels.linear(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args)).dtype == torch.float32
