@@ -1,0 +1,123 @@
+"""torch.compile and torch.export of networks: equal to eager, compiled once for every size of a batch."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from kernels import cross_entropy
+from mlp import MLP, SGD, AdamW, ConvNet, CrossEntropyLoss, MSELoss
+from tests.checks import assert_equal
+from tests.pairs import gradients
+
+NETWORKS = {
+    "mlp": lambda: MLP((64, 9, 5), "gelu"),
+    "convnet": lambda: ConvNet((1, 8, 8), (2, 3), 3, 1, (6,), 5),
+}
+OPTIMIZERS = {
+    "SGD": lambda parameters: SGD(parameters, 0.1),
+    "momentum": lambda parameters: SGD(parameters, 0.1, momentum=0.9, nesterov=True),
+    "AdamW": lambda parameters: AdamW(parameters, 0.1, capturable=True),
+}
+EACH_NETWORK = pytest.mark.parametrize("network", NETWORKS)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+
+
+def compiled(function, backend="aot_eager"):
+    return torch.compile(function, fullgraph=True, backend=backend)
+
+
+def batches(device, sizes=(8, 12, 3, 20, 8)):
+    for n in sizes:
+        yield torch.randn(n, 64, device=device), torch.randint(0, 5, (n,), device=device)
+
+
+def twins(network, device):
+    net = NETWORKS[network]().to(device)
+    return net, copy.deepcopy(net)
+
+
+@EACH_NETWORK
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_training(network, optimizer, device):
+    """Forward and loss in one graph, with its backward; the update in another. No graph is made once it has settled."""
+    loss = CrossEntropyLoss(label_smoothing=0.1)
+    runs = []
+    for net, wrap in zip(twins(network, device), (lambda function: function, compiled)):
+        forward = wrap(lambda x, t, net=net: loss(net(x), t))
+        runs.append((net, forward, wrap(OPTIMIZERS[optimizer](net.parameters()).step)))
+    graphs = []
+    for x, t in batches(device):
+        for net, forward, step in runs:
+            net.zero_grad(set_to_none=False)
+            forward(x, t).backward()
+            step()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert_equal(*(list(net.parameters()) for net, _, _ in runs))
+    settled = graphs[1 if network == "mlp" else 2 :]  # a ConvNet is compiled once more, at the third batch's size
+    assert len(set(settled)) == 1 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("loss", [CrossEntropyLoss(reduction="sum"), MSELoss(), MSELoss(reduction="none")], ids=repr)
+def test_losses(loss, device):
+    """Of one module for every size of a batch, the gradient of a target with one too."""
+    run = compiled(loss)
+    for x, _ in batches(device):
+        tensors = [x.requires_grad_(), x.detach().softmax(1).requires_grad_()]
+        assert_equal(gradients([run(*tensors)], tensors), gradients([loss(*tensors)], tensors))
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.skipif(not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="this torch traces no .backward()")
+def test_a_whole_step_is_one_graph(device):
+    loss = CrossEntropyLoss()
+
+    def step(net, optimizer, x, t):
+        value = loss(net(x), t)
+        value.backward()
+        optimizer.step()
+        for p in net.parameters():
+            p.grad = None
+        return value.detach()
+
+    networks = twins("mlp", device)
+    optimizers = [SGD(net.parameters(), 0.1) for net in networks]
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        run = compiled(step)
+        for x, t in batches(device):
+            assert_equal(step(networks[0], optimizers[0], x, t), run(networks[1], optimizers[1], x, t))
+    assert_equal(*(list(net.parameters()) for net in networks))
+    assert counters["stats"]["unique_graphs"] == 2  # for the first size of a batch, and for every other
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler on the CPU")
+def test_inductor(device):
+    net = NETWORKS["mlp"]().to(device)
+    forward = lambda x, t: cross_entropy(net(2 * x), t)  # noqa: E731
+    run = compiled(forward, "inductor")
+    for batch in batches(device, (8, 4)):
+        results = [gradients([function(*batch)], list(net.parameters())) for function in (run, forward)]
+        assert_equal(*results)
+
+
+@EACH_NETWORK
+def test_export(network):
+    """A trained network exports as torch's own operators, for every size of a batch: it runs without this library."""
+    net = NETWORKS[network]()
+    optimizer = SGD(net.parameters(), 0.1)
+    for x, t in batches("cpu"):
+        optimizer.zero_grad()
+        cross_entropy(net(x), t).backward()
+        optimizer.step()
+    exported = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    torch.testing.assert_close(exported.module()(x[:5]), net(x[:5]))
+    called = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    assert called and not any("handgrad" in target for target in called)
