@@ -5,7 +5,6 @@
 
     ℓ = -Σ_c q_c log p_c = Σ_c q_c (lse - z_c),   lse = log Σ_c exp z_c
     ∂ℓ/∂z_c = Q p_c - q_c                         since ∂lse/∂z_c = p_c
-
 One formula serves every kind of target. With class weights w and label smoothing ε:
     a label y:            q_c = w_c ((1 - ε) [c = y] + ε / C), all zero where y is `ignore_index`
     probabilities t:      q_c = w_c ((1 - ε) t_c + ε / C)
@@ -387,5 +386,5 @@ class CrossEntropyFunction(torch.autograd.Function):
 
 def cross_entropy(input, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
     """`torch.nn.functional.cross_entropy`, loss and gradient in one pass. See `cross_entropy_fwd` for shapes and errors."""
-    options = weight, ignore_index, reduction, label_smoothing
-    return launch.call("cross_entropy", CrossEntropyFunction, cross_entropy_fwd, input, target, *options, autocast=torch.float32)
+    args = input, target, weight, ignore_index, reduction, label_smoothing
+    return launch.call("cross_entropy", CrossEntropyFunction, cross_entropy_fwd, *args, autocast=torch.float32)

@@ -35,12 +35,14 @@ def compare(info, device, dtype) -> int:
 @EACH
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_by_the_reference(info, dtype):
+    torch.manual_seed(0)  # the samples are random; float32 sums differ in their last digits
     with kernels.use("torch"):
         assert compare(info, "cpu", dtype)
 
 
 @EACH
 def test_by_the_kernels(info, device):
+    torch.manual_seed(0)
     assert compare(info, device, torch.float32)
 
 

@@ -82,7 +82,8 @@ def test_reference(name, monkeypatch):
 
 @EACH_GEOMETRY
 def test_geometries(name, device):
-    compare(*pair(name, "tanh"), draw(name, "tanh", device, torch.float32))
+    # sigmoid is flat: what differs is where things lie, not how sums round
+    compare(*pair(name, "sigmoid"), *(draw(name, "sigmoid", device, torch.float32, seed) for seed in range(3)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 EACH_OPERATION = pytest.mark.parametrize("name", PAIRS)
 NETWORKS = {
     "mlp": lambda device: mlp.MLP((64, 9, 5), "gelu", device=device),
-    "convnet": lambda device: mlp.ConvNet((1, 8, 8), (2, 3), 3, 2, (6,), 5, device=device),
+    "convnet": lambda device: mlp.ConvNet((1, 8, 8), (2, 3), 3, 1, (6,), 5, device=device),
 }
 TRANSFORMS = {
     "grad": lambda of, given: grad(of, argnums=tuple(range(len(given))))(*given),
@@ -52,7 +52,7 @@ def pair(name, args):
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms(transform, name, device):
     """Every case of the table against torch's functions under the same transform."""
-    for args in cases(name, device, shape=(3, 4, 5)):
+    for args in cases(name, device, torch.float64, (3, 4, 5)):  # second derivatives in float32 are mostly rounding
         ours, torchs, given = pair(name, args)
         torch.testing.assert_close(TRANSFORMS[transform](ours, given), TRANSFORMS[transform](torchs, given))
 
