@@ -89,9 +89,12 @@ def convolution(kernel: str, like: torch.Tensor, m: int, n: int) -> dict:
     while block_m > 16 and triton.cdiv(m, block_m) * triton.cdiv(n, block_n) < sms:
         block_m //= 2
     config = Config(block_m, block_n, block_k, 8 if block_m * block_n >= 1024 else 4, 2)
-    # Without the bound ptxas stops at 80 registers to fit a third block, and spills.
-    bound = {"maxnreg": 255} if key[1].startswith("sm_") else {}
-    return dict(config._asdict(), PRECISION=precision, **bound)
+    return dict(config._asdict(), PRECISION=precision, **all_registers(like.device))
+
+
+def all_registers(device) -> dict:
+    """The launch option without which ptxas stops at 80 registers, to fit a third block, and spills."""
+    return {"maxnreg": 255} if launch.arch(device).startswith("sm_") else {}
 
 
 class Training(NamedTuple):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from . import launch
+from . import configs, launch
 from .linear import cast
 from .mse import check_reduction
 
@@ -338,7 +338,7 @@ def cross_entropy_fwd(
     launch.run(cross_entropy_fwd_kernel, (programs,), rows, grad, z, t, weight, N * D, C, D, *z.stride(),
                *(t.stride() if soft else (t.stride(0), 0, t.stride(1))), 0 if weight is None else weight.stride(0),
                ignore_index, float(label_smoothing), SOFT=soft, REDUCE=reduce, BLOCK_R=block_r, BLOCK_C=block_c,
-               num_warps=8 if block_c > 2048 else 4)  # fmt: skip
+               num_warps=8 if block_c > 2048 else 4, **configs.all_registers(z.device))  # fmt: skip
     return finish(rows, programs, logits, expected_shape(logits), reduction, grad)
 
 

@@ -111,6 +111,7 @@ def train_epoch(spec: Spec, parameters, states, data, targets, indices, batch, h
 
 
 def shareable(spec: Spec, batch: int, targets) -> bool:
-    """Whether the device can run at once all the programs that would share the network."""
+    """Whether the device can run at once all the programs that would share the network, and waits as `words` need it."""
     rows = plan(spec, batch, targets, "exchange")[1]
-    return 1 < triton.cdiv(spec.sizes[1], rows) <= launch.sm_count(targets.device)
+    nvidia = launch.arch(targets.device).startswith("sm_")
+    return nvidia and 1 < triton.cdiv(spec.sizes[1], rows) <= launch.sm_count(targets.device)

@@ -130,6 +130,9 @@ def check_programs(spec: Spec, rows: int, programs: int | None, exchange: str, d
     needed, most = triton.cdiv(spec.sizes[1], rows), launch.sm_count(device)
     if exchange not in EXCHANGES:
         raise ValueError(f"epoch: exchange must be one of {', '.join(EXCHANGES)}, got {exchange!r}")
+    if exchange == "words" and launch.arch(device).startswith("gfx"):
+        # Triton 3.6 to 3.9 turn the volatile load into a plain buffer load there, which may go on seeing an old word.
+        raise ValueError("epoch: exchange 'words' would wait for ever on AMD; pass programs=1, or exchange='counter'")
     if programs not in (None, needed):
         raise ValueError(f"epoch: {rows} rows of w_1 a program make {needed} programs, or 1; got {programs}")
     if needed > most:

@@ -153,3 +153,5 @@ def test_more_programs_than_processors_are_refused_before_the_launch():
             train_epoch(*arguments, programs=9)
         train_epoch(*arguments)
     assert launched == [("epoch_kernel", (1,))]
+    with launch.dry_run("gfx942", 304), pytest.raises(ValueError, match="would wait for ever on AMD; pass programs=1"):
+        train_epoch(*arguments, programs=5)
