@@ -4,7 +4,7 @@ An engine says in `refuses` why it cannot serve a network, else it is built and 
 a class with `name`, `refuses` and `epoch`, and its place in the table: "auto" takes the last that serves.
 """
 
-from .fused import Epoch, Graph
+from .epochwise import Epoch, Graph
 from .stepwise import Autograd, Diverged, Engine, EpochResult, Manual, parameters_of
 
 __all__ = ["ENGINES", "Autograd", "Diverged", "Engine", "Epoch", "EpochResult", "Graph", "Manual", "choose", "parameters_of"]

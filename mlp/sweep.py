@@ -15,7 +15,7 @@ import kernels
 
 from .checkpoint import save
 from .data import permutation
-from .fused import spec_of
+from .epochwise import spec_of
 from .init import initialise
 from .loss import SoftmaxCrossEntropy
 from .modules import MLP

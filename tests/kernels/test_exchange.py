@@ -16,7 +16,7 @@ from kernels import exchange as module
 from kernels import network, train_epoch, train_epoch_ref
 from tests import interpreter
 from tests.checks import assert_equal
-from tests.kernels.test_epoch import CASES, Run, assert_agrees, assert_near
+from tests.kernels.trainings import CASES, Run, assert_agrees, assert_near
 
 SPECS = {
     "momentum, 5 programs": CASES["wider than a tile, momentum"],

@@ -6,7 +6,7 @@ import torch
 from kernels import StepState, flush, launch, train_epoch_ref, train_step
 from kernels.network import Spec, steps_of
 from tests.checks import assert_equal
-from tests.kernels.test_epoch import CASES, SOFT, Run, assert_agrees
+from tests.kernels.trainings import CASES, SOFT, Run, assert_agrees
 
 
 def state_of(spec, parameters, states, data, targets, indices, batch, hyper, count, **options):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import kernels
 from mlp import MLP, Dataset, Net
 from mlp.__main__ import main
 from mlp.loss import LOSSES
@@ -53,7 +54,8 @@ def run(tmp_path_factory):
         for i in range(12):
             Image.new("L", (6, 6), low + 5 * i).save(folder / "set" / name / f"{i}.png")
     argv = ["train", folder / "set", "--hidden", "4", "--epochs", "20", "--batch-size", "4", "--out", folder / "run", "--plots"]
-    assert main([str(a) for a in (*argv, "--engine", "manual", "--device", "cpu")]) == 0
+    with kernels.use("torch"):  # conftest's word on that comes later than a module's fixtures
+        assert main([str(a) for a in (*argv, "--engine", "manual", "--device", "cpu")]) == 0
     return folder / "run"
 
 

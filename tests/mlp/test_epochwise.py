@@ -1,4 +1,4 @@
-"""fused: epochs and steps inside kernels (on a CPU, in the interpreter) train as the reference path does."""
+"""epochwise: epochs and steps inside kernels (on a CPU, in the interpreter) train as the reference path does."""
 
 import pytest
 
