@@ -133,7 +133,7 @@ def _label_terms_ref(logp, t, w, ignore_index, label_smoothing):
     if label_smoothing:
         loss = loss - (u * logp).sum(1, keepdim=True)
         grad = grad + p * u.sum(1, keepdim=True) - u
-    return loss.squeeze(1), grad, w_label.sum()
+    return loss.masked_fill(~valid, 0).squeeze(1), grad, w_label.sum()
 
 
 def cross_entropy_bwd_ref(dy, grad, dtarget, denominator, reduction, *, needs=(True, True)):
@@ -149,23 +149,24 @@ def cross_entropy_bwd_ref(dy, grad, dtarget, denominator, reduction, *, needs=(T
 
 @triton.jit
 def target_tile(t_ptrs, label, offs_c, mask, w_ptr, C, stride_tc, stride_w, smoothing, ignore_index, SOFT: tl.constexpr):
-    """q of the module's formula for one tile [BLOCK_R, BLOCK_C] of rows and classes; 0 outside the mask."""
+    """q of the module's formula for one tile [BLOCK_R, BLOCK_C], 0 outside the mask; and which classes the loss looks at."""
     if SOFT:
         t = tl.load(t_ptrs[:, None] + offs_c[None, :] * stride_tc, mask=mask, other=0.0).to(tl.float32)
     else:
         t = tl.where(offs_c[None, :] == label[:, None], 1.0, 0.0)
         mask = mask & (label != ignore_index)[:, None]
     q = t * (1.0 - smoothing) + smoothing / C
+    counted = mask & (SOFT | (q != 0))
     if w_ptr is not None:
         q *= tl.load(w_ptr + offs_c * stride_w, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
-    return tl.where(mask, q, 0.0)
+    return tl.where(mask, q, 0.0), counted
 
 
 @triton.jit
-def softmax_loss_tile(z, m, s, q, total):
+def softmax_loss_tile(z, m, s, q, counted, total):
     """(Σ_c q (lse - z), Q p - q) of one tile, given each row's maximum m, s = Σ exp(z - m) and Q = total."""
     shifted = z - m[:, None]
-    loss = tl.sum(tl.where(q == 0, 0.0, q * (tl.log(s)[:, None] - shifted)), axis=1)  # 0 · inf counts as 0
+    loss = tl.sum(tl.where(counted, q * (tl.log(s)[:, None] - shifted), 0.0), axis=1)  # 0 · inf is NaN, as torch
     return loss, tl.exp(shifted) / s[:, None] * total[:, None] - q
 
 
@@ -221,15 +222,15 @@ def cross_entropy_fwd_kernel(
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         s = s * tl.exp(m - shift) + tl.sum(tl.exp(z - shift[:, None]), axis=1)
         m = higher
-        q = target_tile(t_ptrs, label, offs_c, mask, w_ptr, C, stride_tc, stride_w, smoothing, ignore_index, SOFT)
+        q, _ = target_tile(t_ptrs, label, offs_c, mask, w_ptr, C, stride_tc, stride_w, smoothing, ignore_index, SOFT)
         total += tl.sum(q, axis=1)
     loss = tl.zeros((BLOCK_R,), tl.float32)
     for c in range(0, C, BLOCK_C):
         offs_c = c + tl.arange(0, BLOCK_C).to(tl.int64)
         mask = mask_r[:, None] & (offs_c < C)[None, :]
         z = tl.load(z_ptrs[:, None] + offs_c[None, :] * stride_zc, mask=mask, other=float("-inf")).to(tl.float32)
-        q = target_tile(t_ptrs, label, offs_c, mask, w_ptr, C, stride_tc, stride_w, smoothing, ignore_index, SOFT)
-        tile_loss, grad = softmax_loss_tile(z, m, s, q, total)
+        q, counted = target_tile(t_ptrs, label, offs_c, mask, w_ptr, C, stride_tc, stride_w, smoothing, ignore_index, SOFT)
+        tile_loss, grad = softmax_loss_tile(z, m, s, q, counted, total)
         loss += tile_loss
         tl.store(grad_ptrs[:, None] + offs_c[None, :] * D, cast(grad, grad_ptr.dtype.element_ty), mask=mask)
     store_loss(loss_ptr, rows, mask_r, loss, weight, pid, tl.num_programs(0), REDUCE)
@@ -317,8 +318,7 @@ def cross_entropy_fwd(
     weight (C,) or None. Loss: a scalar, or (N, d1, …) for reduction "none". Any strides; logits are left as they are.
     Float32 throughout, sums in a fixed order: deterministic. Labels out of range: IndexError on the CPU; on a GPU
     the loss is NaN (no host synchronisation; `check_labels()` turns the CPU's check on).
-    `target_grad` keeps the gradient of probabilities as well, by the reference. `labels_valid`: the caller vouches that
-    every label is a class and none is ignored, and nothing is checked.
+    `target_grad` keeps the gradient of probabilities too, by the reference. `labels_valid`: every label is a class; unchecked.
     """
     check_cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing)
     if target_grad or launch.path(logits, weight) == "torch":

@@ -69,10 +69,12 @@ def linear_cross_entropy_fwd_kernel(
     if not SOFT:
         label = tl.load(t_ptrs, mask=mask_r, other=ignore_index).to(tl.int64)
         weight = label_weight(label, mask_r, class_weight_ptr, C, stride_cw, ignore_index)
-    q = target_tile(t_ptrs, label, offs_c, mask, class_weight_ptr, C, stride_tc, stride_cw, smoothing, ignore_index, SOFT)
+    q, counted = target_tile(
+        t_ptrs, label, offs_c, mask, class_weight_ptr, C, stride_tc, stride_cw, smoothing, ignore_index, SOFT
+    )
     m = tl.max(z, axis=1)
     s = tl.sum(tl.exp(z - m[:, None]), axis=1)
-    loss, grad = softmax_loss_tile(z, m, s, q, tl.sum(q, axis=1))
+    loss, grad = softmax_loss_tile(z, m, s, q, counted, tl.sum(q, axis=1))
     tl.store(grad_ptr + rows[:, None] * C + offs_c[None, :], cast(grad, grad_ptr.dtype.element_ty), mask=mask)
     store_loss(loss_ptr, rows, mask_r, loss, weight, pid, tl.num_programs(0), REDUCE)
 

@@ -22,11 +22,11 @@ def loss(y, t_ptr, rows, mask_m, NET: tl.constexpr):
     if not NET.soft:
         label = tl.load(t_ptr + rows, mask=mask_m, other=-100).to(tl.int64)
         weight = label_weight(label, mask_m, None, C, 0, -100)
-    q = target_tile(t_ptr + rows * C, label, offs_c, mask, None, C, 1, 0, 0.0, -100, NET.soft)
+    q, counted = target_tile(t_ptr + rows * C, label, offs_c, mask, None, C, 1, 0, 0.0, -100, NET.soft)
     z = tl.where((offs_c < C)[None, :], y, LOWEST)
     m = tl.max(z, axis=1)
     if NET.loss == "cross_entropy":
-        rows_loss, dy = softmax_loss_tile(z, m, tl.sum(tl.exp(z - m[:, None]), axis=1), q, tl.sum(q, axis=1))
+        rows_loss, dy = softmax_loss_tile(z, m, tl.sum(tl.exp(z - m[:, None]), axis=1), q, counted, tl.sum(q, axis=1))
     else:
         d = tl.where(mask, y - q, 0.0) * weight[:, None]
         rows_loss, dy = tl.sum(d * d, axis=1), 2.0 * d

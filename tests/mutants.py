@@ -27,6 +27,7 @@ LIMIT = 1200  # seconds for the tests of a fault
 
 # What a fault in a file of kernels/ is looked for with, up to the first failure; where not named, test_<file>.py.
 TESTS = {
+    "activations": ("test_activations.py", "test_extremes.py"),
     "linear": ("test_linear.py", "test_linear_memory.py"),
     "cross_entropy": ("test_cross_entropy.py", "test_cross_entropy_kernel.py"),
     "patches": ("test_conv.py", "test_conv_memory.py"),

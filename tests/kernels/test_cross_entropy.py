@@ -1,12 +1,15 @@
 """cross_entropy: every kind of target and option against torch.nn.functional, gradients and second derivatives too."""
 
+import itertools
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
 import kernels
-from tests.checks import compare
+from tests.checks import assert_as_accurate, compare, double, with_gradients
 
 EACH_REDUCTION = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 EACH_TARGET = pytest.mark.parametrize("target", ["labels", "probabilities"])
@@ -80,3 +83,24 @@ def test_against_torch(path, target, options, reduction, device):
         draws = [draw(shape, target, options, seed)[: 2 if target == "probabilities" else 1] for seed in range(4)]
         with kernels.use(path):
             compare(ours, torchs, *([x.to(device, torch.float32) for x in d] for d in draws), what=f"{shape}")
+
+
+@pytest.mark.parametrize("path", ["triton", "torch"])
+@pytest.mark.parametrize("value", [-math.inf, math.inf, math.nan], ids=str)
+def test_zero_times_infinity(value, path, device):
+    """Is NaN where torch multiplies: by an absent smoothing it does not, by a probability or a class weight of 0 it does."""
+    logits = torch.tensor([[0.5, value, 1.0], [0.1, 0.2, 0.3]], device=device)
+    certain, possible = (torch.tensor([[0.4, p, 0.6 - p], [1.0, 0.0, 0.0]], device=device) for p in (0.0, 0.5))
+    labels = [torch.tensor([label, 2], device=device) for label in (0, 1, -100)]
+    for target, weight, smoothing in itertools.product((certain, possible, *labels), (None, (1.0, 0.0, 2.0)), (0.0, 0.1)):
+
+        def of(f, t=target, w=weight, s=smoothing):
+            def loss(z):
+                return f(z, t.to(z) if t.is_floating_point() else t, w and z.new_tensor(w), label_smoothing=s, reduction="none")
+
+            return loss
+
+        with kernels.use(path):
+            ours = with_gradients(of(kernels.cross_entropy), [logits])
+        torchs, exact = (with_gradients(of(F.cross_entropy), tensors) for tensors in ([logits], double([logits])))
+        assert_as_accurate(ours, torchs, exact, f"{target.tolist()}, {weight}, {smoothing}")
