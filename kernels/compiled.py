@@ -17,18 +17,18 @@ from .cross_entropy import cross_entropy_bwd, cross_entropy_fwd
 from .linear_cross_entropy import linear_cross_entropy_bwd, linear_cross_entropy_fwd
 from .mlp import mlp_bwd, mlp_fwd
 from .mse import mse_bwd, mse_fwd
-from .patches import Geometry, geometry
+from .patches import Geometry, check_conv, geometry
 
 ops = torch.ops.handgrad
 
 
-def operator(schema: str):
-    """Register the function below as the operator of this schema, and as its fake implementation."""
+def operator(schema: str, fake=None):
+    """Register the function below as the operator of this schema, and as its fake implementation unless there is another."""
 
     def register(function):
         name, _, rest = schema.partition("(")
         op = torch.library.custom_op(f"handgrad::{name}", function, mutates_args=(), schema=f"({rest}")
-        op.register_fake(function)
+        op.register_fake(fake or function)
         return op
 
     return register
@@ -179,11 +179,26 @@ differentiable(mse_op, ops.mse_loss_bwd, lambda inputs, outputs: inputs, 2)
 
 
 # conv2d. Padding is two numbers unless it has a name. Outputs: y, z if the derivative needs it, the winners if it pools.
+# The fakes make shapes alone: torch's convolution asks how large the batch is, and another answer would compile anew.
+
+
+def _conv2d_fake(x, w, b, stride, padding, named_padding, activation, max_pool, dilation, groups):
+    g = check_conv(x, w, b, stride, named_padding or padding, dilation, max_pool, groups)
+    oh, ow = g.conv_size(*x.shape[-2:])
+    images = (x.shape[0] if x.dim() == 4 else 1, w.shape[0], oh // g.PH, ow // g.PW)
+    z = x.new_empty(images) if activations.get(activation, "conv2d").needs == "z" else None
+    winner = x.new_empty(images, dtype=torch.int32) if g.pooled else None
+    return dense(x.new_empty(images if x.dim() == 4 else images[1:]), z, winner)
+
+
+def _conv2d_bwd_fake(dy, x, w, s, winner, bias, activation, g, needs):
+    return [x.new_empty(shape) for shape, needed in zip((x.shape, w.shape, w.shape[:1]), needs) if needed]
 
 
 @operator(
     "conv2d(Tensor x, Tensor w, Tensor? b, int[] stride, int[] padding, str named_padding, str activation, int[] max_pool, "
-    "int[] dilation, int groups) -> Tensor[]"
+    "int[] dilation, int groups) -> Tensor[]",
+    _conv2d_fake,
 )
 def conv2d_op(x, w, b, stride, padding, named_padding, activation, *options):
     y, (_, _, s, winner, *_) = conv2d_fwd(x, w, b, stride, named_padding or padding, activation, *options)
@@ -192,7 +207,8 @@ def conv2d_op(x, w, b, stride, padding, named_padding, activation, *options):
 
 @operator(
     "conv2d_bwd(Tensor dy, Tensor x, Tensor w, Tensor? s, Tensor? winner, bool bias, str activation, int[] geometry, "
-    "bool[] needs) -> Tensor[]"
+    "bool[] needs) -> Tensor[]",
+    _conv2d_bwd_fake,
 )
 def conv2d_bwd_op(dy, x, w, s, winner, bias, activation, g, needs):
     return dense(*conv2d_bwd(dy, x, w, s, winner, bias, activation, Geometry(*g), needs=needs))

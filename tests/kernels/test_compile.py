@@ -4,12 +4,18 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
+from torch.testing._internal.optests.generate_tests import DEFAULT_TEST_UTILS
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import kernels
+from kernels import launch
 from tests.checks import assert_equal
 from tests.pairs import PAIRS, cases, gradients, leaves, of_tensors
 
 EACH_OPERATION = pytest.mark.parametrize("name", PAIRS)
+# Of the kernels only what differs from the reference: what they return, beside what the fake implementation promises.
+CHECKED = {"torch": list(DEFAULT_TEST_UTILS), "triton": ["test_schema", "test_faketensor"]}
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +36,51 @@ def test_as_eager(name, path, device):
     with kernels.use(path):
         expected = gradients(every(*arguments), arguments)
         assert_equal(gradients(compiled(every)(*arguments), arguments), expected, name)
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every call of our operators: [(operator, arguments)]."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "handgrad":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def leaf(forward):
+    """A recorded argument as opcheck may use it: no longer part of a graph, wanting a gradient if it is a forward's."""
+    return lambda t: t.detach().requires_grad_(forward and t.is_floating_point())
+
+
+@EACH_OPERATION
+@pytest.mark.parametrize("path", ["torch", "triton"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck, of its own copies
+def test_opcheck(name, path, device, monkeypatch):
+    """Schema, fake implementation, gradient and dynamic shapes: the forward operator and its backward, on every case."""
+    monkeypatch.setattr(launch, "call", lambda name, function, fwd, *args, **options: launch.operators[name](*args)[0])
+    called = set()
+    for args in cases(name, device, shape=(4, 6, 5)):
+        args = leaves(name, args)
+        with Recorder() as recorder:
+            gradients([PAIRS[name][0](*args)], args)
+        for op, given in recorder.calls:
+            called.add(str(op).removeprefix("handgrad.").removesuffix(".default"))
+            given = tree_map_only(torch.Tensor, leaf("_bwd" not in str(op)), given)
+            with kernels.use(path):
+                opcheck(op, given, test_utils=CHECKED[path])
+    operator = {"linear": "mlp", "mse": "mse_loss"}.get(name, name)
+    assert called == {operator, f"{operator}_bwd"}
+
+
+def test_every_operator_is_checked():
+    """Those that the compiled library registers are those of the tests here."""
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("handgrad::")}
+    both = {"mlp", "cross_entropy", "linear_cross_entropy", "mse_loss", "conv2d"}
+    assert registered == {f"handgrad::{name}" for name in (*both, *(f"{name}_bwd" for name in both), "sgd", "adam")}
 
 
 @pytest.mark.parametrize("update", ["sgd", "adam"])

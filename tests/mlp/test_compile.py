@@ -48,7 +48,7 @@ def twins(network, device):
 @EACH_NETWORK
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_training(network, optimizer, device):
-    """Forward and loss in one graph, with its backward; the update in another. A perceptron's serve every later batch."""
+    """Forward and loss in one graph, with its backward; the update in another. They serve every later batch."""
     loss = CrossEntropyLoss(label_smoothing=0.1)
     runs = []
     for net, wrap in zip(twins(network, device), (lambda function: function, compiled)):
@@ -63,8 +63,7 @@ def test_training(network, optimizer, device):
         graphs.append(counters["stats"]["unique_graphs"])
     assert_equal(*(list(net.parameters()) for net, _, _ in runs))
     assert not counters["graph_break"]
-    if network == "mlp":  # a ConvNet's graph is specialised anew for some sizes
-        assert len(set(graphs[1:])) == 1
+    assert len(set(graphs[1:])) == 1
 
 
 @pytest.mark.parametrize("loss", [CrossEntropyLoss(reduction="sum"), MSELoss(), MSELoss(reduction="none")], ids=repr)
