@@ -98,3 +98,12 @@ def test_every_bucket(size, device, monkeypatch):
     """The tiles of every bucket give the same numbers; small tests would only ever see one of them."""
     monkeypatch.setattr(configs, "bucket", lambda m, n, sms: size)
     compare(*pair("tanh"), draw("tanh", 150, 17, 140, device, torch.float16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rounding(dtype, device):
+    """Of an exact float32 sum to the nearest, halfway to even; the interpreter's own conversion to bfloat16 truncates."""
+    ulp = torch.finfo(dtype).eps
+    sums = [(one, part * ulp) for one in (1, 1 + ulp, -1, -1 - ulp) for part in (0, 0.25, 0.5, 0.75, -0.125, -0.375)]
+    x = torch.tensor(sums, device=device).to(dtype)
+    assert_equal(kernels.linear(x, x.new_ones(1, 2)), x.float().sum(1, keepdim=True).to(dtype))

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
 import kernels
-from kernels import mse_bwd, mse_fwd
+from kernels import mse, mse_bwd, mse_fwd
 from tests.checks import DTYPES, LAYOUTS, assert_as_accurate, compare
 
 EACH_REDUCTION = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -36,6 +36,12 @@ def test_gradcheck(reduction):
 def test_against_torch(shape, dtype, reduction, device):
     """From a single number to three blocks."""
     compare(*pair(reduction), *draws(shape, device, dtype), what=f"{shape}")
+
+
+def test_many_parts(device, monkeypatch):
+    """More partial sums than the program that adds them takes at a time, and with its last lanes empty."""
+    monkeypatch.setattr(mse, "_BLOCK", 16)
+    compare(*pair("mean"), *draws((1000,), device, torch.float32))
 
 
 @EACH_REDUCTION
