@@ -138,7 +138,7 @@ def dot_precision() -> str:
 
 
 def check_same(op: str, **tensors) -> None:
-    """All tensors (None is skipped) share one dtype and one device, else a ValueError that names the odd one."""
+    """All tensors (None is skipped) are dense, of one dtype, on one device, else a ValueError that names the odd one."""
     given = {name: t for name, t in tensors.items() if t is not None}
     first, reference = next(iter(given.items()))
     for name, t in given.items():
@@ -146,6 +146,8 @@ def check_same(op: str, **tensors) -> None:
             raise ValueError(f"{op}: {name} must be {reference.dtype} as {first} is, got {t.dtype}; convert one of them")
         if t.device != reference.device:
             raise ValueError(f"{op}: {name} must be on {reference.device} as {first} is, got {t.device}; move one of them")
+        if t.layout is not torch.strided:
+            raise ValueError(f"{op}: {name} must be dense, got {t.layout}; convert it with .to_dense()")
 
 
 def watched() -> bool:

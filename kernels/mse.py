@@ -90,12 +90,14 @@ def mse_fwd(x, t, reduction="mean"):
     """Σ (x - t)² · factor as a scalar, or (x - t)² of x's shape, and what `mse_bwd` takes after dy.
 
     x, t: one shape, dtype and device; made contiguous. Float32 sums in a fixed order: deterministic. Reads x and t once.
-    ValueError: an unknown reduction, shapes, dtypes or devices that differ.
+    ValueError: an unknown reduction, shapes, dtypes or devices that differ, integers.
     """
     check_reduction("mse_loss", reduction)
     launch.check_same("mse_loss", input=x, target=t)
     if x.shape != t.shape:
         raise ValueError(f"mse_loss: target must be {tuple(x.shape)} as input is, got {tuple(t.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"mse_loss: input must be floating point, got {x.dtype}; convert it, for example with .float()")
     if launch.path(x, t) == "torch":
         return mse_fwd_ref(x, t, reduction)
     x, t = x.contiguous(), t.contiguous()

@@ -182,12 +182,14 @@ def adam_kernel(
 
 
 def check_update(op: str, params, grads) -> None:
-    """As many gradients as parameters, pairwise of one shape; else a ValueError that names both."""
+    """As many gradients as parameters, pairwise of one shape, dense and real; else a ValueError that names both."""
     if len(params) != len(grads):
         raise ValueError(f"{op}: {len(params)} parameters but {len(grads)} gradients")
     for i, (p, g) in enumerate(zip(params, grads)):
         if p.shape != g.shape:
             raise ValueError(f"{op}: gradient {i} must be {tuple(p.shape)} as its parameter is, got {tuple(g.shape)}")
+        if g.layout != torch.strided or not g.is_floating_point():
+            raise ValueError(f"{op}: gradient {i} must be dense and real, got {g.layout}, {g.dtype}; use torch.optim for it")
 
 
 def _dense(t) -> bool:

@@ -49,7 +49,7 @@ class Geometry(NamedTuple):
 
 
 def _pair(value, name: str, least: int, op: str) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
     if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
         raise ValueError(f"{op}: {name} must be an integer of at least {least}, or two (height, width), got {value!r}")
     return pair

@@ -30,6 +30,11 @@ class _Stepper:
         self.update(grads)
         return loss
 
+    def add_param_group(self, param_group):
+        """As torch's; a group of its own with a refused option is refused."""
+        _refuse(type(self).__name__, differentiable=param_group.get("differentiable"), amsgrad=param_group.get("amsgrad"))
+        super().add_param_group(param_group)
+
     def load_state_dict(self, state_dict):
         """As torch's; the state of an optimizer with a refused option is refused."""
         for group in state_dict["param_groups"]:

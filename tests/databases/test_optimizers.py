@@ -74,3 +74,16 @@ def test_error_inputs(info):
         params = parameters("cpu", torch.float32) if given.params is None else given.params
         with pytest.raises((case.error_type, FutureWarning), match=case.error_regex):
             OPTIMIZERS[info.optim_cls](params, **given.kwargs).step()
+
+
+@EACH
+@pytest.mark.parametrize("option", REFUSED)
+def test_a_refused_option_of_a_single_group(info, option):
+    """Is not passed over: torch's constructor checks only what it is given for all groups."""
+    ours, group = OPTIMIZERS[info.optim_cls], {"params": parameters("cpu", torch.float32), option: True}
+    refused = pytest.raises(ValueError, match=rf"{option}=True is not supported; use torch\.optim\.{ours.__name__}")
+    with refused:
+        ours([group], lr=0.1)
+    optimizer = ours(parameters("cpu", torch.float32), lr=0.1)
+    with refused:
+        optimizer.add_param_group(group)

@@ -8,6 +8,7 @@ from kernels.operations import Make
 make = Make("cpu")
 x, w, b = make.real(32, 784), make.real(100, 784), make.real(100)
 logits, labels, image = make.real(32, 10), make.labels(10, 32), make.real(2, 10, 3)
+photo = make.real(2, 2, 8, 8)
 
 # label -> (call, what the message must say)
 ERRORS = {
@@ -57,9 +58,21 @@ ERRORS = {
                               r"mse_loss: target must be \(32, 784\) as input is, got \(100, 784\)"),
     "squared error's reduction": (lambda: kernels.mse_loss(x, x, "max"), "mse_loss: unknown reduction 'max'"),
     "squared error's dtype": (lambda: kernels.mse_loss(x, x.half()), r"target must be torch\.float32 as input is"),
+    "squared error of integers": (lambda: kernels.mse_loss(labels, labels),
+                                  r"mse_loss: input must be floating point, got torch\.int64; .*\.float\(\)"),
+    "sparse input": (lambda: kernels.linear(x.to_sparse(), w),
+                     r"linear: input must be dense, got torch\.sparse_coo; convert it with \.to_dense\(\)"),
+    "groups": (lambda: kernels.conv2d(photo, photo[:, :1, :3, :3], groups=2), r"groups must be 1, got 2; call it once for each"),
+    "no window": (lambda: kernels.conv2d(photo, photo[..., :3, :3], max_pool=None),
+                  r"conv2d: max_pool must be an integer of at least 1, or two \(height, width\), got None"),
+    "large window": (lambda: kernels.conv2d(photo, photo[..., :3, :3], max_pool=(2, 7)),
+                     r"max_pool of 2 × 7 must fit in the convolution's output of 6 × 6"),
     "gradients": (lambda: kernels.sgd([w], [], [], 0.1), "sgd: 1 parameters but 0 gradients"),
     "gradient's shape": (lambda: kernels.adam([w], [b], [w], [w], 1, 0.1),
                          r"adam: gradient 0 must be \(100, 784\) as its parameter is, got \(100,\)"),
+    "sparse gradient": (lambda: kernels.sgd([w], [w.to_sparse()], [w], 0.1),
+                        r"sgd: gradient 0 must be dense and real, got torch\.sparse_coo, .*; use torch\.optim"),
+    "complex gradient": (lambda: kernels.adam([w], [w + 1j], [w], [w], 1, 0.1), r"gradient 0 must be dense and real.*complex64"),
 }  # fmt: skip
 
 

@@ -44,6 +44,17 @@ def test_uint8_pixels_and_a_state_kept_on_the_cpu_path(device):
         assert_agrees(run, by_steps, train_epoch_ref)
 
 
+@pytest.mark.parametrize(("label", "correct"), [(0, 5), (1, 0), (2, 0)])
+def test_the_first_of_equal_outputs_is_predicted(label, correct, device):
+    """As torch.argmax does. All outputs of zero weights are equal."""
+    run = Run(Spec((12, 7, 3)), device)
+    run.parameters = [torch.zeros_like(p) for p in run.parameters]
+    run.targets.fill_(label)
+    state = make_state(run)
+    train_step(state)
+    assert state.correct[0] == correct
+
+
 @pytest.mark.parametrize("extra", [1, 2, 5])
 def test_overrunning_the_epoch_changes_nothing(extra, device):
     run = Run(*CASES["wider than a tile, momentum"][:1], device, momentum=0.9, weight_decay=0.1)
