@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m bench [NAME …] [--out DIR]`."""
+"""Benchmarks: `python -m bench NAME … [--out DIR]`, `python -m bench all --out DIR`."""

@@ -1,28 +1,83 @@
-"""`python -m bench [NAME …] [--out DIR]`: run benchmarks, print their tables, and write them as Markdown and JSON."""
+"""Benchmarks: `python -m bench NAME … [--out DIR]` for single tables, `python -m bench all --out DIR` for everything.
+
+NAME … makes those tables, one after another, in this process. `all` runs, each in a process of its own with a time limit:
+`handgrad info`, the tests, compute-sanitizer, the exchange, the soak, then every other table; after each part it rewrites
+DIR/summary.md and DIR/summary.json. On a GPU it takes at most nine minutes; on a CPU the tests alone take about as long, and
+what needs a GPU is named as not run. The exit status is 1 if something failed, after everything ran. It needs torch,
+triton, numpy and pytest; images are MNIST's if $HANDGRAD_DATA and torchvision are there, else random.
+"""
 
 import argparse
 import importlib
 import sys
 from pathlib import Path
 
-NAMES = ("linear", "cross_entropy", "train", "recipes", "launches")
+import torch
+
+from . import parts, suite
+from .table import Table
+
+NAMES = {
+    "linear": "a linear layer with activation, forward and backward",
+    "cross_entropy": "softmax cross-entropy, forward and backward",
+    "train": "a training step with SGD: every engine, eager, compiled, captured",
+    "adam": "a training step with Adam: every engine, torch's variants",
+    "sweep": "many networks at once",
+    "memory": "peak memory of a step of wide layers (GPU)",
+    "recipes": "the reference recipes against the usual loop with a DataLoader",
+    "launches": "kernel launches and memory traffic a step, counted",
+    "exchange": "the epoch kernel's exchange alone (GPU)",
+    "soak": "thousands of epochs twice, bitwise equal, no hang (GPU)",
+}
 
 
 def main() -> int:
-    """Run the benchmarks that are named, or all."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; all if none is given")
-    parser.add_argument("--out", type=Path, help="folder for NAME.md and NAME.json")
+    """Make the tables that are named, or run everything."""
+    listed = "\n".join(f"  {name:<14} {what}" for name, what in NAMES.items())
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__, epilog=f"tables:\n{listed}",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("names", nargs="+", metavar="NAME", help="tables, see below; or all, alone")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for NAME.md and NAME.json; all: for the summary too")
+    parser.add_argument("--epochs", type=int, metavar="N", help="of soak; default 10,000 on a GPU; in all it is shorter")
+    parser.add_argument("--skip", default="", metavar="PARTS", help="of all: parts to leave out, with commas, such as tests")
     arguments = parser.parse_args()
-    unknown = [name for name in arguments.names if name not in NAMES]
+    unknown = [name for name in arguments.names if name not in NAMES and name != "all"]
     if unknown:
-        parser.error(f"unknown benchmark {unknown[0]!r}; known: {', '.join(NAMES)}")
-    for name in arguments.names or NAMES:
-        table = importlib.import_module(f"bench.bench_{name}").run()
-        print(table.markdown(), end="\n\n", flush=True)
+        parser.error(f"unknown benchmark {unknown[0]!r}; known: {', '.join(NAMES)}; all")
+    if "all" in arguments.names:
+        return _all(parser, arguments)
+    if arguments.skip or (arguments.epochs is not None and ("soak" not in arguments.names or arguments.epochs < 1)):
+        parser.error("--skip is for all; --epochs, at least 1, for soak")
+    tables = []
+    for name in arguments.names:
+        tables.append(make(name, {"epochs": arguments.epochs} if name == "soak" else {}))
+        print(tables[-1].markdown(), end="\n\n", flush=True)
         if arguments.out:
-            table.write(arguments.out)
-    return 0
+            tables[-1].write(arguments.out)
+    return int(any(table.failed for table in tables))
+
+
+def make(name: str, options: dict) -> Table:
+    """A table; one without rows where a package that it needs is not installed."""
+    try:
+        module = importlib.import_module(f"bench.bench_{name}")
+    except ModuleNotFoundError as missing:
+        return Table(NAMES[name].capitalize(), f"python -m bench {name}", not_run=f"needs the package {missing.name}")
+    return module.run(**options)
+
+
+def _all(parser, arguments) -> int:
+    if arguments.names != ["all"] or arguments.out is None or arguments.epochs is not None:
+        parser.error("all runs every table: give it no other NAME and no --epochs, and --out DIR, a folder for its summary")
+    out = arguments.out.resolve()
+    todo, skip = parts.parts(out), [name for name in arguments.skip.split(",") if name]
+    known = [part.name for part in todo]
+    unknown = [name for name in skip if name not in known]
+    if unknown:
+        parser.error(f"--skip: unknown part {unknown[0]!r}; known: {', '.join(known)}")
+    status = suite.run(todo, out, skip, suite.GPU_SECONDS if torch.cuda.is_available() else None)
+    print(f"summary: {out / 'summary.md'}")
+    return status
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 
 import kernels
 
-from .harness import Table, compare, device, microseconds
+from .harness import compare, conclude, microseconds
+from .table import Table, device
 
 SHAPES = {
     "cpu": ((32, 10), (256, 1000), (64, 50_000)),
@@ -24,6 +25,7 @@ def run() -> Table:
     """µs of forward and backward for each number of rows and classes; GB/s counts two readings and two writings."""
     on = device()
     table = Table("Softmax cross-entropy, forward and backward", "python -m bench cross_entropy")
+    wrong = {}
     for rows, classes in SHAPES[on.type]:
         logits = torch.randn(rows, classes, device=on, requires_grad=True)
         target = torch.randint(0, classes, (rows,), device=on)
@@ -33,7 +35,10 @@ def run() -> Table:
         }
         if on.type == "cuda":
             providers["compile"] = _provider(torch.compile(F.cross_entropy), logits, target)
-        times = compare(providers, 2e-3)
+        found = {}
+        times = compare(providers, 2e-3, found)
+        wrong |= {f"{name}, {rows} × {classes}": why for name, why in found.items()}
         bandwidth = {"handgrad GB/s": 4 * logits.nbytes / times["handgrad"] / 1e9} if times["handgrad"] else {}
         table.rows.append({"rows": rows, "classes": classes, **microseconds(times, "eager"), **bandwidth})
+    conclude(table, wrong)
     return table

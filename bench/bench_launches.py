@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import torch
 import triton
@@ -20,8 +21,8 @@ import mlp
 from kernels import launch
 from mlp import engines
 
-from .bench_train import BATCH, SIZES, Eager
-from .harness import Table
+from .rivals import BATCH, SIZES, Eager, weights
+from .table import Table
 
 STEPS = 2
 _VIEWS = ("view", "t", "transpose", "detach", "expand", "unsqueeze", "squeeze", "slice", "select", "alias", "_unsafe_view",
@@ -84,7 +85,7 @@ def _samples() -> tuple:
 
 def _eager() -> dict:
     x, y = torch.rand(BATCH, SIZES[0]), torch.randint(0, 10, (BATCH,))
-    eager = Eager(torch.device("cpu"), 0.1, foreach=True)
+    eager = Eager(weights("cpu"), partial(torch.optim.SGD, lr=0.1, foreach=True), data=None)
     eager.step(x, y)
     with Operations() as counted:
         eager.step(x, y)
@@ -129,7 +130,8 @@ def run() -> Table:
         rows = json.loads(done.stdout.splitlines()[-1])
     else:
         rows = [_eager(), _engine("autograd"), _engine("manual"), _two_launches(), _engine("epoch")]
-    note = f"`epoch` is one launch an epoch, whatever its length; counted here over {STEPS} steps."
-    return Table(
-        f"Launches and memory, {'-'.join(map(str, SIZES))} sigmoid, batch {BATCH}, SGD", "python -m bench launches", rows, note
-    )
+    title = f"Launches and memory, {'-'.join(map(str, SIZES))} sigmoid, batch {BATCH}, SGD"
+    table = Table(title, "python -m bench launches", rows)
+    table.note = f"`epoch` is one launch an epoch, whatever its length; counted here over {STEPS} steps."
+    table.headline = ", ".join(f"{row['engine']} {row['launches a step']:g}" for row in rows[:-1]) + " launches a step"
+    return table

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 import kernels
 
-from .harness import Table, compare, device, microseconds
+from .harness import compare, conclude, microseconds
+from .table import Table, device
 
 SHAPES = {
     "cpu": ((32, 784, 100), (32, 100, 50), (256, 784, 128), (1024, 512, 512)),
@@ -31,6 +32,7 @@ def run() -> Table:
     """µs of forward and backward for each shape, dtype and activation."""
     on = device()
     table = Table("Linear + activation, forward and backward", "python -m bench linear")
+    wrong = {}
     dtypes = (torch.float32, torch.bfloat16) if on.type == "cuda" else (torch.float32,)
     for m, k, n in SHAPES[on.type]:
         for dtype in dtypes:
@@ -39,9 +41,11 @@ def run() -> Table:
                 x, w, b = (t.requires_grad_() for t in (x, w * k**-0.5, b))
                 eager = partial(_eager, kernels.ACTIVATIONS[activation].torch)
                 functions = {"handgrad": partial(kernels.linear, activation=activation), "eager": eager}
-                if on.type == "cuda":
+                if on.type == "cuda" and activation == "relu":  # compiling each takes seconds
                     functions["compile"] = torch.compile(eager)
                 providers = {name: _provider(function, x, w, b, dy) for name, function in functions.items()}
-                row = microseconds(compare(providers, TOLERANCE[dtype]), "eager")
-                table.rows.append({"M×K×N": f"{m}×{k}×{n}", "dtype": str(dtype)[6:], "activation": activation, **row})
+                case, found = {"M×K×N": f"{m}×{k}×{n}", "dtype": str(dtype)[6:], "activation": activation}, {}
+                table.rows.append({**case, **microseconds(compare(providers, TOLERANCE[dtype], found), "eager")})
+                wrong |= {f"{name}, {' '.join(case.values())}": why for name, why in found.items()}
+    conclude(table, wrong)
     return table

@@ -5,16 +5,19 @@ Both train on the same pixels; the usual loop is timed from its first batch on, 
 
 import time
 from itertools import pairwise
+from statistics import median
 
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
+from torchvision import transforms
 
 import mlp
 from mlp import engines, recipes
 
-from .bench_train import dataset
-from .harness import Table, device, median
+from .samples import mnist
+from .table import Table, device
 
 STEPS, ROUNDS = 150, 5
 
@@ -23,9 +26,6 @@ class Images(torch.utils.data.Dataset):
     """Pixels as a torchvision data set gives them: a PIL image a sample, through its transforms."""
 
     def __init__(self, data, normalize, count):
-        from PIL import Image
-        from torchvision import transforms
-
         self.images = [Image.fromarray(row.view(28, 28).numpy()) for row in data.inputs[:count].cpu()]
         self.targets = data.targets[:count].tolist()
         steps = [transforms.ToTensor()] + ([transforms.Normalize(*((value,) for value in normalize))] if normalize else [])
@@ -81,7 +81,7 @@ def usual_step_seconds(recipe, images, on) -> float:
 def run() -> Table:
     """ms a step of each recipe, ours and the usual loop's, in turn."""
     on = device()
-    samples = dataset(on)
+    samples = mnist(on)
     table = Table("Recipes against the usual loop (DataLoader, 2 workers)", "python -m bench recipes")
     for name in ("convnet", "classifier", "sigmoid", "deep-linear", "mse"):
         recipe = recipes.get(name)
@@ -102,4 +102,6 @@ def run() -> Table:
         step, other = median(ours), median(usual)
         table.rows.append({"recipe": name, "batch": recipe.batch_size, "engine": engine.name, "ms a step": step * 1e3,
                            "usual loop, ms": other * 1e3, "usual / ours": other / step})  # fmt: skip
+    ratios = [row["usual / ours"] for row in table.rows]
+    table.headline = f"{min(ratios):.1f} to {max(ratios):.1f} times as fast as the usual loop"
     return table

@@ -1,86 +1,33 @@
-"""How a benchmark measures: providers interleaved, medians, a table and JSON that name the machine and the versions.
+"""How a benchmark measures: providers interleaved, medians.
 
 A provider is a function of no arguments that does the work once. Before anything is timed its result is compared with
 the first provider's: a provider that is wrong gets no time.
 """
 
-import datetime
-import json
-import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from statistics import median
 
 import torch
-import triton
+
+from .table import one_line
 
 _ROUNDS = 15  # of every provider, one after the other, so that a busy moment hits them all
 _ROUND_SECONDS = 0.05
 
 
-def device() -> torch.device:
-    """The GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def machine() -> str:
-    """Processor or GPU, and the versions that matter, in one line."""
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-    else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = [text.split(":")[1].strip() for text in lines if text.startswith("model name")]
-        name = f"{model[0] if model else platform.machine()}, {torch.get_num_threads()} threads"
-    return f"{name}; torch {torch.__version__}, triton {triton.__version__}, Python {platform.python_version()}"
-
-
-@dataclass
-class Table:
-    """Rows of named values with a title, what was run, and where."""
-
-    title: str
-    command: str
-    rows: list[dict] = field(default_factory=list)
-    note: str = ""
-    machine: str = field(default_factory=machine)
-    date: str = field(default_factory=lambda: datetime.date.today().isoformat())
-
-    def markdown(self) -> str:
-        """The table as Markdown, with its command, machine and date below it."""
-        columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        lines = [f"## {self.title}", "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-        lines += [f"| {' | '.join(_text(row.get(column)) for column in columns)} |" for row in self.rows]
-        return "\n".join([*lines, "", *([self.note, ""] if self.note else []), f"`{self.command}`, {self.date}: {self.machine}"])
-
-    def write(self, folder: Path) -> None:
-        """NAME.md and NAME.json in `folder`, NAME from the command."""
-        folder.mkdir(parents=True, exist_ok=True)
-        stem = self.command.split()[-1]
-        (folder / f"{stem}.md").write_text(self.markdown() + "\n")
-        (folder / f"{stem}.json").write_text(json.dumps(asdict(self), indent=1) + "\n")
-
-
-def _text(value) -> str:
-    if value is None:
-        return "–"
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
-
-
-def _synchronize():
+def synchronize() -> None:
+    """Wait until the GPU, if there is one, has done what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def _once(provider: Callable, calls: int) -> float:
-    _synchronize()
+    synchronize()
     started = time.perf_counter()
     for _ in range(calls):
         provider()
-    _synchronize()
+    synchronize()
     return (time.perf_counter() - started) / calls
 
 
@@ -97,21 +44,52 @@ def measure(providers: dict[str, Callable], rounds: int = _ROUNDS) -> dict[str, 
     return {name: median(values) for name, values in times.items()}
 
 
-def agreeing(results: dict[str, list[torch.Tensor]], tolerance: float) -> list[str]:
-    """The providers whose results lie within `tolerance` of the first one's, relative to each tensor's largest number."""
-    first = next(iter(results.values()))
-    agree = []
+def host_seconds(provider: Callable, rounds: int = _ROUNDS) -> float:
+    """Median seconds until a call returns; the GPU is idle before it, and is not waited for."""
+    times = []
+    for _ in range(rounds):
+        synchronize()
+        started = time.perf_counter()
+        provider()
+        times.append(time.perf_counter() - started)
+    synchronize()
+    return median(times)
+
+
+def device_seconds(provider: Callable) -> float | None:
+    """Seconds that the GPU is busy with one call, the gaps between its kernels left out; None if the profiler saw no kernel."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        provider()
+        synchronize()
+    on_gpu = [event for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(event.self_device_time_total for event in on_gpu) / 1e6 or None
+
+
+def errors(results: dict[str, list[torch.Tensor]]) -> dict[str, float]:
+    """How far each provider's results are from the first one's, relative to each tensor's largest number; inf if fewer or NaN."""
+    first, found = next(iter(results.values()), []), {}
     for name, tensors in results.items():
-        errors = [float((t - f).abs().max() / f.abs().max().clamp_min(1e-30)) for t, f in zip(tensors, first) if f.numel()]
-        if len(tensors) == len(first) and max(errors, default=0.0) <= tolerance:
-            agree.append(name)
-    return agree
+        each = [float((t - f).abs().max() / f.abs().max().clamp_min(1e-30)) for t, f in zip(tensors, first) if f.numel()]
+        finite = len(tensors) == len(first) and all(error == error for error in each)
+        found[name] = max(each, default=0.0) if finite else float("inf")
+    return found
 
 
-def compare(providers: dict[str, Callable], tolerance: float) -> dict[str, float | None]:
-    """`measure` of those providers whose results (lists of tensors) agree with the first one's; None for the others."""
-    good = agreeing({name: [t.float() for t in provider()] for name, provider in providers.items()}, tolerance)
-    times = measure({name: providers[name] for name in good})
+def compare(providers: dict[str, Callable], tolerance: float, wrong: dict[str, str] | None = None) -> dict[str, float | None]:
+    """`measure` of those providers whose results (lists of tensors) agree with the first one's; None for the others.
+
+    wrong: takes name -> why, in one line, of the others, be it an error that they raised.
+    """
+    results, wrong = {}, {} if wrong is None else wrong
+    for name, provider in providers.items():
+        try:
+            results[name] = [t.float() for t in provider()]
+        except Exception as error:  # a compiler's, say: the others are timed all the same
+            wrong[name] = one_line(error)
+    for name, error in errors(results).items():
+        if error > tolerance:
+            wrong[name] = f"off by {error:.1e} of the largest number, at most {tolerance:.0e}"
+    times = measure({name: provider for name, provider in providers.items() if name not in wrong})
     return {name: times.get(name) for name in providers}
 
 
@@ -120,3 +98,11 @@ def microseconds(times: dict[str, float | None], baseline: str) -> dict:
     row = {f"{name} µs": None if t is None else t * 1e6 for name, t in times.items()}
     first = next(iter(times.values()))
     return {**row, f"{baseline} / {next(iter(times))}": times[baseline] / first if first and times[baseline] else None}
+
+
+def conclude(table, wrong: dict[str, str]) -> None:
+    """Headline of a table of `microseconds` against eager, and a note of the providers that have no time; fails for ours."""
+    ratios = [row["eager / handgrad"] for row in table.rows if row["eager / handgrad"]]
+    table.headline = f"{min(ratios):.2f} to {max(ratios):.2f} of eager's speed" if ratios else ""
+    table.note = "Without a time: " + "; ".join(f"{name} ({why})" for name, why in wrong.items()) + "." if wrong else ""
+    table.failed = next((f"{name}: {why}" for name, why in wrong.items() if name.startswith("handgrad")), "")

@@ -1,0 +1,76 @@
+"""Every kernel launched once or a few times on small shapes: a short program to watch with a tool such as compute-sanitizer.
+
+compute-sanitizer python -m bench.each_kernel      # prints the kernels it launched; status 1 if one was missed
+"""
+
+import importlib
+import pkgutil
+import sys
+
+import torch
+import triton
+
+import kernels
+from kernels import launch
+from kernels.exchange import EXCHANGES
+from kernels.operations import OPERATIONS, Make
+
+from .table import device
+
+_SHAPE = (33, 17, 7)  # batch, features in, features out: nothing divides anything
+_SIZES, _BATCH, _ROWS = (17, 20, 9, 3), 5, 13  # a network, with programs enough to exchange; the last batch is smaller
+_NEED_PROCESSORS = {"exchange_kernel", "linear_bwd_reduce_kernel"}  # of a GPU: the interpreter has one
+
+
+def names() -> set[str]:
+    """Every function called …_kernel that a module of kernels defines with triton.jit."""
+    modules = [importlib.import_module(f"kernels.{module.name}") for module in pkgutil.iter_modules(kernels.__path__)]
+    found = {name: value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")}
+    return {name for name, value in found.items() if isinstance(value, triton.runtime.KernelInterface)}
+
+
+def operations(on) -> None:
+    """Forward and backward of every case of every operation in float32; a product of many rows, whose sums are split."""
+    for operation in OPERATIONS.values():
+        for _, arguments in operation.cases(Make(on), *_SHAPE):
+            operation.results(arguments)
+    for _, arguments in OPERATIONS["linear"].cases(Make(on), 4096, 20, 9):
+        OPERATIONS["linear"].results(arguments)
+        break
+
+
+def trainings(on) -> None:
+    """A step, an epoch by one program and by several with either exchange, an epoch of two networks."""
+    spec = kernels.Spec(_SIZES, "sigmoid")
+    make = Make(on)
+    data, targets, order = make.real(_ROWS, _SIZES[0]), make.labels(_SIZES[-1], _ROWS), torch.arange(_ROWS, device=on)
+    hyper, count = kernels.hyperparameters(0.1, device=on), torch.zeros(1, device=on)
+    training = lambda: (spec, [make.real(*shape) for shape in spec.shapes], [], data, targets, order, _BATCH, hyper, count)  # noqa: E731
+    steps = -(-_ROWS // _BATCH)
+    losses, correct = torch.zeros(steps, device=on), torch.zeros(steps, dtype=torch.int32, device=on)
+    kernels.train_step(kernels.StepState(*training(), losses, correct))
+    kernels.train_epoch(*training(), programs=1)
+    for exchange in EXCHANGES if on.type == "cuda" and launch.arch(on).startswith("sm_") else ():
+        kernels.train_epoch(*training(), exchange=exchange)
+    stacked = [make.real(2, *shape) for shape in spec.shapes]
+    kernels.train_replicas(spec, stacked, [], data, targets, torch.stack([order, order]), _BATCH,
+                           kernels.hyperparameters(0.1, replicas=2, device=on), torch.zeros(1, device=on))  # fmt: skip
+
+
+def main() -> int:
+    """Launch, wait, and list what was launched."""
+    on, seen = device(), set()
+    with launch.observe(lambda kernel, grid, args, options: seen.add(kernel.fn.__name__)):
+        operations(on)
+        trainings(on)
+    if on.type == "cuda":
+        torch.cuda.synchronize()
+    missed = names() - seen - (set() if on.type == "cuda" else _NEED_PROCESSORS)
+    print(f"launched {len(seen)} kernels: {', '.join(sorted(seen))}")
+    if missed:
+        print(f"missed {', '.join(sorted(missed))}")
+    return bool(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

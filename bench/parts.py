@@ -1,0 +1,87 @@
+"""What `python -m bench all` runs, in order: self-check, tests, sanitizer, exchange and soak, tables. Each a command."""
+
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from . import sanitizer
+
+ROOT = Path(__file__).parents[1]
+SOAK_EPOCHS = 300
+_WORKERS = 8  # of pytest: they share one GPU
+# Seconds that a table needs on a GPU, in the order in which they run: what is most asked for comes first.
+TABLES = {"exchange": 10, "soak": 40, "train": 100, "adam": 15, "sweep": 10, "memory": 10, "linear": 30, "cross_entropy": 15,
+          "recipes": 25, "launches": 20}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command that runs in a process of its own, or `reason`, why it cannot run here.
+
+    seconds: what it needs on a GPU. quote: from all that the command printed, what to put into the summary; None for a
+    table, whose NAME.json says it.
+    """
+
+    name: str
+    command: tuple[str, ...] = ()
+    seconds: float = 60
+    quote: Callable[[str], str] | None = None
+    environment: dict = field(default_factory=dict)
+    reason: str = ""
+
+
+def last(pattern: str, log: str) -> str:
+    """The last match of a pattern."""
+    return (re.findall(pattern, log) or [""])[-1]
+
+
+def _verdicts(log: str) -> str:
+    """Of the self-check's table, how many rows are right."""
+    found = re.findall(r"^\w+ +\w+ .* (ok|FAIL) ", log, re.M)
+    return f"{found.count('ok')} of {len(found)} checks of kernels passed"
+
+
+def _python(*arguments: str) -> tuple[str, ...]:
+    return (sys.executable, *arguments)
+
+
+def _info() -> Part:
+    """`handgrad info`; where the command line's package is not installed, the self-check that it would run."""
+    command = _python("-m", "mlp", "info") if importlib.util.find_spec("typer") else _python("-m", "kernels.selfcheck")
+    return Part("info", command, 70, _verdicts)
+
+
+def _tests() -> Part:
+    """The whole suite, on the GPU where there is one; tests whose packages are missing do not keep the others from running."""
+    if importlib.util.find_spec("pytest") is None:
+        return Part("tests", reason="needs pytest")
+    workers = ("-n", str(min(_WORKERS, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
+    command = _python("-m", "pytest", "tests", "-p", "no:cacheprovider", "--continue-on-collection-errors", *workers)
+    return Part("tests", command, 150, partial(last, r"\d+ (?:passed|failed|errors?|skipped)\b.* in [^=]*\w"))
+
+
+def _sanitizer(tool: str, on_gpu: bool) -> Part:
+    path = sanitizer.find()
+    if not on_gpu or path is None:
+        return Part(tool, reason=f"{sanitizer.NAME} not found" if on_gpu else "needs a GPU")
+    command = (path, "--tool", tool, "--error-exitcode", "9", *_python("-m", "bench.each_kernel"))
+    # With torch's cache, memory beyond a tensor may belong to another: each tensor takes an allocation of its own.
+    return Part(tool, command, 25, partial(last, r"(?:ERROR|RACECHECK) SUMMARY: .*"), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
+
+def parts(out: Path) -> list[Part]:
+    """All of them, for this machine; tables are written into `out`."""
+    on_gpu = torch.cuda.is_available()
+    options = {"soak": ("--epochs", str(SOAK_EPOCHS))} if on_gpu else {}
+    tables = [
+        Part(name, _python("-m", "bench", name, "--out", str(out), *options.get(name, ())), seconds)
+        for name, seconds in TABLES.items()
+    ]
+    return [_info(), _tests(), _sanitizer("memcheck", on_gpu), _sanitizer("racecheck", on_gpu), *tables]

@@ -1,0 +1,24 @@
+"""The images that the trainings are timed on."""
+
+import os
+from pathlib import Path
+
+import torch
+
+import mlp
+from mlp import data
+
+
+def mnist(on) -> mlp.Dataset:
+    """MNIST's training images from $HANDGRAD_DATA, else random pixels of its shape; the name says which, and why."""
+    folder = os.environ.get("HANDGRAD_DATA")
+    name = "random pixels of MNIST's shape"
+    if folder and (Path(folder) / "MNIST").is_dir():  # else loading would try to download
+        try:
+            return data.load("mnist")[0].to(on)
+        except data.DataError as error:
+            name += f" ({error})"
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (60_000, 784), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, 10, (60_000,), generator=generator)
+    return mlp.Dataset(pixels, labels, scale=1 / 255, image_shape=(1, 28, 28), name=name).to(on)

@@ -1,0 +1,69 @@
+"""Runs parts one after the other, each in a process of its own with a time limit: what one does, the others survive."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from . import summary
+from .parts import ROOT, Part
+from .table import one_line
+
+GPU_SECONDS = 540.0  # of the whole run on a GPU
+CPU_LIMIT = 1800.0  # seconds of one part without a GPU, where there is no limit of the whole
+
+
+def run(parts: list[Part], out: Path, skip=(), seconds: float | None = None) -> int:
+    """Run the parts, rewriting the summary in `out` after each; 1 if one failed or timed out, else 0.
+
+    seconds: of the whole run. A part may then take what it needs and what those before it left over.
+    """
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+    page, started = summary.start([part.name for part in parts]), time.monotonic()
+    running = [part for part in parts if part.name not in skip and not part.reason]
+    summary.write(page, out)
+    for part, row in zip(parts, page["parts"]):
+        if part in running:
+            own, later = part.seconds, sum(p.seconds for p in running[running.index(part) + 1 :])
+            left = None if seconds is None else seconds - (time.monotonic() - started)
+            limit = CPU_LIMIT if left is None else max(left - later, left * own / (own + later))
+            print(f"{part.name}: at most {limit:.0f} s", file=sys.stderr, flush=True)
+            row |= execute(part, limit, out)
+        else:
+            row["status"] = summary.SKIPPED if part.name in skip else f"not run: {part.reason}"
+        page |= {"seconds": time.monotonic() - started, "verdict": summary.verdict(page["parts"])}
+        summary.write(page, out)
+        print(f"{part.name}: {row['status']}  {row['headline']}", flush=True)
+    return int(page["verdict"] == summary.FAILED)
+
+
+def execute(part: Part, limit: float, out: Path) -> dict:
+    """Status, seconds and headline of one part; all that it prints goes to its log."""
+    made, log = out / f"{part.name}.json", out / "logs" / f"{part.name}.log"
+    made.unlink(missing_ok=True)  # of a run before
+    started, status = time.monotonic(), None
+    with log.open("w") as file:
+        process = subprocess.Popen(part.command, cwd=ROOT, env={**os.environ, **part.environment}, stdin=subprocess.DEVNULL,
+                                   stdout=file, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+        try:
+            status = summary.PASSED if process.wait(max(limit, 0)) == 0 else summary.FAILED
+        except subprocess.TimeoutExpired:
+            status = summary.TIMED_OUT
+        finally:
+            if status in (None, summary.TIMED_OUT):  # interrupted, or too slow: with all its children
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    text = log.read_text(errors="replace")
+    table = json.loads(made.read_text()) if part.quote is None and made.exists() else {}
+    if table.get("not_run"):
+        status = f"not run: {table['not_run']}"
+    quoted = table.get("failed") or table.get("headline", "") if part.quote is None else part.quote(text)
+    if status in (summary.FAILED, summary.TIMED_OUT) and not quoted:
+        lines = [line for line in text.splitlines() if line.strip()]
+        quoted = f"status {process.returncode}: {lines[-1].strip() if lines else 'printed nothing'}"
+    if status == summary.TIMED_OUT:
+        quoted = f"after {limit:.0f} s; {quoted}"
+    return {"status": status, "seconds": time.monotonic() - started, "headline": one_line(quoted) if quoted else ""}

@@ -1,0 +1,89 @@
+"""The benchmark of the exchange alone: it computes what it says with a process for each program, and compiles for GPUs.
+
+python -m tests.mlp.test_bench_exchange compile sm_90      # one JSON object a line: what was compiled
+python -m tests.mlp.test_bench_exchange                    # programs as processes, in the interpreter
+"""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bench import bench_exchange as bench
+from kernels import exchange
+from tests import interpreter
+from tests.checks import assert_equal
+from tests.test_structure import ROOT
+
+PROGRAMS, STEPS, PATIENCE = 3, 5, 60  # seconds for one exchange of STEPS steps; it takes one or two
+
+
+def check(kind):
+    """Every program received, in the last step, what the others published."""
+    from tests.kernels.test_exchange import wait
+
+    args, options = bench.prepare(kind, PROGRAMS, STEPS, "cpu", rows=4, batch=16)
+    for tensor in args[:3]:
+        tensor.share_memory_()
+
+    def run(first):
+        wait(0.1 if first == 0 else 0.001)  # the others are ahead of program 0 as far as the exchange lets them
+        bench.exchange_alone_kernel[(1,)](*args, first, **options)
+
+    processes = [multiprocessing.get_context("fork").Process(target=run, args=(g,)) for g in range(PROGRAMS)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(PATIENCE)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0] * PROGRAMS, f"{kind}: {PROGRAMS} programs ended with {codes}; None is one that still waits"
+    width = PROGRAMS * 4
+    assert_equal(args[0][:, :, :width], bench.expected(args[0], width, STEPS), kind)
+
+
+def described(arch):
+    """What came out of compiling both means for 13 programs, as `tests.compile.worker` says it."""
+    from tests.compile import worker
+
+    for kind in exchange.EXCHANGES:
+        args, options = bench.prepare(kind, 13, STEPS, "meta")
+        source, compiled = worker.as_source(bench.exchange_alone_kernel, (*args, 0), {**options, "num_warps": 8})
+        yield worker.compile_and_describe(arch, f"{kind}, 13 programs", "ieee", source, compiled)
+
+
+def run(environment, *arguments):
+    command = [sys.executable, "-W", "ignore", "-m", "tests.mlp.test_bench_exchange", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=6 * PATIENCE)
+
+
+def test_programs_receive_what_the_others_published():
+    """In a process of its own, without threads, that can fork."""
+    done = run({**os.environ, "TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_compiles_without_spills(arch):
+    done = run({k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, "compile", arch)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == len(exchange.EXCHANGES)
+    for row in rows:
+        assert "error" not in row and row["stack"] == 0, row
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        for row in described(sys.argv[2]):
+            print(json.dumps(row, default=str), flush=True)
+    else:
+        torch.set_num_threads(1)
+        interpreter.improve()
+        for means in exchange.EXCHANGES:
+            check(means)
