@@ -9,6 +9,7 @@ triton, numpy and pytest; images are MNIST's if $HANDGRAD_DATA and torchvision a
 
 import argparse
 import importlib
+import signal
 import sys
 from pathlib import Path
 
@@ -75,6 +76,7 @@ def _all(parser, arguments) -> int:
     unknown = [name for name in skip if name not in known]
     if unknown:
         parser.error(f"--skip: unknown part {unknown[0]!r}; known: {', '.join(known)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, which ends the part that runs as well
     status = suite.run(todo, out, skip, suite.GPU_SECONDS if torch.cuda.is_available() else None)
     print(f"summary: {out / 'summary.md'}")
     return status
