@@ -32,6 +32,7 @@ from .linear_cross_entropy import (
     linear_cross_entropy_fwd_ref,
 )
 from .mlp import mlp, mlp_bwd, mlp_bwd_ref, mlp_fwd, mlp_fwd_ref
+from .mlp_update import mlp_update, mlp_update_ref
 from .mse import mse_bwd, mse_bwd_ref, mse_fwd, mse_fwd_ref, mse_loss
 from .network import Spec, hyperparameters, refusal
 from .operations import OPERATIONS
@@ -78,6 +79,8 @@ __all__ = [
     "mlp_bwd_ref",
     "mlp_fwd",
     "mlp_fwd_ref",
+    "mlp_update",
+    "mlp_update_ref",
     "mse_bwd",
     "mse_bwd_ref",
     "mse_fwd",

@@ -212,12 +212,19 @@ def linear_bwd_dw_kernel(
 
 
 @triton.jit
+def sum_of_splits(parts_ptr, offs, size, splits, split_stride):
+    """The splits' parts at offs, added in their order; 0 from `size` on."""
+    total = tl.zeros(offs.shape, dtype=tl.float32)
+    for split in range(splits):
+        total += tl.load(parts_ptr + tl.cast(split, tl.int64) * split_stride + offs, mask=offs < size, other=0.0)
+    return total
+
+
+@triton.jit
 def linear_bwd_reduce_kernel(dw_ptr, db_ptr, parts_ptr, SIZE, N, splits, split_stride, BLOCK: tl.constexpr):
     """Sum the splits' parts, laid out (splits, N·K + N), in a fixed order: dw, then db where db_ptr is not None."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for split in range(splits):
-        total += tl.load(parts_ptr + tl.cast(split, tl.int64) * split_stride + offs, mask=offs < SIZE + N, other=0.0)
+    total = sum_of_splits(parts_ptr, offs, SIZE + N, splits, split_stride)
     tl.store(dw_ptr + offs, cast(total, dw_ptr.dtype.element_ty), mask=offs < SIZE)
     if db_ptr is not None:
         tl.store(db_ptr + offs - SIZE, cast(total, db_ptr.dtype.element_ty), mask=(offs >= SIZE) & (offs < SIZE + N))
@@ -307,20 +314,32 @@ def linear_bwd_dw(dz, x, bias=True, *, out=None):
     x = as_matrix(x)
     (M, N), K = dz.shape, x.shape[1]
     dw, db = out or (dz.new_empty(N, K), dz.new_empty(N) if bias else None)
-    config = configs.product("linear_bwd_dw", dz, N, K)
-    tiles = triton.cdiv(N, config["BLOCK_M"]), max(triton.cdiv(K, config["BLOCK_N"]), 1)  # one for db if K = 0
-    splits, rows = _split_batch(M, tiles[0] * tiles[1], dz.device)
+    config, tiles, splits, rows = dw_plan("linear_bwd_dw", dz, M, N, K)
     size = N * K
-    strides = (*dz.stride(), *x.stride())
     if splits == 1:
-        launch.run(linear_bwd_dw_kernel, (*tiles, 1), dw, db, dz, x, M, N, K, rows, 0, *strides, **config)
+        launch.run(linear_bwd_dw_kernel, (*tiles, 1), dw, db, dz, x, M, N, K, rows, 0, *dz.stride(), *x.stride(), **config)
         return dw, db
-    parts = dz.new_empty(splits, size + N, dtype=torch.float32)
-    launch.run(linear_bwd_dw_kernel, (*tiles, splits), parts, parts[:, size:] if bias else None, dz, x, M, N, K, rows,
-               size + N, *strides, **config)  # fmt: skip
+    parts = dw_parts(dz, x, bias, splits, rows, tiles, config)
     launch.run(linear_bwd_reduce_kernel, (triton.cdiv(size + N, 512),), dw, db, parts, size, N, splits, size + N,
                BLOCK=512)  # fmt: skip
     return dw, db
+
+
+def dw_plan(kernel: str, dz, M: int, N: int, K: int):
+    """(configuration, grid of tiles, splits of the batch, rows of each) for dzᵀ x of M rows."""
+    config = configs.product(kernel, dz, N, K)
+    tiles = triton.cdiv(N, config["BLOCK_M"]), max(triton.cdiv(K, config["BLOCK_N"]), 1)  # one for db if K = 0
+    return config, tiles, *_split_batch(M, tiles[0] * tiles[1], dz.device)
+
+
+def dw_parts(dz, x, bias, splits, rows, tiles, config):
+    """dw and db of every split of the batch, side by side in float32: (splits, N·K + N)."""
+    (M, N), K = dz.shape, x.shape[1]
+    size = N * K
+    parts = dz.new_empty(splits, size + N, dtype=torch.float32)
+    launch.run(linear_bwd_dw_kernel, (*tiles, splits), parts, parts[:, size:] if bias else None, dz, x, M, N, K, rows,
+               size + N, *dz.stride(), *x.stride(), **config)  # fmt: skip
+    return parts
 
 
 def _split_batch(M: int, tiles: int, device) -> tuple[int, int]:

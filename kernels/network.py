@@ -178,13 +178,18 @@ def step_ref(spec: Spec, parameters, states, x, target, hyper, step: int):
     loss, dy = loss_ref(spec, y, target)
     _, dws, dbs = mlp_bwd_ref(dy, *saved, needs=(False, *(True,) * 2 * len(weights)))
     grads = [g for pair in zip(dws, dbs) for g in pair if g is not None]
+    update_ref(spec.rule, parameters, grads, states, hyper, step)
+    return loss, correct_ref(y, target)
+
+
+def update_ref(rule: str, parameters, grads, states, hyper, step) -> None:
+    """One step of a rule in place. hyper: the numbers of a row of `hyperparameters`; step: 1 at the first."""
     lr, decay, first, second, eps = hyper[:5]
-    if RULES[spec.rule] == 2:
-        adam_ref(parameters, grads, *states, step, lr, (1 - first, 1 - second), eps, decay, spec.rule == "adamw")
+    if RULES[rule] == 2:
+        adam_ref(parameters, grads, *states, step, lr, (1 - first, 1 - second), eps, decay, rule == "adamw")
     else:
         buffers, momentum = (states[0], first) if states else (parameters, 0.0)
-        sgd_ref(parameters, grads, buffers, lr, momentum, second, decay, spec.rule == "nesterov", first=step == 1)
-    return loss, correct_ref(y, target)
+        sgd_ref(parameters, grads, buffers, lr, momentum, second, decay, rule == "nesterov", first=step == 1)
 
 
 def inputs_ref(data, rows, scale: float, shift: float, dtype):

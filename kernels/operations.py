@@ -21,7 +21,9 @@ from .linear_cross_entropy import (
     linear_cross_entropy_fwd_ref,
 )
 from .mlp import mlp_bwd, mlp_bwd_ref, mlp_fwd, mlp_fwd_ref
+from .mlp_update import mlp_update, mlp_update_ref
 from .mse import mse_bwd, mse_bwd_ref, mse_fwd, mse_fwd_ref
+from .network import RULES, hyperparameters
 from .optim import adam, adam_ref, sgd, sgd_ref
 
 
@@ -155,6 +157,30 @@ def _adam_cases(make, m, k, n):
     yield "AdamW", (lists, 1, 0.01, (0.9, 0.999), 1e-8, 0.1, True)
 
 
+def _mlp_update(fwd, update):
+    """A training step of a stack: forward, then the update on copies, returning everything it changed."""
+
+    def forward(x, dy, parameters, states, hyper, step, rule, bias):
+        parameters, *states = [[t.clone() for t in ts] for ts in (parameters, *states)]
+        weights = parameters[:: 1 + bias]
+        _, saved = fwd(x, weights, parameters[1::2] if bias else [None] * len(weights), "sigmoid")
+        update(dy, saved, parameters, states, hyper, step, rule)
+        return [parameters, states], ()
+
+    return forward
+
+
+def _mlp_update_cases(make, m, k, n):
+    for rule, step, bias, decay in (("sgd", 1, True, 0.01), ("momentum", 2, True, 0.0), ("momentum", 3, False, 0.01),
+                                    ("nesterov", 2, True, 0.01), ("adam", 3, True, 0.01), ("adamw", 1, False, 0.01)):  # fmt: skip
+        shapes = [shape for shape in ((n, k), (n,), (10, n), (10,)) if bias or len(shape) == 2]
+        states = [[make.positive(*shape) for shape in shapes] for _ in range(RULES[rule])]
+        options = {"adam": {"betas": (0.9, 0.999)}, "mome": {"momentum": 0.9, "dampening": 0.2}, "nest": {"momentum": 0.9}}
+        hyper = hyperparameters(0.1, weight_decay=decay, **options.get(rule[:4], {}), device=make.device)
+        parameters = [make.real(*shape) for shape in shapes]
+        yield f"{rule}, decay {decay}", (make.real(m, k), make.real(m, 10), parameters, states, hyper, step, rule, bias)
+
+
 OPERATIONS: dict[str, Operation] = {
     "linear": Operation(_linear_cases, linear_fwd, linear_fwd_ref, linear_bwd, linear_bwd_ref),
     "mlp": Operation(_mlp_cases, mlp_fwd, mlp_fwd_ref, mlp_bwd, mlp_bwd_ref),
@@ -170,6 +196,7 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "mse": Operation(_mse_cases, mse_fwd, mse_fwd_ref, mse_bwd, mse_bwd_ref),
     "conv2d": Operation(_conv2d_cases, conv2d_fwd, conv2d_fwd_ref, conv2d_bwd, conv2d_bwd_ref),
+    "mlp_update": Operation(_mlp_update_cases, _mlp_update(mlp_fwd, mlp_update), _mlp_update(mlp_fwd_ref, mlp_update_ref)),
     "sgd": Operation(_sgd_cases, _updates(sgd), _updates(sgd_ref)),
     "adam": Operation(_adam_cases, _updates(adam), _updates(adam_ref)),
 }

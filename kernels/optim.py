@@ -28,7 +28,7 @@ MAX_TENSORS = 64  # in one launch: the kernel unrolls over them
 def sgd_ref(params, grads, buffers, lr, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False,
             maximize=False, first=False):  # fmt: skip
     """The reference of `sgd`."""
-    grads = _decayed_ref(params, grads, weight_decay, maximize)
+    lr, grads = _scalar_ref(lr), _decayed_ref(params, grads, weight_decay, maximize)
     if momentum:
         if first:
             torch._foreach_copy_(buffers, grads)
@@ -45,7 +45,7 @@ def sgd_ref(params, grads, buffers, lr, momentum=0.0, dampening=0.0, weight_deca
 def adam_ref(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
              decoupled=False, maximize=False):  # fmt: skip
     """The reference of `adam`."""
-    beta1, beta2 = betas
+    (beta1, beta2), step, lr = betas, _scalar_ref(step), _scalar_ref(lr)
     if decoupled and weight_decay:
         torch._foreach_mul_(params, 1 - lr * weight_decay)
     grads = _decayed_ref(params, grads, 0.0 if decoupled else weight_decay, maximize)
@@ -58,6 +58,11 @@ def adam_ref(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas=(0.9, 0.999),
     torch._foreach_add_(denominators, eps)
     torch._foreach_div_(denominators, -lr / correction1)
     torch._foreach_addcdiv_(params, exp_avgs, denominators)
+
+
+def _scalar_ref(value):
+    """A one-element tensor without dimensions, as torch's foreach functions want it."""
+    return value.reshape(()) if isinstance(value, torch.Tensor) else value
 
 
 def _log(beta) -> float:

@@ -13,7 +13,7 @@ import torch
 import kernels
 
 from . import loss as losses
-from .optim import SGD, Adam, AdamW
+from .optim import OPTIMIZERS, SGD, Adam
 from .stepwise import Engine, EpochResult, Manual, parameters_of
 
 _CAPTURED = 25  # steps in one CUDA graph
@@ -48,16 +48,11 @@ def _criterion(loss, classes: int) -> dict | str:
 
 
 def _rule(optimizer, parameters) -> str | None:
-    """The name of an optimizer's update, or None if the training kernels do not have it."""
-    if type(optimizer) not in (SGD, Adam, AdamW) or len(optimizer.param_groups) != 1:
+    """The name of an optimizer's update of these parameters, or None if the training kernels do not have it."""
+    if type(optimizer) not in OPTIMIZERS.values():
         return None
-    (group,) = optimizer.param_groups
-    own = [p.data_ptr() for p in group["params"]] == [p.data_ptr() for p in parameters.values()]
-    if not own or group["maximize"] or isinstance(group["lr"], torch.Tensor):
-        return None
-    if isinstance(optimizer, SGD):
-        return "nesterov" if group["nesterov"] else "momentum" if group["momentum"] else "sgd"
-    return "adamw" if isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay") else "adam"
+    own = [p.data_ptr() for p in optimizer.param_groups[0]["params"]] == [p.data_ptr() for p in parameters.values()]
+    return optimizer.rule() if own else None
 
 
 class _Fused(Engine):
@@ -70,10 +65,8 @@ class _Fused(Engine):
 
     def hyper(self) -> torch.Tensor:
         """The optimizer's numbers as they are now, for the kernels to read."""
-        (group,) = self.optimizer.param_groups
-        names = ("betas", "eps") if "betas" in group else ("momentum", "dampening")
-        options = {name: group[name] for name in ("weight_decay", *names)}
-        return kernels.hyperparameters(group["lr"], **options, device=self.parameters[0].device)
+        device = self.parameters[0].device
+        return torch.as_tensor(self.optimizer.hyper(device), dtype=torch.float32, device=device)
 
     def result(self, values, correct, order, batch_size, on_step) -> EpochResult:
         """The epoch's losses and counts, read back once; FloatingPointError names the first step that is not finite."""
@@ -199,11 +192,15 @@ class _Chain:
 
     def run(self, order, full, rest):
         """Replay `full` whole batches, then train on the `rest` samples."""
-        numbers = [group["lr"] for group in self.optimizer.param_groups]
+        groups = self.optimizer.param_groups
+        numbers = [group["lr"] for group in groups]
         self.order.copy_(order)
-        for group, rate, number in zip(self.optimizer.param_groups, self.rates, numbers):
-            rate.fill_(number)
-            group["lr"] = rate
+        if self.engine.inlines:
+            self.optimizer.hyper(order.device)  # rewrites the row that the captured updates read
+        else:
+            for group, rate, number in zip(groups, self.rates, numbers):
+                rate.fill_(number)
+                group["lr"] = rate
         try:
             for steps in (_CAPTURED, 1):
                 if steps not in self.replays and full:
@@ -215,7 +212,7 @@ class _Chain:
             if rest:
                 self._train(self.order[-rest:])
         finally:
-            for group, number in zip(self.optimizer.param_groups, numbers):
+            for group, number in zip(groups, numbers):
                 group["lr"] = number
         return self.losses, self.correct if self.data.is_classification else None
 

@@ -42,7 +42,7 @@ class Stack:
     def bind(self, parameters, grads):
         """Take the tensors to work on: this stack's own views, in the order of `shapes`."""
         step = 2 if self.bias else 1
-        self.weights = parameters[::step]
+        self.parameters, self.weights = parameters, parameters[::step]
         self.biases = parameters[1::step] if self.bias else [None] * self.layers
         self.grads = list(zip(grads[::step], grads[1::step] if self.bias else [None] * self.layers))
         self._buffers.clear()
@@ -74,6 +74,11 @@ class Stack:
         out = self._buffers_for(dy.shape[0])[1], self.grads
         needs = (input_grad, *(True,) * self.layers, *(self.bias,) * self.layers)
         return kernels.mlp_bwd(dy, *self._saved, needs=needs, out=out)[0]
+
+    def update(self, dy, states, hyper, step, rule):
+        """The backward and an optimizer's step on the parameters, see `kernels.mlp_update`."""
+        out = self._buffers_for(dy.shape[0])[1]
+        kernels.mlp_update(dy, self._saved, self.parameters, states, hyper, step, rule, out=out)
 
 
 class Convolution:
@@ -170,6 +175,15 @@ class Net:
         for i, stage in reversed(list(enumerate(self.stages))):
             dy = stage.backward(dy, input_grad=input_grad or i > 0)
         return None if dy is None else dy.view(*self._lead, dy.shape[-1])
+
+    def update(self, doutput, states, hyper, step, rule):
+        """`backward` and a step of an optimizer in one, see `kernels.mlp_update`: `grads` stay as they were.
+
+        Only for a network of linear layers alone (one stage). `states`: lists in the order of `parameters`.
+        """
+        (stack,) = self.stages
+        dy = doutput if doutput.dim() == 2 else doutput.reshape(-1, doutput.shape[-1])
+        stack.update(dy, states, hyper, step, rule)
 
     def config(self) -> dict:
         """The network's description, as a module's `config()`."""

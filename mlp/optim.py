@@ -45,6 +45,34 @@ class _Stepper:
         """What an update depends on besides parameters, gradients and states; None while that changes from step to step."""
         return None
 
+    def rule(self) -> str | None:
+        """What the training kernels call this update (see `kernels.Spec`), or None if they do not have it."""
+        group = self.param_groups[0]
+        numbers = not (group["maximize"] or isinstance(group["lr"], torch.Tensor))
+        return self._rule(group) if len(self.param_groups) == 1 and numbers and type(self) in OPTIMIZERS.values() else None
+
+    def hyper(self, device) -> torch.Tensor | tuple:
+        """The numbers of `rule` as they are now, see `kernels.hyperparameters`: on a GPU always the same tensor, rewritten."""
+        (group,) = self.param_groups
+        names = ("betas", "eps") if "betas" in group else ("momentum", "dampening")
+        options = {name: group[name] for name in ("lr", "weight_decay", *names)}
+        known = self.__dict__.setdefault("_rows", {})
+        values, row = known.get(device, (None, None))
+        if values != options:
+            numbers = kernels.hyperparameters(**options, dtype=torch.float64)
+            if device.type == "cpu":
+                row = tuple(numbers.tolist())
+            else:
+                row = numbers.to(device, torch.float32) if row is None else row.copy_(numbers)
+            known[device] = options, row
+        return row
+
+    def inline(self) -> tuple:
+        """Count a step that the backward takes itself, see `Net.update`: (states, hyper, step, rule)."""
+        self._opt_called = True  # torch's schedulers ask whether a step was taken
+        (group,) = self.param_groups
+        return *self._inline(group), self.rule()
+
     @torch.no_grad()
     def update(self, grads=None):
         """`step` without torch's hooks and profiler record around it: what the engines call."""
@@ -97,6 +125,18 @@ class SGD(_Stepper, torch.optim.SGD):
     def advance(self, steps: int) -> None:
         """Take note of steps that a training kernel made: SGD counts none."""
 
+    def _rule(self, group):
+        return "nesterov" if group["nesterov"] else "momentum" if group["momentum"] else "sgd"
+
+    def _inline(self, group):
+        states, hyper = [self.state[p] for p in group["params"]], self.hyper(group["params"][0].device)
+        if not group["momentum"]:
+            return [], hyper, 1
+        fresh = any(s.get("momentum_buffer") is None for s in states)
+        if fresh:
+            self.states()
+        return [[s["momentum_buffer"] for s in states]], hyper, 1 if fresh else 2
+
     def _update(self, group, params, grads):
         options = (group["dampening"], group["weight_decay"], group["nesterov"], group["maximize"])
         momentum = group["momentum"]
@@ -141,8 +181,18 @@ class Adam(_Stepper, torch.optim.Adam):
 
     def advance(self, steps: int) -> None:
         """Take note of steps that a training kernel made."""
-        for state in self.state.values():
-            state["step"] += steps
+        torch._foreach_add_([state["step"] for state in self.state.values()], steps)
+
+    def _rule(self, group):
+        return "adamw" if self._decoupled(group) else "adam"
+
+    def _inline(self, group):
+        self._make_states(group)
+        states = [self.state[p] for p in group["params"]]
+        self.advance(1)
+        step = states[0]["step"] if group["capturable"] else int(states[0]["step"])
+        lists = [[s[name] for s in states] for name in ("exp_avg", "exp_avg_sq")]
+        return lists, self.hyper(group["params"][0].device), step
 
     def _update(self, group, params, grads):
         self._make_states(group)

@@ -16,6 +16,8 @@ from .modules import MLP, ConvNet
 from .net import Net
 from .replay import Replay
 
+_OUTPUTS = 64  # steps whose outputs are kept before their predictions are read off
+
 
 class Diverged(ArithmeticError):
     """The loss was not finite at some step; the trainer restored the weights of the epoch's beginning."""
@@ -53,15 +55,19 @@ class Engine:
         On a GPU nothing is read back before the end, so the error comes then, but names the step all the same.
         """
         values, sizes = [], []
-        predictions = torch.empty_like(order) if data.is_classification else None
+        predictions, outputs = (torch.empty_like(order) if data.is_classification else None), []
         on_cpu = order.device.type == "cpu"
-        for start, indices in zip(range(0, len(order), batch_size), order.split(batch_size)):
+        for indices in order.split(batch_size):
             x, y = data.batch(indices, self.dtype)
             output, value = self.step(x, y)
-            if predictions is not None:
-                torch.argmax(output, 1, out=predictions[start : start + batch_size])
             values.append(value.item() if on_cpu else value.detach().clone())
             sizes.append(len(indices))
+            if predictions is not None:
+                outputs.append(output.clone())
+                if len(outputs) == _OUTPUTS or sum(sizes) == len(order):  # one argmax for many steps
+                    end = sum(sizes)
+                    torch.argmax(torch.cat(outputs), 1, out=predictions[end - sum(map(len, outputs)) : end])
+                    outputs.clear()
             if on_cpu and not math.isfinite(values[-1]):
                 break
             if on_step is not None:
@@ -127,6 +133,11 @@ class Manual(Engine):
         names = {id(p): name for name, p in parameters.items()}
         self._updated = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._grads = [self.net.grads.get(names.get(id(p))) for p in self._updated]
+        rule = self.optimizer.rule() if hasattr(self.optimizer, "rule") else None
+        own = [id(p) for p in parameters.values()] == [id(p) for p in self._updated] and len(self.net.stages) == 1
+        # Without kernels only these two gain by it.
+        worth = rule in ("sgd", "momentum") or kernels.path(self.net.flat) == "triton"
+        self.inlines = rule is not None and own and worth
 
     def _foreign_update(self, grads):
         """Any other torch optimizer reads .grad."""
@@ -142,18 +153,16 @@ class Manual(Engine):
 
     def step(self, x, y):
         if not (self._labels_valid and x.device.type == "cpu" and kernels.path(x) == "torch"):
-            result = self._gradients(x, y)
-            self.update(self._grads)
-            return result
+            return self._train(x, y)
         constants = self._constants()
         key = (x.data_ptr(), y.data_ptr(), len(x), constants)
         if key not in self._replays:
             if len(self._replays) > 1:
                 self._replays.clear()
+            if self.inlines:
+                self.optimizer.hyper(x.device)  # numbers, to be made and read outside of the recording
             with Replay() as replay:
-                result = self._gradients(x, y)
-                if constants is not None:
-                    self.update(self._grads)
+                result = self._gradients(x, y) if constants is None else self._train(x, y)
             self._replays[key] = replay, result
         else:
             replay, result = self._replays[key]
@@ -167,12 +176,25 @@ class Manual(Engine):
         ignored = self.loss.options[1] if isinstance(self.loss, losses.SoftmaxCrossEntropy) else -1
         self._labels_valid = data.is_classification and not 0 <= ignored < len(data.classes)
 
+    def _train(self, x, y):
+        """Outputs and loss of a batch, and the update: where it can be, in the epilogue of the backward."""
+        if not self.inlines:
+            result = self._gradients(x, y)
+            self.update(self._grads)
+            return result
+        result = self._forward(x, y)
+        self.net.update(self.loss.backward(), *self.optimizer.inline())
+        return result
+
     def _gradients(self, x, y):
         """Outputs and loss of a batch, with the gradients left in the net."""
-        output = self.net.forward(x)
-        value = self.loss.forward(output, y, labels_valid=self._labels_valid)
+        result = self._forward(x, y)
         self.net.backward(self.loss.backward())
-        return output, value
+        return result
+
+    def _forward(self, x, y):
+        output = self.net.forward(x)
+        return output, self.loss.forward(output, y, labels_valid=self._labels_valid)
 
 
 def parameters_of(model) -> dict[str, torch.Tensor]:

@@ -1,0 +1,163 @@
+"""The backward of a stack of linear layers that takes an optimizer's step: no weight gradient is ever stored.
+
+For every layer, from the last down, with dz_l and y_{l-1} as in `mlp` and the rules of `optim`:
+
+    dz_{l-1} = (dz_l w_l) ⊙ act'(s_{l-1})                 with w_l as it was in the forward
+    w_l ← rule(w_l, dz_lᵀ y_{l-1})    b_l ← rule(b_l, Σ_m dz_l)           in the epilogue of the product
+
+The gradient is read out of the accumulator: in float32 also where the weights are float16 or bfloat16.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+from .layers import rule_at, update
+from .linear import (
+    as_matrix,
+    dw_parts,
+    dw_plan,
+    linear_bwd_dw_ref,
+    linear_bwd_dx,
+    linear_bwd_dx_ref,
+    linear_bwd_dz,
+    linear_bwd_dz_ref,
+    product_tile,
+    sum_of_splits,
+)
+from .network import HYPER, RULES, update_ref
+from .optim import scalar
+
+
+def linear_update_ref(dz, x, parameters, states, hyper, step, rule):
+    """The reference of `linear_update`."""
+    x, numbers = as_matrix(x), hyper.tolist() if isinstance(hyper, torch.Tensor) else hyper
+    lr, decay, momentum, dampening = numbers[:4]
+    if rule == "sgd":  # w - lr (g + decay w), the sum over the batch included, is one product
+        _add_products(parameters, dz, x, 1 - lr * decay, -lr)
+    elif rule == "momentum" and not decay and step != 1:
+        _add_products(states[0], dz, x, momentum, 1 - dampening)
+        for p, v in zip(parameters, states[0]):
+            p.add_(v, alpha=-lr)
+    else:
+        grads = [g for g in linear_bwd_dw_ref(dz, x, len(parameters) == 2) if g is not None]
+        update_ref(rule, parameters, grads, states, numbers, step)
+
+
+def _add_products(targets, dz, x, beta, alpha):
+    """t ← beta t + alpha g for w and b, where g is dzᵀ x and Σ_m dz."""
+    targets[0].addmm_(dz.t(), x, beta=beta, alpha=alpha)
+    if len(targets) == 2:
+        targets[1].addmv_(dz.t(), dz.new_ones(dz.shape[0]), beta=beta, alpha=alpha)
+
+
+@triton.jit
+def linear_update_kernel(
+    p_ptrs, m_ptrs, v_ptrs, dz_ptr, x_ptr, hyper_ptr, step, M, N, K, stride_dzm, stride_dzn, stride_xm, stride_xk,
+    STEP_TENSOR: tl.constexpr, RULE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of w after its step; the programs of the first column of tiles do b. Tiles as in `linear_bwd_dw_kernel`."""
+    offs_n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rule = rule_at(hyper_ptr, scalar(step, STEP_TENSOR), RULE)
+    dw, db = product_tile(dz_ptr, x_ptr, offs_n, offs_k, N, K, 0, M, stride_dzn, stride_dzm, stride_xk, stride_xm,
+                          BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, len(p_ptrs) == 2)  # fmt: skip
+    if len(p_ptrs) == 2:  # noqa: SIM102  known at compile time, unlike the next
+        if tl.program_id(1) == 0:
+            b = tl.load(p_ptrs[1] + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
+            update(p_ptrs, m_ptrs, v_ptrs, 1, 0, offs_n, offs_n < N, b, db, rule, RULE)
+    mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
+    offs = offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
+    w = tl.load(p_ptrs[0] + offs, mask=mask, other=0.0).to(tl.float32)
+    update(p_ptrs, m_ptrs, v_ptrs, 0, 0, offs, mask, w, dw, rule, RULE)
+
+
+@triton.jit
+def linear_update_reduce_kernel(
+    p_ptrs, m_ptrs, v_ptrs, parts_ptr, hyper_ptr, step, SIZE, N, splits, split_stride,
+    STEP_TENSOR: tl.constexpr, RULE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As `linear_bwd_reduce_kernel`, but the sums go into w's step, then into b's."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    rule = rule_at(hyper_ptr, scalar(step, STEP_TENSOR), RULE)
+    g = sum_of_splits(parts_ptr, offs, SIZE + N, splits, split_stride)
+    w = tl.load(p_ptrs[0] + offs, mask=offs < SIZE, other=0.0).to(tl.float32)
+    update(p_ptrs, m_ptrs, v_ptrs, 0, 0, offs, offs < SIZE, w, g, rule, RULE)
+    if len(p_ptrs) == 2:
+        mask = (offs >= SIZE) & (offs < SIZE + N)
+        b = tl.load(p_ptrs[1] + offs - SIZE, mask=mask, other=0.0).to(tl.float32)
+        update(p_ptrs, m_ptrs, v_ptrs, 1, 0, offs - SIZE, mask, b, g, rule, RULE)
+
+
+def linear_update(dz, x, parameters, states, hyper, step, rule):
+    """A step of `rule` on one layer in place, from dz (M, N) and the layer's input x (…, K). Nothing is returned.
+
+    parameters: [w (N, K)] or [w, b (N,)]; states: RULES[rule] lists of tensors of the same shapes; all contiguous.
+    hyper: a row of `hyperparameters`, or its numbers; step: 1 at the first, a number or a one-element device tensor.
+    Deterministic: where the batch is split as in `linear_bwd_dw`, the parts are added in a fixed order before the step.
+    """
+    if launch.path(dz, x, *parameters) == "torch":
+        return linear_update_ref(dz, x, parameters, states, hyper, step, rule)
+    x = as_matrix(x)
+    (M, N), K = dz.shape, x.shape[1]
+    lists = (*map(tuple, (parameters, *states)), (), ())[:3]
+    hyper = torch.as_tensor(hyper, dtype=torch.float32, device=dz.device)
+    options = {"STEP_TENSOR": isinstance(step, torch.Tensor), "RULE": rule}
+    step = step if options["STEP_TENSOR"] else float(step)
+    config, tiles, splits, rows = dw_plan("linear_update", dz, M, N, K)
+    if splits == 1:
+        return launch.run(linear_update_kernel, tiles, *lists, dz, x, hyper, step, M, N, K, *dz.stride(), *x.stride(),
+                          **options, **config)  # fmt: skip
+    size, bias = N * K, len(parameters) == 2
+    parts = dw_parts(dz, x, bias, splits, rows, tiles, config)
+    launch.run(linear_update_reduce_kernel, (triton.cdiv(size + N, 512),), *lists, parts, hyper, step, size, N, splits,
+               size + N, **options, BLOCK=512)  # fmt: skip
+
+
+def check_mlp_update(saved, parameters, states, hyper, rule) -> None:
+    """A known rule, its lists of states, and contiguous parameters that are the forward's; else a ValueError."""
+    layers, bias = saved[:2]
+    if rule not in RULES:
+        raise ValueError(f"mlp_update: rule must be one of {', '.join(RULES)}, got {rule!r}")
+    if len(hyper) != HYPER:
+        raise ValueError(f"mlp_update: hyper must be a row of {HYPER} numbers, see hyperparameters, got {len(hyper)}")
+    if len(states) != RULES[rule]:
+        raise ValueError(f"mlp_update: rule {rule!r} needs {RULES[rule]} lists of states, got {len(states)}")
+    if len(parameters) != layers + sum(bias) or any(len(s) != len(parameters) for s in states):
+        counts = [len(parameters), *map(len, states)]
+        raise ValueError(f"mlp_update: {layers + sum(bias)} parameters and as many states, got {counts}")
+    if bad := [tuple(t.shape) for ts in (parameters, *states) for t in ts if not t.is_contiguous()]:
+        raise ValueError(f"mlp_update: parameters and states must be contiguous, got strides in one of shape {bad[0]}")
+
+
+def _update(dy, saved, parameters, states, hyper, step, rule, out, bwd_dz, bwd_dx, update_layer):
+    layers, bias, activation, output_activation = saved[:4]
+    weights, inputs, kept = (saved[start : start + layers] for start in range(4, 4 + 3 * layers, layers))
+    buffers = [None] * layers if out is None else out
+    dz, end = bwd_dz(dy, kept[-1], output_activation, out=buffers[-1]), len(parameters)
+    for layer in reversed(range(layers)):
+        start = end - 1 - bias[layer]
+        own = [ts[start:end] for ts in (parameters, *states)]
+        below = bwd_dx(dz, weights[layer], kept[layer - 1], activation, out=buffers[layer - 1]) if layer else None
+        update_layer(dz, inputs[layer], own[0], own[1:], hyper, step, rule)
+        dz, end = below, start
+
+
+def mlp_update_ref(dy, saved, parameters, states, hyper, step, rule, *, out=None):
+    """The reference of `mlp_update`."""
+    _update(dy, saved, parameters, states, hyper, step, rule, out, linear_bwd_dz_ref, linear_bwd_dx_ref, linear_update_ref)
+
+
+def mlp_update(dy, saved, parameters, states, hyper, step, rule, *, out=None):
+    """`mlp_bwd` and a step of an optimizer on all parameters, in place: two launches a layer, no gradient in memory.
+
+    dy (…, n_L); saved: what `mlp_fwd` returned beside y; parameters: [w_1, b_1, w_2, …], the forward's own, or without
+    biases; states: RULES[rule] lists shaped like them, zeros at first. hyper, step, rule as in `linear_update`.
+    `out`: per layer (M, n_l) buffers for dz. No dx: what is below the stack is data. ValueError: see `check_mlp_update`.
+    """
+    check_mlp_update(saved, parameters, states, hyper, rule)
+    if launch.path(dy, *parameters) == "torch":
+        return mlp_update_ref(dy, saved, parameters, states, hyper, step, rule, out=out)
+    _update(dy, saved, parameters, states, hyper, step, rule, out, linear_bwd_dz, linear_bwd_dx, linear_update)

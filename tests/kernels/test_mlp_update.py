@@ -1,0 +1,120 @@
+"""mlp_update: the backward that takes the optimizer's step trains as torch's network and torch.optim do."""
+
+import itertools
+
+import pytest
+import torch
+
+from kernels import hyperparameters, launch, mlp_fwd, mlp_update
+from kernels.network import RULES
+from kernels.operations import OPERATIONS, flatten
+from tests.checks import Draw, assert_as_accurate, double
+
+SIZES = (17, 9, 12, 5)
+# rule -> torch's optimizer, its options, and ours.
+TORCH = {
+    "sgd": (torch.optim.SGD, {"weight_decay": 0.1}, {"weight_decay": 0.1}),
+    "momentum": (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.2}, {"momentum": 0.9, "dampening": 0.2}),
+    "nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+                 {"momentum": 0.9, "weight_decay": 0.1}),
+    "adam": (torch.optim.Adam, {"weight_decay": 0.1}, {"betas": (0.9, 0.999), "weight_decay": 0.1}),
+    "adamw": (torch.optim.AdamW, {"betas": (0.5, 0.7)}, {"betas": (0.5, 0.7), "weight_decay": 0.01}),
+}  # fmt: skip
+
+
+def network(bias=True, dtype=torch.float64):
+    """torch's network with seeded weights, and inputs and targets of six steps, the last a smaller batch."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(k, n, bias, dtype=dtype) for k, n in itertools.pairwise(SIZES)]
+    modules = [m for layer in layers for m in (layer, torch.nn.Tanh())][:-1]
+    batches = [(torch.randn(rows, SIZES[0], dtype=dtype), torch.randn(rows, SIZES[-1], dtype=dtype)) for rows in (7,) * 5 + (3,)]
+    return torch.nn.Sequential(*modules), batches
+
+
+def train_by_us(parameters, batches, rule, hyper, bias, step_of=int):
+    """The same steps of ½ Σ (y - t)² on these parameters, in place."""
+    states = [[torch.zeros_like(p) for p in parameters] for _ in range(RULES[rule])]
+    weights, biases = parameters[:: 1 + bias], parameters[1::2] if bias else [None] * (len(SIZES) - 1)
+    for step, (x, t) in enumerate(batches, 1):
+        y, saved = mlp_fwd(x, weights, biases, "tanh")
+        mlp_update(y - t, saved, parameters, states, hyper, step_of(step), rule)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("rule", TORCH)
+def test_reference_trains_as_torch(rule, bias):
+    model, batches = network(bias)
+    ours = [p.detach().clone() for p in model.parameters()]
+    make, options, numbers = TORCH[rule]
+    optimizer = make(model.parameters(), lr=0.05, **options)
+    for x, t in batches:
+        optimizer.zero_grad()
+        ((model(x) - t) ** 2).sum().div(2).backward()
+        optimizer.step()
+    train_by_us(ours, batches, rule, hyperparameters(0.05, **numbers, dtype=torch.float64), bias)
+    for a, b in zip(ours, model.parameters()):
+        torch.testing.assert_close(a, b.detach(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("rule", TORCH)
+def test_kernels_train_as_the_reference(rule, device):
+    """Whole trainings, with the step counted on the device."""
+    model, batches = network(dtype=torch.float32)
+    start, hyper = [p.detach() for p in model.parameters()], hyperparameters(0.05, **TORCH[rule][2])
+    runs = []
+    for on, path in ((device, "triton"), ("cpu", "torch")):
+        parameters = [p.to(on, copy=True) for p in start]
+        with launch.use(path):
+            train_by_us(parameters, [(x.to(on), t.to(on)) for x, t in batches], rule, hyper.to(on), True,
+                        lambda step, on=on: torch.tensor([float(step)], device=on))  # fmt: skip
+        runs.append([p.cpu() for p in parameters])
+    for ours, reference in zip(*runs):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.interpreter
+def test_split_batch(device, monkeypatch):
+    """Parts of the batch are added before the step is taken."""
+    monkeypatch.setattr(launch, "sm_count", lambda device: 8)
+    op = OPERATIONS["mlp_update"]
+    launched = []
+    for label, args in op.cases(Draw(device), 700, 9, 5):
+        with launch.observe(lambda kernel, *_: launched.append(kernel.__name__)):
+            ours = op.results(args)
+        exact, torchs = op.results(double(args), reference=True), op.results(args, reference=True)
+        assert_as_accurate(ours, torchs, exact, label)
+    assert "linear_update_reduce_kernel" in launched and "linear_update_kernel" not in launched
+
+
+def test_gradient_is_not_stored(device):
+    """Among what a step allocates nothing is as large as the widest layer's gradient."""
+    x, w = torch.randn(2, 512, device=device), torch.randn(512, 512, device=device)
+    hyper = hyperparameters(0.1, device=device)
+    allocated = []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            allocated.extend(t.numel() for t in flatten(result) if t.data_ptr() != w.data_ptr())
+            return result
+
+    y, saved = mlp_fwd(x, [w], [None])
+    with Sizes():
+        mlp_update(torch.ones_like(y), saved, [w], [], hyper, 1, "sgd")
+    assert allocated and max(allocated) < w.numel()
+
+
+@pytest.mark.parametrize("wrong, message", [
+    ({"rule": "rprop"}, "rule must be one of sgd, momentum, nesterov, adam, adamw, got 'rprop'"),
+    ({"rule": "adam"}, "rule 'adam' needs 2 lists of states, got 0"),
+    ({"hyper": (0.1,)}, "hyper must be a row of 7 numbers, see hyperparameters, got 1"),
+    ({"parameters": [torch.zeros(5, 17)]}, r"2 parameters and as many states, got \[1\]"),
+    ({"parameters": [torch.zeros(17, 5).t(), torch.zeros(5)]}, r"must be contiguous, got strides in one of shape \(5, 17\)"),
+])  # fmt: skip
+def test_bad_arguments(wrong, message):
+    parameters = [torch.randn(5, 17), torch.randn(5)]
+    y, saved = mlp_fwd(torch.randn(3, 17), parameters[:1], parameters[1:])
+    given = {"parameters": parameters, "states": [], "hyper": hyperparameters(0.1), "step": 1, "rule": "sgd"} | wrong
+    with pytest.raises(ValueError, match=message):
+        mlp_update(y, saved, **given)
