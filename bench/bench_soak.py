@@ -52,7 +52,7 @@ def run(epochs: int | None = None) -> Table:
     command, on = "python -m bench soak" + (f" --epochs {epochs}" if epochs else ""), device()
     table = Table(f"Soak of the epoch engine, {'-'.join(map(str, SIZES))} sigmoid, batch {BATCH}, SGD", command)
     if on.type != "cuda" and not epochs:
-        table.not_run = "needs a GPU; --epochs N runs N short epochs in the interpreter"
+        table.not_run = "needs a GPU (--epochs N: N short epochs in the interpreter)"
         return table
     epochs = epochs or EPOCHS
     environment = dict(os.environ) if on.type == "cuda" else {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}

@@ -57,7 +57,12 @@ def host_seconds(provider: Callable, rounds: int = _ROUNDS) -> float:
 
 
 def device_seconds(provider: Callable) -> float | None:
-    """Seconds that the GPU is busy with one call, the gaps between its kernels left out; None if the profiler saw no kernel."""
+    """Seconds that the GPU is busy with one call, gaps between kernels left out; None if the profiler saw none.
+
+    A call before compiles and captures what there is to.
+    """
+    provider()
+    synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         provider()
         synchronize()

@@ -57,7 +57,7 @@ class Table:
         lines = [f"## {self.title}", ""]
         if columns:
             lines += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-            lines += [f"| {' | '.join(_text(row.get(column)) for column in columns)} |" for row in self.rows] + [""]
+            lines += [f"| {' | '.join(figure(row.get(column)) for column in columns)} |" for row in self.rows] + [""]
         for text in (self.failed and f"**Failed: {self.failed}**", self.not_run and f"Not run: {self.not_run}.", self.note):
             lines += [text, ""] if text else []
         return "\n".join([*lines, f"`{self.command}`, {self.date}: {self.machine}"])
@@ -70,7 +70,8 @@ class Table:
         (folder / f"{stem}.json").write_text(json.dumps(asdict(self), indent=1) + "\n")
 
 
-def _text(value) -> str:
+def figure(value) -> str:
+    """A cell: a dash for None, numbers to three digits."""
     if value is None:
         return "–"
     if not isinstance(value, float):

@@ -12,10 +12,10 @@ from mlp import engines
 from . import harness
 from .rivals import BATCH, SIZES, NotHereError, weights
 from .samples import mnist
-from .table import Table, device, one_line
+from .table import Table, device, figure, one_line
 
 STEPS = {"cpu": 50, "cuda": 1875}  # of an epoch that is timed; on a GPU, where they are short, all of MNIST's
-ROUNDS = {"cpu": 9, "cuda": 7}
+ROUNDS = {"cpu": 9, "cuda": 5}
 _CHECKED = 20  # steps whose losses are compared with the first provider's
 _BUILDING = 60  # seconds after which no other provider is built: compilers can take minutes
 _PROFILED = 100  # steps
@@ -106,12 +106,12 @@ def table(title: str, command: str, constructors: dict, tolerance: float, note: 
     made.failed = "; ".join(f"engine {name}: {reason}" for name, reason in wrong.items() if name in engines.ENGINES)
     best = min((name for name in engines.ENGINES if name in times), key=times.get, default=None)
     if best:
-        made.headline = f"{best} {times[best] / steps * 1e6:.1f} µs a step, {times[best] / times[first]:.3f} of {first}"
+        made.headline = f"{best} {figure(times[best] / steps * 1e6)} µs a step, {times[best] / times[first]:.3f} of {first}"
     return made
 
 
 def _parts(provider, data, order) -> dict:
     """Columns that need a GPU: how long a step keeps the host, and how long the device."""
-    host = harness.host_seconds(partial(provider.enqueue, data, order), rounds=5) / (len(order) / BATCH)
+    host = harness.host_seconds(partial(provider.enqueue, data, order), rounds=3) / (len(order) / BATCH)
     busy = harness.device_seconds(partial(provider.enqueue, data, order[: _PROFILED * BATCH]))
     return {"host µs": host * 1e6, "device busy µs": busy and busy / _PROFILED * 1e6}

@@ -19,13 +19,16 @@ def watch(command: list[str], patience: float, environment: dict | None = None) 
             lines.put(line)
         lines.put(None)
 
-    threading.Thread(target=forward, daemon=True).start()
+    reader = threading.Thread(target=forward, daemon=True)
+    reader.start()
+    wrong = ""
     try:
         while (line := lines.get(timeout=patience)) is not None:
             last = json.loads(line) if line.startswith("{") else last
     except queue.Empty:
         child.kill()
-        child.wait()
-        return last, f"hang: no sign of life for {patience:g} s"
+        wrong = f"hang: no sign of life for {patience:g} s"
     status = child.wait()
-    return last, f"ended with status {status}" if status else ""
+    reader.join()
+    child.stdout.close()
+    return last, wrong or (f"ended with status {status}" if status else "")
