@@ -35,7 +35,7 @@ def operations(on) -> None:
     for operation in OPERATIONS.values():
         for _, arguments in operation.cases(Make(on), *_SHAPE):
             operation.results(arguments)
-    for name in (name for name in OPERATIONS if name.startswith(("linear", "mlp"))):
+    for name in (name for name in OPERATIONS if on.type == "cuda" and name.startswith(("linear", "mlp"))):
         _, arguments = next(OPERATIONS[name].cases(Make(on), 4096, 20, 9))
         OPERATIONS[name].results(arguments)
 

@@ -57,3 +57,17 @@ def test_memory_of_a_step(monkeypatch):
     found = {name: bench_memory.measured(make, (16, 24, 8), 4, on) for name, make in bench_memory.PROVIDERS.items()}
     for result in found.values():
         assert result["losses"] == pytest.approx(found["eager"]["losses"], rel=1e-2) and result["seconds"] > 0
+
+
+@pytest.mark.parametrize("name", ["autograd", "manual"])
+def test_what_keeps_the_host_is_the_same_training(name, small):
+    """`enqueue`, whose time is the host's, leaves the network where `epoch` leaves it."""
+    data = training.mnist(torch.device("cpu"))
+    order = torch.arange(len(data))
+    losses = []
+    for method in ("epoch", "enqueue"):
+        sgd = lambda parameters: training.mlp.SGD(parameters, lr=0.1)  # noqa: E731
+        provider = training.Ours(rivals.weights("cpu"), sgd, data, name)
+        getattr(provider, method)(data, order)
+        losses.append(provider.losses(data, order))
+    assert losses[0] == losses[1]
