@@ -55,7 +55,7 @@ def _python(*arguments: str) -> tuple[str, ...]:
 def _info() -> Part:
     """`handgrad info`; where the command line's package is not installed, the self-check that it would run."""
     command = _python("-m", "mlp", "info") if importlib.util.find_spec("typer") else _python("-m", "kernels.selfcheck")
-    return Part("info", command, 70, _verdicts)
+    return Part("info", command, 65, _verdicts)
 
 
 def _tests() -> Part:
