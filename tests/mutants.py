@@ -36,6 +36,9 @@ TESTS = {
     "layers": ("test_step.py", "test_epoch.py"),
     "objective": ("test_step.py", "test_epoch.py"),
     "launch": ("test_launch.py", "test_linear.py"),
+    "network": ("test_step.py", "test_epoch.py"),
+    "replicas": ("test_epoch.py",),
+    "compiled": ("test_compile.py",),
 }
 
 
