@@ -1,0 +1,60 @@
+"""The graph engine where there are no CUDA graphs: what it captures, repeated, trains as the manual engine does.
+
+Not seen here: values that a capture freezes. Everything that changes from step to step must come out of memory.
+"""
+
+import copy
+
+import pytest
+import torch
+
+import mlp
+from mlp import engines, epochwise
+from tests.mlp.test_engines import OPTIONS
+
+pytestmark = pytest.mark.interpreter
+MODELS = {
+    "two launches": lambda: mlp.MLP([36, 7, 3], activation="sigmoid"),
+    "chain": lambda: mlp.MLP([36, 7, 3], activation="gelu"),  # its derivative needs what the step kernels do not keep
+    "convolution": lambda: mlp.ConvNet((1, 6, 6), (2,), 3, 2, (7,), 3, activation="tanh"),
+}
+
+
+@pytest.fixture
+def repeated(monkeypatch):
+    """Instead of a CUDA graph: as many calls of what would be captured, after the one that compiles."""
+
+    def repeat(step, times):
+        step()
+        return lambda: [step() for _ in range(times)]
+
+    monkeypatch.setattr(epochwise, "_captured", repeat)
+    monkeypatch.setattr(epochwise, "_CAPTURED", 3)
+
+
+def in_turn(engine, model, data, kind, options):
+    """Results of three epochs, the last at another learning rate, and the weights after them."""
+    optimizer = kind(model.parameters(), **options)
+    trained, results = engine(model, mlp.SoftmaxCrossEntropy(), optimizer), []
+    for epoch in range(3):
+        optimizer.param_groups[0]["lr"] = options["lr"] / (1 + epoch // 2)
+        results.append(trained.epoch(data, mlp.data.permutation(len(data), 0, epoch), 5))
+    return results, [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("count", [17, 20], ids=["smaller last batch", "whole batches"])
+@pytest.mark.parametrize("optimizer", [name for name in OPTIONS if name not in ("dampening", "torch's")])
+@pytest.mark.parametrize("kind", MODELS)
+def test_trains_as_manual(kind, optimizer, count, repeated):
+    torch.manual_seed(0)
+    pixels = torch.randint(0, 256, (count, 36), dtype=torch.uint8)
+    data = mlp.Dataset(pixels, pixels.float()[:, :3].argmax(1), scale=1 / 255, shift=-0.5)
+    model = MODELS[kind]()
+    other = copy.deepcopy(model)
+    theirs, expected = in_turn(engines.Manual, other, data, *OPTIONS[optimizer])
+    ours, weights = in_turn(epochwise.Graph, model, data, *OPTIONS[optimizer])
+    for a, b in zip(ours, theirs):
+        assert (a.correct, a.samples) == (b.correct, b.samples)
+        assert a.loss == pytest.approx(b.loss, rel=1e-5)
+    for a, b in zip(weights, expected):
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max()
