@@ -30,13 +30,15 @@ def loss(y, t_ptr, rows, mask_m, NET: tl.constexpr):
     else:
         d = tl.where(mask, y - q, 0.0) * weight[:, None]
         rows_loss, dy = tl.sum(d * d, axis=1), 2.0 * d
-    factor = tl.sum(weight, axis=0) * 0.0 + NET.loss_scale  # NaN if a label is no class
+    count = tl.sum(weight, axis=0)
+    factor = count * 0.0 + NET.loss_scale  # NaN if a label is no class
     if NET.loss_mean:
-        factor = factor / tl.sum(weight, axis=0)
+        factor = factor / count
     if NET.soft:
         label = first_largest(tl.where((offs_c < C)[None, :], q, LOWEST), offs_c)
     correct = mask_m & (first_largest(z, offs_c) == label)
-    return tl.sum(rows_loss, axis=0) * factor, tl.sum(correct.to(tl.int32), axis=0), dy * factor
+    dy = tl.where(count == 0, 0.0, dy * factor)  # every row ignored: no gradient, as torch
+    return tl.sum(rows_loss, axis=0) * factor, tl.sum(correct.to(tl.int32), axis=0), dy
 
 
 @triton.jit

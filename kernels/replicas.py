@@ -30,7 +30,8 @@ def _loss_ref(spec: Spec, y, target):
         d = y - t.to(y.dtype)
         loss, grad, rows = (d * d).sum(2), 2 * d, y.shape[1]
     factor = torch.as_tensor(spec.loss_scale, dtype=y.dtype, device=y.device) / (rows if spec.loss_mean else 1)
-    return loss.sum(1) * factor, grad * factor.view(-1, 1, 1)
+    scale = factor.masked_fill(factor.isinf(), 0)  # every row ignored: no gradient, as torch
+    return loss.sum(1) * factor, grad * scale.view(-1, 1, 1)
 
 
 def _gradients_ref(spec: Spec, parameters, x, target):

@@ -26,7 +26,7 @@ def test_replicas_agree_with_reference_and_with_single_trainings(name, device):
     spec, hyper = CASES[name]
     varied = {"lr": [0.02, 0.01, 0.1]} | ({"momentum": [0.9, 0.0, 0.5]} if "momentum" in hyper else {})
     run = Run(spec, device, replicas=3, **{**hyper, **varied})
-    assert_agrees(run, train_replicas, train_replicas_ref)
+    assert_agrees(run, train_replicas, train_replicas_ref, lrs=(None, 0.02))
     (parameters, (losses,)), _ = run.train(train_replicas)
     for r in range(3):
         single = Run(spec, device, **hyper)
@@ -50,6 +50,22 @@ def test_label_that_is_no_class_shows_in_the_loss(mean, device):
     run.targets[run.indices[7]] = 3
     (_, (losses,)), _ = run.train(train_epoch)
     assert losses.isnan().tolist() == [False, True, True, True, True]
+
+
+@pytest.mark.parametrize("whole_batch", [False, True])
+@pytest.mark.parametrize("mean", [True, False])
+def test_ignored_labels(mean, whole_batch, device):
+    """They count in no mean. A batch of nothing else has no gradient; the mean of nothing is NaN, as in torch."""
+    spec = Spec((6, 5, 3), "tanh", loss_mean=mean)
+    for replicas, ours, reference in ((None, train_epoch, train_epoch_ref), (3, train_replicas, train_replicas_ref)):
+        run = Run(spec, device, replicas=replicas)
+        run.targets[run.indices[..., 5 if whole_batch else 6 : 10]] = -100  # of the second batch, its rows 5 to 9
+        (parameters, (losses,)), (correct,) = run.train(ours)
+        (weights, (values,)), (right,) = run.train(reference, torch.float64)
+        torch.testing.assert_close([*parameters, losses], [t.float() for t in (*weights, values)], equal_nan=True)
+        assert torch.equal(correct.long(), right.long())
+        assert all(p.isfinite().all() for p in parameters)
+        assert replicas or losses.isnan().tolist() == [False, mean and whole_batch, False, False, False]
 
 
 @pytest.mark.parametrize("change, batch, expected", [
