@@ -1,7 +1,7 @@
 """Pinned tile configurations: by (kernel, architecture, dtype, shape bucket), with a heuristic where nothing is pinned.
 
 No autotuner: tuning costs tens of seconds a shape, its winner changes the summation order from run to run, and several
-configurations cannot run in the interpreter. `bench/tune.py` proposes entries for PINNED from a measurement.
+configurations cannot run in the interpreter. An entry for PINNED comes from a table of `python -m bench` on that GPU.
 """
 
 from typing import NamedTuple

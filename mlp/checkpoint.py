@@ -5,8 +5,6 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 
 from .modules import build
@@ -37,20 +35,24 @@ def replacing(path: Path):
 
 def save(model, path) -> None:
     """Write the weights of an MLP or Net, and what builds it again, to a .safetensors file."""
+    from safetensors.torch import save_file  # here, so that a machine without it can train
+
     tensors = {name: p.detach().cpu().contiguous().clone() for name, p in parameters_of(model).items()}
     metadata = {"handgrad": json.dumps(model.config())} if hasattr(model, "config") else {}
     with replacing(Path(path)) as part:
-        safetensors.torch.save_file(tensors, part, metadata)
+        save_file(tensors, part, metadata)
 
 
 def load(path, device=None) -> torch.nn.Module:
     """The network in a file written by `save`, or in a run folder: a module on `device`. CheckpointError if it is neither."""
+    from safetensors import safe_open
+
     path = Path(path)
     path = path / WEIGHTS if path.is_dir() else path
     if not path.exists():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        with safetensors.safe_open(path, "pt") as file:
+        with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
     except Exception as error:  # safetensors raises its own kinds for a damaged file
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
@@ -63,9 +65,11 @@ def load(path, device=None) -> torch.nn.Module:
 
 def read_weights(path) -> dict[str, torch.Tensor]:
     """Name -> tensor of a .safetensors file, or of a torch .pth file that holds a plain state_dict."""
+    from safetensors.torch import load_file
+
     path = Path(path)
     try:
-        state = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint") from None
     except Exception as error:  # pickle, zip and safetensors each raise their own
