@@ -87,6 +87,14 @@ def test_split_batch(device, monkeypatch):
     assert "linear_update_reduce_kernel" in launched and "linear_update_kernel" not in launched
 
 
+def test_many_tiles(device):
+    """Of a layer wider than a tile: only the first column of tiles takes the bias's step."""
+    op = OPERATIONS["mlp_update"]
+    for label, args in op.cases(Draw(device), 5, 150, 9):
+        exact, torchs = op.results(double(args), reference=True), op.results(args, reference=True)
+        assert_as_accurate(op.results(args), torchs, exact, label)
+
+
 def test_gradient_is_not_stored(device):
     """Among what a step allocates nothing is as large as the widest layer's gradient."""
     x, w = torch.randn(2, 512, device=device), torch.randn(512, 512, device=device)
