@@ -64,7 +64,7 @@ def lookup(kernel: str, arch: str, precision: str, size: str) -> Config:
 def product(kernel: str, like: torch.Tensor, m: int, n: int, heavy: bool = False) -> dict:
     """Keyword arguments of a product kernel whose result is m × n, on the device and in the dtype of `like`.
 
-    heavy: its epilogue takes so many registers (act' of z) that a thread's share of 128 × 128 would spill.
+    heavy: its epilogue takes so many registers (act' of z, Adam) that a thread's share of 128 × 128 would spill.
     """
     precision = launch.dot_precision()
     size = bucket(m, n, launch.sm_count(like.device))

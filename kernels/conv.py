@@ -22,8 +22,8 @@ import triton.language as tl
 
 from . import activations, configs, launch
 from .conv_bwd import conv2d_bwd, conv2d_bwd_ref, pad_end
-from .linear import cast, dot
 from .patches import check_conv, load_patches, locate, unravel
+from .tiles import cast, dot
 
 
 def conv2d_fwd_ref(x, w, b=None, stride=1, padding=0, activation="identity", max_pool=1, dilation=1, groups=1):

@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 
 from . import activations, configs, launch
-from .linear import cast, dot, linear_bwd_reduce_kernel
+from .linear import linear_bwd_reduce_kernel
 from .patches import load_patches, locate, unravel
+from .tiles import cast, dot
 
 NARROW = 64  # columns of patches: up to here the reference's dw is faster by a product than by a convolution with dz
 MAX_SPLITS = 128  # of the batch in dw: a convolution has many positions and few weights

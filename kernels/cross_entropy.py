@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 
 from . import configs, launch
-from .linear import cast
 from .mse import check_reduction
+from .tiles import cast
 
 _TILE = 4096  # logits of one program's tile
 _check_labels_on_device = False

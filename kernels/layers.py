@@ -14,9 +14,9 @@ width meet weights that were loaded as 0.
 import triton
 import triton.language as tl
 
-from .linear import cast, dot, product_tile
 from .objective import loss
 from .optim import adam_update, bias_correction, sgd_update
+from .tiles import cast, dot, product_tile
 
 
 @triton.jit

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from . import activations, configs, launch
+from .tiles import cast, product_tile
 
 MAX_SPLITS = 32  # of the batch in dw: the workspace is at most this many times dw
 
@@ -41,7 +42,8 @@ def linear_fwd_ref(x, w, b=None, activation="identity", *, out=None):
         y = act.forward_ref(z, out=y)
     else:
         y = z
-    y = y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])
+    # No view, whose output torch would not let anyone overwrite outside of the graph.
+    y = y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], w.shape[0]))
     return y, (x, w, {"nothing": None, "y": y, "z": z}[act.needs], b is not None, activation)
 
 
@@ -80,53 +82,6 @@ def _backward(dy, x, w, s, bias, activation, needs, bwd_dz, bwd_dx, bwd_dw):
     dx = bwd_dx(dz, w).view(x.shape) if needs_dx else None
     dw, db = bwd_dw(dz, x, bias and needs_db) if needs_dw or needs_db else (None, None)
     return dx, dw if needs_dw else None, db
-
-
-@triton.jit
-def cast(x, dtype: tl.constexpr):
-    """x.to(dtype), rounding to nearest even also in the interpreter, which truncates float32 to bfloat16."""
-    if launch.INTERPRET and dtype == tl.bfloat16:
-        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-        x = tl.where(x == x, rounded, bits).to(tl.float32, bitcast=True)
-    return x.to(dtype)
-
-
-@triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a·b in float32; the interpreter would multiply bfloat16's raw bits, so it gets float32."""
-    if launch.INTERPRET:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def product_tile(
-    a_ptr, b_ptr, offs_m, offs_n, M, N, k_start, k_end, stride_am, stride_ak, stride_bn, stride_bk,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, ROW_SUM: tl.constexpr,
-):  # fmt: skip
-    """acc[m, n] = Σ_k a[m, k] b[n, k] for k in [k_start, k_end), and with ROW_SUM also Σ_k a[m, k].
-
-    The forward and both products of the backward are this sum; they differ in strides. Offsets are 64-bit.
-    """
-    offs_k = k_start + tl.arange(0, BLOCK_K).to(tl.int64)
-    mask_m = (offs_m < M)[:, None]
-    mask_n = (offs_n < N)[None, :]
-    a_ptrs = a_ptr + offs_m.to(tl.int64)[:, None] * stride_am + offs_k[None, :] * stride_ak  # [BLOCK_M, BLOCK_K]
-    b_ptrs = b_ptr + offs_n.to(tl.int64)[None, :] * stride_bn + offs_k[:, None] * stride_bk  # [BLOCK_K, BLOCK_N]
-    step = tl.full((), BLOCK_K, tl.int64)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    for k in range(k_start, k_end, BLOCK_K):
-        mask_k = k + tl.arange(0, BLOCK_K) < k_end
-        a = tl.load(a_ptrs, mask=mask_m & mask_k[None, :], other=0.0)
-        b = tl.load(b_ptrs, mask=mask_k[:, None] & mask_n, other=0.0)
-        acc = dot(a, b, acc, PRECISION)
-        if ROW_SUM:
-            row_sum += tl.sum(a.to(tl.float32), axis=1)
-        a_ptrs += step * stride_ak
-        b_ptrs += step * stride_bk
-    return acc, row_sum
 
 
 @triton.jit
@@ -261,7 +216,7 @@ def linear_fwd(x, w, b=None, activation="identity", *, out=None):
     grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"]))
     launch.run(linear_fwd_kernel, grid, y, z, x2, w, b, M, N, K, *x2.stride(), *w.stride(),
                0 if b is None else b.stride(0), ACT=act.forward, **config)  # fmt: skip
-    y = y.view(*x.shape[:-1], N)
+    y = y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], N))
     return y, (x, w, {"nothing": None, "y": y, "z": z}[act.needs], b is not None, activation)
 
 
@@ -325,9 +280,9 @@ def linear_bwd_dw(dz, x, bias=True, *, out=None):
     return dw, db
 
 
-def dw_plan(kernel: str, dz, M: int, N: int, K: int):
-    """(configuration, grid of tiles, splits of the batch, rows of each) for dzᵀ x of M rows."""
-    config = configs.product(kernel, dz, N, K)
+def dw_plan(kernel: str, dz, M: int, N: int, K: int, heavy: bool = False):
+    """(configuration, grid of tiles, splits of the batch, rows of each) for dzᵀ x of M rows; heavy: see `configs`."""
+    config = configs.product(kernel, dz, N, K, heavy)
     tiles = triton.cdiv(N, config["BLOCK_M"]), max(triton.cdiv(K, config["BLOCK_N"]), 1)  # one for db if K = 0
     return config, tiles, *_split_batch(M, tiles[0] * tiles[1], dz.device)
 

@@ -26,7 +26,8 @@ from .cross_entropy import (
     store_loss,
     target_tile,
 )
-from .linear import cast, check_linear, linear, linear_bwd, linear_bwd_ref, linear_fwd, linear_fwd_ref, product_tile
+from .linear import check_linear, linear, linear_bwd, linear_bwd_ref, linear_fwd, linear_fwd_ref
+from .tiles import cast, product_tile
 
 FUSED_CLASSES = 128
 

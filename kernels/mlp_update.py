@@ -23,11 +23,11 @@ from .linear import (
     linear_bwd_dx_ref,
     linear_bwd_dz,
     linear_bwd_dz_ref,
-    product_tile,
     sum_of_splits,
 )
 from .network import HYPER, RULES, update_ref
 from .optim import scalar
+from .tiles import product_tile
 
 
 def linear_update_ref(dz, x, parameters, states, hyper, step, rule):
@@ -106,7 +106,7 @@ def linear_update(dz, x, parameters, states, hyper, step, rule):
     hyper = torch.as_tensor(hyper, dtype=torch.float32, device=dz.device)
     options = {"STEP_TENSOR": isinstance(step, torch.Tensor), "RULE": rule}
     step = step if options["STEP_TENSOR"] else float(step)
-    config, tiles, splits, rows = dw_plan("linear_update", dz, M, N, K)
+    config, tiles, splits, rows = dw_plan("linear_update", dz, M, N, K, heavy=RULES[rule] == 2)
     if splits == 1:
         return launch.run(linear_update_kernel, tiles, *lists, dz, x, hyper, step, M, N, K, *dz.stride(), *x.stride(),
                           **options, **config)  # fmt: skip

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .linear import cast
+from .tiles import cast
 
 REDUCTIONS = ("none", "mean", "sum")
 _BLOCK = 1024

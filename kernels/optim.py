@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .linear import cast
+from .tiles import cast
 
 _BLOCK = 1024
 MAX_TENSORS = 64  # in one launch: the kernel unrolls over them

@@ -13,7 +13,7 @@ import torch
 import kernels
 
 from . import loss as losses
-from .optim import OPTIMIZERS, SGD, Adam
+from .optim import SGD, Adam
 from .stepwise import Engine, EpochResult, Manual, parameters_of
 
 _CAPTURED = 25  # steps in one CUDA graph
@@ -27,7 +27,7 @@ def spec_of(model, loss, optimizer) -> kernels.Spec | str:
     if any(p.dtype != torch.float32 for p in parameters_of(model).values()):
         return f"trains float32 networks, got {next(iter(parameters_of(model).values())).dtype}"
     criterion = _criterion(loss, config["sizes"][-1])
-    rule = _rule(optimizer, parameters_of(model))
+    rule = optimizer.rule(parameters_of(model).values()) if hasattr(optimizer, "rule") else None
     if isinstance(criterion, str) or rule is None:
         return criterion if isinstance(criterion, str) else "trains with one parameter group of mlp's SGD, Adam or AdamW"
     return kernels.Spec(tuple(config["sizes"]), config["activation"], config["output_activation"], config["bias"],
@@ -45,14 +45,6 @@ def _criterion(loss, classes: int) -> dict | str:
         mean = loss.reduction == "mean"
         return {"loss": "squared_error", "loss_scale": loss.scale / (classes if mean else 1), "loss_mean": mean}
     return f"takes the losses {', '.join(losses.LOSSES)}, reduced, got {type(loss).__name__}"
-
-
-def _rule(optimizer, parameters) -> str | None:
-    """The name of an optimizer's update of these parameters, or None if the training kernels do not have it."""
-    if type(optimizer) not in OPTIMIZERS.values():
-        return None
-    own = [p.data_ptr() for p in optimizer.param_groups[0]["params"]] == [p.data_ptr() for p in parameters.values()]
-    return optimizer.rule() if own else None
 
 
 class _Fused(Engine):

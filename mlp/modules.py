@@ -79,11 +79,16 @@ class MLP(nn.Module):
 
 
 class Conv2d(nn.Conv2d):
-    """`nn.Conv2d` with its activation and max-pool fused in; groups = 1 and zero padding. state_dict as nn.Conv2d's."""
+    """`nn.Conv2d` with its activation and max-pool fused in. Same parameters, initial weights and state_dict.
 
-    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, bias=True,
-                 activation="identity", max_pool=1, device=None, dtype=None):  # fmt: skip
+    The arguments are nn.Conv2d's, of which groups must be 1 and padding_mode "zeros", else ValueError; then ours.
+    """
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True,
+                 padding_mode="zeros", device=None, dtype=None, activation="identity", max_pool=1):  # fmt: skip
         activations.get(activation, "Conv2d")
+        if (groups, padding_mode) != (1, "zeros"):
+            raise ValueError(f"Conv2d: takes groups=1 and padding_mode='zeros', got {groups} and {padding_mode!r}; use nn.Conv2d")
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=bias, device=device, dtype=dtype)
         self.activation, self.max_pool = activation, max_pool
 
@@ -140,6 +145,9 @@ def conv_layers(arguments: dict) -> tuple[list[tuple[int, int]], int]:
     """(in, out) channels of each convolution of a ConvNet, and the features left; a ValueError where an image is too small."""
     channels = [arguments["image_shape"][0], *arguments["channels"]]
     size, k, pool = list(arguments["image_shape"][1:]), arguments["kernel_size"], arguments["max_pool"]
+    for name, value in (("kernel_size", k), ("max_pool", pool)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"ConvNet: {name} must be one whole number for both sides, at least 1, got {value!r}")
     for layer in range(len(channels) - 1):
         reduced = [(side - k + 1) // pool for side in size]
         if min(reduced) < 1:

@@ -45,11 +45,12 @@ class _Stepper:
         """What an update depends on besides parameters, gradients and states; None while that changes from step to step."""
         return None
 
-    def rule(self) -> str | None:
-        """What the training kernels call this update (see `kernels.Spec`), or None if they do not have it."""
-        group = self.param_groups[0]
+    def rule(self, parameters) -> str | None:
+        """What the training kernels call this update of just these parameters (see `kernels.Spec`); None if they have none."""
+        group, pointers = self.param_groups[0], [p.data_ptr() for p in parameters]
+        known = type(self) in OPTIMIZERS.values() and len(self.param_groups) == 1
         numbers = not (group["maximize"] or isinstance(group["lr"], torch.Tensor))
-        return self._rule(group) if len(self.param_groups) == 1 and numbers and type(self) in OPTIMIZERS.values() else None
+        return self._rule(group) if known and numbers and [p.data_ptr() for p in group["params"]] == pointers else None
 
     def hyper(self, device) -> torch.Tensor | tuple:
         """The numbers of `rule` as they are now, see `kernels.hyperparameters`: on a GPU always the same tensor, rewritten."""
@@ -71,7 +72,7 @@ class _Stepper:
         """Count a step that the backward takes itself, see `Net.update`: (states, hyper, step, rule)."""
         self._opt_called = True  # torch's schedulers ask whether a step was taken
         (group,) = self.param_groups
-        return *self._inline(group), self.rule()
+        return *self._inline(group), self._rule(group)
 
     @torch.no_grad()
     def update(self, grads=None):

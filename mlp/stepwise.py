@@ -4,6 +4,7 @@ autograd   module forward, loss.backward(), optimizer.step(): any network, loss 
 manual     Net with preallocated buffers, no tape: the networks whose backward we wrote
 """
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from .net import Net
 from .replay import Replay
 
 _OUTPUTS = 64  # steps whose outputs are kept before their predictions are read off
+_ALONE = 4_000_000  # multiply-adds of a product that one CPU thread does sooner than two, or on a busy machine much sooner
 
 
 class Diverged(ArithmeticError):
@@ -133,11 +135,10 @@ class Manual(Engine):
         names = {id(p): name for name, p in parameters.items()}
         self._updated = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._grads = [self.net.grads.get(names.get(id(p))) for p in self._updated]
-        rule = self.optimizer.rule() if hasattr(self.optimizer, "rule") else None
-        own = [id(p) for p in parameters.values()] == [id(p) for p in self._updated] and len(self.net.stages) == 1
+        rule = self.optimizer.rule(parameters.values()) if hasattr(self.optimizer, "rule") else None
         # Without kernels only these two gain by it.
         worth = rule in ("sgd", "momentum") or kernels.path(self.net.flat) == "triton"
-        self.inlines = rule is not None and own and worth
+        self.inlines = rule is not None and len(self.net.stages) == 1 and worth
 
     def _foreign_update(self, grads):
         """Any other torch optimizer reads .grad."""
@@ -148,7 +149,9 @@ class Manual(Engine):
     def epoch(self, data, order, batch_size, on_step=None):
         self._bind()
         self.trust(data)
-        with torch.no_grad():
+        largest = max((batch_size * p.numel() for p in self.net.parameters.values()), default=0)
+        alone = order.device.type == "cpu" and len(self.net.stages) == 1 and largest <= _ALONE
+        with torch.no_grad(), _threads(1 if alone else torch.get_num_threads()):
             return super().epoch(data, order, batch_size, on_step)
 
     def step(self, x, y):
@@ -195,6 +198,17 @@ class Manual(Engine):
     def _forward(self, x, y):
         output = self.net.forward(x)
         return output, self.loss.forward(output, y, labels_valid=self._labels_valid)
+
+
+@contextlib.contextmanager
+def _threads(count: int):
+    """torch with that many CPU threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def parameters_of(model) -> dict[str, torch.Tensor]:

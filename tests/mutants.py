@@ -28,15 +28,11 @@ LIMIT = 1200  # seconds for the tests of a fault
 # What a fault in a file of kernels/ is looked for with, up to the first failure; where not named, test_<file>.py.
 TESTS = {
     "activations": ("test_activations.py", "test_extremes.py"),
-    "linear": ("test_linear.py", "test_linear_memory.py"),
+    **dict.fromkeys(("linear", "tiles"), ("test_linear.py", "test_linear_memory.py")),
     "cross_entropy": ("test_cross_entropy.py", "test_cross_entropy_kernel.py"),
-    "patches": ("test_conv.py", "test_conv_memory.py"),
-    "conv": ("test_conv.py", "test_conv_memory.py"),
-    "conv_bwd": ("test_conv.py", "test_conv_memory.py"),
-    "layers": ("test_step.py", "test_epoch.py"),
-    "objective": ("test_step.py", "test_epoch.py"),
+    **dict.fromkeys(("patches", "conv", "conv_bwd"), ("test_conv.py", "test_conv_memory.py")),
+    **dict.fromkeys(("layers", "objective", "network"), ("test_step.py", "test_epoch.py")),
     "launch": ("test_launch.py", "test_linear.py"),
-    "network": ("test_step.py", "test_epoch.py"),
     "replicas": ("test_epoch.py",),
     "compiled": ("test_compile.py",),
 }

@@ -4,13 +4,14 @@ import copy
 import functools
 import json
 import pickle
+import re
 
 import pytest
 import torch
 from torch import nn
 
 from kernels.activations import ACTIVATIONS
-from mlp import MLP, ConvNet, CrossEntropyLoss, Linear, MSELoss
+from mlp import MLP, Conv2d, ConvNet, CrossEntropyLoss, Linear, MSELoss
 from mlp.modules import build
 from tests.checks import assert_equal, compare
 
@@ -128,11 +129,14 @@ def test_unknown_activation_lists_the_table():
         Linear(3, 4, activation="swish")
 
 
-def test_convnet_refuses_small_images():
-    with pytest.raises(
-        ValueError, match=r"convolution 1 needs images of at least 6 × 6, got 4 × 4 \(image_shape \(1, 12, 12\)\)"
-    ):
-        ConvNet((1, 12, 12))
+@pytest.mark.parametrize("make, message", [
+    (lambda: ConvNet((1, 12, 12)), "convolution 1 needs images of at least 6 × 6, got 4 × 4 (image_shape (1, 12, 12))"),
+    (lambda: ConvNet(max_pool=(3, 2)), "max_pool must be one whole number for both sides, at least 1, got (3, 2)"),
+    (lambda: Conv2d(4, 4, 3, 1, 0, 1, 2), "takes groups=1 and padding_mode='zeros', got 2 and 'zeros'; use nn.Conv2d"),
+], ids=["small images", "max_pool", "groups"])  # fmt: skip
+def test_convolutions_refuse(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()
 
 
 def test_distributed_data_parallel(tmp_path):

@@ -1,0 +1,21 @@
+"""README's Python runs as it stands, in the order in which it is read."""
+
+import re
+from pathlib import Path
+
+import torch
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def test_examples(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    namespace = {}
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    for block in blocks:
+        exec(compile(block, str(README), "exec"), namespace)
+    assert len(blocks) >= 5
+    assert namespace["history"][-1]["test_accuracy"] > 0.9
+    assert namespace["best"].test_accuracy > 0.9
+    assert "Linear" in capsys.readouterr().out  # what fuse reports
