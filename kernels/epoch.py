@@ -60,13 +60,13 @@ def epoch_kernel(
     for t in tl.range(0, steps + 1, num_stages=1, disable_licm=True):  # a deeper pipeline would load across the barriers
         rows_before, mask_before = batch_rows(i_ptr, t - 1, n, batch, NET)
         rows, mask_m = batch_rows(i_ptr, t, n, batch, NET)
-        rule = rule_at(hyper_ptr, count + t, NET.rule)
+        rule = rule_at(hyper_ptr, count + t, NET)
         for k in tl.range(0, NET.sizes[1], NET.tiles[1], num_stages=1):
             first_tile(y_ptr, dz_ptr, p_ptrs, m_ptrs, v_ptrs, r, x_ptr, rows, mask_m, rows_before, mask_before, t > 0,
                        k + tl.arange(0, NET.tiles[1]), rule, scale, shift, ACT, OUT, NET)  # fmt: skip
         tl.debug_barrier()
         if t < steps:
-            rule = rule_at(hyper_ptr, count + t + 1, NET.rule)
+            rule = rule_at(hyper_ptr, count + t + 1, NET)
             top(y_ptr, dz_ptr, loss_ptr + t, correct_ptr + t, p_ptrs, m_ptrs, v_ptrs, r, t_ptr, rows, mask_m, rule, True,
                 ACT, OUT, OUT_BWD, NET)  # fmt: skip
             for j in tl.static_range(L - 1):

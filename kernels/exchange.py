@@ -106,7 +106,7 @@ def exchange_kernel(
     for t in tl.range(0, steps + 1, num_stages=1, disable_licm=True):  # a deeper pipeline would load ahead of the exchange
         rows_before, mask_before = batch_rows(i_ptr, t - 1, n, batch, NET)
         rows, mask_m = batch_rows(i_ptr, t, n, batch, NET)
-        rule = rule_at(hyper_ptr, count + t, NET.rule)
+        rule = rule_at(hyper_ptr, count + t, NET)
         z = input_tile(p_ptrs, m_ptrs, v_ptrs, g * 0, x_ptr, rows, mask_m, rows_before, mask_before, dz, t > 0, own, rule,
                        scale, shift, NET)  # fmt: skip
         y = first_act(z, ACT, OUT, NET)
@@ -116,7 +116,7 @@ def exchange_kernel(
         if L > 1 and t > 0:
             backward_layer(y_ptr, dz_ptr, p_ptrs, m_ptrs, v_ptrs, g, rule, 2, False, ACT_BWD, NET)
         if t < steps:
-            rule = rule_at(hyper_ptr, count + t + 1, NET.rule)
+            rule = rule_at(hyper_ptr, count + t + 1, NET)
             receive(y_ptr, box_ptr, counter_ptr, t, PROGRAMS, NET, WORDS)
             top(y_ptr, dz_ptr, loss_ptr + t, correct_ptr + t, p_ptrs, m_ptrs, v_ptrs, g, t_ptr, rows, mask_m, rule, g == 0,
                 ACT, OUT, OUT_BWD, NET)  # fmt: skip

@@ -20,12 +20,12 @@ from .tiles import cast, dot, product_tile
 
 
 @triton.jit
-def rule_at(hyper_ptr, step, RULE: tl.constexpr):
+def rule_at(hyper_ptr, step, NET: tl.constexpr):
     """A row of `hyperparameters` for step 1, 2, …: (lr, decay, a, b, eps, 1 - β1ᵗ, 1 - β2ᵗ), a = 1 - β1 or momentum, …"""
     step = tl.maximum(step, 1.0)  # before the first step there is no update, but these numbers
     lr, decay, eps = tl.load(hyper_ptr), tl.load(hyper_ptr + 1), tl.load(hyper_ptr + 4)
     a, b = tl.load(hyper_ptr + 2), tl.load(hyper_ptr + 3)
-    if RULE == "adam" or RULE == "adamw":
+    if NET.rule == "adam" or NET.rule == "adamw":
         return lr, decay, a, b, eps, bias_correction(step, tl.load(hyper_ptr + 5)), bias_correction(step, tl.load(hyper_ptr + 6))
     # The first step's v = g is v ← momentum · 0 + (1 - 0) g. Without momentum there is no dampening either.
     b = tl.where((step == 1) | (a == 0), 0.0, b)
@@ -33,20 +33,20 @@ def rule_at(hyper_ptr, step, RULE: tl.constexpr):
 
 
 @triton.jit
-def update(p_ptrs, m_ptrs, v_ptrs, i: tl.constexpr, base, offs, mask, p, g, rule, RULE: tl.constexpr):
+def update(p_ptrs, m_ptrs, v_ptrs, i: tl.constexpr, base, offs, mask, p, g, rule, NET: tl.constexpr):
     """A tile of parameter i after its gradient g was applied: its states and itself are stored, itself is returned."""
     lr, decay, a, b, eps, correction1, correction2 = rule
-    if RULE == "adam" or RULE == "adamw":
+    if NET.rule == "adam" or NET.rule == "adamw":
         m = tl.load(m_ptrs[i] + base + offs, mask=mask, other=0.0).to(tl.float32)
         v = tl.load(v_ptrs[i] + base + offs, mask=mask, other=0.0).to(tl.float32)
-        p, m, v = adam_update(p, g, m, v, lr, correction1, correction2, a, b, eps, decay, RULE == "adamw", False)
+        p, m, v = adam_update(p, g, m, v, lr, correction1, correction2, a, b, eps, decay, NET.rule == "adamw", False)
         tl.store(m_ptrs[i] + base + offs, cast(m, m_ptrs[i].dtype.element_ty), mask=mask)
         tl.store(v_ptrs[i] + base + offs, cast(v, v_ptrs[i].dtype.element_ty), mask=mask)
-    elif RULE == "sgd":
+    elif NET.rule == "sgd":
         p, _ = sgd_update(p, g, p, lr, a, b, decay, False, False, False, False)
     else:
         m = tl.load(m_ptrs[i] + base + offs, mask=mask, other=0.0).to(tl.float32)
-        p, m = sgd_update(p, g, m, lr, a, b, decay, True, RULE == "nesterov", False, False)
+        p, m = sgd_update(p, g, m, lr, a, b, decay, True, NET.rule == "nesterov", False, False)
         tl.store(m_ptrs[i] + base + offs, cast(m, m_ptrs[i].dtype.element_ty), mask=mask)
     tl.store(p_ptrs[i] + base + offs, cast(p, p_ptrs[i].dtype.element_ty), mask=mask)
     return p
@@ -61,7 +61,7 @@ def update_bias(p_ptrs, m_ptrs, v_ptrs, r, offs_n, dz, live, rule, l: tl.constex
     b = tl.load(p_ptrs[i] + base + offs_n, mask=mask, other=0.0)
     tl.debug_barrier()  # several warps hold the same columns: all have read before one writes
     mask = offs_n < tl.where(live, NET.sizes[l], 0)  # the interpreter cannot `&` a tile and one truth value
-    return tl.where(live, update(p_ptrs, m_ptrs, v_ptrs, i, base, offs_n, mask, b, tl.sum(dz, axis=0), rule, NET.rule), b)
+    return tl.where(live, update(p_ptrs, m_ptrs, v_ptrs, i, base, offs_n, mask, b, tl.sum(dz, axis=0), rule, NET), b)
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def input_tile(
         xt = inputs(xt_ptrs + offs_k[:, None], mask_k[:, None] & mask_before[None, :], scale, shift)
         dw = dot(xt, dz, tl.zeros(w.shape, dtype=tl.float32), PRECISION)
         mask = (offs_k < tl.where(live, K, 0))[:, None] & mask_n[None, :]
-        w = tl.where(live, update(p_ptrs, m_ptrs, v_ptrs, 0, base, offs_w, mask, w, dw, rule, NET.rule), w)
+        w = tl.where(live, update(p_ptrs, m_ptrs, v_ptrs, 0, base, offs_w, mask, w, dw, rule, NET), w)
         x = inputs(x_ptrs + offs_k[None, :], mask_m[:, None] & mask_k[None, :], scale, shift)
         z = dot(x, w, z, PRECISION)
     return z
@@ -219,7 +219,7 @@ def backward_tile(
             dy = dot(dz, w, dy, PRECISION)
         if UPDATE:
             dw = dot(tl.trans(dz), y, tl.zeros(w.shape, dtype=tl.float32), PRECISION)
-            update(p_ptrs, m_ptrs, v_ptrs, i, base, offs_w, mask, w, dw, rule, NET.rule)
+            update(p_ptrs, m_ptrs, v_ptrs, i, base, offs_w, mask, w, dw, rule, NET)
     return dy
 
 

@@ -25,7 +25,7 @@ from .linear import (
     linear_bwd_dz_ref,
     sum_of_splits,
 )
-from .network import HYPER, RULES, update_ref
+from .network import HYPER, RULES, Rule, update_ref
 from .optim import scalar
 from .tiles import product_tile
 
@@ -55,40 +55,40 @@ def _add_products(targets, dz, x, beta, alpha):
 @triton.jit
 def linear_update_kernel(
     p_ptrs, m_ptrs, v_ptrs, dz_ptr, x_ptr, hyper_ptr, step, M, N, K, stride_dzm, stride_dzn, stride_xm, stride_xk,
-    STEP_TENSOR: tl.constexpr, RULE: tl.constexpr,
+    STEP_TENSOR: tl.constexpr, NET: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of w after its step; the programs of the first column of tiles do b. Tiles as in `linear_bwd_dw_kernel`."""
     offs_n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rule = rule_at(hyper_ptr, scalar(step, STEP_TENSOR), RULE)
+    rule = rule_at(hyper_ptr, scalar(step, STEP_TENSOR), NET)
     dw, db = product_tile(dz_ptr, x_ptr, offs_n, offs_k, N, K, 0, M, stride_dzn, stride_dzm, stride_xk, stride_xm,
                           BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, len(p_ptrs) == 2)  # fmt: skip
     if len(p_ptrs) == 2:  # noqa: SIM102  known at compile time, unlike the next
         if tl.program_id(1) == 0:
             b = tl.load(p_ptrs[1] + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
-            update(p_ptrs, m_ptrs, v_ptrs, 1, 0, offs_n, offs_n < N, b, db, rule, RULE)
+            update(p_ptrs, m_ptrs, v_ptrs, 1, 0, offs_n, offs_n < N, b, db, rule, NET)
     mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
     offs = offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
     w = tl.load(p_ptrs[0] + offs, mask=mask, other=0.0).to(tl.float32)
-    update(p_ptrs, m_ptrs, v_ptrs, 0, 0, offs, mask, w, dw, rule, RULE)
+    update(p_ptrs, m_ptrs, v_ptrs, 0, 0, offs, mask, w, dw, rule, NET)
 
 
 @triton.jit
 def linear_update_reduce_kernel(
     p_ptrs, m_ptrs, v_ptrs, parts_ptr, hyper_ptr, step, SIZE, N, splits, split_stride,
-    STEP_TENSOR: tl.constexpr, RULE: tl.constexpr, BLOCK: tl.constexpr,
+    STEP_TENSOR: tl.constexpr, NET: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """As `linear_bwd_reduce_kernel`, but the sums go into w's step, then into b's."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    rule = rule_at(hyper_ptr, scalar(step, STEP_TENSOR), RULE)
+    rule = rule_at(hyper_ptr, scalar(step, STEP_TENSOR), NET)
     g = sum_of_splits(parts_ptr, offs, SIZE + N, splits, split_stride)
     w = tl.load(p_ptrs[0] + offs, mask=offs < SIZE, other=0.0).to(tl.float32)
-    update(p_ptrs, m_ptrs, v_ptrs, 0, 0, offs, offs < SIZE, w, g, rule, RULE)
+    update(p_ptrs, m_ptrs, v_ptrs, 0, 0, offs, offs < SIZE, w, g, rule, NET)
     if len(p_ptrs) == 2:
         mask = (offs >= SIZE) & (offs < SIZE + N)
         b = tl.load(p_ptrs[1] + offs - SIZE, mask=mask, other=0.0).to(tl.float32)
-        update(p_ptrs, m_ptrs, v_ptrs, 1, 0, offs - SIZE, mask, b, g, rule, RULE)
+        update(p_ptrs, m_ptrs, v_ptrs, 1, 0, offs - SIZE, mask, b, g, rule, NET)
 
 
 def linear_update(dz, x, parameters, states, hyper, step, rule):
@@ -104,7 +104,7 @@ def linear_update(dz, x, parameters, states, hyper, step, rule):
     (M, N), K = dz.shape, x.shape[1]
     lists = (*map(tuple, (parameters, *states)), (), ())[:3]
     hyper = torch.as_tensor(hyper, dtype=torch.float32, device=dz.device)
-    options = {"STEP_TENSOR": isinstance(step, torch.Tensor), "RULE": rule}
+    options = {"STEP_TENSOR": isinstance(step, torch.Tensor), "NET": Rule(rule)}
     step = step if options["STEP_TENSOR"] else float(step)
     config, tiles, splits, rows = dw_plan("linear_update", dz, M, N, K, heavy=RULES[rule] == 2)
     if splits == 1:

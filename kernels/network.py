@@ -58,6 +58,13 @@ class Spec:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rule:
+    """What a kernel that knows no network knows of a Plan: an attribute, for Triton 3.6 takes no string from one to hand on."""
+
+    rule: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What a training kernel knows at compile time: a Spec's facts and the tiles, as one hashable constexpr."""
 

@@ -32,7 +32,7 @@ def step_input_kernel(
     offs_m = tl.arange(0, NET.block_m)
     pending = tl.load(position_ptr + 1)
     rows_before = tl.load(pending_ptr + offs_m, mask=offs_m < pending, other=0)
-    rule = rule_at(hyper_ptr, tl.load(count_ptr).to(tl.float32), NET.rule)
+    rule = rule_at(hyper_ptr, tl.load(count_ptr).to(tl.float32), NET)
     first_tile(y_ptr, dz_ptr, p_ptrs, m_ptrs, v_ptrs, tl.full((), 0, tl.int64), x_ptr, rows, mask_m, rows_before,
                offs_m < pending, pending > 0, offs_n, rule, scale, shift, ACT, OUT, NET)  # fmt: skip
 
@@ -51,7 +51,7 @@ def step_head_kernel(
     rows, mask_m = batch_rows(i_ptr, t, n, batch, NET)
     taken = tl.sum(mask_m.to(tl.int32), axis=0)
     if taken > 0:
-        rule = rule_at(hyper_ptr, count + 1.0, NET.rule)
+        rule = rule_at(hyper_ptr, count + 1.0, NET)
         top(y_ptr, dz_ptr, loss_ptr + t, correct_ptr + t, p_ptrs, m_ptrs, v_ptrs, r, t_ptr, rows, mask_m, rule, True,
             ACT, OUT, OUT_BWD, NET)  # fmt: skip
         for j in tl.static_range(L - 1):
