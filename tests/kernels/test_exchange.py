@@ -1,36 +1,26 @@
 """Programs that share one network. The interpreter runs a grid one program at a time, which would wait for ever: here every
 program is an operating-system process, on tensors in shared memory."""
 
-import multiprocessing
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from triton.runtime.interpreter import InterpreterBuilder
 
 from kernels import exchange as module
 from kernels import network, train_epoch, train_epoch_ref
 from tests import interpreter
 from tests.checks import assert_equal
 from tests.kernels.trainings import CASES, Run, assert_agrees, assert_near
+from tests.programs import PATIENCE, as_processes
 
 SPECS = {
     "momentum, 5 programs": CASES["wider than a tile, momentum"],
     "single layer, 2 programs": (network.Spec((12, 20)), {}),
     "four layers, Adam, 3 programs": (network.Spec((12, 37, 26, 8, 3), "tanh", rule="adam"), {"lr": 0.01, "betas": (0.9, 0.999)}),
 }
-PATIENCE = 60  # seconds for one training; each takes one or two
-
-
-def wait(seconds):
-    """Let this process sleep before it looks for another program's word; there are more programs than processors."""
-    load, add = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_atomic_rmw
-    InterpreterBuilder.create_masked_load = lambda *args: (time.sleep(seconds if args[-1] else 0), load(*args))[1]  # volatile
-    InterpreterBuilder.create_atomic_rmw = lambda *args: (time.sleep(seconds), add(*args))[1]
 
 
 def by_processes(kind):
@@ -43,25 +33,8 @@ def by_processes(kind):
         programs = -(-spec.sizes[1] // rows)
         args, copied = module.prepare(spec, parameters, states, data, targets, indices, batch, hyper, count, scale, shift,
                                       losses, correct, programs, rows, kind, made)  # fmt: skip
-        for value in args:
-            for tensor in value if isinstance(value, tuple) else (value,):
-                if isinstance(tensor, torch.Tensor):
-                    tensor.share_memory_()
         options |= {"ROWS": rows, "PROGRAMS": programs, "WORDS": kind == "words"}
-
-        def run(first):
-            wait(0.3 if first == 0 else 0.001)  # the others are ahead of program 0 as far as the exchange lets them
-            module.exchange_kernel[(1,)](*args, first, **options)
-
-        processes = [multiprocessing.get_context("fork").Process(target=run, args=(g,)) for g in range(programs)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(PATIENCE)
-        codes = [process.exitcode for process in processes]
-        for process in processes:
-            process.kill()
-        assert codes == [0] * programs, f"{programs} programs ended with {codes}; None is one that still waits"
+        as_processes(module.exchange_kernel, programs, args, options, first=0.3)
         for tensor, copies in copied:
             assert_equal(list(copies), [copies[0]] * programs, "copies of the programs")
             tensor.copy_(copies[0])

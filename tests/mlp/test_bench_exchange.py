@@ -5,7 +5,6 @@ python -m tests.mlp.test_bench_exchange                    # programs as process
 """
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -19,30 +18,15 @@ from tests import interpreter
 from tests.checks import assert_equal
 from tests.test_structure import ROOT
 
-PROGRAMS, STEPS, PATIENCE = 3, 5, 60  # seconds for one exchange of STEPS steps; it takes one or two
+PROGRAMS, STEPS = 3, 5
 
 
 def check(kind):
     """Every program received, in the last step, what the others published."""
-    from tests.kernels.test_exchange import wait
+    from tests.programs import as_processes
 
     args, options = bench.prepare(kind, PROGRAMS, STEPS, "cpu", rows=4, batch=16)
-    for tensor in args[:3]:
-        tensor.share_memory_()
-
-    def run(first):
-        wait(0.1 if first == 0 else 0.001)  # the others are ahead of program 0 as far as the exchange lets them
-        bench.exchange_alone_kernel[(1,)](*args, first, **options)
-
-    processes = [multiprocessing.get_context("fork").Process(target=run, args=(g,)) for g in range(PROGRAMS)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(PATIENCE)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert codes == [0] * PROGRAMS, f"{kind}: {PROGRAMS} programs ended with {codes}; None is one that still waits"
+    as_processes(bench.exchange_alone_kernel, PROGRAMS, args, options, first=0.1)
     width = PROGRAMS * 4
     assert_equal(args[0][:, :, :width], bench.expected(args[0], width, STEPS), kind)
 
@@ -59,7 +43,7 @@ def described(arch):
 
 def run(environment, *arguments):
     command = [sys.executable, "-W", "ignore", "-m", "tests.mlp.test_bench_exchange", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=6 * PATIENCE)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=360)
 
 
 def test_programs_receive_what_the_others_published():
