@@ -31,15 +31,19 @@ operators: dict = {}  # public function -> how `compiled` calls its operator; th
 _target: tuple[str, int] | None = None  # (architecture, processors) while dry_run is open
 
 
-@contextlib.contextmanager
 def use(path: str):
-    """Force the `"torch"` reference or the `"triton"` kernels while the context is open, in every thread.
+    """`with use("torch"):` forces the reference, `with use("triton"):` the kernels, inside it and in every thread.
 
     Forcing `"triton"` on tensors that no kernel can take (float64, or a CPU without the interpreter) is an error.
     """
-    global _forced
     if path not in ("torch", "triton"):
         raise ValueError(f'use: path must be "torch" or "triton", got {path!r}')
+    return _using(path)
+
+
+@contextlib.contextmanager
+def _using(path):
+    global _forced
     before, _forced = _forced, path
     try:
         yield
@@ -175,6 +179,8 @@ def call(name: str, function, fwd, *args, autocast=None):
     Under torch.autocast, cast the arguments as torch does, to autocast's dtype or to the one given, and then: compiled, the
     operator of this name; watched, the reference `fwd` in differentiable torch operations; else the autograd function.
     """
+    if not isinstance(args[0], torch.Tensor):
+        raise TypeError(f"{name}: input must be a torch.Tensor, got {type(args[0]).__name__}; convert it with torch.as_tensor")
     if autocasting(args[0]):
         device = args[0].device.type
         dtype = autocast or torch.get_autocast_dtype(device)

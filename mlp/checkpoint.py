@@ -28,6 +28,9 @@ def replacing(path: Path):
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield part
+        mask = os.umask(0)
+        os.umask(mask)
+        part.chmod(0o666 & ~mask)  # safetensors would keep others from reading
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -39,6 +42,8 @@ def save(model, path) -> None:
 
     tensors = {name: p.detach().cpu().contiguous().clone() for name, p in parameters_of(model).items()}
     metadata = {"handgrad": json.dumps(model.config())} if hasattr(model, "config") else {}
+    if not Path(path).parent.is_dir():
+        raise CheckpointError(f"{path}: cannot be written, there is no folder {Path(path).parent}")
     with replacing(Path(path)) as part:
         save_file(tensors, part, metadata)
 
@@ -50,7 +55,8 @@ def load(path, device=None) -> torch.nn.Module:
     path = Path(path)
     path = path / WEIGHTS if path.is_dir() else path
     if not path.exists():
-        raise CheckpointError(f"{path}: no such checkpoint")
+        unfinished = "; the run finished no epoch, train it again with --force" if (path.parent / CONFIG).exists() else ""
+        raise CheckpointError(f"{path}: no such checkpoint{unfinished}")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

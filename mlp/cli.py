@@ -38,10 +38,16 @@ PRECISIONS = {
 }
 
 
+_INTERRUPTED = 130  # what shells and typer call Ctrl-C
+
+
 def run(argv: list[str]) -> int:
     """Run a command; 0, or 2 after one line on stderr. HANDGRAD_DEBUG=1 shows where an error comes from."""
     try:
-        return app(argv, standalone_mode=False) or 0
+        status = app(argv, standalone_mode=False) or 0
+        if status == _INTERRUPTED:
+            print("handgrad: interrupted; a training goes on with --out RUN --resume", file=sys.stderr)
+        return status
     except Exception as error:
         if os.environ.get("HANDGRAD_DEBUG"):
             raise
@@ -52,7 +58,7 @@ def run(argv: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         print("handgrad: interrupted", file=sys.stderr)
-        return 130
+        return _INTERRUPTED
 
 
 def pick_device(name: str) -> torch.device:
@@ -82,7 +88,7 @@ def _widths(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
+        return tuple(int(part) for part in text.split(",")) if text.strip() else ()
     except ValueError:
         raise ValueError(f"--hidden must be widths with commas, such as 100,50, got {text!r}") from None
 
@@ -101,8 +107,21 @@ def _prepare(settings: dict):
     return recipe, train, test, device, dtype
 
 
+def _resumed(context, run: RunFolder) -> dict:
+    """The settings of a run that goes on; a ValueError that names an option which it cannot take any more."""
+    given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}
+    fixed = given - {"dataset", "epochs", "data_dir", "device", "engine", "out", "plots", "resume"}
+    settings = run.config
+    if fixed or ("dataset" in given and context.params["dataset"] != settings["dataset"]):
+        what = f"--{min(fixed).replace('_', '-')}" if fixed else f"the data set {context.params['dataset']}"
+        raise ValueError(f"{what} cannot be changed by --resume, which goes on with the settings in {run.path / 'config.json'}: "
+                         "leave it out, or train into another --out")  # fmt: skip
+    return settings | {name: str(context.params[name]) for name in ("device", "engine", "data_dir") if name in given}
+
+
 @app.command()
 def train(
+    context: typer.Context,
     dataset: Annotated[str, typer.Argument(help=f"{', '.join(data.NAMES)}, or a path: .mat, .npz, image folder")] = "digits",
     recipe: Annotated[str, typer.Option(help="settings by name; see `handgrad recipes`")] = "default",
     hidden: Annotated[str | None, typer.Option(help="widths of the hidden layers, such as 100,50")] = None,
@@ -124,9 +143,12 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out, up to --epochs")] = False,
 ):  # fmt: skip
     """Train a network; prints a line an epoch and writes a run folder."""
+    for name, value, smallest in (("epochs", epochs, 1), ("lr", lr, 0)):
+        if value is not None and not value >= smallest:
+            raise ValueError(f"--{name} must be at least {smallest}, got {value}")
     if resume:
         run = RunFolder(_required(out, "--resume needs --out, the run folder to go on with"))
-        settings = run.config
+        settings = _resumed(context, run)
         settings["recipe"]["epochs"] = epochs or settings["recipe"]["epochs"]
     else:
         chosen = recipes.changed(recipes.get(recipe), hidden=_widths(hidden), activation=activation, loss=loss,
@@ -147,6 +169,9 @@ def train(
     trainer.check(train_set, chosen.epochs, chosen.batch_size, test_set, drop_last=chosen.drop_last)
     if resume:
         run.resume(trainer)
+        if len(trainer.history) >= chosen.epochs:
+            print(f"nothing to do: {run.path} has {len(trainer.history)} epochs; for more give --epochs")
+            return
     else:
         run = RunFolder.create(out or _free_folder(dataset), force)
     settings["data"] = {"classes": list(train_set.classes), "image_shape": train_set.image_shape,

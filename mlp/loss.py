@@ -69,7 +69,9 @@ class MeanSquaredError:
 
 def _seed(loss, scale):
     """The gradient of scale · value with respect to value, made once for each shape and device of values."""
-    value = loss._value
+    value = getattr(loss, "_value", None)
+    if value is None:
+        raise RuntimeError(f"{type(loss).__name__}: forward comes before backward")
     key = (value.shape, value.device, value.dtype)
     if getattr(loss, "_seed_key", None) != key:
         loss._seed_key, loss._seed = key, torch.full_like(value, scale)

@@ -1,5 +1,7 @@
 """What a classifier gets right: top-1 and top-k accuracy, accuracy of each class, confusion matrix, by scikit-learn."""
 
+import warnings
+
 import torch
 
 from .data import Dataset, needs_extra
@@ -31,7 +33,9 @@ def classification(scores: torch.Tensor, data: Dataset, k: int = 5) -> dict:
         raise ValueError(f"top-k: k must be 1 to {scores.shape[1]}, the number of classes, got {k}")
     labels = range(len(data.classes))
     targets, predicted = data.targets.cpu().numpy(), scores.argmax(1).numpy()
-    confusion = metrics.confusion_matrix(targets, predicted, labels=labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of a single class, whose matrix is 1 × 1 all the same
+        confusion = metrics.confusion_matrix(targets, predicted, labels=labels)
     top_k = (
         1.0 if k >= len(data.classes) else float((scores.topk(k, 1).indices == data.targets.cpu()[:, None]).any(1).float().mean())
     )

@@ -138,7 +138,7 @@ class Net:
         return net
 
     def _build(self, config, device, dtype):
-        self._config = config
+        self._config, self._shape = config, None
         self.stages = stages(config)
         shapes = {name: shape for stage in self.stages for name, shape in stage.shapes.items()}
         dtype = dtype or torch.get_default_dtype()
@@ -160,6 +160,7 @@ class Net:
         y = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         for stage in self.stages:
             y = stage.forward(y)
+        self._shape = (*self._lead, y.shape[-1])
         return y if x.dim() == 2 else y.view(*self._lead, y.shape[-1])
 
     def predict(self, x):
@@ -171,7 +172,7 @@ class Net:
 
     def backward(self, doutput, input_grad=False):
         """Overwrite `grads` from the gradient of the latest forward's output; returns dx if `input_grad`, else None."""
-        dy = doutput if doutput.dim() == 2 else doutput.reshape(-1, doutput.shape[-1])
+        dy = self._rows(doutput)
         for i, stage in reversed(list(enumerate(self.stages))):
             dy = stage.backward(dy, input_grad=input_grad or i > 0)
         return None if dy is None else dy.view(*self._lead, dy.shape[-1])
@@ -182,8 +183,15 @@ class Net:
         Only for a network of linear layers alone (one stage). `states`: lists in the order of `parameters`.
         """
         (stack,) = self.stages
-        dy = doutput if doutput.dim() == 2 else doutput.reshape(-1, doutput.shape[-1])
-        stack.update(dy, states, hyper, step, rule)
+        stack.update(self._rows(doutput), states, hyper, step, rule)
+
+    def _rows(self, doutput):
+        """The gradient of the latest output as a matrix."""
+        if self._shape is None:
+            raise RuntimeError("Net: forward comes before backward")
+        if doutput.shape != self._shape:
+            raise ValueError(f"Net: the gradient must be {self._shape} as the output was, got {tuple(doutput.shape)}")
+        return doutput if doutput.dim() == 2 else doutput.reshape(-1, doutput.shape[-1])
 
     def config(self) -> dict:
         """The network's description, as a module's `config()`."""

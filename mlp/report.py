@@ -74,7 +74,7 @@ def confusion(matrix: list[list[int]], classes, path: Path) -> None:
 def first_weights(weight, image_shape, path: Path, count: int = 64) -> None:
     """The weights of the first layer's units (N, C·H·W), or filters (N, C, KH, KW), as images: red positive, blue negative."""
     pyplot = _pyplot()
-    weight = weight.detach().float().cpu()[:count]
+    units, weight = len(weight), weight.detach().float().cpu()[:count]
     images = weight.mean(1) if weight.dim() == 4 else weight.view(-1, *image_shape).mean(1)
     columns = min(8, len(images))
     rows = -(-len(images) // columns)
@@ -84,6 +84,7 @@ def first_weights(weight, image_shape, path: Path, count: int = 64) -> None:
     for axis, image in zip(axes.flat, images):
         bound = float(image.abs().max()) or 1.0
         axis.imshow(image.numpy(), cmap="RdBu_r", vmin=-bound, vmax=bound)
+    figure.suptitle(f"units 1 to {len(images)} of {units}, each on its own scale", fontsize=9)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

@@ -65,12 +65,17 @@ class Trainer:
         """Train until `epochs` epochs are done, counting those of a resumed run; returns the history of all.
 
         train, evaluate: data sets, or pairs of tensors. seed: of the order of samples. drop_last: leave out the last,
-        smaller batch. scheduler: a torch learning-rate scheduler, stepped once an epoch. on_epoch(row) and on_step() are
-        called after each. Diverged if the loss is not finite: the weights are then those of the epoch's beginning.
+        smaller batch. scheduler: a torch learning-rate scheduler of `self.optimizer`, or a function that makes one of it,
+        stepped once an epoch. on_epoch(row) and on_step() are called after each. Diverged if the loss is not finite: the
+        weights are then those of the epoch's beginning.
         """
         train = as_dataset(train, self.device)
         evaluate = None if evaluate is None else as_dataset(evaluate, self.device)
         self.check(train, epochs, batch_size, evaluate, drop_last=drop_last)
+        if scheduler is not None and not hasattr(scheduler, "step"):
+            if not callable(scheduler):
+                raise TypeError(f"fit: scheduler must be a torch scheduler, or a function of the optimizer, got {scheduler!r}")
+            scheduler = scheduler(self.optimizer)
         if self.requested == "auto" and self.verbose:
             print(self.engine_note)
         count = len(train) // batch_size * batch_size if drop_last else len(train)
@@ -117,8 +122,10 @@ class Trainer:
                     p.copy_(good)
             self._load_optimizer(state)
             lr = float(self.optimizer.param_groups[0]["lr"])
-            raise Diverged(f"training stopped: {error} of epoch {epoch} with learning rate {lr:g}; the weights are those "
-                           f"of the end of epoch {epoch - 1}: try a smaller learning rate") from None  # fmt: skip
+            untrained = epoch == 1 and str(error).endswith("at step 0")
+            advice = "nothing was trained yet: look for what is not finite in the data" if untrained else \
+                     f"the weights are those of the end of epoch {epoch - 1}: try a smaller learning rate"  # fmt: skip
+            raise Diverged(f"training stopped: {error} of epoch {epoch} with learning rate {lr:g}; {advice}") from None
 
     def _check_data(self, data):
         if not hasattr(self.model, "config"):

@@ -19,7 +19,7 @@ LONGER = {
     "kernels/optim.py": (260, "two optimizers, whose rules the training kernels share"),
     "kernels/layers.py": (290, "what the step and the epoch kernels have in common"),
     "mlp/data.py": (340, "a reader for each of the file formats"),
-    "mlp/cli.py": (350, "an option of the command line is a line or two"),
+    "mlp/cli.py": (370, "an option of the command line is a line or two"),
     "tests/compile/worker.py": (185, "what Triton does between a call and a compilation, and what to read off the result"),
 }
 

@@ -68,8 +68,8 @@ def test_use_triton_refuses_what_no_kernel_takes(device, monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETED", False)
     with kernels.use("triton"), pytest.raises(ValueError, match=r"torch\.float32 on cpu; .*TRITON_INTERPRET=1"):
         kernels.path(torch.ones(2))
-    with pytest.raises(ValueError, match='path must be "torch" or "triton", got \'cuda\''), kernels.use("cuda"):
-        pass
+    with pytest.raises(ValueError, match='path must be "torch" or "triton", got \'cuda\''):
+        kernels.use("cuda")
 
 
 def test_backward_takes_the_path_of_its_own_time(device):

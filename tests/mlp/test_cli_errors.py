@@ -31,11 +31,12 @@ BAD = {
     "device": ("train --device abacus", "unknown device 'abacus'; known: auto, cpu, cuda"),
     "no such GPU": ("train --device cuda:99", f"asked for, but this machine has {CUDA_COUNT} CUDA devices; use --device cpu"),
     "widths": ("train --hidden 100,wide", "--hidden must be widths with commas, such as 100,50, got '100,wide'"),
+    "no width": ("train --hidden 10,,5", "--hidden must be widths with commas, such as 100,50, got '10,,5'"),
     "width 0": ("train --hidden 100,0", r"at least two positive integers.*got \(64, 100, 0, 10\)"),
     "batch": ("train --batch-size 0", "batch_size must be positive"),
-    "epochs": ("train --epochs -1", "epochs not negative, got 32 and -1"),
+    "epochs": ("train --epochs -1", "--epochs must be at least 1, got -1"),
     "rate": ("train --lr fast", "Invalid value for '--lr'"),
-    "negative rate": ("train --lr -0.1", "learning rate: -0.1"),
+    "negative rate": ("train --lr -0.1", "--lr must be at least 0, got -0.1"),
     "momentum of adam": ("train --optimizer adam --momentum 0.9", "momentum"),
     "option": ("train --lerning-rate 0.1", "No such option.*--lerning-rate"),
     "command": ("trian", "No such command 'trian'"),
@@ -50,6 +51,8 @@ BAD = {
     "empty": ("train empty.npz", "empty: it has no samples"),
     "damaged": ("train damaged.npz", "damaged.npz: not a readable .npz file"),
     "not images": ("train rows.npz --recipe convnet", "convolutions needs images, but rows .* has rows of 5 numbers"),
+    "not a rate": ("train --lr nan", "--lr must be at least 0, got nan"),
+    "not a number": ("train nan.npz --out d", "the loss is nan at step 0 .* nothing was trained yet: look for what is not"),
     "diverged": ("train --device cpu --lr 1e30 --out d", r"(nan|inf) at step \d+ of epoch 1 with learning rate 1e\+30"),
 }  # fmt: skip
 
@@ -63,6 +66,7 @@ def folder(tmp_path, monkeypatch):
     labels = np.arange(12) % 3
     np.savez("negative.npz", x_train=np.zeros((12, 4), np.uint8), y_train=np.where(np.arange(12) == 3, -1, labels))
     np.savez("empty.npz", x_train=np.zeros((0, 4), np.uint8), y_train=labels[:0])
+    np.savez("nan.npz", x_train=np.full((12, 4), np.nan, np.float32), y_train=labels)
     np.savez("rows.npz", x_train=np.zeros((12, 5), np.float32), y_train=labels)
     (tmp_path / "damaged.npz").write_bytes((tmp_path / "rows.npz").read_bytes()[:300])
     (tmp_path / "file").write_text("")
@@ -78,10 +82,25 @@ def test_one_line_and_status_2(case, folder, capsys):
     assert status == 2
     assert err.startswith("handgrad: ") and err.count("\n") == 1 and re.search(message, err), err
     after = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    if case == "diverged":  # its run had begun
+    if case in ("diverged", "not a number"):  # its run had begun
         assert [p.name for p in after.keys() - before.keys()] == ["config.json"]
     else:
         assert after == before and out == ""
+
+
+def test_resume_says_what_it_cannot_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--hidden", "4", "--epochs", "2", "--engine", "manual", "--device", "cpu", "--out", "run"]) == 0
+    config = (tmp_path / "run" / "config.json").read_text()
+    capsys.readouterr()
+    for argv in ("--lr 0.5", "--batch-size 8", "--hidden 7"):
+        assert main(f"train --out run --resume --epochs 3 {argv}".split()) == 2
+        said = f"handgrad: {argv.split()[0]} cannot be changed by --resume.*run/config.json: leave it out, or train into another"
+        assert re.match(said, capsys.readouterr().err)
+    assert main(["train", "mnist", "--out", "run", "--resume"]) == 2
+    assert main(["train", "--out", "run", "--resume", "--epochs", "1"]) == 0
+    assert "nothing to do: run has 2 epochs" in capsys.readouterr().out
+    assert (tmp_path / "run" / "config.json").read_text() == config
 
 
 @pytest.mark.skipif(CUDA_COUNT > 0, reason="this machine has a GPU")

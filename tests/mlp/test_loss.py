@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mlp import Net
 from mlp.loss import LOSSES, MeanSquaredError, SoftmaxCrossEntropy, one_hot, per_sample
 from tests.checks import assert_as_accurate, assert_equal
 
@@ -107,3 +108,18 @@ def test_errors():
         SoftmaxCrossEntropy().forward(output, torch.tensor([0, 3, 4]))
     with pytest.raises(ValueError, match=r"target must be \(3, 4\) as input is, got \(3, 5\)"):
         MeanSquaredError().forward(output, torch.randn(3, 5))
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_backward_before_forward(loss):
+    with pytest.raises(RuntimeError, match="forward comes before backward"):
+        loss().backward()
+
+
+def test_a_net_says_in_what_order_and_shape():
+    net = Net([6, 5, 3])
+    with pytest.raises(RuntimeError, match="Net: forward comes before backward"):
+        net.backward(torch.zeros(4, 3))
+    net.forward(torch.zeros(4, 6))
+    with pytest.raises(ValueError, match=r"the gradient must be \(4, 3\) as the output was, got \(5, 3\)"):
+        net.backward(torch.zeros(5, 3))

@@ -48,6 +48,12 @@ def test_what_does_not_fit(device):
         make(device, loss=mlp.SoftmaxCrossEntropy(reduction="none"))
 
 
+def test_scheduler_of_the_wrong_kind(device):
+    x, y = torch.randn(8, 6, device=device), torch.zeros(8, dtype=torch.int64, device=device)
+    with pytest.raises(TypeError, match="scheduler must be a torch scheduler, or a function of the optimizer, got 3"):
+        make(device, engine="autograd").fit((x, y), 1, scheduler=3)
+
+
 def test_the_state_of_another_network(device):
     """Refused before anything is changed."""
     other = Trainer(MLP((6, 9, 3)).to(device), verbose=False)
