@@ -46,7 +46,9 @@ def write(summary: dict, folder: Path) -> None:
 def markdown(summary: dict) -> str:
     """The page: a row for each part."""
     words = {WAITING: "cut off, or still running", PASSED: "everything that ran here passed", FAILED: "something failed"}
-    where = f"commit {summary['commit']}; {summary['started']}; {summary['machine']}"
+    statuses = [part["status"] for part in summary["parts"]]
+    ran = len([status for status in statuses if status in (PASSED, FAILED, TIMED_OUT)])
+    where = f"{ran} of {len(statuses)} parts ran; commit {summary['commit']}; {summary['started']}; {summary['machine']}"
     lines = [
         "# handgrad: `python -m bench all`",
         "",
