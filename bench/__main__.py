@@ -2,7 +2,7 @@
 
 NAME … makes those tables, one after another, in this process. `all` runs, each in a process of its own with a time limit:
 `handgrad info`, the tests, compute-sanitizer, the exchange, the soak, then every other table; after each part it rewrites
-DIR/summary.md and DIR/summary.json. On a GPU it takes at most nine minutes; on a CPU the tests alone take about as long, and
+DIR/summary.md and DIR/summary.json. On a GPU it is cut off after nine minutes; on a CPU the tests alone take about as long, and
 what needs a GPU is named as not run. The exit status is 1 if something failed, after everything ran. It needs torch,
 triton, numpy and pytest; images are MNIST's if $HANDGRAD_DATA and torchvision are there, else random.
 """
