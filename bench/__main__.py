@@ -1,10 +1,13 @@
-"""Benchmarks: `python -m bench NAME … [--out DIR]` for single tables, `python -m bench all --out DIR` for everything.
+"""Benchmarks: `python -m bench NAME … [--out DIR]` for single tables, `python -m bench all --out
+DIR` for everything.
 
-NAME … makes those tables, one after another, in this process. `all` runs, each in a process of its own with a time limit:
-`handgrad info`, the tests, compute-sanitizer, the exchange, the soak, then every other table; after each part it rewrites
-DIR/summary.md and DIR/summary.json. On a GPU it is cut off after nine minutes; on a CPU the tests alone take about as long, and
-what needs a GPU is named as not run. The exit status is 1 if something failed, after everything ran. It needs torch,
-triton, numpy and pytest; images are MNIST's if $HANDGRAD_DATA and torchvision are there, else random.
+NAME … makes those tables, one after another, in this process. `all` runs, each in a process of its
+own with a time limit: `handgrad info`, the tests, compute-sanitizer, the exchange, the soak, then
+every other table; after each part it rewrites DIR/summary.md and DIR/summary.json. On a GPU it is
+cut off after nine minutes; on a CPU the tests alone take about as long, and what needs a GPU is
+named as not run. The exit status is 1 if something failed, after everything ran. It needs torch,
+triton, numpy and pytest; images are MNIST's if $HANDGRAD_DATA and torchvision are there, else
+random.
 """
 
 import argparse
@@ -35,19 +38,40 @@ NAMES = {
 def main() -> int:
     """Make the tables that are named, or run everything."""
     listed = "\n".join(f"  {name:<14} {what}" for name, what in NAMES.items())
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__, epilog=f"tables:\n{listed}",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description=__doc__,
+        epilog=f"tables:\n{listed}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("names", nargs="+", metavar="NAME", help="tables, see below; or all, alone")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for NAME.md and NAME.json; all: for the summary too")
-    parser.add_argument("--epochs", type=int, metavar="N", help="of soak; default 10,000 on a GPU; in all it is shorter")
-    parser.add_argument("--skip", default="", metavar="PARTS", help="of all: parts to leave out, with commas, such as tests")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for NAME.md and NAME.json; all: for the summary too",
+    )
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        metavar="N",
+        help="of soak; default 10,000 on a GPU; in all it is shorter",
+    )
+    parser.add_argument(
+        "--skip",
+        default="",
+        metavar="PARTS",
+        help="of all: parts to leave out, with commas, such as tests",
+    )
     arguments = parser.parse_args()
     unknown = [name for name in arguments.names if name not in NAMES and name != "all"]
     if unknown:
         parser.error(f"unknown benchmark {unknown[0]!r}; known: {', '.join(NAMES)}; all")
     if "all" in arguments.names:
         return _all(parser, arguments)
-    if arguments.skip or (arguments.epochs is not None and ("soak" not in arguments.names or arguments.epochs < 1)):
+    if arguments.skip or (
+        arguments.epochs is not None and ("soak" not in arguments.names or arguments.epochs < 1)
+    ):
         parser.error("--skip is for all; --epochs, at least 1, for soak")
     tables = []
     for name in arguments.names:
@@ -63,20 +87,29 @@ def make(name: str, options: dict) -> Table:
     try:
         module = importlib.import_module(f"bench.bench_{name}")
     except ModuleNotFoundError as missing:
-        return Table(NAMES[name].capitalize(), f"python -m bench {name}", not_run=f"needs the package {missing.name}")
+        return Table(
+            NAMES[name].capitalize(),
+            f"python -m bench {name}",
+            not_run=f"needs the package {missing.name}",
+        )
     return module.run(**options)
 
 
 def _all(parser, arguments) -> int:
     if arguments.names != ["all"] or arguments.out is None or arguments.epochs is not None:
-        parser.error("all runs every table: give it no other NAME and no --epochs, and --out DIR, a folder for its summary")
+        parser.error(
+            "all runs every table: give it no other NAME and no --epochs, and --out DIR, a "
+            "folder for its summary"
+        )
     out = arguments.out.resolve()
     todo, skip = parts.parts(out), [name for name in arguments.skip.split(",") if name]
     known = [part.name for part in todo]
     unknown = [name for name in skip if name not in known]
     if unknown:
         parser.error(f"--skip: unknown part {unknown[0]!r}; known: {', '.join(known)}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, which ends the part that runs as well
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # an exception, which ends the part that runs as well
     status = suite.run(todo, out, skip, suite.GPU_SECONDS if torch.cuda.is_available() else None)
     print(f"summary: {out / 'summary.md'}")
     return status

@@ -1,4 +1,6 @@
-"""A training step of the small reference network with Adam: every engine, against torch.optim.Adam in its variants."""
+"""A training step of the small reference network with Adam: every engine, against torch.optim.Adam
+in its variants.
+"""
 
 from functools import partial
 
@@ -17,7 +19,9 @@ def run() -> Table:
     constructors = {
         "eager, fused": partial(Eager, optimizer=partial(adam, fused=True)),
         "eager": partial(Eager, optimizer=adam),
-        "eager, fused, CUDA graph": partial(Captured, optimizer=partial(adam, fused=True, capturable=True)),
+        "eager, fused, CUDA graph": partial(
+            Captured, optimizer=partial(adam, fused=True, capturable=True)
+        ),
         **ours(partial(mlp.Adam, lr=1e-3)),
     }
     note = "The engines count correct predictions and check every loss; the others do neither."

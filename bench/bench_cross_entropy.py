@@ -22,7 +22,9 @@ def _provider(function, logits, target):
 
 
 def run() -> Table:
-    """µs of forward and backward for each number of rows and classes; GB/s counts two readings and two writings."""
+    """µs of forward and backward for each number of rows and classes; GB/s counts two readings and
+    two writings.
+    """
     on = device()
     table = Table("Softmax cross-entropy, forward and backward", "python -m bench cross_entropy")
     wrong = {}
@@ -38,7 +40,13 @@ def run() -> Table:
         found = {}
         times = compare(providers, 2e-3, found)
         wrong |= {f"{name}, {rows} × {classes}": why for name, why in found.items()}
-        bandwidth = {"handgrad GB/s": 4 * logits.nbytes / times["handgrad"] / 1e9} if times["handgrad"] else {}
-        table.rows.append({"rows": rows, "classes": classes, **microseconds(times, "eager"), **bandwidth})
+        bandwidth = (
+            {"handgrad GB/s": 4 * logits.nbytes / times["handgrad"] / 1e9}
+            if times["handgrad"]
+            else {}
+        )
+        table.rows.append(
+            {"rows": rows, "classes": classes, **microseconds(times, "eager"), **bandwidth}
+        )
     conclude(table, wrong)
     return table

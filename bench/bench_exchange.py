@@ -1,4 +1,6 @@
-"""The epoch kernel's exchange alone: programs that publish their columns of y_1 and receive all others', step after step."""
+"""The epoch kernel's exchange alone: programs that publish their columns of y_1 and receive all
+others', step after step.
+"""
 
 import torch
 import triton
@@ -11,17 +13,30 @@ from kernels.network import Plan
 from . import harness
 from .table import Table, device, one_line
 
-BATCH, ROWS, STEPS = 32, 8, 10_000  # rows of a batch, columns of y_1 that a program owns, exchanges in a launch
+BATCH, ROWS, STEPS = (
+    32,
+    8,
+    10_000,
+)  # rows of a batch, columns of y_1 that a program owns, exchanges in a launch
 PROGRAMS = (2, 4, 8, 13, 32, 64, 132)  # 13 share the 100 units of the reference network
 _WARPS = 8  # as in the epoch kernel
 
 
 @triton.jit
 def exchange_alone_kernel(
-    y_ptr, box_ptr, counter_ptr, steps, first,
-    NET: tl.constexpr, ROWS: tl.constexpr, PROGRAMS: tl.constexpr, WORDS: tl.constexpr,
-):  # fmt: skip
-    """Program g = first + program_id owns columns g·ROWS … and publishes y_mn = t + m + n; copy g of y holds what it received."""
+    y_ptr,
+    box_ptr,
+    counter_ptr,
+    steps,
+    first,
+    NET: tl.constexpr,
+    ROWS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """Program g = first + program_id owns columns g·ROWS … and publishes y_mn = t + m + n; copy g
+    of y holds what it received.
+    """
     g = tl.program_id(0) + first
     own = g * ROWS + tl.arange(0, ROWS)
     y_ptr += g.to(tl.int64) * (NET.block_m * NET.pitch)
@@ -32,20 +47,46 @@ def exchange_alone_kernel(
 
 
 def plan(programs: int, rows: int, batch: int) -> Plan:
-    """What publish and receive ask of a network: the width of layer 1, and how its scratch is laid out."""
+    """What publish and receive ask of a network: the width of layer 1, and how its scratch is laid
+    out.
+    """
     width = programs * rows
     pitch = max(16, triton.next_power_of_2(width))
-    return Plan(sizes=(1, width, 1), tiles=(16, min(64, pitch), 16), bias=0, rule="sgd", loss="cross_entropy", loss_scale=1.0,
-                loss_mean=True, soft=False, precision="ieee", block_m=batch, block_k=16, block_r=16, pitch=pitch)  # fmt: skip
+    return Plan(
+        sizes=(1, width, 1),
+        tiles=(16, min(64, pitch), 16),
+        bias=0,
+        rule="sgd",
+        loss="cross_entropy",
+        loss_scale=1.0,
+        loss_mean=True,
+        soft=False,
+        precision="ieee",
+        block_m=batch,
+        block_k=16,
+        block_r=16,
+        pitch=pitch,
+    )
 
 
-def prepare(exchange: str, programs: int, steps: int, on, rows: int = ROWS, batch: int = BATCH) -> tuple[tuple, dict]:
+def prepare(
+    exchange: str, programs: int, steps: int, on, rows: int = ROWS, batch: int = BATCH
+) -> tuple[tuple, dict]:
     """The kernel's arguments before `first`, with y (programs, batch, pitch), and its constants."""
     net = plan(programs, rows, batch)
     y = torch.full((programs, batch, net.pitch), float("nan"), device=on)
-    box = torch.zeros((2, batch, net.pitch), dtype=torch.int64 if exchange == "words" else torch.float32, device=on)
+    box = torch.zeros(
+        (2, batch, net.pitch),
+        dtype=torch.int64 if exchange == "words" else torch.float32,
+        device=on,
+    )
     counter = torch.zeros(1, dtype=torch.int32, device=on)
-    return (y, box, counter, steps), {"NET": net, "ROWS": rows, "PROGRAMS": programs, "WORDS": exchange == "words"}
+    return (y, box, counter, steps), {
+        "NET": net,
+        "ROWS": rows,
+        "PROGRAMS": programs,
+        "WORDS": exchange == "words",
+    }
 
 
 def expected(y: torch.Tensor, width: int, steps: int) -> torch.Tensor:
@@ -56,26 +97,43 @@ def expected(y: torch.Tensor, width: int, steps: int) -> torch.Tensor:
 
 
 def microseconds(exchange: str, programs: int, on) -> float:
-    """µs of one exchange; ArithmeticError if a program did not receive what the others published."""
+    """µs of one exchange; ArithmeticError if a program did not receive what the others
+    published.
+    """
     args, options = prepare(exchange, programs, STEPS, on)
     y, box, counter, _ = args
 
     def provider():
         box.zero_()
         counter.zero_()
-        launch.run(exchange_alone_kernel, (programs,), *args, 0, launch_cooperative_grid=True, num_warps=_WARPS, **options)
+        launch.run(
+            exchange_alone_kernel,
+            (programs,),
+            *args,
+            0,
+            launch_cooperative_grid=True,
+            num_warps=_WARPS,
+            **options,
+        )
 
     provider()
     width = programs * ROWS
     wrong = int((y[:, :, :width] != expected(y, width, STEPS)).sum())
     if wrong:
-        raise ArithmeticError(f"{wrong} of {programs * BATCH * width} numbers are not what was published")
+        raise ArithmeticError(
+            f"{wrong} of {programs * BATCH * width} numbers are not what was published"
+        )
     return harness.measure({"": provider}, rounds=5)[""] / STEPS * 1e6
 
 
 def run() -> Table:
     """µs of one exchange, by the number of programs and the means."""
-    table, on = Table(f"Exchange alone, batch {BATCH}, {ROWS} columns a program", "python -m bench exchange"), device()
+    table, on = (
+        Table(
+            f"Exchange alone, batch {BATCH}, {ROWS} columns a program", "python -m bench exchange"
+        ),
+        device(),
+    )
     if on.type != "cuda":
         table.not_run = "needs a GPU"
         return table
@@ -83,15 +141,25 @@ def run() -> Table:
     for programs in (count for count in PROGRAMS if count <= processors):
         row = {"programs": programs, "kB published": programs * ROWS * BATCH * 4 / 1e3}
         table.rows.append(row)
-        for exchange in EXCHANGES if arch.startswith("sm_") else ("counter",):  # see kernels.exchange.check_programs
+        for exchange in (
+            EXCHANGES if arch.startswith("sm_") else ("counter",)
+        ):  # see kernels.exchange.check_programs
             try:
                 row[f"{exchange} µs"] = microseconds(exchange, programs, on)
             except Exception as error:  # the other counts are timed all the same
                 row[f"{exchange} µs"], row["why not"] = None, one_line(error)
                 table.failed = table.failed or f"{exchange}, {programs} programs: {row['why not']}"
     table.note = (
-        f"{STEPS:,} exchanges in a launch; what every program received is checked. 13 programs share the reference network."
+        f"{STEPS:,} exchanges in a launch; what every program received is checked. 13 programs "
+        "share the reference network."
     )
-    figures = {kind: row.get(f"{kind} µs") for row in table.rows if row["programs"] == 13 for kind in EXCHANGES}
-    table.headline = "13 programs: " + ", ".join(f"{kind} {value:.2f} µs" for kind, value in figures.items() if value)
+    figures = {
+        kind: row.get(f"{kind} µs")
+        for row in table.rows
+        if row["programs"] == 13
+        for kind in EXCHANGES
+    }
+    table.headline = "13 programs: " + ", ".join(
+        f"{kind} {value:.2f} µs" for kind, value in figures.items() if value
+    )
     return table

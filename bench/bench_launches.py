@@ -1,8 +1,9 @@
 """Kernel launches and bytes of global memory a training step, counted without a GPU.
 
-Our kernels run in Triton's interpreter: launches are those of `launch.run`, bytes those that the interpreter's loads and
-stores let through their masks (what a GPU's caches save is not taken off). Eager PyTorch is counted by the operations
-that its dispatcher sees, views apart, and the bytes of their inputs and outputs.
+Our kernels run in Triton's interpreter: launches are those of `launch.run`, bytes those that the
+interpreter's loads and stores let through their masks (what a GPU's caches save is not taken off).
+Eager PyTorch is counted by the operations that its dispatcher sees, views apart, and the bytes of
+their inputs and outputs.
 """
 
 import json
@@ -25,8 +26,25 @@ from .rivals import BATCH, SIZES, Eager, weights
 from .table import Table
 
 STEPS = 2
-_VIEWS = ("view", "t", "transpose", "detach", "expand", "unsqueeze", "squeeze", "slice", "select", "alias", "_unsafe_view",
-          "as_strided", "permute", "split", "empty", "empty_like", "new_empty")  # fmt: skip
+_VIEWS = (
+    "view",
+    "t",
+    "transpose",
+    "detach",
+    "expand",
+    "unsqueeze",
+    "squeeze",
+    "slice",
+    "select",
+    "alias",
+    "_unsafe_view",
+    "as_strided",
+    "permute",
+    "split",
+    "empty",
+    "empty_like",
+    "new_empty",
+)
 
 
 class Operations(TorchDispatchMode):
@@ -40,18 +58,25 @@ class Operations(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func._schema.name.split("::")[1] not in _VIEWS:
             self.launches += 1
-            tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
+            tensors = [
+                t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)
+            ]
             self.bytes += sum(t.nbytes for t in tensors)
         return result
 
 
 class Accesses:
-    """While open, counts launches of our kernels, and the bytes that their loads and stores let through."""
+    """While open, counts launches of our kernels, and the bytes that their loads and stores let
+    through.
+    """
 
     def __enter__(self):
         self.launches = self.bytes = 0
         self.builder = triton.runtime.interpreter.interpreter_builder
-        self.kept = {name: getattr(self.builder, name) for name in ("create_masked_load", "create_masked_store")}
+        self.kept = {
+            name: getattr(self.builder, name)
+            for name in ("create_masked_load", "create_masked_store")
+        }
         load, store = self.kept.values()
 
         def counted_load(ptrs, mask, *rest, **options):
@@ -63,7 +88,10 @@ class Accesses:
             self.bytes += int(mask.data.sum()) * value.data.itemsize
             return store(ptrs, value, mask, *rest, **options)
 
-        self.builder.create_masked_load, self.builder.create_masked_store = counted_load, counted_store
+        self.builder.create_masked_load, self.builder.create_masked_store = (
+            counted_load,
+            counted_store,
+        )
         self.context = launch.observe(self._launched)
         self.context.__enter__()
         return self
@@ -79,7 +107,9 @@ class Accesses:
 
 def _samples() -> tuple:
     pixels = torch.randint(0, 256, (BATCH * STEPS, SIZES[0]), dtype=torch.uint8)
-    data = mlp.Dataset(pixels, torch.randint(0, 10, (len(pixels),)), tuple("0123456789"), scale=1 / 255)
+    data = mlp.Dataset(
+        pixels, torch.randint(0, 10, (len(pixels),)), tuple("0123456789"), scale=1 / 255
+    )
     return data, torch.arange(len(pixels))
 
 
@@ -89,14 +119,20 @@ def _eager() -> dict:
     eager.step(x, y)
     with Operations() as counted:
         eager.step(x, y)
-    return {"engine": "eager", "launches a step": counted.launches, "kB a step": counted.bytes / 1e3}
+    return {
+        "engine": "eager",
+        "launches a step": counted.launches,
+        "kB a step": counted.bytes / 1e3,
+    }
 
 
 def _engine(name: str) -> dict:
     """One engine's row; autograd and manual without the reading of the batch, which is torch's."""
     data, order = _samples()
     model = mlp.MLP(SIZES, activation="sigmoid")
-    engine = engines.ENGINES[name](model, mlp.SoftmaxCrossEntropy(), mlp.SGD(model.parameters(), lr=0.1))
+    engine = engines.ENGINES[name](
+        model, mlp.SoftmaxCrossEntropy(), mlp.SGD(model.parameters(), lr=0.1)
+    )
     with Accesses() as counted:
         engine.epoch(data, order, BATCH)
     per_step = f"1/{STEPS}" if counted.launches == 1 else counted.launches / STEPS
@@ -109,8 +145,20 @@ def _two_launches() -> dict:
     model = mlp.MLP(SIZES, activation="sigmoid")
     spec = kernels.Spec(SIZES, "sigmoid")
     parameters = [p.detach() for p in model.parameters()]
-    state = kernels.StepState(spec, parameters, [], data.inputs, data.targets, order, BATCH, kernels.hyperparameters(0.1),
-                              torch.zeros(1), torch.zeros(STEPS), torch.zeros(STEPS, dtype=torch.int32), 1 / 255)  # fmt: skip
+    state = kernels.StepState(
+        spec,
+        parameters,
+        [],
+        data.inputs,
+        data.targets,
+        order,
+        BATCH,
+        kernels.hyperparameters(0.1),
+        torch.zeros(1),
+        torch.zeros(STEPS),
+        torch.zeros(STEPS, dtype=torch.int32),
+        1 / 255,
+    )
     with Accesses() as counted:
         for _ in range(STEPS):
             kernels.train_step(state)
@@ -123,15 +171,28 @@ def _two_launches() -> dict:
 
 def run() -> Table:
     """Launches and kilobytes a step of 784-100-50-10, batch 32, plain SGD."""
-    if not launch.INTERPRETED:  # jit functions are interpreted from their import on: in a process of its own
+    if (
+        not launch.INTERPRETED
+    ):  # jit functions are interpreted from their import on: in a process of its own
         script = "import json, bench.bench_launches as b; print(json.dumps(b.run().rows))"
         environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
-        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         rows = json.loads(done.stdout.splitlines()[-1])
     else:
         rows = [_eager(), _engine("autograd"), _engine("manual"), _two_launches(), _engine("epoch")]
     title = f"Launches and memory, {'-'.join(map(str, SIZES))} sigmoid, batch {BATCH}, SGD"
     table = Table(title, "python -m bench launches", rows)
-    table.note = f"`epoch` is one launch an epoch, whatever its length; counted here over {STEPS} steps."
-    table.headline = ", ".join(f"{row['engine']} {row['launches a step']:g}" for row in rows[:-1]) + " launches a step"
+    table.note = (
+        f"`epoch` is one launch an epoch, whatever its length; counted here over {STEPS} steps."
+    )
+    table.headline = (
+        ", ".join(f"{row['engine']} {row['launches a step']:g}" for row in rows[:-1])
+        + " launches a step"
+    )
     return table

@@ -1,4 +1,6 @@
-"""Linear layer with activation, forward and backward: ours against torch.nn.functional with its tape."""
+"""Linear layer with activation, forward and backward: ours against torch.nn.functional with its
+tape.
+"""
 
 from functools import partial
 
@@ -14,7 +16,11 @@ SHAPES = {
     "cpu": ((32, 784, 100), (32, 100, 50), (256, 784, 128), (1024, 512, 512)),
     "cuda": ((32, 784, 100), (256, 784, 128), (4096, 1024, 1024), (8192, 4096, 4096)),
 }
-TOLERANCE = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # gate against wrong results, not a test
+TOLERANCE = {
+    torch.float32: 2e-3,
+    torch.float16: 2e-2,
+    torch.bfloat16: 5e-2,
+}  # gate against wrong results, not a test
 
 
 def _eager(activation, x, w, b):
@@ -37,15 +43,27 @@ def run() -> Table:
     for m, k, n in SHAPES[on.type]:
         for dtype in dtypes:
             for activation in ("relu", "sigmoid", "gelu"):
-                x, w, b, dy = (torch.randn(s, device=on, dtype=dtype) for s in ((m, k), (n, k), (n,), (m, n)))
+                x, w, b, dy = (
+                    torch.randn(s, device=on, dtype=dtype) for s in ((m, k), (n, k), (n,), (m, n))
+                )
                 x, w, b = (t.requires_grad_() for t in (x, w * k**-0.5, b))
                 eager = partial(_eager, kernels.ACTIVATIONS[activation].torch)
-                functions = {"handgrad": partial(kernels.linear, activation=activation), "eager": eager}
+                functions = {
+                    "handgrad": partial(kernels.linear, activation=activation),
+                    "eager": eager,
+                }
                 if on.type == "cuda" and activation == "relu":  # compiling each takes seconds
                     functions["compile"] = torch.compile(eager)
-                providers = {name: _provider(function, x, w, b, dy) for name, function in functions.items()}
-                case, found = {"M×K×N": f"{m}×{k}×{n}", "dtype": str(dtype)[6:], "activation": activation}, {}
-                table.rows.append({**case, **microseconds(compare(providers, TOLERANCE[dtype], found), "eager")})
+                providers = {
+                    name: _provider(function, x, w, b, dy) for name, function in functions.items()
+                }
+                case, found = (
+                    {"M×K×N": f"{m}×{k}×{n}", "dtype": str(dtype)[6:], "activation": activation},
+                    {},
+                )
+                table.rows.append(
+                    {**case, **microseconds(compare(providers, TOLERANCE[dtype], found), "eager")}
+                )
                 wrong |= {f"{name}, {' '.join(case.values())}": why for name, why in found.items()}
     conclude(table, wrong)
     return table

@@ -1,4 +1,6 @@
-"""Peak memory of a training step of wide layers: the manual API and the autograd modules, against eager PyTorch."""
+"""Peak memory of a training step of wide layers: the manual API and the autograd modules, against
+eager PyTorch.
+"""
 
 import gc
 from functools import partial
@@ -18,7 +20,10 @@ _TOLERANCE = 1e-2  # of the losses: bfloat16 rounds the logits to 3 digits
 
 def _weights(sizes, on):
     g = torch.Generator().manual_seed(0)
-    draw = lambda fan_in, *shape: (torch.rand(shape, generator=g) * 2 - 1).mul_(fan_in**-0.5).to(on, DTYPE)  # noqa: E731
+
+    def draw(fan_in, *shape):
+        return (torch.rand(shape, generator=g) * 2 - 1).mul_(fan_in**-0.5).to(on, DTYPE)
+
     return [p for k, n in pairwise(sizes) for p in (draw(k, n, k), draw(k, n))]
 
 
@@ -30,13 +35,25 @@ def _start(parameters, sizes, on):
 
 def eager(sizes, on):
     """A step of nn.Sequential, cross_entropy and torch.optim.SGD."""
-    modules = [m for k, n in pairwise(sizes) for m in (torch.nn.Linear(k, n, device=on, dtype=DTYPE), torch.nn.ReLU())]
-    return _taped(torch.nn.Sequential(*modules[:-1]), torch.nn.functional.cross_entropy, torch.optim.SGD, sizes, on)
+    modules = [
+        m
+        for k, n in pairwise(sizes)
+        for m in (torch.nn.Linear(k, n, device=on, dtype=DTYPE), torch.nn.ReLU())
+    ]
+    return _taped(
+        torch.nn.Sequential(*modules[:-1]),
+        torch.nn.functional.cross_entropy,
+        torch.optim.SGD,
+        sizes,
+        on,
+    )
 
 
 def autograd(sizes, on):
     """The same through mlp's modules, on PyTorch's tape."""
-    return _taped(mlp.MLP(sizes, device=on, dtype=DTYPE), mlp.CrossEntropyLoss(), mlp.SGD, sizes, on)
+    return _taped(
+        mlp.MLP(sizes, device=on, dtype=DTYPE), mlp.CrossEntropyLoss(), mlp.SGD, sizes, on
+    )
 
 
 def _taped(model, loss, optimizer, sizes, on):
@@ -73,7 +90,9 @@ def engine(sizes, on):
     """The same by the engine `manual`, which may update weights within the backward pass."""
     net = mlp.Net(sizes, device=on, dtype=DTYPE)
     _start(net.parameters.values(), sizes, on)
-    trainer = engines.Manual(net, mlp.SoftmaxCrossEntropy(), mlp.SGD(net.parameters.values(), lr=0.01))
+    trainer = engines.Manual(
+        net, mlp.SoftmaxCrossEntropy(), mlp.SGD(net.parameters.values(), lr=0.01)
+    )
 
     @torch.no_grad()
     def step(x, y):
@@ -86,7 +105,9 @@ PROVIDERS = {"eager": eager, "autograd": autograd, "manual": manual, "engine man
 
 
 def measured(make, sizes, batch, on) -> dict:
-    """Losses of two steps, bytes at most allocated in the second beyond what was there before the network, seconds of a step."""
+    """Losses of two steps, bytes at most allocated in the second beyond what was there before the
+    network, seconds of a step.
+    """
     gc.collect()
     x = torch.randn(batch, sizes[0], generator=torch.Generator().manual_seed(1)).to(on, DTYPE)
     y = torch.randint(0, sizes[-1], (batch,), generator=torch.Generator().manual_seed(2)).to(on)
@@ -96,12 +117,21 @@ def measured(make, sizes, batch, on) -> dict:
     torch.cuda.reset_peak_memory_stats()
     losses.append(float(step(x, y)))
     peak = torch.cuda.max_memory_allocated() - before
-    return {"losses": losses, "peak": peak, "seconds": harness.measure({"": partial(step, x, y)}, rounds=5)[""]}
+    return {
+        "losses": losses,
+        "peak": peak,
+        "seconds": harness.measure({"": partial(step, x, y)}, rounds=5)[""],
+    }
 
 
 def run() -> Table:
-    """GiB of a step: weights, gradients, what is kept for the backward pass, and scratch; the data is not counted."""
-    title = f"Peak memory of a training step, {'-'.join(map(str, SIZES))} relu, batch {BATCH}, {str(DTYPE)[6:]}, SGD"
+    """GiB of a step: weights, gradients, what is kept for the backward pass, and scratch; the data
+    is not counted.
+    """
+    title = (
+        f"Peak memory of a training step, {'-'.join(map(str, SIZES))} relu, batch {BATCH}, "
+        f"{str(DTYPE)[6:]}, SGD"
+    )
     table, on = Table(title, "python -m bench memory"), device()
     if on.type != "cuda":
         table.not_run = "needs a GPU"
@@ -113,14 +143,26 @@ def run() -> Table:
         table.rows.append(row)
         try:
             found[name] = measured(make, SIZES, BATCH, on)
-            error = max(abs(a / b - 1) for a, b in zip(found[name]["losses"], found["eager"]["losses"]))
+            error = max(
+                abs(a / b - 1) for a, b in zip(found[name]["losses"], found["eager"]["losses"])
+            )
             if not error <= _TOLERANCE:
-                raise ArithmeticError(f"losses differ from eager's by {error:.1e}, at most {_TOLERANCE:.0e}")
+                raise ArithmeticError(
+                    f"losses differ from eager's by {error:.1e}, at most {_TOLERANCE:.0e}"
+                )
         except Exception as error:  # out of memory, or wrong: the others are measured all the same
             row["why not"] = one_line(error)
             table.failed = table.failed or f"{name}: {row['why not']}"
             continue
         of_eager = found[name]["peak"] / found["eager"]["peak"]
-        row |= {"peak GiB": found[name]["peak"] / 2**30, "of eager": of_eager, "ms a step": found[name]["seconds"] * 1e3}
-    table.headline = ", ".join(f"{row['network']} {row['of eager']:.2f} of eager" for row in table.rows[1:] if row["of eager"])
+        row |= {
+            "peak GiB": found[name]["peak"] / 2**30,
+            "of eager": of_eager,
+            "ms a step": found[name]["seconds"] * 1e3,
+        }
+    table.headline = ", ".join(
+        f"{row['network']} {row['of eager']:.2f} of eager"
+        for row in table.rows[1:]
+        if row["of eager"]
+    )
     return table

@@ -1,6 +1,8 @@
-"""The reference recipes against the usual loop: DataLoader with two workers, per-sample transforms, eager autograd.
+"""The reference recipes against the usual loop: DataLoader with two workers, per-sample transforms,
+eager autograd.
 
-Both train on the same pixels; the usual loop is timed from its first batch on, without the start of its workers.
+Both train on the same pixels; the usual loop is timed from its first batch on, without the start of
+its workers.
 """
 
 import time
@@ -26,9 +28,13 @@ class Images(torch.utils.data.Dataset):
     """Pixels as a torchvision data set gives them: a PIL image a sample, through its transforms."""
 
     def __init__(self, data, normalize, count):
-        self.images = [Image.fromarray(row.view(28, 28).numpy()) for row in data.inputs[:count].cpu()]
+        self.images = [
+            Image.fromarray(row.view(28, 28).numpy()) for row in data.inputs[:count].cpu()
+        ]
         self.targets = data.targets[:count].tolist()
-        steps = [transforms.ToTensor()] + ([transforms.Normalize(*((value,) for value in normalize))] if normalize else [])
+        steps = [transforms.ToTensor()] + (
+            [transforms.Normalize(*((value,) for value in normalize))] if normalize else []
+        )
         self.transform = transforms.Compose(steps)
 
     def __len__(self):
@@ -40,8 +46,10 @@ class Images(torch.utils.data.Dataset):
 
 def eager_network(recipe) -> nn.Module:
     """The recipe's network in torch.nn."""
-    act, out = (nn.Sigmoid if name == "sigmoid" else nn.ReLU if name == "relu" else nn.Identity
-                for name in (recipe.activation, recipe.output_activation))  # fmt: skip
+    act, out = (
+        nn.Sigmoid if name == "sigmoid" else nn.ReLU if name == "relu" else nn.Identity
+        for name in (recipe.activation, recipe.output_activation)
+    )
     modules, features = [], 784
     if recipe.channels:
         for c, o in ((1, recipe.channels[0]), recipe.channels):
@@ -60,7 +68,9 @@ def usual_step_seconds(recipe, images, on) -> float:
     optimizer = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[recipe.optimizer](
         network.parameters(), **recipe.optimizer_options
     )
-    loader = DataLoader(images, batch_size=recipe.batch_size, shuffle=True, num_workers=2, drop_last=True)
+    loader = DataLoader(
+        images, batch_size=recipe.batch_size, shuffle=True, num_workers=2, drop_last=True
+    )
     steps, started = 0, None
     for x, y in loader:
         started = time.perf_counter() if started is None else started
@@ -82,14 +92,20 @@ def run() -> Table:
     """ms a step of each recipe, ours and the usual loop's, in turn."""
     on = device()
     samples = mnist(on)
-    table = Table("Recipes against the usual loop (DataLoader, 2 workers)", "python -m bench recipes")
+    table = Table(
+        "Recipes against the usual loop (DataLoader, 2 workers)", "python -m bench recipes"
+    )
     for name in ("convnet", "classifier", "sigmoid", "deep-linear", "mse"):
         recipe = recipes.get(name)
         train, _ = recipe.prepare(samples, samples)
         images = Images(train, recipe.normalize, (STEPS + 1) * recipe.batch_size)
         model = recipe.model(train, device=on)
         engine, _ = engines.choose(
-            "auto", model, recipe.make_loss(), recipe.make_optimizer(model.parameters()), recipe.batch_size
+            "auto",
+            model,
+            recipe.make_loss(),
+            recipe.make_optimizer(model.parameters()),
+            recipe.batch_size,
         )
         order = mlp.data.permutation(len(train), 0, 0, on)[: STEPS * recipe.batch_size]
         engine.epoch(train, order, recipe.batch_size)
@@ -100,8 +116,16 @@ def run() -> Table:
             ours.append((time.perf_counter() - started) / STEPS)
             usual.append(usual_step_seconds(recipe, images, on))
         step, other = median(ours), median(usual)
-        table.rows.append({"recipe": name, "batch": recipe.batch_size, "engine": engine.name, "ms a step": step * 1e3,
-                           "usual loop, ms": other * 1e3, "usual / ours": other / step})  # fmt: skip
+        table.rows.append(
+            {
+                "recipe": name,
+                "batch": recipe.batch_size,
+                "engine": engine.name,
+                "ms a step": step * 1e3,
+                "usual loop, ms": other * 1e3,
+                "usual / ours": other / step,
+            }
+        )
     ratios = [row["usual / ours"] for row in table.rows]
     table.headline = f"{min(ratios):.1f} to {max(ratios):.1f} times as fast as the usual loop"
     return table

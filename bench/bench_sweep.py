@@ -1,4 +1,6 @@
-"""Many networks at once: epochs a second of mlp.Sweep over the reference network, all networks together."""
+"""Many networks at once: epochs a second of mlp.Sweep over the reference network, all networks
+together.
+"""
 
 from functools import partial
 
@@ -16,23 +18,50 @@ _TOLERANCE = 1e-4  # of the first network's loss: how many train beside it must 
 
 
 def run() -> Table:
-    """Seconds of an epoch of so many networks, what that is in epochs a second, and in times of one network's epoch."""
+    """Seconds of an epoch of so many networks, what that is in epochs a second, and in times of one
+    network's epoch.
+    """
     on = device()
     data = mnist(on).take(STEPS[on.type] * BATCH)
-    table = Table(f"Sweep, {'-'.join(map(str, SIZES))} sigmoid, batch {BATCH}, SGD, {data.name}", "python -m bench sweep")
-    sweeps = {count: mlp.Sweep(SIZES, count, lr=0.1, activation="sigmoid", device=on) for count in NETWORKS[on.type]}
-    losses = {count: {row.replica: row.train_loss for row in job.fit(data, 1, BATCH)}[0] for count, job in sweeps.items()}
+    table = Table(
+        f"Sweep, {'-'.join(map(str, SIZES))} sigmoid, batch {BATCH}, SGD, {data.name}",
+        "python -m bench sweep",
+    )
+    sweeps = {
+        count: mlp.Sweep(SIZES, count, lr=0.1, activation="sigmoid", device=on)
+        for count in NETWORKS[on.type]
+    }
+    losses = {
+        count: {row.replica: row.train_loss for row in job.fit(data, 1, BATCH)}[0]
+        for count, job in sweeps.items()
+    }
     wrong = [count for count, loss in losses.items() if not abs(loss / losses[1] - 1) <= _TOLERANCE]
-    good = {count: partial(job.fit, data, 1, BATCH) for count, job in sweeps.items() if count not in wrong}
+    good = {
+        count: partial(job.fit, data, 1, BATCH)
+        for count, job in sweeps.items()
+        if count not in wrong
+    }
     times = harness.measure(good, ROUNDS)
     for count in sweeps:
-        row = {"networks": count, "ms an epoch of all": None, "networks × epochs a second": None, "of one network's time": None}
+        row = {
+            "networks": count,
+            "ms an epoch of all": None,
+            "networks × epochs a second": None,
+            "of one network's time": None,
+        }
         if count in times:
-            row |= zip(list(row)[1:], (times[count] * 1e3, count / times[count], times[count] / times[1]))
+            row |= zip(
+                list(row)[1:], (times[count] * 1e3, count / times[count], times[count] / times[1])
+            )
         table.rows.append(row)
-    table.note = f"An epoch is {STEPS[on.type]} steps. Permutations, one for each network, are drawn within the time."
+    table.note = (
+        f"An epoch is {STEPS[on.type]} steps. Permutations, one for each network, are drawn "
+        "within the time."
+    )
     if wrong:
-        table.failed = "the first network's loss among " + ", ".join(f"{n} is {losses[n]:.6g}" for n in wrong)
+        table.failed = "the first network's loss among " + ", ".join(
+            f"{n} is {losses[n]:.6g}" for n in wrong
+        )
         table.failed += f", alone {losses[1]:.6g}"
     most = max(times)
     table.headline = f"{most} networks in {times[most] / times[1]:.2f} times the time of one"

@@ -1,4 +1,6 @@
-"""A training step of the small reference network with SGD: every engine, against eager PyTorch and its ways to be faster."""
+"""A training step of the small reference network with SGD: every engine, against eager PyTorch and
+its ways to be faster.
+"""
 
 from functools import partial
 
@@ -14,7 +16,9 @@ MODES = ("default", "reduce-overhead", "max-autotune")
 
 
 def run() -> Table:
-    """µs a step, the host's and the device's part, and the ratio to eager, of 784-100-50-10 with sigmoid at batch 32."""
+    """µs a step, the host's and the device's part, and the ratio to eager, of 784-100-50-10 with
+    sigmoid at batch 32.
+    """
     sgd = partial(torch.optim.SGD, lr=0.1)
     constructors = {
         "eager": partial(Eager, optimizer=sgd),

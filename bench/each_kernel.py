@@ -1,6 +1,8 @@
-"""Every kernel launched once or a few times on small shapes: a short program to watch with a tool such as compute-sanitizer.
+"""Every kernel launched once or a few times on small shapes: a short program to watch with a tool
+such as compute-sanitizer.
 
-compute-sanitizer python -m bench.each_kernel      # prints the kernels it launched; status 1 if one was missed
+compute-sanitizer python -m bench.each_kernel      # prints the kernels it launched; status 1 if one
+                                                   was missed
 """
 
 import importlib
@@ -19,43 +21,94 @@ from kernels.operations import OPERATIONS, Make
 from .table import device
 
 _SHAPE = (33, 17, 7)  # batch, features in, features out: nothing divides anything
-_SIZES, _BATCH, _ROWS = (17, 20, 9, 3), 5, 13  # a network, with programs enough to exchange; the last batch is smaller
-_NEED_PROCESSORS = re.compile(r"exchange_kernel|linear_.*reduce_kernel")  # more than the interpreter has
+_SIZES, _BATCH, _ROWS = (
+    (17, 20, 9, 3),
+    5,
+    13,
+)  # a network, with programs enough to exchange; the last batch is smaller
+_NEED_PROCESSORS = re.compile(
+    r"exchange_kernel|linear_.*reduce_kernel"
+)  # more than the interpreter has
 
 
 def names() -> set[str]:
     """Every function called …_kernel that a module of kernels defines with triton.jit."""
-    modules = [importlib.import_module(f"kernels.{module.name}") for module in pkgutil.iter_modules(kernels.__path__)]
-    found = {name: value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")}
-    return {name for name, value in found.items() if isinstance(value, triton.runtime.KernelInterface)}
+    modules = [
+        importlib.import_module(f"kernels.{module.name}")
+        for module in pkgutil.iter_modules(kernels.__path__)
+    ]
+    found = {
+        name: value
+        for module in modules
+        for name, value in vars(module).items()
+        if name.endswith("_kernel")
+    }
+    return {
+        name for name, value in found.items() if isinstance(value, triton.runtime.KernelInterface)
+    }
 
 
 def operations(on) -> None:
-    """Forward and backward of every case of every operation in float32; products of many rows, whose sums are split."""
+    """Forward and backward of every case of every operation in float32; products of many rows,
+    whose sums are split.
+    """
     for operation in OPERATIONS.values():
         for _, arguments in operation.cases(Make(on), *_SHAPE):
             operation.results(arguments)
-    for name in (name for name in OPERATIONS if on.type == "cuda" and name.startswith(("linear", "mlp"))):
+    for name in (
+        name for name in OPERATIONS if on.type == "cuda" and name.startswith(("linear", "mlp"))
+    ):
         _, arguments = next(OPERATIONS[name].cases(Make(on), 4096, 20, 9))
         OPERATIONS[name].results(arguments)
 
 
 def trainings(on) -> None:
-    """A step, an epoch by one program and by several with either exchange, an epoch of two networks."""
+    """A step, an epoch by one program and by several with either exchange, an epoch of two
+    networks.
+    """
     spec = kernels.Spec(_SIZES, "sigmoid")
     make = Make(on)
-    data, targets, order = make.real(_ROWS, _SIZES[0]), make.labels(_SIZES[-1], _ROWS), torch.arange(_ROWS, device=on)
+    data, targets, order = (
+        make.real(_ROWS, _SIZES[0]),
+        make.labels(_SIZES[-1], _ROWS),
+        torch.arange(_ROWS, device=on),
+    )
     hyper, count = kernels.hyperparameters(0.1, device=on), torch.zeros(1, device=on)
-    training = lambda: (spec, [make.real(*shape) for shape in spec.shapes], [], data, targets, order, _BATCH, hyper, count)  # noqa: E731
+
+    def training():
+        return (
+            spec,
+            [make.real(*shape) for shape in spec.shapes],
+            [],
+            data,
+            targets,
+            order,
+            _BATCH,
+            hyper,
+            count,
+        )
+
     steps = -(-_ROWS // _BATCH)
-    losses, correct = torch.zeros(steps, device=on), torch.zeros(steps, dtype=torch.int32, device=on)
+    losses, correct = (
+        torch.zeros(steps, device=on),
+        torch.zeros(steps, dtype=torch.int32, device=on),
+    )
     kernels.train_step(kernels.StepState(*training(), losses, correct))
     kernels.train_epoch(*training(), programs=1)
     for exchange in EXCHANGES if on.type == "cuda" and launch.arch(on).startswith("sm_") else ():
         kernels.train_epoch(*training(), exchange=exchange)
     stacked = [make.real(2, *shape) for shape in spec.shapes]
-    kernels.train_replicas(spec, stacked, [], data, targets, torch.stack([order, order]), _BATCH,
-                           kernels.hyperparameters(0.1, replicas=2, device=on), torch.zeros(1, device=on))  # fmt: skip
+    kernels.train_replicas(
+        spec,
+        stacked,
+        [],
+        data,
+        targets,
+        torch.stack([order, order]),
+        _BATCH,
+        kernels.hyperparameters(0.1, replicas=2, device=on),
+        torch.zeros(1, device=on),
+    )
 
 
 def main() -> int:
@@ -66,7 +119,9 @@ def main() -> int:
         trainings(on)
     if on.type == "cuda":
         torch.cuda.synchronize()
-    missed = {name for name in names() - seen if on.type == "cuda" or not _NEED_PROCESSORS.fullmatch(name)}
+    missed = {
+        name for name in names() - seen if on.type == "cuda" or not _NEED_PROCESSORS.fullmatch(name)
+    }
     print(f"launched {len(seen)} kernels: {', '.join(sorted(seen))}")
     if missed:
         print(f"missed {', '.join(sorted(missed))}")

@@ -1,7 +1,7 @@
 """How a benchmark measures: providers interleaved, medians.
 
-A provider is a function of no arguments that does the work once. Before anything is timed its result is compared with
-the first provider's: a provider that is wrong gets no time.
+A provider is a function of no arguments that does the work once. Before anything is timed its
+result is compared with the first provider's: a provider that is wrong gets no time.
 """
 
 import time
@@ -57,7 +57,8 @@ def host_seconds(provider: Callable, rounds: int = _ROUNDS) -> float:
 
 
 def device_seconds(provider: Callable) -> float | None:
-    """Seconds that the GPU is busy with one call, gaps between kernels left out; None if the profiler saw none.
+    """Seconds that the GPU is busy with one call, gaps between kernels left out; None if the
+    profiler saw none.
 
     A call before compiles and captures what there is to.
     """
@@ -66,22 +67,35 @@ def device_seconds(provider: Callable) -> float | None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         provider()
         synchronize()
-    on_gpu = [event for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    on_gpu = [
+        event
+        for event in profile.key_averages()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
     return sum(event.self_device_time_total for event in on_gpu) / 1e6 or None
 
 
 def errors(results: dict[str, list[torch.Tensor]]) -> dict[str, float]:
-    """How far each provider's results are from the first one's, relative to each tensor's largest number; inf if fewer or NaN."""
+    """How far each provider's results are from the first one's, relative to each tensor's largest
+    number; inf if fewer or NaN.
+    """
     first, found = next(iter(results.values()), []), {}
     for name, tensors in results.items():
-        each = [float((t - f).abs().max() / f.abs().max().clamp_min(1e-30)) for t, f in zip(tensors, first) if f.numel()]
+        each = [
+            float((t - f).abs().max() / f.abs().max().clamp_min(1e-30))
+            for t, f in zip(tensors, first)
+            if f.numel()
+        ]
         finite = len(tensors) == len(first) and all(error == error for error in each)
         found[name] = max(each, default=0.0) if finite else float("inf")
     return found
 
 
-def compare(providers: dict[str, Callable], tolerance: float, wrong: dict[str, str] | None = None) -> dict[str, float | None]:
-    """`measure` of those providers whose results (lists of tensors) agree with the first one's; None for the others.
+def compare(
+    providers: dict[str, Callable], tolerance: float, wrong: dict[str, str] | None = None
+) -> dict[str, float | None]:
+    """`measure` of those providers whose results (lists of tensors) agree with the first one's;
+    None for the others.
 
     wrong: takes name -> why, in one line, of the others, be it an error that they raised.
     """
@@ -99,15 +113,30 @@ def compare(providers: dict[str, Callable], tolerance: float, wrong: dict[str, s
 
 
 def microseconds(times: dict[str, float | None], baseline: str) -> dict:
-    """Columns of a row: µs of each provider, and how many times the first is as fast as `baseline`."""
+    """Columns of a row: µs of each provider, and how many times the first is as fast as
+    `baseline`.
+    """
     row = {f"{name} µs": None if t is None else t * 1e6 for name, t in times.items()}
     first = next(iter(times.values()))
-    return {**row, f"{baseline} / {next(iter(times))}": times[baseline] / first if first and times[baseline] else None}
+    return {
+        **row,
+        f"{baseline} / {next(iter(times))}": times[baseline] / first
+        if first and times[baseline]
+        else None,
+    }
 
 
 def conclude(table, wrong: dict[str, str]) -> None:
-    """Headline of a table of `microseconds` against eager, and a note of the providers that have no time; fails for ours."""
+    """Headline of a table of `microseconds` against eager, and a note of the providers that have no
+    time; fails for ours.
+    """
     ratios = [row["eager / handgrad"] for row in table.rows if row["eager / handgrad"]]
     table.headline = f"{min(ratios):.2f} to {max(ratios):.2f} of eager's speed" if ratios else ""
-    table.note = "Without a time: " + "; ".join(f"{name} ({why})" for name, why in wrong.items()) + "." if wrong else ""
-    table.failed = next((f"{name}: {why}" for name, why in wrong.items() if name.startswith("handgrad")), "")
+    table.note = (
+        "Without a time: " + "; ".join(f"{name} ({why})" for name, why in wrong.items()) + "."
+        if wrong
+        else ""
+    )
+    table.failed = next(
+        (f"{name}: {why}" for name, why in wrong.items() if name.startswith("handgrad")), ""
+    )

@@ -1,4 +1,6 @@
-"""What `python -m bench all` runs, in order: self-check, tests, sanitizer, exchange and soak, tables. Each a command."""
+"""What `python -m bench all` runs, in order: self-check, tests, sanitizer, exchange and soak,
+tables. Each a command.
+"""
 
 import importlib.util
 import os
@@ -16,17 +18,28 @@ from . import sanitizer
 ROOT = Path(__file__).parents[1]
 SOAK_EPOCHS = 300
 _WORKERS = 8  # of pytest: they share one GPU
-# Seconds that a table needs on a GPU, in the order in which they run: what is most asked for comes first.
-TABLES = {"exchange": 10, "soak": 40, "train": 100, "adam": 15, "sweep": 10, "memory": 10, "linear": 30, "cross_entropy": 15,
-          "recipes": 25, "launches": 20}  # fmt: skip
+# Seconds that a table needs on a GPU, in the order in which they run: what is most asked for comes
+# first.
+TABLES = {
+    "exchange": 10,
+    "soak": 40,
+    "train": 100,
+    "adam": 15,
+    "sweep": 10,
+    "memory": 10,
+    "linear": 30,
+    "cross_entropy": 15,
+    "recipes": 25,
+    "launches": 20,
+}
 
 
 @dataclass(frozen=True)
 class Part:
     """A command that runs in a process of its own, or `reason`, why it cannot run here.
 
-    seconds: what it needs on a GPU. quote: from all that the command printed, what to put into the summary; None for a
-    table, whose NAME.json says it.
+    seconds: what it needs on a GPU. quote: from all that the command printed, what to put into the
+    summary; None for a table, whose NAME.json says it.
     """
 
     name: str
@@ -53,29 +66,68 @@ def _python(*arguments: str) -> tuple[str, ...]:
 
 
 def _info() -> Part:
-    """`handgrad info`; where the command line's package is not installed, the self-check that it would run."""
-    command = _python("-m", "mlp", "info") if importlib.util.find_spec("typer") else _python("-m", "kernels.selfcheck")
+    """`handgrad info`; where the command line's package is not installed, the self-check that it
+    would run.
+    """
+    command = (
+        _python("-m", "mlp", "info")
+        if importlib.util.find_spec("typer")
+        else _python("-m", "kernels.selfcheck")
+    )
     return Part("info", command, 65, _verdicts)
 
 
 def _tests() -> Part:
-    """The whole suite, on the GPU where there is one; tests whose packages are missing do not keep the others from running."""
+    """The whole suite, on the GPU where there is one; tests whose packages are missing do not keep
+    the others from running.
+    """
     if importlib.util.find_spec("pytest") is None:
         return Part("tests", reason="needs pytest")
-    workers = ("-n", str(min(_WORKERS, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
-    command = _python("-m", "pytest", "tests", "-p", "no:cacheprovider", "--continue-on-collection-errors", *workers)
-    return Part("tests", command, 130, partial(last, r"\d+ (?:passed|failed|errors?|skipped)\b.* in [^=]*\w"))
+    workers = (
+        ("-n", str(min(_WORKERS, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
+    )
+    command = _python(
+        "-m",
+        "pytest",
+        "tests",
+        "-p",
+        "no:cacheprovider",
+        "--continue-on-collection-errors",
+        *workers,
+    )
+    return Part(
+        "tests",
+        command,
+        130,
+        partial(last, r"\d+ (?:passed|failed|errors?|skipped)\b.* in [^=]*\w"),
+    )
 
 
 def _sanitizer(tool: str, on_gpu: bool) -> Part:
     path = sanitizer.find()
     if not on_gpu or path is None:
         return Part(tool, reason=f"{sanitizer.NAME} not found" if on_gpu else "needs a GPU")
-    # torch tries driver calls to see whether they are there: those that fail are no errors of a kernel.
+    # torch tries driver calls to see whether they are there: those that fail are no errors of a
+    # kernel.
     options = ("--report-api-errors", "no") if tool == "memcheck" else ()
-    command = (path, "--tool", tool, *options, "--error-exitcode", "9", *_python("-m", "bench.each_kernel"))
-    # With torch's cache, memory beyond a tensor may belong to another: each tensor takes an allocation of its own.
-    return Part(tool, command, 35, partial(last, r"(?:ERROR|RACECHECK) SUMMARY: .*"), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    command = (
+        path,
+        "--tool",
+        tool,
+        *options,
+        "--error-exitcode",
+        "9",
+        *_python("-m", "bench.each_kernel"),
+    )
+    # With torch's cache, memory beyond a tensor may belong to another: each tensor takes an
+    # allocation of its own.
+    return Part(
+        tool,
+        command,
+        35,
+        partial(last, r"(?:ERROR|RACECHECK) SUMMARY: .*"),
+        {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+    )
 
 
 def parts(out: Path) -> list[Part]:
@@ -86,4 +138,10 @@ def parts(out: Path) -> list[Part]:
         Part(name, _python("-m", "bench", name, "--out", str(out), *options.get(name, ())), seconds)
         for name, seconds in TABLES.items()
     ]
-    return [_info(), _tests(), _sanitizer("memcheck", on_gpu), _sanitizer("racecheck", on_gpu), *tables]
+    return [
+        _info(),
+        _tests(),
+        _sanitizer("memcheck", on_gpu),
+        _sanitizer("racecheck", on_gpu),
+        *tables,
+    ]

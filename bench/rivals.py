@@ -1,7 +1,9 @@
-"""What a PyTorch user writes to train the reference network, plainly and with each of PyTorch's means to make it fast.
+"""What a PyTorch user writes to train the reference network, plainly and with each of PyTorch's
+means to make it fast.
 
-A provider of trainings has `epoch(data, order)`; `enqueue`, the same without anything that waits for the GPU; and `losses`,
-every step's loss. `start`: the initial weights and biases, which are left alone. `optimizer`: a function of the parameters.
+A provider of trainings has `epoch(data, order)`; `enqueue`, the same without anything that waits
+for the GPU; and `losses`, every step's loss. `start`: the initial weights and biases, which are
+left alone. `optimizer`: a function of the parameters.
 """
 
 import dataclasses
@@ -21,12 +23,17 @@ class NotHereError(RuntimeError):
 def weights(on) -> list[torch.Tensor]:
     """[w_1, b_1, w_2, …] as torch.nn.Linear draws them, always the same."""
     g = torch.Generator().manual_seed(0)
-    uniform = lambda fan_in, *shape: (torch.rand(shape, generator=g) * 2 - 1).mul_(fan_in**-0.5).to(on)  # noqa: E731
+
+    def uniform(fan_in, *shape):
+        return (torch.rand(shape, generator=g) * 2 - 1).mul_(fan_in**-0.5).to(on)
+
     return [p for k, n in pairwise(SIZES) for p in (uniform(k, n, k), uniform(k, n))]
 
 
 class Eager:
-    """nn.Sequential, cross_entropy, backward, an optimizer of torch.optim; batches gathered from tensors on the device."""
+    """nn.Sequential, cross_entropy, backward, an optimizer of torch.optim; batches gathered from
+    tensors on the device.
+    """
 
     def __init__(self, start, optimizer, data):
         layers = [torch.nn.Linear(k, n) for k, n in pairwise(SIZES)]
@@ -83,7 +90,8 @@ class Compiled(Eager):
 
     def step(self, x, y):
         """One step; its loss, which the next step may overwrite."""
-        self.optimizer.zero_grad()  # before the mark, behind which the gradients' memory may be used again
+        # before the mark, behind which the gradients' memory may be used again
+        self.optimizer.zero_grad()
         torch.compiler.cudagraph_mark_step_begin()
         loss = self.forward_loss(x, y)
         loss.backward()
@@ -92,13 +100,17 @@ class Compiled(Eager):
 
 
 class Captured(Eager):
-    """A whole step, gathering of the batch included, captured in a CUDA graph by hand: a copy of indices and a replay a step."""
+    """A whole step, gathering of the batch included, captured in a CUDA graph by hand: a copy of
+    indices and a replay a step.
+    """
 
     def __init__(self, start, optimizer, data):
         if start[0].device.type != "cuda":
             raise NotHereError("needs a GPU")
         super().__init__(start, optimizer, data)
-        self.data = dataclasses.replace(data, _buffers={})  # the batch's buffers, which nobody else makes anew
+        self.data = dataclasses.replace(
+            data, _buffers={}
+        )  # the batch's buffers, which nobody else makes anew
         self.rows = torch.zeros(BATCH, dtype=torch.int64, device=start[0].device)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -112,7 +124,9 @@ class Captured(Eager):
             self.loss = self.step(*self.data.batch(self.rows))
 
     def epoch(self, data, order):
-        """Train on the samples of `order`: of the data set given at the beginning, in whole batches."""
+        """Train on the samples of `order`: of the data set given at the beginning, in whole
+        batches.
+        """
         for rows in order.split(BATCH):
             self.rows.copy_(rows)
             self.graph.replay()

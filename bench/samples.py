@@ -10,7 +10,9 @@ from mlp import data
 
 
 def mnist(on) -> mlp.Dataset:
-    """MNIST's training images from $HANDGRAD_DATA, else random pixels of its shape; the name says which, and why."""
+    """MNIST's training images from $HANDGRAD_DATA, else random pixels of its shape; the name says
+    which, and why.
+    """
     folder = os.environ.get("HANDGRAD_DATA")
     name = "random pixels of MNIST's shape"
     if folder and (Path(folder) / "MNIST").is_dir():  # else loading would try to download

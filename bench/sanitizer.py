@@ -6,12 +6,18 @@ import shutil
 from pathlib import Path
 
 NAME = "compute-sanitizer"
-_BELOW = ("bin", "compute-sanitizer", "extras/compute-sanitizer")  # of a CUDA folder, or of a wheel's
+_BELOW = (
+    "bin",
+    "compute-sanitizer",
+    "extras/compute-sanitizer",
+)  # of a CUDA folder, or of a wheel's
 
 
 def find() -> str | None:
     """Its path: from PATH, CUDA's folders, or the folders of the nvidia and triton wheels."""
-    folders = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    folders = [
+        Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)
+    ]
     folders += [*sorted(Path("/usr/local").glob("cuda*"), reverse=True), Path("/opt/cuda")]
     for package in ("nvidia", "triton"):
         found = importlib.util.find_spec(package)

@@ -1,4 +1,6 @@
-"""Runs parts one after the other, each in a process of its own with a time limit: what one does, the others survive."""
+"""Runs parts one after the other, each in a process of its own with a time limit: what one does,
+the others survive.
+"""
 
 import json
 import os
@@ -17,9 +19,11 @@ CPU_LIMIT = 1800.0  # seconds of one part without a GPU, where there is no limit
 
 
 def run(parts: list[Part], out: Path, skip=(), seconds: float | None = None) -> int:
-    """Run the parts, rewriting the summary in `out` after each; 1 if one failed or timed out, else 0.
+    """Run the parts, rewriting the summary in `out` after each; 1 if one failed or timed out, else
+    0.
 
-    seconds: of the whole run. A part may then take what it needs and what those before it left over.
+    seconds: of the whole run. A part may then take what it needs and what those before it left
+    over.
     """
     (out / "logs").mkdir(parents=True, exist_ok=True)
     page, started = summary.start([part.name for part in parts]), time.monotonic()
@@ -46,24 +50,40 @@ def execute(part: Part, limit: float, out: Path) -> dict:
     made.unlink(missing_ok=True)  # of a run before
     started, status = time.monotonic(), None
     with log.open("w") as file:
-        process = subprocess.Popen(part.command, cwd=ROOT, env={**os.environ, **part.environment}, stdin=subprocess.DEVNULL,
-                                   stdout=file, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+        process = subprocess.Popen(
+            part.command,
+            cwd=ROOT,
+            env={**os.environ, **part.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
             status = summary.PASSED if process.wait(max(limit, 0)) == 0 else summary.FAILED
         except subprocess.TimeoutExpired:
             status = summary.TIMED_OUT
         finally:
-            if status in (None, summary.TIMED_OUT):  # interrupted, or too slow: with all its children
+            if status in (
+                None,
+                summary.TIMED_OUT,
+            ):  # interrupted, or too slow: with all its children
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     text = log.read_text(errors="replace")
     table = json.loads(made.read_text()) if part.quote is None and made.exists() else {}
     if table.get("not_run"):
         status = f"not run: {table['not_run']}"
-    quoted = table.get("failed") or table.get("headline", "") if part.quote is None else part.quote(text)
+    quoted = (
+        table.get("failed") or table.get("headline", "") if part.quote is None else part.quote(text)
+    )
     if status in (summary.FAILED, summary.TIMED_OUT) and not quoted:
         lines = [line for line in text.splitlines() if line.strip()]
         quoted = f"status {process.returncode}: {lines[-1].strip() if lines else 'printed nothing'}"
     if status == summary.TIMED_OUT:
         quoted = f"after {limit:.0f} s; {quoted}"
-    return {"status": status, "seconds": time.monotonic() - started, "headline": one_line(quoted) if quoted else ""}
+    return {
+        "status": status,
+        "seconds": time.monotonic() - started,
+        "headline": one_line(quoted) if quoted else "",
+    }

@@ -1,4 +1,6 @@
-"""One page about a run of `python -m bench all`: summary.md for people, summary.json for programs."""
+"""One page about a run of `python -m bench all`: summary.md for people, summary.json for
+programs.
+"""
 
 import datetime
 import json
@@ -15,7 +17,9 @@ def commit() -> str:
     """The commit that is checked out, with -dirty if files were changed; "unknown" without git."""
     try:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -24,7 +28,14 @@ def start(names: list[str]) -> dict:
     """The summary before anything ran: what, where and when, and every part as waiting."""
     parts = [{"part": name, "status": WAITING, "seconds": None, "headline": ""} for name in names]
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    return {"machine": machine(), "commit": commit(), "started": now, "seconds": 0.0, "verdict": WAITING, "parts": parts}
+    return {
+        "machine": machine(),
+        "commit": commit(),
+        "started": now,
+        "seconds": 0.0,
+        "verdict": WAITING,
+        "parts": parts,
+    }
 
 
 def verdict(parts: list[dict]) -> str:
@@ -36,8 +47,13 @@ def verdict(parts: list[dict]) -> str:
 
 
 def write(summary: dict, folder: Path) -> None:
-    """summary.md and summary.json in `folder`, each replaced at once: a run that is cut off leaves whole files."""
-    for name, text in (("summary.json", json.dumps(summary, indent=1)), ("summary.md", markdown(summary))):
+    """summary.md and summary.json in `folder`, each replaced at once: a run that is cut off leaves
+    whole files.
+    """
+    for name, text in (
+        ("summary.json", json.dumps(summary, indent=1)),
+        ("summary.md", markdown(summary)),
+    ):
         fresh = folder / f"{name}.new"
         fresh.write_text(text + "\n")
         fresh.replace(folder / name)
@@ -45,10 +61,17 @@ def write(summary: dict, folder: Path) -> None:
 
 def markdown(summary: dict) -> str:
     """The page: a row for each part."""
-    words = {WAITING: "cut off, or still running", PASSED: "everything that ran here passed", FAILED: "something failed"}
+    words = {
+        WAITING: "cut off, or still running",
+        PASSED: "everything that ran here passed",
+        FAILED: "something failed",
+    }
     statuses = [part["status"] for part in summary["parts"]]
     ran = len([status for status in statuses if status in (PASSED, FAILED, TIMED_OUT)])
-    where = f"{ran} of {len(statuses)} parts ran; commit {summary['commit']}; {summary['started']}; {summary['machine']}"
+    where = (
+        f"{ran} of {len(statuses)} parts ran; commit {summary['commit']}; {summary['started']}; "
+        f"{summary['machine']}"
+    )
     lines = [
         "# handgrad: `python -m bench all`",
         "",
@@ -57,5 +80,14 @@ def markdown(summary: dict) -> str:
     lines += ["", "| part | status | seconds | headline |", "|---|---|---|---|"]
     for part in summary["parts"]:
         seconds = "–" if part["seconds"] is None else f"{part['seconds']:.1f}"
-        lines.append(f"| {part['part']} | {part['status']} | {seconds} | {part['headline'] or '–'} |")
-    return "\n".join([*lines, "", "Everything a part printed is in `logs/PART.log`, the tables in `NAME.md` and `NAME.json`."])
+        lines.append(
+            f"| {part['part']} | {part['status']} | {seconds} | {part['headline'] or '–'} |"
+        )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Everything a part printed is in `logs/PART.log`, the tables in `NAME.md` and "
+            "`NAME.json`.",
+        ]
+    )

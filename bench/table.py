@@ -1,4 +1,6 @@
-"""What a benchmark leaves: a table as Markdown and JSON that names the command, the machine and the versions."""
+"""What a benchmark leaves: a table as Markdown and JSON that names the command, the machine and the
+versions.
+"""
 
 import datetime
 import json
@@ -23,7 +25,10 @@ def machine() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = [text.split(":")[1].strip() for text in lines if text.startswith("model name")]
         name = f"{model[0] if model else platform.machine()}, {torch.get_num_threads()} threads"
-    return f"{name}; torch {torch.__version__}, triton {triton.__version__}, Python {platform.python_version()}"
+    return (
+        f"{name}; torch {torch.__version__}, triton {triton.__version__}, Python "
+        f"{platform.python_version()}"
+    )
 
 
 def one_line(error: BaseException | str) -> str:
@@ -37,8 +42,8 @@ def one_line(error: BaseException | str) -> str:
 class Table:
     """Rows of named values with a title, what was run, and where.
 
-    not_run: why there are no rows, such as "needs a GPU". failed: in one line, what makes the exit status 1: something
-    of ours is wrong, not merely slow. headline: the figures to quote.
+    not_run: why there are no rows, such as "needs a GPU". failed: in one line, what makes the exit
+    status 1: something of ours is wrong, not merely slow. headline: the figures to quote.
     """
 
     title: str
@@ -57,8 +62,15 @@ class Table:
         lines = [f"## {self.title}", ""]
         if columns:
             lines += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-            lines += [f"| {' | '.join(figure(row.get(column)) for column in columns)} |" for row in self.rows] + [""]
-        for text in (self.failed and f"**Failed: {self.failed}**", self.not_run and f"Not run: {self.not_run}.", self.note):
+            lines += [
+                f"| {' | '.join(figure(row.get(column)) for column in columns)} |"
+                for row in self.rows
+            ] + [""]
+        for text in (
+            self.failed and f"**Failed: {self.failed}**",
+            self.not_run and f"Not run: {self.not_run}.",
+            self.note,
+        ):
             lines += [text, ""] if text else []
         return "\n".join([*lines, f"`{self.command}`, {self.date}: {self.machine}"])
 
@@ -76,4 +88,10 @@ def figure(value) -> str:
         return "–"
     if not isinstance(value, float):
         return str(value)
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+    return (
+        f"{value:.0f}"
+        if abs(value) >= 100
+        else f"{value:.1f}"
+        if abs(value) >= 10
+        else f"{value:.2f}"
+    )

@@ -1,4 +1,6 @@
-"""Trainings of the reference network, ours and others', checked to be the same training and then timed."""
+"""Trainings of the reference network, ours and others', checked to be the same training and then
+timed.
+"""
 
 import time
 from functools import partial
@@ -14,7 +16,10 @@ from .rivals import BATCH, SIZES, NotHereError, weights
 from .samples import mnist
 from .table import Table, device, figure, one_line
 
-STEPS = {"cpu": 50, "cuda": 1875}  # of an epoch that is timed; on a GPU, where they are short, all of MNIST's
+STEPS = {
+    "cpu": 50,
+    "cuda": 1875,
+}  # of an epoch that is timed; on a GPU, where they are short, all of MNIST's
 ROUNDS = {"cpu": 9, "cuda": 5}
 _CHECKED = 20  # steps whose losses are compared with the first provider's
 _BUILDING = 60  # seconds after which no other provider is built: compilers can take minutes
@@ -61,7 +66,9 @@ def ours(optimizer) -> dict:
 
 
 def build(constructors: dict, data, order, tolerance: float) -> tuple[dict, dict, dict]:
-    """Providers that train as the first does; why others do not, name -> error; and what those need that cannot run here."""
+    """Providers that train as the first does; why others do not, name -> error; and what those need
+    that cannot run here.
+    """
     providers, losses, wrong, missing, started = {}, {}, {}, {}, time.perf_counter()
     for name, make in constructors.items():
         if (spent := time.perf_counter() - started) > _BUILDING:
@@ -74,13 +81,16 @@ def build(constructors: dict, data, order, tolerance: float) -> tuple[dict, dict
             providers[name] = provider
         except NotHereError as reason:
             missing[name] = str(reason)
-        except Exception as error:  # a compiler's or a driver's: the other providers are timed all the same
+        except (
+            Exception
+        ) as error:  # a compiler's or a driver's: the other providers are timed all the same
             wrong[name] = one_line(error)
     for name, error in harness.errors({name: losses[name] for name in providers}).items():
         if error > tolerance:
             del providers[name]
             wrong[name] = (
-                f"losses differ from those of {next(iter(losses))} by {error:.1e} of the largest, at most {tolerance:.0e}"
+                f"losses differ from those of {next(iter(losses))} by {error:.1e} of the largest, "
+                f"at most {tolerance:.0e}"
             )
     return providers, wrong, missing
 
@@ -91,28 +101,48 @@ def table(title: str, command: str, constructors: dict, tolerance: float, note: 
     data = mnist(on)
     order = datasets.permutation(len(data), 0, 0, on)[: STEPS[on.type] * BATCH]
     providers, wrong, missing = build(constructors, data, order, tolerance)
-    times = harness.measure({name: partial(p.epoch, data, order) for name, p in providers.items()}, ROUNDS[on.type])
+    times = harness.measure(
+        {name: partial(p.epoch, data, order) for name, p in providers.items()}, ROUNDS[on.type]
+    )
     first, steps = next(iter(constructors)), STEPS[on.type]
-    made = Table(f"{title}, {'-'.join(map(str, SIZES))} sigmoid, batch {BATCH}, {data.name}", command, note=note)
+    made = Table(
+        f"{title}, {'-'.join(map(str, SIZES))} sigmoid, batch {BATCH}, {data.name}",
+        command,
+        note=note,
+    )
     for name in constructors:
         row = {"engine": name, "µs a step": None, "host µs": None, "device busy µs": None}
         if name in times:
             row["µs a step"] = times[name] / steps * 1e6
             row |= _parts(providers[name], data, order) if on.type == "cuda" else {}
-            row |= {"MNIST epoch, ms": times[name] / steps * 1e3 * len(data) / BATCH, f"of {first}": times[name] / times[first]}
-        made.rows += [] if name in missing else [row | ({"why not": wrong[name]} if name in wrong else {})]
+            row |= {
+                "MNIST epoch, ms": times[name] / steps * 1e3 * len(data) / BATCH,
+                f"of {first}": times[name] / times[first],
+            }
+        made.rows += (
+            [] if name in missing else [row | ({"why not": wrong[name]} if name in wrong else {})]
+        )
     if missing:
-        made.note += " Not run: " + "; ".join(f"{name} ({reason})" for name, reason in missing.items()) + "."
-    made.failed = "; ".join(f"engine {name}: {reason}" for name, reason in wrong.items() if name in engines.ENGINES)
+        made.note += (
+            " Not run: " + "; ".join(f"{name} ({reason})" for name, reason in missing.items()) + "."
+        )
+    made.failed = "; ".join(
+        f"engine {name}: {reason}" for name, reason in wrong.items() if name in engines.ENGINES
+    )
     best = min((name for name in engines.ENGINES if name in times), key=times.get, default=None)
     if best:
-        made.headline = f"{best} {figure(times[best] / steps * 1e6)} µs a step, {times[best] / times[first]:.3f} of {first}"
+        made.headline = (
+            f"{best} {figure(times[best] / steps * 1e6)} µs a step, "
+            f"{times[best] / times[first]:.3f} of {first}"
+        )
     return made
 
 
 def _parts(provider, data, order) -> dict:
     """Columns that need a GPU: how long a step keeps the host, and how long the device."""
-    host = harness.host_seconds(partial(provider.enqueue, data, order), rounds=3) / (len(order) / BATCH)
+    host = harness.host_seconds(partial(provider.enqueue, data, order), rounds=3) / (
+        len(order) / BATCH
+    )
     try:
         busy = harness.device_seconds(partial(provider.enqueue, data, order[: _PROFILED * BATCH]))
     except RuntimeError:  # the profiler needs counters that not every machine gives it

@@ -1,4 +1,6 @@
-"""A child process that must keep showing signs of life: one that hangs is killed and reported, not waited for."""
+"""A child process that must keep showing signs of life: one that hangs is killed and reported, not
+waited for.
+"""
 
 import json
 import queue
@@ -7,9 +9,11 @@ import threading
 
 
 def watch(command: list[str], patience: float, environment: dict | None = None) -> tuple[dict, str]:
-    """Run a command that prints JSON objects, one a line; returns the last one, {} if there is none, and what went wrong.
+    """Run a command that prints JSON objects, one a line; returns the last one, {} if there is
+    none, and what went wrong.
 
-    patience: seconds without a line after which it counts as hanging. "" if the command ended with status 0.
+    patience: seconds without a line after which it counts as hanging. "" if the command ended with
+    status 0.
     """
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     lines, last = queue.Queue(), {}

@@ -1,4 +1,6 @@
-"""handgrad's operations: forward and backward written by hand, as Triton kernels, each with its reference in plain torch."""
+"""handgrad's operations: forward and backward written by hand, as Triton kernels, each with its
+reference in plain torch.
+"""
 
 from . import compiled, compiled_optim  # noqa: F401  they register the operators that torch.compile sees
 from .activations import ACTIVATIONS, Activation

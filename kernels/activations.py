@@ -1,9 +1,10 @@
 """The activation table: every activation of the library, once.
 
-A row holds the function z -> y and its derivative applied to an incoming gradient, (dy, s) -> dz, where s is what the
-backward needs: the output y where the derivative can be written in it, so that z need not be kept, else z. Each comes
-twice: as a scalar `@triton.jit` function, which kernels take as a constexpr argument, and in plain torch, which is the
-CPU implementation and the oracle. Nothing else in the library names an activation.
+A row holds the function z -> y and its derivative applied to an incoming gradient, (dy, s) -> dz,
+where s is what the backward needs: the output y where the derivative can be written in it, so that
+z need not be kept, else z. Each comes twice: as a scalar `@triton.jit` function, which kernels take
+as a constexpr argument, and in plain torch, which is the CPU implementation and the oracle. Nothing
+else in the library names an activation.
 
 To add one: two jit functions, two torch functions, one row at the bottom.
 """
@@ -17,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import nn
 
-# In the interpreter a constexpr on the left of a product with a tensor gives a constexpr: keep them on the right.
+# In the interpreter a constexpr on the left of a product with a tensor gives a constexpr: keep them
+# on the right.
 LEAKY_SLOPE = tl.constexpr(0.01)  # torch.nn.LeakyReLU's default
 SQRT_1_2 = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -61,7 +63,8 @@ def tanh(z):
     a = tl.abs(z)
     e = tl.exp(-2.0 * a)
     large = 1.0 - 2.0 * e / (1.0 + e)
-    # Near 0 that difference would cancel: an odd polynomial, with the coefficients of Cephes' tanhf.
+    # Near 0 that difference would cancel: an odd polynomial, with the coefficients of Cephes'
+    # tanhf.
     q = z * z
     p = 0.133314422 + q * (-0.0537397156 + q * (0.0206390888 + q * -0.00570498873))
     small = a + a * q * (-0.333332819 + q * p)
@@ -178,8 +181,11 @@ def gelu_tanh_ref(z, out=None):
 
 
 def gelu_tanh_bwd_ref(dy, z, out=None):
-    # (1 + tanh u) / 2 = σ(2u), and σ(-2u) instead of 1 - σ(2u), which cancels: that shows in the second derivative.
-    c = z.clamp(-16, 16)  # beyond, σ is 0 or 1, and 0 times a square that overflows half precision would be NaN
+    # (1 + tanh u) / 2 = σ(2u), and σ(-2u) instead of 1 - σ(2u), which cancels: that shows in the
+    # second derivative.
+    c = z.clamp(
+        -16, 16
+    )  # beyond, σ is 0 or 1, and 0 times a square that overflows half precision would be NaN
     u2 = 2 * SQRT_2_PI.value * (c + GELU_CUBIC.value * c**3)
     du2 = 2 * SQRT_2_PI.value * (1 + 3 * GELU_CUBIC.value * c**2)
     s = torch.sigmoid(u2)
@@ -205,7 +211,9 @@ def relu_squared_bwd_ref(dy, z, out=None):
 
 
 class Activation(NamedTuple):
-    """One row: `forward(z) -> y` and `backward(dy, s) -> dz` as jit scalars and in torch, with s the output or z."""
+    """One row: `forward(z) -> y` and `backward(dy, s) -> dz` as jit scalars and in torch, with s
+    the output or z.
+    """
 
     forward: Any
     backward: Any
@@ -214,16 +222,36 @@ class Activation(NamedTuple):
     torch: Callable  # what torch.nn.functional calls it: an independent oracle
     needs: str  # what the backward needs: "nothing", "y" (the output) or "z" (the pre-activation)
     kinks: tuple[float, ...] = ()  # where the derivative jumps
-    module: Callable | None = None  # () -> the torch.nn module that computes it: what `mlp.fuse` recognises
+    module: Callable | None = (
+        None  # () -> the torch.nn module that computes it: what `mlp.fuse` recognises
+    )
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "identity": Activation(identity, identity_bwd, identity_ref, identity_bwd_ref, lambda z: z, "nothing", (), nn.Identity),
+    "identity": Activation(
+        identity,
+        identity_bwd,
+        identity_ref,
+        identity_bwd_ref,
+        lambda z: z,
+        "nothing",
+        (),
+        nn.Identity,
+    ),
     "relu": Activation(relu, relu_bwd, relu_ref, relu_bwd_ref, F.relu, "y", (0.0,), nn.ReLU),
-    "sigmoid": Activation(sigmoid, sigmoid_bwd, torch.sigmoid, sigmoid_bwd_ref, F.sigmoid, "y", (), nn.Sigmoid),
+    "sigmoid": Activation(
+        sigmoid, sigmoid_bwd, torch.sigmoid, sigmoid_bwd_ref, F.sigmoid, "y", (), nn.Sigmoid
+    ),
     "tanh": Activation(tanh, tanh_bwd, torch.tanh, tanh_bwd_ref, F.tanh, "y", (), nn.Tanh),
     "leaky_relu": Activation(
-        leaky_relu, leaky_relu_bwd, leaky_relu_ref, leaky_relu_bwd_ref, F.leaky_relu, "y", (0.0,), nn.LeakyReLU
+        leaky_relu,
+        leaky_relu_bwd,
+        leaky_relu_ref,
+        leaky_relu_bwd_ref,
+        F.leaky_relu,
+        "y",
+        (0.0,),
+        nn.LeakyReLU,
     ),
     "gelu": Activation(gelu, gelu_bwd, gelu_ref, gelu_bwd_ref, F.gelu, "z", (), nn.GELU),
     "gelu_tanh": Activation(
@@ -238,7 +266,13 @@ ACTIVATIONS: dict[str, Activation] = {
     ),
     "silu": Activation(silu, silu_bwd, silu_ref, silu_bwd_ref, F.silu, "z", (), nn.SiLU),
     "relu_squared": Activation(
-        relu_squared, relu_squared_bwd, relu_squared_ref, relu_squared_bwd_ref, lambda z: F.relu(z) ** 2, "z", (0.0,)
+        relu_squared,
+        relu_squared_bwd,
+        relu_squared_ref,
+        relu_squared_bwd_ref,
+        lambda z: F.relu(z) ** 2,
+        "z",
+        (0.0,),
     ),
 }
 

@@ -1,11 +1,14 @@
-"""The operations as torch.library operators: what `torch.compile` sees of them, one opaque node each way.
+"""The operations as torch.library operators: what `torch.compile` sees of them, one opaque node
+each way.
 
-An operator calls the launchers that eager mode calls, so a compiled network has the gradients of an eager one, bit for bit.
-Its fake implementation, which tells shapes to the compiler, is the same function by the reference, run on fake tensors.
-Eager mode does not come through here: the wrapper of an operator costs tens of µs a call.
+An operator calls the launchers that eager mode calls, so a compiled network has the gradients of an
+eager one, bit for bit. Its fake implementation, which tells shapes to the compiler, is the same
+function by the reference, run on fake tensors. Eager mode does not come through here: the wrapper
+of an operator costs tens of µs a call.
 
-An operator may return neither its inputs nor None. So a forward returns y and only what it computed beside it, a backward
-only the gradients that `needs` asks for; what the launchers know as `saved` is put together in between.
+An operator may return neither its inputs nor None. So a forward returns y and only what it computed
+beside it, a backward only the gradients that `needs` asks for; what the launchers know as `saved`
+is put together in between.
 """
 
 import torch
@@ -23,11 +26,15 @@ ops = torch.ops.handgrad
 
 
 def operator(schema: str, fake=None):
-    """Register the function below as the operator of this schema, and as its fake implementation unless there is another."""
+    """Register the function below as the operator of this schema, and as its fake implementation
+    unless there is another.
+    """
 
     def register(function):
         name, _, rest = schema.partition("(")
-        op = torch.library.custom_op(f"handgrad::{name}", function, mutates_args=(), schema=f"({rest}")
+        op = torch.library.custom_op(
+            f"handgrad::{name}", function, mutates_args=(), schema=f"({rest}"
+        )
         op.register_fake(fake or function)
         return op
 
@@ -35,7 +42,9 @@ def operator(schema: str, fake=None):
 
 
 def differentiable(op, bwd, saved, count) -> None:
-    """Give an operator its gradient: `bwd(dy, *saved(inputs, outputs), needs)`, those of its first `count` inputs."""
+    """Give an operator its gradient: `bwd(dy, *saved(inputs, outputs), needs)`, those of its first
+    `count` inputs.
+    """
 
     def setup_context(ctx, inputs, output):
         ctx.set_materialize_grads(False)
@@ -60,15 +69,21 @@ def spread(tensors, present) -> list:
     return [next(tensors) if here else None for here in present]
 
 
-# mlp, and linear as a stack of one. Parameters: all weights, then the biases that `bias` says there are. Outputs: y, the
-# outputs of the hidden layers, the pre-activations of the layers whose derivative needs them.
+# mlp, and linear as a stack of one. Parameters: all weights, then the biases that `bias` says there
+# are. Outputs: y, the outputs of the hidden layers, the pre-activations of the layers whose
+# derivative needs them.
 
 
 def _needed(layers, activation, output_activation) -> list[str]:
-    return [activations.get(a, "mlp").needs for a in [activation] * (layers - 1) + [output_activation]]
+    return [
+        activations.get(a, "mlp").needs for a in [activation] * (layers - 1) + [output_activation]
+    ]
 
 
-@operator("mlp(Tensor x, Tensor[] parameters, bool[] bias, str activation, str output_activation) -> Tensor[]")
+@operator(
+    "mlp(Tensor x, Tensor[] parameters, bool[] bias, str activation, str output_activation) -> "
+    "Tensor[]"
+)
 def mlp_op(x, parameters, bias, *acts):
     layers = len(bias)
     y, saved = mlp_fwd(x, parameters[:layers], spread(parameters[layers:], bias), *acts)
@@ -76,7 +91,10 @@ def mlp_op(x, parameters, bias, *acts):
     return dense(y, *hidden, *(s for s, needs in zip(kept, _needed(layers, *acts)) if needs == "z"))
 
 
-@operator("mlp_bwd(Tensor dy, Tensor?[] saved, bool[] bias, str activation, str output_activation, bool[] needs) -> Tensor[]")
+@operator(
+    "mlp_bwd(Tensor dy, Tensor?[] saved, bool[] bias, str activation, str output_activation, "
+    "bool[] needs) -> Tensor[]"
+)
 def mlp_bwd_op(dy, saved, bias, activation, output_activation, needs):
     dx, dws, dbs = mlp_bwd(dy, len(bias), bias, activation, output_activation, *saved, needs=needs)
     return dense(dx, *dws, *dbs)
@@ -93,7 +111,9 @@ def _mlp_setup(ctx, inputs, output):
 
 
 def _mlp_backward(ctx, dys):
-    """As in `differentiable`, but the gradients of parameters are a list, and of biases that are absent there is none."""
+    """As in `differentiable`, but the gradients of parameters are a list, and of biases that are
+    absent there is none.
+    """
     needs_x, needs_parameters = ctx.needs_input_grad[:2]
     present = [True] * (1 + len(ctx.bias)) + ctx.bias
     needs = [bool(n) for n in spread([needs_x, *needs_parameters], present)]
@@ -105,14 +125,20 @@ def _mlp_backward(ctx, dys):
 mlp_op.register_autograd(_mlp_backward, setup_context=_mlp_setup)
 
 
-# The losses. Outputs: the loss, ∂ℓ/∂z, ∂ℓ/∂t if the target wants it, and the mean's denominator, always a tensor here.
+# The losses. Outputs: the loss, ∂ℓ/∂z, ∂ℓ/∂t if the target wants it, and the mean's denominator,
+# always a tensor here.
 
 
 def _loss_outputs(loss, grad, dtarget, denominator, reduction):
     if reduction != "mean":
         denominator = None
     elif not isinstance(denominator, torch.Tensor):
-        denominator = torch.full((), denominator, dtype=torch.promote_types(loss.dtype, torch.float32), device=loss.device)
+        denominator = torch.full(
+            (),
+            denominator,
+            dtype=torch.promote_types(loss.dtype, torch.float32),
+            device=loss.device,
+        )
     return dense(loss, grad, dtarget, denominator)
 
 
@@ -121,7 +147,8 @@ def _loss_saved(outputs, target_grad, reduction):
 
 
 @operator(
-    "cross_entropy(Tensor logits, Tensor target, Tensor? weight, int ignore_index, str reduction, float label_smoothing, "
+    "cross_entropy(Tensor logits, Tensor target, Tensor? weight, int ignore_index, str "
+    "reduction, float label_smoothing, "
     "bool target_grad) -> Tensor[]"
 )
 def cross_entropy_op(*args):
@@ -130,18 +157,25 @@ def cross_entropy_op(*args):
 
 
 @operator(
-    "cross_entropy_bwd(Tensor dy, Tensor grad, Tensor? dtarget, Tensor? denominator, str reduction, bool[] needs) -> Tensor[]"
+    "cross_entropy_bwd(Tensor dy, Tensor grad, Tensor? dtarget, Tensor? denominator, str "
+    "reduction, bool[] needs) -> Tensor[]"
 )
 def cross_entropy_bwd_op(*args):
     grads = cross_entropy_bwd(*args[:-1], needs=args[-1])
     return dense(*(g if needed else None for g, needed in zip(grads, args[-1])))
 
 
-differentiable(cross_entropy_op, ops.cross_entropy_bwd, lambda inputs, outputs: _loss_saved(outputs, inputs[6], inputs[4]), 2)
+differentiable(
+    cross_entropy_op,
+    ops.cross_entropy_bwd,
+    lambda inputs, outputs: _loss_saved(outputs, inputs[6], inputs[4]),
+    2,
+)
 
 
 @operator(
-    "linear_cross_entropy(Tensor x, Tensor w, Tensor? b, Tensor target, Tensor? weight, int ignore_index, str reduction, "
+    "linear_cross_entropy(Tensor x, Tensor w, Tensor? b, Tensor target, Tensor? weight, int "
+    "ignore_index, str reduction, "
     "float label_smoothing) -> Tensor[]"
 )
 def linear_cross_entropy_op(*args):
@@ -150,7 +184,8 @@ def linear_cross_entropy_op(*args):
 
 
 @operator(
-    "linear_cross_entropy_bwd(Tensor dy, Tensor x, Tensor w, bool bias, Tensor grad, Tensor? dtarget, Tensor? denominator, "
+    "linear_cross_entropy_bwd(Tensor dy, Tensor x, Tensor w, bool bias, Tensor grad, Tensor? "
+    "dtarget, Tensor? denominator, "
     "str reduction, bool[] needs) -> Tensor[]"
 )
 def linear_cross_entropy_bwd_op(*args):
@@ -162,7 +197,9 @@ def _linear_cross_entropy_saved(inputs, outputs):
     return x, w, b is not None, *_loss_saved(outputs, False, inputs[6])
 
 
-differentiable(linear_cross_entropy_op, ops.linear_cross_entropy_bwd, _linear_cross_entropy_saved, 3)
+differentiable(
+    linear_cross_entropy_op, ops.linear_cross_entropy_bwd, _linear_cross_entropy_saved, 3
+)
 
 
 @operator("mse_loss(Tensor x, Tensor t, str reduction) -> Tensor[]")
@@ -178,8 +215,9 @@ def mse_bwd_op(dy, x, t, reduction, needs):
 differentiable(mse_op, ops.mse_loss_bwd, lambda inputs, outputs: inputs, 2)
 
 
-# conv2d. Padding is two numbers unless it has a name. Outputs: y, z if the derivative needs it, the winners if it pools.
-# The fakes make shapes alone: torch's convolution asks how large the batch is, and another answer would compile anew.
+# conv2d. Padding is two numbers unless it has a name. Outputs: y, z if the derivative needs it, the
+# winners if it pools. The fakes make shapes alone: torch's convolution asks how large the batch is,
+# and another answer would compile anew.
 
 
 def _conv2d_fake(x, w, b, stride, padding, named_padding, activation, max_pool, dilation, groups):
@@ -192,21 +230,33 @@ def _conv2d_fake(x, w, b, stride, padding, named_padding, activation, max_pool, 
 
 
 def _conv2d_bwd_fake(dy, x, w, s, winner, bias, activation, g, needs):
-    return [x.new_empty(shape) for shape, needed in zip((x.shape, w.shape, w.shape[:1]), needs) if needed]
+    return [
+        x.new_empty(shape)
+        for shape, needed in zip((x.shape, w.shape, w.shape[:1]), needs)
+        if needed
+    ]
 
 
 @operator(
-    "conv2d(Tensor x, Tensor w, Tensor? b, int[] stride, int[] padding, str named_padding, str activation, int[] max_pool, "
+    "conv2d(Tensor x, Tensor w, Tensor? b, int[] stride, int[] padding, str named_padding, str "
+    "activation, int[] max_pool, "
     "int[] dilation, int groups) -> Tensor[]",
     _conv2d_fake,
 )
 def conv2d_op(x, w, b, stride, padding, named_padding, activation, *options):
-    y, (_, _, s, winner, *_) = conv2d_fwd(x, w, b, stride, named_padding or padding, activation, *options)
-    return dense(y, s if activations.get(activation).needs == "z" else None, None if winner is None else winner.int())
+    y, (_, _, s, winner, *_) = conv2d_fwd(
+        x, w, b, stride, named_padding or padding, activation, *options
+    )
+    return dense(
+        y,
+        s if activations.get(activation).needs == "z" else None,
+        None if winner is None else winner.int(),
+    )
 
 
 @operator(
-    "conv2d_bwd(Tensor dy, Tensor x, Tensor w, Tensor? s, Tensor? winner, bool bias, str activation, int[] geometry, "
+    "conv2d_bwd(Tensor dy, Tensor x, Tensor w, Tensor? s, Tensor? winner, bool bias, str "
+    "activation, int[] geometry, "
     "bool[] needs) -> Tensor[]",
     _conv2d_bwd_fake,
 )
@@ -219,7 +269,15 @@ def _conv2d_saved(inputs, outputs):
     g = geometry(w.shape[2:], stride, named_padding or padding, dilation, max_pool)
     needs = activations.get(activation).needs
     y, z, winner = spread(outputs, (True, needs == "z", g.pooled))
-    return x, w, {"nothing": None, "y": y, "z": z}[needs], winner, b is not None, activation, list(g)
+    return (
+        x,
+        w,
+        {"nothing": None, "y": y, "z": z}[needs],
+        winner,
+        b is not None,
+        activation,
+        list(g),
+    )
 
 
 differentiable(conv2d_op, ops.conv2d_bwd, _conv2d_saved, 3)
@@ -243,13 +301,19 @@ def _cross_entropy(logits, target, *options):
 
 
 def _conv2d(x, w, b, stride, padding, activation, max_pool, dilation, groups):
-    stride, max_pool, dilation = ([v, v] if isinstance(v, int) else list(v) for v in (stride, max_pool, dilation))
+    stride, max_pool, dilation = (
+        [v, v] if isinstance(v, int) else list(v) for v in (stride, max_pool, dilation)
+    )
     named = padding if isinstance(padding, str) else ""
     padding = [0, 0] if named else [padding, padding] if isinstance(padding, int) else list(padding)
     return ops.conv2d(x, w, b, stride, padding, named, activation, max_pool, dilation, groups)
 
 
 launch.operators.update(
-    mlp=_mlp, linear=_linear, cross_entropy=_cross_entropy, linear_cross_entropy=ops.linear_cross_entropy,
-    mse_loss=ops.mse_loss, conv2d=_conv2d,
-)  # fmt: skip
+    mlp=_mlp,
+    linear=_linear,
+    cross_entropy=_cross_entropy,
+    linear_cross_entropy=ops.linear_cross_entropy,
+    mse_loss=ops.mse_loss,
+    conv2d=_conv2d,
+)

@@ -14,19 +14,23 @@ def mutating(schema: str):
     def register(function):
         name, _, rest = schema.partition("(")
         mutated = [argument.split()[-1] for argument in rest.split(",") if "!" in argument]
-        op = torch.library.custom_op(f"handgrad::{name}", function, mutates_args=mutated, schema=f"({rest}")
+        op = torch.library.custom_op(
+            f"handgrad::{name}", function, mutates_args=mutated, schema=f"({rest}"
+        )
         op.register_fake(lambda *args: None)
         return op
 
     return register
 
 
-# A learning rate, or step, that is a tensor is given beside the number, which is then ignored. Without momentum there are no
-# buffers: sgd's own convention, the parameters twice, would be mutated under two names.
+# A learning rate, or step, that is a tensor is given beside the number, which is then ignored.
+# Without momentum there are no buffers: sgd's own convention, the parameters twice, would be
+# mutated under two names.
 
 
 @mutating(
-    "sgd(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] buffers, Tensor? lr_tensor, float lr, float momentum, "
+    "sgd(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] buffers, Tensor? lr_tensor, float lr, "
+    "float momentum, "
     "float dampening, float weight_decay, bool nesterov, bool maximize, bool first) -> ()"
 )
 def sgd_op(params, grads, buffers, lr_tensor, lr, *options):
@@ -34,8 +38,10 @@ def sgd_op(params, grads, buffers, lr_tensor, lr, *options):
 
 
 @mutating(
-    "adam(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor? step_tensor, "
-    "float step, Tensor? lr_tensor, float lr, float[] betas, float eps, float weight_decay, bool decoupled, bool maximize) -> ()"
+    "adam(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor? step_tensor, "
+    "float step, Tensor? lr_tensor, float lr, float[] betas, float eps, float weight_decay, bool "
+    "decoupled, bool maximize) -> ()"
 )
 def adam_op(params, grads, exp_avgs, exp_avg_sqs, step_tensor, step, lr_tensor, lr, *options):
     step, lr = step if step_tensor is None else step_tensor, lr if lr_tensor is None else lr_tensor
@@ -51,7 +57,9 @@ def _sgd(params, grads, buffers, lr, momentum, *options):
 
 
 def _adam(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, *options):
-    ops.adam(params, grads, exp_avgs, exp_avg_sqs, *_number(step), *_number(lr), list(betas), *options)
+    ops.adam(
+        params, grads, exp_avgs, exp_avg_sqs, *_number(step), *_number(lr), list(betas), *options
+    )
 
 
 launch.operators.update(sgd=_sgd, adam=_adam)

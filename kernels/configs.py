@@ -1,7 +1,9 @@
-"""Pinned tile configurations: by (kernel, architecture, dtype, shape bucket), with a heuristic where nothing is pinned.
+"""Pinned tile configurations: by (kernel, architecture, dtype, shape bucket), with a heuristic
+where nothing is pinned.
 
-No autotuner: tuning costs tens of seconds a shape, its winner changes the summation order from run to run, and several
-configurations cannot run in the interpreter. An entry for PINNED comes from a table of `python -m bench` on that GPU.
+No autotuner: tuning costs tens of seconds a shape, its winner changes the summation order from run
+to run, and several configurations cannot run in the interpreter. An entry for PINNED comes from a
+table of `python -m bench` on that GPU.
 """
 
 from typing import NamedTuple
@@ -13,7 +15,9 @@ from . import launch
 
 
 class Config(NamedTuple):
-    """Tile sizes of a product [BLOCK_M, BLOCK_N] += [BLOCK_M, BLOCK_K] · [BLOCK_K, BLOCK_N], and how it is launched."""
+    """Tile sizes of a product [BLOCK_M, BLOCK_N] += [BLOCK_M, BLOCK_K] · [BLOCK_K, BLOCK_N], and
+    how it is launched.
+    """
 
     BLOCK_M: int
     BLOCK_N: int
@@ -26,7 +30,8 @@ class Config(NamedTuple):
 # Empty: nothing has been measured on a GPU yet.
 PINNED: dict[tuple[str, str, str, str], Config] = {}
 
-# Heuristic by element type and bucket. ieee products run on the FMA units, which unroll K: K tiles stay at 16.
+# Heuristic by element type and bucket. ieee products run on the FMA units, which unroll K: K tiles
+# stay at 16.
 _HEURISTIC = {
     ("half", "large"): Config(128, 128, 64, 8, 3),
     ("half", "small"): Config(64, 64, 64, 8, 3),
@@ -45,37 +50,47 @@ BUCKETS = ("large", "small", "tiny")
 
 
 def bucket(m: int, n: int, sms: int) -> str:
-    """`large` when 128 × 128 tiles of an m × n result keep half the device busy, `tiny` when a side is at most 32."""
+    """`large` when 128 × 128 tiles of an m × n result keep half the device busy, `tiny` when a side
+    is at most 32.
+    """
     if min(m, n) <= 32:
         return "tiny"
     return "large" if -(-m // 128) * -(-n // 128) * 2 >= max(sms, 64) else "small"
 
 
 def lookup(kernel: str, arch: str, precision: str, size: str) -> Config:
-    """The pinned configuration, or the heuristic one cut to what the architecture can hold in shared memory."""
+    """The pinned configuration, or the heuristic one cut to what the architecture can hold in
+    shared memory.
+    """
     if (kernel, arch, precision, size) in PINNED:
         return PINNED[kernel, arch, precision, size]
-    # Triton has no tensor cores on Turing: every product runs on the FMA units there, and wider tiles spill.
+    # Triton has no tensor cores on Turing: every product runs on the FMA units there, and wider
+    # tiles spill.
     config = _HEURISTIC["ieee" if arch == "sm_75" else precision, size]
     # Turing has 64 KiB and no asynchronous copies, AMD 64 KiB: deeper pipelines would not fit.
     return config._replace(num_stages=2) if arch == "sm_75" or arch.startswith("gfx") else config
 
 
 def product(kernel: str, like: torch.Tensor, m: int, n: int, heavy: bool = False) -> dict:
-    """Keyword arguments of a product kernel whose result is m × n, on the device and in the dtype of `like`.
+    """Keyword arguments of a product kernel whose result is m × n, on the device and in the dtype
+    of `like`.
 
-    heavy: its epilogue takes so many registers (act' of z, Adam) that a thread's share of 128 × 128 would spill.
+    heavy: its epilogue takes so many registers (act' of z, Adam) that a thread's share of 128 × 128
+    would spill.
     """
     precision = launch.dot_precision()
     size = bucket(m, n, launch.sm_count(like.device))
-    config = lookup(kernel, launch.arch(like.device), precision if like.dtype == torch.float32 else "half", size)
+    config = lookup(
+        kernel, launch.arch(like.device), precision if like.dtype == torch.float32 else "half", size
+    )
     if heavy and config.BLOCK_N == 128:
         config = config._replace(BLOCK_N=64)
     return dict(config._asdict(), PRECISION=precision)
 
 
 def convolution(kernel: str, like: torch.Tensor, m: int, n: int) -> dict:
-    """As `product`, for a convolution: an address and a mask for every element of a patch take registers, so tiles are small.
+    """As `product`, for a convolution: an address and a mask for every element of a patch take
+    registers, so tiles are small.
 
     Rows, the many, are cut until every processor has a tile; columns, often few, are padded to 16.
     """
@@ -85,7 +100,11 @@ def convolution(kernel: str, like: torch.Tensor, m: int, n: int) -> dict:
     if key in PINNED:
         return dict(PINNED[key]._asdict(), PRECISION=precision)
     block_m, block_n = (max(16, triton.next_power_of_2(size)) for size in (m, n))
-    block_m, block_n, block_k = min(64, block_m), min(64 if kind == "half" else 32, block_n), 32 if kind == "half" else 16
+    block_m, block_n, block_k = (
+        min(64, block_m),
+        min(64 if kind == "half" else 32, block_n),
+        32 if kind == "half" else 16,
+    )
     while block_m > 16 and triton.cdiv(m, block_m) * triton.cdiv(n, block_n) < sms:
         block_m //= 2
     config = Config(block_m, block_n, block_k, 8 if block_m * block_n >= 1024 else 4, 2)
@@ -93,12 +112,16 @@ def convolution(kernel: str, like: torch.Tensor, m: int, n: int) -> dict:
 
 
 def all_registers(device) -> dict:
-    """The launch option without which ptxas stops at 80 registers, to fit a third block, and spills."""
+    """The launch option without which ptxas stops at 80 registers, to fit a third block, and
+    spills.
+    """
     return {"maxnreg": 255} if launch.arch(device).startswith("sm_") else {}
 
 
 class Training(NamedTuple):
-    """Tiles of the kernels that hold a whole training step, see `layers`: they bound registers whatever the network."""
+    """Tiles of the kernels that hold a whole training step, see `layers`: they bound registers
+    whatever the network.
+    """
 
     columns: int  # of a layer, computed at once
     block_k: int  # input features read at once
@@ -113,13 +136,23 @@ class Training(NamedTuple):
 PINNED_TRAINING: dict[tuple[str, str, str, int, tuple[int, ...], int], Training] = {}
 
 
-def training(kernel: str, arch: str, precision: str, states: int, sizes: tuple[int, ...], block_m: int) -> Training:
-    """The pinned configuration, or tiles that fit the registers: checked by compiling, nothing of it is measured."""
+def training(
+    kernel: str, arch: str, precision: str, states: int, sizes: tuple[int, ...], block_m: int
+) -> Training:
+    """The pinned configuration, or tiles that fit the registers: checked by compiling, nothing of
+    it is measured.
+    """
     pinned = PINNED_TRAINING.get((kernel, arch, precision, states, tuple(sizes), block_m))
     if pinned:
         return pinned
     columns = max(16, min(64, 2048 // block_m))
-    block_k, rows = (64 if states == 0 else 32, 8) if kernel == "exchange" else (16 if precision == "ieee" else 32, 16)
-    if not arch.startswith("sm_"):  # a lane of AMD's has twice the registers; its products want 16 rows
+    block_k, rows = (
+        (64 if states == 0 else 32, 8)
+        if kernel == "exchange"
+        else (16 if precision == "ieee" else 32, 16)
+    )
+    if not arch.startswith(
+        "sm_"
+    ):  # a lane of AMD's has twice the registers; its products want 16 rows
         return Training(columns, 16, 16, 16, num_warps=4, num_stages=1)
     return Training(columns, block_k, 16, rows, num_warps=8, num_stages=3)

@@ -1,17 +1,21 @@
-"""Convolution of images with its activation and max-pooling: y = max_pool(act(z)), z = conv(x, w) + b.
+"""Convolution of images with its activation and max-pooling: y = max_pool(act(z)), z = conv(x, w) +
+b.
 
     x (N, C, H, W)   w (O, C, KH, KW)   b (O,)   z (N, O, OH, OW)   y (N, O, OH // PH, OW // PW)
 
-    z[n, o, oh, ow] = b[o] + Σ_{c, kh, kw} w[o, c, kh, kw] x[n, c, oh·SH - TOP + kh·DH, ow·SW - LEFT + kw·DW]
+    z[n, o, oh, ow] = b[o] + Σ_{c, kh, kw} w[o, c, kh, kw] x[n, c, oh·SH - TOP + kh·DH, ow·SW - LEFT
+    + kw·DW]
     y[n, o, i, j]   = max of act(z) over the window of PH × PW outputs at (i·PH, j·PW)
 
-It is a product: a row of patches of x, with columns k = (c, kh, kw), times w; no kernel stores the patches.
+It is a product: a row of patches of x, with columns k = (c, kh, kw), times w; no kernel stores the
+patches.
 
-Backward, from dy of y's shape. Of each window only its winner, the first maximum, has a gradient, so the forward keeps the
-winner's place and its y or z, and neither z nor act(z) whole:
+Backward, from dy of y's shape. Of each window only its winner, the first maximum, has a gradient,
+so the forward keeps the winner's place and its y or z, and neither z nor act(z) whole:
     dz[winner] = dy ⊙ act'     and 0 elsewhere
     dw[o, k] = Σ_m dz[m, o] patch[m, k],   db[o] = Σ_m dz[m, o]          m = (n, oh, ow)
-    dx[n, c, h, w] = Σ_{o, kh, kw} w[o, c, kh, kw] dz[n, o, oh, ow]      over the outputs that (h, w) took part in
+    dx[n, c, h, w] = Σ_{o, kh, kw} w[o, c, kh, kw] dz[n, o, oh, ow]      over the outputs that (h,
+        w) took part in
 Its kernels stand in `conv_bwd`.
 """
 
@@ -26,27 +30,47 @@ from .patches import check_conv, load_patches, locate, unravel
 from .tiles import cast, dot
 
 
-def conv2d_fwd_ref(x, w, b=None, stride=1, padding=0, activation="identity", max_pool=1, dilation=1, groups=1):
+def conv2d_fwd_ref(
+    x, w, b=None, stride=1, padding=0, activation="identity", max_pool=1, dilation=1, groups=1
+):
     """The reference of `conv2d_fwd`: same arguments, same results, plain torch."""
     act = activations.get(activation, "conv2d")
     g = check_conv(x, w, b, stride, padding, dilation, max_pool, groups)
     images = x if x.dim() == 4 else x.unsqueeze(0)
     z = F.conv2d(pad_end(images, g), w, b, (g.SH, g.SW), (g.TOP, g.LEFT), (g.DH, g.DW))
-    y = act.forward_ref(z, out=z if act.needs == "y" and not (z.requires_grad or launch.watched()) else None)
+    y = act.forward_ref(
+        z, out=z if act.needs == "y" and not (z.requires_grad or launch.watched()) else None
+    )
     winner = None
     if g.pooled:
         y, winner = _max_pool_ref(y, (g.PH, g.PW))
-        z = z.flatten(2).gather(2, winner.long().flatten(2)).view_as(y) if act.needs == "z" else None
+        z = (
+            z.flatten(2).gather(2, winner.long().flatten(2)).view_as(y)
+            if act.needs == "z"
+            else None
+        )
     y = y if x.dim() == 4 else y.squeeze(0)
-    return y, (x, w, {"nothing": None, "y": y, "z": z}[act.needs], winner, b is not None, activation, g)
+    return y, (
+        x,
+        w,
+        {"nothing": None, "y": y, "z": z}[act.needs],
+        winner,
+        b is not None,
+        activation,
+        g,
+    )
 
 
 def _max_pool_ref(y, pool):
-    """max_pool2d and the place of each winner in its plane, with the longer of batch and channels innermost.
+    """max_pool2d and the place of each winner in its plane, with the longer of batch and channels
+    innermost.
 
-    torch vectorises over the channels of channels-last images, and for pooling batch and channels are the same thing.
+    torch vectorises over the channels of channels-last images, and for pooling batch and channels
+    are the same thing.
     """
-    if launch.watched():  # vmap knows no channels-last, and a compiler should not learn which is longer
+    if (
+        launch.watched()
+    ):  # vmap knows no channels-last, and a compiler should not learn which is longer
         y, winner = F.max_pool2d(y, pool, return_indices=True)
         return y, winner.int()
     swap = y.shape[0] > y.shape[1]
@@ -58,15 +82,39 @@ def _max_pool_ref(y, pool):
 
 @triton.jit
 def conv2d_fwd_kernel(
-    y_ptr, s_ptr, winner_ptr, x_ptr, w_ptr, b_ptr, M, O, K, H, W, height, width, OW,
-    stride_xn, stride_xc, stride_xh, stride_xw, stride_wo, stride_wk, stride_b,
-    G: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    y_ptr,
+    s_ptr,
+    winner_ptr,
+    x_ptr,
+    w_ptr,
+    b_ptr,
+    M,
+    O,
+    K,
+    H,
+    W,
+    height,
+    width,
+    OW,
+    stride_xn,
+    stride_xc,
+    stride_xh,
+    stride_xw,
+    stride_wo,
+    stride_wk,
+    stride_b,
+    G: tl.constexpr,
+    ACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """One tile of y (N, O, height, width): rows m = (n, i, j) are pooled outputs, columns o.
 
-    For each element of the window, one product of the tile's patches with w; the maximum of act(z) stays in registers,
-    with its place where winner_ptr and its z where s_ptr is not None. Compared before rounding to y's type.
+    For each element of the window, one product of the tile's patches with w; the maximum of act(z)
+    stays in registers, with its place where winner_ptr and its z where s_ptr is not None. Compared
+    before rounding to y's type.
     """
     image, start = locate(tl.program_id(0).to(tl.int64) * BLOCK_M, height, width)
     flat = start + tl.arange(0, BLOCK_M)
@@ -85,20 +133,42 @@ def conv2d_fwd_kernel(
         z = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for first in range(0, K, BLOCK_K):
             k = first + tl.arange(0, BLOCK_K)
-            patches = load_patches(x_ptr, n, oh, ow, k, mask_m, k < K, H, W,
-                                   stride_xn, stride_xc, stride_xh, stride_xw, G)  # fmt: skip
-            w_ptrs = w_ptr + o.to(tl.int64)[None, :] * stride_wo + k.to(tl.int64)[:, None] * stride_wk
-            weights = tl.load(w_ptrs, mask=(k < K)[:, None] & (o < O)[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
+            patches = load_patches(
+                x_ptr,
+                n,
+                oh,
+                ow,
+                k,
+                mask_m,
+                k < K,
+                H,
+                W,
+                stride_xn,
+                stride_xc,
+                stride_xh,
+                stride_xw,
+                G,
+            )
+            w_ptrs = (
+                w_ptr + o.to(tl.int64)[None, :] * stride_wo + k.to(tl.int64)[:, None] * stride_wk
+            )
+            weights = tl.load(
+                w_ptrs, mask=(k < K)[:, None] & (o < O)[None, :], other=0.0
+            )  # [BLOCK_K, BLOCK_N]
             z = dot(patches, weights, z, PRECISION)
         z += bias[None, :]
         y = ACT(z)
-        higher = (y > best) | (y != y) | (element == 0)  # the first maximum wins, but any NaN: as torch
+        higher = (
+            (y > best) | (y != y) | (element == 0)
+        )  # the first maximum wins, but any NaN: as torch
         best = tl.where(higher, y, best)
         if s_ptr is not None:
             best_z = tl.where(higher, z, best_z)
         if winner_ptr is not None:
             winner = tl.where(higher, (oh * OW + ow)[:, None], winner)
-    offs = (n * O * (height * width) + (i * width + j))[:, None] + (o.to(tl.int64) * (height * width))[None, :]
+    offs = (n * O * (height * width) + (i * width + j))[:, None] + (
+        o.to(tl.int64) * (height * width)
+    )[None, :]
     mask = mask_m[:, None] & (o < O)[None, :]
     tl.store(y_ptr + offs, cast(best, y_ptr.dtype.element_ty), mask=mask)
     if s_ptr is not None:
@@ -107,14 +177,17 @@ def conv2d_fwd_kernel(
         tl.store(winner_ptr + offs, winner, mask=mask)
 
 
-def conv2d_fwd(x, w, b=None, stride=1, padding=0, activation="identity", max_pool=1, dilation=1, groups=1):
+def conv2d_fwd(
+    x, w, b=None, stride=1, padding=0, activation="identity", max_pool=1, dilation=1, groups=1
+):
     """y = max_pool(act(conv(x, w) + b)) in one kernel, and what `conv2d_bwd` takes after dy.
 
-    x (N, C, H, W) or (C, H, W), w (O, C, KH, KW), b (O,) or None, of one dtype; any strides (w is made contiguous).
-    stride, padding, dilation as `torch.nn.functional.conv2d`; max_pool: a window, which is its own stride, as `max_pool2d`.
-    Saved: the place of each window's winner (int32) and, of y's size, y or z. Float32 accumulation, deterministic.
-    Reads x KH·KW times, mostly from cache, for each column of tiles; writes y and what is saved once.
-    ValueError: shapes that do not fit, groups other than 1, mixed dtypes or devices, an unknown activation.
+    x (N, C, H, W) or (C, H, W), w (O, C, KH, KW), b (O,) or None, of one dtype; any strides (w is
+    made contiguous). stride, padding, dilation as `torch.nn.functional.conv2d`; max_pool: a window,
+    which is its own stride, as `max_pool2d`. Saved: the place of each window's winner (int32) and,
+    of y's size, y or z. Float32 accumulation, deterministic. Reads x KH·KW times, mostly from
+    cache, for each column of tiles; writes y and what is saved once. ValueError: shapes that do not
+    fit, groups other than 1, mixed dtypes or devices, an unknown activation.
     """
     act = activations.get(activation, "conv2d")
     g = check_conv(x, w, b, stride, padding, dilation, max_pool, groups)
@@ -130,11 +203,39 @@ def conv2d_fwd(x, w, b=None, stride=1, padding=0, activation="identity", max_poo
     winner = x.new_empty(shape, dtype=torch.int32) if g.pooled else None
     flat = w.flatten(1)
     config = configs.convolution("conv2d_fwd", x, M, O)
-    launch.run(conv2d_fwd_kernel, (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(O, config["BLOCK_N"])), y, z, winner,
-               images, flat, b, M, O, flat.shape[1], H, W, *shape[2:], OW, *images.stride(), *flat.stride(),
-               0 if b is None else b.stride(0), G=g, ACT=act.forward, **config)  # fmt: skip
+    launch.run(
+        conv2d_fwd_kernel,
+        (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(O, config["BLOCK_N"])),
+        y,
+        z,
+        winner,
+        images,
+        flat,
+        b,
+        M,
+        O,
+        flat.shape[1],
+        H,
+        W,
+        *shape[2:],
+        OW,
+        *images.stride(),
+        *flat.stride(),
+        0 if b is None else b.stride(0),
+        G=g,
+        ACT=act.forward,
+        **config,
+    )
     y = y if x.dim() == 4 else y.squeeze(0)
-    return y, (x, w, {"nothing": None, "y": y, "z": z}[act.needs], winner, b is not None, activation, g)
+    return y, (
+        x,
+        w,
+        {"nothing": None, "y": y, "z": z}[act.needs],
+        winner,
+        b is not None,
+        activation,
+        g,
+    )
 
 
 class Conv2dFunction(torch.autograd.Function):
@@ -149,14 +250,28 @@ class Conv2dFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         needs = ctx.needs_input_grad[:3]
-        return *launch.differentiate(ctx, dy, conv2d_bwd, conv2d_fwd_ref, conv2d_bwd_ref, needs), *(None,) * 6
+        return *launch.differentiate(ctx, dy, conv2d_bwd, conv2d_fwd_ref, conv2d_bwd_ref, needs), *(
+            None,
+        ) * 6
 
 
-def conv2d(input, weight, bias=None, stride=1, padding=0, activation="identity", max_pool=1, dilation=1, groups=1):
-    """max_pool2d(act(conv2d(input, weight, bias, stride, padding, dilation)), max_pool), as in `torch.nn.functional`.
+def conv2d(
+    input,
+    weight,
+    bias=None,
+    stride=1,
+    padding=0,
+    activation="identity",
+    max_pool=1,
+    dilation=1,
+    groups=1,
+):
+    """max_pool2d(act(conv2d(input, weight, bias, stride, padding, dilation)), max_pool), as in
+    `torch.nn.functional`.
 
-    input (N, in, H, W) or (in, H, W), weight (out, in, KH, KW), bias (out,) or None; stride, dilation and max_pool an integer
-    or two; padding likewise, "same" or "valid"; groups must be 1. Differentiable, twice too; float64 by the reference.
+    input (N, in, H, W) or (in, H, W), weight (out, in, KH, KW), bias (out,) or None; stride,
+    dilation and max_pool an integer or two; padding likewise, "same" or "valid"; groups must be 1.
+    Differentiable, twice too; float64 by the reference.
     """
     options = stride, padding, activation, max_pool, dilation, groups
     return launch.call("conv2d", Conv2dFunction, conv2d_fwd, input, weight, bias, *options)

@@ -10,7 +10,9 @@ from .linear import linear_bwd_reduce_kernel
 from .patches import load_patches, locate, unravel
 from .tiles import cast, dot
 
-NARROW = 64  # columns of patches: up to here the reference's dw is faster by a product than by a convolution with dz
+# columns of patches: up to here the reference's dw is faster by a product than by a convolution
+# with dz
+NARROW = 64
 MAX_SPLITS = 128  # of the batch in dw: a convolution has many positions and few weights
 
 
@@ -27,7 +29,8 @@ def conv2d_bwd_dz_ref(dy, s, winner, activation, g, size):
 
 def conv2d_bwd_dx_ref(dz, w, g, size):
     """The reference of `conv2d_bwd_dx`: the transposed convolution, as wide as the image."""
-    # What the stride left over at the end; where the padding is longer there, it gives one too many, cut off below.
+    # What the stride left over at the end; where the padding is longer there, it gives one too
+    # many, cut off below.
     reached = g.image_size(*dz.shape[2:])
     rest = [max(n - r, 0) for n, r in zip(size, reached)]
     dx = F.conv_transpose2d(dz, w, None, (g.SH, g.SW), (g.TOP, g.LEFT), rest, 1, (g.DH, g.DW))
@@ -35,23 +38,36 @@ def conv2d_bwd_dx_ref(dz, w, g, size):
 
 
 def conv2d_bwd_dw_ref(dz, x, g, bias=True):
-    """The reference of `conv2d_bwd_dw`: a product with the unfolded patches where they are narrow, else a correlation."""
+    """The reference of `conv2d_bwd_dw`: a product with the unfolded patches where they are narrow,
+    else a correlation.
+    """
     (N, O), C = dz.shape[:2], x.shape[1]
     db = dz.sum((0, 2, 3)) if bias else None
     if C * g.KH * g.KW <= NARROW or N == 0:
         padded = F.pad(x, (g.LEFT, g.RIGHT, g.TOP, g.BOTTOM))
-        windows = padded.unfold(2, g.DH * (g.KH - 1) + 1, g.SH).unfold(3, g.DW * (g.KW - 1) + 1, g.SW)
-        patches = windows[..., :: g.DH, :: g.DW].permute(0, 1, 4, 5, 2, 3).flatten(1, 3).flatten(2)  # (N, K, OH·OW)
+        windows = padded.unfold(2, g.DH * (g.KH - 1) + 1, g.SH).unfold(
+            3, g.DW * (g.KW - 1) + 1, g.SW
+        )
+        patches = (
+            windows[..., :: g.DH, :: g.DW].permute(0, 1, 4, 5, 2, 3).flatten(1, 3).flatten(2)
+        )  # (N, K, OH·OW)
         return torch.bmm(dz.flatten(2), patches.mT).sum(0).view(O, C, g.KH, g.KW), db
-    # x with batch and channels exchanged, dz as its kernel: the batch is summed, and the outputs' places are the taps.
+    # x with batch and channels exchanged, dz as its kernel: the batch is summed, and the outputs'
+    # places are the taps.
     x, dz = pad_end(x, g).transpose(0, 1), dz.transpose(0, 1)
     dw = F.conv2d(x, dz, None, (g.DH, g.DW), (g.TOP, g.LEFT), (g.SH, g.SW))
     return dw[:, :, : g.KH, : g.KW].transpose(0, 1).contiguous(), db
 
 
 def pad_end(x, g):
-    """x with the rows and columns by which its padding is longer at the end: torch pads both ends alike."""
-    return x if (g.TOP, g.LEFT) == (g.BOTTOM, g.RIGHT) else F.pad(x, (0, g.RIGHT - g.LEFT, 0, g.BOTTOM - g.TOP))
+    """x with the rows and columns by which its padding is longer at the end: torch pads both ends
+    alike.
+    """
+    return (
+        x
+        if (g.TOP, g.LEFT) == (g.BOTTOM, g.RIGHT)
+        else F.pad(x, (0, g.RIGHT - g.LEFT, 0, g.BOTTOM - g.TOP))
+    )
 
 
 def conv2d_bwd_ref(dy, x, w, s, winner, bias, activation, g, *, needs=(True, True, True)):
@@ -73,19 +89,38 @@ def _backward(dy, x, w, s, winner, bias, activation, g, needs, bwd_dz, bwd_dx, b
 
 @triton.jit
 def conv2d_bwd_dz_kernel(
-    dz_ptr, dy_ptr, s_ptr, winner_ptr, rows, O, OH, OW, height, width, stride_dyn, stride_dyo, stride_dyh, stride_dyw,
-    ACT_BWD: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    dz_ptr,
+    dy_ptr,
+    s_ptr,
+    winner_ptr,
+    rows,
+    O,
+    OH,
+    OW,
+    height,
+    width,
+    stride_dyn,
+    stride_dyo,
+    stride_dyh,
+    stride_dyw,
+    ACT_BWD: tl.constexpr,
+    G: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Forward was y = act(z) at the winner of each window, so dz = dy ⊙ act' there and 0 elsewhere.
 
-    A tile is BLOCK_M planes of BLOCK_N convolution outputs; each asks its window, of height × width, whether it won.
+    A tile is BLOCK_M planes of BLOCK_N convolution outputs; each asks its window, of height ×
+    width, whether it won.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     place = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     h = place // OW // G.PH
     w = place % OW // G.PW
     mask = (row < rows) & (place < OH * OW)
-    inside = mask & (h < height) & (w < width)  # a window that does not fit at the end pools nothing
+    inside = (
+        mask & (h < height) & (w < width)
+    )  # a window that does not fit at the end pools nothing
     dy_ptrs = dy_ptr + row // O * stride_dyn + row % O * stride_dyo + h.to(tl.int64) * stride_dyh
     dz = tl.load(dy_ptrs + w.to(tl.int64) * stride_dyw, mask=inside, other=0.0).to(tl.float32)
     pooled = row * height * width + h * width + w
@@ -98,14 +133,30 @@ def conv2d_bwd_dz_kernel(
 
 @triton.jit
 def conv2d_bwd_dx_kernel(
-    dx_ptr, dz_ptr, w_ptr, M, C, K, H, W, OH, OW, stride_wn, stride_wk,
-    G: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Forward was z[n, o, oh, ow] = Σ w[o, c, kh, kw] x[n, c, h, w] with h = oh·SH - TOP + kh·DH, and w likewise.
+    dx_ptr,
+    dz_ptr,
+    w_ptr,
+    M,
+    C,
+    K,
+    H,
+    W,
+    OH,
+    OW,
+    stride_wn,
+    stride_wk,
+    G: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Forward was z[n, o, oh, ow] = Σ w[o, c, kh, kw] x[n, c, h, w] with h = oh·SH - TOP + kh·DH,
+    and w likewise.
 
-    So dx[n, c, h, w] = Σ w[o, c, kh, kw] dz[n, o, oh, ow] over k = (o, kh, kw), with oh = (h + TOP - kh·DH) / SH where that
-    is a whole number in range. A tile's rows are pixels (n, h, w), its columns c: every pixel gathers, nothing is added
-    in memory.
+    So dx[n, c, h, w] = Σ w[o, c, kh, kw] dz[n, o, oh, ow] over k = (o, kh, kw), with oh = (h + TOP
+    - kh·DH) / SH where that is a whole number in range. A tile's rows are pixels (n, h, w), its
+    columns c: every pixel gathers, nothing is added in memory.
     """
     image, start = locate(tl.program_id(0).to(tl.int64) * BLOCK_M, H, W)
     flat = start + tl.arange(0, BLOCK_M)
@@ -121,27 +172,68 @@ def conv2d_bwd_dx_kernel(
         o = (k // TAPS).to(tl.int64)
         down = (h + G.TOP)[:, None] - (k // G.KW % G.KH * G.DH)[None, :]  # [BLOCK_M, BLOCK_K]
         right = (w + G.LEFT)[:, None] - (k % G.KW * G.DW)[None, :]
-        inside = (down >= 0) & (down < OH * G.SH) & (right >= 0) & (right < OW * G.SW) & mask_m[:, None] & (k < K)[None, :]
+        inside = (
+            (down >= 0)
+            & (down < OH * G.SH)
+            & (right >= 0)
+            & (right < OW * G.SW)
+            & mask_m[:, None]
+            & (k < K)[None, :]
+        )
         inside = inside & (down % G.SH == 0) & (right % G.SW == 0)
-        dz_ptrs = dz_ptr + images[:, None] + (o * (OH * OW))[None, :] + (down // G.SH * OW + right // G.SW)
+        dz_ptrs = (
+            dz_ptr
+            + images[:, None]
+            + (o * (OH * OW))[None, :]
+            + (down // G.SH * OW + right // G.SW)
+        )
         dz = tl.load(dz_ptrs, mask=inside, other=0.0)
-        w_ptrs = w_ptr + (o * stride_wn + k % TAPS * stride_wk)[:, None] + offs_c.to(tl.int64)[None, :] * TAPS * stride_wk
-        weights = tl.load(w_ptrs, mask=(k < K)[:, None] & mask_c[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
+        w_ptrs = (
+            w_ptr
+            + (o * stride_wn + k % TAPS * stride_wk)[:, None]
+            + offs_c.to(tl.int64)[None, :] * TAPS * stride_wk
+        )
+        weights = tl.load(
+            w_ptrs, mask=(k < K)[:, None] & mask_c[None, :], other=0.0
+        )  # [BLOCK_K, BLOCK_N]
         dx = dot(dz, weights, dx, PRECISION)
-    dx_ptrs = dx_ptr + (n * C * (H * W) + (h * W + w))[:, None] + (offs_c.to(tl.int64) * (H * W))[None, :]
+    dx_ptrs = (
+        dx_ptr + (n * C * (H * W) + (h * W + w))[:, None] + (offs_c.to(tl.int64) * (H * W))[None, :]
+    )
     tl.store(dx_ptrs, cast(dx, dx_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_c[None, :])
 
 
 @triton.jit
 def conv2d_bwd_dw_kernel(
-    dw_ptr, db_ptr, dz_ptr, x_ptr, M, O, K, rows, split_stride, H, W, OH, OW,
-    stride_xn, stride_xc, stride_xh, stride_xw,
-    G: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Forward was z[m, o] = Σ_k patch[m, k] w[o, k] + b[o], so dw[o, k] = Σ_m dz[m, o] patch[m, k], db[o] = Σ_m dz[m, o].
+    dw_ptr,
+    db_ptr,
+    dz_ptr,
+    x_ptr,
+    M,
+    O,
+    K,
+    rows,
+    split_stride,
+    H,
+    W,
+    OH,
+    OW,
+    stride_xn,
+    stride_xc,
+    stride_xh,
+    stride_xw,
+    G: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Forward was z[m, o] = Σ_k patch[m, k] w[o, k] + b[o], so dw[o, k] = Σ_m dz[m, o] patch[m, k],
+    db[o] = Σ_m dz[m, o].
 
-    A tile's rows are o, its columns k = (c, kh, kw), its sum runs over the positions m = (n, oh, ow) of one split. The
-    programs of the first column of tiles have dz in hand and sum db. Splits write apart, split_stride elements on.
+    A tile's rows are o, its columns k = (c, kh, kw), its sum runs over the positions m = (n, oh,
+    ow) of one split. The programs of the first column of tiles have dz in hand and sum db. Splits
+    write apart, split_stride elements on.
     """
     o = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -153,24 +245,48 @@ def conv2d_bwd_dw_kernel(
     for first in range(0, count, BLOCK_K):
         offs = first + tl.arange(0, BLOCK_K)
         n, oh, ow = unravel(image, start + offs, OH, OW)
-        dz_ptrs = dz_ptr + (o.to(tl.int64) * (OH * OW))[:, None] + (n * O * (OH * OW) + (oh * OW + ow))[None, :]
-        dz = tl.load(dz_ptrs, mask=(o < O)[:, None] & (offs < count)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
-        patches = load_patches(x_ptr, n, oh, ow, k, offs < count, k < K, H, W,
-                               stride_xn, stride_xc, stride_xh, stride_xw, G)  # fmt: skip
+        dz_ptrs = (
+            dz_ptr
+            + (o.to(tl.int64) * (OH * OW))[:, None]
+            + (n * O * (OH * OW) + (oh * OW + ow))[None, :]
+        )
+        dz = tl.load(
+            dz_ptrs, mask=(o < O)[:, None] & (offs < count)[None, :], other=0.0
+        )  # [BLOCK_M, BLOCK_K]
+        patches = load_patches(
+            x_ptr,
+            n,
+            oh,
+            ow,
+            k,
+            offs < count,
+            k < K,
+            H,
+            W,
+            stride_xn,
+            stride_xc,
+            stride_xh,
+            stride_xw,
+            G,
+        )
         dw = dot(dz, patches, dw, PRECISION)
         if db_ptr is not None:
             db += tl.sum(dz.to(tl.float32), axis=1)
     if db_ptr is not None:  # noqa: SIM102  known at compile time, unlike the next
         if tl.program_id(1) == 0:
-            tl.store(db_ptr + split * split_stride + o, cast(db, db_ptr.dtype.element_ty), mask=o < O)
+            tl.store(
+                db_ptr + split * split_stride + o, cast(db, db_ptr.dtype.element_ty), mask=o < O
+            )
     dw_ptrs = dw_ptr + split * split_stride + o.to(tl.int64)[:, None] * K + k[None, :]
     tl.store(dw_ptrs, cast(dw, dw_ptr.dtype.element_ty), mask=(o < O)[:, None] & (k < K)[None, :])
 
 
 def conv2d_bwd_dz(dy, s, winner, activation, g, size):
-    """dz (N, O, OH, OW), contiguous, from dy (N, O, height, width) of any strides and s and winner as saved.
+    """dz (N, O, OH, OW), contiguous, from dy (N, O, height, width) of any strides and s and winner
+    as saved.
 
-    size: of the images. One read of dy, s and winner, one write of dz, where at most one element of a window is not 0.
+    size: of the images. One read of dy, s and winner, one write of dz, where at most one element of
+    a window is not 0.
     """
     if launch.path(dy, s) == "torch":
         return conv2d_bwd_dz_ref(dy, s, winner, activation, g, size)
@@ -181,16 +297,33 @@ def conv2d_bwd_dz(dy, s, winner, activation, g, size):
     s, winner = (None if t is None else t.contiguous() for t in (s, winner))
     block_n = min(512, triton.next_power_of_2(OH * OW))
     block_m = 512 // block_n
-    launch.run(conv2d_bwd_dz_kernel, (triton.cdiv(N * O, block_m), triton.cdiv(OH * OW, block_n)), dz, dy, s, winner,
-               N * O, O, OH, OW, height, width, *dy.stride(), ACT_BWD=activations.get(activation).backward, G=g,
-               BLOCK_M=block_m, BLOCK_N=block_n)  # fmt: skip
+    launch.run(
+        conv2d_bwd_dz_kernel,
+        (triton.cdiv(N * O, block_m), triton.cdiv(OH * OW, block_n)),
+        dz,
+        dy,
+        s,
+        winner,
+        N * O,
+        O,
+        OH,
+        OW,
+        height,
+        width,
+        *dy.stride(),
+        ACT_BWD=activations.get(activation).backward,
+        G=g,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+    )
     return dz
 
 
 def conv2d_bwd_dx(dz, w, g, size):
     """dx (N, C, H, W) from a contiguous dz (N, O, OH, OW) and w (O, C, KH, KW); size is (H, W).
 
-    An implicit product: nothing is unfolded in memory. Float32 accumulation in a fixed order: deterministic.
+    An implicit product: nothing is unfolded in memory. Float32 accumulation in a fixed order:
+    deterministic.
     """
     if launch.path(dz, w) == "torch":
         return conv2d_bwd_dx_ref(dz, w, g, size)
@@ -200,15 +333,32 @@ def conv2d_bwd_dx(dz, w, g, size):
     w = w.flatten(1)
     config = configs.convolution("conv2d_bwd_dx", dz, M, C)
     grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(C, config["BLOCK_N"]))
-    launch.run(conv2d_bwd_dx_kernel, grid, dx, dz, w, M, C, O * g.KH * g.KW, H, W, OH, OW, *w.stride(), G=g, **config)
+    launch.run(
+        conv2d_bwd_dx_kernel,
+        grid,
+        dx,
+        dz,
+        w,
+        M,
+        C,
+        O * g.KH * g.KW,
+        H,
+        W,
+        OH,
+        OW,
+        *w.stride(),
+        G=g,
+        **config,
+    )
     return dx
 
 
 def conv2d_bwd_dw(dz, x, g, bias=True):
-    """dw (O, C, KH, KW) and db (O,), or None without bias, from a contiguous dz (N, O, OH, OW) and x (N, C, H, W).
+    """dw (O, C, KH, KW) and db (O,), or None without bias, from a contiguous dz (N, O, OH, OW) and
+    x (N, C, H, W).
 
-    The positions are split among programs that each write a float32 part; a second kernel adds the parts in a fixed
-    order, so two runs are bitwise equal. x may have any strides.
+    The positions are split among programs that each write a float32 part; a second kernel adds the
+    parts in a fixed order, so two runs are bitwise equal. x may have any strides.
     """
     if launch.path(dz, x) == "torch":
         return conv2d_bwd_dw_ref(dz, x, g, bias)
@@ -220,25 +370,68 @@ def conv2d_bwd_dw(dz, x, g, bias=True):
     splits, rows = _split(M, tiles[0] * tiles[1], dz.device)
     sizes = H, W, OH, OW, *x.stride()
     if splits == 1:
-        launch.run(conv2d_bwd_dw_kernel, (*tiles, 1), dw, db, dz, x, M, O, K, rows, 0, *sizes, G=g, **config)
+        launch.run(
+            conv2d_bwd_dw_kernel,
+            (*tiles, 1),
+            dw,
+            db,
+            dz,
+            x,
+            M,
+            O,
+            K,
+            rows,
+            0,
+            *sizes,
+            G=g,
+            **config,
+        )
         return dw, db
     size = O * K
     parts = dz.new_empty(splits, size + O, dtype=torch.float32)
-    launch.run(conv2d_bwd_dw_kernel, (*tiles, splits), parts, parts[:, size:] if bias else None, dz, x, M, O, K, rows,
-               size + O, *sizes, G=g, **config)  # fmt: skip
-    launch.run(linear_bwd_reduce_kernel, (triton.cdiv(size + O, 512),), dw, db, parts, size, O, splits, size + O,
-               BLOCK=512)  # fmt: skip
+    launch.run(
+        conv2d_bwd_dw_kernel,
+        (*tiles, splits),
+        parts,
+        parts[:, size:] if bias else None,
+        dz,
+        x,
+        M,
+        O,
+        K,
+        rows,
+        size + O,
+        *sizes,
+        G=g,
+        **config,
+    )
+    launch.run(
+        linear_bwd_reduce_kernel,
+        (triton.cdiv(size + O, 512),),
+        dw,
+        db,
+        parts,
+        size,
+        O,
+        splits,
+        size + O,
+        BLOCK=512,
+    )
     return dw, db
 
 
 def _split(M: int, tiles: int, device) -> tuple[int, int]:
-    """(splits, positions of each): at least 256 positions, no more splits than keep the device busy, 32-bit counts."""
+    """(splits, positions of each): at least 256 positions, no more splits than keep the device
+    busy, 32-bit counts.
+    """
     wanted = min(MAX_SPLITS, M // 256, launch.sm_count(device) // max(tiles, 1))
     rows = triton.cdiv(M, max(wanted, M >> 30, 1))
     return (triton.cdiv(M, rows), rows) if M else (1, 1)
 
 
 def conv2d_bwd(dy, x, w, s, winner, bias, activation, g, *, needs=(True, True, True)):
-    """(dx, dw, db) from dy of y's shape and what `conv2d_fwd` saved; None for each that `needs` says is not wanted."""
+    """(dx, dw, db) from dy of y's shape and what `conv2d_fwd` saved; None for each that `needs`
+    says is not wanted.
+    """
     parts = conv2d_bwd_dz, conv2d_bwd_dx, conv2d_bwd_dw
     return _backward(dy, x, w, s, winner, bias, activation, g, needs, *parts)

@@ -8,8 +8,9 @@
 One formula serves every kind of target. With class weights w and label smoothing ε:
     a label y:            q_c = w_c ((1 - ε) [c = y] + ε / C), all zero where y is `ignore_index`
     probabilities t:      q_c = w_c ((1 - ε) t_c + ε / C)
-The mean divides Σ ℓ by Σ w_y over the labels not ignored, or by the number of rows for probabilities, as torch does.
-The gradient is kept before that division, so that half precision does not underflow; the backward only scales it.
+The mean divides Σ ℓ by Σ w_y over the labels not ignored, or by the number of rows for
+probabilities, as torch does. The gradient is kept before that division, so that half precision does
+not underflow; the backward only scales it.
 """
 
 import contextlib
@@ -29,7 +30,9 @@ _check_labels_on_device = False
 
 @contextlib.contextmanager
 def check_labels():
-    """While open, labels on a GPU are checked as they are on the CPU. Costs a host synchronisation a call."""
+    """While open, labels on a GPU are checked as they are on the CPU. Costs a host synchronisation
+    a call.
+    """
     global _check_labels_on_device
     before, _check_labels_on_device = _check_labels_on_device, True
     try:
@@ -44,17 +47,23 @@ def expected_shape(logits):
 
 
 def _rows(logits, target):
-    """Logits as (N, C, D) and the target as (N, D) labels or (N, C, D) probabilities: views where strides allow."""
+    """Logits as (N, C, D) and the target as (N, D) labels or (N, C, D) probabilities: views where
+    strides allow.
+    """
     if logits.dim() == 1:
         logits, target = logits.unsqueeze(0), target.unsqueeze(0)
     n, c = logits.shape[:2]
-    z = logits.unsqueeze(-1) if logits.dim() == 2 else logits.reshape(n, c, logits.shape[2:].numel())
+    z = (
+        logits.unsqueeze(-1)
+        if logits.dim() == 2
+        else logits.reshape(n, c, logits.shape[2:].numel())
+    )
     return z, target.reshape(z.shape if target.is_floating_point() else (n, z.shape[2]))
 
 
 def check_range(target, classes, ignore_index) -> bool:
-    """Whether every label is known to be a class: never where it cannot be read. An IndexError names the first that is
-    neither that nor ignored."""
+    """Whether every label is known to be a class: never where it cannot be read. An IndexError
+    names the first that is neither that nor ignored."""
     if launch.watched() or (target.device.type != "cpu" and not _check_labels_on_device):
         return False
     if target.numel() == 0:
@@ -64,10 +73,13 @@ def check_range(target, classes, ignore_index) -> bool:
         return not low <= ignore_index <= high
     bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
     if bad.any():
-        bad, target = (x.squeeze(1) if x.dim() > 1 and x.shape[1] == 1 else x for x in (bad, target))
+        bad, target = (
+            x.squeeze(1) if x.dim() > 1 and x.shape[1] == 1 else x for x in (bad, target)
+        )
         index = bad.nonzero()[0].tolist()
         raise IndexError(
-            f"cross_entropy: target{index} is {target[tuple(index)].item()}, but there are {classes} classes: labels are "
+            f"cross_entropy: target{index} is {target[tuple(index)].item()}, but there are "
+            f"{classes} classes: labels are "
             f"0 to {classes - 1}, or ignore_index = {ignore_index}"
         )
     return False
@@ -84,7 +96,9 @@ def cross_entropy_fwd_ref(
     target_grad=False,
     labels_valid=False,
 ):
-    """The reference of `cross_entropy_fwd`; with `target_grad`, the gradient of probability targets is kept too."""
+    """The reference of `cross_entropy_fwd`; with `target_grad`, the gradient of probability targets
+    is kept too.
+    """
     z, t = (logits, target) if logits.dim() > 1 else (logits.unsqueeze(0), target.unsqueeze(0))
     if z.dtype in (torch.float16, torch.bfloat16):
         z = z.float()
@@ -96,7 +110,11 @@ def cross_entropy_fwd_ref(
         q = w * ((1 - label_smoothing) * t + label_smoothing / max(z.shape[1], 1))
         loss, grad = -(q * logp).sum(1), logp.exp() * q.sum(1, keepdim=True) - q
         denominator = loss.numel()
-        dtarget = (logp * w * (label_smoothing - 1)).to(logits.dtype).view(logits.shape) if target_grad else None
+        dtarget = (
+            (logp * w * (label_smoothing - 1)).to(logits.dtype).view(logits.shape)
+            if target_grad
+            else None
+        )
     else:
         t = t.long().unsqueeze(1)
         all_valid = labels_valid or check_range(t, z.shape[1], ignore_index)
@@ -109,19 +127,33 @@ def cross_entropy_fwd_ref(
         loss = loss.sum()
     else:
         loss = loss.sum() / denominator if isinstance(denominator, torch.Tensor) else loss.mean()
-    return loss.to(logits.dtype), (grad.to(logits.dtype).view(logits.shape), dtarget, denominator, reduction)
+    return loss.to(logits.dtype), (
+        grad.to(logits.dtype).view(logits.shape),
+        dtarget,
+        denominator,
+        reduction,
+    )
 
 
 def _plain_ref(logits, logp, t, reduction):
-    """The training loop's case, in as few operations as it takes: every label (N, 1) a class, of one weight."""
+    """The training loop's case, in as few operations as it takes: every label (N, 1) a class, of
+    one weight.
+    """
     loss = F.nll_loss(logp, t.squeeze(1), reduction=reduction).to(logits.dtype)
     loss = loss.view(expected_shape(logits)) if reduction == "none" else loss
     grad = logp.exp().scatter_add(1, t, logp.new_full(t.shape, -1.0)).to(logits.dtype)
-    return loss, (grad if logits.dim() == 2 else grad.view(logits.shape), None, t.shape[0], reduction)
+    return loss, (
+        grad if logits.dim() == 2 else grad.view(logits.shape),
+        None,
+        t.shape[0],
+        reduction,
+    )
 
 
 def _label_terms_ref(logp, t, w, ignore_index, label_smoothing):
-    """Losses (N, …), gradient before reduction, and the mean's denominator, for labels t (N, 1, …), weights w (C, …)."""
+    """Losses (N, …), gradient before reduction, and the mean's denominator, for labels t (N, 1, …),
+    weights w (C, …).
+    """
     valid = t != ignore_index
     t = t.masked_fill(~valid, 0)
     w = torch.ones_like(logp[:1]) if w is None else w.expand(logp[:1].shape)
@@ -141,17 +173,38 @@ def cross_entropy_bwd_ref(dy, grad, dtarget, denominator, reduction, *, needs=(T
     if reduction == "none":
         scale = dy if grad.dim() == 1 else dy.unsqueeze(1)
     elif reduction == "mean" and isinstance(denominator, torch.Tensor):
-        scale = torch.where(denominator == 0, 0, dy / denominator)  # every row ignored: no gradient, as torch
+        scale = torch.where(
+            denominator == 0, 0, dy / denominator
+        )  # every row ignored: no gradient, as torch
     else:
         scale = dy / max(denominator, 1) if reduction == "mean" else dy
-    return tuple((g * scale).to(g.dtype) if n and g is not None else None for g, n in zip((grad, dtarget), needs))
+    return tuple(
+        (g * scale).to(g.dtype) if n and g is not None else None
+        for g, n in zip((grad, dtarget), needs)
+    )
 
 
 @triton.jit
-def target_tile(t_ptrs, label, offs_c, mask, w_ptr, C, stride_tc, stride_w, smoothing, ignore_index, SOFT: tl.constexpr):
-    """q of the module's formula for one tile [BLOCK_R, BLOCK_C], 0 outside the mask; and which classes the loss looks at."""
+def target_tile(
+    t_ptrs,
+    label,
+    offs_c,
+    mask,
+    w_ptr,
+    C,
+    stride_tc,
+    stride_w,
+    smoothing,
+    ignore_index,
+    SOFT: tl.constexpr,
+):
+    """q of the module's formula for one tile [BLOCK_R, BLOCK_C], 0 outside the mask; and which
+    classes the loss looks at.
+    """
     if SOFT:
-        t = tl.load(t_ptrs[:, None] + offs_c[None, :] * stride_tc, mask=mask, other=0.0).to(tl.float32)
+        t = tl.load(t_ptrs[:, None] + offs_c[None, :] * stride_tc, mask=mask, other=0.0).to(
+            tl.float32
+        )
     else:
         t = tl.where(offs_c[None, :] == label[:, None], 1.0, 0.0)
         mask = mask & (label != ignore_index)[:, None]
@@ -164,15 +217,21 @@ def target_tile(t_ptrs, label, offs_c, mask, w_ptr, C, stride_tc, stride_w, smoo
 
 @triton.jit
 def softmax_loss_tile(z, m, s, q, counted, total):
-    """(Σ_c q (lse - z), Q p - q) of one tile, given each row's maximum m, s = Σ exp(z - m) and Q = total."""
+    """(Σ_c q (lse - z), Q p - q) of one tile, given each row's maximum m, s = Σ exp(z - m) and Q =
+    total.
+    """
     shifted = z - m[:, None]
-    loss = tl.sum(tl.where(counted, q * (tl.log(s)[:, None] - shifted), 0.0), axis=1)  # 0 · inf is NaN, as torch
+    loss = tl.sum(
+        tl.where(counted, q * (tl.log(s)[:, None] - shifted), 0.0), axis=1
+    )  # 0 · inf is NaN, as torch
     return loss, tl.exp(shifted) / s[:, None] * total[:, None] - q
 
 
 @triton.jit
 def label_weight(label, valid, w_ptr, C, stride_w, ignore_index):
-    """What a row adds to the mean's denominator: w_y, 0 if ignored; NaN for a label that is no class, so that it shows."""
+    """What a row adds to the mean's denominator: w_y, 0 if ignored; NaN for a label that is no
+    class, so that it shows.
+    """
     known = (label >= 0) & (label < C)
     counted = valid & (label != ignore_index)
     weight = tl.where(counted & (known == 0), float("nan"), tl.where(counted, 1.0, 0.0))
@@ -183,7 +242,9 @@ def label_weight(label, valid, w_ptr, C, stride_w, ignore_index):
 
 @triton.jit
 def store_loss(loss_ptr, rows, mask, loss, weight, pid, programs, REDUCE: tl.constexpr):
-    """Each row's loss, or under REDUCE this program's partial sums of losses and weights, side by side."""
+    """Each row's loss, or under REDUCE this program's partial sums of losses and weights, side by
+    side.
+    """
     loss = tl.where(mask, tl.where(weight == weight, loss, float("nan")), 0.0)
     if REDUCE:
         tl.store(loss_ptr + pid, tl.sum(loss, axis=0))
@@ -194,11 +255,31 @@ def store_loss(loss_ptr, rows, mask, loss, weight, pid, programs, REDUCE: tl.con
 
 @triton.jit
 def cross_entropy_fwd_kernel(
-    loss_ptr, grad_ptr, z_ptr, t_ptr, w_ptr, R, C, D, stride_zn, stride_zc, stride_zd, stride_tn, stride_tc, stride_td,
-    stride_w, ignore_index, smoothing,
-    SOFT: tl.constexpr, REDUCE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Rows r = n·D + d: an online softmax, then loss and gradient, tile by tile. The second reading comes from cache."""
+    loss_ptr,
+    grad_ptr,
+    z_ptr,
+    t_ptr,
+    w_ptr,
+    R,
+    C,
+    D,
+    stride_zn,
+    stride_zc,
+    stride_zd,
+    stride_tn,
+    stride_tc,
+    stride_td,
+    stride_w,
+    ignore_index,
+    smoothing,
+    SOFT: tl.constexpr,
+    REDUCE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Rows r = n·D + d: an online softmax, then loss and gradient, tile by tile. The second reading
+    comes from cache.
+    """
     pid = tl.program_id(0)
     rows = pid.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = rows < R
@@ -217,28 +298,64 @@ def cross_entropy_fwd_kernel(
     for c in range(0, C, BLOCK_C):
         offs_c = c + tl.arange(0, BLOCK_C).to(tl.int64)
         mask = mask_r[:, None] & (offs_c < C)[None, :]
-        z = tl.load(z_ptrs[:, None] + offs_c[None, :] * stride_zc, mask=mask, other=float("-inf")).to(tl.float32)
+        z = tl.load(
+            z_ptrs[:, None] + offs_c[None, :] * stride_zc, mask=mask, other=float("-inf")
+        ).to(tl.float32)
         higher = tl.maximum(m, tl.max(z, axis=1))
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         s = s * tl.exp(m - shift) + tl.sum(tl.exp(z - shift[:, None]), axis=1)
         m = higher
-        q, _ = target_tile(t_ptrs, label, offs_c, mask, w_ptr, C, stride_tc, stride_w, smoothing, ignore_index, SOFT)
+        q, _ = target_tile(
+            t_ptrs,
+            label,
+            offs_c,
+            mask,
+            w_ptr,
+            C,
+            stride_tc,
+            stride_w,
+            smoothing,
+            ignore_index,
+            SOFT,
+        )
         total += tl.sum(q, axis=1)
     loss = tl.zeros((BLOCK_R,), tl.float32)
     for c in range(0, C, BLOCK_C):
         offs_c = c + tl.arange(0, BLOCK_C).to(tl.int64)
         mask = mask_r[:, None] & (offs_c < C)[None, :]
-        z = tl.load(z_ptrs[:, None] + offs_c[None, :] * stride_zc, mask=mask, other=float("-inf")).to(tl.float32)
-        q, counted = target_tile(t_ptrs, label, offs_c, mask, w_ptr, C, stride_tc, stride_w, smoothing, ignore_index, SOFT)
+        z = tl.load(
+            z_ptrs[:, None] + offs_c[None, :] * stride_zc, mask=mask, other=float("-inf")
+        ).to(tl.float32)
+        q, counted = target_tile(
+            t_ptrs,
+            label,
+            offs_c,
+            mask,
+            w_ptr,
+            C,
+            stride_tc,
+            stride_w,
+            smoothing,
+            ignore_index,
+            SOFT,
+        )
         tile_loss, grad = softmax_loss_tile(z, m, s, q, counted, total)
         loss += tile_loss
-        tl.store(grad_ptrs[:, None] + offs_c[None, :] * D, cast(grad, grad_ptr.dtype.element_ty), mask=mask)
+        tl.store(
+            grad_ptrs[:, None] + offs_c[None, :] * D,
+            cast(grad, grad_ptr.dtype.element_ty),
+            mask=mask,
+        )
     store_loss(loss_ptr, rows, mask_r, loss, weight, pid, tl.num_programs(0), REDUCE)
 
 
 @triton.jit
-def cross_entropy_reduce_kernel(loss_ptr, denominator_ptr, parts_ptr, count, MEAN: tl.constexpr, BLOCK: tl.constexpr):
-    """Partial losses and weights, (2, count), added by one program in a fixed order; the quotient for the mean."""
+def cross_entropy_reduce_kernel(
+    loss_ptr, denominator_ptr, parts_ptr, count, MEAN: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Partial losses and weights, (2, count), added by one program in a fixed order; the quotient
+    for the mean.
+    """
     loss = tl.zeros((BLOCK,), tl.float32)
     weight = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, count, BLOCK):
@@ -255,9 +372,19 @@ def cross_entropy_reduce_kernel(loss_ptr, denominator_ptr, parts_ptr, count, MEA
 
 @triton.jit
 def cross_entropy_bwd_kernel(
-    dz_ptr, dy_ptr, grad_ptr, denominator_ptr, size, row_size, D, SCALAR: tl.constexpr, BLOCK: tl.constexpr
+    dz_ptr,
+    dy_ptr,
+    grad_ptr,
+    denominator_ptr,
+    size,
+    row_size,
+    D,
+    SCALAR: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Forward kept ∂ℓ/∂z, so dz = ∂ℓ/∂z · dy, over the denominator for the mean; dy is one number or one a row."""
+    """Forward kept ∂ℓ/∂z, so dz = ∂ℓ/∂z · dy, over the denominator for the mean; dy is one number
+    or one a row.
+    """
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
     if SCALAR:
@@ -266,39 +393,60 @@ def cross_entropy_bwd_kernel(
         dy = tl.load(dy_ptr + offs // row_size * D + offs % D, mask=mask, other=0.0).to(tl.float32)
     if denominator_ptr is not None:
         denominator = tl.load(denominator_ptr)
-        dy = tl.where(denominator == 0, 0.0, dy / denominator)  # every row ignored: no gradient, as torch
+        dy = tl.where(
+            denominator == 0, 0.0, dy / denominator
+        )  # every row ignored: no gradient, as torch
     grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     tl.store(dz_ptr + offs, cast(grad * dy, dz_ptr.dtype.element_ty), mask=mask)
 
 
-def check_cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing, op="cross_entropy") -> None:
-    """Shapes, dtypes and options as torch requires them; a ValueError (labels: an IndexError) that names both values."""
+def check_cross_entropy(
+    logits, target, weight, ignore_index, reduction, label_smoothing, op="cross_entropy"
+) -> None:
+    """Shapes, dtypes and options as torch requires them; a ValueError (labels: an IndexError) that
+    names both values.
+    """
     check_reduction(op, reduction)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{op}: label_smoothing must be between 0 and 1, got {label_smoothing}")
     if logits.dim() == 0 or not logits.is_floating_point():
-        raise ValueError(f"{op}: input must be floating-point logits (N, C), (N, C, d1, …) or (C,), "
-                         f"got {logits.dtype} {tuple(logits.shape)}")  # fmt: skip
+        raise ValueError(
+            f"{op}: input must be floating-point logits (N, C), (N, C, d1, …) or (C,), "
+            f"got {logits.dtype} {tuple(logits.shape)}"
+        )
     classes = logits.shape[logits.dim() > 1]
     if target.is_floating_point():
         launch.check_same(op, input=logits, target=target)
         expected = logits.shape
         if ignore_index >= 0:
-            raise ValueError(f"{op}: ignore_index is for labels; probability targets take none, got {ignore_index}")
+            raise ValueError(
+                f"{op}: ignore_index is for labels; probability targets take none, got "
+                f"{ignore_index}"
+            )
     else:
         expected = expected_shape(logits)
     if target.shape != expected:
         kind = "class probabilities" if target.is_floating_point() else "labels"
-        raise ValueError(f"{op}: target must be {kind} {tuple(expected)} for logits {tuple(logits.shape)}, "
-                         f"got {tuple(target.shape)}")  # fmt: skip
+        raise ValueError(
+            f"{op}: target must be {kind} {tuple(expected)} for logits {tuple(logits.shape)}, "
+            f"got {tuple(target.shape)}"
+        )
     if target.dtype == torch.bool or target.is_complex():
-        raise ValueError(f"{op}: target must be integer labels or floating-point probabilities, got {target.dtype}")
+        raise ValueError(
+            f"{op}: target must be integer labels or floating-point probabilities, got "
+            f"{target.dtype}"
+        )
     if target.device != logits.device:
-        raise ValueError(f"{op}: target must be on {logits.device} as input is, got {target.device}; move one of them")
+        raise ValueError(
+            f"{op}: target must be on {logits.device} as input is, got {target.device}; move one "
+            "of them"
+        )
     if weight is not None:
         launch.check_same(op, input=logits, weight=weight)
         if weight.shape != (classes,):
-            raise ValueError(f"{op}: weight must be ({classes},), one for each class, got {tuple(weight.shape)}")
+            raise ValueError(
+                f"{op}: weight must be ({classes},), one for each class, got {tuple(weight.shape)}"
+            )
 
 
 def cross_entropy_fwd(
@@ -312,18 +460,22 @@ def cross_entropy_fwd(
     target_grad=False,
     labels_valid=False,
 ):
-    """The loss, and what `cross_entropy_bwd` takes after dy, in one reading of the logits and one writing of their gradient.
+    """The loss, and what `cross_entropy_bwd` takes after dy, in one reading of the logits and one
+    writing of their gradient.
 
-    logits (N, C), (N, C, d1, …) or (C,); target: integer labels (N, d1, …), or probabilities of logits' shape and dtype;
-    weight (C,) or None. Loss: a scalar, or (N, d1, …) for reduction "none". Any strides; logits are left as they are.
-    Float32 throughout, sums in a fixed order: deterministic. Labels out of range: IndexError on the CPU; on a GPU
-    the loss is NaN (no host synchronisation; `check_labels()` turns the CPU's check on).
-    `target_grad` keeps the gradient of probabilities too, by the reference. `labels_valid`: every label is a class; unchecked.
+    logits (N, C), (N, C, d1, …) or (C,); target: integer labels (N, d1, …), or probabilities of
+    logits' shape and dtype; weight (C,) or None. Loss: a scalar, or (N, d1, …) for reduction
+    "none". Any strides; logits are left as they are. Float32 throughout, sums in a fixed order:
+    deterministic. Labels out of range: IndexError on the CPU; on a GPU the loss is NaN (no host
+    synchronisation; `check_labels()` turns the CPU's check on). `target_grad` keeps the gradient of
+    probabilities too, by the reference. `labels_valid`: every label is a class; unchecked.
     """
     check_cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing)
     if target_grad or launch.path(logits, weight) == "torch":
         options = (weight, ignore_index, reduction, label_smoothing)
-        return cross_entropy_fwd_ref(logits, target, *options, target_grad=target_grad, labels_valid=labels_valid)
+        return cross_entropy_fwd_ref(
+            logits, target, *options, target_grad=target_grad, labels_valid=labels_valid
+        )
     z, t = _rows(logits, target)
     N, C, D = z.shape
     soft = t.is_floating_point()
@@ -333,12 +485,33 @@ def cross_entropy_fwd(
     block_r = max(1, min(_TILE // 4 // block_c, triton.next_power_of_2(max(N * D, 1))))
     programs = triton.cdiv(N * D, block_r)
     reduce = reduction != "none"
-    rows = logits.new_empty(2 * programs, dtype=torch.float32) if reduce else logits.new_empty(N * D)
+    rows = (
+        logits.new_empty(2 * programs, dtype=torch.float32) if reduce else logits.new_empty(N * D)
+    )
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    launch.run(cross_entropy_fwd_kernel, (programs,), rows, grad, z, t, weight, N * D, C, D, *z.stride(),
-               *(t.stride() if soft else (t.stride(0), 0, t.stride(1))), 0 if weight is None else weight.stride(0),
-               ignore_index, float(label_smoothing), SOFT=soft, REDUCE=reduce, BLOCK_R=block_r, BLOCK_C=block_c,
-               num_warps=8 if block_c > 2048 else 4, **configs.all_registers(z.device))  # fmt: skip
+    launch.run(
+        cross_entropy_fwd_kernel,
+        (programs,),
+        rows,
+        grad,
+        z,
+        t,
+        weight,
+        N * D,
+        C,
+        D,
+        *z.stride(),
+        *(t.stride() if soft else (t.stride(0), 0, t.stride(1))),
+        0 if weight is None else weight.stride(0),
+        ignore_index,
+        float(label_smoothing),
+        SOFT=soft,
+        REDUCE=reduce,
+        BLOCK_R=block_r,
+        BLOCK_C=block_c,
+        num_warps=8 if block_c > 2048 else 4,
+        **configs.all_registers(z.device),
+    )
     return finish(rows, programs, logits, expected_shape(logits), reduction, grad)
 
 
@@ -348,20 +521,44 @@ def finish(rows, programs, like, shape, reduction, grad):
         return rows.view(shape), (grad, None, None, reduction)
     loss = like.new_empty(())
     denominator = like.new_empty((), dtype=torch.float32)
-    launch.run(cross_entropy_reduce_kernel, (1,), loss, denominator, rows, programs, MEAN=reduction == "mean", BLOCK=1024)
+    launch.run(
+        cross_entropy_reduce_kernel,
+        (1,),
+        loss,
+        denominator,
+        rows,
+        programs,
+        MEAN=reduction == "mean",
+        BLOCK=1024,
+    )
     return loss, (grad, None, denominator if reduction == "mean" else None, reduction)
 
 
 def cross_entropy_bwd(dy, grad, dtarget, denominator, reduction, *, needs=(True, True)):
-    """(dlogits, dtarget or None) from dy, a scalar or one number a row, and what the forward saved: one scaling pass."""
-    number = denominator is not None and not isinstance(denominator, torch.Tensor)  # as the reference leaves it
+    """(dlogits, dtarget or None) from dy, a scalar or one number a row, and what the forward saved:
+    one scaling pass.
+    """
+    number = denominator is not None and not isinstance(
+        denominator, torch.Tensor
+    )  # as the reference leaves it
     if dtarget is not None or number or launch.path(dy, grad, denominator) == "torch":
         return cross_entropy_bwd_ref(dy, grad, dtarget, denominator, reduction, needs=needs)
     dz = torch.empty_like(grad)
     D = grad.shape[2:].numel() if grad.dim() > 2 else 1
     row_size = grad.shape[grad.dim() > 1] * D
-    launch.run(cross_entropy_bwd_kernel, (triton.cdiv(grad.numel(), 1024),), dz, dy.contiguous(), grad, denominator,
-               grad.numel(), row_size, D, SCALAR=reduction != "none", BLOCK=1024)  # fmt: skip
+    launch.run(
+        cross_entropy_bwd_kernel,
+        (triton.cdiv(grad.numel(), 1024),),
+        dz,
+        dy.contiguous(),
+        grad,
+        denominator,
+        grad.numel(),
+        row_size,
+        D,
+        SCALAR=reduction != "none",
+        BLOCK=1024,
+    )
     return dz, None
 
 
@@ -381,10 +578,18 @@ class CrossEntropyFunction(torch.autograd.Function):
             return cross_entropy_fwd_ref(*inputs, target_grad=ctx.needs_input_grad[1])
 
         needs = ctx.needs_input_grad[:2]
-        return *launch.differentiate(ctx, dy, cross_entropy_bwd, fwd_ref, cross_entropy_bwd_ref, needs), *(None,) * 4
+        return *launch.differentiate(
+            ctx, dy, cross_entropy_bwd, fwd_ref, cross_entropy_bwd_ref, needs
+        ), *(None,) * 4
 
 
-def cross_entropy(input, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
-    """`torch.nn.functional.cross_entropy`, loss and gradient in one pass. See `cross_entropy_fwd` for shapes and errors."""
+def cross_entropy(
+    input, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0
+):
+    """`torch.nn.functional.cross_entropy`, loss and gradient in one pass. See `cross_entropy_fwd`
+    for shapes and errors.
+    """
     args = input, target, weight, ignore_index, reduction, label_smoothing
-    return launch.call("cross_entropy", CrossEntropyFunction, cross_entropy_fwd, *args, autocast=torch.float32)
+    return launch.call(
+        "cross_entropy", CrossEntropyFunction, cross_entropy_fwd, *args, autocast=torch.float32
+    )

@@ -1,4 +1,5 @@
-"""What every operation shares: which implementation runs, how a kernel is launched, how a Function remembers.
+"""What every operation shares: which implementation runs, how a kernel is launched, how a Function
+remembers.
 
 A leaf: it imports no operation. The path is chosen here and nowhere else:
 
@@ -17,7 +18,8 @@ import triton
 import triton.language as tl
 from torch.autograd import forward_ad
 
-# Read once, at import, because @triton.jit reads it once as well: later changes of the variable would not reach the kernels.
+# Read once, at import, because @triton.jit reads it once as well: later changes of the variable
+# would not reach the kernels.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 INTERPRET = tl.constexpr(INTERPRETED)
 
@@ -27,14 +29,17 @@ _AUTOCAST = ("cpu", *_ACCELERATORS)
 
 _forced: str | None = None
 _observers: list = []
-operators: dict = {}  # public function -> how `compiled` calls its operator; the first output is the function's
+# public function -> how `compiled` calls its operator; the first output is the function's
+operators: dict = {}
 _target: tuple[str, int] | None = None  # (architecture, processors) while dry_run is open
 
 
 def use(path: str):
-    """`with use("torch"):` forces the reference, `with use("triton"):` the kernels, inside it and in every thread.
+    """`with use("torch"):` forces the reference, `with use("triton"):` the kernels, inside it and
+    in every thread.
 
-    Forcing `"triton"` on tensors that no kernel can take (float64, or a CPU without the interpreter) is an error.
+    Forcing `"triton"` on tensors that no kernel can take (float64, or a CPU without the
+    interpreter) is an error.
     """
     if path not in ("torch", "triton"):
         raise ValueError(f'use: path must be "torch" or "triton", got {path!r}')
@@ -52,10 +57,18 @@ def _using(path):
 
 
 def path(*tensors) -> str:
-    """`"triton"` or `"torch"`: the implementation that serves these tensors (None and non-tensors are ignored)."""
+    """`"triton"` or `"torch"`: the implementation that serves these tensors (None and non-tensors
+    are ignored).
+    """
     if _forced == "torch":
         return "torch"
-    if _forced is None and _target is None and not INTERPRETED and tensors and tensors[0].device.type == "cpu":
+    if (
+        _forced is None
+        and _target is None
+        and not INTERPRETED
+        and tensors
+        and tensors[0].device.type == "cpu"
+    ):
         return "torch"  # the short way, for the CPU's training loop
     if watched():
         return "torch"
@@ -65,25 +78,37 @@ def path(*tensors) -> str:
     if _forced == "triton":
         got = ", ".join(sorted({f"{t.dtype} on {t.device.type}" for t in tensors}))
         raise ValueError(
-            f'use("triton"): no kernel takes {got}; kernels take float32, float16 and bfloat16 on a GPU, '
+            f'use("triton"): no kernel takes {got}; kernels take float32, float16 and bfloat16 on '
+            "a GPU, "
             "or on the CPU when TRITON_INTERPRET=1 is set before the first import"
         )
     return "torch"
 
 
 def _has_kernels(device: torch.device) -> bool:
-    return device.type in _ACCELERATORS or _target is not None or (INTERPRETED and device.type == "cpu")
+    return (
+        device.type in _ACCELERATORS
+        or _target is not None
+        or (INTERPRETED and device.type == "cpu")
+    )
 
 
 def run(kernel, grid: tuple[int, ...], *args, **options) -> None:
-    """Launch `kernel[grid](*args, **options)` on the device of the first tensor among `args`; nothing for an empty grid."""
+    """Launch `kernel[grid](*args, **options)` on the device of the first tensor among `args`;
+    nothing for an empty grid.
+    """
     if 0 in grid:
         return
     for observer in _observers:
         observer(kernel, grid, args, options)
     if _target is not None:
         return
-    device = next(t.device for a in args for t in (a if isinstance(a, tuple) else (a,)) if isinstance(t, torch.Tensor))
+    device = next(
+        t.device
+        for a in args
+        for t in (a if isinstance(a, tuple) else (a,))
+        if isinstance(t, torch.Tensor)
+    )
     # Triton launches on the current device, which need not be the tensors'.
     other = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if other else contextlib.nullcontext():
@@ -92,7 +117,9 @@ def run(kernel, grid: tuple[int, ...], *args, **options) -> None:
 
 @contextlib.contextmanager
 def observe(callback):
-    """Call `callback(kernel, grid, args, options)` before every launch: how benchmarks count launches and bytes."""
+    """Call `callback(kernel, grid, args, options)` before every launch: how benchmarks count
+    launches and bytes.
+    """
     _observers.append(callback)
     try:
         yield
@@ -104,8 +131,8 @@ def observe(callback):
 def dry_run(arch: str, sms: int):
     """Choose paths and configurations as on that GPU, and launch nothing: results stay unwritten.
 
-    With `observe` and tensors on the meta device this lists what an operation would launch there: for compiling
-    without a GPU and for counting.
+    With `observe` and tensors on the meta device this lists what an operation would launch there:
+    for compiling without a GPU and for counting.
     """
     global _target
     before, _target = _target, (arch, sms)
@@ -121,7 +148,9 @@ def arch(device: torch.device) -> str:
 
 
 def sm_count(device: torch.device) -> int:
-    """Streaming multiprocessors (compute units) of a device; 1 in the interpreter, which runs one program at a time."""
+    """Streaming multiprocessors (compute units) of a device; 1 in the interpreter, which runs one
+    program at a time.
+    """
     return _target[1] if _target else _device_facts(device)[1]
 
 
@@ -130,32 +159,51 @@ def _device_facts(device: torch.device) -> tuple[str, int]:
     if device.type != "cuda":
         return device.type, 1
     properties = torch.cuda.get_device_properties(device)
-    name = properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+    name = (
+        properties.gcnArchName.split(":")[0]
+        if torch.version.hip
+        else f"sm_{properties.major}{properties.minor}"
+    )
     return name, properties.multi_processor_count
 
 
 def dot_precision() -> str:
-    """`input_precision` of float32 products: torch.get_float32_matmul_precision() in Triton's words."""
+    """`input_precision` of float32 products: torch.get_float32_matmul_precision() in Triton's
+    words.
+    """
     if _target[0].startswith("gfx") if _target else torch.version.hip:
         return "ieee"
-    return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
+    return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[
+        torch.get_float32_matmul_precision()
+    ]
 
 
 def check_same(op: str, **tensors) -> None:
-    """All tensors (None is skipped) are dense, of one dtype, on one device, else a ValueError that names the odd one."""
+    """All tensors (None is skipped) are dense, of one dtype, on one device, else a ValueError that
+    names the odd one.
+    """
     given = {name: t for name, t in tensors.items() if t is not None}
     first, reference = next(iter(given.items()))
     for name, t in given.items():
         if t.dtype != reference.dtype:
-            raise ValueError(f"{op}: {name} must be {reference.dtype} as {first} is, got {t.dtype}; convert one of them")
+            raise ValueError(
+                f"{op}: {name} must be {reference.dtype} as {first} is, got {t.dtype}; convert "
+                "one of them"
+            )
         if t.device != reference.device:
-            raise ValueError(f"{op}: {name} must be on {reference.device} as {first} is, got {t.device}; move one of them")
+            raise ValueError(
+                f"{op}: {name} must be on {reference.device} as {first} is, got {t.device}; move "
+                "one of them"
+            )
         if t.layout is not torch.strided:
-            raise ValueError(f"{op}: {name} must be dense, got {t.layout}; convert it with .to_dense()")
+            raise ValueError(
+                f"{op}: {name} must be dense, got {t.layout}; convert it with .to_dense()"
+            )
 
 
 def watched() -> bool:
-    """Whether somebody follows every torch operation: torch.func, forward-mode AD, torch.export, make_fx, fake tensors.
+    """Whether somebody follows every torch operation: torch.func, forward-mode AD, torch.export,
+    make_fx, fake tensors.
 
     Then no kernel may run, as it would not be seen, and no value may be read.
     """
@@ -174,13 +222,18 @@ def autocasting(tensor) -> bool:
 
 
 def call(name: str, function, fwd, *args, autocast=None):
-    """What a public function does with its arguments: of the four ways there are to compute, the one that serves here.
+    """What a public function does with its arguments: of the four ways there are to compute, the
+    one that serves here.
 
-    Under torch.autocast, cast the arguments as torch does, to autocast's dtype or to the one given, and then: compiled, the
-    operator of this name; watched, the reference `fwd` in differentiable torch operations; else the autograd function.
+    Under torch.autocast, cast the arguments as torch does, to autocast's dtype or to the one given,
+    and then: compiled, the operator of this name; watched, the reference `fwd` in differentiable
+    torch operations; else the autograd function.
     """
     if not isinstance(args[0], torch.Tensor):
-        raise TypeError(f"{name}: input must be a torch.Tensor, got {type(args[0]).__name__}; convert it with torch.as_tensor")
+        raise TypeError(
+            f"{name}: input must be a torch.Tensor, got {type(args[0]).__name__}; convert it with "
+            "torch.as_tensor"
+        )
     if autocasting(args[0]):
         device = args[0].device.type
         dtype = autocast or torch.get_autocast_dtype(device)
@@ -195,16 +248,26 @@ def call(name: str, function, fwd, *args, autocast=None):
 
 
 def _autocast(value, device: str, dtype):
-    """Floating-point tensors on this device in this dtype, but for float64, which torch leaves alone as well."""
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype == torch.float64:
+    """Floating-point tensors on this device in this dtype, but for float64, which torch leaves
+    alone as well.
+    """
+    if (
+        not isinstance(value, torch.Tensor)
+        or not value.is_floating_point()
+        or value.dtype == torch.float64
+    ):
         return value
     return value.to(dtype) if value.device.type == device else value
 
 
 def remember(ctx, inputs: tuple, saved: tuple) -> None:
-    """Keep a Function's inputs and what its forward saved: tensors through save_for_backward, the rest on ctx."""
+    """Keep a Function's inputs and what its forward saved: tensors through save_for_backward, the
+    rest on ctx.
+    """
     values = (*inputs, *saved)
-    tensors = {id(v): v for v in values if isinstance(v, torch.Tensor)}  # a tensor that is there twice is saved once
+    tensors = {
+        id(v): v for v in values if isinstance(v, torch.Tensor)
+    }  # a tensor that is there twice is saved once
     ctx.save_for_backward(*tensors.values())
     places = {key: place for place, key in enumerate(tensors)}
     ctx.values = [places.get(id(v), (v,)) for v in values]
@@ -219,9 +282,11 @@ def recall(ctx) -> tuple[tuple, tuple]:
 
 
 def differentiate(ctx, dy, bwd, fwd_ref, bwd_ref, needs):
-    """A Function's backward: `bwd(dy, *saved)`, or under create_graph=True the reference, itself differentiable.
+    """A Function's backward: `bwd(dy, *saved)`, or under create_graph=True the reference, itself
+    differentiable.
 
-    The kernels' results carry no graph, so what the second derivative needs is computed again from the inputs.
+    The kernels' results carry no graph, so what the second derivative needs is computed again from
+    the inputs.
     """
     if autocasting(dy):
         with torch.autocast(dy.device.type, enabled=False):

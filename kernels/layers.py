@@ -1,14 +1,16 @@
 """One training step as pieces of a kernel: what `step` and `epoch` are made of.
 
-Layer 1 is `input_tile`: one reading of w_1 applies the update of the step before and computes this step's z_1.
-Layers 2 … L, loss and backward are `forward`, `loss` and `backward_layer`, which takes dx, dw and the update of a layer
-in one reading of its weights. The formulas are in `network`; l counts from 1.
+Layer 1 is `input_tile`: one reading of w_1 applies the update of the step before and computes this
+step's z_1. Layers 2 … L, loss and backward are `forward`, `loss` and `backward_layer`, which takes
+dx, dw and the update of a layer in one reading of its weights. The formulas are in `network`; l
+counts from 1.
 
-A program works alone on its network. What one phase leaves for the next is in scratch, which stays in the processor's
-cache: y_l and dz_l of every layer, each NET.block_m rows of NET.pitch. A value stored by one thread is read by others
-only behind `tl.debug_barrier()`. Arrays of several networks, or of private copies, are stacked: `r` selects one.
-Tiles are bounded by the configuration, not by the network. Rows beyond the batch have dz = 0, columns beyond a layer's
-width meet weights that were loaded as 0.
+A program works alone on its network. What one phase leaves for the next is in scratch, which stays
+in the processor's cache: y_l and dz_l of every layer, each NET.block_m rows of NET.pitch. A value
+stored by one thread is read by others only behind `tl.debug_barrier()`. Arrays of several networks,
+or of private copies, are stacked: `r` selects one. Tiles are bounded by the configuration, not by
+the network. Rows beyond the batch have dz = 0, columns beyond a layer's width meet weights that
+were loaded as 0.
 """
 
 import triton
@@ -21,31 +23,67 @@ from .tiles import cast, dot, product_tile
 
 @triton.jit
 def rule_at(hyper_ptr, step, NET: tl.constexpr):
-    """A row of `hyperparameters` for step 1, 2, …: (lr, decay, a, b, eps, 1 - β1ᵗ, 1 - β2ᵗ), a = 1 - β1 or momentum, …"""
+    """A row of `hyperparameters` for step 1, 2, …: (lr, decay, a, b, eps, 1 - β1ᵗ, 1 - β2ᵗ), a = 1
+    - β1 or momentum, …
+    """
     step = tl.maximum(step, 1.0)  # before the first step there is no update, but these numbers
     lr, decay, eps = tl.load(hyper_ptr), tl.load(hyper_ptr + 1), tl.load(hyper_ptr + 4)
     a, b = tl.load(hyper_ptr + 2), tl.load(hyper_ptr + 3)
     if NET.rule == "adam" or NET.rule == "adamw":
-        return lr, decay, a, b, eps, bias_correction(step, tl.load(hyper_ptr + 5)), bias_correction(step, tl.load(hyper_ptr + 6))
-    # The first step's v = g is v ← momentum · 0 + (1 - 0) g. Without momentum there is no dampening either.
+        return (
+            lr,
+            decay,
+            a,
+            b,
+            eps,
+            bias_correction(step, tl.load(hyper_ptr + 5)),
+            bias_correction(step, tl.load(hyper_ptr + 6)),
+        )
+    # The first step's v = g is v ← momentum · 0 + (1 - 0) g. Without momentum there is no dampening
+    # either.
     b = tl.where((step == 1) | (a == 0), 0.0, b)
     return lr, decay, a, b, eps, 1.0, 1.0
 
 
 @triton.jit
-def update(p_ptrs, m_ptrs, v_ptrs, i: tl.constexpr, base, offs, mask, p, g, rule, NET: tl.constexpr):
-    """A tile of parameter i after its gradient g was applied: its states and itself are stored, itself is returned."""
+def update(
+    p_ptrs,
+    m_ptrs,
+    v_ptrs,
+    i: tl.constexpr,
+    base,
+    offs,
+    mask,
+    p,
+    g,
+    rule,
+    NET: tl.constexpr,
+    SHARED: tl.constexpr = False,
+):
+    """A tile of parameter i after its gradient g was applied: its states and itself are stored,
+    itself is returned.
+
+    SHARED: several warps hold the same elements, so all have read p, m and v before one writes.
+    """
     lr, decay, a, b, eps, correction1, correction2 = rule
     if NET.rule == "adam" or NET.rule == "adamw":
         m = tl.load(m_ptrs[i] + base + offs, mask=mask, other=0.0).to(tl.float32)
         v = tl.load(v_ptrs[i] + base + offs, mask=mask, other=0.0).to(tl.float32)
-        p, m, v = adam_update(p, g, m, v, lr, correction1, correction2, a, b, eps, decay, NET.rule == "adamw", False)
+        if SHARED:
+            tl.debug_barrier()
+        p, m, v = adam_update(
+            p, g, m, v, lr, correction1, correction2, a, b, eps, decay, NET.rule == "adamw", False
+        )
         tl.store(m_ptrs[i] + base + offs, cast(m, m_ptrs[i].dtype.element_ty), mask=mask)
         tl.store(v_ptrs[i] + base + offs, cast(v, v_ptrs[i].dtype.element_ty), mask=mask)
     elif NET.rule == "sgd":
+        if SHARED:
+            tl.debug_barrier()
         p, _ = sgd_update(p, g, p, lr, a, b, decay, False, False, False, False)
     else:
         m = tl.load(m_ptrs[i] + base + offs, mask=mask, other=0.0).to(tl.float32)
+        if SHARED:
+            tl.debug_barrier()
         p, m = sgd_update(p, g, m, lr, a, b, decay, True, NET.rule == "nesterov", False, False)
         tl.store(m_ptrs[i] + base + offs, cast(m, m_ptrs[i].dtype.element_ty), mask=mask)
     tl.store(p_ptrs[i] + base + offs, cast(p, p_ptrs[i].dtype.element_ty), mask=mask)
@@ -53,20 +91,33 @@ def update(p_ptrs, m_ptrs, v_ptrs, i: tl.constexpr, base, offs, mask, p, g, rule
 
 
 @triton.jit
-def update_bias(p_ptrs, m_ptrs, v_ptrs, r, offs_n, dz, live, rule, l: tl.constexpr, NET: tl.constexpr):
-    """Forward was z_mn = … + b_n, so db_n = Σ_m dz_mn. Returns the columns offs_n of b_l, updated where `live`."""
+def update_bias(
+    p_ptrs, m_ptrs, v_ptrs, r, offs_n, dz, live, rule, l: tl.constexpr, NET: tl.constexpr
+):
+    """Forward was z_mn = … + b_n, so db_n = Σ_m dz_mn. Returns the columns offs_n of b_l, updated
+    where `live`.
+    """
     i: tl.constexpr = 2 * l - 1
     base = r * NET.sizes[l]
     mask = offs_n < NET.sizes[l]
     b = tl.load(p_ptrs[i] + base + offs_n, mask=mask, other=0.0)
-    tl.debug_barrier()  # several warps hold the same columns: all have read before one writes
-    mask = offs_n < tl.where(live, NET.sizes[l], 0)  # the interpreter cannot `&` a tile and one truth value
-    return tl.where(live, update(p_ptrs, m_ptrs, v_ptrs, i, base, offs_n, mask, b, tl.sum(dz, axis=0), rule, NET), b)
+    mask = offs_n < tl.where(
+        live, NET.sizes[l], 0
+    )  # the interpreter cannot `&` a tile and one truth value
+    return tl.where(
+        live,
+        update(
+            p_ptrs, m_ptrs, v_ptrs, i, base, offs_n, mask, b, tl.sum(dz, axis=0), rule, NET, True
+        ),
+        b,
+    )
 
 
 @triton.jit
 def batch_rows(i_ptr, t, n, batch, NET: tl.constexpr):
-    """The data rows of batch t of the permutation, [block_m], and which of them exist: none for t = -1 or past the end."""
+    """The data rows of batch t of the permutation, [block_m], and which of them exist: none for t =
+    -1 or past the end.
+    """
     offs_m = tl.arange(0, NET.block_m)
     mask = offs_m < tl.where(t >= 0, tl.minimum(batch, n - t * batch), 0)
     return tl.load(i_ptr + t * batch + offs_m, mask=mask, other=0).to(tl.int64), mask
@@ -74,19 +125,37 @@ def batch_rows(i_ptr, t, n, batch, NET: tl.constexpr):
 
 @triton.jit
 def inputs(x_ptrs, mask, scale, shift):
-    """A tile of the data, data · scale + shift in float32; 0 outside the mask, where the shift must not reach either."""
+    """A tile of the data, data · scale + shift in float32; 0 outside the mask, where the shift must
+    not reach either.
+    """
     return tl.where(mask, tl.load(x_ptrs, mask=mask, other=0).to(tl.float32) * scale + shift, 0.0)
 
 
 @triton.jit
 def input_tile(
-    p_ptrs, m_ptrs, v_ptrs, r, x_ptr, rows, mask_m, rows_before, mask_before, dz, live, offs_n, rule, scale, shift,
+    p_ptrs,
+    m_ptrs,
+    v_ptrs,
+    r,
+    x_ptr,
+    rows,
+    mask_m,
+    rows_before,
+    mask_before,
+    dz,
+    live,
+    offs_n,
+    rule,
+    scale,
+    shift,
     NET: tl.constexpr,
-):  # fmt: skip
-    """Columns offs_n of z_1 = x w_1ᵀ + b_1, after w_1 and b_1 took the update of the step before: one reading of w_1.
+):
+    """Columns offs_n of z_1 = x w_1ᵀ + b_1, after w_1 and b_1 took the update of the step before:
+    one reading of w_1.
 
-    That step's forward was z_mn = Σ_k x_mk w_nk, so dw_nk = Σ_m dz_mn x_mk, with its rows x and dz [block_m, columns].
-    Before the first step (`live` is false) there is nothing to apply. Tiles of w lie transposed: [block_k, columns].
+    That step's forward was z_mn = Σ_k x_mk w_nk, so dw_nk = Σ_m dz_mn x_mk, with its rows x and dz
+    [block_m, columns]. Before the first step (`live` is false) there is nothing to apply. Tiles of
+    w lie transposed: [block_k, columns].
     """
     K: tl.constexpr = NET.sizes[0]
     PRECISION: tl.constexpr = NET.precision
@@ -105,7 +174,9 @@ def input_tile(
         xt = inputs(xt_ptrs + offs_k[:, None], mask_k[:, None] & mask_before[None, :], scale, shift)
         dw = dot(xt, dz, tl.zeros(w.shape, dtype=tl.float32), PRECISION)
         mask = (offs_k < tl.where(live, K, 0))[:, None] & mask_n[None, :]
-        w = tl.where(live, update(p_ptrs, m_ptrs, v_ptrs, 0, base, offs_w, mask, w, dw, rule, NET), w)
+        w = tl.where(
+            live, update(p_ptrs, m_ptrs, v_ptrs, 0, base, offs_w, mask, w, dw, rule, NET), w
+        )
         x = inputs(x_ptrs + offs_k[None, :], mask_m[:, None] & mask_k[None, :], scale, shift)
         z = dot(x, w, z, PRECISION)
     return z
@@ -114,7 +185,11 @@ def input_tile(
 @triton.jit
 def scratch(l: tl.constexpr, offs, NET: tl.constexpr):
     """Offsets of columns offs of layer l in the scratch of y or dz, [block_m, columns]."""
-    return (l - 1) * (NET.block_m * NET.pitch) + tl.arange(0, NET.block_m)[:, None] * NET.pitch + offs[None, :]
+    return (
+        (l - 1) * (NET.block_m * NET.pitch)
+        + tl.arange(0, NET.block_m)[:, None] * NET.pitch
+        + offs[None, :]
+    )
 
 
 @triton.jit
@@ -125,14 +200,49 @@ def load_columns(ptr, l: tl.constexpr, offs, NET: tl.constexpr):
 
 @triton.jit
 def first_tile(
-    y_ptr, dz_ptr, p_ptrs, m_ptrs, v_ptrs, r, x_ptr, rows, mask_m, rows_before, mask_before, live, offs_n, rule, scale,
-    shift, ACT: tl.constexpr, OUT: tl.constexpr, NET: tl.constexpr,
-):  # fmt: skip
-    """`input_tile` from dz_1 of the step before to y_1 of this step, both columns offs_n in scratch."""
+    y_ptr,
+    dz_ptr,
+    p_ptrs,
+    m_ptrs,
+    v_ptrs,
+    r,
+    x_ptr,
+    rows,
+    mask_m,
+    rows_before,
+    mask_before,
+    live,
+    offs_n,
+    rule,
+    scale,
+    shift,
+    ACT: tl.constexpr,
+    OUT: tl.constexpr,
+    NET: tl.constexpr,
+):
+    """`input_tile` from dz_1 of the step before to y_1 of this step, both columns offs_n in
+    scratch.
+    """
     offs = scratch(1, offs_n, NET)
     dz = tl.load(dz_ptr + offs, mask=(offs_n < tl.where(live, NET.sizes[1], 0))[None, :], other=0.0)
-    z = input_tile(p_ptrs, m_ptrs, v_ptrs, r, x_ptr, rows, mask_m, rows_before, mask_before, dz, live, offs_n, rule,
-                   scale, shift, NET)  # fmt: skip
+    z = input_tile(
+        p_ptrs,
+        m_ptrs,
+        v_ptrs,
+        r,
+        x_ptr,
+        rows,
+        mask_m,
+        rows_before,
+        mask_before,
+        dz,
+        live,
+        offs_n,
+        rule,
+        scale,
+        shift,
+        NET,
+    )
     tl.store(y_ptr + offs, first_act(z, ACT, OUT, NET))
 
 
@@ -152,9 +262,25 @@ def forward_tile(y_ptr, p_ptrs, r, n, l: tl.constexpr, NET: tl.constexpr):
     N: tl.constexpr = NET.sizes[l]
     PRECISION: tl.constexpr = NET.precision
     offs_n = n + tl.arange(0, NET.tiles[l])
-    z, _ = product_tile(y_ptr + (l - 2) * (NET.block_m * NET.pitch), p_ptrs[(l - 1) * (1 + NET.bias)] + r * (N * K),
-                        tl.arange(0, NET.block_m), offs_n, NET.block_m, N, 0, K, NET.pitch, 1, K, 1,
-                        NET.block_m, NET.tiles[l], NET.block_r, PRECISION, False)  # fmt: skip
+    z, _ = product_tile(
+        y_ptr + (l - 2) * (NET.block_m * NET.pitch),
+        p_ptrs[(l - 1) * (1 + NET.bias)] + r * (N * K),
+        tl.arange(0, NET.block_m),
+        offs_n,
+        NET.block_m,
+        N,
+        0,
+        K,
+        NET.pitch,
+        1,
+        K,
+        1,
+        NET.block_m,
+        NET.tiles[l],
+        NET.block_r,
+        PRECISION,
+        False,
+    )
     if NET.bias:
         z += tl.load(p_ptrs[2 * l - 1] + r * N + offs_n, mask=offs_n < N, other=0.0)[None, :]
     return z
@@ -177,10 +303,27 @@ def forward(y_ptr, p_ptrs, r, ACT: tl.constexpr, OUT: tl.constexpr, NET: tl.cons
 
 @triton.jit
 def top(
-    y_ptr, dz_ptr, loss_ptr, correct_ptr, p_ptrs, m_ptrs, v_ptrs, r, t_ptr, rows, mask_m, rule, writer,
-    ACT: tl.constexpr, OUT: tl.constexpr, OUT_BWD: tl.constexpr, NET: tl.constexpr,
-):  # fmt: skip
-    """From y_1 up to the loss and down to dz_L, both in scratch; stores loss and count where `writer`, updates b_L."""
+    y_ptr,
+    dz_ptr,
+    loss_ptr,
+    correct_ptr,
+    p_ptrs,
+    m_ptrs,
+    v_ptrs,
+    r,
+    t_ptr,
+    rows,
+    mask_m,
+    rule,
+    writer,
+    ACT: tl.constexpr,
+    OUT: tl.constexpr,
+    OUT_BWD: tl.constexpr,
+    NET: tl.constexpr,
+):
+    """From y_1 up to the loss and down to dz_L, both in scratch; stores loss and count where
+    `writer`, updates b_L.
+    """
     L: tl.constexpr = len(NET.sizes) - 1
     y = forward(y_ptr, p_ptrs, r, ACT, OUT, NET)
     value, correct, dy = loss(y, t_ptr, rows, mask_m, NET)
@@ -196,12 +339,24 @@ def top(
 
 @triton.jit
 def backward_tile(
-    dz_ptr, p_ptrs, m_ptrs, v_ptrs, r, y, offs_k, rule, l: tl.constexpr, DX: tl.constexpr, UPDATE: tl.constexpr,
+    dz_ptr,
+    p_ptrs,
+    m_ptrs,
+    v_ptrs,
+    r,
+    y,
+    offs_k,
+    rule,
+    l: tl.constexpr,
+    DX: tl.constexpr,
+    UPDATE: tl.constexpr,
     NET: tl.constexpr,
-):  # fmt: skip
-    """Columns offs_k of dy_{l-1} = dz_l w_l, and the update of those columns of w_l: one reading of them does both.
+):
+    """Columns offs_k of dy_{l-1} = dz_l w_l, and the update of those columns of w_l: one reading of
+    them does both.
 
-    Forward was z_mn = Σ_k y_mk w_nk, so dy_mk = Σ_n dz_mn w_nk with w as it was, and dw_nk = Σ_m dz_mn y_mk.
+    Forward was z_mn = Σ_k y_mk w_nk, so dy_mk = Σ_n dz_mn w_nk with w as it was, and dw_nk = Σ_m
+    dz_mn y_mk.
     """
     K: tl.constexpr = NET.sizes[l - 1]
     N: tl.constexpr = NET.sizes[l]
@@ -225,10 +380,21 @@ def backward_tile(
 
 @triton.jit
 def backward_layer(
-    y_ptr, dz_ptr, p_ptrs, m_ptrs, v_ptrs, r, rule, l: tl.constexpr, DX: tl.constexpr, ACT_BWD: tl.constexpr,
+    y_ptr,
+    dz_ptr,
+    p_ptrs,
+    m_ptrs,
+    v_ptrs,
+    r,
+    rule,
+    l: tl.constexpr,
+    DX: tl.constexpr,
+    ACT_BWD: tl.constexpr,
     NET: tl.constexpr,
-):  # fmt: skip
-    """Updates w_l from dz_l and y_{l-1} in scratch; with DX stores dz_{l-1} = dy_{l-1} ⊙ act' there and updates b_{l-1}."""
+):
+    """Updates w_l from dz_l and y_{l-1} in scratch; with DX stores dz_{l-1} = dy_{l-1} ⊙ act' there
+    and updates b_{l-1}.
+    """
     for k in tl.range(0, NET.sizes[l - 1], NET.tiles[l - 1], num_stages=1):
         offs_k = k + tl.arange(0, NET.tiles[l - 1])
         y = load_columns(y_ptr, l - 1, offs_k, NET)

@@ -8,7 +8,8 @@ Backward, from dy (…, N):
     dw = dzᵀ x                 (N, K)    ∂z_n/∂w_nk = x_k, summed over the batch
     db = Σ_m dz                (N,)      ∂z_n/∂b_n = 1, summed over the batch
 
-In a stack, dx of this layer is dy of the one beneath: `linear_bwd_dx` multiplies by that layer's act' before it stores.
+In a stack, dx of this layer is dy of the one beneath: `linear_bwd_dx` multiplies by that layer's
+act' before it stores.
 """
 
 import math
@@ -72,7 +73,18 @@ def linear_bwd_dw_ref(dz, x, bias=True, *, out=None):
 
 def linear_bwd_ref(dy, x, w, s, bias, activation, *, needs=(True, True, True)):
     """The reference of `linear_bwd`."""
-    return _backward(dy, x, w, s, bias, activation, needs, linear_bwd_dz_ref, linear_bwd_dx_ref, linear_bwd_dw_ref)
+    return _backward(
+        dy,
+        x,
+        w,
+        s,
+        bias,
+        activation,
+        needs,
+        linear_bwd_dz_ref,
+        linear_bwd_dx_ref,
+        linear_bwd_dw_ref,
+    )
 
 
 def _backward(dy, x, w, s, bias, activation, needs, bwd_dz, bwd_dx, bwd_dw):
@@ -86,14 +98,49 @@ def _backward(dy, x, w, s, bias, activation, needs, bwd_dz, bwd_dx, bwd_dw):
 
 @triton.jit
 def linear_fwd_kernel(
-    y_ptr, z_ptr, x_ptr, w_ptr, b_ptr, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, stride_b,
-    ACT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """One tile of y = act(x wᵀ + b); z is stored too where z_ptr is not None. y and z are contiguous (M, N)."""
+    y_ptr,
+    z_ptr,
+    x_ptr,
+    w_ptr,
+    b_ptr,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    stride_b,
+    ACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile of y = act(x wᵀ + b); z is stored too where z_ptr is not None. y and z are
+    contiguous (M, N).
+    """
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    z, _ = product_tile(x_ptr, w_ptr, offs_m, offs_n, M, N, 0, K, stride_xm, stride_xk, stride_wn, stride_wk,
-                        BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, False)  # fmt: skip
+    z, _ = product_tile(
+        x_ptr,
+        w_ptr,
+        offs_m,
+        offs_n,
+        M,
+        N,
+        0,
+        K,
+        stride_xm,
+        stride_xk,
+        stride_wn,
+        stride_wk,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        PRECISION,
+        False,
+    )
     if b_ptr is not None:
         z += tl.load(b_ptr + offs_n * stride_b, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     offs = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
@@ -105,57 +152,140 @@ def linear_fwd_kernel(
 
 @triton.jit
 def linear_bwd_dz_kernel(
-    dz_ptr, dy_ptr, s_ptr, M, N, stride_dym, stride_dyn, stride_sm, stride_sn,
-    ACT_BWD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    dz_ptr,
+    dy_ptr,
+    s_ptr,
+    M,
+    N,
+    stride_dym,
+    stride_dyn,
+    stride_sm,
+    stride_sn,
+    ACT_BWD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Forward was y = act(z), so dz = dy ⊙ act'(z), with act' written in s: y or z."""
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     mask = (offs_m < M) & (offs_n < N)
-    dy = tl.load(dy_ptr + offs_m * stride_dym + offs_n * stride_dyn, mask=mask, other=0.0).to(tl.float32)
-    s = tl.load(s_ptr + offs_m * stride_sm + offs_n * stride_sn, mask=mask, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + offs_m * stride_dym + offs_n * stride_dyn, mask=mask, other=0.0).to(
+        tl.float32
+    )
+    s = tl.load(s_ptr + offs_m * stride_sm + offs_n * stride_sn, mask=mask, other=0.0).to(
+        tl.float32
+    )
     tl.store(dz_ptr + offs_m * N + offs_n, cast(ACT_BWD(dy, s), dz_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def linear_bwd_dx_kernel(
-    dx_ptr, dz_ptr, w_ptr, s_ptr, M, N, K, stride_dzm, stride_dzn, stride_wn, stride_wk, stride_sm, stride_sk,
-    ACT_BWD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Forward was z_mn = Σ_k x_mk w_nk, so dx_mk = Σ_n dz_mn w_nk; then ⊙ act' of the layer beneath, whose output x is.
+    dx_ptr,
+    dz_ptr,
+    w_ptr,
+    s_ptr,
+    M,
+    N,
+    K,
+    stride_dzm,
+    stride_dzn,
+    stride_wn,
+    stride_wk,
+    stride_sm,
+    stride_sk,
+    ACT_BWD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Forward was z_mn = Σ_k x_mk w_nk, so dx_mk = Σ_n dz_mn w_nk; then ⊙ act' of the layer
+    beneath, whose output x is.
 
-    Here a tile's columns are k and its sum runs over n, so the names of the block sizes follow the result (M, K).
+    Here a tile's columns are k and its sum runs over n, so the names of the block sizes follow the
+    result (M, K).
     """
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    dx, _ = product_tile(dz_ptr, w_ptr, offs_m, offs_k, M, K, 0, N, stride_dzm, stride_dzn, stride_wk, stride_wn,
-                         BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, False)  # fmt: skip
+    dx, _ = product_tile(
+        dz_ptr,
+        w_ptr,
+        offs_m,
+        offs_k,
+        M,
+        K,
+        0,
+        N,
+        stride_dzm,
+        stride_dzn,
+        stride_wk,
+        stride_wn,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        PRECISION,
+        False,
+    )
     offs_m = offs_m.to(tl.int64)[:, None]
     offs_k = offs_k.to(tl.int64)[None, :]
     mask = (offs_m < M) & (offs_k < K)
     if s_ptr is not None:
-        s = tl.load(s_ptr + offs_m * stride_sm + offs_k * stride_sk, mask=mask, other=0.0).to(tl.float32)
+        s = tl.load(s_ptr + offs_m * stride_sm + offs_k * stride_sk, mask=mask, other=0.0).to(
+            tl.float32
+        )
         dx = ACT_BWD(dx, s)
     tl.store(dx_ptr + offs_m * K + offs_k, cast(dx, dx_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def linear_bwd_dw_kernel(
-    dw_ptr, db_ptr, dz_ptr, x_ptr, M, N, K, rows, split_stride, stride_dzm, stride_dzn, stride_xm, stride_xk,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    dw_ptr,
+    db_ptr,
+    dz_ptr,
+    x_ptr,
+    M,
+    N,
+    K,
+    rows,
+    split_stride,
+    stride_dzm,
+    stride_dzn,
+    stride_xm,
+    stride_xk,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """Forward was z_mn = Σ_k x_mk w_nk + b_n, so dw_nk = Σ_m dz_mn x_mk and db_n = Σ_m dz_mn.
 
-    A tile's rows are n, its columns k, its sum runs over the batch rows [split·rows, split·rows + rows). The programs of
-    the first column of tiles have dz in hand and sum db: no atomics. Splits write apart, split_stride elements on.
+    A tile's rows are n, its columns k, its sum runs over the batch rows [split·rows, split·rows +
+    rows). The programs of the first column of tiles have dz in hand and sum db: no atomics. Splits
+    write apart, split_stride elements on.
     """
     offs_n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(2)
     start = split * rows
-    dw, db = product_tile(dz_ptr, x_ptr, offs_n, offs_k, N, K, start, tl.minimum(start + rows, M),
-                          stride_dzn, stride_dzm, stride_xk, stride_xm,
-                          BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, db_ptr is not None)  # fmt: skip
+    dw, db = product_tile(
+        dz_ptr,
+        x_ptr,
+        offs_n,
+        offs_k,
+        N,
+        K,
+        start,
+        tl.minimum(start + rows, M),
+        stride_dzn,
+        stride_dzm,
+        stride_xk,
+        stride_xm,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        PRECISION,
+        db_ptr is not None,
+    )
     if db_ptr is not None:  # noqa: SIM102  known at compile time, unlike the next
         if tl.program_id(1) == 0:
             db_ptrs = db_ptr + split.to(tl.int64) * split_stride + offs_n
@@ -171,39 +301,59 @@ def sum_of_splits(parts_ptr, offs, size, splits, split_stride):
     """The splits' parts at offs, added in their order; 0 from `size` on."""
     total = tl.zeros(offs.shape, dtype=tl.float32)
     for split in range(splits):
-        total += tl.load(parts_ptr + tl.cast(split, tl.int64) * split_stride + offs, mask=offs < size, other=0.0)
+        total += tl.load(
+            parts_ptr + tl.cast(split, tl.int64) * split_stride + offs, mask=offs < size, other=0.0
+        )
     return total
 
 
 @triton.jit
-def linear_bwd_reduce_kernel(dw_ptr, db_ptr, parts_ptr, SIZE, N, splits, split_stride, BLOCK: tl.constexpr):
-    """Sum the splits' parts, laid out (splits, N·K + N), in a fixed order: dw, then db where db_ptr is not None."""
+def linear_bwd_reduce_kernel(
+    dw_ptr, db_ptr, parts_ptr, SIZE, N, splits, split_stride, BLOCK: tl.constexpr
+):
+    """Sum the splits' parts, laid out (splits, N·K + N), in a fixed order: dw, then db where db_ptr
+    is not None.
+    """
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = sum_of_splits(parts_ptr, offs, SIZE + N, splits, split_stride)
     tl.store(dw_ptr + offs, cast(total, dw_ptr.dtype.element_ty), mask=offs < SIZE)
     if db_ptr is not None:
-        tl.store(db_ptr + offs - SIZE, cast(total, db_ptr.dtype.element_ty), mask=(offs >= SIZE) & (offs < SIZE + N))
+        tl.store(
+            db_ptr + offs - SIZE,
+            cast(total, db_ptr.dtype.element_ty),
+            mask=(offs >= SIZE) & (offs < SIZE + N),
+        )
 
 
 def check_linear(x, w, b, op="linear") -> None:
     """Shapes, dtypes and devices of a linear layer; a ValueError that names both values."""
     if w.dim() != 2 or x.dim() < 1 or x.shape[-1] != w.shape[1]:
         features = x.shape[-1] if x.dim() else "at least one dimension"
-        raise ValueError(f"{op}: weight must be (out, in) with in = {features} (input is {tuple(x.shape)}), got {tuple(w.shape)}")
+        raise ValueError(
+            f"{op}: weight must be (out, in) with in = {features} (input is {tuple(x.shape)}), "
+            f"got {tuple(w.shape)}"
+        )
     if b is not None and b.shape != w.shape[:1]:
-        raise ValueError(f"{op}: bias must be ({w.shape[0]},) as weight is {tuple(w.shape)}, got {tuple(b.shape)}")
+        raise ValueError(
+            f"{op}: bias must be ({w.shape[0]},) as weight is {tuple(w.shape)}, got "
+            f"{tuple(b.shape)}"
+        )
     launch.check_same(op, input=x, weight=w, bias=b)
     if not x.is_floating_point():
-        raise ValueError(f"{op}: input must be floating point, got {x.dtype}; convert it, for example with .float()")
+        raise ValueError(
+            f"{op}: input must be floating point, got {x.dtype}; convert it, for example with "
+            ".float()"
+        )
 
 
 def linear_fwd(x, w, b=None, activation="identity", *, out=None):
     """y = act(x wᵀ + b), bias and activation in the product's epilogue.
 
-    x (…, K), w (N, K), b (N,) or None, of one dtype; any strides. `out`: a pair (y, z) of contiguous (M, N) buffers to
-    fill, z only for activations whose backward needs it. Returns y (…, N) and what `linear_bwd` takes after dy.
-    Accumulates in float32, deterministic; reads x once per column of tiles, w once per row of tiles.
-    ValueError: shapes that do not fit, mixed dtypes or devices, an unknown activation.
+    x (…, K), w (N, K), b (N,) or None, of one dtype; any strides. `out`: a pair (y, z) of
+    contiguous (M, N) buffers to fill, z only for activations whose backward needs it. Returns y (…,
+    N) and what `linear_bwd` takes after dy. Accumulates in float32, deterministic; reads x once per
+    column of tiles, w once per row of tiles. ValueError: shapes that do not fit, mixed dtypes or
+    devices, an unknown activation.
     """
     check_linear(x, w, b)
     act = activations.get(activation, "linear")
@@ -214,14 +364,30 @@ def linear_fwd(x, w, b=None, activation="identity", *, out=None):
     y, z = out or (x.new_empty(M, N), x.new_empty(M, N) if act.needs == "z" else None)
     config = configs.product("linear_fwd", x, M, N, heavy=act.needs == "z")
     grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"]))
-    launch.run(linear_fwd_kernel, grid, y, z, x2, w, b, M, N, K, *x2.stride(), *w.stride(),
-               0 if b is None else b.stride(0), ACT=act.forward, **config)  # fmt: skip
+    launch.run(
+        linear_fwd_kernel,
+        grid,
+        y,
+        z,
+        x2,
+        w,
+        b,
+        M,
+        N,
+        K,
+        *x2.stride(),
+        *w.stride(),
+        0 if b is None else b.stride(0),
+        ACT=act.forward,
+        **config,
+    )
     y = y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], N))
     return y, (x, w, {"nothing": None, "y": y, "z": z}[act.needs], b is not None, activation)
 
 
 def linear_bwd_dz(dy, s, activation, *, out=None):
-    """dz = dy ⊙ act', (M, N), from dy (…, N) of any strides and s as saved; dy itself where act is the identity.
+    """dz = dy ⊙ act', (M, N), from dy (…, N) of any strides and s as saved; dy itself where act is
+    the identity.
 
     One read of dy and s, one write. `out`: a contiguous (M, N) buffer.
     """
@@ -233,16 +399,29 @@ def linear_bwd_dz(dy, s, activation, *, out=None):
     dz = dy.new_empty(M, N) if out is None else out
     block_n = min(128, triton.next_power_of_2(max(N, 1)))
     block_m = 1024 // block_n
-    launch.run(linear_bwd_dz_kernel, (triton.cdiv(M, block_m), triton.cdiv(N, block_n)), dz, dy, s, M, N,
-               *dy.stride(), *s.stride(), ACT_BWD=activations.get(activation).backward,
-               BLOCK_M=block_m, BLOCK_N=block_n)  # fmt: skip
+    launch.run(
+        linear_bwd_dz_kernel,
+        (triton.cdiv(M, block_m), triton.cdiv(N, block_n)),
+        dz,
+        dy,
+        s,
+        M,
+        N,
+        *dy.stride(),
+        *s.stride(),
+        ACT_BWD=activations.get(activation).backward,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+    )
     return dz
 
 
 def linear_bwd_dx(dz, w, s_below=None, activation_below="identity", *, out=None):
-    """dx = dz w, (M, K), from dz (M, N) and w (N, K); times act' of the layer beneath where s_below (M, K) is given.
+    """dx = dz w, (M, K), from dz (M, N) and w (N, K); times act' of the layer beneath where s_below
+    (M, K) is given.
 
-    Float32 accumulation, the derivative applied to the float32 sum. `out`: a contiguous (M, K) buffer.
+    Float32 accumulation, the derivative applied to the float32 sum. `out`: a contiguous (M, K)
+    buffer.
     """
     if launch.path(dz, w) == "torch":
         return linear_bwd_dx_ref(dz, w, s_below, activation_below, out=out)
@@ -252,17 +431,31 @@ def linear_bwd_dx(dz, w, s_below=None, activation_below="identity", *, out=None)
     act = activations.get(activation_below)
     config = configs.product("linear_bwd_dx", dz, M, K, heavy=act.needs == "z")
     grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(K, config["BLOCK_N"]))
-    launch.run(linear_bwd_dx_kernel, grid, dx, dz, w, s, M, N, K, *dz.stride(), *w.stride(),
-               *((0, 0) if s is None else s.stride()),
-               ACT_BWD=act.backward, **config)  # fmt: skip
+    launch.run(
+        linear_bwd_dx_kernel,
+        grid,
+        dx,
+        dz,
+        w,
+        s,
+        M,
+        N,
+        K,
+        *dz.stride(),
+        *w.stride(),
+        *((0, 0) if s is None else s.stride()),
+        ACT_BWD=act.backward,
+        **config,
+    )
     return dx
 
 
 def linear_bwd_dw(dz, x, bias=True, *, out=None):
     """dw = dzᵀ x, (N, K), and db = Σ_m dz, (N,) or None without bias, from dz (M, N) and x (…, K).
 
-    Where dw has fewer tiles than the device has processors the batch is split: each split writes its own float32 part
-    and a second kernel adds them in a fixed order, so two runs are bitwise equal. `out`: a pair of contiguous buffers.
+    Where dw has fewer tiles than the device has processors the batch is split: each split writes
+    its own float32 part and a second kernel adds them in a fixed order, so two runs are bitwise
+    equal. `out`: a pair of contiguous buffers.
     """
     if launch.path(dz, x) == "torch":
         return linear_bwd_dw_ref(dz, x, bias, out=out)
@@ -272,18 +465,48 @@ def linear_bwd_dw(dz, x, bias=True, *, out=None):
     config, tiles, splits, rows = dw_plan("linear_bwd_dw", dz, M, N, K)
     size = N * K
     if splits == 1:
-        launch.run(linear_bwd_dw_kernel, (*tiles, 1), dw, db, dz, x, M, N, K, rows, 0, *dz.stride(), *x.stride(), **config)
+        launch.run(
+            linear_bwd_dw_kernel,
+            (*tiles, 1),
+            dw,
+            db,
+            dz,
+            x,
+            M,
+            N,
+            K,
+            rows,
+            0,
+            *dz.stride(),
+            *x.stride(),
+            **config,
+        )
         return dw, db
     parts = dw_parts(dz, x, bias, splits, rows, tiles, config)
-    launch.run(linear_bwd_reduce_kernel, (triton.cdiv(size + N, 512),), dw, db, parts, size, N, splits, size + N,
-               BLOCK=512)  # fmt: skip
+    launch.run(
+        linear_bwd_reduce_kernel,
+        (triton.cdiv(size + N, 512),),
+        dw,
+        db,
+        parts,
+        size,
+        N,
+        splits,
+        size + N,
+        BLOCK=512,
+    )
     return dw, db
 
 
 def dw_plan(kernel: str, dz, M: int, N: int, K: int, heavy: bool = False):
-    """(configuration, grid of tiles, splits of the batch, rows of each) for dzᵀ x of M rows; heavy: see `configs`."""
+    """(configuration, grid of tiles, splits of the batch, rows of each) for dzᵀ x of M rows; heavy:
+    see `configs`.
+    """
     config = configs.product(kernel, dz, N, K, heavy)
-    tiles = triton.cdiv(N, config["BLOCK_M"]), max(triton.cdiv(K, config["BLOCK_N"]), 1)  # one for db if K = 0
+    tiles = (
+        triton.cdiv(N, config["BLOCK_M"]),
+        max(triton.cdiv(K, config["BLOCK_N"]), 1),
+    )  # one for db if K = 0
     return config, tiles, *_split_batch(M, tiles[0] * tiles[1], dz.device)
 
 
@@ -292,21 +515,41 @@ def dw_parts(dz, x, bias, splits, rows, tiles, config):
     (M, N), K = dz.shape, x.shape[1]
     size = N * K
     parts = dz.new_empty(splits, size + N, dtype=torch.float32)
-    launch.run(linear_bwd_dw_kernel, (*tiles, splits), parts, parts[:, size:] if bias else None, dz, x, M, N, K, rows,
-               size + N, *dz.stride(), *x.stride(), **config)  # fmt: skip
+    launch.run(
+        linear_bwd_dw_kernel,
+        (*tiles, splits),
+        parts,
+        parts[:, size:] if bias else None,
+        dz,
+        x,
+        M,
+        N,
+        K,
+        rows,
+        size + N,
+        *dz.stride(),
+        *x.stride(),
+        **config,
+    )
     return parts
 
 
 def _split_batch(M: int, tiles: int, device) -> tuple[int, int]:
-    """(splits, rows of each): at least 256 rows a split, and no more splits than keep the device busy."""
+    """(splits, rows of each): at least 256 rows a split, and no more splits than keep the device
+    busy.
+    """
     wanted = min(MAX_SPLITS, M // 256, launch.sm_count(device) // max(tiles, 1))
     rows = triton.cdiv(M, max(wanted, 1))
     return (triton.cdiv(M, rows), rows) if M else (1, 1)
 
 
 def linear_bwd(dy, x, w, s, bias, activation, *, needs=(True, True, True)):
-    """(dx, dw, db) from dy (…, N) and what `linear_fwd` saved; None for each that `needs` says is not wanted."""
-    return _backward(dy, x, w, s, bias, activation, needs, linear_bwd_dz, linear_bwd_dx, linear_bwd_dw)
+    """(dx, dw, db) from dy (…, N) and what `linear_fwd` saved; None for each that `needs` says is
+    not wanted.
+    """
+    return _backward(
+        dy, x, w, s, bias, activation, needs, linear_bwd_dz, linear_bwd_dx, linear_bwd_dw
+    )
 
 
 class LinearFunction(torch.autograd.Function):
@@ -321,14 +564,17 @@ class LinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         needs = ctx.needs_input_grad[:3]
-        return *launch.differentiate(ctx, dy, linear_bwd, linear_fwd_ref, linear_bwd_ref, needs), None
+        return *launch.differentiate(
+            ctx, dy, linear_bwd, linear_fwd_ref, linear_bwd_ref, needs
+        ), None
 
 
 def linear(input, weight, bias=None, activation="identity"):
     """act(input weightᵀ + bias): `torch.nn.functional.linear` and its activation in one kernel.
 
-    input (…, in), weight (out, in), bias (out,) or None -> (…, out). Differentiable, twice too; float64 by the reference.
-    As in torch, weight may also be (in,), with bias () or None: one output, without its dimension.
+    input (…, in), weight (out, in), bias (out,) or None -> (…, out). Differentiable, twice too;
+    float64 by the reference. As in torch, weight may also be (in,), with bias () or None: one
+    output, without its dimension.
     """
     if weight.dim() == 1 and input.dim() and input.shape[-1:] == weight.shape:
         bias = None if bias is None else bias.unsqueeze(0)

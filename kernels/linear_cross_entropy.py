@@ -2,9 +2,9 @@
 
     x (M, K)   w (C, K)   b (C,)   target (M,) labels or (M, C) probabilities
 
-Up to FUSED_CLASSES classes one kernel holds a row of logits in one tile: product, softmax, loss and ∂ℓ/∂z, and the
-logits are never stored. With more, the two operations run one after the other. Backward: ∂ℓ/∂z scaled as in
-`cross_entropy`, then dx, dw and db of `linear`.
+Up to FUSED_CLASSES classes one kernel holds a row of logits in one tile: product, softmax, loss and
+∂ℓ/∂z, and the logits are never stored. With more, the two operations run one after the other.
+Backward: ∂ℓ/∂z scaled as in `cross_entropy`, then dx, dw and db of `linear`.
 """
 
 import torch
@@ -47,17 +47,58 @@ def linear_cross_entropy_bwd_ref(dy, x, w, bias, *saved, needs=(True, True, True
 
 @triton.jit
 def linear_cross_entropy_fwd_kernel(
-    loss_ptr, grad_ptr, x_ptr, w_ptr, b_ptr, t_ptr, class_weight_ptr, M, C, K, stride_xm, stride_xk, stride_wn, stride_wk,
-    stride_b, stride_tm, stride_tc, stride_cw, ignore_index, smoothing,
-    SOFT: tl.constexpr, REDUCE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Rows of logits x wᵀ + b in one tile [BLOCK_M, BLOCK_N], then softmax, loss and gradient: logits are never stored."""
+    loss_ptr,
+    grad_ptr,
+    x_ptr,
+    w_ptr,
+    b_ptr,
+    t_ptr,
+    class_weight_ptr,
+    M,
+    C,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    stride_b,
+    stride_tm,
+    stride_tc,
+    stride_cw,
+    ignore_index,
+    smoothing,
+    SOFT: tl.constexpr,
+    REDUCE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Rows of logits x wᵀ + b in one tile [BLOCK_M, BLOCK_N], then softmax, loss and gradient:
+    logits are never stored.
+    """
     pid = tl.program_id(0)
     rows = pid * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = tl.arange(0, BLOCK_N)
-    z, _ = product_tile(x_ptr, w_ptr, rows, offs_c, M, C, 0, K, stride_xm, stride_xk, stride_wn, stride_wk,
-                        BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, False)  # fmt: skip
+    z, _ = product_tile(
+        x_ptr,
+        w_ptr,
+        rows,
+        offs_c,
+        M,
+        C,
+        0,
+        K,
+        stride_xm,
+        stride_xk,
+        stride_wn,
+        stride_wk,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        PRECISION,
+        False,
+    )
     if b_ptr is not None:
         z += tl.load(b_ptr + offs_c * stride_b, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
     z = tl.where((offs_c < C)[None, :], z, float("-inf"))
@@ -71,24 +112,45 @@ def linear_cross_entropy_fwd_kernel(
         label = tl.load(t_ptrs, mask=mask_r, other=ignore_index).to(tl.int64)
         weight = label_weight(label, mask_r, class_weight_ptr, C, stride_cw, ignore_index)
     q, counted = target_tile(
-        t_ptrs, label, offs_c, mask, class_weight_ptr, C, stride_tc, stride_cw, smoothing, ignore_index, SOFT
+        t_ptrs,
+        label,
+        offs_c,
+        mask,
+        class_weight_ptr,
+        C,
+        stride_tc,
+        stride_cw,
+        smoothing,
+        ignore_index,
+        SOFT,
     )
     m = tl.max(z, axis=1)
     s = tl.sum(tl.exp(z - m[:, None]), axis=1)
     loss, grad = softmax_loss_tile(z, m, s, q, counted, tl.sum(q, axis=1))
-    tl.store(grad_ptr + rows[:, None] * C + offs_c[None, :], cast(grad, grad_ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        grad_ptr + rows[:, None] * C + offs_c[None, :],
+        cast(grad, grad_ptr.dtype.element_ty),
+        mask=mask,
+    )
     store_loss(loss_ptr, rows, mask_r, loss, weight, pid, tl.num_programs(0), REDUCE)
 
 
-def linear_cross_entropy_fwd(x, w, b, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
-    """The last layer and its loss: up to 128 classes in one kernel that never stores the logits, else through the two.
+def linear_cross_entropy_fwd(
+    x, w, b, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0
+):
+    """The last layer and its loss: up to 128 classes in one kernel that never stores the logits,
+    else through the two.
 
-    x (M, K), w (C, K), b (C,) or None, target and options as `cross_entropy_fwd`. Errors as the two operations.
+    x (M, K), w (C, K), b (C,) or None, target and options as `cross_entropy_fwd`. Errors as the two
+    operations.
     """
     options = (weight, ignore_index, reduction, label_smoothing)
     check_linear(x, w, b, "linear_cross_entropy")
     if x.dim() != 2:
-        raise ValueError(f"linear_cross_entropy: input must be (N, in), got {tuple(x.shape)}; flatten it and the target")
+        raise ValueError(
+            f"linear_cross_entropy: input must be (N, in), got {tuple(x.shape)}; flatten it and "
+            "the target"
+        )
     C = w.shape[0]
     if launch.path(x, w, b, weight) == "torch" or C > FUSED_CLASSES:
         logits, _ = linear_fwd(x, w, b)
@@ -105,16 +167,39 @@ def linear_cross_entropy_fwd(x, w, b, target, weight=None, ignore_index=-100, re
     reduce = reduction != "none"
     rows = x.new_empty(2 * programs, dtype=torch.float32) if reduce else x.new_empty(M)
     grad = x.new_empty(M, C)
-    launch.run(linear_cross_entropy_fwd_kernel, (programs,), rows, grad, x, w, b, target, weight, M, C, K, *x.stride(),
-               *w.stride(), 0 if b is None else b.stride(0), target.stride(0), target.stride(1) if soft else 0,
-               0 if weight is None else weight.stride(0), ignore_index, float(label_smoothing),
-               SOFT=soft, REDUCE=reduce, **config)  # fmt: skip
+    launch.run(
+        linear_cross_entropy_fwd_kernel,
+        (programs,),
+        rows,
+        grad,
+        x,
+        w,
+        b,
+        target,
+        weight,
+        M,
+        C,
+        K,
+        *x.stride(),
+        *w.stride(),
+        0 if b is None else b.stride(0),
+        target.stride(0),
+        target.stride(1) if soft else 0,
+        0 if weight is None else weight.stride(0),
+        ignore_index,
+        float(label_smoothing),
+        SOFT=soft,
+        REDUCE=reduce,
+        **config,
+    )
     loss, saved = finish(rows, programs, x, (M,), reduction, grad)
     return loss, (x, w, b is not None, *saved)
 
 
 def linear_cross_entropy_bwd(dy, x, w, bias, *saved, needs=(True, True, True)):
-    """(dx, dw, db) from dy and what the forward saved: the loss's gradient scaled, then the layer's backward."""
+    """(dx, dw, db) from dy and what the forward saved: the loss's gradient scaled, then the layer's
+    backward.
+    """
     dz, _ = cross_entropy_bwd(dy, *saved)
     return linear_bwd(dz, x, w, None, bias, "identity", needs=needs)
 
@@ -132,22 +217,43 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     def backward(ctx, dy):
         needs = ctx.needs_input_grad[:3]
         grads = launch.differentiate(
-            ctx, dy, linear_cross_entropy_bwd, linear_cross_entropy_fwd_ref, linear_cross_entropy_bwd_ref, needs
+            ctx,
+            dy,
+            linear_cross_entropy_bwd,
+            linear_cross_entropy_fwd_ref,
+            linear_cross_entropy_bwd_ref,
+            needs,
         )
         return *grads, *(None,) * 5
 
 
 def linear_cross_entropy(
-    input, weight, bias, target, class_weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0
+    input,
+    weight,
+    bias,
+    target,
+    class_weight=None,
+    ignore_index=-100,
+    reduction="mean",
+    label_smoothing=0.0,
 ):
-    """cross_entropy(linear(input, weight, bias), target, …): the last layer and its loss as one operation.
+    """cross_entropy(linear(input, weight, bias), target, …): the last layer and its loss as one
+    operation.
 
-    input (N, in), weight (C, in), bias (C,) or None. `class_weight` and the rest are cross_entropy's keywords.
-    Probability targets get no gradient here: use the two operations where they need one.
+    input (N, in), weight (C, in), bias (C,) or None. `class_weight` and the rest are
+    cross_entropy's keywords. Probability targets get no gradient here: use the two operations where
+    they need one.
     """
     options = class_weight, ignore_index, reduction, label_smoothing
     if launch.autocasting(input):  # torch computes the product in half precision, the loss not
         return cross_entropy(linear(input, weight, bias), target, *options)
     return launch.call(
-        "linear_cross_entropy", LinearCrossEntropyFunction, linear_cross_entropy_fwd, input, weight, bias, target, *options
+        "linear_cross_entropy",
+        LinearCrossEntropyFunction,
+        linear_cross_entropy_fwd,
+        input,
+        weight,
+        bias,
+        target,
+        *options,
     )

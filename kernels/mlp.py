@@ -1,11 +1,14 @@
-"""A stack of linear layers: y_0 = x, y_l = act_l(y_{l-1} w_lᵀ + b_l) for l = 1 … L, as one operation.
+"""A stack of linear layers: y_0 = x, y_l = act_l(y_{l-1} w_lᵀ + b_l) for l = 1 … L, as one
+operation.
 
-    x (…, n_0)   w_l (n_l, n_{l-1})   b_l (n_l,)   y_L (…, n_L)      hidden layers share an activation, the last has its own
+    x (…, n_0)   w_l (n_l, n_{l-1})   b_l (n_l,)   y_L (…, n_L)      hidden layers share an
+        activation, the last has its own
 
 Backward, from dy (…, n_L), with s_l the output or the pre-activation of layer l:
     dz_L = dy ⊙ act_L'(s_L)
     dw_l = dz_lᵀ y_{l-1},  db_l = Σ dz_l                        l = L … 1
-    dz_{l-1} = (dz_l w_l) ⊙ act'(s_{l-1})                       act' in the epilogue of dx: dy_{l-1} is never stored
+    dz_{l-1} = (dz_l w_l) ⊙ act'(s_{l-1})                       act' in the epilogue of dx: dy_{l-1}
+        is never stored
     dx = dz_1 w_1
 The kernels are those of `linear`.
 """
@@ -45,7 +48,9 @@ def _forward(x, weights, biases, activation, output_activation, out, fwd):
     return y, (len(weights), bias, activation, output_activation, *weights, *inputs, *kept)
 
 
-def _backward(dy, layers, bias, activation, output_activation, *saved, needs, out, bwd_dz, bwd_dx, bwd_dw):
+def _backward(
+    dy, layers, bias, activation, output_activation, *saved, needs, out, bwd_dz, bwd_dx, bwd_dw
+):
     weights, inputs, kept = saved[:layers], saved[layers : 2 * layers], saved[2 * layers :]
     needs = needs or (True,) * (2 * layers + 1)
     needs_dx, needs_dw, needs_db = needs[0], needs[1 : layers + 1], needs[layers + 1 :]
@@ -55,9 +60,14 @@ def _backward(dy, layers, bias, activation, output_activation, *saved, needs, ou
     for layer in reversed(range(layers)):
         if needs_dw[layer] or needs_db[layer]:
             grads = bwd_dw(dz, inputs[layer], bias[layer], out=_layer_out(grads_out, layer))
-            dws[layer], dbs[layer] = (g if needed else None for g, needed in zip(grads, (needs_dw[layer], needs_db[layer])))
+            dws[layer], dbs[layer] = (
+                g if needed else None
+                for g, needed in zip(grads, (needs_dw[layer], needs_db[layer]))
+            )
         if layer:
-            dz = bwd_dx(dz, weights[layer], kept[layer - 1], activation, out=_layer_out(dz_out, layer - 1))
+            dz = bwd_dx(
+                dz, weights[layer], kept[layer - 1], activation, out=_layer_out(dz_out, layer - 1)
+            )
     dx = bwd_dx(dz, weights[0]).view(inputs[0].shape) if needs_dx else None
     return dx, dws, dbs
 
@@ -69,26 +79,42 @@ def mlp_fwd_ref(x, weights, biases, activation="relu", output_activation="identi
 
 def mlp_bwd_ref(dy, *saved, needs=None, out=None):
     """The reference of `mlp_bwd`."""
-    return _backward(dy, *saved, needs=needs, out=out,
-                     bwd_dz=linear_bwd_dz_ref, bwd_dx=linear_bwd_dx_ref, bwd_dw=linear_bwd_dw_ref)  # fmt: skip
+    return _backward(
+        dy,
+        *saved,
+        needs=needs,
+        out=out,
+        bwd_dz=linear_bwd_dz_ref,
+        bwd_dx=linear_bwd_dx_ref,
+        bwd_dw=linear_bwd_dw_ref,
+    )
 
 
 def check_mlp(x, weights, biases) -> None:
-    """At least one layer, as many biases (or None) as weights, and widths that chain; else a ValueError."""
+    """At least one layer, as many biases (or None) as weights, and widths that chain; else a
+    ValueError.
+    """
     if not weights or len(weights) != len(biases):
-        raise ValueError(f"mlp: as many biases (or None) as weights, at least one, got {len(weights)} and {len(biases)}")
+        raise ValueError(
+            f"mlp: as many biases (or None) as weights, at least one, got {len(weights)} and "
+            f"{len(biases)}"
+        )
     for layer in range(1, len(weights)):
         wide, narrow = weights[layer - 1].shape, weights[layer].shape
         if len(wide) != 2 or len(narrow) != 2 or narrow[1] != wide[0]:
-            raise ValueError(f"mlp: weight {layer} must be (out, {wide[0]}) after weight {layer - 1} {tuple(wide)}, "
-                             f"got {tuple(narrow)}")  # fmt: skip
+            raise ValueError(
+                f"mlp: weight {layer} must be (out, {wide[0]}) after weight {layer - 1} "
+                f"{tuple(wide)}, "
+                f"got {tuple(narrow)}"
+            )
 
 
 def mlp_fwd(x, weights, biases, activation="relu", output_activation="identity", *, out=None):
     """y_L (…, n_L) of the stack, one launch a layer, and what `mlp_bwd` takes after dy.
 
-    x (…, n_0); weights: (n_l, n_{l-1}) each; biases: (n_l,) or None each. Saved: the inputs of every layer, and z only for
-    activations whose derivative needs it. `out`: per layer the (y, z) buffers of `linear_fwd`. Errors as `linear_fwd`.
+    x (…, n_0); weights: (n_l, n_{l-1}) each; biases: (n_l,) or None each. Saved: the inputs of
+    every layer, and z only for activations whose derivative needs it. `out`: per layer the (y, z)
+    buffers of `linear_fwd`. Errors as `linear_fwd`.
     """
     check_mlp(x, weights, biases)
     if launch.path(x, *weights) == "torch":
@@ -98,14 +124,23 @@ def mlp_fwd(x, weights, biases, activation="relu", output_activation="identity",
 
 
 def mlp_bwd(dy, *saved, needs=None, out=None):
-    """(dx, [dw_1 … dw_L], [db_1 … db_L]) from dy (…, n_L) and what `mlp_fwd` saved: two launches a layer.
+    """(dx, [dw_1 … dw_L], [db_1 … db_L]) from dy (…, n_L) and what `mlp_fwd` saved: two launches a
+    layer.
 
-    `needs`: which of x, every weight, every bias want a gradient (all, if None); the others are None.
-    `out`: (per layer dz buffers, per layer (dw, db) buffers).
+    `needs`: which of x, every weight, every bias want a gradient (all, if None); the others are
+    None. `out`: (per layer dz buffers, per layer (dw, db) buffers).
     """
     if launch.path(dy, *(s for s in saved if isinstance(s, torch.Tensor))) == "torch":
         return mlp_bwd_ref(dy, *saved, needs=needs, out=out)
-    return _backward(dy, *saved, needs=needs, out=out, bwd_dz=linear_bwd_dz, bwd_dx=linear_bwd_dx, bwd_dw=linear_bwd_dw)
+    return _backward(
+        dy,
+        *saved,
+        needs=needs,
+        out=out,
+        bwd_dz=linear_bwd_dz,
+        bwd_dx=linear_bwd_dx,
+        bwd_dw=linear_bwd_dw,
+    )
 
 
 def _flat(fwd, x, activation, output_activation, *parameters):
@@ -136,8 +171,11 @@ class MLPFunction(torch.autograd.Function):
 def mlp(input, weights, biases=None, activation="relu", output_activation="identity"):
     """A multilayer perceptron as one operation: see the module's formulas.
 
-    input (…, n_0); weights: sequence of (n_l, n_{l-1}); biases: sequence of (n_l,) or None, or None for no biases.
+    input (…, n_0); weights: sequence of (n_l, n_{l-1}); biases: sequence of (n_l,) or None, or None
+    for no biases.
     """
     biases = [None] * len(weights) if biases is None else list(biases)
     check_mlp(input, weights, biases)
-    return launch.call("mlp", MLPFunction, _flat_fwd, input, activation, output_activation, *weights, *biases)
+    return launch.call(
+        "mlp", MLPFunction, _flat_fwd, input, activation, output_activation, *weights, *biases
+    )

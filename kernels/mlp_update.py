@@ -1,11 +1,14 @@
-"""The backward of a stack of linear layers that takes an optimizer's step: no weight gradient is ever stored.
+"""The backward of a stack of linear layers that takes an optimizer's step: no weight gradient is
+ever stored.
 
 For every layer, from the last down, with dz_l and y_{l-1} as in `mlp` and the rules of `optim`:
 
     dz_{l-1} = (dz_l w_l) ⊙ act'(s_{l-1})                 with w_l as it was in the forward
-    w_l ← rule(w_l, dz_lᵀ y_{l-1})    b_l ← rule(b_l, Σ_m dz_l)           in the epilogue of the product
+    w_l ← rule(w_l, dz_lᵀ y_{l-1})    b_l ← rule(b_l, Σ_m dz_l)           in the epilogue of the
+        product
 
-The gradient is read out of the accumulator: in float32 also where the weights are float16 or bfloat16.
+The gradient is read out of the accumulator: in float32 also where the weights are float16 or
+bfloat16.
 """
 
 import torch
@@ -54,20 +57,56 @@ def _add_products(targets, dz, x, beta, alpha):
 
 @triton.jit
 def linear_update_kernel(
-    p_ptrs, m_ptrs, v_ptrs, dz_ptr, x_ptr, hyper_ptr, step, M, N, K, stride_dzm, stride_dzn, stride_xm, stride_xk,
-    STEP_TENSOR: tl.constexpr, NET: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """One tile of w after its step; the programs of the first column of tiles do b. Tiles as in `linear_bwd_dw_kernel`."""
+    p_ptrs,
+    m_ptrs,
+    v_ptrs,
+    dz_ptr,
+    x_ptr,
+    hyper_ptr,
+    step,
+    M,
+    N,
+    K,
+    stride_dzm,
+    stride_dzn,
+    stride_xm,
+    stride_xk,
+    STEP_TENSOR: tl.constexpr,
+    NET: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile of w after its step; the programs of the first column of tiles do b. Tiles as in
+    `linear_bwd_dw_kernel`.
+    """
     offs_n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     rule = rule_at(hyper_ptr, scalar(step, STEP_TENSOR), NET)
-    dw, db = product_tile(dz_ptr, x_ptr, offs_n, offs_k, N, K, 0, M, stride_dzn, stride_dzm, stride_xk, stride_xm,
-                          BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, len(p_ptrs) == 2)  # fmt: skip
+    dw, db = product_tile(
+        dz_ptr,
+        x_ptr,
+        offs_n,
+        offs_k,
+        N,
+        K,
+        0,
+        M,
+        stride_dzn,
+        stride_dzm,
+        stride_xk,
+        stride_xm,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        PRECISION,
+        len(p_ptrs) == 2,
+    )
     if len(p_ptrs) == 2:  # noqa: SIM102  known at compile time, unlike the next
         if tl.program_id(1) == 0:
             b = tl.load(p_ptrs[1] + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
-            update(p_ptrs, m_ptrs, v_ptrs, 1, 0, offs_n, offs_n < N, b, db, rule, NET)
+            update(p_ptrs, m_ptrs, v_ptrs, 1, 0, offs_n, offs_n < N, b, db, rule, NET, True)
     mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
     offs = offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
     w = tl.load(p_ptrs[0] + offs, mask=mask, other=0.0).to(tl.float32)
@@ -76,9 +115,20 @@ def linear_update_kernel(
 
 @triton.jit
 def linear_update_reduce_kernel(
-    p_ptrs, m_ptrs, v_ptrs, parts_ptr, hyper_ptr, step, SIZE, N, splits, split_stride,
-    STEP_TENSOR: tl.constexpr, NET: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    p_ptrs,
+    m_ptrs,
+    v_ptrs,
+    parts_ptr,
+    hyper_ptr,
+    step,
+    SIZE,
+    N,
+    splits,
+    split_stride,
+    STEP_TENSOR: tl.constexpr,
+    NET: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """As `linear_bwd_reduce_kernel`, but the sums go into w's step, then into b's."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     rule = rule_at(hyper_ptr, scalar(step, STEP_TENSOR), NET)
@@ -92,11 +142,13 @@ def linear_update_reduce_kernel(
 
 
 def linear_update(dz, x, parameters, states, hyper, step, rule):
-    """A step of `rule` on one layer in place, from dz (M, N) and the layer's input x (…, K). Nothing is returned.
+    """A step of `rule` on one layer in place, from dz (M, N) and the layer's input x (…, K).
+    Nothing is returned.
 
-    parameters: [w (N, K)] or [w, b (N,)]; states: RULES[rule] lists of tensors of the same shapes; all contiguous.
-    hyper: a row of `hyperparameters`, or its numbers; step: 1 at the first, a number or a one-element device tensor.
-    Deterministic: where the batch is split as in `linear_bwd_dw`, the parts are added in a fixed order before the step.
+    parameters: [w (N, K)] or [w, b (N,)]; states: RULES[rule] lists of tensors of the same shapes;
+    all contiguous. hyper: a row of `hyperparameters`, or its numbers; step: 1 at the first, a
+    number or a one-element device tensor. Deterministic: where the batch is split as in
+    `linear_bwd_dw`, the parts are added in a fixed order before the step.
     """
     if launch.path(dz, x, *parameters) == "torch":
         return linear_update_ref(dz, x, parameters, states, hyper, step, rule)
@@ -108,56 +160,126 @@ def linear_update(dz, x, parameters, states, hyper, step, rule):
     step = step if options["STEP_TENSOR"] else float(step)
     config, tiles, splits, rows = dw_plan("linear_update", dz, M, N, K, heavy=RULES[rule] == 2)
     if splits == 1:
-        return launch.run(linear_update_kernel, tiles, *lists, dz, x, hyper, step, M, N, K, *dz.stride(), *x.stride(),
-                          **options, **config)  # fmt: skip
+        return launch.run(
+            linear_update_kernel,
+            tiles,
+            *lists,
+            dz,
+            x,
+            hyper,
+            step,
+            M,
+            N,
+            K,
+            *dz.stride(),
+            *x.stride(),
+            **options,
+            **config,
+        )
     size, bias = N * K, len(parameters) == 2
     parts = dw_parts(dz, x, bias, splits, rows, tiles, config)
-    launch.run(linear_update_reduce_kernel, (triton.cdiv(size + N, 512),), *lists, parts, hyper, step, size, N, splits,
-               size + N, **options, BLOCK=512)  # fmt: skip
+    launch.run(
+        linear_update_reduce_kernel,
+        (triton.cdiv(size + N, 512),),
+        *lists,
+        parts,
+        hyper,
+        step,
+        size,
+        N,
+        splits,
+        size + N,
+        **options,
+        BLOCK=512,
+    )
 
 
 def check_mlp_update(saved, parameters, states, hyper, rule) -> None:
-    """A known rule, its lists of states, and contiguous parameters that are the forward's; else a ValueError."""
+    """A known rule, its lists of states, and contiguous parameters that are the forward's; else a
+    ValueError.
+    """
     layers, bias = saved[:2]
     if rule not in RULES:
         raise ValueError(f"mlp_update: rule must be one of {', '.join(RULES)}, got {rule!r}")
     if len(hyper) != HYPER:
-        raise ValueError(f"mlp_update: hyper must be a row of {HYPER} numbers, see hyperparameters, got {len(hyper)}")
+        raise ValueError(
+            f"mlp_update: hyper must be a row of {HYPER} numbers, see hyperparameters, got "
+            f"{len(hyper)}"
+        )
     if len(states) != RULES[rule]:
-        raise ValueError(f"mlp_update: rule {rule!r} needs {RULES[rule]} lists of states, got {len(states)}")
+        raise ValueError(
+            f"mlp_update: rule {rule!r} needs {RULES[rule]} lists of states, got {len(states)}"
+        )
     if len(parameters) != layers + sum(bias) or any(len(s) != len(parameters) for s in states):
         counts = [len(parameters), *map(len, states)]
-        raise ValueError(f"mlp_update: {layers + sum(bias)} parameters and as many states, got {counts}")
+        raise ValueError(
+            f"mlp_update: {layers + sum(bias)} parameters and as many states, got {counts}"
+        )
     if bad := [tuple(t.shape) for ts in (parameters, *states) for t in ts if not t.is_contiguous()]:
-        raise ValueError(f"mlp_update: parameters and states must be contiguous, got strides in one of shape {bad[0]}")
+        raise ValueError(
+            "mlp_update: parameters and states must be contiguous, got strides in one of shape "
+            f"{bad[0]}"
+        )
 
 
 def _update(dy, saved, parameters, states, hyper, step, rule, out, bwd_dz, bwd_dx, update_layer):
     layers, bias, activation, output_activation = saved[:4]
-    weights, inputs, kept = (saved[start : start + layers] for start in range(4, 4 + 3 * layers, layers))
+    weights, inputs, kept = (
+        saved[start : start + layers] for start in range(4, 4 + 3 * layers, layers)
+    )
     buffers = [None] * layers if out is None else out
     dz, end = bwd_dz(dy, kept[-1], output_activation, out=buffers[-1]), len(parameters)
     for layer in reversed(range(layers)):
         start = end - 1 - bias[layer]
         own = [ts[start:end] for ts in (parameters, *states)]
-        below = bwd_dx(dz, weights[layer], kept[layer - 1], activation, out=buffers[layer - 1]) if layer else None
+        below = (
+            bwd_dx(dz, weights[layer], kept[layer - 1], activation, out=buffers[layer - 1])
+            if layer
+            else None
+        )
         update_layer(dz, inputs[layer], own[0], own[1:], hyper, step, rule)
         dz, end = below, start
 
 
 def mlp_update_ref(dy, saved, parameters, states, hyper, step, rule, *, out=None):
     """The reference of `mlp_update`."""
-    _update(dy, saved, parameters, states, hyper, step, rule, out, linear_bwd_dz_ref, linear_bwd_dx_ref, linear_update_ref)
+    _update(
+        dy,
+        saved,
+        parameters,
+        states,
+        hyper,
+        step,
+        rule,
+        out,
+        linear_bwd_dz_ref,
+        linear_bwd_dx_ref,
+        linear_update_ref,
+    )
 
 
 def mlp_update(dy, saved, parameters, states, hyper, step, rule, *, out=None):
-    """`mlp_bwd` and a step of an optimizer on all parameters, in place: two launches a layer, no gradient in memory.
+    """`mlp_bwd` and a step of an optimizer on all parameters, in place: two launches a layer, no
+    gradient in memory.
 
-    dy (…, n_L); saved: what `mlp_fwd` returned beside y; parameters: [w_1, b_1, w_2, …], the forward's own, or without
-    biases; states: RULES[rule] lists shaped like them, zeros at first. hyper, step, rule as in `linear_update`.
-    `out`: per layer (M, n_l) buffers for dz. No dx: what is below the stack is data. ValueError: see `check_mlp_update`.
+    dy (…, n_L); saved: what `mlp_fwd` returned beside y; parameters: [w_1, b_1, w_2, …], the
+    forward's own, or without biases; states: RULES[rule] lists shaped like them, zeros at first.
+    hyper, step, rule as in `linear_update`. `out`: per layer (M, n_l) buffers for dz. No dx: what
+    is below the stack is data. ValueError: see `check_mlp_update`.
     """
     check_mlp_update(saved, parameters, states, hyper, rule)
     if launch.path(dy, *parameters) == "torch":
         return mlp_update_ref(dy, saved, parameters, states, hyper, step, rule, out=out)
-    _update(dy, saved, parameters, states, hyper, step, rule, out, linear_bwd_dz, linear_bwd_dx, linear_update)
+    _update(
+        dy,
+        saved,
+        parameters,
+        states,
+        hyper,
+        step,
+        rule,
+        out,
+        linear_bwd_dz,
+        linear_bwd_dx,
+        linear_update,
+    )

@@ -2,7 +2,8 @@
 
     x, t of one shape        d = x - t        ℓ = d²
 
-Backward, from dy (a scalar, or of the shape of ℓ): dx = 2 d dy / n for the mean over n elements, 2 d dy otherwise; dt = -dx.
+Backward, from dy (a scalar, or of the shape of ℓ): dx = 2 d dy / n for the mean over n elements, 2
+d dy otherwise; dt = -dx.
 """
 
 import torch
@@ -17,7 +18,9 @@ _BLOCK = 1024
 
 
 def _factor(n: int, reduction: str) -> float:
-    """What the sum of squares (or one square) is multiplied by; the mean of nothing is NaN, as in torch."""
+    """What the sum of squares (or one square) is multiplied by; the mean of nothing is NaN, as in
+    torch.
+    """
     if reduction == "mean":
         return 1.0 / n if n else float("nan")
     return 1.0
@@ -40,7 +43,9 @@ def mse_bwd_ref(dy, x, t, reduction, *, needs=(True, True)):
 
 @triton.jit
 def mse_fwd_kernel(out_ptr, x_ptr, t_ptr, size, factor, REDUCE: tl.constexpr, BLOCK: tl.constexpr):
-    """Squares of one block, or under REDUCE their sum times factor: one float32 partial sum a program."""
+    """Squares of one block, or under REDUCE their sum times factor: one float32 partial sum a
+    program.
+    """
     pid = tl.program_id(0).to(tl.int64)
     offs = pid * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
@@ -63,7 +68,9 @@ def sum_kernel(out_ptr, parts_ptr, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def mse_bwd_kernel(dx_ptr, dt_ptr, dy_ptr, x_ptr, t_ptr, size, factor, SCALAR: tl.constexpr, BLOCK: tl.constexpr):
+def mse_bwd_kernel(
+    dx_ptr, dt_ptr, dy_ptr, x_ptr, t_ptr, size, factor, SCALAR: tl.constexpr, BLOCK: tl.constexpr
+):
     """Forward was ℓ = (x - t)², so dx = 2 (x - t) dy · factor and dt = -dx."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
@@ -89,15 +96,21 @@ def check_reduction(op: str, reduction: str) -> None:
 def mse_fwd(x, t, reduction="mean"):
     """Σ (x - t)² · factor as a scalar, or (x - t)² of x's shape, and what `mse_bwd` takes after dy.
 
-    x, t: one shape, dtype and device; made contiguous. Float32 sums in a fixed order: deterministic. Reads x and t once.
-    ValueError: an unknown reduction, shapes, dtypes or devices that differ, integers.
+    x, t: one shape, dtype and device; made contiguous. Float32 sums in a fixed order:
+    deterministic. Reads x and t once. ValueError: an unknown reduction, shapes, dtypes or devices
+    that differ, integers.
     """
     check_reduction("mse_loss", reduction)
     launch.check_same("mse_loss", input=x, target=t)
     if x.shape != t.shape:
-        raise ValueError(f"mse_loss: target must be {tuple(x.shape)} as input is, got {tuple(t.shape)}")
+        raise ValueError(
+            f"mse_loss: target must be {tuple(x.shape)} as input is, got {tuple(t.shape)}"
+        )
     if not x.is_floating_point():
-        raise ValueError(f"mse_loss: input must be floating point, got {x.dtype}; convert it, for example with .float()")
+        raise ValueError(
+            f"mse_loss: input must be floating point, got {x.dtype}; convert it, for example with "
+            ".float()"
+        )
     if launch.path(x, t) == "torch":
         return mse_fwd_ref(x, t, reduction)
     x, t = x.contiguous(), t.contiguous()
@@ -114,13 +127,26 @@ def mse_fwd(x, t, reduction="mean"):
 
 
 def mse_bwd(dy, x, t, reduction, *, needs=(True, True)):
-    """(dx, dt) from dy, a scalar or of the shape of an unreduced loss; one pass. None where not needed."""
+    """(dx, dt) from dy, a scalar or of the shape of an unreduced loss; one pass. None where not
+    needed.
+    """
     if launch.path(dy, x, t) == "torch":
         return mse_bwd_ref(dy, x, t, reduction, needs=needs)
     dx = torch.empty_like(x) if needs[0] else None
     dt = torch.empty_like(x) if needs[1] else None
-    launch.run(mse_bwd_kernel, (triton.cdiv(x.numel(), _BLOCK),), dx, dt, dy.contiguous(), x, t, x.numel(),
-               _factor(x.numel(), reduction), SCALAR=reduction != "none", BLOCK=_BLOCK)  # fmt: skip
+    launch.run(
+        mse_bwd_kernel,
+        (triton.cdiv(x.numel(), _BLOCK),),
+        dx,
+        dt,
+        dy.contiguous(),
+        x,
+        t,
+        x.numel(),
+        _factor(x.numel(), reduction),
+        SCALAR=reduction != "none",
+        BLOCK=_BLOCK,
+    )
     return dx, dt
 
 
@@ -135,9 +161,15 @@ class MSEFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        return *launch.differentiate(ctx, dy, mse_bwd, mse_fwd_ref, mse_bwd_ref, ctx.needs_input_grad[:2]), None
+        return *launch.differentiate(
+            ctx, dy, mse_bwd, mse_fwd_ref, mse_bwd_ref, ctx.needs_input_grad[:2]
+        ), None
 
 
 def mse_loss(input, target, reduction="mean"):
-    """`torch.nn.functional.mse_loss` for input and target of one shape; the gradient of the target as well."""
-    return launch.call("mse_loss", MSEFunction, mse_fwd, input, target, reduction, autocast=torch.float32)
+    """`torch.nn.functional.mse_loss` for input and target of one shape; the gradient of the target
+    as well.
+    """
+    return launch.call(
+        "mse_loss", MSEFunction, mse_fwd, input, target, reduction, autocast=torch.float32
+    )

@@ -1,16 +1,24 @@
-"""What the training kernels train: one description of network, loss and optimizer, its limits, and one step in plain torch.
+"""What the training kernels train: one description of network, loss and optimizer, its limits, and
+one step in plain torch.
 
-    y_0 = x,  y_l = act_l(y_{l-1} w_lᵀ + b_l)  for l = 1 … L           hidden layers share an activation, the last has its own
-    loss = s · Σ_m ℓ(y_L, t)                                           s = loss_scale, over the batch's rows if loss_mean
-        cross_entropy    ℓ = lse(y) - y_t                              the sigmoid recipe averages over classes too: s = 1/C
-        squared_error    ℓ = Σ_c (y_c - t_c)²                          torch's mean: s = 1/C; ½ Σ over the batch: s = ½, no mean
-    dz_L = ∂loss/∂y_L ⊙ act_L',  dz_{l-1} = (dz_l w_l) ⊙ act',  dw_l = dz_lᵀ y_{l-1},  db_l = Σ_m dz_l
+    y_0 = x,  y_l = act_l(y_{l-1} w_lᵀ + b_l)  for l = 1 … L           hidden layers share an
+        activation, the last has its own
+    loss = s · Σ_m ℓ(y_L, t)                                           s = loss_scale, over the
+        batch's rows if loss_mean
+        cross_entropy    ℓ = lse(y) - y_t                              the sigmoid recipe averages
+            over classes too: s = 1/C
+        squared_error    ℓ = Σ_c (y_c - t_c)²                          torch's mean: s = 1/C; ½ Σ
+            over the batch: s = ½, no mean
+    dz_L = ∂loss/∂y_L ⊙ act_L',  dz_{l-1} = (dz_l w_l) ⊙ act',  dw_l = dz_lᵀ y_{l-1},  db_l = Σ_m
+        dz_l
 
-then every parameter takes its update by `rule`, as in `optim`. Numbers that a run may change (learning rate, momentum, …)
-are no part of the description: they live in a device tensor, see `hyperparameters`.
+then every parameter takes its update by `rule`, as in `optim`. Numbers that a run may change
+(learning rate, momentum, …) are no part of the description: they live in a device tensor, see
+`hyperparameters`.
 
-`parameters` is a list [w_1, b_1, w_2, b_2, …], or [w_1, w_2, …] without biases; `states` holds lists of the same shapes:
-none for plain sgd, momentum buffers, or Adam's two averages. All start as zeros.
+`parameters` is a list [w_1, b_1, w_2, b_2, …], or [w_1, w_2, …] without biases; `states` holds
+lists of the same shapes: none for plain sgd, momentum buffers, or Adam's two averages. All start as
+zeros.
 """
 
 import dataclasses
@@ -28,13 +36,21 @@ from .optim import adam_ref, sgd_ref
 
 MAX_WIDTH, MAX_CLASSES, MAX_BATCH = 256, 64, 128
 HYPER = 7  # numbers in a row of hyperparameters
-RULES = {"sgd": 0, "momentum": 1, "nesterov": 1, "adam": 2, "adamw": 2}  # name -> states of a parameter
+RULES = {
+    "sgd": 0,
+    "momentum": 1,
+    "nesterov": 1,
+    "adam": 2,
+    "adamw": 2,
+}  # name -> states of a parameter
 LOSSES = ("cross_entropy", "squared_error")
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """A network, its loss and its optimizer: see the module's formulas. `sizes` = (features, hidden …, classes)."""
+    """A network, its loss and its optimizer: see the module's formulas. `sizes` = (features, hidden
+    …, classes).
+    """
 
     sizes: tuple[int, ...]
     activation: str = "relu"
@@ -59,14 +75,18 @@ class Spec:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What a kernel that knows no network knows of a Plan: an attribute, for Triton 3.6 takes no string from one to hand on."""
+    """What a kernel that knows no network knows of a Plan: an attribute, for Triton 3.6 takes no
+    string from one to hand on.
+    """
 
     rule: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a training kernel knows at compile time: a Spec's facts and the tiles, as one hashable constexpr."""
+    """What a training kernel knows at compile time: a Spec's facts and the tiles, as one hashable
+    constexpr.
+    """
 
     sizes: tuple[int, ...]
     tiles: tuple[int, ...]  # columns of a layer that are computed at once
@@ -84,77 +104,145 @@ class Plan:
 
 
 def plan(spec: Spec, batch: int, targets, kernel: str) -> tuple[Plan, int, dict]:
-    """For `kernel` on the targets' device: its Plan, the rows of w_1 that a program owns, and its options and constexprs."""
+    """For `kernel` on the targets' device: its Plan, the rows of w_1 that a program owns, and its
+    options and constexprs.
+    """
     block_m = max(16, triton.next_power_of_2(batch))
     precision, arch = launch.dot_precision(), launch.arch(targets.device)
     config = configs.training(kernel, arch, precision, RULES[spec.rule], spec.sizes, block_m)
     padded = [max(16, triton.next_power_of_2(size)) for size in spec.sizes]
     tiles = (*(min(p, config.columns) for p in padded[:-1]), padded[-1])
-    made = Plan(tuple(spec.sizes), tiles, int(spec.bias), spec.rule, spec.loss, float(spec.loss_scale), spec.loss_mean,
-                targets.is_floating_point(), precision, block_m, config.block_k, config.block_r, max(padded[1:]))  # fmt: skip
+    made = Plan(
+        tuple(spec.sizes),
+        tiles,
+        int(spec.bias),
+        spec.rule,
+        spec.loss,
+        float(spec.loss_scale),
+        spec.loss_mean,
+        targets.is_floating_point(),
+        precision,
+        block_m,
+        config.block_k,
+        config.block_r,
+        max(padded[1:]),
+    )
     options = dict(acts(spec), NET=made, num_warps=config.num_warps, num_stages=config.num_stages)
     if arch.startswith("sm_"):
-        options["maxnreg"] = min(255, 2048 // config.num_warps)  # else ptxas may stop at 128 for a second block, and spill
+        options["maxnreg"] = min(
+            255, 2048 // config.num_warps
+        )  # else ptxas may stop at 128 for a second block, and spill
     return made, min(config.rows, padded[1]), options
 
 
 def acts(spec: Spec) -> dict:
     """The jit scalars of hidden and output activation, as the kernels' constexpr arguments."""
     hidden, output = activations.get(spec.activation), activations.get(spec.output_activation)
-    return dict(ACT=hidden.forward, ACT_BWD=hidden.backward, OUT=output.forward, OUT_BWD=output.backward)
+    return dict(
+        ACT=hidden.forward, ACT_BWD=hidden.backward, OUT=output.forward, OUT_BWD=output.backward
+    )
 
 
 def refusal(spec: Spec, batch: int, engine: str = "epoch") -> str | None:
-    """None where the training kernels serve this network; else one line: the limit, both values, and what would do it."""
+    """None where the training kernels serve this network; else one line: the limit, both values,
+    and what would do it.
+    """
     instead = "use engine 'graph' or 'manual'" if engine == "epoch" else "use engine 'manual'"
     for name in (spec.activation, spec.output_activation):
         if activations.get(name, engine).needs == "z":
-            return f"{engine}: the derivative of {name!r} needs the pre-activation, which these kernels do not keep; {instead}"
+            return (
+                f"{engine}: the derivative of {name!r} needs the pre-activation, which these "
+                f"kernels do not keep; {instead}"
+            )
     if spec.rule not in RULES or spec.loss not in LOSSES:
-        return f"{engine}: rule must be one of {', '.join(RULES)} and loss one of {', '.join(LOSSES)}, got {spec.rule!r} " \
-               f"and {spec.loss!r}; {instead}"  # fmt: skip
+        return (
+            f"{engine}: rule must be one of {', '.join(RULES)} and loss one of "
+            f"{', '.join(LOSSES)}, got {spec.rule!r} "
+            f"and {spec.loss!r}; {instead}"
+        )
     if len(spec.sizes) < 2 or min(spec.sizes) < 1 or batch < 1:
-        return f"{engine}: sizes must be (features, …, classes), all at least 1, and so the batch, got {spec.sizes} and {batch}"
-    limits = [("hidden width", max(spec.sizes[1:-1], default=1), MAX_WIDTH), ("classes", spec.sizes[-1], MAX_CLASSES),
-              ("batch", batch, MAX_BATCH)]  # fmt: skip
+        return (
+            f"{engine}: sizes must be (features, …, classes), all at least 1, and so the batch, "
+            f"got {spec.sizes} and {batch}"
+        )
+    limits = [
+        ("hidden width", max(spec.sizes[1:-1], default=1), MAX_WIDTH),
+        ("classes", spec.sizes[-1], MAX_CLASSES),
+        ("batch", batch, MAX_BATCH),
+    ]
     for what, value, limit in limits:
         if value > limit:
             return f"{engine}: {what} {value} exceeds {limit}; {instead}"
     return None
 
 
-def hyperparameters(lr, *, momentum=0.0, dampening=0.0, weight_decay=0.0, betas=None, eps=1e-8, replicas=None,
-                    device=None, dtype=torch.float32):  # fmt: skip
-    """The row of numbers that the training kernels read on the device, (HYPER,), or (replicas, HYPER).
+def hyperparameters(
+    lr,
+    *,
+    momentum=0.0,
+    dampening=0.0,
+    weight_decay=0.0,
+    betas=None,
+    eps=1e-8,
+    replicas=None,
+    device=None,
+    dtype=torch.float32,
+):
+    """The row of numbers that the training kernels read on the device, (HYPER,), or (replicas,
+    HYPER).
 
-    Each argument is a number, or with `replicas` a sequence or tensor of so many; `betas` (Adam) replace momentum and
-    dampening. Column 0 is the learning rate: `hyper[..., 0] = 0.01` changes it, also for a captured graph. Then come
-    weight decay, momentum or 1 - β1, dampening or 1 - β2, eps, log β1, log β2: float32's 0.999 would be off in 1 - β.
+    Each argument is a number, or with `replicas` a sequence or tensor of so many; `betas` (Adam)
+    replace momentum and dampening. Column 0 is the learning rate: `hyper[..., 0] = 0.01` changes
+    it, also for a captured graph. Then come weight decay, momentum or 1 - β1, dampening or 1 - β2,
+    eps, log β1, log β2: float32's 0.999 would be off in 1 - β.
     """
-    as_column = lambda value: torch.as_tensor(value, dtype=torch.float64).cpu().expand(replicas or 1)  # noqa: E731
+
+    def as_column(value):
+        return torch.as_tensor(value, dtype=torch.float64).cpu().expand(replicas or 1)
+
     pair = [as_column(value) for value in (betas if betas is not None else (momentum, dampening))]
     rates = pair if betas is None else [1 - beta for beta in pair]
-    logs = [beta.log().clamp_min(-1e30) for beta in pair] if betas is not None else [as_column(0.0)] * 2
-    hyper = torch.stack([as_column(lr), as_column(weight_decay), *rates, as_column(eps), *logs], -1).to(device, dtype)
+    logs = (
+        [beta.log().clamp_min(-1e30) for beta in pair]
+        if betas is not None
+        else [as_column(0.0)] * 2
+    )
+    hyper = torch.stack(
+        [as_column(lr), as_column(weight_decay), *rates, as_column(eps), *logs], -1
+    ).to(device, dtype)
     return hyper if replicas else hyper[0]
 
 
-def check_training(op: str, spec: Spec, parameters, states, data, targets, batch: int, replicas: int | None = None) -> None:
+def check_training(
+    op: str, spec: Spec, parameters, states, data, targets, batch: int, replicas: int | None = None
+) -> None:
     """Limits, shapes and dtypes of a training run; a ValueError that names both values."""
     reason = refusal(spec, batch, op)
     if reason:
         raise ValueError(reason)
     if len(states) != RULES[spec.rule]:
-        raise ValueError(f"{op}: rule {spec.rule!r} needs {RULES[spec.rule]} lists of states, got {len(states)}")
+        raise ValueError(
+            f"{op}: rule {spec.rule!r} needs {RULES[spec.rule]} lists of states, got {len(states)}"
+        )
     lead = () if replicas is None else (replicas,)
-    for name, tensors in (("parameters", parameters), *((f"states[{i}]", s) for i, s in enumerate(states))):
+    for name, tensors in (
+        ("parameters", parameters),
+        *((f"states[{i}]", s) for i, s in enumerate(states)),
+    ):
         got = [tuple(t.shape) for t in tensors]
         if got != (want := [(*lead, *shape) for shape in spec.shapes]):
-            raise ValueError(f"{op}: {name} must have shapes {want} for sizes {spec.sizes}, got {got}")
+            raise ValueError(
+                f"{op}: {name} must have shapes {want} for sizes {spec.sizes}, got {got}"
+            )
         if bad := [i for i, t in enumerate(tensors) if not t.is_contiguous()]:
-            raise ValueError(f"{op}: {name}[{bad[0]}] must be contiguous; pass .contiguous() and copy back")
+            raise ValueError(
+                f"{op}: {name}[{bad[0]}] must be contiguous; pass .contiguous() and copy back"
+            )
     if data.dim() != 2 or data.shape[1] != spec.sizes[0] or not data.is_contiguous():
-        raise ValueError(f"{op}: data must be contiguous (n, {spec.sizes[0]}), got {tuple(data.shape)}; flatten it")
+        raise ValueError(
+            f"{op}: data must be contiguous (n, {spec.sizes[0]}), got {tuple(data.shape)}; "
+            "flatten it"
+        )
     want = (len(data), spec.sizes[-1]) if targets.is_floating_point() else (len(data),)
     if tuple(targets.shape) != want or not targets.is_contiguous():
         raise ValueError(f"{op}: targets must be contiguous {want}, got {tuple(targets.shape)}")
@@ -163,8 +251,12 @@ def check_training(op: str, spec: Spec, parameters, states, data, targets, batch
 def loss_ref(spec: Spec, y, target):
     """(loss, ∂loss/∂y) of outputs y (M, C) and labels (M,) or targets (M, C)."""
     if spec.loss == "cross_entropy":
-        loss, saved = cross_entropy_fwd_ref(y, target, reduction="mean" if spec.loss_mean else "sum")
-        return loss * spec.loss_scale, cross_entropy_bwd_ref(y.new_tensor(spec.loss_scale), *saved)[0]
+        loss, saved = cross_entropy_fwd_ref(
+            y, target, reduction="mean" if spec.loss_mean else "sum"
+        )
+        return loss * spec.loss_scale, cross_entropy_bwd_ref(y.new_tensor(spec.loss_scale), *saved)[
+            0
+        ]
     t = target if target.is_floating_point() else F.one_hot(target.long(), y.shape[1])
     loss, saved = mse_fwd_ref(y, t.to(y.dtype), "sum")
     factor = spec.loss_scale / (len(y) if spec.loss_mean else 1)
@@ -172,13 +264,17 @@ def loss_ref(spec: Spec, y, target):
 
 
 def correct_ref(y, target):
-    """How many rows have their largest output where the target is; the last dimension of y is the classes."""
+    """How many rows have their largest output where the target is; the last dimension of y is the
+    classes.
+    """
     truth = target.argmax(-1) if target.is_floating_point() else target
     return (y.argmax(-1) == truth).sum(-1)
 
 
 def step_ref(spec: Spec, parameters, states, x, target, hyper, step: int):
-    """One training step in place, by the references: (loss, correct). hyper: a row's numbers; step: 1 at the first."""
+    """One training step in place, by the references: (loss, correct). hyper: a row's numbers; step:
+    1 at the first.
+    """
     weights = parameters[:: 1 + spec.bias]
     biases = parameters[1::2] if spec.bias else [None] * len(weights)
     y, saved = mlp_fwd_ref(x, weights, biases, spec.activation, spec.output_activation)
@@ -190,13 +286,35 @@ def step_ref(spec: Spec, parameters, states, x, target, hyper, step: int):
 
 
 def update_ref(rule: str, parameters, grads, states, hyper, step) -> None:
-    """One step of a rule in place. hyper: the numbers of a row of `hyperparameters`; step: 1 at the first."""
+    """One step of a rule in place. hyper: the numbers of a row of `hyperparameters`; step: 1 at the
+    first.
+    """
     lr, decay, first, second, eps = hyper[:5]
     if RULES[rule] == 2:
-        adam_ref(parameters, grads, *states, step, lr, (1 - first, 1 - second), eps, decay, rule == "adamw")
+        adam_ref(
+            parameters,
+            grads,
+            *states,
+            step,
+            lr,
+            (1 - first, 1 - second),
+            eps,
+            decay,
+            rule == "adamw",
+        )
     else:
         buffers, momentum = (states[0], first) if states else (parameters, 0.0)
-        sgd_ref(parameters, grads, buffers, lr, momentum, second, decay, rule == "nesterov", first=step == 1)
+        sgd_ref(
+            parameters,
+            grads,
+            buffers,
+            lr,
+            momentum,
+            second,
+            decay,
+            rule == "nesterov",
+            first=step == 1,
+        )
 
 
 def inputs_ref(data, rows, scale: float, shift: float, dtype):

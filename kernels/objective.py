@@ -1,6 +1,8 @@
-"""Loss, gradient and count of correct predictions of one batch, whose outputs a program holds in one tile.
+"""Loss, gradient and count of correct predictions of one batch, whose outputs a program holds in
+one tile.
 
-The formulas are in `network`. Labels of -100 are ignored, as in torch; a label that is no class makes loss and gradient NaN.
+The formulas are in `network`. Labels of -100 are ignored, as in torch; a label that is no class
+makes loss and gradient NaN.
 """
 
 import triton
@@ -13,7 +15,9 @@ LOWEST = tl.constexpr(-3.0e38)  # of a column that does not exist: finite, so th
 
 @triton.jit
 def loss(y, t_ptr, rows, mask_m, NET: tl.constexpr):
-    """(loss, correct predictions, ∂loss/∂y) of the outputs y [block_m, tile], against labels or rows of targets."""
+    """(loss, correct predictions, ∂loss/∂y) of the outputs y [block_m, tile], against labels or
+    rows of targets.
+    """
     C: tl.constexpr = NET.sizes[len(NET.sizes) - 1]
     offs_c = tl.arange(0, NET.tiles[len(NET.sizes) - 1])
     mask = mask_m[:, None] & (offs_c < C)[None, :]
@@ -22,11 +26,15 @@ def loss(y, t_ptr, rows, mask_m, NET: tl.constexpr):
     if not NET.soft:
         label = tl.load(t_ptr + rows, mask=mask_m, other=-100).to(tl.int64)
         weight = label_weight(label, mask_m, None, C, 0, -100)
-    q, counted = target_tile(t_ptr + rows * C, label, offs_c, mask, None, C, 1, 0, 0.0, -100, NET.soft)
+    q, counted = target_tile(
+        t_ptr + rows * C, label, offs_c, mask, None, C, 1, 0, 0.0, -100, NET.soft
+    )
     z = tl.where((offs_c < C)[None, :], y, LOWEST)
     m = tl.max(z, axis=1)
     if NET.loss == "cross_entropy":
-        rows_loss, dy = softmax_loss_tile(z, m, tl.sum(tl.exp(z - m[:, None]), axis=1), q, counted, tl.sum(q, axis=1))
+        rows_loss, dy = softmax_loss_tile(
+            z, m, tl.sum(tl.exp(z - m[:, None]), axis=1), q, counted, tl.sum(q, axis=1)
+        )
     else:
         d = tl.where(mask, y - q, 0.0) * weight[:, None]
         rows_loss, dy = tl.sum(d * d, axis=1), 2.0 * d
@@ -43,5 +51,7 @@ def loss(y, t_ptr, rows, mask_m, NET: tl.constexpr):
 
 @triton.jit
 def first_largest(z, offs_c):
-    """The first column of each row's maximum, as torch.argmax; a large number where there is none (NaN)."""
+    """The first column of each row's maximum, as torch.argmax; a large number where there is none
+    (NaN).
+    """
     return tl.min(tl.where(z == tl.max(z, axis=1)[:, None], offs_c[None, :], 1 << 30), axis=1)

@@ -1,4 +1,5 @@
-"""The table of operations, each with cases to try it on: what `handgrad info`, the tests and compile checks iterate over.
+"""The table of operations, each with cases to try it on: what `handgrad info`, the tests and
+compile checks iterate over.
 
 To add an operation: its file, its names in `__init__`, one row here.
 """
@@ -12,7 +13,12 @@ import torch
 from .activations import ACTIVATIONS
 from .conv import conv2d_fwd, conv2d_fwd_ref
 from .conv_bwd import conv2d_bwd, conv2d_bwd_ref
-from .cross_entropy import cross_entropy_bwd, cross_entropy_bwd_ref, cross_entropy_fwd, cross_entropy_fwd_ref
+from .cross_entropy import (
+    cross_entropy_bwd,
+    cross_entropy_bwd_ref,
+    cross_entropy_fwd,
+    cross_entropy_fwd_ref,
+)
 from .linear import linear_bwd, linear_bwd_ref, linear_fwd, linear_fwd_ref
 from .linear_cross_entropy import (
     linear_cross_entropy_bwd,
@@ -54,7 +60,9 @@ class Make:
 
 
 class Operation(NamedTuple):
-    """`cases(make, m, k, n)` yields (label, arguments of fwd) for a batch of m, k features in and n out."""
+    """`cases(make, m, k, n)` yields (label, arguments of fwd) for a batch of m, k features in and n
+    out.
+    """
 
     cases: Callable[[Make, int, int, int], Iterator[tuple[str, tuple]]]
     fwd: Callable
@@ -63,7 +71,9 @@ class Operation(NamedTuple):
     bwd_ref: Callable | None = None
 
     def results(self, args: tuple, dy=None, *, reference: bool = False) -> list[torch.Tensor]:
-        """The forward's output and every gradient, flat, by the kernels' launchers or by the reference; dy: ones if None."""
+        """The forward's output and every gradient, flat, by the kernels' launchers or by the
+        reference; dy: ones if None.
+        """
         y, saved = (self.fwd_ref if reference else self.fwd)(*args)
         outputs = flatten(y)
         if self.bwd is not None:
@@ -89,7 +99,10 @@ def _mlp_cases(make, m, k, n):
     widths = (k, n + 3, n, 10)
     weights = [make.real(o, i) for i, o in itertools.pairwise(widths)]
     for activation, output in (("sigmoid", "identity"), ("gelu", "tanh")):
-        yield f"{activation}, {output}", (make.real(m, k), weights, [make.real(w) for w in widths[1:]], activation, output)
+        yield (
+            f"{activation}, {output}",
+            (make.real(m, k), weights, [make.real(w) for w in widths[1:]], activation, output),
+        )
     yield "no biases", (make.real(m, k), weights, [None] * 3, "relu", "identity")
 
 
@@ -116,7 +129,9 @@ def _mse_cases(make, m, k, n):
 
 
 def _conv2d_cases(make, m, k, n):
-    """k channels in, n out; of images and numbers small enough for the interpreter, unless only shapes are asked for."""
+    """k channels in, n out; of images and numbers small enough for the interpreter, unless only
+    shapes are asked for.
+    """
     small = make.device.type != "meta"
     m, k, n = (min(m, 3), min(k, 2), min(n, 5)) if small else (m, k, n)
     h, w, kernel = (8, 7, 3) if small else (28, 28, 5)
@@ -139,9 +154,14 @@ def _updates(update):
 
 
 def _parameters(make, k, n, copies):
-    """`copies` lists of tensors shaped like the parameters of a small network; the last list is positive."""
+    """`copies` lists of tensors shaped like the parameters of a small network; the last list is
+    positive.
+    """
     shapes = ((n, k), (n,), (10, n), (10,))
-    return [[(make.positive if i == copies - 1 else make.real)(*shape) for shape in shapes] for i in range(copies)]
+    return [
+        [(make.positive if i == copies - 1 else make.real)(*shape) for shape in shapes]
+        for i in range(copies)
+    ]
 
 
 def _sgd_cases(make, m, k, n):
@@ -158,7 +178,9 @@ def _adam_cases(make, m, k, n):
 
 
 def _mlp_update(fwd, update):
-    """A training step of a stack: forward, then the update on copies, returning everything it changed."""
+    """A training step of a stack: forward, then the update on copies, returning everything it
+    changed.
+    """
 
     def forward(x, dy, parameters, states, hyper, step, rule, bias):
         parameters, *states = [[t.clone() for t in ts] for ts in (parameters, *states)]
@@ -171,21 +193,40 @@ def _mlp_update(fwd, update):
 
 
 def _mlp_update_cases(make, m, k, n):
-    for rule, step, bias, decay in (("sgd", 1, True, 0.01), ("momentum", 2, True, 0.0), ("momentum", 3, False, 0.01),
-                                    ("nesterov", 2, True, 0.01), ("adam", 3, True, 0.01), ("adamw", 1, False, 0.01)):  # fmt: skip
+    for rule, step, bias, decay in (
+        ("sgd", 1, True, 0.01),
+        ("momentum", 2, True, 0.0),
+        ("momentum", 3, False, 0.01),
+        ("nesterov", 2, True, 0.01),
+        ("adam", 3, True, 0.01),
+        ("adamw", 1, False, 0.01),
+    ):
         shapes = [shape for shape in ((n, k), (n,), (10, n), (10,)) if bias or len(shape) == 2]
         states = [[make.positive(*shape) for shape in shapes] for _ in range(RULES[rule])]
-        options = {"adam": {"betas": (0.9, 0.999)}, "mome": {"momentum": 0.9, "dampening": 0.2}, "nest": {"momentum": 0.9}}
-        hyper = hyperparameters(0.1, weight_decay=decay, **options.get(rule[:4], {}), device=make.device)
+        options = {
+            "adam": {"betas": (0.9, 0.999)},
+            "mome": {"momentum": 0.9, "dampening": 0.2},
+            "nest": {"momentum": 0.9},
+        }
+        hyper = hyperparameters(
+            0.1, weight_decay=decay, **options.get(rule[:4], {}), device=make.device
+        )
         parameters = [make.real(*shape) for shape in shapes]
-        yield f"{rule}, decay {decay}", (make.real(m, k), make.real(m, 10), parameters, states, hyper, step, rule, bias)
+        yield (
+            f"{rule}, decay {decay}",
+            (make.real(m, k), make.real(m, 10), parameters, states, hyper, step, rule, bias),
+        )
 
 
 OPERATIONS: dict[str, Operation] = {
     "linear": Operation(_linear_cases, linear_fwd, linear_fwd_ref, linear_bwd, linear_bwd_ref),
     "mlp": Operation(_mlp_cases, mlp_fwd, mlp_fwd_ref, mlp_bwd, mlp_bwd_ref),
     "cross_entropy": Operation(
-        _cross_entropy_cases, cross_entropy_fwd, cross_entropy_fwd_ref, cross_entropy_bwd, cross_entropy_bwd_ref
+        _cross_entropy_cases,
+        cross_entropy_fwd,
+        cross_entropy_fwd_ref,
+        cross_entropy_bwd,
+        cross_entropy_bwd_ref,
     ),
     "linear_cross_entropy": Operation(
         _linear_cross_entropy_cases,
@@ -196,7 +237,11 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "mse": Operation(_mse_cases, mse_fwd, mse_fwd_ref, mse_bwd, mse_bwd_ref),
     "conv2d": Operation(_conv2d_cases, conv2d_fwd, conv2d_fwd_ref, conv2d_bwd, conv2d_bwd_ref),
-    "mlp_update": Operation(_mlp_update_cases, _mlp_update(mlp_fwd, mlp_update), _mlp_update(mlp_fwd_ref, mlp_update_ref)),
+    "mlp_update": Operation(
+        _mlp_update_cases,
+        _mlp_update(mlp_fwd, mlp_update),
+        _mlp_update(mlp_fwd_ref, mlp_update_ref),
+    ),
     "sgd": Operation(_sgd_cases, _updates(sgd), _updates(sgd_ref)),
     "adam": Operation(_adam_cases, _updates(adam), _updates(adam_ref)),
 }

@@ -1,6 +1,8 @@
-"""How a convolution walks over images: its geometry, its errors, and the load that shows an image as a matrix of patches.
+"""How a convolution walks over images: its geometry, its errors, and the load that shows an image
+as a matrix of patches.
 
-A leaf of `conv` and `conv_bwd`. Row m of the matrix is an output position (n, oh, ow), column k a tap (c, kh, kw):
+A leaf of `conv` and `conv_bwd`. Row m of the matrix is an output position (n, oh, ow), column k a
+tap (c, kh, kw):
 
     patch[m, k] = x[n, c, oh·SH - TOP + kh·DH, ow·SW - LEFT + kw·DW]        0 outside the image
 """
@@ -14,7 +16,9 @@ from . import launch
 
 
 class Geometry(NamedTuple):
-    """Kernel, stride, padding, dilation and pooling window, by height and width: one constexpr argument of the kernels."""
+    """Kernel, stride, padding, dilation and pooling window, by height and width: one constexpr
+    argument of the kernels.
+    """
 
     KH: int
     KW: int
@@ -34,14 +38,18 @@ class Geometry(NamedTuple):
         return (self.PH, self.PW) != (1, 1)
 
     def conv_size(self, h: int, w: int) -> tuple[int, int]:
-        """Height and width of the convolution of an h × w image, before pooling; below 1 where the kernel does not fit."""
+        """Height and width of the convolution of an h × w image, before pooling; below 1 where the
+        kernel does not fit.
+        """
         return (
             (h + self.TOP + self.BOTTOM - self.DH * (self.KH - 1) - 1) // self.SH + 1,
             (w + self.LEFT + self.RIGHT - self.DW * (self.KW - 1) - 1) // self.SW + 1,
         )
 
     def image_size(self, oh: int, ow: int) -> tuple[int, int]:
-        """Height and width of what an oh × ow convolution reaches, its padding taken off as if it were alike at both ends."""
+        """Height and width of what an oh × ow convolution reaches, its padding taken off as if it
+        were alike at both ends.
+        """
         return (
             (oh - 1) * self.SH + self.DH * (self.KH - 1) + 1 - 2 * self.TOP,
             (ow - 1) * self.SW + self.DW * (self.KW - 1) + 1 - 2 * self.LEFT,
@@ -49,9 +57,18 @@ class Geometry(NamedTuple):
 
 
 def _pair(value, name: str, least: int, op: str) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
+    pair = (
+        (value, value)
+        if isinstance(value, int)
+        else tuple(value)
+        if isinstance(value, (tuple, list))
+        else ()
+    )
     if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
-        raise ValueError(f"{op}: {name} must be an integer of at least {least}, or two (height, width), got {value!r}")
+        raise ValueError(
+            f"{op}: {name} must be an integer of at least {least}, or two (height, width), got "
+            f"{value!r}"
+        )
     return pair
 
 
@@ -62,37 +79,61 @@ def geometry(kernel, stride=1, padding=0, dilation=1, max_pool=1, op="conv2d") -
         if padding not in ("same", "valid"):
             raise ValueError(f'{op}: padding must be integers, "same" or "valid", got {padding!r}')
         if padding == "same" and stride != (1, 1):
-            raise ValueError(f'{op}: padding "same" needs stride 1, as in torch, got stride {stride}')
+            raise ValueError(
+                f'{op}: padding "same" needs stride 1, as in torch, got stride {stride}'
+            )
         total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilation)]
         before = [t // 2 for t in total]
         after = [t - b for t, b in zip(total, before)]
     else:
         before = after = _pair(padding, "padding", 0, op)
-    return Geometry(*kernel, *stride, *before, *after, *dilation, *_pair(max_pool, "max_pool", 1, op))
+    return Geometry(
+        *kernel, *stride, *before, *after, *dilation, *_pair(max_pool, "max_pool", 1, op)
+    )
 
 
 def check_conv(x, w, b, stride, padding, dilation, max_pool, groups, op="conv2d") -> Geometry:
-    """Shapes, dtypes and devices of a convolution and its pooling, and its Geometry; a ValueError that names both values."""
+    """Shapes, dtypes and devices of a convolution and its pooling, and its Geometry; a ValueError
+    that names both values.
+    """
     if groups != 1:
-        raise ValueError(f"{op}: groups must be 1, got {groups}; call it once for each group of channels")
+        raise ValueError(
+            f"{op}: groups must be 1, got {groups}; call it once for each group of channels"
+        )
     if x.dim() not in (3, 4):
-        raise ValueError(f"{op}: input must be images (N, C, H, W), or one (C, H, W), got {tuple(x.shape)}")
+        raise ValueError(
+            f"{op}: input must be images (N, C, H, W), or one (C, H, W), got {tuple(x.shape)}"
+        )
     if w.dim() != 4 or w.shape[1] != x.shape[-3] or 0 in w.shape[2:]:
-        raise ValueError(f"{op}: weight must be (out, in, height, width) with in = {x.shape[-3]} (input is {tuple(x.shape)}), "
-                         f"got {tuple(w.shape)}")  # fmt: skip
+        raise ValueError(
+            f"{op}: weight must be (out, in, height, width) with in = {x.shape[-3]} (input is "
+            f"{tuple(x.shape)}), "
+            f"got {tuple(w.shape)}"
+        )
     if b is not None and b.shape != w.shape[:1]:
-        raise ValueError(f"{op}: bias must be ({w.shape[0]},) as weight is {tuple(w.shape)}, got {tuple(b.shape)}")
+        raise ValueError(
+            f"{op}: bias must be ({w.shape[0]},) as weight is {tuple(w.shape)}, got "
+            f"{tuple(b.shape)}"
+        )
     launch.check_same(op, input=x, weight=w, bias=b)
     if not x.is_floating_point():
-        raise ValueError(f"{op}: input must be floating point, got {x.dtype}; convert it, for example with .float()")
+        raise ValueError(
+            f"{op}: input must be floating point, got {x.dtype}; convert it, for example with "
+            ".float()"
+        )
     g = geometry(tuple(w.shape[2:]), stride, padding, dilation, max_pool, op)
     h, w = x.shape[-2:]
     oh, ow = g.conv_size(h, w)
     if min(oh, ow) < 1:
-        raise ValueError(f"{op}: weight of {g.KH} × {g.KW} at dilation {g.DH, g.DW} must fit in the padded image of "
-                         f"{h + g.TOP + g.BOTTOM} × {w + g.LEFT + g.RIGHT}; pad it more")  # fmt: skip
+        raise ValueError(
+            f"{op}: weight of {g.KH} × {g.KW} at dilation {g.DH, g.DW} must fit in the padded "
+            "image of "
+            f"{h + g.TOP + g.BOTTOM} × {w + g.LEFT + g.RIGHT}; pad it more"
+        )
     if oh < g.PH or ow < g.PW:
-        raise ValueError(f"{op}: max_pool of {g.PH} × {g.PW} must fit in the convolution's output of {oh} × {ow}")
+        raise ValueError(
+            f"{op}: max_pool of {g.PH} × {g.PW} must fit in the convolution's output of {oh} × {ow}"
+        )
     return g
 
 
@@ -115,15 +156,34 @@ def unravel(image, flat, height, width):
 
 @triton.jit
 def load_patches(
-    x_ptr, n, oh, ow, k, mask_m, mask_k, H, W, stride_xn, stride_xc, stride_xh, stride_xw, G: tl.constexpr
-):  # fmt: skip
-    """The patches of output positions (n, oh, ow) at taps k: [BLOCK_M, BLOCK_K], 0 outside the image and the masks."""
+    x_ptr,
+    n,
+    oh,
+    ow,
+    k,
+    mask_m,
+    mask_k,
+    H,
+    W,
+    stride_xn,
+    stride_xc,
+    stride_xh,
+    stride_xw,
+    G: tl.constexpr,
+):
+    """The patches of output positions (n, oh, ow) at taps k: [BLOCK_M, BLOCK_K], 0 outside the
+    image and the masks.
+    """
     top = oh * G.SH - G.TOP
     left = ow * G.SW - G.LEFT
     down = k // G.KW % G.KH * G.DH
     right = k % G.KW * G.DW
     corners = n * stride_xn + top.to(tl.int64) * stride_xh + left.to(tl.int64) * stride_xw
-    taps = (k // (G.KH * G.KW)).to(tl.int64) * stride_xc + down.to(tl.int64) * stride_xh + right.to(tl.int64) * stride_xw
+    taps = (
+        (k // (G.KH * G.KW)).to(tl.int64) * stride_xc
+        + down.to(tl.int64) * stride_xh
+        + right.to(tl.int64) * stride_xw
+    )
     h = top[:, None] + down[None, :]
     w = left[:, None] + right[None, :]
     inside = (h >= 0) & (h < H) & (w >= 0) & (w < W) & mask_m[:, None] & mask_k[None, :]

@@ -1,9 +1,11 @@
-"""Hundreds of independent networks at once: `epoch_kernel` with a program for each, or products of stacks.
+"""Hundreds of independent networks at once: `epoch_kernel` with a program for each, or products of
+stacks.
 
-Everything of a network is stacked along a first dimension: parameters (R, out, in) and (R, out), states, permutations
-(R, n), `hyperparameters(…, replicas=R)`. Data and targets are shared. Network r comes out as if trained alone. The
-reference runs on any device and serves networks that the kernel does not; there, a step of all networks is a few batched
-products: with the formulas of `network`,
+Everything of a network is stacked along a first dimension: parameters (R, out, in) and (R, out),
+states, permutations (R, n), `hyperparameters(…, replicas=R)`. Data and targets are shared. Network
+r comes out as if trained alone. The reference runs on any device and serves networks that the
+kernel does not; there, a step of all networks is a few batched products: with the formulas of
+`network`,
 
     z_l = y_{l-1} w_lᵀ + b_l     (R, M, n_l)      dz_{l-1} = (dz_l w_l) ⊙ act'
     dw_l = dz_lᵀ y_{l-1}         (R, n_l, n_{l-1})     db_l = Σ_m dz_l
@@ -19,7 +21,9 @@ from .network import Spec, check_training, correct_ref, inputs_ref, steps_of
 
 
 def _loss_ref(spec: Spec, y, target):
-    """(losses (R,), ∂loss/∂y (R, M, C)) of outputs (R, M, C) and labels (R, M) or targets (R, M, C)."""
+    """(losses (R,), ∂loss/∂y (R, M, C)) of outputs (R, M, C) and labels (R, M) or targets (R, M,
+    C).
+    """
     if spec.loss == "cross_entropy":
         flat = target.reshape(-1, y.shape[2]) if target.is_floating_point() else target.reshape(-1)
         loss, (grad, *_) = cross_entropy_fwd_ref(y.reshape(-1, y.shape[2]), flat, reduction="none")
@@ -29,19 +33,27 @@ def _loss_ref(spec: Spec, y, target):
         t = target if target.is_floating_point() else F.one_hot(target.long(), y.shape[2])
         d = y - t.to(y.dtype)
         loss, grad, rows = (d * d).sum(2), 2 * d, y.shape[1]
-    factor = torch.as_tensor(spec.loss_scale, dtype=y.dtype, device=y.device) / (rows if spec.loss_mean else 1)
+    factor = torch.as_tensor(spec.loss_scale, dtype=y.dtype, device=y.device) / (
+        rows if spec.loss_mean else 1
+    )
     scale = factor.masked_fill(factor.isinf(), 0)  # every row ignored: no gradient, as torch
     return loss.sum(1) * factor, grad * scale.view(-1, 1, 1)
 
 
 def _gradients_ref(spec: Spec, parameters, x, target):
-    """(losses (R,), correct (R,), gradients in the parameters' order) of inputs (R, M, features)."""
+    """(losses (R,), correct (R,), gradients in the parameters' order) of inputs (R, M,
+    features).
+    """
     weights, biases = parameters[:: 1 + spec.bias], parameters[1::2] if spec.bias else None
     hidden, output = activations.get(spec.activation), activations.get(spec.output_activation)
     acts = [hidden] * (len(weights) - 1) + [output]
     ys, kept = [x], []
     for l, (w, act) in enumerate(zip(weights, acts)):
-        z = torch.bmm(ys[-1], w.mT) if biases is None else torch.baddbmm(biases[l].unsqueeze(1), ys[-1], w.mT)
+        z = (
+            torch.bmm(ys[-1], w.mT)
+            if biases is None
+            else torch.baddbmm(biases[l].unsqueeze(1), ys[-1], w.mT)
+        )
         ys.append(act.forward_ref(z))
         kept.append(z if act.needs == "z" else ys[-1])
     loss, dy = _loss_ref(spec, ys[-1], target)
@@ -56,7 +68,9 @@ def _gradients_ref(spec: Spec, parameters, x, target):
 def _update_ref(spec: Spec, parameters, grads, states, hyper, step: int) -> None:
     """The updates of `optim` in place, with a row of hyperparameters for each network."""
     for i, (p, g) in enumerate(zip(parameters, grads)):
-        lr, decay, first, second, eps, log1, log2 = hyper.to(p.dtype).view(-1, 7, *(1,) * (p.dim() - 1)).unbind(1)
+        lr, decay, first, second, eps, log1, log2 = (
+            hyper.to(p.dtype).view(-1, 7, *(1,) * (p.dim() - 1)).unbind(1)
+        )
         if spec.rule == "adamw":
             p.mul_(1 - lr * decay)
         else:
@@ -76,11 +90,27 @@ def _update_ref(spec: Spec, parameters, grads, states, hyper, step: int) -> None
         p.addcmul_(g, -lr)
 
 
-def train_replicas_ref(spec: Spec, parameters, states, data, targets, indices, batch, hyper, count, *, scale=1.0, shift=0.0,
-                       losses=None, correct=None):  # fmt: skip
+def train_replicas_ref(
+    spec: Spec,
+    parameters,
+    states,
+    data,
+    targets,
+    indices,
+    batch,
+    hyper,
+    count,
+    *,
+    scale=1.0,
+    shift=0.0,
+    losses=None,
+    correct=None,
+):
     """The reference of `train_replicas`, by batched products: any width, batch and activation."""
     replicas, n = indices.shape
-    losses, correct = results(data, (replicas, steps_of(n, batch)), losses, correct, parameters[0].dtype)
+    losses, correct = results(
+        data, (replicas, steps_of(n, batch)), losses, correct, parameters[0].dtype
+    )
     step = int(count)
     for t, rows in enumerate(indices.long().split(batch, 1)):
         x = inputs_ref(data, rows, scale, shift, parameters[0].dtype)
@@ -90,22 +120,72 @@ def train_replicas_ref(spec: Spec, parameters, states, data, targets, indices, b
     return losses, correct
 
 
-def train_replicas(spec: Spec, parameters, states, data, targets, indices, batch, hyper, count, *, scale=1.0, shift=0.0,
-                   losses=None, correct=None):  # fmt: skip
-    """Train R networks in place, each on the batches of its own permutation, in one launch: (losses, correct), (R, steps).
+def train_replicas(
+    spec: Spec,
+    parameters,
+    states,
+    data,
+    targets,
+    indices,
+    batch,
+    hyper,
+    count,
+    *,
+    scale=1.0,
+    shift=0.0,
+    losses=None,
+    correct=None,
+):
+    """Train R networks in place, each on the batches of its own permutation, in one launch:
+    (losses, correct), (R, steps).
 
-    As `train_epoch`, with parameters, states, indices and hyper stacked along a first dimension of R; data, targets and
-    count (steps taken so far, by all) are shared. ValueError where the kernel does not serve the network (`refusal`).
+    As `train_epoch`, with parameters, states, indices and hyper stacked along a first dimension of
+    R; data, targets and count (steps taken so far, by all) are shared. ValueError where the kernel
+    does not serve the network (`refusal`).
     """
     replicas = len(indices)
     check_training("replicas", spec, parameters, states, data, targets, batch, replicas)
-    if indices.dim() != 2 or tuple(hyper.shape) != (replicas, hyper.shape[-1]) or not indices.is_contiguous():
-        raise ValueError(f"replicas: indices must be contiguous (replicas, n) and hyper have a row for each, got "
-                         f"{tuple(indices.shape)} and {tuple(hyper.shape)}")  # fmt: skip
+    if (
+        indices.dim() != 2
+        or tuple(hyper.shape) != (replicas, hyper.shape[-1])
+        or not indices.is_contiguous()
+    ):
+        raise ValueError(
+            "replicas: indices must be contiguous (replicas, n) and hyper have a row for each, "
+            "got "
+            f"{tuple(indices.shape)} and {tuple(hyper.shape)}"
+        )
     if launch.path(*parameters) == "torch":
-        return train_replicas_ref(spec, parameters, states, data, targets, indices, batch, hyper, count, scale=scale,
-                                  shift=shift, losses=losses, correct=correct)  # fmt: skip
+        return train_replicas_ref(
+            spec,
+            parameters,
+            states,
+            data,
+            targets,
+            indices,
+            batch,
+            hyper,
+            count,
+            scale=scale,
+            shift=shift,
+            losses=losses,
+            correct=correct,
+        )
     losses, correct = results(data, (replicas, steps_of(indices.shape[1], batch)), losses, correct)
-    run_epoch_kernel(spec, parameters, states, data, targets, indices, batch, hyper, count, scale, shift, losses, correct,
-                     replicas)  # fmt: skip
+    run_epoch_kernel(
+        spec,
+        parameters,
+        states,
+        data,
+        targets,
+        indices,
+        batch,
+        hyper,
+        count,
+        scale,
+        shift,
+        losses,
+        correct,
+        replicas,
+    )
     return losses, correct

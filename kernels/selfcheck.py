@@ -1,4 +1,5 @@
-"""Every kernel against its float64 reference, on this machine: `python -m kernels.selfcheck`, and part of `handgrad info`.
+"""Every kernel against its float64 reference, on this machine: `python -m kernels.selfcheck`, and
+part of `handgrad info`.
 
 On a machine without a GPU the kernels run in Triton's interpreter, in a process of their own.
 """
@@ -18,7 +19,9 @@ _ULP = {dtype: torch.finfo(dtype).eps for dtype in launch.KERNEL_DTYPES}
 
 
 class Check(NamedTuple):
-    """The worst result of an operation's cases in one dtype: errors relative to the result's scale."""
+    """The worst result of an operation's cases in one dtype: errors relative to the result's
+    scale.
+    """
 
     operation: str
     dtype: str
@@ -28,7 +31,9 @@ class Check(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """At most twice the error of plain torch in the same dtype, plus one ulp of the result's scale."""
+        """At most twice the error of plain torch in the same dtype, plus one ulp of the result's
+        scale.
+        """
         return self.error <= 2 * self.reference_error + _ULP[getattr(torch, self.dtype)]
 
 
@@ -40,7 +45,9 @@ def doubled(value):
 
 
 def errors(operation, args) -> list[tuple[float, float]]:
-    """(kernel error, reference error) of each output of one case, relative to the output's largest number."""
+    """(kernel error, reference error) of each output of one case, relative to the output's largest
+    number.
+    """
     exact = operation.results(doubled(args), reference=True)
     with launch.use("triton"):
         kernel = operation.results(args)
@@ -59,7 +66,11 @@ def checks(device) -> list[Check]:
         for dtype in launch.KERNEL_DTYPES:
             cases = operation.cases(Make(device, dtype), *_SHAPE)
             kind = str(dtype).removeprefix("torch.")
-            rows = [Check(name, kind, label, *pair) for label, args in cases for pair in errors(operation, args)]
+            rows = [
+                Check(name, kind, label, *pair)
+                for label, args in cases
+                for pair in errors(operation, args)
+            ]
             found.append(max(rows, key=lambda row: (not row.passed, row.error)))
     return found
 
@@ -70,7 +81,8 @@ def table(rows: list[Check]) -> str:
     for row in rows:
         verdict = "ok" if row.passed else "FAIL"
         lines.append(
-            f"{row.operation:<22}{row.dtype:<10}{row.error:>9.1e}  {row.reference_error:>11.1e}  {verdict:<4}  {row.case}"
+            f"{row.operation:<22}{row.dtype:<10}{row.error:>9.1e}  {row.reference_error:>11.1e}  "
+            f"{verdict:<4}  {row.case}"
         )
     return "\n".join(lines)
 
@@ -81,7 +93,9 @@ def run() -> tuple[bool, str]:
         rows = checks("cuda" if torch.cuda.is_available() else "cpu")
         return all(row.passed for row in rows), table(rows)
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([sys.executable, "-m", "kernels.selfcheck"], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "kernels.selfcheck"], env=environment, capture_output=True, text=True
+    )
     return done.returncode == 0, (done.stdout or done.stderr).rstrip()
 
 

@@ -1,4 +1,6 @@
-"""Networks and training on handgrad's kernels: the autograd modules, the manual API, the trainer."""
+"""Networks and training on handgrad's kernels: the autograd modules, the manual API, the
+trainer.
+"""
 
 from . import data, recipes
 from .checkpoint import load, load_weights, save

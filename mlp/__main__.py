@@ -1,4 +1,6 @@
-"""`handgrad`, or `python -m mlp`: the command line, and what it says when its packages are missing."""
+"""`handgrad`, or `python -m mlp`: the command line, and what it says when its packages are
+missing.
+"""
 
 import sys
 
@@ -8,7 +10,11 @@ def main(argv=None) -> int:
     try:
         import typer  # noqa: F401
     except ImportError:
-        print("handgrad: the command line needs typer: install the extra, pip install 'handgrad[train]'", file=sys.stderr)
+        print(
+            "handgrad: the command line needs typer: install the extra, pip install "
+            "'handgrad[train]'",
+            file=sys.stderr,
+        )
         return 2
     from .cli import run
 

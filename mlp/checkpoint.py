@@ -1,4 +1,6 @@
-"""Networks and runs on disk: weights as safetensors with the network's description beside them, runs as folders."""
+"""Networks and runs on disk: weights as safetensors with the network's description beside them,
+runs as folders.
+"""
 
 import json
 import os
@@ -24,7 +26,9 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def replacing(path: Path):
-    """A path to write to that takes the place of `path` at the end, or of nothing if writing fails."""
+    """A path to write to that takes the place of `path` at the end, or of nothing if writing
+    fails.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield part
@@ -40,7 +44,9 @@ def save(model, path) -> None:
     """Write the weights of an MLP or Net, and what builds it again, to a .safetensors file."""
     from safetensors.torch import save_file  # here, so that a machine without it can train
 
-    tensors = {name: p.detach().cpu().contiguous().clone() for name, p in parameters_of(model).items()}
+    tensors = {
+        name: p.detach().cpu().contiguous().clone() for name, p in parameters_of(model).items()
+    }
     metadata = {"handgrad": json.dumps(model.config())} if hasattr(model, "config") else {}
     if not Path(path).parent.is_dir():
         raise CheckpointError(f"{path}: cannot be written, there is no folder {Path(path).parent}")
@@ -49,13 +55,19 @@ def save(model, path) -> None:
 
 
 def load(path, device=None) -> torch.nn.Module:
-    """The network in a file written by `save`, or in a run folder: a module on `device`. CheckpointError if it is neither."""
+    """The network in a file written by `save`, or in a run folder: a module on `device`.
+    CheckpointError if it is neither.
+    """
     from safetensors import safe_open
 
     path = Path(path)
     path = path / WEIGHTS if path.is_dir() else path
     if not path.exists():
-        unfinished = "; the run finished no epoch, train it again with --force" if (path.parent / CONFIG).exists() else ""
+        unfinished = (
+            "; the run finished no epoch, train it again with --force"
+            if (path.parent / CONFIG).exists()
+            else ""
+        )
         raise CheckpointError(f"{path}: no such checkpoint{unfinished}")
     try:
         with safe_open(path, "pt") as file:
@@ -63,19 +75,27 @@ def load(path, device=None) -> torch.nn.Module:
     except Exception as error:  # safetensors raises its own kinds for a damaged file
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
     if "handgrad" not in metadata:
-        raise CheckpointError(f"{path}: has weights but no description of the network; use load_weights(model, path)")
+        raise CheckpointError(
+            f"{path}: has weights but no description of the network; use load_weights(model, path)"
+        )
     state = read_weights(path)
     model = build(json.loads(metadata["handgrad"]), device, next(iter(state.values())).dtype)
     return load_weights(model, path)
 
 
 def read_weights(path) -> dict[str, torch.Tensor]:
-    """Name -> tensor of a .safetensors file, or of a torch .pth file that holds a plain state_dict."""
+    """Name -> tensor of a .safetensors file, or of a torch .pth file that holds a plain
+    state_dict.
+    """
     from safetensors.torch import load_file
 
     path = Path(path)
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+        state = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, weights_only=True)
+        )
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint") from None
     except Exception as error:  # pickle, zip and safetensors each raise their own
@@ -87,9 +107,13 @@ def read_weights(path) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def load_weights(model, path):
-    """Copy weights into a network of the same shapes and return it: by name, or by order where only the names differ."""
+    """Copy weights into a network of the same shapes and return it: by name, or by order where only
+    the names differ.
+    """
     state, parameters = read_weights(path), parameters_of(model)
-    found, expected = ([tuple(t.shape) for t in tensors.values()] for tensors in (state, parameters))
+    found, expected = (
+        [tuple(t.shape) for t in tensors.values()] for tensors in (state, parameters)
+    )
     if state.keys() == parameters.keys():
         pairs = [(name, p, state[name]) for name, p in parameters.items()]
     else:
@@ -102,22 +126,31 @@ def load_weights(model, path):
 
 
 class RunFolder:
-    """A run on disk: config.json, metrics.jsonl (a line an epoch), model.safetensors, last.ckpt, curves.png."""
+    """A run on disk: config.json, metrics.jsonl (a line an epoch), model.safetensors, last.ckpt,
+    curves.png.
+    """
 
     def __init__(self, path):
         self.path = Path(path)
 
     @classmethod
     def create(cls, path, force=False) -> "RunFolder":
-        """A new run folder; FileExistsError if one is there already, unless `force`, which removes that run's files."""
+        """A new run folder; FileExistsError if one is there already, unless `force`, which removes
+        that run's files.
+        """
         run = cls(path)
         taken = [name for name in (CONFIG, METRICS, WEIGHTS, RESUME) if (run.path / name).exists()]
         if taken and not force:
-            raise FileExistsError(f"{run.path} already holds a run; choose another --out, --resume it, or --force to replace it")
+            raise FileExistsError(
+                f"{run.path} already holds a run; choose another --out, --resume it, or --force "
+                "to replace it"
+            )
         try:
             run.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise PermissionError(f"cannot write the run folder {run.path}: {error.strerror}") from None
+            raise PermissionError(
+                f"cannot write the run folder {run.path}: {error.strerror}"
+            ) from None
         if not os.access(run.path, os.W_OK):
             raise PermissionError(f"cannot write the run folder {run.path}: permission denied")
         for name in taken:
@@ -153,12 +186,16 @@ class RunFolder:
             torch.save(trainer.state_dict(), part)
 
     def resume(self, trainer) -> None:
-        """Put a trainer where the run stopped, and cut metrics.jsonl to the epochs that are kept."""
+        """Put a trainer where the run stopped, and cut metrics.jsonl to the epochs that are
+        kept.
+        """
         try:
             state = torch.load(self.path / RESUME, map_location=trainer.device, weights_only=True)
         except FileNotFoundError:
             raise CheckpointError(f"{self.path} cannot be resumed: it has no {RESUME}") from None
         except Exception as error:  # pickle and zip raise many kinds
-            raise CheckpointError(f"{self.path / RESUME}: not readable ({_reason(error)})") from None
+            raise CheckpointError(
+                f"{self.path / RESUME}: not readable ({_reason(error)})"
+            ) from None
         trainer.load_state_dict(state)
         (self.path / METRICS).write_text("".join(json.dumps(row) + "\n" for row in trainer.history))

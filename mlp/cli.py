@@ -1,4 +1,6 @@
-"""The command line: train, evaluate, report, predict, sweep, recipes, info. Errors are one line on stderr and exit status 2."""
+"""The command line: train, evaluate, report, predict, sweep, recipes, info. Errors are one line on
+stderr and exit status 2.
+"""
 
 import dataclasses
 import importlib.metadata
@@ -42,17 +44,23 @@ _INTERRUPTED = 130  # what shells and typer call Ctrl-C
 
 
 def run(argv: list[str]) -> int:
-    """Run a command; 0, or 2 after one line on stderr. HANDGRAD_DEBUG=1 shows where an error comes from."""
+    """Run a command; 0, or 2 after one line on stderr. HANDGRAD_DEBUG=1 shows where an error comes
+    from.
+    """
     try:
         status = app(argv, standalone_mode=False) or 0
         if status == _INTERRUPTED:
-            print("handgrad: interrupted; a training goes on with --out RUN --resume", file=sys.stderr)
+            print(
+                "handgrad: interrupted; a training goes on with --out RUN --resume", file=sys.stderr
+            )
         return status
     except Exception as error:
         if os.environ.get("HANDGRAD_DEBUG"):
             raise
         message = error.format_message() if hasattr(error, "format_message") else str(error)
-        if not isinstance(error, (ValueError, IndexError, OSError, engines.Diverged)) and not hasattr(error, "exit_code"):
+        if not isinstance(
+            error, (ValueError, IndexError, OSError, engines.Diverged)
+        ) and not hasattr(error, "exit_code"):
             message = f"{type(error).__name__}: {message} (HANDGRAD_DEBUG=1 shows where)"
         print(f"handgrad: {' '.join(message.split())}", file=sys.stderr)
         return 2
@@ -71,7 +79,10 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"unknown device {name!r}; known: auto, cpu, cuda, cuda:1, …") from None
     count = torch.cuda.device_count() if device.type == "cuda" else 0
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(f"device {name} was asked for, but this machine has {count} CUDA devices; use --device cpu")
+        raise ValueError(
+            f"device {name} was asked for, but this machine has {count} CUDA devices; use "
+            "--device cpu"
+        )
     return device
 
 
@@ -90,13 +101,19 @@ def _widths(text: str | None) -> tuple[int, ...] | None:
     try:
         return tuple(int(part) for part in text.split(",")) if text.strip() else ()
     except ValueError:
-        raise ValueError(f"--hidden must be widths with commas, such as 100,50, got {text!r}") from None
+        raise ValueError(
+            f"--hidden must be widths with commas, such as 100,50, got {text!r}"
+        ) from None
 
 
 def _free_folder(source: str) -> Path:
     """runs/NAME, or the first runs/NAME-2, -3, … that does not exist."""
     stem = Path("runs") / Path(source.split(",")[0]).stem
-    return next(p for n in range(1, 10**6) if not (p := stem if n == 1 else stem.with_name(f"{stem.name}-{n}")).exists())
+    return next(
+        p
+        for n in range(1, 10**6)
+        if not (p := stem if n == 1 else stem.with_name(f"{stem.name}-{n}")).exists()
+    )
 
 
 def _prepare(settings: dict):
@@ -108,26 +125,51 @@ def _prepare(settings: dict):
 
 
 def _resumed(context, run: RunFolder) -> dict:
-    """The settings of a run that goes on; a ValueError that names an option which it cannot take any more."""
-    given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}
+    """The settings of a run that goes on; a ValueError that names an option which it cannot take
+    any more.
+    """
+    given = {
+        name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"
+    }
     fixed = given - {"dataset", "epochs", "data_dir", "device", "engine", "out", "plots", "resume"}
     settings = run.config
     if fixed or ("dataset" in given and context.params["dataset"] != settings["dataset"]):
-        what = f"--{min(fixed).replace('_', '-')}" if fixed else f"the data set {context.params['dataset']}"
-        raise ValueError(f"{what} cannot be changed by --resume, which goes on with the settings in {run.path / 'config.json'}: "
-                         "leave it out, or train into another --out")  # fmt: skip
-    return settings | {name: str(context.params[name]) for name in ("device", "engine", "data_dir") if name in given}
+        what = (
+            f"--{min(fixed).replace('_', '-')}"
+            if fixed
+            else f"the data set {context.params['dataset']}"
+        )
+        raise ValueError(
+            f"{what} cannot be changed by --resume, which goes on with the settings in "
+            f"{run.path / 'config.json'}: "
+            "leave it out, or train into another --out"
+        )
+    return settings | {
+        name: str(context.params[name])
+        for name in ("device", "engine", "data_dir")
+        if name in given
+    }
 
 
 @app.command()
 def train(
     context: typer.Context,
-    dataset: Annotated[str, typer.Argument(help=f"{', '.join(data.NAMES)}, or a path: .mat, .npz, image folder")] = "digits",
-    recipe: Annotated[str, typer.Option(help="settings by name; see `handgrad recipes`")] = "default",
-    hidden: Annotated[str | None, typer.Option(help="widths of the hidden layers, such as 100,50")] = None,
-    activation: Annotated[str | None, typer.Option(help=f"one of {', '.join(kernels.ACTIVATIONS)}")] = None,
+    dataset: Annotated[
+        str, typer.Argument(help=f"{', '.join(data.NAMES)}, or a path: .mat, .npz, image folder")
+    ] = "digits",
+    recipe: Annotated[
+        str, typer.Option(help="settings by name; see `handgrad recipes`")
+    ] = "default",
+    hidden: Annotated[
+        str | None, typer.Option(help="widths of the hidden layers, such as 100,50")
+    ] = None,
+    activation: Annotated[
+        str | None, typer.Option(help=f"one of {', '.join(kernels.ACTIVATIONS)}")
+    ] = None,
     loss: Annotated[str | None, typer.Option(help=f"one of {', '.join(recipes.LOSSES)}")] = None,
-    optimizer: Annotated[str | None, typer.Option(help=f"one of {', '.join(recipes.OPTIMIZERS)}")] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help=f"one of {', '.join(recipes.OPTIMIZERS)}")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="learning rate")] = None,
     momentum: Annotated[float | None, typer.Option(help="momentum of sgd")] = None,
     batch_size: Annotated[int | None, typer.Option(help="samples in a step")] = None,
@@ -136,12 +178,21 @@ def train(
     engine: Annotated[str, typer.Option(help=f"auto, {', '.join(engines.ENGINES)}")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     precision: Annotated[str, typer.Option(help=f"one of {', '.join(PRECISIONS)}")] = "fp32",
-    data_dir: Annotated[Path | None, typer.Option(help="folder of data sets; default $HANDGRAD_DATA, else the cache")] = None,
-    out: Annotated[Path | None, typer.Option(help="run folder; default runs/DATASET, numbered")] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="folder of data sets; default $HANDGRAD_DATA, else the cache"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="run folder; default runs/DATASET, numbered")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace the run in --out")] = False,
-    plots: Annotated[bool, typer.Option("--plots", help="draw all pictures of `handgrad report` at the end")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out, up to --epochs")] = False,
-):  # fmt: skip
+    plots: Annotated[
+        bool, typer.Option("--plots", help="draw all pictures of `handgrad report` at the end")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with the run in --out, up to --epochs")
+    ] = False,
+):
     """Train a network; prints a line an epoch and writes a run folder."""
     for name, value, smallest in (("epochs", epochs, 1), ("lr", lr, 0)):
         if value is not None and not value >= smallest:
@@ -151,8 +202,17 @@ def train(
         settings = _resumed(context, run)
         settings["recipe"]["epochs"] = epochs or settings["recipe"]["epochs"]
     else:
-        chosen = recipes.changed(recipes.get(recipe), hidden=_widths(hidden), activation=activation, loss=loss,
-                                 optimizer=optimizer, lr=lr, momentum=momentum, batch_size=batch_size, epochs=epochs)  # fmt: skip
+        chosen = recipes.changed(
+            recipes.get(recipe),
+            hidden=_widths(hidden),
+            activation=activation,
+            loss=loss,
+            optimizer=optimizer,
+            lr=lr,
+            momentum=momentum,
+            batch_size=batch_size,
+            epochs=epochs,
+        )
         settings = {
             "dataset": dataset,
             "data_dir": str(data_dir) if data_dir else None,
@@ -165,20 +225,32 @@ def train(
         }
     chosen, train_set, test_set, on, dtype = _prepare(settings)
     model = chosen.model(train_set, settings["seed"], on, dtype)
-    trainer = Trainer(model, chosen.make_loss(), chosen.make_optimizer, settings["engine"], verbose=False)
+    trainer = Trainer(
+        model, chosen.make_loss(), chosen.make_optimizer, settings["engine"], verbose=False
+    )
     trainer.check(train_set, chosen.epochs, chosen.batch_size, test_set, drop_last=chosen.drop_last)
     if resume:
         run.resume(trainer)
         if len(trainer.history) >= chosen.epochs:
-            print(f"nothing to do: {run.path} has {len(trainer.history)} epochs; for more give --epochs")
+            print(
+                f"nothing to do: {run.path} has {len(trainer.history)} epochs; for more give "
+                "--epochs"
+            )
             return
     else:
         run = RunFolder.create(out or _free_folder(dataset), force)
-    settings["data"] = {"classes": list(train_set.classes), "image_shape": train_set.image_shape,
-                        "scale": train_set.scale, "shift": train_set.shift}  # fmt: skip
+    settings["data"] = {
+        "classes": list(train_set.classes),
+        "image_shape": train_set.image_shape,
+        "scale": train_set.scale,
+        "shift": train_set.shift,
+    }
     run.config = settings
     count = sum(p.numel() for p in model.parameters())
-    print(f"{train_set.name}: {len(train_set):,} samples; {chosen.about}; {count:,} parameters; {trainer.engine_note}; {on}")
+    print(
+        f"{train_set.name}: {len(train_set):,} samples; {chosen.about}; {count:,} parameters; "
+        f"{trainer.engine_note}; {on}"
+    )
     _fit(trainer, chosen, train_set, test_set, settings["seed"], run)
     if plots:
         _draw(run, chosen, test_set, model)
@@ -196,14 +268,24 @@ def _fit(trainer, recipe, train_set, test_set, seed, run):
 
     steps = -(-len(train_set) // recipe.batch_size)
     remaining = max(recipe.epochs - len(trainer.history), 0)
-    with tqdm(total=steps * remaining, unit="step", leave=False, disable=None, file=sys.stderr) as bar:
+    with tqdm(
+        total=steps * remaining, unit="step", leave=False, disable=None, file=sys.stderr
+    ) as bar:
 
         def on_epoch(row):
             run.record(trainer)
             bar.write(line(row), file=sys.stdout)
 
-        trainer.fit(train_set, recipe.epochs, recipe.batch_size, test_set, seed, drop_last=recipe.drop_last,
-                    on_epoch=on_epoch, on_step=None if bar.disable else bar.update)  # fmt: skip
+        trainer.fit(
+            train_set,
+            recipe.epochs,
+            recipe.batch_size,
+            test_set,
+            seed,
+            drop_last=recipe.drop_last,
+            on_epoch=on_epoch,
+            on_step=None if bar.disable else bar.update,
+        )
     if trainer.history:
         report.curves(trainer.history, run.path / "curves.png")
     print(f"trained {sum(row['seconds'] for row in trainer.history):.1f} s; run folder {run.path}")
@@ -225,7 +307,9 @@ _DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
 @app.command()
 def evaluate(
     run: _RunArgument,
-    top: Annotated[int | None, typer.Option(help="k of the top-k accuracy; default 5, or all classes if fewer")] = None,
+    top: Annotated[
+        int | None, typer.Option(help="k of the top-k accuracy; default 5, or all classes if fewer")
+    ] = None,
     data_dir: _DataOption = None,
     device: _DeviceOption = "auto",
 ):
@@ -244,7 +328,9 @@ def evaluate(
 
 @app.command("report")
 def draw(run: _RunArgument, data_dir: _DataOption = None, device: _DeviceOption = "auto"):
-    """Draw a run: curves, test images with predictions, confusion matrix, the first layer's weights."""
+    """Draw a run: curves, test images with predictions, confusion matrix, the first layer's
+    weights.
+    """
     _, recipe, test_set, model = _open(run, data_dir, device)
     for path in _draw(RunFolder(run), recipe, test_set, model):
         print(path)
@@ -264,29 +350,43 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="PNG or JPEG files")],
     device: _DeviceOption = "auto",
 ):
-    """The class of each image, and its probability. Images of another size are resized, with a note."""
+    """The class of each image, and its probability. Images of another size are resized, with a
+    note.
+    """
     settings = RunFolder(run).config
     facts, recipe = settings["data"], recipes.Recipe(**settings["recipe"])
     if facts["image_shape"] is None:
-        raise ValueError(f"{run} was trained on rows of numbers, not on images: it cannot read {images[0]}")
+        raise ValueError(
+            f"{run} was trained on rows of numbers, not on images: it cannot read {images[0]}"
+        )
     model = checkpoint.load(run, pick_device(device))
     dtype = pick_precision(settings["precision"])
     pixels, notes = zip(*(data.open_image(path, tuple(facts["image_shape"])) for path in images))
-    batch = data.Dataset(torch.stack(pixels), torch.zeros(len(pixels), dtype=torch.int64), tuple(facts["classes"]),
-                         scale=facts["scale"], shift=facts["shift"])  # fmt: skip
+    batch = data.Dataset(
+        torch.stack(pixels),
+        torch.zeros(len(pixels), dtype=torch.int64),
+        tuple(facts["classes"]),
+        scale=facts["scale"],
+        shift=facts["shift"],
+    )
     with torch.no_grad():
         x = batch.read(batch.inputs, dtype).to(next(model.parameters()).device)
         scores = recipe.make_loss().probabilities(model(x)).float().cpu()
     for path, note, score in zip(images, notes, scores):
         best = int(score.argmax())
-        print(f"{path}: {facts['classes'][best]} ({score[best]:.1%})" + (f", {note}" if note else ""))
+        print(
+            f"{path}: {facts['classes'][best]} ({score[best]:.1%})" + (f", {note}" if note else "")
+        )
 
 
 @app.command()
 def sweep(
     dataset: Annotated[str, typer.Argument(help="as for train")] = "digits",
     replicas: Annotated[int, typer.Option(help="how many networks")] = 16,
-    lr: Annotated[str, typer.Option(help="learning rate, or LOW:HIGH, spread over the networks in equal ratios")] = "0.01:1.0",
+    lr: Annotated[
+        str,
+        typer.Option(help="learning rate, or LOW:HIGH, spread over the networks in equal ratios"),
+    ] = "0.01:1.0",
     momentum: Annotated[float, typer.Option(help="momentum of sgd")] = 0.0,
     hidden: Annotated[str, typer.Option(help="widths of the hidden layers")] = "100,50",
     activation: Annotated[str, typer.Option(help="as for train")] = "relu",
@@ -297,7 +397,10 @@ def sweep(
     top: Annotated[int, typer.Option(help="rows of the table to print")] = 10,
     device: _DeviceOption = "auto",
     data_dir: Annotated[Path | None, typer.Option(help="as for train")] = None,
-    out: Annotated[Path | None, typer.Option(help="folder for sweep.jsonl and every network; none is written without it")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="folder for sweep.jsonl and every network; none is written without it"),
+    ] = None,
 ):
     """Train many networks at once; prints a table, best first, and the accuracy of their mean."""
     from tqdm import tqdm
@@ -307,26 +410,46 @@ def sweep(
     try:
         rates = spread(float(low), float(high) if colon else float(low), replicas)
     except ValueError as error:
-        raise ValueError(f"--lr must be a number, or LOW:HIGH with 0 < LOW <= HIGH, got {lr!r} ({error})") from None
+        raise ValueError(
+            f"--lr must be a number, or LOW:HIGH with 0 < LOW <= HIGH, got {lr!r} ({error})"
+        ) from None
     if out is not None and out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; choose another --out")
     sizes = (train_set.features, *_widths(hidden), len(train_set.classes))
-    job = Sweep(sizes, replicas, rates, momentum, range(seed, seed + replicas), activation=activation, optimizer=optimizer,
-                device=pick_device(device))  # fmt: skip
+    job = Sweep(
+        sizes,
+        replicas,
+        rates,
+        momentum,
+        range(seed, seed + replicas),
+        activation=activation,
+        optimizer=optimizer,
+        device=pick_device(device),
+    )
     started = time.perf_counter()
     with tqdm(total=epochs, unit="epoch", leave=False, disable=None, file=sys.stderr) as bar:
-        rows = job.fit(train_set, epochs, batch_size, test_set, on_epoch=lambda epoch, losses: bar.update())
+        rows = job.fit(
+            train_set, epochs, batch_size, test_set, on_epoch=lambda epoch, losses: bar.update()
+        )
     seconds = time.perf_counter() - started
     print(
-        f"{replicas} networks {' → '.join(map(str, sizes))} on {job.device}: {seconds:.1f} s, {replicas / seconds:.2f} a second"
+        f"{replicas} networks {' → '.join(map(str, sizes))} on {job.device}: {seconds:.1f} s, "
+        f"{replicas / seconds:.2f} a second"
     )
     print(f"{'network':>7} {'seed':>5} {'lr':>9} {'loss':>9} {'test accuracy':>14}")
     for row in rows[:top]:
-        print(f"{row.replica:>7} {row.seed:>5} {row.lr:>9.4g} {row.train_loss:>9.4f} {row.test_accuracy:>14.2%}")
-    print(f"mean of all networks' probabilities: test accuracy {job.ensemble_accuracy(test_set):.2%}")
+        print(
+            f"{row.replica:>7} {row.seed:>5} {row.lr:>9.4g} {row.train_loss:>9.4f} "
+            f"{row.test_accuracy:>14.2%}"
+        )
+    print(
+        f"mean of all networks' probabilities: test accuracy {job.ensemble_accuracy(test_set):.2%}"
+    )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "sweep.jsonl").write_text("".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
+        (out / "sweep.jsonl").write_text(
+            "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows)
+        )
         job.save(out)
 
 
@@ -358,12 +481,22 @@ def info():
     if Path(kernels.__file__).parent.parent != Path(__file__).parent.parent:
         print(f"warning: `kernels` is imported from {kernels.__file__}, which is not handgrad's")
     device = pick_device("auto")
-    print(f"device {torch.cuda.get_device_name(device) if device.type == 'cuda' else f'cpu, {torch.get_num_threads()} threads'}")
+    cpu = f"cpu, {torch.get_num_threads()} threads"
+    print(f"device {torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu}")
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         path = kernels.path(torch.empty(0, device=device, dtype=dtype))
-        print(f"{dtype}: {', '.join(kernels.OPERATIONS)} by {'Triton kernels' if path == 'triton' else 'the torch reference'}")
-    print("self-check: kernels " + ("on the GPU" if device.type == "cuda" else "in Triton's interpreter") + " against float64")
+        print(
+            f"{dtype}: {', '.join(kernels.OPERATIONS)} by "
+            f"{'Triton kernels' if path == 'triton' else 'the torch reference'}"
+        )
+    print(
+        "self-check: kernels "
+        + ("on the GPU" if device.type == "cuda" else "in Triton's interpreter")
+        + " against float64"
+    )
     passed, text = selfcheck.run()
     print(text)
     if not passed:
-        raise ValueError("self-check failed: a kernel errs more than twice as much as plain torch; see the table")
+        raise ValueError(
+            "self-check failed: a kernel errs more than twice as much as plain torch; see the table"
+        )

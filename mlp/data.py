@@ -1,7 +1,8 @@
-"""Data sets as tensors on the device: pixels stay uint8 and are scaled where they are read. No DataLoader.
+"""Data sets as tensors on the device: pixels stay uint8 and are scaled where they are read. No
+DataLoader.
 
-`load("digits")`, `load("mnist")`, … or a path: .mat files, .npz, or a folder of images. Batches are rows picked by index;
-`permutation` draws their order.
+`load("digits")`, `load("mnist")`, … or a path: .mat files, .npz, or a folder of images. Batches are
+rows picked by index; `permutation` draws their order.
 """
 
 import os
@@ -12,7 +13,10 @@ import torch
 
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
 NAMES = ("digits", *TORCHVISION)
-_NPZ_KEYS = (("x_train", "y_train", "x_test", "y_test"), ("train_data", "train_labels", "test_data", "test_labels"))
+_NPZ_KEYS = (
+    ("x_train", "y_train", "x_test", "y_test"),
+    ("train_data", "train_labels", "test_data", "test_labels"),
+)
 _MAT_KEYS = ("training_data", "training_label", "testing_data", "testing_label")
 
 
@@ -22,10 +26,12 @@ class DataError(ValueError):
 
 @dataclass
 class Dataset:
-    """Inputs (N, features) and targets, on one device. An input is read as `inputs · scale + shift`.
+    """Inputs (N, features) and targets, on one device. An input is read as `inputs · scale +
+    shift`.
 
-    targets: (N,) int64 labels in [0, len(classes)), or (N, outputs) floating point. image_shape: (C, H, W) if the
-    features are an image's. ValueError or IndexError for lengths that differ, no data, labels out of range.
+    targets: (N,) int64 labels in [0, len(classes)), or (N, outputs) floating point. image_shape:
+    (C, H, W) if the features are an image's. ValueError or IndexError for lengths that differ, no
+    data, labels out of range.
     """
 
     inputs: torch.Tensor
@@ -39,7 +45,9 @@ class Dataset:
 
     def __post_init__(self):
         if len(self.inputs) != len(self.targets):
-            raise DataError(f"{self.name}: {len(self.inputs)} inputs but {len(self.targets)} targets")
+            raise DataError(
+                f"{self.name}: {len(self.inputs)} inputs but {len(self.targets)} targets"
+            )
         if len(self.inputs) == 0:
             raise DataError(f"{self.name}: empty: it has no samples")
         if not self.targets.is_floating_point():
@@ -49,8 +57,10 @@ class Dataset:
             bad = ((self.targets < 0) | (self.targets >= len(self.classes))).nonzero()
             if len(bad):
                 i = int(bad[0])
-                raise DataError(f"{self.name}: label {int(self.targets[i])} of sample {i} is not one of the "
-                                f"{len(self.classes)} classes, 0 to {len(self.classes) - 1}")  # fmt: skip
+                raise DataError(
+                    f"{self.name}: label {int(self.targets[i])} of sample {i} is not one of the "
+                    f"{len(self.classes)} classes, 0 to {len(self.classes) - 1}"
+                )
         self.inputs = self.inputs.reshape(len(self.inputs), -1).contiguous()
 
     def __len__(self):
@@ -68,7 +78,9 @@ class Dataset:
 
     def to(self, device) -> "Dataset":
         """The same data set on another device."""
-        return replace(self, inputs=self.inputs.to(device), targets=self.targets.to(device), _buffers={})
+        return replace(
+            self, inputs=self.inputs.to(device), targets=self.targets.to(device), _buffers={}
+        )
 
     def take(self, count: int) -> "Dataset":
         """The first `count` samples."""
@@ -80,13 +92,21 @@ class Dataset:
 
     def read(self, raw: torch.Tensor, dtype=torch.float32, out=None) -> torch.Tensor:
         """Rows of `inputs` as numbers: raw · scale + shift in `dtype`."""
-        x = torch.mul(raw if raw.dtype == torch.uint8 and dtype == torch.float32 else raw.to(dtype), self.scale, out=out)
+        x = torch.mul(
+            raw if raw.dtype == torch.uint8 and dtype == torch.float32 else raw.to(dtype),
+            self.scale,
+            out=out,
+        )
         if self.shift:
             x = x.add_(self.shift)
         return x.to(dtype)
 
-    def batch(self, indices: torch.Tensor, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs (rows, features) and targets of these samples, in buffers that the next batch overwrites."""
+    def batch(
+        self, indices: torch.Tensor, dtype=torch.float32
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs (rows, features) and targets of these samples, in buffers that the next batch
+        overwrites.
+        """
         rows = len(indices)
         key = (rows, dtype)
         if key not in self._buffers:
@@ -103,13 +123,20 @@ class Dataset:
         return self.read(raw, dtype, x), y
 
     def chunks(self, size: int, dtype=torch.float32):
-        """(inputs, targets) of consecutive pieces of at most `size` samples, in order: for evaluation."""
+        """(inputs, targets) of consecutive pieces of at most `size` samples, in order: for
+        evaluation.
+        """
         for start in range(0, len(self), size):
-            yield self.read(self.inputs[start : start + size], dtype), self.targets[start : start + size]
+            yield (
+                self.read(self.inputs[start : start + size], dtype),
+                self.targets[start : start + size],
+            )
 
 
 def permutation(count: int, seed: int, epoch: int, device="cpu") -> torch.Tensor:
-    """The order of an epoch's samples: the same for the same count, seed, epoch and kind of device."""
+    """The order of an epoch's samples: the same for the same count, seed, epoch and kind of
+    device.
+    """
     generator = torch.Generator(device).manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(count, generator=generator, device=device)
 
@@ -122,9 +149,11 @@ def default_dir() -> Path:
 
 
 def load(source: str, data_dir=None) -> tuple[Dataset, Dataset]:
-    """(train, test) of a data set by name (see NAMES) or by path: .npz, one or two .mat files with a comma, an image folder.
+    """(train, test) of a data set by name (see NAMES) or by path: .npz, one or two .mat files with
+    a comma, an image folder.
 
-    torchvision downloads what is missing into `data_dir`; `digits` comes with scikit-learn. DataError in one line.
+    torchvision downloads what is missing into `data_dir`; `digits` comes with scikit-learn.
+    DataError in one line.
     """
     if source == "digits":
         return _digits()
@@ -133,13 +162,19 @@ def load(source: str, data_dir=None) -> tuple[Dataset, Dataset]:
     paths = [Path(p) for p in source.split(",")]
     missing = [str(p) for p in paths if not p.exists()]
     if missing:
-        raise DataError(f"unknown data set {source!r}: known are {', '.join(NAMES)}, or the path of an existing .mat or .npz "
-                        f"file or image folder (there is no {missing[0]})")  # fmt: skip
+        raise DataError(
+            f"unknown data set {source!r}: known are {', '.join(NAMES)}, or the path of an "
+            "existing .mat or .npz "
+            f"file or image folder (there is no {missing[0]})"
+        )
     if paths[0].is_dir():
         return _image_folder(paths[0])
     readers = {".mat": _mat, ".npz": _npz}
     if paths[0].suffix not in readers:
-        raise DataError(f"{source}: cannot read {paths[0].suffix or 'such'} files; known: .mat, .npz and folders of images")
+        raise DataError(
+            f"{source}: cannot read {paths[0].suffix or 'such'} files; known: .mat, .npz and "
+            "folders of images"
+        )
     return readers[paths[0].suffix](paths)
 
 
@@ -153,7 +188,13 @@ def split(data: Dataset, test_share: float = 0.2) -> tuple[Dataset, Dataset]:
     order = permutation(len(data), seed=0, epoch=0)
     count = max(1, round(len(data) * test_share))
     return tuple(
-        replace(data, inputs=data.inputs[rows], targets=data.targets[rows], _buffers={}, name=f"{data.name} ({part})")
+        replace(
+            data,
+            inputs=data.inputs[rows],
+            targets=data.targets[rows],
+            _buffers={},
+            name=f"{data.name} ({part})",
+        )
         for part, rows in (("train", order[count:]), ("test", order[:count]))
     )
 
@@ -164,8 +205,18 @@ def _digits() -> tuple[Dataset, Dataset]:
     except ImportError:
         raise needs_extra("scikit-learn", "the data set digits") from None
     bunch = load_digits()
-    pixels = torch.from_numpy(bunch.images * 255 / 16).round().to(torch.uint8)  # 0 to 16 there, as an image file here
-    return split(Dataset(pixels, torch.from_numpy(bunch.target), image_shape=(1, 8, 8), scale=1 / 255, name="digits"))
+    pixels = (
+        torch.from_numpy(bunch.images * 255 / 16).round().to(torch.uint8)
+    )  # 0 to 16 there, as an image file here
+    return split(
+        Dataset(
+            pixels,
+            torch.from_numpy(bunch.target),
+            image_shape=(1, 8, 8),
+            scale=1 / 255,
+            name="digits",
+        )
+    )
 
 
 def _torchvision(name: str, root: Path) -> tuple[Dataset, Dataset]:
@@ -177,18 +228,34 @@ def _torchvision(name: str, root: Path) -> tuple[Dataset, Dataset]:
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"{name}: cannot write the data folder {root}: {error.strerror}; choose another --data-dir") from None
+        raise DataError(
+            f"{name}: cannot write the data folder {root}: {error.strerror}; choose another "
+            "--data-dir"
+        ) from None
     parts = []
     for train in (True, False):
         try:
             part = kind(root, train=train)
         except (RuntimeError, ValueError, OSError, AssertionError) as error:
-            if not str(error).startswith("Dataset not found"):  # torchvision's words where a file is missing
+            if not str(error).startswith(
+                "Dataset not found"
+            ):  # torchvision's words where a file is missing
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                raise DataError(f"{name}: a file in {root / kind.__name__ / 'raw'} is damaged ({reason}); remove it") from None
+                raise DataError(
+                    f"{name}: a file in {root / kind.__name__ / 'raw'} is damaged ({reason}); "
+                    "remove it"
+                ) from None
             part = _download(kind, root, train, name)
-        parts.append(Dataset(part.data.unsqueeze(1), part.targets, tuple(part.classes), (1, *part.data.shape[1:]), 1 / 255,
-                             name=f"{name} ({'train' if train else 'test'})"))  # fmt: skip
+        parts.append(
+            Dataset(
+                part.data.unsqueeze(1),
+                part.targets,
+                tuple(part.classes),
+                (1, *part.data.shape[1:]),
+                1 / 255,
+                name=f"{name} ({'train' if train else 'test'})",
+            )
+        )
     return tuple(parts)
 
 
@@ -199,9 +266,13 @@ def _download(kind, root: Path, train: bool, name: str):
         return kind(root, train=train, download=True)
     except (RuntimeError, ValueError, OSError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise DataError(f"{name}: cannot be downloaded into {root} ({reason}): is there no network? Then place its four "
-                        f"*-ubyte.gz files in {root / kind.__name__ / 'raw'} by hand, or train on digits, which is "
-                        "embedded") from None  # fmt: skip
+        raise DataError(
+            f"{name}: cannot be downloaded into {root} ({reason}): is there no network? Then "
+            "place its four "
+            f"*-ubyte.gz files in {root / kind.__name__ / 'raw'} by hand, or train on digits, "
+            "which is "
+            "embedded"
+        ) from None
 
 
 def _from_arrays(x, y, name: str) -> Dataset:
@@ -213,9 +284,14 @@ def _from_arrays(x, y, name: str) -> Dataset:
     if targets.dim() == 2 and 1 in targets.shape:
         targets = targets.flatten()
     if targets.dim() != 1 or inputs.dim() == 0 or len(inputs) != len(targets):
-        raise DataError(f"{name}: inputs {tuple(inputs.shape)} need as many labels, got {tuple(targets.shape)}")
+        raise DataError(
+            f"{name}: inputs {tuple(inputs.shape)} need as many labels, got {tuple(targets.shape)}"
+        )
     if targets.is_floating_point() and bool((targets != targets.round()).any()):
-        raise DataError(f"{name}: labels must be whole numbers, got {float(targets[targets != targets.round()][0])}")
+        raise DataError(
+            f"{name}: labels must be whole numbers, got "
+            f"{float(targets[targets != targets.round()][0])}"
+        )
     features = inputs[0].numel() if len(inputs) else 0
     side = int(features**0.5)
     shape = (1, side, side) if side * side == features and side > 1 else None
@@ -225,12 +301,17 @@ def _from_arrays(x, y, name: str) -> Dataset:
 
 
 def _pairs(arrays: dict, keys, name: str) -> tuple[Dataset, Dataset]:
-    """(train, test) from arrays under keys (train inputs, train labels, test inputs, test labels); split where no test is."""
+    """(train, test) from arrays under keys (train inputs, train labels, test inputs, test labels);
+    split where no test is.
+    """
     train = _from_arrays(arrays[keys[0]], arrays[keys[1]], name)
     if keys[2] in arrays and keys[3] in arrays:
         test = _from_arrays(arrays[keys[2]], arrays[keys[3]], name)
         if test.features != train.features:
-            raise DataError(f"{name}: training inputs have {train.features} features, test inputs {test.features}")
+            raise DataError(
+                f"{name}: training inputs have {train.features} features, test inputs "
+                f"{test.features}"
+            )
         classes = max(train.classes, test.classes, key=len)
         return replace(train, classes=classes), replace(test, classes=classes)
     return split(train)
@@ -248,10 +329,14 @@ def _mat(paths: list[Path]) -> tuple[Dataset, Dataset]:
         except NotImplementedError:
             raise DataError(f"{path}: a MATLAB 7.3 file; save it with -v7") from None
         except Exception as error:  # scipy raises many kinds for a damaged file
-            raise DataError(f"{path}: not a readable .mat file ({type(error).__name__}: {error})") from None
+            raise DataError(
+                f"{path}: not a readable .mat file ({type(error).__name__}: {error})"
+            ) from None
     if not {*_MAT_KEYS[:2]} <= arrays.keys():
-        raise DataError(f"{','.join(map(str, paths))}: needs the variables {' and '.join(_MAT_KEYS[:2])}, "
-                        f"found {', '.join(sorted(arrays)) or 'none'}")  # fmt: skip
+        raise DataError(
+            f"{','.join(map(str, paths))}: needs the variables {' and '.join(_MAT_KEYS[:2])}, "
+            f"found {', '.join(sorted(arrays)) or 'none'}"
+        )
     return _pairs(arrays, _MAT_KEYS, paths[0].stem)
 
 
@@ -262,16 +347,22 @@ def _npz(paths: list[Path]) -> tuple[Dataset, Dataset]:
         with paths[0].open("rb") as file, numpy.load(file, allow_pickle=False) as archive:
             arrays = dict(archive)
     except Exception as error:  # zipfile, zlib and numpy each raise their own
-        raise DataError(f"{paths[0]}: not a readable .npz file ({type(error).__name__}: {error})") from None
+        raise DataError(
+            f"{paths[0]}: not a readable .npz file ({type(error).__name__}: {error})"
+        ) from None
     for keys in _NPZ_KEYS:
         if {*keys[:2]} <= arrays.keys():
             return _pairs(arrays, keys, paths[0].stem)
     expected = " or ".join(f"{keys[0]} and {keys[1]}" for keys in _NPZ_KEYS)
-    raise DataError(f"{paths[0]}: needs the arrays {expected}, found {', '.join(sorted(arrays)) or 'none'}")
+    raise DataError(
+        f"{paths[0]}: needs the arrays {expected}, found {', '.join(sorted(arrays)) or 'none'}"
+    )
 
 
 def _pixels(image, shape: tuple[int, int, int]) -> torch.Tensor:
-    """A PIL image, resized if need be, as uint8 pixels (C, H, W) of `shape`, grey for one channel, else RGB."""
+    """A PIL image, resized if need be, as uint8 pixels (C, H, W) of `shape`, grey for one channel,
+    else RGB.
+    """
     import numpy
 
     channels, height, width = shape
@@ -283,37 +374,67 @@ def _pixels(image, shape: tuple[int, int, int]) -> torch.Tensor:
 
 
 def open_image(path, shape: tuple[int, int, int]) -> tuple[torch.Tensor, str | None]:
-    """The pixels of an image file as uint8 (C, H, W) of `shape`, and a note if it had another size."""
+    """The pixels of an image file as uint8 (C, H, W) of `shape`, and a note if it had another
+    size.
+    """
     image = _open_image(str(path))
-    note = None if image.size == (shape[2], shape[1]) else f"resized from {image.width}×{image.height} to {shape[2]}×{shape[1]}"
+    note = (
+        None
+        if image.size == (shape[2], shape[1])
+        else f"resized from {image.width}×{image.height} to {shape[2]}×{shape[1]}"
+    )
     return _pixels(image, shape), note
 
 
 def _image_folder(root: Path) -> tuple[Dataset, Dataset]:
-    """root/CLASS/image, or root/train/CLASS/image and root/test/CLASS/image; the first image's size and mode hold for all."""
+    """root/CLASS/image, or root/train/CLASS/image and root/test/CLASS/image; the first image's size
+    and mode hold for all.
+    """
     try:
         from torchvision.datasets import ImageFolder
     except ImportError:
         raise needs_extra("torchvision", "reading a folder of images") from None
-    parts = [root / "train", root / "test"] if (root / "train").is_dir() and (root / "test").is_dir() else [root]
+    parts = (
+        [root / "train", root / "test"]
+        if (root / "train").is_dir() and (root / "test").is_dir()
+        else [root]
+    )
     sets, shape = [], None
     for part in parts:
         try:
             folder = ImageFolder(str(part), loader=_open_image)
         except FileNotFoundError as error:
             raise DataError(
-                f"{part}: {str(error).splitlines()[0].rstrip('.')}; images go into one folder for each class"
+                f"{part}: {str(error).splitlines()[0].rstrip('.')}; images go into one folder for "
+                "each class"
             ) from None
         pixels = []
         for image, _ in folder:
-            shape = shape or (1 if image.mode in ("1", "L", "I;16") else 3, image.height, image.width)
+            shape = shape or (
+                1 if image.mode in ("1", "L", "I;16") else 3,
+                image.height,
+                image.width,
+            )
             if image.size != (shape[2], shape[1]):
-                raise DataError(f"{part}: images must all be {shape[2]}×{shape[1]}, got {image.width}×{image.height}")
+                raise DataError(
+                    f"{part}: images must all be {shape[2]}×{shape[1]}, got "
+                    f"{image.width}×{image.height}"
+                )
             pixels.append(_pixels(image, shape))
-        sets.append(Dataset(torch.stack(pixels), torch.tensor(folder.targets), tuple(folder.classes), shape, 1 / 255,
-                            name=str(part)))  # fmt: skip
+        sets.append(
+            Dataset(
+                torch.stack(pixels),
+                torch.tensor(folder.targets),
+                tuple(folder.classes),
+                shape,
+                1 / 255,
+                name=str(part),
+            )
+        )
     if len(sets) == 2 and sets[0].classes != sets[1].classes:
-        raise DataError(f"{root}: train and test have the classes {sets[0].classes} and {sets[1].classes}")
+        raise DataError(
+            f"{root}: train and test have the classes {sets[0].classes} and {sets[1].classes}"
+        )
     return tuple(sets) if len(sets) == 2 else split(sets[0])
 
 

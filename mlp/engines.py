@@ -1,19 +1,36 @@
-"""The table of engines: every one trains on the same batches in the same order, and their losses agree to rounding.
+"""The table of engines: every one trains on the same batches in the same order, and their losses
+agree to rounding.
 
-An engine says in `refuses` why it cannot serve a network, else it is built and its `epoch` called once an epoch. To add one:
-a class with `name`, `refuses` and `epoch`, and its place in the table: "auto" takes the last that serves.
+An engine says in `refuses` why it cannot serve a network, else it is built and its `epoch` called
+once an epoch. To add one: a class with `name`, `refuses` and `epoch`, and its place in the table:
+"auto" takes the last that serves.
 """
 
 from .epochwise import Epoch, Graph
 from .stepwise import Autograd, Diverged, Engine, EpochResult, Manual, parameters_of
 
-__all__ = ["ENGINES", "Autograd", "Diverged", "Engine", "Epoch", "EpochResult", "Graph", "Manual", "choose", "parameters_of"]
+__all__ = [
+    "ENGINES",
+    "Autograd",
+    "Diverged",
+    "Engine",
+    "Epoch",
+    "EpochResult",
+    "Graph",
+    "Manual",
+    "choose",
+    "parameters_of",
+]
 
-ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (Autograd, Manual, Graph, Epoch)}
+ENGINES: dict[str, type[Engine]] = {
+    engine.name: engine for engine in (Autograd, Manual, Graph, Epoch)
+}
 
 
 def choose(name: str, model, loss, optimizer, batch_size: int = 1) -> tuple[Engine, str]:
-    """The engine of that name, or under "auto" the last of ENGINES that serves; and one line that says why."""
+    """The engine of that name, or under "auto" the last of ENGINES that serves; and one line that
+    says why.
+    """
     if name != "auto" and name not in ENGINES:
         raise ValueError(f"unknown engine {name!r}; known: auto, {', '.join(ENGINES)}")
     candidates = list(ENGINES) if name == "auto" else [name]

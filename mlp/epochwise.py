@@ -1,9 +1,12 @@
-"""Engines that run many steps without Python between: `graph` replays captured launches, `epoch` is one launch.
+"""Engines that run many steps without Python between: `graph` replays captured launches, `epoch` is
+one launch.
 
-    graph    the two launches of kernels.step where they serve, else the manual step; captured once, replayed over the epoch
+    graph    the two launches of kernels.step where they serve, else the manual step; captured once,
+             replayed over the epoch
     epoch    kernels.train_epoch
 
-Both read nothing back before the epoch's end, and allocate no gradients where the step or epoch kernels serve.
+Both read nothing back before the epoch's end, and allocate no gradients where the step or epoch
+kernels serve.
 """
 
 import math
@@ -20,7 +23,9 @@ _CAPTURED = 25  # steps in one CUDA graph
 
 
 def spec_of(model, loss, optimizer) -> kernels.Spec | str:
-    """What the training kernels call this network, loss and optimizer; or, in words, why they have no name for it."""
+    """What the training kernels call this network, loss and optimizer; or, in words, why they have
+    no name for it.
+    """
     config = model.config() if hasattr(model, "config") else {"kind": type(model).__name__}
     if config["kind"] != "mlp":
         return f"trains multilayer perceptrons, got {config['kind']}"
@@ -29,21 +34,44 @@ def spec_of(model, loss, optimizer) -> kernels.Spec | str:
     criterion = _criterion(loss, config["sizes"][-1])
     rule = optimizer.rule(parameters_of(model).values()) if hasattr(optimizer, "rule") else None
     if isinstance(criterion, str) or rule is None:
-        return criterion if isinstance(criterion, str) else "trains with one parameter group of mlp's SGD, Adam or AdamW"
-    return kernels.Spec(tuple(config["sizes"]), config["activation"], config["output_activation"], config["bias"],
-                        **criterion, rule=rule)  # fmt: skip
+        return (
+            criterion
+            if isinstance(criterion, str)
+            else "trains with one parameter group of mlp's SGD, Adam or AdamW"
+        )
+    return kernels.Spec(
+        tuple(config["sizes"]),
+        config["activation"],
+        config["output_activation"],
+        config["bias"],
+        **criterion,
+        rule=rule,
+    )
 
 
 def _criterion(loss, classes: int) -> dict | str:
     """A loss of `mlp.loss` as the training kernels take it."""
     if isinstance(loss, losses.SoftmaxCrossEntropy):
         weight, ignore_index, reduction, smoothing = loss.options
-        if weight is None and smoothing == 0 and not 0 <= ignore_index < classes and reduction != "none":
-            return {"loss": "cross_entropy", "loss_scale": loss.scale, "loss_mean": reduction == "mean"}
+        if (
+            weight is None
+            and smoothing == 0
+            and not 0 <= ignore_index < classes
+            and reduction != "none"
+        ):
+            return {
+                "loss": "cross_entropy",
+                "loss_scale": loss.scale,
+                "loss_mean": reduction == "mean",
+            }
         return "takes cross-entropy without class weights, smoothing or an ignored class"
     if isinstance(loss, losses.MeanSquaredError) and loss.reduction != "none":
         mean = loss.reduction == "mean"
-        return {"loss": "squared_error", "loss_scale": loss.scale / (classes if mean else 1), "loss_mean": mean}
+        return {
+            "loss": "squared_error",
+            "loss_scale": loss.scale / (classes if mean else 1),
+            "loss_mean": mean,
+        }
     return f"takes the losses {', '.join(losses.LOSSES)}, reduced, got {type(loss).__name__}"
 
 
@@ -61,16 +89,22 @@ class _Fused(Engine):
         return torch.as_tensor(self.optimizer.hyper(device), dtype=torch.float32, device=device)
 
     def result(self, values, correct, order, batch_size, on_step) -> EpochResult:
-        """The epoch's losses and counts, read back once; FloatingPointError names the first step that is not finite."""
+        """The epoch's losses and counts, read back once; FloatingPointError names the first step
+        that is not finite.
+        """
         values = values.tolist()
         for step, value in enumerate(values):
             if not math.isfinite(value):
                 raise FloatingPointError(f"the loss is {value} at step {step}")
         sizes = [min(batch_size, len(order) - start) for start in range(0, len(order), batch_size)]
-        total = sum(losses.per_sample(self.loss, value, size) * size for value, size in zip(values, sizes))
+        total = sum(
+            losses.per_sample(self.loss, value, size) * size for value, size in zip(values, sizes)
+        )
         if on_step is not None:
             on_step(len(values))
-        return EpochResult(total / len(order), None if correct is None else int(correct.sum()), len(order))
+        return EpochResult(
+            total / len(order), None if correct is None else int(correct.sum()), len(order)
+        )
 
 
 class Epoch(_Fused):
@@ -84,21 +118,38 @@ class Epoch(_Fused):
         if kernels.path(first.detach()) != "triton" and first.dtype == torch.float32:
             return "epoch: needs a GPU, or TRITON_INTERPRET=1"
         spec = spec_of(model, loss, optimizer)
-        return f"epoch: {spec}" if isinstance(spec, str) else kernels.refusal(spec, batch_size, "epoch")
+        return (
+            f"epoch: {spec}"
+            if isinstance(spec, str)
+            else kernels.refusal(spec, batch_size, "epoch")
+        )
 
     @torch.no_grad()
     def epoch(self, data, order, batch_size, on_step=None):
         states, count = self.optimizer.states()
         values, correct = kernels.train_epoch(
-            self.spec, [p.detach() for p in self.parameters], states, data.inputs, data.targets, order, batch_size,
-            self.hyper(), count, scale=data.scale, shift=data.shift,
-        )  # fmt: skip
+            self.spec,
+            [p.detach() for p in self.parameters],
+            states,
+            data.inputs,
+            data.targets,
+            order,
+            batch_size,
+            self.hyper(),
+            count,
+            scale=data.scale,
+            shift=data.shift,
+        )
         self.optimizer.advance(len(values))
-        return self.result(values, correct if data.is_classification else None, order, batch_size, on_step)
+        return self.result(
+            values, correct if data.is_classification else None, order, batch_size, on_step
+        )
 
 
 class Graph(_Fused):
-    """Launches of many steps captured in CUDA graphs and replayed; needs CUDA and one of mlp's optimizers."""
+    """Launches of many steps captured in CUDA graphs and replayed; needs CUDA and one of mlp's
+    optimizers.
+    """
 
     name = "graph"
 
@@ -113,26 +164,44 @@ class Graph(_Fused):
         if not isinstance(optimizer, (SGD, Adam)):
             return f"graph: needs mlp's SGD, Adam or AdamW, got {type(optimizer).__name__}"
         if any(group.get("dampening") for group in optimizer.param_groups):
-            return "graph: a first step with dampening differs from the others; use engine 'manual' or 'epoch'"
+            return (
+                "graph: a first step with dampening differs from the others; use engine 'manual' "
+                "or 'epoch'"
+            )
         return Manual.refuses(model, loss, optimizer, batch_size)
 
     @torch.no_grad()
     def epoch(self, data, order, batch_size, on_step=None):
-        served = isinstance(self.spec, kernels.Spec) and kernels.refusal(self.spec, batch_size, "graph") is None
+        served = (
+            isinstance(self.spec, kernels.Spec)
+            and kernels.refusal(self.spec, batch_size, "graph") is None
+        )
         run = self._fused_epoch if served else self._chain_epoch
         return self.result(*run(data, order, batch_size), order, batch_size, on_step)
 
     def _fused_epoch(self, data, order, batch_size):
-        """Losses and correct predictions of every step, by the two launches of `kernels.train_step`."""
+        """Losses and correct predictions of every step, by the two launches of
+        `kernels.train_step`.
+        """
         steps = math.ceil(len(order) / batch_size)
         states, count = self.optimizer.states()
         key = (data.inputs.data_ptr(), len(order), batch_size)
         if self._steps is None or self._steps[0] != key:
             state = kernels.StepState(
-                self.spec, [p.detach() for p in self.parameters], states, data.inputs, data.targets, order.clone(), batch_size,
-                self.hyper(), count.clone(), order.new_empty(steps, dtype=torch.float32),
-                order.new_empty(steps, dtype=torch.int32), data.scale, data.shift,
-            )  # fmt: skip
+                self.spec,
+                [p.detach() for p in self.parameters],
+                states,
+                data.inputs,
+                data.targets,
+                order.clone(),
+                batch_size,
+                self.hyper(),
+                count.clone(),
+                order.new_empty(steps, dtype=torch.float32),
+                order.new_empty(steps, dtype=torch.int32),
+                data.scale,
+                data.shift,
+            )
             state.position[0] = steps  # past the end: compiles the kernels and trains nothing
             self._steps = key, state, _captured(lambda: kernels.train_step(state), _CAPTURED)
         _, state, replay = self._steps
@@ -140,7 +209,9 @@ class Graph(_Fused):
         state.hyper.copy_(self.hyper())
         state.count.copy_(count)
         state.position.zero_()
-        for _ in range(math.ceil((steps + 1) / _CAPTURED)):  # the step past the last applies its pending update
+        for _ in range(
+            math.ceil((steps + 1) / _CAPTURED)
+        ):  # the step past the last applies its pending update
             replay()
         self.optimizer.advance(steps)
         return state.losses, state.correct if data.is_classification else None
@@ -150,12 +221,17 @@ class Graph(_Fused):
         full, rest = divmod(len(order), batch_size)
         key = (data.inputs.data_ptr(), len(order), batch_size)
         if self._chain is None or self._chain[0] != key:
-            self._chain = key, _Chain(self.model, self.loss, self.optimizer, data, len(order), batch_size)
+            self._chain = (
+                key,
+                _Chain(self.model, self.loss, self.optimizer, data, len(order), batch_size),
+            )
         return self._chain[1].run(order, full, rest)
 
 
 class _Chain:
-    """The manual step with everything that changes in device memory: position, batch, learning rate, losses."""
+    """The manual step with everything that changes in device memory: position, batch, learning
+    rate, losses.
+    """
 
     def __init__(self, model, loss, optimizer, data, count, batch_size):
         self.engine, self.data, self.batch_size = Manual(model, loss, optimizer), data, batch_size
@@ -170,7 +246,9 @@ class _Chain:
         self.replays, self._held = {}, []
 
     def step(self):
-        """Train on the batch at `position` and move on; every host value in here is frozen at capture."""
+        """Train on the batch at `position` and move on; every host value in here is frozen at
+        capture.
+        """
         indices = self.order.index_select(0, self.position * self.batch_size + self.offsets)
         self._train(indices)
         self.position += 1
@@ -209,7 +287,9 @@ class _Chain:
         return self.losses, self.correct if self.data.is_classification else None
 
     def _capture(self, steps):
-        """Capture after one step that compiles every kernel, and put back what that step changed."""
+        """Capture after one step that compiles every kernel, and put back what that step
+        changed.
+        """
         self.optimizer.states(capturable=True)
         tensors = [*parameters_of(self.engine.model).values(), *_state_tensors(self.optimizer)]
         before = [t.detach().clone() for t in tensors]
@@ -217,13 +297,21 @@ class _Chain:
         replay = _captured(self.step, steps)
         for t, good in zip(tensors, before):
             t.copy_(good)
-        # The graph writes into the net's and the data set's buffers: keep them when these make others.
-        self._held += [dict(getattr(owner, "_buffers", {})) for owner in (self.data, *self.engine.net.stages)]
+        # The graph writes into the net's and the data set's buffers: keep them when these make
+        # others.
+        self._held += [
+            dict(getattr(owner, "_buffers", {})) for owner in (self.data, *self.engine.net.stages)
+        ]
         return replay
 
 
 def _state_tensors(optimizer) -> list[torch.Tensor]:
-    return [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    return [
+        t
+        for state in optimizer.state.values()
+        for t in state.values()
+        if isinstance(t, torch.Tensor)
+    ]
 
 
 def _captured(step, times: int):

@@ -1,11 +1,16 @@
-"""fuse: put handgrad's modules in the place of torch's in a model that is already built, sharing every parameter.
+"""fuse: put handgrad's modules in the place of torch's in a model that is already built, sharing
+every parameter.
 
-    nn.Linear, nn.Conv2d, nn.CrossEntropyLoss, nn.MSELoss    become ours where they stand: the same object, of our class
-    in an nn.Sequential: Linear, activation                  become mlp.Linear with that activation, nn.Identity
-                         Conv2d, activation, MaxPool2d       become mlp.Conv2d with both, nn.Identity, nn.Identity
+    nn.Linear, nn.Conv2d, nn.CrossEntropyLoss, nn.MSELoss    become ours where they stand: the same
+        object, of our class
+    in an nn.Sequential: Linear, activation                  become mlp.Linear with that activation,
+        nn.Identity
+                         Conv2d, activation, MaxPool2d       become mlp.Conv2d with both,
+                             nn.Identity, nn.Identity
 
-A layer that takes in its neighbours is a shallow copy, so that whoever else holds the layer, such as another model or a
-plain list, still gets from it what it computed before. Names and positions stay as they are.
+A layer that takes in its neighbours is a shallow copy, so that whoever else holds the layer, such
+as another model or a plain list, still gets from it what it computed before. Names and positions
+stay as they are.
 """
 
 import copy
@@ -20,34 +25,52 @@ import kernels
 
 from .modules import Conv2d, CrossEntropyLoss, Linear, MSELoss
 
-TWINS = {nn.Linear: Linear, nn.Conv2d: Conv2d, nn.CrossEntropyLoss: CrossEntropyLoss, nn.MSELoss: MSELoss}
-OPTIONS = {Linear: {"activation": "identity"}, Conv2d: {"activation": "identity", "max_pool": 1}}  # what ours have besides
+TWINS = {
+    nn.Linear: Linear,
+    nn.Conv2d: Conv2d,
+    nn.CrossEntropyLoss: CrossEntropyLoss,
+    nn.MSELoss: MSELoss,
+}
+OPTIONS = {
+    Linear: {"activation": "identity"},
+    Conv2d: {"activation": "identity", "max_pool": 1},
+}  # what ours have besides
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ALONE = "it does not directly follow a Linear or Conv2d in an nn.Sequential"
 
 
 def fuse(module: nn.Module, report: Callable[[str], object] | None = None) -> nn.Module:
-    """Swap what handgrad has in `module`, in place, and return it. Outputs and gradients stay the same.
+    """Swap what handgrad has in `module`, in place, and return it. Outputs and gradients stay the
+    same.
 
-    Parameters stay the very same objects under the same names, so optimizers and checkpoints go on as before.
-    `report` gets a line for each layer, activation and loss: what became of it, or why it was left alone. `report=print`
-    shows them, `report=lines.append` keeps them; without it they go to the logger "handgrad", at level INFO.
+    Parameters stay the very same objects under the same names, so optimizers and checkpoints go on
+    as before. `report` gets a line for each layer, activation and loss: what became of it, or why
+    it was left alone. `report=print` shows them, `report=lines.append` keeps them; without it they
+    go to the logger "handgrad", at level INFO.
 
-    Left alone: subclasses; parametrized, pruned and lazy layers; objects with a forward of their own; an activation that
-    does not directly follow its layer in an nn.Sequential, or where a hook on either would see other values than before.
-    Fuse after registering hooks and before `torch.compile`. Code that picks single layers out of an nn.Sequential, as in
-    `self.body[0](x)`, gets the activated output.
+    Left alone: subclasses; parametrized, pruned and lazy layers; objects with a forward of their
+    own; an activation that does not directly follow its layer in an nn.Sequential, or where a hook
+    on either would see other values than before. Fuse after registering hooks and before
+    `torch.compile`. Code that picks single layers out of an nn.Sequential, as in `self.body[0](x)`,
+    gets the activated output.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"fuse: module must be an nn.Module, got {type(module).__name__}")
     report = report or logging.getLogger("handgrad").info
     copies, reasons = {}, {}
-    for path, child in module.named_modules():  # children are looked up after their parent was yielded, so here fused
+    for (
+        path,
+        child,
+    ) in (
+        module.named_modules()
+    ):  # children are looked up after their parent was yielded, so here fused
         if isinstance(child, nn.Sequential):
             for slot, change in _fuse_neighbours(child, copies, reasons):
                 report(f"{path}.{slot}: {change}".lstrip("."))
         kind = type(child).__name__
-        reason = _obstacle(child) or (reasons.get(id(child), _ALONE) if _is_follower(child) else None)
+        reason = _obstacle(child) or (
+            reasons.get(id(child), _ALONE) if _is_follower(child) else None
+        )
         if reason is not None:
             report(f"{path or 'module'}: {kind} left alone: {reason}")
         elif type(child) in TWINS:
@@ -64,7 +87,9 @@ def _make_ours(layer, options=()):
 
 
 def _obstacle(module) -> str | None:
-    """Why this layer or loss cannot be swapped; None if it can be, and for modules of other kinds."""
+    """Why this layer or loss cannot be swapped; None if it can be, and for modules of other
+    kinds.
+    """
     if not isinstance(module, tuple(TWINS)):
         return None
     if parametrize.is_parametrized(module):
@@ -78,14 +103,22 @@ def _obstacle(module) -> str | None:
     if own := vars(module).keys() & {"forward", "_compiled_call_impl", "activation", "max_pool"}:
         return f"this object has {', '.join(sorted(own))} of its own"
     if isinstance(module, nn.Conv2d) and (module.groups != 1 or module.padding_mode != "zeros"):
-        return f"mlp.Conv2d has groups 1 and padding_mode zeros, this one {module.groups} and {module.padding_mode}"
+        return (
+            f"mlp.Conv2d has groups 1 and padding_mode zeros, this one {module.groups} and "
+            f"{module.padding_mode}"
+        )
     return _odd_parameters(module) if isinstance(module, (nn.Linear, nn.Conv2d)) else None
 
 
 def _odd_parameters(layer) -> str | None:
-    """What is unusual in a layer's parameters: pruned, normalised, frozen as buffers, sharded, quantised or complex ones."""
+    """What is unusual in a layer's parameters: pruned, normalised, frozen as buffers, sharded,
+    quantised or complex ones.
+    """
     if layer._parameters.keys() != {"weight", "bias"}:
-        return f"its parameters are {', '.join(sorted(layer._parameters)) or 'none'}, not weight and bias"
+        return (
+            f"its parameters are {', '.join(sorted(layer._parameters)) or 'none'}, not weight and "
+            "bias"
+        )
     for name, p in layer._parameters.items():
         if p is not None and (type(p) is not nn.Parameter or not p.is_floating_point()):
             return f"its {name} is a {type(p).__name__} of {p.dtype}"
@@ -95,10 +128,14 @@ def _odd_parameters(layer) -> str | None:
 def _fuse_neighbours(sequential, copies, reasons) -> list[tuple[str, str]]:
     """Fuse each layer of an nn.Sequential with what follows it: [(slot, what became of it)].
 
-    copies: those made so far, so that a layer standing in two places with the same followers is one object again.
-    reasons: id of each follower that stays -> why.
+    copies: those made so far, so that a layer standing in two places with the same followers is one
+    object again. reasons: id of each follower that stays -> why.
     """
-    slots = [(slot, child) for slot, child in sequential._modules.items() if type(child) is not nn.Identity or _hooked(child)]
+    slots = [
+        (slot, child)
+        for slot, child in sequential._modules.items()
+        if type(child) is not nn.Identity or _hooked(child)
+    ]
     changes = []
     for i, (slot, layer) in enumerate(slots):
         if not isinstance(layer, (nn.Linear, nn.Conv2d)):
@@ -108,7 +145,10 @@ def _fuse_neighbours(sequential, copies, reasons) -> list[tuple[str, str]]:
             continue
         key = id(layer), *options.values()
         if key not in copies:
-            copies[key] = layer, _make_ours(copy.copy(layer), options)  # the layer is kept, so that its id is
+            copies[key] = (
+                layer,
+                _make_ours(copy.copy(layer), options),
+            )  # the layer is kept, so that its id is
         sequential._modules[slot] = copies[key][1]
         for (place, _), follower in zip(slots[i + 1 :], taken):
             sequential._modules[place] = nn.Identity().train(follower.training)
@@ -118,7 +158,9 @@ def _fuse_neighbours(sequential, copies, reasons) -> list[tuple[str, str]]:
 
 
 def _followers(sequential, line, reasons) -> tuple[dict, list]:
-    """What the layer at the head of `line` is to have, and the modules after it whose work that is."""
+    """What the layer at the head of `line` is to have, and the modules after it whose work that
+    is.
+    """
     layer, *rest = line
     defaults = OPTIONS.get(TWINS.get(type(layer), type(layer)), {})
     options, taken = {name: getattr(layer, name, default) for name, default in defaults.items()}, []
@@ -136,7 +178,9 @@ def _followers(sequential, line, reasons) -> tuple[dict, list]:
 
 
 def _refusal(sequential, layer, options, follower, option, after) -> str | None:
-    """Why `follower` stays behind a layer that has `options` so far, with `after` next in line; None if it is taken in."""
+    """Why `follower` stays behind a layer that has `options` so far, with `after` next in line;
+    None if it is taken in.
+    """
     if type(sequential).forward is not nn.Sequential.forward or "forward" in vars(sequential):
         return f"its {type(sequential).__name__} has a forward of its own"
     if _obstacle(layer) is not None:
@@ -147,13 +191,21 @@ def _refusal(sequential, layer, options, follower, option, after) -> str | None:
         return f"kernels have no {follower}"
     if not option.keys() <= options.keys():
         return _ALONE
-    if options.get("max_pool", 1) != 1 or ("activation" in option and options["activation"] != "identity"):
+    if options.get("max_pool", 1) != 1 or (
+        "activation" in option and options["activation"] != "identity"
+    ):
         have = ", ".join(f"{name}={value}" for name, value in options.items())
         return f"the {type(layer).__name__} before it already has {have}"
     if _hooked(layer) or _hooked(follower):
         return f"a hook on it, or on the {type(layer).__name__} before it, would see other values"
-    if getattr(after, "inplace", False) and kernels.ACTIVATIONS[{**options, **option}["activation"]].needs == "y":
-        return f"the {type(after).__name__} after it overwrites the output, which the fused backward needs"
+    if (
+        getattr(after, "inplace", False)
+        and kernels.ACTIVATIONS[{**options, **option}["activation"]].needs == "y"
+    ):
+        return (
+            f"the {type(after).__name__} after it overwrites the output, which the fused backward "
+            "needs"
+        )
     return None
 
 
@@ -162,13 +214,19 @@ def _hooked(module) -> bool:
 
 
 def _is_follower(module) -> bool:
-    """Whether this is of a kind that a layer may take in: a pooling, or a module from torch's file of activations."""
+    """Whether this is of a kind that a layer may take in: a pooling, or a module from torch's file
+    of activations.
+    """
     homes = {kind.__module__ for kind in type(module).__mro__}
-    return type(module) is nn.MaxPool2d or (nn.ReLU.__module__ in homes and not isinstance(module, nn.MultiheadAttention))
+    return type(module) is nn.MaxPool2d or (
+        nn.ReLU.__module__ in homes and not isinstance(module, nn.MultiheadAttention)
+    )
 
 
 def _option(module) -> dict:
-    """What a layer needs to do this module's work: an activation of the table or a pooling window; {} if none would do."""
+    """What a layer needs to do this module's work: an activation of the table or a pooling window;
+    {} if none would do.
+    """
     if type(module) is nn.MaxPool2d and _same(module, nn.MaxPool2d(module.kernel_size)):
         window = _spread(module.kernel_size)
         return {"max_pool": window[0] if window[0] == window[-1] else window}
@@ -179,9 +237,17 @@ def _option(module) -> dict:
 
 
 def _same(module, model) -> bool:
-    """Whether `module` has the type and the settings of `model`; in place or not makes no difference."""
-    settings = {name: value for name, value in vars(model).items() if name[0] != "_" and name not in ("training", "inplace")}
-    return type(module) is type(model) and all(_spread(getattr(module, name)) == _spread(settings[name]) for name in settings)
+    """Whether `module` has the type and the settings of `model`; in place or not makes no
+    difference.
+    """
+    settings = {
+        name: value
+        for name, value in vars(model).items()
+        if name[0] != "_" and name not in ("training", "inplace")
+    }
+    return type(module) is type(model) and all(
+        _spread(getattr(module, name)) == _spread(settings[name]) for name in settings
+    )
 
 
 def _spread(setting):

@@ -1,4 +1,6 @@
-"""Initialisers by name, drawn from a seeded generator on the CPU so that every device starts from the same weights."""
+"""Initialisers by name, drawn from a seeded generator on the CPU so that every device starts from
+the same weights.
+"""
 
 import functools
 import math
@@ -22,16 +24,22 @@ def _draw(init: str, weight: torch.Tensor, generator) -> None:
     except ValueError:
         name = None
     if name not in _INITIALISERS or (options and (name != "normal" or not options["std"] >= 0)):
-        raise ValueError(f"init: unknown initialiser {init!r}; known: {', '.join(NAMES)}, and normal:STD, such as normal:0.1")
+        raise ValueError(
+            f"init: unknown initialiser {init!r}; known: {', '.join(NAMES)}, and normal:STD, such "
+            "as normal:0.1"
+        )
     _INITIALISERS[name](weight, **options, generator=generator)
 
 
 @torch.no_grad()
-def initialise(parameters: dict[str, torch.Tensor], init: str | None = None, seed: int | None = None) -> None:
+def initialise(
+    parameters: dict[str, torch.Tensor], init: str | None = None, seed: int | None = None
+) -> None:
     """Fill weights and biases in place, in their order in `parameters`.
 
-    init: "torch" or None, nn.Linear's and nn.Conv2d's own: uniform within ±1/√fan_in, weights and biases; or another of
-    NAMES for the weights, with biases 0. seed: of a generator of its own; None draws from torch's global one.
+    init: "torch" or None, nn.Linear's and nn.Conv2d's own: uniform within ±1/√fan_in, weights and
+    biases; or another of NAMES for the weights, with biases 0. seed: of a generator of its own;
+    None draws from torch's global one.
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     bound = math.inf

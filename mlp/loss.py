@@ -1,6 +1,8 @@
-"""Losses with their gradients: `forward(output, target)` returns the value, `backward()` the gradient of the output.
+"""Losses with their gradients: `forward(output, target)` returns the value, `backward()` the
+gradient of the output.
 
-Called as a function, `loss(output, target)`, they are differentiable: what the autograd engine uses.
+Called as a function, `loss(output, target)`, they are differentiable: what the autograd engine
+uses.
 """
 
 import torch
@@ -9,9 +11,13 @@ import kernels
 
 
 class SoftmaxCrossEntropy:
-    """Softmax cross-entropy; arguments as `torch.nn.CrossEntropyLoss`. `scale` multiplies the value and the gradient."""
+    """Softmax cross-entropy; arguments as `torch.nn.CrossEntropyLoss`. `scale` multiplies the value
+    and the gradient.
+    """
 
-    def __init__(self, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0, scale=1.0):
+    def __init__(
+        self, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0, scale=1.0
+    ):
         self.options = (weight, ignore_index, reduction, label_smoothing)
         self.reduction = reduction
         self.scale = scale
@@ -22,14 +28,20 @@ class SoftmaxCrossEntropy:
         return value if self.scale == 1.0 else value * self.scale
 
     def forward(self, output, target, labels_valid=False):
-        """Logits (N, C) and labels (N,) or probabilities (N, C) -> the loss. See `kernels.cross_entropy_fwd`."""
-        value, self._saved = kernels.cross_entropy_fwd(output, target, *self.options, labels_valid=labels_valid)
+        """Logits (N, C) and labels (N,) or probabilities (N, C) -> the loss. See
+        `kernels.cross_entropy_fwd`.
+        """
+        value, self._saved = kernels.cross_entropy_fwd(
+            output, target, *self.options, labels_valid=labels_valid
+        )
         self._value = value
         return value if self.scale == 1.0 else value * self.scale
 
     def backward(self):
         """Gradient of the latest forward's value with respect to its logits."""
-        return kernels.cross_entropy_bwd(_seed(self, self.scale), *self._saved, needs=(True, False))[0]
+        return kernels.cross_entropy_bwd(
+            _seed(self, self.scale), *self._saved, needs=(True, False)
+        )[0]
 
     def probabilities(self, output):
         """(N, C) probabilities that these logits stand for."""
@@ -37,9 +49,11 @@ class SoftmaxCrossEntropy:
 
 
 class MeanSquaredError:
-    """Squared error of outputs and targets, which may be class labels: then the target is their one-hot vector.
+    """Squared error of outputs and targets, which may be class labels: then the target is their
+    one-hot vector.
 
-    reduction as `torch.nn.MSELoss`; `scale` multiplies the value and the gradient: reduction="sum", scale=0.5 is ½ Σ d².
+    reduction as `torch.nn.MSELoss`; `scale` multiplies the value and the gradient: reduction="sum",
+    scale=0.5 is ½ Σ d².
     """
 
     def __init__(self, reduction="mean", scale=1.0):
@@ -68,7 +82,9 @@ class MeanSquaredError:
 
 
 def _seed(loss, scale):
-    """The gradient of scale · value with respect to value, made once for each shape and device of values."""
+    """The gradient of scale · value with respect to value, made once for each shape and device of
+    values.
+    """
     value = getattr(loss, "_value", None)
     if value is None:
         raise RuntimeError(f"{type(loss).__name__}: forward comes before backward")
@@ -79,12 +95,16 @@ def _seed(loss, scale):
 
 
 def per_sample(loss, value: float, rows: int) -> float:
-    """A batch's loss as a mean over its samples: sums are divided, so that batches of all sizes compare."""
+    """A batch's loss as a mean over its samples: sums are divided, so that batches of all sizes
+    compare.
+    """
     return value / rows if getattr(loss, "reduction", "mean") == "sum" else value
 
 
 def one_hot(target, output):
-    """Integer labels (N,) as rows of 0 and 1 shaped like output (N, C); floating-point targets as they are."""
+    """Integer labels (N,) as rows of 0 and 1 shaped like output (N, C); floating-point targets as
+    they are.
+    """
     if target.is_floating_point():
         return target
     return torch.zeros_like(output).scatter(-1, target.long().unsqueeze(-1), 1)

@@ -1,4 +1,6 @@
-"""What a classifier gets right: top-1 and top-k accuracy, accuracy of each class, confusion matrix, by scikit-learn."""
+"""What a classifier gets right: top-1 and top-k accuracy, accuracy of each class, confusion matrix,
+by scikit-learn.
+"""
 
 import warnings
 
@@ -13,15 +15,20 @@ _ROWS = 4096
 
 @torch.no_grad()
 def probabilities(model, loss, data: Dataset) -> torch.Tensor:
-    """(N, classes) float32 on the CPU: what the network gives each class, by its loss's reading of the outputs."""
+    """(N, classes) float32 on the CPU: what the network gives each class, by its loss's reading of
+    the outputs.
+    """
     first = next(iter(parameters_of(model).values()))
     forward = model.predict if isinstance(model, Net) else model
     data = data.to(first.device)
-    return torch.cat([loss.probabilities(forward(x)).float().cpu() for x, _ in data.chunks(_ROWS, first.dtype)])
+    return torch.cat(
+        [loss.probabilities(forward(x)).float().cpu() for x, _ in data.chunks(_ROWS, first.dtype)]
+    )
 
 
 def classification(scores: torch.Tensor, data: Dataset, k: int = 5) -> dict:
-    """{"accuracy", "top_k", "k", "per_class": {name: accuracy}, "confusion": rows true, columns predicted}.
+    """{"accuracy", "top_k", "k", "per_class": {name: accuracy}, "confusion": rows true, columns
+    predicted}.
 
     scores (N, classes); a class without samples has accuracy None.
     """
@@ -34,15 +41,22 @@ def classification(scores: torch.Tensor, data: Dataset, k: int = 5) -> dict:
     labels = range(len(data.classes))
     targets, predicted = data.targets.cpu().numpy(), scores.argmax(1).numpy()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of a single class, whose matrix is 1 × 1 all the same
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # of a single class, whose matrix is 1 × 1 all the same
         confusion = metrics.confusion_matrix(targets, predicted, labels=labels)
     top_k = (
-        1.0 if k >= len(data.classes) else float((scores.topk(k, 1).indices == data.targets.cpu()[:, None]).any(1).float().mean())
+        1.0
+        if k >= len(data.classes)
+        else float((scores.topk(k, 1).indices == data.targets.cpu()[:, None]).any(1).float().mean())
     )
     return {
         "accuracy": float(metrics.accuracy_score(targets, predicted)),
         "top_k": top_k,
         "k": k,
-        "per_class": {n: int(r[i]) / int(r.sum()) if r.sum() else None for i, (n, r) in enumerate(zip(data.classes, confusion))},
+        "per_class": {
+            n: int(r[i]) / int(r.sum()) if r.sum() else None
+            for i, (n, r) in enumerate(zip(data.classes, confusion))
+        },
         "confusion": confusion.tolist(),
     }

@@ -1,4 +1,5 @@
-"""The manual API: a network that is forward, backward and its arrays. No tape, no requires_grad, no modules.
+"""The manual API: a network that is forward, backward and its arrays. No tape, no requires_grad, no
+modules.
 
     net = Net([784, 100, 10])
     logits = net.forward(x)                 # (batch, 10)
@@ -25,7 +26,9 @@ _ALIGNMENT = 128  # bytes: a view starts on a cache line, so that loads of it ca
 class Stack:
     """The linear layers of a network as one operation: what Net runs forward and backward."""
 
-    def __init__(self, sizes, activation="relu", output_activation="identity", bias=True, prefix=""):
+    def __init__(
+        self, sizes, activation="relu", output_activation="identity", bias=True, prefix=""
+    ):
         self.sizes = check_sizes(sizes, "Net")
         self.activation, self.output_activation = activation, output_activation
         for name in (activation, output_activation):
@@ -48,23 +51,32 @@ class Stack:
         self._buffers.clear()
 
     def _buffers_for(self, rows):
-        """Outputs (y, z) and dz of every layer for a batch of `rows`; those of the two latest sizes are kept."""
+        """Outputs (y, z) and dz of every layer for a batch of `rows`; those of the two latest sizes
+        are kept.
+        """
         if rows not in self._buffers:
             while len(self._buffers) > 1:
                 self._buffers.pop(next(iter(self._buffers)))
             like = self.weights[0]
             names = [self.activation] * (self.layers - 1) + [self.output_activation]
             outputs = [
-                (like.new_empty(rows, n), like.new_empty(rows, n) if activations.get(name).needs == "z" else None)
+                (
+                    like.new_empty(rows, n),
+                    like.new_empty(rows, n) if activations.get(name).needs == "z" else None,
+                )
                 for n, name in zip(self.sizes[1:], names)
             ]
             self._buffers[rows] = outputs, [like.new_empty(rows, n) for n in self.sizes[1:]]
         return self._buffers[rows]
 
     def forward(self, x, keep=True):
-        """(rows, sizes[0]) -> (rows, sizes[-1]); with keep, into this stack's buffers and ready for `backward`."""
+        """(rows, sizes[0]) -> (rows, sizes[-1]); with keep, into this stack's buffers and ready for
+        `backward`.
+        """
         out = self._buffers_for(x.shape[0])[0] if keep else None
-        y, saved = kernels.mlp_fwd(x, self.weights, self.biases, self.activation, self.output_activation, out=out)
+        y, saved = kernels.mlp_fwd(
+            x, self.weights, self.biases, self.activation, self.output_activation, out=out
+        )
         if keep:
             self._saved = saved
         return y
@@ -90,7 +102,10 @@ class Convolution:
             f"{prefix}weight": (channels, image_shape[0], kernel_size, kernel_size),
             f"{prefix}bias": (channels,),
         }
-        self.out_shape = (channels, *((side - kernel_size + 1) // max_pool for side in image_shape[1:]))
+        self.out_shape = (
+            channels,
+            *((side - kernel_size + 1) // max_pool for side in image_shape[1:]),
+        )
 
     def bind(self, parameters, grads):
         """Take the tensors to work on, in the order of `shapes`."""
@@ -98,7 +113,9 @@ class Convolution:
 
     def forward(self, x, keep=True):
         """(rows, C·H·W) -> (rows, features of the pooled result)."""
-        y, saved = kernels.conv2d_fwd(x.view(-1, *self.image_shape), self.weight, self.bias, *self.options)
+        y, saved = kernels.conv2d_fwd(
+            x.view(-1, *self.image_shape), self.weight, self.bias, *self.options
+        )
         if keep:
             self._saved = saved
         return y.flatten(1)
@@ -113,14 +130,23 @@ class Convolution:
 
 
 class Net:
-    """A network with its gradients written out. `parameters` and `grads`: "0.weight" -> view of `flat` and `flat_grad`.
+    """A network with its gradients written out. `parameters` and `grads`: "0.weight" -> view of
+    `flat` and `flat_grad`.
 
-    sizes: widths from input to output. init: see `mlp.init`; seed: of the initial weights. float32, float16 and bfloat16
-    run in the kernels, float64 on the reference.
+    sizes: widths from input to output. init: see `mlp.init`; seed: of the initial weights. float32,
+    float16 and bfloat16 run in the kernels, float64 on the reference.
     """
 
     def __init__(
-        self, sizes, activation="relu", output_activation="identity", bias=True, init=None, device=None, dtype=None, seed=0
+        self,
+        sizes,
+        activation="relu",
+        output_activation="identity",
+        bias=True,
+        init=None,
+        device=None,
+        dtype=None,
+        seed=0,
     ):
         config = {"kind": "mlp", "sizes": list(sizes), "activation": activation}
         self._build({**config, "output_activation": output_activation, "bias": bias}, device, dtype)
@@ -128,7 +154,9 @@ class Net:
 
     @classmethod
     def of(cls, module) -> "Net":
-        """A net that shares its parameters with an `mlp.MLP` or `mlp.ConvNet`, which are made views of the net's flat tensor."""
+        """A net that shares its parameters with an `mlp.MLP` or `mlp.ConvNet`, which are made views
+        of the net's flat tensor.
+        """
         net = cls.__new__(cls)
         first = next(iter(module.parameters()))
         net._build(module.config(), first.device, first.dtype)
@@ -148,14 +176,21 @@ class Net:
         self.flat = torch.zeros(offsets[-1], device=device, dtype=dtype)
         self.flat_grad = torch.zeros_like(self.flat)
         self.parameters, self.grads = (
-            {name: flat[start : start + size].view(shape) for (name, shape), start, size in zip(shapes.items(), offsets, sizes)}
+            {
+                name: flat[start : start + size].view(shape)
+                for (name, shape), start, size in zip(shapes.items(), offsets, sizes)
+            }
             for flat in (self.flat, self.flat_grad)
         )
         for stage in self.stages:
-            stage.bind([self.parameters[n] for n in stage.shapes], [self.grads[n] for n in stage.shapes])
+            stage.bind(
+                [self.parameters[n] for n in stage.shapes], [self.grads[n] for n in stage.shapes]
+            )
 
     def forward(self, x):
-        """Outputs for x (…, features), kept for `backward`. They lie in a buffer that the next forward overwrites."""
+        """Outputs for x (…, features), kept for `backward`. They lie in a buffer that the next
+        forward overwrites.
+        """
         self._lead = x.shape[:-1]
         y = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         for stage in self.stages:
@@ -171,16 +206,20 @@ class Net:
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def backward(self, doutput, input_grad=False):
-        """Overwrite `grads` from the gradient of the latest forward's output; returns dx if `input_grad`, else None."""
+        """Overwrite `grads` from the gradient of the latest forward's output; returns dx if
+        `input_grad`, else None.
+        """
         dy = self._rows(doutput)
         for i, stage in reversed(list(enumerate(self.stages))):
             dy = stage.backward(dy, input_grad=input_grad or i > 0)
         return None if dy is None else dy.view(*self._lead, dy.shape[-1])
 
     def update(self, doutput, states, hyper, step, rule):
-        """`backward` and a step of an optimizer in one, see `kernels.mlp_update`: `grads` stay as they were.
+        """`backward` and a step of an optimizer in one, see `kernels.mlp_update`: `grads` stay as
+        they were.
 
-        Only for a network of linear layers alone (one stage). `states`: lists in the order of `parameters`.
+        Only for a network of linear layers alone (one stage). `states`: lists in the order of
+        `parameters`.
         """
         (stack,) = self.stages
         stack.update(self._rows(doutput), states, hyper, step, rule)
@@ -190,7 +229,10 @@ class Net:
         if self._shape is None:
             raise RuntimeError("Net: forward comes before backward")
         if doutput.shape != self._shape:
-            raise ValueError(f"Net: the gradient must be {self._shape} as the output was, got {tuple(doutput.shape)}")
+            raise ValueError(
+                f"Net: the gradient must be {self._shape} as the output was, got "
+                f"{tuple(doutput.shape)}"
+            )
         return doutput if doutput.dim() == 2 else doutput.reshape(-1, doutput.shape[-1])
 
     def config(self) -> dict:
@@ -202,7 +244,9 @@ class Net:
         return {name: p.clone() for name, p in self.parameters.items()}
 
     def load_state_dict(self, state) -> None:
-        """Copy parameters in, from `state_dict` or from that of an `mlp.MLP` of the same sizes; else a ValueError."""
+        """Copy parameters in, from `state_dict` or from that of an `mlp.MLP` of the same sizes;
+        else a ValueError.
+        """
         shapes = {name: tuple(t.shape) for name, t in state.items()}
         expected = {name: tuple(p.shape) for name, p in self.parameters.items()}
         if shapes != expected:
@@ -214,10 +258,26 @@ class Net:
 def stages(config: dict) -> list:
     """The stages of the network that a module's `config()` describes."""
     if config["kind"] == "mlp":
-        return [Stack(config["sizes"], config["activation"], config["output_activation"], config["bias"])]
+        return [
+            Stack(
+                config["sizes"], config["activation"], config["output_activation"], config["bias"]
+            )
+        ]
     layers, features = conv_layers(config)
     found, shape = [], tuple(config["image_shape"])
     for i, (_, channels) in enumerate(layers):
-        stage = Convolution(shape, channels, config["kernel_size"], config["max_pool"], config["activation"], f"conv.{i}.")
+        stage = Convolution(
+            shape,
+            channels,
+            config["kernel_size"],
+            config["max_pool"],
+            config["activation"],
+            f"conv.{i}.",
+        )
         found, shape = [*found, stage], stage.out_shape
-    return [*found, Stack((features, *config["hidden"], config["classes"]), config["activation"], prefix="mlp.")]
+    return [
+        *found,
+        Stack(
+            (features, *config["hidden"], config["classes"]), config["activation"], prefix="mlp."
+        ),
+    ]

@@ -1,7 +1,9 @@
-"""SGD, Adam and AdamW: torch's optimizers with one launch a step, and gradients that may be handed in.
+"""SGD, Adam and AdamW: torch's optimizers with one launch a step, and gradients that may be handed
+in.
 
-They are torch's classes: arguments, defaults, parameter groups, state_dict and learning-rate schedulers are torch's own.
-Only the update differs. `foreach` and `fused` have no effect; `differentiable` and `amsgrad` are refused.
+They are torch's classes: arguments, defaults, parameter groups, state_dict and learning-rate
+schedulers are torch's own. Only the update differs. `foreach` and `fused` have no effect;
+`differentiable` and `amsgrad` are refused.
 """
 
 import torch
@@ -19,9 +21,11 @@ class _Stepper:
     """What the three share: which gradients a step uses."""
 
     def step(self, closure=None, *, grads=None):
-        """Update every parameter from its .grad, or from `grads`: a sequence or dict in the parameters' order.
+        """Update every parameter from its .grad, or from `grads`: a sequence or dict in the
+        parameters' order.
 
-        A parameter whose gradient is None is left alone, as in torch. Returns the closure's loss, if one is given.
+        A parameter whose gradient is None is left alone, as in torch. Returns the closure's loss,
+        if one is given.
         """
         loss = None
         if closure is not None:
@@ -32,28 +36,46 @@ class _Stepper:
 
     def add_param_group(self, param_group):
         """As torch's; a group of its own with a refused option is refused."""
-        _refuse(type(self).__name__, differentiable=param_group.get("differentiable"), amsgrad=param_group.get("amsgrad"))
+        _refuse(
+            type(self).__name__,
+            differentiable=param_group.get("differentiable"),
+            amsgrad=param_group.get("amsgrad"),
+        )
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict):
         """As torch's; the state of an optimizer with a refused option is refused."""
         for group in state_dict["param_groups"]:
-            _refuse(type(self).__name__, differentiable=group.get("differentiable"), amsgrad=group.get("amsgrad"))
+            _refuse(
+                type(self).__name__,
+                differentiable=group.get("differentiable"),
+                amsgrad=group.get("amsgrad"),
+            )
         super().load_state_dict(state_dict)
 
     def constants(self) -> tuple | None:
-        """What an update depends on besides parameters, gradients and states; None while that changes from step to step."""
+        """What an update depends on besides parameters, gradients and states; None while that
+        changes from step to step.
+        """
         return None
 
     def rule(self, parameters) -> str | None:
-        """What the training kernels call this update of just these parameters (see `kernels.Spec`); None if they have none."""
+        """What the training kernels call this update of just these parameters (see `kernels.Spec`);
+        None if they have none.
+        """
         group, pointers = self.param_groups[0], [p.data_ptr() for p in parameters]
         known = type(self) in OPTIMIZERS.values() and len(self.param_groups) == 1
         numbers = not (group["maximize"] or isinstance(group["lr"], torch.Tensor))
-        return self._rule(group) if known and numbers and [p.data_ptr() for p in group["params"]] == pointers else None
+        return (
+            self._rule(group)
+            if known and numbers and [p.data_ptr() for p in group["params"]] == pointers
+            else None
+        )
 
     def hyper(self, device) -> torch.Tensor | tuple:
-        """The numbers of `rule` as they are now, see `kernels.hyperparameters`: on a GPU always the same tensor, rewritten."""
+        """The numbers of `rule` as they are now, see `kernels.hyperparameters`: on a GPU always the
+        same tensor, rewritten.
+        """
         (group,) = self.param_groups
         names = ("betas", "eps") if "betas" in group else ("momentum", "dampening")
         options = {name: group[name] for name in ("lr", "weight_decay", *names)}
@@ -69,7 +91,9 @@ class _Stepper:
         return row
 
     def inline(self) -> tuple:
-        """Count a step that the backward takes itself, see `Net.update`: (states, hyper, step, rule)."""
+        """Count a step that the backward takes itself, see `Net.update`: (states, hyper, step,
+        rule).
+        """
         self._opt_called = True  # torch's schedulers ask whether a step was taken
         (group,) = self.param_groups
         return *self._inline(group), self._rule(group)
@@ -83,11 +107,15 @@ class _Stepper:
         self._opt_called = True  # torch's schedulers ask whether a step was taken
         count = sum(len(group["params"]) for group in self.param_groups)
         if grads is not None and len(grads) != count:
-            raise ValueError(f"{type(self).__name__}: {count} parameters but {len(grads)} gradients")
+            raise ValueError(
+                f"{type(self).__name__}: {count} parameters but {len(grads)} gradients"
+            )
         start = 0
         for group in self.param_groups:
             params = group["params"]
-            given = [p.grad for p in params] if grads is None else grads[start : start + len(params)]
+            given = (
+                [p.grad for p in params] if grads is None else grads[start : start + len(params)]
+            )
             start += len(params)
             if any(g is None for g in given):
                 params = [p for p, g in zip(params, given) if g is not None]
@@ -97,22 +125,30 @@ class _Stepper:
 
 
 class SGD(_Stepper, torch.optim.SGD):
-    """`torch.optim.SGD`: momentum, dampening, weight decay, Nesterov, maximize; lr a number or a device tensor."""
+    """`torch.optim.SGD`: momentum, dampening, weight decay, Nesterov, maximize; lr a number or a
+    device tensor.
+    """
 
     def __init__(self, params, lr=1e-3, momentum=0, **options):
         _refuse("SGD", differentiable=options.get("differentiable"))
         super().__init__(params, lr=lr, momentum=momentum, **options)
 
     def constants(self):
-        """The hyperparameters, once momentum buffers exist and unless the learning rate is a tensor."""
-        if any(g["momentum"] and not all(self.state[p] for p in g["params"]) for g in self.param_groups):
+        """The hyperparameters, once momentum buffers exist and unless the learning rate is a
+        tensor.
+        """
+        if any(
+            g["momentum"] and not all(self.state[p] for p in g["params"]) for g in self.param_groups
+        ):
             return None
         names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
         values = tuple(group[name] for group in self.param_groups for name in names)
         return None if any(isinstance(value, torch.Tensor) for value in values) else values
 
     def states(self, capturable=False):
-        """(lists of states as the training kernels take them, count of steps): momentum buffers, made if there are none."""
+        """(lists of states as the training kernels take them, count of steps): momentum buffers,
+        made if there are none.
+        """
         params = [p for group in self.param_groups for p in group["params"]]
         fresh = any(self.state[p].get("momentum_buffer") is None for p in params)
         count = torch.full((1,), 0.0 if fresh else 1.0, device=params[0].device)
@@ -130,7 +166,10 @@ class SGD(_Stepper, torch.optim.SGD):
         return "nesterov" if group["nesterov"] else "momentum" if group["momentum"] else "sgd"
 
     def _inline(self, group):
-        states, hyper = [self.state[p] for p in group["params"]], self.hyper(group["params"][0].device)
+        states, hyper = (
+            [self.state[p] for p in group["params"]],
+            self.hyper(group["params"][0].device),
+        )
         if not group["momentum"]:
             return [], hyper, 1
         fresh = any(s.get("momentum_buffer") is None for s in states)
@@ -155,10 +194,16 @@ class SGD(_Stepper, torch.optim.SGD):
 
 
 class Adam(_Stepper, torch.optim.Adam):
-    """`torch.optim.Adam`; with capturable=True the step counts live on the device, for CUDA graphs."""
+    """`torch.optim.Adam`; with capturable=True the step counts live on the device, for CUDA
+    graphs.
+    """
 
     def __init__(self, params, lr=1e-3, **options):
-        _refuse(type(self).__name__, differentiable=options.get("differentiable"), amsgrad=options.get("amsgrad"))
+        _refuse(
+            type(self).__name__,
+            differentiable=options.get("differentiable"),
+            amsgrad=options.get("amsgrad"),
+        )
         super().__init__(params, lr=lr, **options)
 
     def _make_states(self, group):
@@ -170,7 +215,9 @@ class Adam(_Stepper, torch.optim.Adam):
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
 
     def states(self, capturable=False):
-        """(lists of states as the training kernels take them, count of steps); step counts go to the device if capturable."""
+        """(lists of states as the training kernels take them, count of steps); step counts go to
+        the device if capturable.
+        """
         for group in self.param_groups:
             group["capturable"] = group["capturable"] or capturable
             self._make_states(group)
@@ -207,10 +254,19 @@ class Adam(_Stepper, torch.optim.Adam):
             for i, step in enumerate(steps):
                 groups.setdefault(int(step), []).append(i)
         for count, members in groups.items():
-            kernels.adam([params[i] for i in members], [grads[i] for i in members],
-                         [states[i]["exp_avg"] for i in members], [states[i]["exp_avg_sq"] for i in members],
-                         steps[members[0]] if group["capturable"] else count, group["lr"], group["betas"], group["eps"],
-                         group["weight_decay"], self._decoupled(group), group["maximize"])  # fmt: skip
+            kernels.adam(
+                [params[i] for i in members],
+                [grads[i] for i in members],
+                [states[i]["exp_avg"] for i in members],
+                [states[i]["exp_avg_sq"] for i in members],
+                steps[members[0]] if group["capturable"] else count,
+                group["lr"],
+                group["betas"],
+                group["eps"],
+                group["weight_decay"],
+                self._decoupled(group),
+                group["maximize"],
+            )
 
     def _decoupled(self, group):
         return group.get("decoupled_weight_decay", False)

@@ -14,7 +14,9 @@ from .optim import OPTIMIZERS
 
 @dataclass(frozen=True)
 class Recipe:
-    """A network without its input and output widths, which the data set gives, and how it is trained."""
+    """A network without its input and output widths, which the data set gives, and how it is
+    trained.
+    """
 
     about: str
     hidden: tuple[int, ...] = (100, 50)
@@ -30,7 +32,9 @@ class Recipe:
     batch_size: int = 32
     epochs: int = 10
     drop_last: bool = False
-    normalize: tuple[float, float] | None = None  # (mean, std) subtracted from and dividing pixels in [0, 1]
+    normalize: tuple[float, float] | None = (
+        None  # (mean, std) subtracted from and dividing pixels in [0, 1]
+    )
     train_samples: int | None = None  # only the first so many
 
     def prepare(self, train, test):
@@ -47,7 +51,8 @@ class Recipe:
         if self.channels:
             if train.image_shape is None:
                 raise ValueError(
-                    f"a network with convolutions needs images, but {train.name} has rows of {train.features} numbers"
+                    f"a network with convolutions needs images, but {train.name} has rows of "
+                    f"{train.features} numbers"
                 )
             return {
                 "kind": "convnet",
@@ -82,12 +87,18 @@ class Recipe:
     def make_optimizer(self, parameters):
         """The optimizer over these parameters."""
         if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"unknown optimizer {self.optimizer!r}; known: {', '.join(OPTIMIZERS)}")
+            raise ValueError(
+                f"unknown optimizer {self.optimizer!r}; known: {', '.join(OPTIMIZERS)}"
+            )
         return OPTIMIZERS[self.optimizer](parameters, **self.optimizer_options)
 
 
 RECIPES: dict[str, Recipe] = {
-    "default": Recipe("a ReLU network, SGD with momentum", optimizer_options={"lr": 0.05, "momentum": 0.9}, epochs=20),
+    "default": Recipe(
+        "a ReLU network, SGD with momentum",
+        optimizer_options={"lr": 0.05, "momentum": 0.9},
+        epochs=20,
+    ),
     "convnet": Recipe(
         "two convolutions with max-pool, then 192-120-60-10; Adam; the first 50,000 images",
         hidden=(120, 60),
@@ -106,7 +117,8 @@ RECIPES: dict[str, Recipe] = {
         epochs=2,
         normalize=(0.5, 0.5),
     ),
-    # The loss is averaged over the batch and the ten classes: a tenth of the usual, and so is every gradient.
+    # The loss is averaged over the batch and the ten classes: a tenth of the usual, and so is every
+    # gradient.
     "sigmoid": Recipe(
         "784-100-50-10 sigmoid, weights normal(0, 0.1), plain SGD, loss averaged over classes too",
         activation="sigmoid",
@@ -114,7 +126,8 @@ RECIPES: dict[str, Recipe] = {
         loss_options={"scale": 0.1},
         drop_last=True,
     ),
-    # The notebook divides the bias gradient by the batch twice; here it is the gradient of the mean loss.
+    # The notebook divides the bias gradient by the batch twice; here it is the gradient of the mean
+    # loss.
     "deep-linear": Recipe(
         "784-64-64-64-64-64-10 without activations, Xavier normal weights, slow SGD",
         hidden=(64,) * 5,
@@ -148,7 +161,9 @@ def get(name: str) -> Recipe:
 
 
 def changed(recipe: Recipe, **changes) -> Recipe:
-    """A recipe with the settings that are not None replaced; lr and momentum go to the optimizer."""
+    """A recipe with the settings that are not None replaced; lr and momentum go to the
+    optimizer.
+    """
     options = {key: changes.pop(key) for key in ("lr", "momentum") if changes.get(key) is not None}
     changes = {key: value for key, value in changes.items() if value is not None}
     if changes.get("loss", recipe.loss) != recipe.loss:

@@ -1,8 +1,10 @@
-"""Record the torch calls of a step once, then repeat them without the Python between: what a CUDA graph is, on the CPU.
+"""Record the torch calls of a step once, then repeat them without the Python between: what a CUDA
+graph is, on the CPU.
 
-A step of a small network is some thirty calls of a few microseconds each, and as much again of Python around them. Its
-buffers stay the same from step to step, so the calls do too. Every result gets a fixed home: views and constants are
-made once, calls that wrote into `out` or in place are repeated as they are, the others write where their first result lies.
+A step of a small network is some thirty calls of a few microseconds each, and as much again of
+Python around them. Its buffers stay the same from step to step, so the calls do too. Every result
+gets a fixed home: views and constants are made once, calls that wrote into `out` or in place are
+repeated as they are, the others write where their first result lies.
 """
 
 import functools
@@ -10,10 +12,32 @@ import functools
 import torch
 from torch.overrides import TorchFunctionMode
 
-_OPERATORS = {"__neg__": "neg", "__mul__": "mul", "__rmul__": "mul", "__truediv__": "div", "__add__": "add",
-              "__radd__": "add", "__sub__": "sub", "__pow__": "pow"}  # fmt: skip
-_HOST_READS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "__contains__", "numpy", "equal", "allclose",
-               "is_nonzero", "nonzero", "masked_select", "unique")  # fmt: skip
+_OPERATORS = {
+    "__neg__": "neg",
+    "__mul__": "mul",
+    "__rmul__": "mul",
+    "__truediv__": "div",
+    "__add__": "add",
+    "__radd__": "add",
+    "__sub__": "sub",
+    "__pow__": "pow",
+}
+_HOST_READS = (
+    "item",
+    "tolist",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+    "__contains__",
+    "numpy",
+    "equal",
+    "allclose",
+    "is_nonzero",
+    "nonzero",
+    "masked_select",
+    "unique",
+)
 _BUFFERS = ("empty", "new_empty", "empty_like")
 _IN_PLACE = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__setitem__")
 _CONSTANTS = ("new_full", "new_zeros", "new_ones", "zeros_like", "ones_like", "full_like")
@@ -34,7 +58,9 @@ def _memory(tensor) -> int:
 
 
 class Replay(TorchFunctionMode):
-    """`with Replay() as replay: …` runs and records; `replay()` repeats it on what its input buffers hold by then."""
+    """`with Replay() as replay: …` runs and records; `replay()` repeats it on what its input
+    buffers hold by then.
+    """
 
     def __init__(self):
         super().__init__()
@@ -53,13 +79,17 @@ class Replay(TorchFunctionMode):
         kwargs = kwargs or {}
         name = func.__name__
         inputs = _tensors([*args, *kwargs.values()])
-        if name in _HOST_READS or (name == "__getitem__" and any(t.dtype == torch.bool for t in inputs[1:])):
+        if name in _HOST_READS or (
+            name == "__getitem__" and any(t.dtype == torch.bool for t in inputs[1:])
+        ):
             raise NotReplayable(f"{name} reads a tensor on the host")
         result = func(*args, **kwargs)
         in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
         if in_place or kwargs.get("out") is not None:
             for t in _tensors(kwargs["out"] if kwargs.get("out") is not None else args[0]):
-                if _memory(t) in self._constants:  # no constant after all: make it anew where it was made
+                if (
+                    _memory(t) in self._constants
+                ):  # no constant after all: make it anew where it was made
                     position, remake = self._constants.pop(_memory(t))
                     self.calls[position] = remake
             self.calls.append(functools.partial(func, *args, **kwargs))
@@ -67,12 +97,17 @@ class Replay(TorchFunctionMode):
             if name in _BUFFERS:
                 pass  # to be written by a later call
             elif not inputs or name in _CONSTANTS:
-                self._constants[_memory(result)] = len(self.calls), lambda: result.copy_(func(*args, **kwargs))
+                self._constants[_memory(result)] = (
+                    len(self.calls),
+                    lambda: result.copy_(func(*args, **kwargs)),
+                )
                 self.calls.append(None)
             elif _memory(result) not in map(_memory, inputs):  # not a view of an input
                 self.calls.append(self._into(result, name, func, args, kwargs))
         elif _tensors(result):
-            self.calls.append(lambda: torch._foreach_copy_(_tensors(result), _tensors(func(*args, **kwargs))))
+            self.calls.append(
+                lambda: torch._foreach_copy_(_tensors(result), _tensors(func(*args, **kwargs)))
+            )
         return result
 
     def _into(self, result, name, func, args, kwargs):

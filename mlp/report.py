@@ -1,4 +1,6 @@
-"""Pictures of a run, with matplotlib: curves, test images with their predictions, confusion matrix, first-layer weights."""
+"""Pictures of a run, with matplotlib: curves, test images with their predictions, confusion matrix,
+first-layer weights.
+"""
 
 from pathlib import Path
 
@@ -36,17 +38,27 @@ def curves(history: list[dict], path: Path) -> None:
 
 
 def samples(scores, data, path: Path, count: int = 32) -> None:
-    """The first test images as a grid: predicted label, and the true one in red where they differ."""
+    """The first test images as a grid: predicted label, and the true one in red where they
+    differ.
+    """
     pyplot = _pyplot()
     shown = min(count, len(data))
-    figure, axes = pyplot.subplots(-(-shown // 8), 8, figsize=(9, 1.35 * -(-shown // 8)), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(
+        -(-shown // 8), 8, figsize=(9, 1.35 * -(-shown // 8)), layout="constrained", squeeze=False
+    )
     for axis in axes.flat:
         axis.axis("off")
-    for axis, pixels, score, target in zip(axes.flat, data.inputs[:shown].cpu(), scores, data.targets.tolist()):
+    for axis, pixels, score, target in zip(
+        axes.flat, data.inputs[:shown].cpu(), scores, data.targets.tolist()
+    ):
         predicted = int(score.argmax())
         right = predicted == target
         axis.imshow(_picture(pixels, data.image_shape), cmap="gray")
-        title = data.classes[predicted] if right else f"{data.classes[predicted]} (is {data.classes[target]})"
+        title = (
+            data.classes[predicted]
+            if right
+            else f"{data.classes[predicted]} (is {data.classes[target]})"
+        )
         axis.set_title(title, fontsize=8, color="black" if right else "red")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
@@ -63,8 +75,18 @@ def confusion(matrix: list[list[int]], classes, path: Path) -> None:
         for i, row in enumerate(matrix):
             for j, count in enumerate(row):
                 if count:
-                    axis.text(j, i, count, ha="center", va="center", fontsize=7, color="white" if shares[i][j] > 0.5 else "black")
-        axis.set_xticks(range(len(classes)), classes, rotation=90 if max(map(len, classes)) > 2 else 0)
+                    axis.text(
+                        j,
+                        i,
+                        count,
+                        ha="center",
+                        va="center",
+                        fontsize=7,
+                        color="white" if shares[i][j] > 0.5 else "black",
+                    )
+        axis.set_xticks(
+            range(len(classes)), classes, rotation=90 if max(map(len, classes)) > 2 else 0
+        )
         axis.set_yticks(range(len(classes)), classes)
     axis.set(xlabel="predicted", ylabel="true")
     figure.savefig(path, dpi=120)
@@ -72,13 +94,17 @@ def confusion(matrix: list[list[int]], classes, path: Path) -> None:
 
 
 def first_weights(weight, image_shape, path: Path, count: int = 64) -> None:
-    """The weights of the first layer's units (N, C·H·W), or filters (N, C, KH, KW), as images: red positive, blue negative."""
+    """The weights of the first layer's units (N, C·H·W), or filters (N, C, KH, KW), as images: red
+    positive, blue negative.
+    """
     pyplot = _pyplot()
     units, weight = len(weight), weight.detach().float().cpu()[:count]
     images = weight.mean(1) if weight.dim() == 4 else weight.view(-1, *image_shape).mean(1)
     columns = min(8, len(images))
     rows = -(-len(images) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(1.1 * columns, 1.1 * rows), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(1.1 * columns, 1.1 * rows), layout="constrained", squeeze=False
+    )
     for axis in axes.flat:
         axis.axis("off")
     for axis, image in zip(axes.flat, images):
@@ -96,14 +122,18 @@ def _picture(pixels, image_shape):
 
 
 def write_all(history, model, scores, measured, data, folder: Path) -> list[Path]:
-    """Every picture that fits: curves.png, samples.png, confusion.png, weights.png; the paths written."""
+    """Every picture that fits: curves.png, samples.png, confusion.png, weights.png; the paths
+    written.
+    """
     jobs = {"curves.png": lambda path: curves(history, path)} if history else {}
     if measured is not None:
         jobs["confusion.png"] = lambda path: confusion(measured["confusion"], data.classes, path)
     if data.image_shape is not None:
         if measured is not None:
             jobs["samples.png"] = lambda path: samples(scores, data, path)
-        jobs["weights.png"] = lambda path: first_weights(next(iter(model.parameters())), data.image_shape, path)
+        jobs["weights.png"] = lambda path: first_weights(
+            next(iter(model.parameters())), data.image_shape, path
+        )
     for name, job in jobs.items():
         job(folder / name)
     return [folder / name for name in jobs]

@@ -18,15 +18,21 @@ from .net import Net
 from .replay import Replay
 
 _OUTPUTS = 64  # steps whose outputs are kept before their predictions are read off
-_ALONE = 4_000_000  # multiply-adds of a product that one CPU thread does sooner than two, or on a busy machine much sooner
+# multiply-adds of a product that one CPU thread does sooner than two, or on a busy machine much
+# sooner
+_ALONE = 4_000_000
 
 
 class Diverged(ArithmeticError):
-    """The loss was not finite at some step; the trainer restored the weights of the epoch's beginning."""
+    """The loss was not finite at some step; the trainer restored the weights of the epoch's
+    beginning.
+    """
 
 
 class EpochResult(NamedTuple):
-    """What an epoch measured: the mean loss over samples, and how many were classified rightly (None without labels)."""
+    """What an epoch measured: the mean loss over samples, and how many were classified rightly
+    (None without labels).
+    """
 
     loss: float
     correct: int | None
@@ -52,9 +58,11 @@ class Engine:
         raise NotImplementedError
 
     def epoch(self, data, order, batch_size: int, on_step=None) -> EpochResult:
-        """Train on the samples of `order`, `batch_size` at a time. FloatingPointError at the first loss that is not finite.
+        """Train on the samples of `order`, `batch_size` at a time. FloatingPointError at the first
+        loss that is not finite.
 
-        On a GPU nothing is read back before the end, so the error comes then, but names the step all the same.
+        On a GPU nothing is read back before the end, so the error comes then, but names the step
+        all the same.
         """
         values, sizes = [], []
         predictions, outputs = (torch.empty_like(order) if data.is_classification else None), []
@@ -66,9 +74,13 @@ class Engine:
             sizes.append(len(indices))
             if predictions is not None:
                 outputs.append(output.clone())
-                if len(outputs) == _OUTPUTS or sum(sizes) == len(order):  # one argmax for many steps
+                if len(outputs) == _OUTPUTS or sum(sizes) == len(
+                    order
+                ):  # one argmax for many steps
                     end = sum(sizes)
-                    torch.argmax(torch.cat(outputs), 1, out=predictions[end - sum(map(len, outputs)) : end])
+                    torch.argmax(
+                        torch.cat(outputs), 1, out=predictions[end - sum(map(len, outputs)) : end]
+                    )
                     outputs.clear()
             if on_cpu and not math.isfinite(values[-1]):
                 break
@@ -80,7 +92,9 @@ class Engine:
             if not math.isfinite(value):
                 raise FloatingPointError(f"the loss is {value} at step {step}")
         correct = None if predictions is None else int((predictions == data.targets[order]).sum())
-        total = sum(losses.per_sample(self.loss, value, size) * size for value, size in zip(values, sizes))
+        total = sum(
+            losses.per_sample(self.loss, value, size) * size for value, size in zip(values, sizes)
+        )
         return EpochResult(total / max(len(order), 1), correct, len(order))
 
 
@@ -91,7 +105,11 @@ class Autograd(Engine):
 
     @classmethod
     def refuses(cls, model, loss, optimizer, batch_size=1):
-        return None if isinstance(model, torch.nn.Module) else f"autograd: needs an nn.Module, got {type(model).__name__}"
+        return (
+            None
+            if isinstance(model, torch.nn.Module)
+            else f"autograd: needs an nn.Module, got {type(model).__name__}"
+        )
 
     def step(self, x, y):
         output = self.model(x)
@@ -110,12 +128,21 @@ class Manual(Engine):
     @classmethod
     def refuses(cls, model, loss, optimizer, batch_size=1):
         if not isinstance(model, (Net, MLP, ConvNet)):
-            return f"manual: has no backward for {type(model).__name__}, only for Net, MLP and ConvNet"
-        frozen = [name for name, p in parameters_of(model).items() if not (isinstance(model, Net) or p.requires_grad)]
+            return (
+                f"manual: has no backward for {type(model).__name__}, only for Net, MLP and ConvNet"
+            )
+        frozen = [
+            name
+            for name, p in parameters_of(model).items()
+            if not (isinstance(model, Net) or p.requires_grad)
+        ]
         if frozen:
             return f"manual: trains every parameter, but {frozen[0]} does not require a gradient"
         if not hasattr(loss, "backward"):
-            return f"manual: needs one of the losses {', '.join(losses.LOSSES)}, got {type(loss).__name__}"
+            return (
+                f"manual: needs one of the losses {', '.join(losses.LOSSES)}, got "
+                f"{type(loss).__name__}"
+            )
         return None
 
     def __init__(self, model, loss, optimizer):
@@ -127,9 +154,13 @@ class Manual(Engine):
         self._bind()
 
     def _bind(self):
-        """Take the module's parameters back if they were moved since, and list gradients in the optimizer's order."""
+        """Take the module's parameters back if they were moved since, and list gradients in the
+        optimizer's order.
+        """
         parameters = parameters_of(self.model)
-        if any(p.data_ptr() != self.net.parameters[name].data_ptr() for name, p in parameters.items()):
+        if any(
+            p.data_ptr() != self.net.parameters[name].data_ptr() for name, p in parameters.items()
+        ):
             self.net = Net.of(self.model)
             self._replays.clear()
         names = {id(p): name for name, p in parameters.items()}
@@ -163,7 +194,9 @@ class Manual(Engine):
             if len(self._replays) > 1:
                 self._replays.clear()
             if self.inlines:
-                self.optimizer.hyper(x.device)  # numbers, to be made and read outside of the recording
+                self.optimizer.hyper(
+                    x.device
+                )  # numbers, to be made and read outside of the recording
             with Replay() as replay:
                 result = self._gradients(x, y) if constants is None else self._train(x, y)
             self._replays[key] = replay, result
@@ -175,12 +208,16 @@ class Manual(Engine):
         return result
 
     def trust(self, data):
-        """Check no labels from now on: a data set's are classes. Whether one of them is ignored is the loss's business."""
+        """Check no labels from now on: a data set's are classes. Whether one of them is ignored is
+        the loss's business.
+        """
         ignored = self.loss.options[1] if isinstance(self.loss, losses.SoftmaxCrossEntropy) else -1
         self._labels_valid = data.is_classification and not 0 <= ignored < len(data.classes)
 
     def _train(self, x, y):
-        """Outputs and loss of a batch, and the update: where it can be, in the epilogue of the backward."""
+        """Outputs and loss of a batch, and the update: where it can be, in the epilogue of the
+        backward.
+        """
         if not self.inlines:
             result = self._gradients(x, y)
             self.update(self._grads)

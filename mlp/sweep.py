@@ -1,8 +1,8 @@
 """Many independent networks trained together: other seeds, learning rates, momenta, the same data.
 
-On a GPU one launch an epoch trains all of them, a program a network; on a CPU, and for networks that the kernel does not
-serve, batched products do the same. A replica's initial weights and order of samples are those that `Trainer` takes for
-its seed, so any of them can be trained again alone.
+On a GPU one launch an epoch trains all of them, a program a network; on a CPU, and for networks
+that the kernel does not serve, batched products do the same. A replica's initial weights and order
+of samples are those that `Trainer` takes for its seed, so any of them can be trained again alone.
 """
 
 import math
@@ -26,14 +26,20 @@ from .trainer import as_dataset
 def spread(low: float, high: float, count: int) -> list[float]:
     """`count` numbers from low to high in equal ratios."""
     if not 0 < low <= high:
-        raise ValueError(f"sweep: a range of learning rates must be LOW:HIGH with 0 < LOW <= HIGH, got {low:g}:{high:g}")
+        raise ValueError(
+            "sweep: a range of learning rates must be LOW:HIGH with 0 < LOW <= HIGH, got "
+            f"{low:g}:{high:g}"
+        )
     return [low * (high / low) ** (i / max(count - 1, 1)) for i in range(count)]
 
 
 def _one_each(name: str, value, replicas: int) -> list:
     values = list(value) if hasattr(value, "__iter__") else [value] * replicas
     if len(values) != replicas:
-        raise ValueError(f"sweep: {name} must be one number, or one for each of {replicas} replicas, got {len(values)}")
+        raise ValueError(
+            f"sweep: {name} must be one number, or one for each of {replicas} replicas, got "
+            f"{len(values)}"
+        )
     return values
 
 
@@ -52,31 +58,65 @@ class Row:
 class Sweep:
     """`replicas` multilayer perceptrons of the same sizes.
 
-    sizes, activation, output_activation, bias, init as `mlp.MLP`. lr, momentum, seeds: a number, or one for each replica;
-    seeds None counts from 0. optimizer: a name of `mlp.optim.OPTIMIZERS`, with options. loss: one of `mlp.loss`.
+    sizes, activation, output_activation, bias, init as `mlp.MLP`. lr, momentum, seeds: a number, or
+    one for each replica; seeds None counts from 0. optimizer: a name of `mlp.optim.OPTIMIZERS`,
+    with options. loss: one of `mlp.loss`.
     """
 
-    def __init__(self, sizes, replicas, lr=0.1, momentum=0.0, seeds=None, *, activation="relu", output_activation="identity",
-                 bias=True, init=None, optimizer="sgd", loss=None, device=None, **options):  # fmt: skip
+    def __init__(
+        self,
+        sizes,
+        replicas,
+        lr=0.1,
+        momentum=0.0,
+        seeds=None,
+        *,
+        activation="relu",
+        output_activation="identity",
+        bias=True,
+        init=None,
+        optimizer="sgd",
+        loss=None,
+        device=None,
+        **options,
+    ):
         if replicas < 1:
             raise ValueError(f"sweep: replicas must be at least 1, got {replicas}")
         self.replicas = replicas
-        self.lrs, self.momenta = _one_each("lr", lr, replicas), _one_each("momentum", momentum, replicas)
+        self.lrs, self.momenta = (
+            _one_each("lr", lr, replicas),
+            _one_each("momentum", momentum, replicas),
+        )
         self.seeds = _one_each("seeds", range(replicas) if seeds is None else seeds, replicas)
         self.loss = SoftmaxCrossEntropy() if loss is None else loss
-        self.config = {"sizes": list(sizes), "activation": activation, "output_activation": output_activation, "bias": bias}
+        self.config = {
+            "sizes": list(sizes),
+            "activation": activation,
+            "output_activation": output_activation,
+            "bias": bias,
+        }
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model = MLP(**self.config)
-        momentum = {"momentum": max(self.momenta)} if optimizer == "sgd" and max(self.momenta) else {}
+        momentum = (
+            {"momentum": max(self.momenta)} if optimizer == "sgd" and max(self.momenta) else {}
+        )
         made = OPTIMIZERS[optimizer](model.parameters(), lr=self.lrs[0], **momentum, **options)
         self.spec = spec_of(model, self.loss, made)
         if isinstance(self.spec, str):
             raise ValueError(f"sweep: {self.spec}")
         (self._group,) = made.param_groups
-        self.parameters = [torch.empty(replicas, *p.shape, device=self.device) for p in model.parameters()]
+        self.parameters = [
+            torch.empty(replicas, *p.shape, device=self.device) for p in model.parameters()
+        ]
         for replica, seed in enumerate(self.seeds):
-            initialise(dict(zip(dict(model.named_parameters()), [p[replica] for p in self.parameters])), init, seed)
-        self.states = [[torch.zeros_like(p) for p in self.parameters] for _ in range(self.spec.state_lists)]
+            initialise(
+                dict(zip(dict(model.named_parameters()), [p[replica] for p in self.parameters])),
+                init,
+                seed,
+            )
+        self.states = [
+            [torch.zeros_like(p) for p in self.parameters] for _ in range(self.spec.state_lists)
+        ]
         self.count = torch.zeros(1, device=self.device)
         self.rows: list[Row] = []
 
@@ -85,35 +125,69 @@ class Sweep:
         options = {name: self._group[name] for name in ("weight_decay", *names)}
         if "betas" not in self._group:
             options["momentum"] = self.momenta
-        return kernels.hyperparameters(self.lrs, **options, replicas=self.replicas, device=self.device)
+        return kernels.hyperparameters(
+            self.lrs, **options, replicas=self.replicas, device=self.device
+        )
 
-    def fit(self, train, epochs=10, batch_size=32, evaluate=None, *, drop_last=False, on_epoch=None) -> list[Row]:
-        """Train all networks; returns a row for each, best first: by test accuracy if there is `evaluate`, else by loss.
+    def fit(
+        self, train, epochs=10, batch_size=32, evaluate=None, *, drop_last=False, on_epoch=None
+    ) -> list[Row]:
+        """Train all networks; returns a row for each, best first: by test accuracy if there is
+        `evaluate`, else by loss.
 
-        train, evaluate: as `Trainer.fit`. on_epoch(epoch, mean losses of all networks) is called after each epoch. A
-        network whose loss stops being finite ends last; the others go on.
+        train, evaluate: as `Trainer.fit`. on_epoch(epoch, mean losses of all networks) is called
+        after each epoch. A network whose loss stops being finite ends last; the others go on.
         """
         train = as_dataset(train, self.device)
         if train.features != self.config["sizes"][0]:
             raise ValueError(
-                f"sweep: the networks take {self.config['sizes'][0]} features, but {train.name} has {train.features}"
+                f"sweep: the networks take {self.config['sizes'][0]} features, but {train.name} "
+                f"has {train.features}"
             )
         count = len(train) // batch_size * batch_size if drop_last else len(train)
         hyper, losses = self._hyper(), None
-        refused = kernels.path(self.parameters[0]) != "triton" or kernels.refusal(self.spec, batch_size)
+        refused = kernels.path(self.parameters[0]) != "triton" or kernels.refusal(
+            self.spec, batch_size
+        )
         train_all = kernels.train_replicas_ref if refused else kernels.train_replicas
         for epoch in range(1, epochs + 1):
-            order = torch.stack([permutation(len(train), seed, epoch, self.device)[:count] for seed in self.seeds])
-            values, _ = train_all(self.spec, self.parameters, self.states, train.inputs, train.targets, order,
-                                               batch_size, hyper, self.count, scale=train.scale, shift=train.shift)  # fmt: skip
-            sizes = torch.tensor([min(batch_size, count - s) for s in range(0, count, batch_size)], device=self.device)
+            order = torch.stack(
+                [permutation(len(train), seed, epoch, self.device)[:count] for seed in self.seeds]
+            )
+            values, _ = train_all(
+                self.spec,
+                self.parameters,
+                self.states,
+                train.inputs,
+                train.targets,
+                order,
+                batch_size,
+                hyper,
+                self.count,
+                scale=train.scale,
+                shift=train.shift,
+            )
+            sizes = torch.tensor(
+                [min(batch_size, count - s) for s in range(0, count, batch_size)],
+                device=self.device,
+            )
             losses = (values * sizes).sum(1) / count
             if on_epoch is not None:
                 on_epoch(epoch, losses)
         accuracies = [None] * self.replicas if evaluate is None else self.accuracies(evaluate)
         mean = [math.nan] * self.replicas if losses is None else losses.tolist()
-        rows = [Row(i, *numbers) for i, numbers in enumerate(zip(self.seeds, self.lrs, self.momenta, mean, accuracies))]
-        self.rows = sorted(rows, key=lambda row: (-(row.test_accuracy or 0), not math.isfinite(row.train_loss), row.train_loss))
+        rows = [
+            Row(i, *numbers)
+            for i, numbers in enumerate(zip(self.seeds, self.lrs, self.momenta, mean, accuracies))
+        ]
+        self.rows = sorted(
+            rows,
+            key=lambda row: (
+                -(row.test_accuracy or 0),
+                not math.isfinite(row.train_loss),
+                row.train_loss,
+            ),
+        )
         return self.rows
 
     def network(self, replica: int) -> MLP:
@@ -145,7 +219,9 @@ class Sweep:
         return (right / total).tolist()
 
     def ensemble_accuracy(self, data) -> float:
-        """The share of samples that the mean of all networks' probabilities classifies rightly. NaN networks are left out."""
+        """The share of samples that the mean of all networks' probabilities classifies rightly. NaN
+        networks are left out.
+        """
         right, total = 0, 0
         for scores, y in self._scores(data):
             right, total = right + int((scores.nanmean(0).argmax(1) == y).sum()), total + len(y)

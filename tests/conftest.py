@@ -1,7 +1,8 @@
-"""How the suite runs: on a GPU where there is one, else every kernel in Triton's interpreter on the CPU.
+"""How the suite runs: on a GPU where there is one, else every kernel in Triton's interpreter on the
+CPU.
 
-tests/kernels runs on NaN-filled buffers; tests/mlp takes the reference path on a CPU, where training through the
-interpreter would take hours, unless a test is marked `interpreter`.
+tests/kernels runs on NaN-filled buffers; tests/mlp takes the reference path on a CPU, where
+training through the interpreter would take hours, unless a test is marked `interpreter`.
 """
 
 import importlib.util
@@ -16,8 +17,11 @@ import torch
 TESTS = Path(__file__).parent
 ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 if not ON_GPU:
-    # Triton reads the variable when it is imported, and that must not have happened: half of it would be compiled.
-    assert "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") == "1", "triton was imported before conftest.py"
+    # Triton reads the variable when it is imported, and that must not have happened: half of it
+    # would be compiled.
+    assert "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") == "1", (
+        "triton was imported before conftest.py"
+    )
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)  # pytest-xdist has a process for each core
 
@@ -31,24 +35,43 @@ if not ON_GPU:
 
 if Path(kernels.__file__).parent != TESTS.parent / "kernels":
     # Another distribution on PyPI imports under this name.
-    pytest.exit(f"`import kernels` found {kernels.__file__}, not this repository's: uninstall that or `pip install -e .`", 4)
+    pytest.exit(
+        f"`import kernels` found {kernels.__file__}, not this repository's: uninstall that or "
+        "`pip install -e .`",
+        4,
+    )
 
 
-# Files whose tests need a package beyond torch, triton, numpy and pytest: a GPU machine may have no more than these.
+# Files whose tests need a package beyond torch, triton, numpy and pytest: a GPU machine may have no
+# more than these.
 NEEDS = {
-    "expecttest": ["databases/test_modules.py", "databases/test_operators.py", "databases/test_optimizers.py"],
+    "expecttest": [
+        "databases/test_modules.py",
+        "databases/test_operators.py",
+        "databases/test_optimizers.py",
+    ],
     "hypothesis": ["kernels/test_properties.py"],
     "safetensors": ["mlp/test_checkpoint.py", "mlp/test_sweep.py"],
-    "sklearn": ["mlp/test_data.py", "mlp/test_data_files.py", "mlp/test_metrics.py", "mlp/test_readme.py", "mlp/test_trainer.py"],
+    "sklearn": [
+        "mlp/test_data.py",
+        "mlp/test_data_files.py",
+        "mlp/test_metrics.py",
+        "mlp/test_readme.py",
+        "mlp/test_trainer.py",
+    ],
     "torchvision": ["mlp/test_fuse.py"],
     "typer": ["mlp/test_cli.py", "mlp/test_cli_errors.py", "mlp/test_main.py"],
 }
-MISSING = {package: files for package, files in NEEDS.items() if importlib.util.find_spec(package) is None}
+MISSING = {
+    package: files for package, files in NEEDS.items() if importlib.util.find_spec(package) is None
+}
 collect_ignore = [file for files in MISSING.values() for file in files]
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "interpreter: under tests/mlp, run the kernels in the interpreter also on a CPU")
+    config.addinivalue_line(
+        "markers", "interpreter: under tests/mlp, run the kernels in the interpreter also on a CPU"
+    )
 
 
 def pytest_report_header():
@@ -58,7 +81,9 @@ def pytest_report_header():
 
 def pytest_terminal_summary(terminalreporter):
     for package, files in MISSING.items():
-        terminalreporter.write_line(f"not run, for want of the package {package}: {', '.join(files)}")
+        terminalreporter.write_line(
+            f"not run, for want of the package {package}: {', '.join(files)}"
+        )
 
 
 @pytest.fixture(scope="session")
@@ -69,11 +94,19 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def surroundings(request, monkeypatch):
-    """What the folder's tests run under: poisoned buffers for kernels, the reference for training on a CPU; its own seed."""
-    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))  # the same numbers whatever ran before
+    """What the folder's tests run under: poisoned buffers for kernels, the reference for training
+    on a CPU; its own seed.
+    """
+    torch.manual_seed(
+        zlib.crc32(request.node.nodeid.encode())
+    )  # the same numbers whatever ran before
     if request.path.is_relative_to(TESTS / "kernels"):
         checks.poison_fresh_buffers(monkeypatch)
-    if request.path.is_relative_to(TESTS / "mlp") and not ON_GPU and not request.node.get_closest_marker("interpreter"):
+    if (
+        request.path.is_relative_to(TESTS / "mlp")
+        and not ON_GPU
+        and not request.node.get_closest_marker("interpreter")
+    ):
         with kernels.use("torch"):
             yield
     else:

@@ -1,10 +1,13 @@
-"""Does the suite notice? The faults of mutants.txt are put into the kernels one at a time, and the tests of each run.
+"""Does the suite notice? The faults of mutants.txt are put into the kernels one at a time, and the
+tests of each run.
 
-    python -m tests.mutants [WORD …]        faults whose file or description contains one of the words; all, if none
+    python -m tests.mutants [WORD …]        faults whose file or description contains one of the
+                                            words; all, if none
 
-By hand, never by pytest. Works in a temporary copy of the tree. A fault is caught if a test fails that passes without it;
-exits with 1 if one survives. In mutants.txt a fault is a description, the code as it is (-), found once in the file that the
-heading (#) names, and the code with the fault (+).
+By hand, never by pytest. Works in a temporary copy of the tree. A fault is caught if a test fails
+that passes without it; exits with 1 if one survives. In mutants.txt a fault is a description, the
+code as it is (-), found once in the file that the heading (#) names, and the code with the fault
+(+).
 """
 
 import os
@@ -25,7 +28,8 @@ import triton  # noqa: F401
 ROOT = Path(__file__).parent.parent
 LIMIT = 1200  # seconds for the tests of a fault
 
-# What a fault in a file of kernels/ is looked for with, up to the first failure; where not named, test_<file>.py.
+# What a fault in a file of kernels/ is looked for with, up to the first failure; where not named,
+# test_<file>.py.
 TESTS = {
     "activations": ("test_activations.py", "test_extremes.py"),
     **dict.fromkeys(("linear", "tiles"), ("test_linear.py", "test_linear_memory.py")),
@@ -59,13 +63,18 @@ def read() -> list[Mutant]:
         fault, *lines = block.split("\n")
         old, new = ("\n".join(line[2:] for line in lines if line.startswith(sign)) for sign in "-+")
         if text.count(old) != 1:
-            raise SystemExit(f"kernels/{file}.py must have this once, has it {text.count(old)} times ({fault}):\n{old}")
+            raise SystemExit(
+                f"kernels/{file}.py must have this once, has it {text.count(old)} times "
+                f"({fault}):\n{old}"
+            )
         mutants.append(Mutant(file, fault, old, new, text[: text.index(old)].count("\n") + 1))
     return mutants
 
 
 class FirstFailure:
-    """A plugin for pytest that notes the first test that fails, or the first file that cannot be imported."""
+    """A plugin for pytest that notes the first test that fails, or the first file that cannot be
+    imported.
+    """
 
     name = None
 
@@ -77,7 +86,9 @@ class FirstFailure:
 
 
 def run(tree, tests) -> str | None:
-    """pytest in this process, on the copy of the tree: the first test that fails, or None if all pass."""
+    """pytest in this process, on the copy of the tree: the first test that fails, or None if all
+    pass.
+    """
     os.chdir(tree)
     sys.path[:] = [str(tree), *(p for p in sys.path if p not in ("", str(ROOT)))]
     for module in [m for m in sys.modules if m.partition(".")[0] in ("tests", "kernels", "mlp")]:
@@ -86,13 +97,18 @@ def run(tree, tests) -> str | None:
     noted = FirstFailure()
     options = ["-x", "-p", "no:cacheprovider", "--tb=no", "--rootdir", str(tree)]
     code = pytest.main([*options, *(f"tests/kernels/{t}" for t in tests)], plugins=[noted])
-    return (noted.name or f"pytest, which ended with {code}").removeprefix("tests/kernels/") if code else None
+    return (
+        (noted.name or f"pytest, which ended with {code}").removeprefix("tests/kernels/")
+        if code
+        else None
+    )
 
 
 def first_failure(tree, tests) -> str | None:
     """The first of the copy's tests that fails, or None if all pass.
 
-    In a fork of this process, which has imported all but kernels and tests: that takes longer than most tests.
+    In a fork of this process, which has imported all but kernels and tests: that takes longer than
+    most tests.
     """
     name = tree / "failed"
     name.unlink(missing_ok=True)
@@ -112,7 +128,9 @@ def first_failure(tree, tests) -> str | None:
 
 
 def caught_by(tree, mutant, passing: set) -> str | None:
-    """The test that fails with the fault, and passes without it; None if there is none. `passing`: tests known to pass."""
+    """The test that fails with the fault, and passes without it; None if there is none. `passing`:
+    tests known to pass.
+    """
     path = tree / "kernels" / f"{mutant.file}.py"
     text = path.read_text()
     path.write_text(text.replace(mutant.old, mutant.new))
@@ -130,7 +148,9 @@ def caught_by(tree, mutant, passing: set) -> str | None:
 def main(words) -> int:
     chosen = [m for m in read() if not words or any(w in f"{m.file}: {m.fault}" for w in words)]
     survivors, passing = 0, set()
-    sys.dont_write_bytecode = True  # a fault may be as long as what it replaces, and as old by the second
+    sys.dont_write_bytecode = (
+        True  # a fault may be as long as what it replaces, and as old by the second
+    )
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
         for name in ("kernels", "mlp", "tests"):
@@ -141,8 +161,12 @@ def main(words) -> int:
             started = time.perf_counter()
             caught = caught_by(tree, mutant, passing)
             survivors += caught is None
-            print(f"| {number} | {mutant.fault} | kernels/{mutant.file}.py:{mutant.line} | {caught or '**survived**'} | "
-                  f"{time.perf_counter() - started:.0f} |", flush=True)  # fmt: skip
+            print(
+                f"| {number} | {mutant.fault} | kernels/{mutant.file}.py:{mutant.line} | "
+                f"{caught or '**survived**'} | "
+                f"{time.perf_counter() - started:.0f} |",
+                flush=True,
+            )
     print(f"\n{len(chosen) - survivors} of {len(chosen)} caught")
     return survivors > 0
 

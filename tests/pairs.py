@@ -1,4 +1,6 @@
-"""Every differentiable operation as users call it, beside the same written in torch's functions, on the cases of the table."""
+"""Every differentiable operation as users call it, beside the same written in torch's functions, on
+the cases of the table.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +21,14 @@ def _mlp(x, weights, biases, activation, output_activation):
     return x
 
 
-def _cross_entropy(input, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
-    options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+def _cross_entropy(
+    input, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0
+):
+    options = {
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "label_smoothing": label_smoothing,
+    }
     return F.cross_entropy(input, target, weight, **options)
 
 
@@ -33,7 +41,9 @@ def _mse(x, t, reduction):
 
 
 def _conv2d(x, w, b, stride, padding, activation, max_pool, *options):
-    return F.max_pool2d(ACTIVATIONS[activation].torch(F.conv2d(x, w, b, stride, padding, *options)), max_pool)
+    return F.max_pool2d(
+        ACTIVATIONS[activation].torch(F.conv2d(x, w, b, stride, padding, *options)), max_pool
+    )
 
 
 # Operation -> ours, torch's, and how many of the first arguments have gradients.
@@ -53,24 +63,36 @@ def cases(name, device="cpu", dtype=torch.float32, shape=(7, 17, 5)) -> list[tup
 
 
 def of_tensors(function, args, chosen=lambda t: True):
-    """`function` as one of the chosen tensors among its arguments, however nested, and those tensors."""
+    """`function` as one of the chosen tensors among its arguments, however nested, and those
+    tensors.
+    """
     values, structure = tree_flatten(args)
-    places = [i for i, value in enumerate(values) if isinstance(value, torch.Tensor) and chosen(value)]
+    places = [
+        i for i, value in enumerate(values) if isinstance(value, torch.Tensor) and chosen(value)
+    ]
 
     def call(*tensors):
         given = dict(zip(places, tensors))
-        return function(*tree_unflatten([given.get(i, value) for i, value in enumerate(values)], structure))
+        return function(
+            *tree_unflatten([given.get(i, value) for i, value in enumerate(values)], structure)
+        )
 
     return call, tuple(values[i] for i in places)
 
 
 def leaves(name, args) -> tuple:
-    """Copies of the arguments whose floating-point tensors want gradients, where the operation gives some."""
+    """Copies of the arguments whose floating-point tensors want gradients, where the operation
+    gives some.
+    """
 
     def leaf(value):
         if isinstance(value, (list, tuple)):
             return [leaf(v) for v in value]
-        return value.detach().clone().requires_grad_() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        return (
+            value.detach().clone().requires_grad_()
+            if isinstance(value, torch.Tensor) and value.is_floating_point()
+            else value
+        )
 
     count = PAIRS[name][2]
     return *map(leaf, args[:count]), *args[count:]

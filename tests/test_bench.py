@@ -20,12 +20,24 @@ def test_a_provider_that_is_wrong_gets_no_time():
         raise RuntimeError("no such thing\nmore")
 
     x, wrong = torch.arange(1.0, 5.0), {}
-    providers = {"right": lambda: [x * 2], "also": lambda: [x + x], "wrong": lambda: [x * 3], "short": lambda: [],
-                 "nan": lambda: [x / 0 * 0], "raises": raises}  # fmt: skip
+    providers = {
+        "right": lambda: [x * 2],
+        "also": lambda: [x + x],
+        "wrong": lambda: [x * 3],
+        "short": lambda: [],
+        "nan": lambda: [x / 0 * 0],
+        "raises": raises,
+    }
     times = harness.compare(providers, 1e-6, wrong)
     assert times["right"] > 0 and times["also"] > 0
-    assert {name for name, time in times.items() if time is None} == set(wrong) == {"wrong", "short", "nan", "raises"}
-    assert wrong["raises"] == "RuntimeError: no such thing" and wrong["wrong"].startswith("off by 5.0e-01")
+    assert (
+        {name for name, time in times.items() if time is None}
+        == set(wrong)
+        == {"wrong", "short", "nan", "raises"}
+    )
+    assert wrong["raises"] == "RuntimeError: no such thing" and wrong["wrong"].startswith(
+        "off by 5.0e-01"
+    )
 
 
 def test_every_provider_has_its_turn_in_every_round():
@@ -36,21 +48,31 @@ def test_every_provider_has_its_turn_in_every_round():
 
 
 def test_a_table_names_command_machine_and_versions(tmp_path):
-    table = Table("Title", "python -m bench thing --epochs 3", [{"a": 1, "b": 2.345}, {"a": None, "c": 123.4}])
+    table = Table(
+        "Title", "python -m bench thing --epochs 3", [{"a": 1, "b": 2.345}, {"a": None, "c": 123.4}]
+    )
     text = table.markdown()
-    assert "| a | b | c |" in text and "| – | – | 123 |" in text and f"torch {torch.__version__}" in text
+    assert (
+        "| a | b | c |" in text
+        and "| – | – | 123 |" in text
+        and f"torch {torch.__version__}" in text
+    )
     table.write(tmp_path)
     assert json.loads((tmp_path / "thing.json").read_text())["rows"] == table.rows
     assert (tmp_path / "thing.md").read_text().strip() == text
 
 
 def test_a_table_without_rows_says_why():
-    text = Table("Title", "python -m bench thing", not_run="needs a GPU", failed="it is wrong").markdown()
+    text = Table(
+        "Title", "python -m bench thing", not_run="needs a GPU", failed="it is wrong"
+    ).markdown()
     assert "Not run: needs a GPU." in text and "**Failed: it is wrong**" in text and "|" not in text
 
 
 def test_an_error_becomes_one_cell():
-    assert one_line("\n a | b\nmore") == "a \\| b" and one_line(ValueError("no")) == "ValueError: no"
+    assert (
+        one_line("\n a | b\nmore") == "a \\| b" and one_line(ValueError("no")) == "ValueError: no"
+    )
     assert len(one_line("x" * 500)) == 160
 
 
@@ -71,11 +93,16 @@ def test_a_child_that_shows_no_sign_of_life_is_a_hang():
     child = lambda seconds: [sys.executable, "-c", script.replace("{}", str(seconds))]  # noqa: E731
     assert watch(child(60), patience=2) == ({"epochs": 3}, "hang: no sign of life for 2 s")
     assert watch(child(0), patience=60) == ({"epochs": 3}, "")
-    assert watch([sys.executable, "-c", "raise SystemExit(3)"], patience=60) == ({}, "ended with status 3")
+    assert watch([sys.executable, "-c", "raise SystemExit(3)"], patience=60) == (
+        {},
+        "ended with status 3",
+    )
 
 
 def test_the_command_lists_its_names():
-    done = subprocess.run([sys.executable, "-m", "bench", "nonsense"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "nonsense"], capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 2 and all(name in done.stderr for name in NAMES)
 
 

@@ -1,4 +1,6 @@
-"""The rules of the layout, read from the syntax tree: who imports whom, and what each place must not hold."""
+"""The rules of the layout, read from the syntax tree: who imports whom, and what each place must
+not hold.
+"""
 
 import ast
 import sys
@@ -12,14 +14,20 @@ from kernels.operations import OPERATIONS
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("kernels", "mlp", "bench", "tests")
-FILES = {str(path.relative_to(ROOT)): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
+FILES = {
+    str(path.relative_to(ROOT)): path
+    for package in PACKAGES
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
 TREES = {name: ast.parse(path.read_text(), name) for name, path in FILES.items()}
 LIBRARY = [name for name in TREES if name.startswith(("kernels/", "mlp/"))]
 KERNELS = [name for name in LIBRARY if name.startswith("kernels/")]
 
 
 def imports(name):
-    """Modules that a file imports, absolute: `kernels.linear` for `from .linear import rows` in kernels/."""
+    """Modules that a file imports, absolute: `kernels.linear` for `from .linear import rows` in
+    kernels/.
+    """
     package = Path(name).parent.as_posix().replace("/", ".")
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.Import):
@@ -44,12 +52,18 @@ def attributes(tree):
 
 
 def is_jit(node):
-    return isinstance(node, ast.FunctionDef) and any(ast.unparse(d).startswith("triton.jit") for d in node.decorator_list)
+    return isinstance(node, ast.FunctionDef) and any(
+        ast.unparse(d).startswith("triton.jit") for d in node.decorator_list
+    )
 
 
 @pytest.mark.parametrize("name", TREES)
 def test_imports_run_one_way(name):
-    allowed = {"kernels": ["kernels"], "mlp": ["mlp", "kernels"], "bench": ["bench", "mlp", "kernels"]}
+    allowed = {
+        "kernels": ["kernels"],
+        "mlp": ["mlp", "kernels"],
+        "bench": ["bench", "mlp", "kernels"],
+    }
     package = name.split("/")[0]
     found = {module.split(".")[0] for module in imports(name)}
     assert found & set(PACKAGES) <= set(allowed.get(package, PACKAGES))
@@ -59,7 +73,9 @@ def test_imports_run_one_way(name):
         assert "triton" not in found, "kernels live in kernels/"
 
 
-@pytest.mark.parametrize(("leaf", "may"), {"launch": set(), "activations": set(), "configs": {"kernels.launch"}}.items())
+@pytest.mark.parametrize(
+    ("leaf", "may"), {"launch": set(), "activations": set(), "configs": {"kernels.launch"}}.items()
+)
 def test_leaves_import_no_operation(leaf, may):
     assert ours(f"kernels/{leaf}.py") <= may
 
@@ -73,12 +89,21 @@ def test_operations_share_kernels_not_functions(name):
 
 @pytest.mark.parametrize("name", ["mlp/net.py", "mlp/loss.py", "mlp/optim.py"])
 def test_manual_api_has_no_tape(name):
-    assert not {"autograd", "requires_grad", "requires_grad_", "backward_hook", "nn", "torch.nn"} & set(attributes(TREES[name]))
+    assert not {
+        "autograd",
+        "requires_grad",
+        "requires_grad_",
+        "backward_hook",
+        "nn",
+        "torch.nn",
+    } & set(attributes(TREES[name]))
 
 
 @pytest.mark.parametrize("name", LIBRARY)
 def test_no_autotuner(name):
-    assert not {"autotune", "Autotuner"} & set(attributes(TREES[name])), "configurations are pinned: see configs.py"
+    assert not {"autotune", "Autotuner"} & set(attributes(TREES[name])), (
+        "configurations are pinned: see configs.py"
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in LIBRARY if name != "kernels/activations.py"])
@@ -88,47 +113,78 @@ def test_nothing_else_decides_by_an_activations_name(name):
         compared += [node.value] if isinstance(node, ast.MatchValue) else []
         strings = {n.value for c in compared for n in ast.walk(c) if isinstance(n, ast.Constant)}
         # "identity" is how one says that there is none.
-        assert not strings & (set(ACTIVATIONS) - {"identity"}), f"line {node.lineno}: ask the table in activations.py"
+        assert not strings & (set(ACTIVATIONS) - {"identity"}), (
+            f"line {node.lineno}: ask the table in activations.py"
+        )
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_functions_of_autograd_hold_no_arithmetic(name):
     for cls in TREES[name].body:
-        if isinstance(cls, ast.ClassDef) and any("Function" in ast.unparse(base) for base in cls.bases):
+        if isinstance(cls, ast.ClassDef) and any(
+            "Function" in ast.unparse(base) for base in cls.bases
+        ):
             for node in ast.walk(cls):
                 # (None,) * 4 and len(parameters) // 2 count arguments.
-                counts = isinstance(node, ast.BinOp) and ("(None,)" in ast.unparse(node) or "len(" in ast.unparse(node))
-                assert counts or not isinstance(node, ast.BinOp), f"{name}:{node.lineno}: {ast.unparse(node)}"
+                counts = isinstance(node, ast.BinOp) and (
+                    "(None,)" in ast.unparse(node) or "len(" in ast.unparse(node)
+                )
+                assert counts or not isinstance(node, ast.BinOp), (
+                    f"{name}:{node.lineno}: {ast.unparse(node)}"
+                )
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_names_of_kernels(name):
-    """What is launched is called …_kernel, and what is called …_kernel is never called by another."""
+    """What is launched is called …_kernel, and what is called …_kernel is never called by
+    another.
+    """
     for node in ast.walk(TREES[name]):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "launch.run" and isinstance(node.args[0], ast.Name):
+        if (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) == "launch.run"
+            and isinstance(node.args[0], ast.Name)
+        ):
             assert node.args[0].id.endswith("kernel"), f"line {node.lineno}"
         if is_jit(node):
-            called = {ast.unparse(call.func) for call in ast.walk(node) if isinstance(call, ast.Call)}
+            called = {
+                ast.unparse(call.func) for call in ast.walk(node) if isinstance(call, ast.Call)
+            }
             assert not [function for function in called if function.endswith("_kernel")]
 
 
-@pytest.mark.parametrize("name", [name for name in KERNELS if name not in ("kernels/selfcheck.py", "kernels/network.py")])
+@pytest.mark.parametrize(
+    "name", [name for name in KERNELS if name not in ("kernels/selfcheck.py", "kernels/network.py")]
+)
 def test_no_host_synchronisation(name):
-    """Nothing waits for the GPU, but the check of labels where it is asked for, and references that run on the host."""
+    """Nothing waits for the GPU, but the check of labels where it is asked for, and references that
+    run on the host.
+    """
     for function in TREES[name].body:
-        if isinstance(function, ast.FunctionDef) and function.name != "check_range" and not function.name.endswith("_ref"):
+        if (
+            isinstance(function, ast.FunctionDef)
+            and function.name != "check_range"
+            and not function.name.endswith("_ref")
+        ):
             waits = {"item", "tolist", "cpu", "numpy", "synchronize", "nonzero"}
-            found = waits & {node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute)}
+            found = waits & {
+                node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute)
+            }
             assert not found or "_ref(" in ast.unparse(function), f"{function.name}: {found}"
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operation_is_whole(name):
-    """Launchers and references of every row are public, and so is the function that differentiates."""
+    """Launchers and references of every row are public, and so is the function that
+    differentiates.
+    """
     op = OPERATIONS[name]
     if op.bwd is None:
         assert {name, f"{name}_ref"} <= set(kernels.__all__)
         return
     for part in ("fwd", "fwd_ref", "bwd", "bwd_ref"):
-        assert getattr(kernels, f"{name}_{part}") is getattr(op, part) and f"{name}_{part}" in kernels.__all__
+        assert (
+            getattr(kernels, f"{name}_{part}") is getattr(op, part)
+            and f"{name}_{part}" in kernels.__all__
+        )
     assert name in kernels.__all__ or f"{name}_loss" in kernels.__all__

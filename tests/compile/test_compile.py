@@ -1,6 +1,8 @@
-"""Every kernel compiles for GPUs that are not here, fits them, keeps its registers and uses their tensor cores.
+"""Every kernel compiles for GPUs that are not here, fits them, keeps its registers and uses their
+tensor cores.
 
-What is compiled, and how it is found, says `tests.compile.worker`; each architecture in a process of its own.
+What is compiled, and how it is found, says `tests.compile.worker`; each architecture in a process
+of its own.
 """
 
 import json
@@ -14,21 +16,33 @@ from tests.compile import worker
 from tests.test_structure import ROOT
 
 # KiB of shared memory that a program can have.
-SHARED = {"sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99,
-          "gfx942": 64, "gfx1100": 64}  # fmt: skip
-# Where a single spill fails. Elsewhere registers are the same or fewer, and nobody has asked for the last bit.
+SHARED = {
+    "sm_75": 64,
+    "sm_80": 163,
+    "sm_86": 99,
+    "sm_89": 99,
+    "sm_90": 227,
+    "sm_100": 227,
+    "sm_120": 99,
+    "gfx942": 64,
+    "gfx1100": 64,
+}
+# Where a single spill fails. Elsewhere registers are the same or fewer, and nobody has asked for
+# the last bit.
 NO_SPILLS = ("sm_80", "sm_90")
 WARPGROUP = "wgmma.mma_async"  # HGMMA
 FIFTH_GENERATION = "tcgen05.mma"
 
 
 def expected_products(arch, row):
-    """The instructions that multiply where the kernel has a dot: those of tensor cores wherever the precision allows."""
+    """The instructions that multiply where the kernel has a dot: those of tensor cores wherever the
+    precision allows.
+    """
     if arch == "gfx942":
         return {"v_mfma"}  # takes float32 as it is
     if row["precision"] == "ieee" or arch == "sm_75":
-        # float32 runs on the FMA units; so does everything on Turing, whose tensor cores Triton dropped, bfloat16 included:
-        # configs.py gives it the tiles of float32.
+        # float32 runs on the FMA units; so does everything on Turing, whose tensor cores Triton
+        # dropped, bfloat16 included: configs.py gives it the tiles of float32.
         return set()
     if arch == "gfx1100":
         return {"v_wmma"}
@@ -46,7 +60,10 @@ def problems(arch, row):
     if row["shared"] > SHARED[arch] * 1024:
         yield f"{row['shared']} bytes of shared memory, at most {SHARED[arch]} KiB"
     if arch in NO_SPILLS and (row["spills"] or row["local"]):
-        yield f"{row['spills']} spills, {row['stack']} bytes of stack, at {row['registers']} registers"
+        yield (
+            f"{row['spills']} spills, {row['stack']} bytes of stack, at {row['registers']} "
+            "registers"
+        )
     if row["dots"] and (used := set(row["products"])) != (expected := expected_products(arch, row)):
         yield f"multiplies by {sorted(used)}, expected {sorted(expected)}"
 
@@ -61,6 +78,11 @@ def test_every_kernel(arch):
     found = [f"{row['label']}: {problem}" for row in rows for problem in problems(arch, row)]
     assert not found, "\n".join([f"{len(found)} of {len(rows)} kernels:", *found])
     names, missing = {row["kernel"] for row in rows}, []
-    for kernel in ("linear_fwd_kernel", "linear_bwd_reduce_kernel", "linear_cross_entropy_fwd_kernel", "adam_kernel"):
+    for kernel in (
+        "linear_fwd_kernel",
+        "linear_bwd_reduce_kernel",
+        "linear_cross_entropy_fwd_kernel",
+        "adam_kernel",
+    ):
         missing += [kernel] if kernel not in names else []
     assert not missing, "the shapes no longer reach them"

@@ -1,4 +1,5 @@
-"""The step and epoch kernels compiled for GPUs that are not here: registers, and the order of memory accesses.
+"""The step and epoch kernels compiled for GPUs that are not here: registers, and the order of
+memory accesses.
 
 Each architecture in a process of its own, since pytest's kernels are interpreted:
 
@@ -20,9 +21,16 @@ from kernels import StepState, hyperparameters, launch, train_epoch, train_step
 from kernels.network import RULES, Spec
 from tests.compile import worker
 
-# What is compiled for each: (rule, precision). The stack must be empty on the first two, other targets must compile.
+# What is compiled for each: (rule, precision). The stack must be empty on the first two, other
+# targets must compile.
 MATRIX = {
-    "sm_90": [("sgd", "ieee"), ("sgd", "tf32x3"), ("sgd", "tf32"), ("adam", "ieee"), ("nesterov", "tf32")],
+    "sm_90": [
+        ("sgd", "ieee"),
+        ("sgd", "tf32x3"),
+        ("sgd", "tf32"),
+        ("adam", "ieee"),
+        ("nesterov", "tf32"),
+    ],
     "sm_80": [("sgd", "ieee"), ("sgd", "tf32x3"), ("sgd", "tf32")],
     "sm_100": [("sgd", "tf32x3")],
     "sm_120": [("sgd", "tf32")],
@@ -37,29 +45,51 @@ def exchanges(arch):
 
 
 def launched(arch, rule, precision):
-    """Every launch of the reference network, batch 32: one epoch by one program, by several with either exchange, one step."""
+    """Every launch of the reference network, batch 32: one epoch by one program, by several with
+    either exchange, one step.
+    """
     torch.set_float32_matmul_precision(worker.PRECISIONS[precision][1])
     spec, rows, batch = Spec((784, 100, 50, 10), "sigmoid", rule=rule), 60_000, 32
     empty = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
     lists = [[empty(*shape) for shape in spec.shapes] for _ in range(1 + RULES[rule])]
-    arguments = (spec, lists[0], lists[1:], empty(rows, 784, dtype=torch.uint8), empty(rows, dtype=torch.int64),
-                 empty(rows, dtype=torch.int64), batch, hyperparameters(0.1).to("meta"), empty(1))  # fmt: skip
+    arguments = (
+        spec,
+        lists[0],
+        lists[1:],
+        empty(rows, 784, dtype=torch.uint8),
+        empty(rows, dtype=torch.int64),
+        empty(rows, dtype=torch.int64),
+        batch,
+        hyperparameters(0.1).to("meta"),
+        empty(1),
+    )
     found, steps = [], rows // batch
-    with launch.dry_run(arch, worker.SMS[arch]), launch.observe(lambda kernel, _, a, o: found.append((kernel, a, o))):
+    with (
+        launch.dry_run(arch, worker.SMS[arch]),
+        launch.observe(lambda kernel, _, a, o: found.append((kernel, a, o))),
+    ):
         train_epoch(*arguments, programs=1, scale=1 / 255)
         for exchange, programs in exchanges(arch):
             train_epoch(*arguments, programs=programs, exchange=exchange, scale=1 / 255)
-        train_step(StepState(*arguments, empty(steps), empty(steps, dtype=torch.int32), scale=1 / 255))
+        train_step(
+            StepState(*arguments, empty(steps), empty(steps, dtype=torch.int32), scale=1 / 255)
+        )
     return found
 
 
 def describe(arch, rule, precision):
-    """Yield for every launch what `worker` says of it, and what has moved across a barrier between Triton's two IRs."""
+    """Yield for every launch what `worker` says of it, and what has moved across a barrier between
+    Triton's two IRs.
+    """
     for kernel, args, options in launched(arch, rule, precision):
         source, compiled_with = worker.as_source(kernel, args, options)
-        row = worker.compile_and_describe(arch, f"{kernel.__name__}, {rule}", precision, source, compiled_with)
+        row = worker.compile_and_describe(
+            arch, f"{kernel.__name__}, {rule}", precision, source, compiled_with
+        )
         if "error" not in row:
-            asm = triton.compile(source, target=worker.target(arch), options=compiled_with).asm  # from the cache
+            asm = triton.compile(
+                source, target=worker.target(arch), options=compiled_with
+            ).asm  # from the cache
             before, after = accesses(asm["ttir"]), accesses(asm["ttgir"])
             row["moved"] = sorted(map(str, before ^ after))
             row["polls"] = sum(kind == "load" and root == "box_ptr" for kind, root, _ in before)
@@ -68,11 +98,15 @@ def describe(arch, rule, precision):
 
 
 def accesses(ir):
-    """{(kind, argument, segment)} of global loads and stores; barriers, atomics and waits are counted as segments."""
+    """{(kind, argument, segment)} of global loads and stores; barriers, atomics and waits are
+    counted as segments.
+    """
     parents, found, segment = {}, set(), 0
     for line in ir.splitlines():
         line = line.split(" loc(")[0]
-        for name, start in re.findall(r"(%[\w.]+) = (%[\w.#]+)", line):  # iter_args and while's initial values
+        for name, start in re.findall(
+            r"(%[\w.]+) = (%[\w.#]+)", line
+        ):  # iter_args and while's initial values
             parents[name] = [start]
         defined = re.match(r"\s*(%[\w.]+)(?::\d+)? = ([\w.]+)(.*)", line)
         if defined and defined[2] not in ("scf.for", "scf.while"):
@@ -81,7 +115,9 @@ def accesses(ir):
         if re.search(r"\b(gpu|ttg)\.barrier|tt\.atomic_rmw|scf\.while", line):
             segment += 1
         access = re.search(r"(tt\.load|ttg\.async_copy_global_to_local|tt\.store) (%[\w.#]+)", line)
-        access = access or re.search(r"(\.buffer_load|\.buffer_store)\b[^\[]*?(%[\w.#]+)\[", line)  # AMD's
+        access = access or re.search(
+            r"(\.buffer_load|\.buffer_store)\b[^\[]*?(%[\w.#]+)\[", line
+        )  # AMD's
         if access:
             kind = "store" if "store" in access[1] else "load"
             found |= {(kind, root, segment) for root in roots(access[2], parents)}
@@ -104,7 +140,9 @@ def test_a_load_above_the_exchange_is_seen():
       gpu.barrier
       {}"""
     load = "%y = tt.load %p, %mask : tensor<4x!tt.ptr<f32>>"
-    (below,), (above,) = (accesses(text.replace("{}", a, 1).replace("{}", b)) for a, b in (("", load), (load, "")))
+    (below,), (above,) = (
+        accesses(text.replace("{}", a, 1).replace("{}", b)) for a, b in (("", load), (load, ""))
+    )
     assert below == ("load", "y_ptr", 2) and above == ("load", "y_ptr", 0)
 
 
@@ -112,7 +150,9 @@ def test_a_load_above_the_exchange_is_seen():
 def test_kernels_compile_without_spills_and_keep_their_order(arch):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "ignore", "-m", "tests.compile.test_epoch_kernels", arch]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], env=environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(__file__).parents[2], env=environment
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rows) == (3 + len(exchanges(arch))) * len(MATRIX[arch])
@@ -122,7 +162,9 @@ def test_kernels_compile_without_spills_and_keep_their_order(arch):
         assert (row["polls"] > 0) == row["label"].startswith("exchange"), row
         if arch in NO_STACK:
             assert (row["stack"], row["local"]) == (0, 0), row
-    assert sum(row["waits"] for row in rows) == len(exchanges(arch)) * len(MATRIX[arch])  # one in each exchange kernel
+    assert sum(row["waits"] for row in rows) == len(exchanges(arch)) * len(
+        MATRIX[arch]
+    )  # one in each exchange kernel
 
 
 if __name__ == "__main__":

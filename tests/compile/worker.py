@@ -1,9 +1,11 @@
-"""Compile, without a GPU, everything the operations would launch on one architecture, and say what came out.
+"""Compile, without a GPU, everything the operations would launch on one architecture, and say what
+came out.
 
     python -m tests.compile.worker sm_90      # one JSON array on standard output
 
-A process of its own, because jit functions are either interpreted, as pytest has them here, or compiled. What was compiled
-before comes from Triton's cache, which knows versions, sources and options, and which processes may share.
+A process of its own, because jit functions are either interpreted, as pytest has them here, or
+compiled. What was compiled before comes from Triton's cache, which knows versions, sources and
+options, and which processes may share.
 """
 
 import json
@@ -22,9 +24,19 @@ from kernels import launch
 from kernels.operations import OPERATIONS, Make, flatten
 
 # Multiprocessors of a usual card: they decide how many splits and which tiles are chosen.
-SMS = {"sm_75": 40, "sm_80": 108, "sm_86": 82, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170,
-       "gfx942": 304, "gfx1100": 96}  # fmt: skip
-# (batch, in, out): a small network's first layer; a batch that is split; large tiles; unaligned, one output.
+SMS = {
+    "sm_75": 40,
+    "sm_80": 108,
+    "sm_86": 82,
+    "sm_89": 128,
+    "sm_90": 132,
+    "sm_100": 148,
+    "sm_120": 170,
+    "gfx942": 304,
+    "gfx1100": 96,
+}
+# (batch, in, out): a small network's first layer; a batch that is split; large tiles; unaligned,
+# one output.
 SHAPES = [(32, 784, 100), (2048, 100, 50), (8192, 1024, 1024), (7, 33, 1)]
 # label -> (element type, torch.set_float32_matmul_precision)
 PRECISIONS = {
@@ -34,8 +46,16 @@ PRECISIONS = {
     "fp16": (torch.float16, "highest"),
     "bf16": (torch.bfloat16, "highest"),
 }
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64",
-            torch.int32: "*i32", torch.uint8: "*u8", torch.bool: "*i1", torch.float64: "*fp64"}  # fmt: skip
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+    torch.float64: "*fp64",
+}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -53,7 +73,9 @@ def signature(value):
 
 
 def specialise(value, path, constants, attributes):
-    """What Triton knows of the value itself: constants, and divisibility by 16 of integers and addresses."""
+    """What Triton knows of the value itself: constants, and divisibility by 16 of integers and
+    addresses.
+    """
     if isinstance(value, tuple):
         for i, item in enumerate(value):
             specialise(item, (*path, i), constants, attributes)
@@ -84,9 +106,10 @@ def as_source(kernel, args, options):
 def launches(arch):
     """Every launch of every operation worth compiling: [(label, precision, source, options)].
 
-    One for each kernel, precision and configuration: of several, the one with the most arguments given and the longest
-    activation. How strides happen to be divisible makes no other. On sm_90 also, in two precisions, every combination
-    of constants and missing arguments for the first shape, and every activation for the last.
+    One for each kernel, precision and configuration: of several, the one with the most arguments
+    given and the longest activation. How strides happen to be divisible makes no other. On sm_90
+    also, in two precisions, every combination of constants and missing arguments for the first
+    shape, and every activation for the last.
     """
     found = {}
     for precision, (dtype, setting) in PRECISIONS.items():
@@ -96,17 +119,34 @@ def launches(arch):
             for name, op in OPERATIONS.items():
                 for label, arguments in op.cases(Make("meta", dtype), *shape):
                     for kernel, args, options in listed(arch, op, arguments):
-                        key = identity(kernel, args, options, thorough and shape == SHAPES[0], thorough and shape == SHAPES[-1])
-                        functions = sum(len(v.src) for v in options.values() if isinstance(v, triton.JITFunction))
+                        key = identity(
+                            kernel,
+                            args,
+                            options,
+                            thorough and shape == SHAPES[0],
+                            thorough and shape == SHAPES[-1],
+                        )
+                        functions = sum(
+                            len(v.src)
+                            for v in options.values()
+                            if isinstance(v, triton.JITFunction)
+                        )
                         weight = len(flatten(args)), functions
                         if weight > found.get((dtype, key), ((-1, 0),))[0]:
                             text = f"{kernel.fn.__name__} of {name}, {label}, {precision}, {shape}"
-                            found[dtype, key] = weight, text, precision, *as_source(kernel, args, options)
+                            found[dtype, key] = (
+                                weight,
+                                text,
+                                precision,
+                                *as_source(kernel, args, options),
+                            )
     return [entry[1:] for entry in found.values()]
 
 
 def listed(arch, op, arguments):
-    """(kernel, arguments, options) of each launch that the operation's forward and backward would make."""
+    """(kernel, arguments, options) of each launch that the operation's forward and backward would
+    make.
+    """
     seen = []
     record = lambda kernel, grid, args, options: seen.append((kernel, args, options))  # noqa: E731
     with launch.dry_run(arch, SMS[arch]), launch.observe(record):
@@ -123,7 +163,11 @@ def identity(kernel, args, options, every_constant, every_activation):
         # Tiles matter where there are products. Elsewhere they follow the shape, and any will do.
         tiles = ("BLOCK", "num_", "PRECISION") if "PRECISION" in constants else ("num_",)
         constants = {k: v for k, v in constants.items() if k.startswith(tiles)}
-        more = [v.__name__ for v in options.values() if isinstance(v, triton.JITFunction)] if every_activation else []
+        more = (
+            [v.__name__ for v in options.values() if isinstance(v, triton.JITFunction)]
+            if every_activation
+            else []
+        )
     return str((kernel.fn.__name__, constants, more))
 
 
@@ -135,22 +179,31 @@ def target(arch):
 
 
 def compile_and_describe(arch, label, precision, source, options):
-    """One JSON object: what was compiled, and its error, or registers, stack, shared memory and instructions."""
+    """One JSON object: what was compiled, and its error, or registers, stack, shared memory and
+    instructions.
+    """
     row = {"label": label, "precision": precision, "kernel": source.fn.__name__, **options}
-    row |= {name: value for (i, *_), value in source.constants.items()
-            if (name := source.fn.arg_names[i]).startswith("BLOCK")}  # fmt: skip
+    row |= {
+        name: value
+        for (i, *_), value in source.constants.items()
+        if (name := source.fn.arg_names[i]).startswith("BLOCK")
+    }
     try:
         compiled = triton.compile(source, target=target(arch), options=options)
     except Exception as error:  # whatever it is, it is the test's to judge
         return row | {"error": f"{type(error).__name__}: {error}"[-600:]}
     assembly = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
     row |= {"shared": compiled.metadata.shared, "dots": compiled.asm["ttir"].count("tt.dot ")}
-    row["products"] = sorted(set(re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_s?mfma|v_wmma", assembly)))
+    row["products"] = sorted(
+        set(re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_s?mfma|v_wmma", assembly))
+    )
     if arch.startswith("sm_"):
         row |= resources(compiled.asm["cubin"])
     else:
-        row |= {"stack": sum(int(n) for n in re.findall(r"ScratchSize: (\d+)", assembly)),
-                "registers": max(map(int, re.findall(r"\.vgpr_count:\s+(\d+)", assembly)), default=0)}  # fmt: skip
+        row |= {
+            "stack": sum(int(n) for n in re.findall(r"ScratchSize: (\d+)", assembly)),
+            "registers": max(map(int, re.findall(r"\.vgpr_count:\s+(\d+)", assembly)), default=0),
+        }
     return row
 
 
@@ -167,16 +220,24 @@ def resources(cubin):
 
 
 def spills(cubin):
-    """Loads and stores of local memory in the machine code: a stack frame alone, which calls reserve, moves nothing."""
+    """Loads and stores of local memory in the machine code: a stack frame alone, which calls
+    reserve, moves nothing.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         text = subprocess.run(
-            [CUOBJDUMP.with_name("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True
+            [CUOBJDUMP.with_name("nvdisasm"), "-c", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
     return len(re.findall(r"\b(?:LDL|STL)\b", text))
 
 
 if __name__ == "__main__":
     architecture = sys.argv[1]
-    json.dump([compile_and_describe(architecture, *launch) for launch in launches(architecture)], sys.stdout)
+    json.dump(
+        [compile_and_describe(architecture, *launch) for launch in launches(architecture)],
+        sys.stdout,
+    )

@@ -1,4 +1,6 @@
-"""torch's module_db: every sample and error input of the modules we have, with the same parameters in both."""
+"""torch's module_db: every sample and error input of the modules we have, with the same parameters
+in both.
+"""
 
 import pytest
 import torch
@@ -8,12 +10,23 @@ import kernels
 import mlp
 from tests.databases import torchs
 
-MODULES = {nn.Linear: mlp.Linear, nn.Conv2d: mlp.Conv2d, nn.CrossEntropyLoss: mlp.CrossEntropyLoss, nn.MSELoss: mlp.MSELoss}
-EACH = pytest.mark.parametrize("info", [i for i in torchs.module_db if i.module_cls in MODULES], ids=lambda i: i.name)
+MODULES = {
+    nn.Linear: mlp.Linear,
+    nn.Conv2d: mlp.Conv2d,
+    nn.CrossEntropyLoss: mlp.CrossEntropyLoss,
+    nn.MSELoss: mlp.MSELoss,
+}
+EACH = pytest.mark.parametrize(
+    "info", [i for i in torchs.module_db if i.module_cls in MODULES], ids=lambda i: i.name
+)
 
 
 def build(cls, constructor, device, dtype):
-    kind = {} if issubclass(cls, (nn.CrossEntropyLoss, nn.MSELoss)) else {"device": device, "dtype": dtype}
+    kind = (
+        {}
+        if issubclass(cls, (nn.CrossEntropyLoss, nn.MSELoss))
+        else {"device": device, "dtype": dtype}
+    )
     return cls(*constructor.args, **constructor.kwargs, **kind)
 
 
@@ -21,14 +34,19 @@ def compare(info, device, dtype) -> int:
     samples = info.module_inputs_func(info, device, dtype, True, True)
     for sample in samples:
         ours, theirs = (
-            build(cls, sample.constructor_input, device, dtype) for cls in (MODULES[info.module_cls], info.module_cls)
+            build(cls, sample.constructor_input, device, dtype)
+            for cls in (MODULES[info.module_cls], info.module_cls)
         )
         # One and the same parameters, so that both functions have their gradients by them.
         for name, parameter in theirs.named_parameters():
             setattr(ours, name, parameter)
         given = sample.forward_input
         functions = (lambda m=m, g=given: m(*g.args, **g.kwargs) for m in (ours, theirs))
-        torchs.assert_same(*functions, (given.args, given.kwargs, list(theirs.parameters())), f"{info.name} {sample.desc}")
+        torchs.assert_same(
+            *functions,
+            (given.args, given.kwargs, list(theirs.parameters())),
+            f"{info.name} {sample.desc}",
+        )
     return len(samples)
 
 

@@ -1,4 +1,5 @@
-"""torch's op_db: every sample and error input of the operators we have, by the reference and by the kernels.
+"""torch's op_db: every sample and error input of the operators we have, by the reference and by the
+kernels.
 
 `operators.REFUSED` is what torch accepts and we do not; all else equals torch's.
 """
@@ -21,14 +22,23 @@ quiet = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel
 def drawn(name, kind, device, dtype):
     """(torch's function, [(sample, whether we refuse it)])."""
     variant = name.partition(".")[2]
-    op = next(op for op in torchs.op_db if (op.name, op.variant_test_name) == (OPERATORS[name][0], variant))
+    op = next(
+        op
+        for op in torchs.op_db
+        if (op.name, op.variant_test_name) == (OPERATORS[name][0], variant)
+    )
     refused = REFUSED.get(name, (None, lambda *args, **options: False))[1]
     samples = list(getattr(op, kind)(device, dtype, requires_grad=True))
-    return OPERATORS[name][2] or op.op, [(s, bool(refused(s.input, *s.args, **s.kwargs))) for s in samples]
+    return OPERATORS[name][2] or op.op, [
+        (s, bool(refused(s.input, *s.args, **s.kwargs))) for s in samples
+    ]
 
 
 def compare(name, theirs, sample):
-    ours, theirs = (lambda f=f: f(sample.input, *sample.args, **sample.kwargs) for f in (OPERATORS[name][1], theirs))
+    ours, theirs = (
+        lambda f=f: f(sample.input, *sample.args, **sample.kwargs)
+        for f in (OPERATORS[name][1], theirs)
+    )
     torchs.assert_same(ours, theirs, (sample.input, sample.args, sample.kwargs), name)
 
 
@@ -36,7 +46,9 @@ def compare(name, theirs, sample):
 @DTYPES
 @quiet
 def test_by_the_reference(name, dtype):
-    """The samples, and more of them that op_db has for references; again, if not too large, with gaps between elements."""
+    """The samples, and more of them that op_db has for references; again, if not too large, with
+    gaps between elements.
+    """
     with kernels.use("torch"):
         theirs, samples = drawn(name, "reference_inputs", "cpu", dtype)
         for sample, refused in samples:
@@ -59,20 +71,30 @@ def test_by_the_kernels(name, device):
 @pytest.mark.parametrize("kind", ["sample_inputs", "reference_inputs"])
 @quiet
 def test_what_is_refused(name, kind):
-    """Whole kinds of samples, each with a clear error; of the other kinds, every sample is served, where 95% would do."""
+    """Whole kinds of samples, each with a clear error; of the other kinds, every sample is served,
+    where 95% would do.
+    """
     _, samples = drawn(name, kind, "cpu", torch.float32)
     reason, _, message = REFUSED.get(name, (None, None, None))
     served = 0
     for sample, refused in samples:
         if refused and not message:
             continue
-        with kernels.use("torch"), pytest.raises(ValueError, match=message) if refused else contextlib.nullcontext() as error:
+        with (
+            kernels.use("torch"),
+            pytest.raises(ValueError, match=message)
+            if refused
+            else contextlib.nullcontext() as error,
+        ):
             OPERATORS[name][1](sample.input, *sample.args, **sample.kwargs)
         if refused:
             torchs.assert_clear(error.value)
         served += not refused
     others = sum(refused for _, refused in samples)
-    print(f"{name}: {served} of {len(samples) - others} {kind} served", *(["and not", others, "of", reason] if others else ()))
+    print(
+        f"{name}: {served} of {len(samples) - others} {kind} served",
+        *(["and not", others, "of", reason] if others else ()),
+    )
     assert bool(others) == (reason is not None) and served == len(samples) - others > 0
 
 
@@ -81,9 +103,13 @@ def test_what_is_refused(name, kind):
 def test_error_inputs(name, path):
     """What torch takes for an error is one here, with one line that says what is wrong."""
     op = next(op for op in torchs.op_db if op.name == OPERATORS[name][0])
-    for case in op.error_inputs("cpu") if op.error_inputs_func and OPERATORS[name][2] is None else ():
+    for case in (
+        op.error_inputs("cpu") if op.error_inputs_func and OPERATORS[name][2] is None else ()
+    ):
         sample = case.sample_input
-        if REFUSED.get(name, (0, groups, "error"))[2] is None and other_windows(sample.input, **sample.kwargs):
+        if REFUSED.get(name, (0, groups, "error"))[2] is None and other_windows(
+            sample.input, **sample.kwargs
+        ):
             continue
         with pytest.raises((ValueError, IndexError, TypeError, RuntimeError)) as error:
             if path is None:
@@ -97,5 +123,8 @@ def test_error_inputs(name, path):
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_linear_with_one_output(bias, device):
     """A weight of one dimension, which op_db has without a bias only."""
-    inputs = [torch.randn(shape, device=device, requires_grad=True) for shape in ((3, 2, 5), (5,), ())[: 2 + bias]]
+    inputs = [
+        torch.randn(shape, device=device, requires_grad=True)
+        for shape in ((3, 2, 5), (5,), ())[: 2 + bias]
+    ]
     torchs.assert_same(lambda: kernels.linear(*inputs), lambda: F.linear(*inputs), inputs, "linear")

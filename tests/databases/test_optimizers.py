@@ -1,4 +1,6 @@
-"""torch's optim_db: every sample and error input of the optimizers we have, over five steps from the same weights."""
+"""torch's optim_db: every sample and error input of the optimizers we have, over five steps from
+the same weights.
+"""
 
 import copy
 
@@ -10,33 +12,51 @@ import mlp
 from tests.databases import torchs
 
 OPTIMIZERS = {torch.optim.SGD: mlp.SGD, torch.optim.Adam: mlp.Adam, torch.optim.AdamW: mlp.AdamW}
-REFUSED = {"amsgrad": "Adam's maxima of its second moments", "differentiable": "steps that are part of a graph"}
+REFUSED = {
+    "amsgrad": "Adam's maxima of its second moments",
+    "differentiable": "steps that are part of a graph",
+}
 EACH = pytest.mark.parametrize(
-    "info", [i for i in torchs.optim_db if i.optim_cls in OPTIMIZERS], ids=lambda i: i.optim_cls.__name__
+    "info",
+    [i for i in torchs.optim_db if i.optim_cls in OPTIMIZERS],
+    ids=lambda i: i.optim_cls.__name__,
 )
 
 
 def parameters(device, dtype):
     torch.manual_seed(0)
-    return [torch.nn.Parameter(torch.randn(shape).to(device, dtype)) for shape in ((3, 5), (5,), (), (2, 0))]
+    return [
+        torch.nn.Parameter(torch.randn(shape).to(device, dtype))
+        for shape in ((3, 5), (5,), (), (2, 0))
+    ]
 
 
 def trained(cls, device, dtype, keywords):
-    """Weights and state_dict after five steps, the third of which has no gradient for the first parameter."""
+    """Weights and state_dict after five steps, the third of which has no gradient for the first
+    parameter.
+    """
     params = parameters(device, dtype)
     optimizer = cls(params, **copy.deepcopy(keywords))
     for step in range(5):
         for i, p in enumerate(params):
-            p.grad = None if (step, i) == (2, 0) else torch.cos(step + torch.arange(p.numel())).view(p.shape).to(p)
+            p.grad = (
+                None
+                if (step, i) == (2, 0)
+                else torch.cos(step + torch.arange(p.numel())).view(p.shape).to(p)
+            )
         optimizer.step()
     return params, optimizer.state_dict()["state"]
 
 
 def samples(info):
-    """The database's keywords, and each again with the flags that choose an implementation in torch."""
+    """The database's keywords, and each again with the flags that choose an implementation in
+    torch.
+    """
     for sample in info.optim_inputs_func("cpu"):
         for flag in ({}, {"foreach": True}, {"fused": True}):
-            if not (flag and isinstance(sample.kwargs.get("lr"), torch.Tensor)):  # torch refuses a tensor with foreach
+            if not (
+                flag and isinstance(sample.kwargs.get("lr"), torch.Tensor)
+            ):  # torch refuses a tensor with foreach
                 yield sample.desc, {**sample.kwargs, **flag}
 
 
@@ -48,11 +68,20 @@ def compare(info, device, dtype):
                 OPTIMIZERS[info.optim_cls](parameters(device, dtype), **keywords)
             refused.append(f"{desc}, {keywords}")
             continue
-        ours, theirs = (trained(cls, device, dtype, keywords) for cls in (OPTIMIZERS[info.optim_cls], info.optim_cls))
+        ours, theirs = (
+            trained(cls, device, dtype, keywords)
+            for cls in (OPTIMIZERS[info.optim_cls], info.optim_cls)
+        )
         torch.testing.assert_close(ours, theirs, msg=lambda m, d=desc, k=keywords: f"{d}, {k}: {m}")
         served += 1
-    print(f"{info.optim_cls.__name__}: {served} samples served, and not {len(refused)}:", *refused, sep="\n  ")
-    assert len(refused) == (0 if info.optim_cls is torch.optim.SGD else 3)  # amsgrad, with each of torch's flags
+    print(
+        f"{info.optim_cls.__name__}: {served} samples served, and not {len(refused)}:",
+        *refused,
+        sep="\n  ",
+    )
+    assert len(refused) == (
+        0 if info.optim_cls is torch.optim.SGD else 3
+    )  # amsgrad, with each of torch's flags
 
 
 @EACH
@@ -81,8 +110,13 @@ def test_error_inputs(info):
 @pytest.mark.parametrize("option", REFUSED)
 def test_a_refused_option_of_a_single_group(info, option):
     """Is not passed over: torch's constructor checks only what it is given for all groups."""
-    ours, group = OPTIMIZERS[info.optim_cls], {"params": parameters("cpu", torch.float32), option: True}
-    refused = pytest.raises(ValueError, match=rf"{option}=True is not supported; use torch\.optim\.{ours.__name__}")
+    ours, group = (
+        OPTIMIZERS[info.optim_cls],
+        {"params": parameters("cpu", torch.float32), option: True},
+    )
+    refused = pytest.raises(
+        ValueError, match=rf"{option}=True is not supported; use torch\.optim\.{ours.__name__}"
+    )
     with refused:
         ours([group], lr=0.1)
     optimizer = ours(parameters("cpu", torch.float32), lr=0.1)

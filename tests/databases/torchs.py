@@ -1,4 +1,5 @@
-"""PyTorch's own databases of test cases, and how one of them is compared: ours against torch, on the same tensors.
+"""PyTorch's own databases of test cases, and how one of them is compared: ours against torch, on
+the same tensors.
 
 They come with torch, in torch.testing._internal, and need the package expecttest.
 """
@@ -12,7 +13,8 @@ def _databases():
     from torch.testing._internal.common_modules import module_db
     from torch.testing._internal.common_optimizers import optim_db
 
-    # Their import forbids setting torch.backends' flags, which is not for us to decide for the other tests.
+    # Their import forbids setting torch.backends' flags, which is not for us to decide for the
+    # other tests.
     torch.backends.__allow_nonbracketed_mutation_flag = True
     return op_db, module_db, optim_db
 
@@ -27,11 +29,17 @@ def tensors_in(inputs) -> list:
 
 def weights_like(t):
     """Numbers between 0.5 and 2.5 in t's shape: what a sum over t's elements is weighted by."""
-    return (1.5 + torch.cos(torch.arange(t.numel(), device=t.device, dtype=torch.float64))).view(t.shape).to(t.dtype)
+    return (
+        (1.5 + torch.cos(torch.arange(t.numel(), device=t.device, dtype=torch.float64)))
+        .view(t.shape)
+        .to(t.dtype)
+    )
 
 
 def outcome(function, inputs, second):
-    """[value, its gradients by every tensor of the inputs that wants one, and if `second` those of their weighted sum]."""
+    """[value, its gradients by every tensor of the inputs that wants one, and if `second` those of
+    their weighted sum].
+    """
     y = function()
     wanted = [t for t in tensors_in(inputs) if t.requires_grad]
     dy = weights_like(y).requires_grad_(second)
@@ -44,7 +52,8 @@ def outcome(function, inputs, second):
 
 
 def assert_same(ours, theirs, inputs, what):
-    """Values, gradients and, in float64, second derivatives: equal within torch.testing's tolerance of the dtype.
+    """Values, gradients and, in float64, second derivatives: equal within torch.testing's tolerance
+    of the dtype.
 
     `inputs`: the tensors that both functions use, in any containers.
     """
@@ -52,7 +61,12 @@ def assert_same(ours, theirs, inputs, what):
     with torch.backends.cudnn.flags(allow_tf32=False):
         results, expected = outcome(ours, inputs, second), outcome(theirs, inputs, second)
     for i, (a, b) in enumerate(zip(results, expected)):
-        torch.testing.assert_close(a, b, equal_nan=True, msg=lambda m, i=i: f"{what} of {describe(inputs)}, result {i}: {m}")
+        torch.testing.assert_close(
+            a,
+            b,
+            equal_nan=True,
+            msg=lambda m, i=i: f"{what} of {describe(inputs)}, result {i}: {m}",
+        )
 
 
 def describe(inputs) -> str:
@@ -61,7 +75,11 @@ def describe(inputs) -> str:
         return str(tuple(inputs.shape))
     if isinstance(inputs, dict):
         return ", ".join(f"{k}={describe(v)}" for k, v in inputs.items())
-    return ", ".join(filter(None, map(describe, inputs))) if isinstance(inputs, (tuple, list)) else str(inputs)
+    return (
+        ", ".join(filter(None, map(describe, inputs)))
+        if isinstance(inputs, (tuple, list))
+        else str(inputs)
+    )
 
 
 def assert_clear(error):

@@ -1,4 +1,6 @@
-"""Every row of the activation table: values and derivatives as torch's, at kinks, at infinities and NaN too."""
+"""Every row of the activation table: values and derivatives as torch's, at kinks, at infinities and
+NaN too.
+"""
 
 import math
 
@@ -16,7 +18,9 @@ INFINITY = float("inf")
 
 
 def apply(name, z):
-    """(act(z), what its backward needs) through the forward kernel, with the weight [[1]] so that z comes out exact."""
+    """(act(z), what its backward needs) through the forward kernel, with the weight [[1]] so that z
+    comes out exact.
+    """
     y, (_, _, s, _, _) = linear_fwd(z[:, None], z.new_ones(1, 1), None, name)
     return y[:, 0], s
 
@@ -30,7 +34,13 @@ def derivative(name, z):
 
 def grid(device, dtype):
     """Points to ±12, and as many near zero; exactly zero is tested apart."""
-    z = torch.cat([torch.linspace(-12, 12, 257), torch.linspace(-0.3, 0.3, 257), torch.tensor([1e-4, -1e-4, 1e4, -1e4])])
+    z = torch.cat(
+        [
+            torch.linspace(-12, 12, 257),
+            torch.linspace(-0.3, 0.3, 257),
+            torch.tensor([1e-4, -1e-4, 1e4, -1e4]),
+        ]
+    )
     return z[z != 0].to(device, dtype)
 
 
@@ -45,16 +55,21 @@ def test_forward(name, dtype, device):
 @CASES
 @PRECISIONS
 def test_backward(name, dtype, device):
-    """By the kernel of its own, and in the epilogue of the layer above's dx, given the s that forward keeps."""
+    """By the kernel of its own, and in the epilogue of the layer above's dx, given the s that
+    forward keeps.
+    """
     z = grid(device, dtype)
     _, s = apply(name, z)
     dy = torch.linspace(0.5, 2, z.numel()).to(z)
     exact = dy.double() * derivative(name, z.double())
-    # Where s is the output, torch's own backward starts from the output too, rounded in the same way.
+    # Where s is the output, torch's own backward starts from the output too, rounded in the same
+    # way.
     torchs = dy * derivative(name, z)
     s = torch.zeros_like(z)[:, None] if s is None else s
     assert_as_accurate(linear_bwd_dz(dy[:, None], s, name)[:, 0], torchs, exact, f"{name}, dz")
-    assert_as_accurate(linear_bwd_dx(dy[:, None], z.new_ones(1, 1), s, name)[:, 0], torchs, exact, f"{name}, dx")
+    assert_as_accurate(
+        linear_bwd_dx(dy[:, None], z.new_ones(1, 1), s, name)[:, 0], torchs, exact, f"{name}, dx"
+    )
 
 
 @CASES
@@ -67,8 +82,13 @@ def test_reference(name, dtype):
     dy = torch.linspace(0.5, 2, z.numel()).to(z)
     assert_as_accurate(y, row.torch(z), row.torch(z.double()), name)
     dz = row.backward_ref(dy, s)
-    assert_as_accurate(dz, dy * derivative(name, z), dy.double() * derivative(name, z.double()), f"{name}'")
-    for result, call in ((y, lambda out: row.forward_ref(z, out=out)), (dz, lambda out: row.backward_ref(dy, s, out=out))):
+    assert_as_accurate(
+        dz, dy * derivative(name, z), dy.double() * derivative(name, z.double()), f"{name}'"
+    )
+    for result, call in (
+        (y, lambda out: row.forward_ref(z, out=out)),
+        (dz, lambda out: row.backward_ref(dy, s, out=out)),
+    ):
         out = torch.empty_like(z)
         assert call(out) is out
         assert_equal(out, result, f"{name}: out=")
@@ -76,14 +96,18 @@ def test_reference(name, dtype):
 
 @CASES
 def test_kinks_are_listed(name):
-    """The table's kinks are where the first or the second derivative jumps, so that other tests may keep away from them."""
+    """The table's kinks are where the first or the second derivative jumps, so that other tests may
+    keep away from them.
+    """
     z = torch.linspace(-4, 4, 801, dtype=torch.float64)  # every hundredth
     curvature = derivative(name, z).diff() / 0.01
     jumps = (curvature.diff().abs() > 0.1).nonzero()[:, 0]
     assert {round(float(z[i]), 1) + 0.0 for i in jumps} == set(ACTIVATIONS[name].kinks)
 
 
-@pytest.mark.parametrize(("name", "kink"), [(name, kink) for name, row in ACTIVATIONS.items() for kink in row.kinks])
+@pytest.mark.parametrize(
+    ("name", "kink"), [(name, kink) for name, row in ACTIVATIONS.items() for kink in row.kinks]
+)
 @PRECISIONS
 def test_kink(name, kink, dtype, device):
     """Exactly at a kink, from either signed zero, the derivative is torch's: relu'(0) = 0."""
@@ -95,14 +119,20 @@ def test_kink(name, kink, dtype, device):
     assert_equal(linear_bwd_dz(one, s, name)[:, 0], expected, name)
     assert_equal(linear_bwd_dx(one, z.new_ones(1, 1), s, name)[:, 0], expected, name)
     row = ACTIVATIONS[name]
-    assert_equal(row.backward_ref(one[:, 0], row.forward_ref(z) if row.needs == "y" else z), expected, f"{name}, reference")
+    assert_equal(
+        row.backward_ref(one[:, 0], row.forward_ref(z) if row.needs == "y" else z),
+        expected,
+        f"{name}, reference",
+    )
 
 
 @CASES
 @PRECISIONS
 @pytest.mark.parametrize("value", [math.nan, INFINITY, -INFINITY, 1e4, -1e4], ids=str)
 def test_extremes(name, value, dtype, device):
-    """At the ends of the range as torch or, where torch makes 0 · inf of a limit that exists, the limit."""
+    """At the ends of the range as torch or, where torch makes 0 · inf of a limit that exists, the
+    limit.
+    """
     z = torch.tensor([value], dtype=dtype, device=device)
     row = ACTIVATIONS[name]
     y, s = apply(name, z)
@@ -114,5 +144,7 @@ def test_extremes(name, value, dtype, device):
 def test_unknown_name_lists_the_table(device):
     x = torch.ones(2, 2, device=device)
     for call in (lambda: activations.get("swish"), lambda: linear_fwd(x, x, None, "swish")):
-        with pytest.raises(ValueError, match=f"unknown activation 'swish'; known: {', '.join(ACTIVATIONS)}"):
+        with pytest.raises(
+            ValueError, match=f"unknown activation 'swish'; known: {', '.join(ACTIVATIONS)}"
+        ):
             call()

@@ -1,4 +1,6 @@
-"""torch.autocast: dtypes as torch's, values within half precision of them, gradients in the parameters' dtype."""
+"""torch.autocast: dtypes as torch's, values within half precision of them, gradients in the
+parameters' dtype.
+"""
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ from tests.checks import assert_equal
 from tests.pairs import PAIRS, cases, gradients, leaves
 
 EACH_OPERATION = pytest.mark.parametrize("name", PAIRS)
-EACH_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+EACH_DTYPE = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str
+)
 HALF = torch.bfloat16
 
 
@@ -20,14 +24,19 @@ def under(function, device, args, dtype=HALF):
 
 def worst(results, exact) -> list[float]:
     """How far each result is off, relative to the largest number of the exact one."""
-    return [((r.double() - e).abs().max() / e.abs().max().clamp(min=1e-30)).item() for r, e in zip(results, exact)]
+    return [
+        ((r.double() - e).abs().max() / e.abs().max().clamp(min=1e-30)).item()
+        for r, e in zip(results, exact)
+    ]
 
 
 @EACH_OPERATION
 @EACH_DTYPE
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 def test_as_torch(name, dtype, half, device):
-    """Dtypes of the output and of every gradient; no further from float64 than torch under autocast is, twice, and an ulp."""
+    """Dtypes of the output and of every gradient; no further from float64 than torch under autocast
+    is, twice, and an ulp.
+    """
     ours, torchs, _ = PAIRS[name]
     for args in cases(name, device, dtype):
         results = []
@@ -56,13 +65,17 @@ def test_is_the_operation_on_cast_arguments(name, device):
             logits = kernels.linear(*cast((x, w, b), HALF))
             expected = kernels.cross_entropy(*cast((logits, *options), torch.float32))
         else:
-            expected = PAIRS[name][0](*cast(args, torch.float32 if name in ("cross_entropy", "mse") else HALF))
+            expected = PAIRS[name][0](
+                *cast(args, torch.float32 if name in ("cross_entropy", "mse") else HALF)
+            )
         assert_equal(under(PAIRS[name][0], device, args), expected, name)
 
 
 @EACH_OPERATION
 def test_backward_within_autocast(name, device):
-    """A backward computes as its forward did, whether autocast is on or off by then; so does a second derivative."""
+    """A backward computes as its forward did, whether autocast is on or off by then; so does a
+    second derivative.
+    """
     for args in cases(name, device)[:1]:
         results = []
         for enabled in (False, True):
@@ -93,7 +106,9 @@ def test_compiled(inside, device):
 
 
 def test_off_for_other_devices_and_inside(device):
-    """Autocast of a device that the tensors are not on changes nothing, and no operation leaves it changed."""
+    """Autocast of a device that the tensors are not on changes nothing, and no operation leaves it
+    changed.
+    """
     (args, *_) = cases("linear", device)
     other = "xpu" if device == "cpu" else "cpu"
     if torch.amp.is_autocast_available(other):
@@ -102,4 +117,9 @@ def test_off_for_other_devices_and_inside(device):
         kernels.linear(*args)
         assert torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == HALF
     with torch.autocast("cpu", dtype=HALF):
-        assert kernels.linear(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args)).dtype == torch.float32
+        assert (
+            kernels.linear(
+                *(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args)
+            ).dtype
+            == torch.float32
+        )

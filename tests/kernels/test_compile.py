@@ -1,4 +1,6 @@
-"""torch.compile of every operation: one graph, equal to eager bit for bit; and the operators it is made of."""
+"""torch.compile of every operation: one graph, equal to eager bit for bit; and the operators it is
+made of.
+"""
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from tests.checks import assert_equal
 from tests.pairs import PAIRS, cases, gradients, leaves, of_tensors
 
 EACH_OPERATION = pytest.mark.parametrize("name", PAIRS)
-# Of the kernels only what differs from the reference: what they return, beside what the fake implementation promises.
+# Of the kernels only what differs from the reference: what they return, beside what the fake
+# implementation promises.
 CHECKED = {"torch": list(DEFAULT_TEST_UTILS), "triton": ["test_schema", "test_faketensor"]}
 
 
@@ -52,16 +55,26 @@ class Recorder(TorchDispatchMode):
 
 
 def leaf(forward):
-    """A recorded argument as opcheck may use it: no longer part of a graph, wanting a gradient if it is a forward's."""
+    """A recorded argument as opcheck may use it: no longer part of a graph, wanting a gradient if
+    it is a forward's.
+    """
     return lambda t: t.detach().requires_grad_(forward and t.is_floating_point())
 
 
 @EACH_OPERATION
 @pytest.mark.parametrize("path", ["torch", "triton"])
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck, of its own copies
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # opcheck, of its own copies
 def test_opcheck(name, path, device, monkeypatch):
-    """Schema, fake implementation, gradient and dynamic shapes: the forward operator and its backward, on every case."""
-    monkeypatch.setattr(launch, "call", lambda name, function, fwd, *args, **options: launch.operators[name](*args)[0])
+    """Schema, fake implementation, gradient and dynamic shapes: the forward operator and its
+    backward, on every case.
+    """
+    monkeypatch.setattr(
+        launch,
+        "call",
+        lambda name, function, fwd, *args, **options: launch.operators[name](*args)[0],
+    )
     called = set()
     for args in cases(name, device, shape=(4, 6, 5)):
         args = leaves(name, args)
@@ -78,9 +91,13 @@ def test_opcheck(name, path, device, monkeypatch):
 
 def test_every_operator_is_checked():
     """Those that the compiled library registers are those of the tests here."""
-    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("handgrad::")}
+    registered = {
+        name for name in torch._C._dispatch_get_all_op_names() if name.startswith("handgrad::")
+    }
     both = {"mlp", "cross_entropy", "linear_cross_entropy", "mse_loss", "conv2d"}
-    assert registered == {f"handgrad::{name}" for name in (*both, *(f"{name}_bwd" for name in both), "sgd", "adam")}
+    assert registered == {
+        f"handgrad::{name}" for name in (*both, *(f"{name}_bwd" for name in both), "sgd", "adam")
+    }
 
 
 @pytest.mark.parametrize("update", ["sgd", "adam"])
@@ -89,23 +106,70 @@ def test_opcheck_updates(update):
     tensors = lambda: [torch.rand(3, 4), torch.rand(5)]  # noqa: E731
     rate = torch.tensor(0.1)
     for args in {
-        "sgd": [(tensors(), tensors(), tensors(), None, 0.1, 0.9, 0.0, 0.1, True, False, False),
-                (tensors(), tensors(), [], rate, 0.0, 0.0, 0.0, 0.0, False, True, False)],
-        "adam": [(tensors(), tensors(), tensors(), tensors(), None, 3.0, rate, 0.0, [0.9, 0.99], 1e-8, 0.1, True, False),
-                 (tensors(), tensors(), tensors(), tensors(), rate, 0.0, None, 0.1, [0.9, 0.99], 1e-8, 0.1, False, True)],
-    }[update]:  # fmt: skip
+        "sgd": [
+            (tensors(), tensors(), tensors(), None, 0.1, 0.9, 0.0, 0.1, True, False, False),
+            (tensors(), tensors(), [], rate, 0.0, 0.0, 0.0, 0.0, False, True, False),
+        ],
+        "adam": [
+            (
+                tensors(),
+                tensors(),
+                tensors(),
+                tensors(),
+                None,
+                3.0,
+                rate,
+                0.0,
+                [0.9, 0.99],
+                1e-8,
+                0.1,
+                True,
+                False,
+            ),
+            (
+                tensors(),
+                tensors(),
+                tensors(),
+                tensors(),
+                rate,
+                0.0,
+                None,
+                0.1,
+                [0.9, 0.99],
+                1e-8,
+                0.1,
+                False,
+                True,
+            ),
+        ],
+    }[update]:
         opcheck(getattr(torch.ops.handgrad, update).default, args)
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda x, w: kernels.linear(x, w), r"weight must be \(out, in\) with in = 4 .*got \(5, 6\)"),
-    (lambda x, w: kernels.mlp(x, [x[:, :4], w]), r"weight 1 must be \(out, 3\)"),
-    (lambda x, w: kernels.linear(x, x, None, "swish"), "unknown activation 'swish'; known: identity"),
-    (lambda x, w: kernels.cross_entropy(x, x.argmax(1)[:2]), r"target must be labels \(3,\) .*got \(2,\)"),
-    (lambda x, w: kernels.cross_entropy(x, x.argmax(1), reduction="average"), "unknown reduction 'average'"),
-    (lambda x, w: kernels.mse_loss(x, w), r"target must be \(3, 4\)"),
-    (lambda x, w: kernels.conv2d(x[None], w[None, None]), "must fit in the padded image"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda x, w: kernels.linear(x, w),
+            r"weight must be \(out, in\) with in = 4 .*got \(5, 6\)",
+        ),
+        (lambda x, w: kernels.mlp(x, [x[:, :4], w]), r"weight 1 must be \(out, 3\)"),
+        (
+            lambda x, w: kernels.linear(x, x, None, "swish"),
+            "unknown activation 'swish'; known: identity",
+        ),
+        (
+            lambda x, w: kernels.cross_entropy(x, x.argmax(1)[:2]),
+            r"target must be labels \(3,\) .*got \(2,\)",
+        ),
+        (
+            lambda x, w: kernels.cross_entropy(x, x.argmax(1), reduction="average"),
+            "unknown reduction 'average'",
+        ),
+        (lambda x, w: kernels.mse_loss(x, w), r"target must be \(3, 4\)"),
+        (lambda x, w: kernels.conv2d(x[None], w[None, None]), "must fit in the padded image"),
+    ],
+)
 def test_errors_while_tracing(call, message):
     """torch wraps an error that is raised while it traces; it still names both values."""
     with pytest.raises(RuntimeError, match=message):
@@ -122,8 +186,12 @@ def test_labels_are_checked_when_the_graph_runs():
 
 @EACH_OPERATION
 def test_nothing_is_read_while_traced(name):
-    """make_fx sees the operations as torch's, on fake tensors. The trace serves other numbers and other labels too."""
+    """make_fx sees the operations as torch's, on fake tensors. The trace serves other numbers and
+    other labels too.
+    """
     for args in cases(name):
         call, tensors = of_tensors(PAIRS[name][0], args)
         others = [t.flip(0) for t in tensors]
-        torch.testing.assert_close(make_fx(call, tracing_mode="symbolic")(*tensors)(*others), call(*others))
+        torch.testing.assert_close(
+            make_fx(call, tracing_mode="symbolic")(*tensors)(*others), call(*others)
+        )

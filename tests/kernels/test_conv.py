@@ -1,4 +1,6 @@
-"""conv2d: against torch's conv2d, activation and max_pool2d, for every geometry; ties, second derivatives, errors."""
+"""conv2d: against torch's conv2d, activation and max_pool2d, for every geometry; ties, second
+derivatives, errors.
+"""
 
 import itertools
 
@@ -13,7 +15,8 @@ from kernels.activations import ACTIVATIONS
 from kernels.conv_bwd import NARROW
 from tests.checks import DTYPES, assert_equal, compare, double
 
-# name -> (input, weight, options): each thing that can vary, alone and together with a window that does not divide.
+# name -> (input, weight, options): each thing that can vary, alone and together with a window that
+# does not divide.
 GEOMETRIES = {
     "1 × 1": ((2, 3, 4, 3), (2, 3, 1, 1), {}),
     "kernel as large as the image": ((2, 2, 4, 3), (3, 2, 4, 3), {}),
@@ -23,7 +26,11 @@ GEOMETRIES = {
     "same, longer at the end": ((2, 2, 5, 4), (2, 2, 2, 4), {"padding": "same", "max_pool": 2}),
     "valid": ((2, 1, 6, 6), (2, 1, 3, 3), {"padding": "valid", "max_pool": 2}),
     "window that does not divide": ((2, 2, 8, 9), (3, 2, 3, 3), {"max_pool": (2, 3)}),
-    "all": ((2, 2, 9, 8), (3, 2, 2, 3), {"stride": (1, 2), "padding": (1, 2), "dilation": (2, 1), "max_pool": (3, 2)}),
+    "all": (
+        (2, 2, 9, 8),
+        (3, 2, 2, 3),
+        {"stride": (1, 2), "padding": (1, 2), "dilation": (2, 1), "max_pool": (3, 2)},
+    ),
     "one image": ((2, 6, 5), (3, 2, 3, 2), {"max_pool": 2}),
     "no images": ((0, 2, 6, 5), (3, 2, 3, 2), {"max_pool": 2}),
     "wide": ((2, 17, 5, 5), (20, 17, 3, 3), {"max_pool": 2}),
@@ -38,18 +45,33 @@ def by_torch(x, w, b, activation="identity", max_pool=1, **options):
 
 
 def draw(name, activation="identity", device="cpu", dtype=torch.float64, seed=0):
-    """x, w, b where no rounding could carry z across a kink, or another element of a window to victory."""
+    """x, w, b where no rounding could carry z across a kink, or another element of a window to
+    victory.
+    """
     x_shape, w_shape, options = GEOMETRIES[name]
-    pool, options = options.get("max_pool", 1), {k: v for k, v in options.items() if k != "max_pool"}
+    pool, options = (
+        options.get("max_pool", 1),
+        {k: v for k, v in options.items() if k != "max_pool"},
+    )
     pool = (pool, pool) if isinstance(pool, int) else pool
     for attempt in itertools.count(seed * 1000):
         torch.manual_seed(attempt)
-        x, w, b = (torch.randn(*shape).to(device, dtype) for shape in (x_shape, w_shape, w_shape[:1]))
+        x, w, b = (
+            torch.randn(*shape).to(device, dtype) for shape in (x_shape, w_shape, w_shape[:1])
+        )
         w = w * w[0].numel() ** -0.5
         z = F.conv2d(*double((x, w, b)), **options)
-        windows = ACTIVATIONS[activation].torch(z).unfold(-2, pool[0], pool[0]).unfold(-2, pool[1], pool[1]).flatten(-2)
+        windows = (
+            ACTIVATIONS[activation]
+            .torch(z)
+            .unfold(-2, pool[0], pool[0])
+            .unfold(-2, pool[1], pool[1])
+            .flatten(-2)
+        )
         first, *second = windows.topk(min(2, windows.shape[-1])).values.unbind(-1)
-        won = all(((first - s > 1e-4) | (first == 0)).all() for s in second)  # 0: relu's, without a gradient
+        won = all(
+            ((first - s > 1e-4) | (first == 0)).all() for s in second
+        )  # 0: relu's, without a gradient
         if won and all(((z - kink).abs() > 1e-4).all() for kink in ACTIVATIONS[activation].kinks):
             return x, w, b
 
@@ -77,13 +99,18 @@ def test_reference(name, monkeypatch):
         with kernels.use("torch"):
             compare(*pair(name, "tanh"), draw(name, "tanh", dtype=torch.float32))
         if GEOMETRIES[name][0][0] and name != "wide":  # numbers enough to take a while
-            assert gradgradcheck(pair(name, "tanh")[0], [t.requires_grad_() for t in draw(name, "tanh")])
+            assert gradgradcheck(
+                pair(name, "tanh")[0], [t.requires_grad_() for t in draw(name, "tanh")]
+            )
 
 
 @EACH_GEOMETRY
 def test_geometries(name, device):
     # sigmoid is flat: what differs is where things lie, not how sums round
-    compare(*pair(name, "sigmoid"), *(draw(name, "sigmoid", device, torch.float32, seed) for seed in range(3)))
+    compare(
+        *pair(name, "sigmoid"),
+        *(draw(name, "sigmoid", device, torch.float32, seed) for seed in range(3)),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -94,12 +121,17 @@ def test_activations(activation, dtype, device):
 
 
 def test_second_derivative_through_kernels(device):
-    """create_graph=True on the kernels' path, then the gradient of a gradient penalty, as torch's."""
+    """create_graph=True on the kernels' path, then the gradient of a gradient penalty, as
+    torch's.
+    """
 
     def penalty(function):
         def of(*tensors):
             y = function(*tensors)
-            return sum(g.square().sum() for g in torch.autograd.grad(y.square().sum(), tensors, create_graph=True))
+            return sum(
+                g.square().sum()
+                for g in torch.autograd.grad(y.square().sum(), tensors, create_graph=True)
+            )
 
         return of
 
@@ -110,7 +142,9 @@ def test_second_derivative_through_kernels(device):
 @pytest.mark.parametrize("path", ["kernel", "reference"])
 @pytest.mark.parametrize("max_pool", [2, (1, 3), (3, 2)], ids=str)
 def test_ties(max_pool, path, device):
-    """Among equal maxima the first has the gradient; NaN wins, and of two the later: exactly as in torch."""
+    """Among equal maxima the first has the gradient; NaN wins, and of two the later: exactly as in
+    torch.
+    """
     torch.manual_seed(0)
     x = torch.randint(-1, 2, (3, 2, 6, 7), device=device).float()
     x[1] = float("-inf")
@@ -130,11 +164,17 @@ ERRORS = {
     r"bias must be \(4,\) as weight is \(4, 3, 3, 3\), got \(3,\)": ((X, W, X[0, :, 0, 0]), {}),
     "weight must be torch.float32 as input is, got torch.float64": ((X, W.double()), {}),
     "floating point, got torch.int64": ((X.long(), W.long()), {}),
-    "weight of 3 × 3 at dilation .4, 4. must fit in the padded image of 8 × 8": ((X, W), {"dilation": 4}),
+    "weight of 3 × 3 at dilation .4, 4. must fit in the padded image of 8 × 8": (
+        (X, W),
+        {"dilation": 4},
+    ),
     "max_pool of 7 × 7 must fit in the convolution's output of 6 × 6": ((X, W), {"max_pool": 7}),
     "stride must be an integer of at least 1, or two .*, got 0": ((X, W), {"stride": 0}),
     'padding must be integers, "same" or "valid", got \'full\'': ((X, W), {"padding": "full"}),
-    '"same" needs stride 1, as in torch, got stride .2, 2.': ((X, W), {"padding": "same", "stride": 2}),
+    '"same" needs stride 1, as in torch, got stride .2, 2.': (
+        (X, W),
+        {"padding": "same", "stride": 2},
+    ),
     "unknown activation 'step'; known: identity, ": ((X, W), {"activation": "step"}),
 }
 

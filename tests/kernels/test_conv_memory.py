@@ -1,4 +1,6 @@
-"""conv2d's launchers: any strides in, only the gradients asked for, and the same bits however often."""
+"""conv2d's launchers: any strides in, only the gradients asked for, and the same bits however
+often.
+"""
 
 import itertools
 
@@ -13,17 +15,27 @@ from tests.checks import DTYPES, LAYOUTS, assert_as_accurate, assert_equal, doub
 from tests.kernels.test_conv import draw
 
 
-@pytest.mark.parametrize("layouts", list(itertools.product([*LAYOUTS, "channels_last"], repeat=2)), ids="-".join)
+@pytest.mark.parametrize(
+    "layouts", list(itertools.product([*LAYOUTS, "channels_last"], repeat=2)), ids="-".join
+)
 def test_layouts(layouts, device):
     """Inputs, weights, biases and incoming gradients of any strides, NaN in the gaps."""
-    choices = LAYOUTS | {"channels_last": lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t}
+    choices = LAYOUTS | {
+        "channels_last": lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t
+    }
     first, second = (choices[name] for name in layouts)
     x, w, b = draw("valid", "silu", device, torch.float32)
     x, w, b = first(x), second(w), second(b)
     results = []
-    for dtype, path in ((torch.float32, "triton"), (torch.float32, "torch"), (torch.float64, "torch")):
+    for dtype, path in (
+        (torch.float32, "triton"),
+        (torch.float32, "torch"),
+        (torch.float64, "torch"),
+    ):
         with kernels.use(path):
-            y, saved = conv2d_fwd(x.to(dtype), w.to(dtype), b.to(dtype), activation="silu", max_pool=2)
+            y, saved = conv2d_fwd(
+                x.to(dtype), w.to(dtype), b.to(dtype), activation="silu", max_pool=2
+            )
             dy = first(torch.linspace(0.5, 2, y.numel(), device=device).view(y.shape)).to(dtype)
             results.append((y, conv2d_bwd(dy, *saved)))
     assert_as_accurate(*results)
@@ -32,7 +44,9 @@ def test_layouts(layouts, device):
 @pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=3)), ids=str)
 def test_needs(needs, device):
     """Gradients that are not wanted are None; the others do not depend on it."""
-    y, saved = conv2d_fwd(*draw("valid", "relu", device, torch.float32), activation="relu", max_pool=2)
+    y, saved = conv2d_fwd(
+        *draw("valid", "relu", device, torch.float32), activation="relu", max_pool=2
+    )
     whole, parts = (conv2d_bwd(torch.ones_like(y), *saved, needs=n) for n in ((True,) * 3, needs))
     for gradient, part, needed in zip(whole, parts, needs):
         assert torch.equal(part, gradient) if needed else part is None
@@ -40,12 +54,20 @@ def test_needs(needs, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_split_batch(dtype, device, monkeypatch):
-    """Positions that are split over processors, in the middle of an image too, give the sum in a fixed order."""
+    """Positions that are split over processors, in the middle of an image too, give the sum in a
+    fixed order.
+    """
     monkeypatch.setattr(launch, "sm_count", lambda device: 3)
-    x, dz, launched = torch.randn(11, 2, 9, 10, device=device), torch.randn(11, 3, 9, 10, device=device), []
+    x, dz, launched = (
+        torch.randn(11, 2, 9, 10, device=device),
+        torch.randn(11, 3, 9, 10, device=device),
+        [],
+    )
     args = dz.to(dtype), x.to(dtype), geometry((3, 3), padding=1)
     with launch.observe(lambda kernel, grid, args, options: launched.append(grid)):
         ours = conv2d_bwd_dw(*args)
     assert launched[0][2] == 3, "the positions were not split"
-    assert_as_accurate(ours, conv2d_bwd_dw_ref(*args), conv2d_bwd_dw_ref(*double(args[:2]), args[2]))
+    assert_as_accurate(
+        ours, conv2d_bwd_dw_ref(*args), conv2d_bwd_dw_ref(*double(args[:2]), args[2])
+    )
     assert_equal(conv2d_bwd_dw(*args), ours, "second run")

@@ -1,4 +1,6 @@
-"""cross_entropy: every kind of target and option against torch.nn.functional, gradients and second derivatives too."""
+"""cross_entropy: every kind of target and option against torch.nn.functional, gradients and second
+derivatives too.
+"""
 
 import itertools
 import math
@@ -28,7 +30,9 @@ EACH_OPTION = pytest.mark.parametrize("options", OPTIONS)
 
 
 def draw(shape, target, options, seed=0):
-    """Logits, target, keywords, in float64. Probabilities need not sum to one: torch does not ask for it either."""
+    """Logits, target, keywords, in float64. Probabilities need not sum to one: torch does not ask
+    for it either.
+    """
     weighted, smoothing, ignored = OPTIONS[options]
     torch.manual_seed(seed)
     logits, classes = 2 * torch.randn(shape, dtype=torch.float64), shape[min(1, len(shape) - 1)]
@@ -44,11 +48,15 @@ def draw(shape, target, options, seed=0):
 
 
 def loss(function, target, keywords, reduction):
-    """The loss as a function of what has a gradient: the logits, and probabilities given as a second tensor."""
+    """The loss as a function of what has a gradient: the logits, and probabilities given as a
+    second tensor.
+    """
 
     def of(logits, probabilities=None):
         # Class weights in the precision that is asked for.
-        k = {name: v.to(logits) if isinstance(v, torch.Tensor) else v for name, v in keywords.items()}
+        k = {
+            name: v.to(logits) if isinstance(v, torch.Tensor) else v for name, v in keywords.items()
+        }
         t = target.to(logits.device) if probabilities is None else probabilities
         return function(logits, t, **k, reduction=reduction)
 
@@ -63,10 +71,14 @@ def test_gradcheck(target, options, reduction):
     for shape in [(3, 4), (2, 3, 2), (4,)]:
         logits, t, keywords = draw(shape, target, options)
         of = loss(kernels.cross_entropy, t, keywords, reduction)
-        if of(logits).isnan().any():  # the mean of nothing, when all are ignored: nothing to differentiate
+        if (
+            of(logits).isnan().any()
+        ):  # the mean of nothing, when all are ignored: nothing to differentiate
             assert loss(F.cross_entropy, t, keywords, reduction)(logits).isnan()
             continue
-        tensors = [x.requires_grad_() for x in ([logits, t] if target == "probabilities" else [logits])]
+        tensors = [
+            x.requires_grad_() for x in ([logits, t] if target == "probabilities" else [logits])
+        ]
         assert gradcheck(of, tensors)
         assert gradgradcheck(of, tensors)
 
@@ -76,31 +88,57 @@ def test_gradcheck(target, options, reduction):
 @EACH_TARGET
 @pytest.mark.parametrize("path", ["triton", "torch"])
 def test_against_torch(path, target, options, reduction, device):
-    """Every shape, by the kernel and by the reference. The gradient of probabilities too, which has no kernel."""
+    """Every shape, by the kernel and by the reference. The gradient of probabilities too, which has
+    no kernel.
+    """
     for shape in SHAPES:
         _, t, keywords = draw(shape, target, options)
-        ours, torchs = (loss(f, t, keywords, reduction) for f in (kernels.cross_entropy, F.cross_entropy))
-        draws = [draw(shape, target, options, seed)[: 2 if target == "probabilities" else 1] for seed in range(4)]
+        ours, torchs = (
+            loss(f, t, keywords, reduction) for f in (kernels.cross_entropy, F.cross_entropy)
+        )
+        draws = [
+            draw(shape, target, options, seed)[: 2 if target == "probabilities" else 1]
+            for seed in range(4)
+        ]
         with kernels.use(path):
-            compare(ours, torchs, *([x.to(device, torch.float32) for x in d] for d in draws), what=f"{shape}")
+            compare(
+                ours,
+                torchs,
+                *([x.to(device, torch.float32) for x in d] for d in draws),
+                what=f"{shape}",
+            )
 
 
 @pytest.mark.parametrize("path", ["triton", "torch"])
 @pytest.mark.parametrize("value", [-math.inf, math.inf, math.nan], ids=str)
 def test_zero_times_infinity(value, path, device):
-    """Is NaN where torch multiplies: by an absent smoothing it does not, by a probability or a class weight of 0 it does."""
+    """Is NaN where torch multiplies: by an absent smoothing it does not, by a probability or a
+    class weight of 0 it does.
+    """
     logits = torch.tensor([[0.5, value, 1.0], [0.1, 0.2, 0.3]], device=device)
-    certain, possible = (torch.tensor([[0.4, p, 0.6 - p], [1.0, 0.0, 0.0]], device=device) for p in (0.0, 0.5))
+    certain, possible = (
+        torch.tensor([[0.4, p, 0.6 - p], [1.0, 0.0, 0.0]], device=device) for p in (0.0, 0.5)
+    )
     labels = [torch.tensor([label, 2], device=device) for label in (0, 1, -100)]
-    for target, weight, smoothing in itertools.product((certain, possible, *labels), (None, (1.0, 0.0, 2.0)), (0.0, 0.1)):
+    for target, weight, smoothing in itertools.product(
+        (certain, possible, *labels), (None, (1.0, 0.0, 2.0)), (0.0, 0.1)
+    ):
 
         def of(f, t=target, w=weight, s=smoothing):
             def loss(z):
-                return f(z, t.to(z) if t.is_floating_point() else t, w and z.new_tensor(w), label_smoothing=s, reduction="none")
+                return f(
+                    z,
+                    t.to(z) if t.is_floating_point() else t,
+                    w and z.new_tensor(w),
+                    label_smoothing=s,
+                    reduction="none",
+                )
 
             return loss
 
         with kernels.use(path):
             ours = with_gradients(of(kernels.cross_entropy), [logits])
-        torchs, exact = (with_gradients(of(F.cross_entropy), tensors) for tensors in ([logits], double([logits])))
+        torchs, exact = (
+            with_gradients(of(F.cross_entropy), tensors) for tensors in ([logits], double([logits]))
+        )
         assert_as_accurate(ours, torchs, exact, f"{target.tolist()}, {weight}, {smoothing}")

@@ -1,4 +1,6 @@
-"""cross_entropy's kernels where the formula is hardest on them: extremes, many classes, odd labels, memory layouts."""
+"""cross_entropy's kernels where the formula is hardest on them: extremes, many classes, odd labels,
+memory layouts.
+"""
 
 import importlib
 import math
@@ -11,7 +13,9 @@ import kernels
 from kernels import cross_entropy, cross_entropy_bwd, cross_entropy_fwd
 from tests.checks import DTYPES, LAYOUTS, assert_as_accurate, compare, double, with_gradients
 
-module = importlib.import_module("kernels.cross_entropy")  # its name in the package is the function's
+module = importlib.import_module(
+    "kernels.cross_entropy"
+)  # its name in the package is the function's
 INF = math.inf
 PRECISIONS = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -33,7 +37,9 @@ def test_numbers_of_classes(classes, dtype, device):
 
 @pytest.mark.parametrize("soft", [False, True], ids=["labels", "probabilities"])
 def test_many_tiles(soft, device, monkeypatch):
-    """Rows and classes over many small tiles, the maximum rising from tile to tile and falling: the rescaling is right."""
+    """Rows and classes over many small tiles, the maximum rising from tile to tile and falling: the
+    rescaling is right.
+    """
     monkeypatch.setattr(module, "_TILE", 16)
     logits = 20 * torch.sin(torch.arange(7 * 100, device=device) / 9).view(7, 100)
     target = torch.rand(7, 100, device=device) if soft else torch.arange(0, 98, 14, device=device)
@@ -47,12 +53,18 @@ def test_50000_classes_in_one_row(device):
 
 @PRECISIONS
 def test_sum_over_programs(dtype, device):
-    """More partial losses and weights than the reducing program adds at a time, and with the last lanes empty."""
+    """More partial losses and weights than the reducing program adds at a time, and with the last
+    lanes empty.
+    """
     parts = torch.rand(2 * 2500, device=device)
     loss, (_, _, denominator, _) = module.finish(parts, 2500, parts.to(dtype), (), "mean", None)
     exact = double(parts).view(2, 2500).sum(1)
     torchs = parts.view(2, 2500).sum(1)
-    assert_as_accurate([loss, denominator], [(torchs[0] / torchs[1]).to(dtype), torchs[1]], [exact[0] / exact[1], exact[1]])
+    assert_as_accurate(
+        [loss, denominator],
+        [(torchs[0] / torchs[1]).to(dtype), torchs[1]],
+        [exact[0] / exact[1], exact[1]],
+    )
 
 
 @PRECISIONS
@@ -74,7 +86,9 @@ def test_sum_over_programs(dtype, device):
     ids=str,
 )
 def test_extreme_logits(row, dtype, device):
-    """Losses and gradients are infinite, NaN or finite where torch's are, and no other row notices."""
+    """Losses and gradients are infinite, NaN or finite where torch's are, and no other row
+    notices.
+    """
     logits = torch.tensor([row, [0.5, -1.0, 2.0]]).to(device, dtype)
     for label in (0, 1):
         target = torch.tensor([label, 2], device=device)
@@ -87,7 +101,9 @@ def test_extreme_logits(row, dtype, device):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(7, 17), (3, 5, 4)], ids=str)
 def test_layouts(shape, layout, dtype, device):
-    """Logits, labels, probabilities, class weights and incoming gradients of any strides, NaN in the gaps."""
+    """Logits, labels, probabilities, class weights and incoming gradients of any strides, NaN in
+    the gaps.
+    """
     arrange = LAYOUTS[layout]
     torch.manual_seed(0)
     logits = arrange(torch.randn(shape).to(device, dtype))
@@ -96,8 +112,11 @@ def test_layouts(shape, layout, dtype, device):
     dy = arrange(torch.rand(labels.shape).to(device, dtype))
     for target in (arrange(labels), arrange(torch.rand(shape).to(device, dtype))):
         results = []
-        for cast, function in ((torch.Tensor.detach, cross_entropy), (torch.Tensor.detach, F.cross_entropy),
-                               (torch.Tensor.double, F.cross_entropy)):  # fmt: skip
+        for cast, function in (
+            (torch.Tensor.detach, cross_entropy),
+            (torch.Tensor.detach, F.cross_entropy),
+            (torch.Tensor.double, F.cross_entropy),
+        ):
             z = cast(logits).requires_grad_()
             t = cast(target) if target.is_floating_point() else target
             value = function(z, t, cast(weight), reduction="none", label_smoothing=0.1)
@@ -112,14 +131,20 @@ def test_integer_types_of_labels(dtype, device):
     logits = torch.randn(3, 4, device=device)
     for path in ("triton", "torch"):
         with kernels.use(path):
-            assert torch.equal(cross_entropy(logits, target.to(dtype)), cross_entropy(logits, target))
+            assert torch.equal(
+                cross_entropy(logits, target.to(dtype)), cross_entropy(logits, target)
+            )
 
 
 @pytest.mark.parametrize("bad", [4, -1, 1 << 40])
 def test_label_out_of_range(bad, device, monkeypatch):
-    """The CPU names the label; on a GPU, which is not asked to wait, the loss is NaN, and check_labels() asks."""
+    """The CPU names the label; on a GPU, which is not asked to wait, the loss is NaN, and
+    check_labels() asks.
+    """
     logits, target = torch.randn(3, 4, device=device), torch.tensor([0, bad, 1], device=device)
-    message = rf"target\[1\] is {bad}, but there are 4 classes: labels are 0 to 3, or ignore_index = -100"
+    message = (
+        rf"target\[1\] is {bad}, but there are 4 classes: labels are 0 to 3, or ignore_index = -100"
+    )
     for path in ("torch", "triton"):
         with kernels.use(path), kernels.check_labels(), pytest.raises(IndexError, match=message):
             cross_entropy(logits, target)
@@ -138,7 +163,10 @@ def test_check_labels_ends_with_its_context(device, monkeypatch):
 
 
 def test_logits_are_not_overwritten_and_gradients_are_fresh(device):
-    logits, target = torch.randn(7, 5, device=device), torch.zeros(7, dtype=torch.int64, device=device)
+    logits, target = (
+        torch.randn(7, 5, device=device),
+        torch.zeros(7, dtype=torch.int64, device=device),
+    )
     before = logits.clone()
     loss, saved = cross_entropy_fwd(logits, target)
     kept = saved[0].clone()

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from kernels import launch, refusal, train_epoch, train_epoch_ref, train_replicas, train_replicas_ref
+from kernels import (
+    launch,
+    refusal,
+    train_epoch,
+    train_epoch_ref,
+    train_replicas,
+    train_replicas_ref,
+)
 from kernels.network import Spec
 from tests.checks import assert_equal, snapshot
 from tests.kernels.trainings import CASES, SOFT, Run, assert_agrees
@@ -12,7 +19,12 @@ from tests.kernels.trainings import CASES, SOFT, Run, assert_agrees
 @pytest.mark.parametrize("name", CASES)
 def test_epoch_agrees_with_reference(name, device):
     spec, hyper = CASES[name]
-    assert_agrees(Run(spec, device, soft=name in SOFT, **hyper), train_epoch, train_epoch_ref, lrs=(None, 0.02))
+    assert_agrees(
+        Run(spec, device, soft=name in SOFT, **hyper),
+        train_epoch,
+        train_epoch_ref,
+        lrs=(None, 0.02),
+    )
 
 
 def test_uint8_pixels_int32_indices_and_full_batches(device):
@@ -21,17 +33,29 @@ def test_uint8_pixels_int32_indices_and_full_batches(device):
     assert_agrees(run, train_epoch, train_epoch_ref)
 
 
-@pytest.mark.parametrize("name", ["three layers", "wider than a tile, momentum", "AdamW, loss over classes too"])
+@pytest.mark.parametrize(
+    "name", ["three layers", "wider than a tile, momentum", "AdamW, loss over classes too"]
+)
 def test_replicas_agree_with_reference_and_with_single_trainings(name, device):
     spec, hyper = CASES[name]
-    varied = {"lr": [0.02, 0.01, 0.1]} | ({"momentum": [0.9, 0.0, 0.5]} if "momentum" in hyper else {})
+    varied = {"lr": [0.02, 0.01, 0.1]} | (
+        {"momentum": [0.9, 0.0, 0.5]} if "momentum" in hyper else {}
+    )
     run = Run(spec, device, replicas=3, **{**hyper, **varied})
     assert_agrees(run, train_replicas, train_replicas_ref, lrs=(None, 0.02))
     (parameters, (losses,)), _ = run.train(train_replicas)
     for r in range(3):
         single = Run(spec, device, **hyper)
-        single.parameters, single.states = [p[r] for p in run.parameters], [[s[r] for s in ss] for ss in run.states]
-        single.data, single.targets, single.indices, single.hyper = run.data, run.targets, run.indices[r], run.hyper[r]
+        single.parameters, single.states = (
+            [p[r] for p in run.parameters],
+            [[s[r] for s in ss] for ss in run.states],
+        )
+        single.data, single.targets, single.indices, single.hyper = (
+            run.data,
+            run.targets,
+            run.indices[r],
+            run.hyper[r],
+        )
         (alone, (values,)), _ = single.train(lambda *a, **k: train_epoch(*a, **k, programs=1))
         assert_equal([[p[r] for p in parameters], losses[r]], [alone, values], f"network {r}")
 
@@ -55,39 +79,88 @@ def test_label_that_is_no_class_shows_in_the_loss(mean, device):
 @pytest.mark.parametrize("whole_batch", [False, True])
 @pytest.mark.parametrize("mean", [True, False])
 def test_ignored_labels(mean, whole_batch, device):
-    """They count in no mean. A batch of nothing else has no gradient; the mean of nothing is NaN, as in torch."""
+    """They count in no mean. A batch of nothing else has no gradient; the mean of nothing is NaN,
+    as in torch.
+    """
     spec = Spec((6, 5, 3), "tanh", loss_mean=mean)
-    for replicas, ours, reference in ((None, train_epoch, train_epoch_ref), (3, train_replicas, train_replicas_ref)):
+    for replicas, ours, reference in (
+        (None, train_epoch, train_epoch_ref),
+        (3, train_replicas, train_replicas_ref),
+    ):
         run = Run(spec, device, replicas=replicas)
-        run.targets[run.indices[..., 5 if whole_batch else 6 : 10]] = -100  # of the second batch, its rows 5 to 9
+        run.targets[
+            run.indices[..., 5 if whole_batch else 6 : 10]
+        ] = -100  # of the second batch, its rows 5 to 9
         (parameters, (losses,)), (correct,) = run.train(ours)
         (weights, (values,)), (right,) = run.train(reference, torch.float64)
-        torch.testing.assert_close([*parameters, losses], [t.float() for t in (*weights, values)], equal_nan=True)
+        torch.testing.assert_close(
+            [*parameters, losses], [t.float() for t in (*weights, values)], equal_nan=True
+        )
         assert torch.equal(correct.long(), right.long())
         assert all(p.isfinite().all() for p in parameters)
-        assert replicas or losses.isnan().tolist() == [False, mean and whole_batch, False, False, False]
+        assert replicas or losses.isnan().tolist() == [
+            False,
+            mean and whole_batch,
+            False,
+            False,
+            False,
+        ]
 
 
-@pytest.mark.parametrize("change, batch, expected", [
-    ({"sizes": (784, 512, 10)}, 32, "epoch: hidden width 512 exceeds 256; use engine 'graph' or 'manual'"),
-    ({"sizes": (784, 100, 100)}, 32, "epoch: classes 100 exceeds 64; use engine 'graph' or 'manual'"),
-    ({}, 129, "epoch: batch 129 exceeds 128; use engine 'graph' or 'manual'"),
-    ({"activation": "gelu"}, 32, "epoch: the derivative of 'gelu' needs the pre-activation, which these kernels do not keep"),
-    ({"rule": "rprop"}, 32, "epoch: rule must be one of sgd, momentum, nesterov, adam, adamw"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, batch, expected",
+    [
+        (
+            {"sizes": (784, 512, 10)},
+            32,
+            "epoch: hidden width 512 exceeds 256; use engine 'graph' or 'manual'",
+        ),
+        (
+            {"sizes": (784, 100, 100)},
+            32,
+            "epoch: classes 100 exceeds 64; use engine 'graph' or 'manual'",
+        ),
+        ({}, 129, "epoch: batch 129 exceeds 128; use engine 'graph' or 'manual'"),
+        (
+            {"activation": "gelu"},
+            32,
+            "epoch: the derivative of 'gelu' needs the pre-activation, which these kernels do "
+            "not keep",
+        ),
+        ({"rule": "rprop"}, 32, "epoch: rule must be one of sgd, momentum, nesterov, adam, adamw"),
+    ],
+)
 def test_refusals_name_the_limit_and_what_to_do(change, batch, expected):
     assert refusal(Spec((784, 256, 64)), 128) is None
     assert refusal(Spec(**{"sizes": (784, 100, 10), **change}), batch).startswith(expected)
 
 
-@pytest.mark.parametrize("wrong, message", [
-    (lambda r: setattr(r, "data", r.data[:, 1:]), r"data must be contiguous \(n, 17\), got \(23, 16\)"),
-    (lambda r: setattr(r, "states", [r.parameters]), "rule 'sgd' needs 0 lists of states, got 1"),
-    (lambda r: r.parameters.pop(), "parameters must have shapes"),
-    (lambda r: r.options.update(programs=7), "rows of w_1 a program make . programs, or 1; got 7"),
-    (lambda r: r.options.update(programs=2, exchange="mail"), "exchange must be one of words, counter, got 'mail'"),
-    (lambda r: r.options.update(losses=torch.empty(4)), r"losses must be contiguous \(5,\), one for each step, got \(4,\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (
+            lambda r: setattr(r, "data", r.data[:, 1:]),
+            r"data must be contiguous \(n, 17\), got \(23, 16\)",
+        ),
+        (
+            lambda r: setattr(r, "states", [r.parameters]),
+            "rule 'sgd' needs 0 lists of states, got 1",
+        ),
+        (lambda r: r.parameters.pop(), "parameters must have shapes"),
+        (
+            lambda r: r.options.update(programs=7),
+            "rows of w_1 a program make . programs, or 1; got 7",
+        ),
+        (
+            lambda r: r.options.update(programs=2, exchange="mail"),
+            "exchange must be one of words, counter, got 'mail'",
+        ),
+        (
+            lambda r: r.options.update(losses=torch.empty(4)),
+            r"losses must be contiguous \(5,\), one for each step, got \(4,\)",
+        ),
+    ],
+)
 def test_bad_arguments(wrong, message, device):
     run = Run(CASES["three layers"][0], device)
     wrong(run)
@@ -97,12 +170,30 @@ def test_bad_arguments(wrong, message, device):
 
 def test_more_programs_than_processors_are_refused_before_the_launch():
     run = Run(Spec((20, 70, 4)), "meta")
-    arguments = run.spec, run.parameters, run.states, run.data, run.targets, run.indices, run.batch, run.hyper, run.count
+    arguments = (
+        run.spec,
+        run.parameters,
+        run.states,
+        run.data,
+        run.targets,
+        run.indices,
+        run.batch,
+        run.hyper,
+        run.count,
+    )
     launched = []
-    with launch.dry_run("sm_90", 8), launch.observe(lambda kernel, grid, *_: launched.append((kernel.__name__, grid))):
-        with pytest.raises(ValueError, match="9 programs must run at once, but meta runs 8; pass programs=1"):
+    with (
+        launch.dry_run("sm_90", 8),
+        launch.observe(lambda kernel, grid, *_: launched.append((kernel.__name__, grid))),
+    ):
+        with pytest.raises(
+            ValueError, match="9 programs must run at once, but meta runs 8; pass programs=1"
+        ):
             train_epoch(*arguments, programs=9)
         train_epoch(*arguments)
     assert launched == [("epoch_kernel", (1,))]
-    with launch.dry_run("gfx942", 304), pytest.raises(ValueError, match="would wait for ever on AMD; pass programs=1"):
+    with (
+        launch.dry_run("gfx942", 304),
+        pytest.raises(ValueError, match="would wait for ever on AMD; pass programs=1"),
+    ):
         train_epoch(*arguments, programs=5)

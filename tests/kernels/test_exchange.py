@@ -1,5 +1,5 @@
-"""Programs that share one network. The interpreter runs a grid one program at a time, which would wait for ever: here every
-program is an operating-system process, on tensors in shared memory."""
+"""Programs that share one network. The interpreter runs a grid one program at a time, which would
+wait for ever: here every program is an operating-system process, on tensors in shared memory."""
 
 import os
 import subprocess
@@ -19,20 +19,42 @@ from tests.programs import PATIENCE, as_processes
 SPECS = {
     "momentum, 5 programs": CASES["wider than a tile, momentum"],
     "single layer, 2 programs": (network.Spec((12, 20)), {}),
-    "four layers, Adam, 3 programs": (network.Spec((12, 37, 26, 8, 3), "tanh", rule="adam"), {"lr": 0.01, "betas": (0.9, 0.999)}),
+    "four layers, Adam, 3 programs": (
+        network.Spec((12, 37, 26, 8, 3), "tanh", rule="adam"),
+        {"lr": 0.01, "betas": (0.9, 0.999)},
+    ),
 }
 
 
 def by_processes(kind):
     """`train_epoch` with a process for each program of `module.exchange_kernel`."""
 
-    def train(spec, parameters, states, data, targets, indices, batch, hyper, count, scale=1.0, shift=0.0):
+    def train(
+        spec, parameters, states, data, targets, indices, batch, hyper, count, scale=1.0, shift=0.0
+    ):
         steps = network.steps_of(len(indices), batch)
         losses, correct = torch.full((steps,), float("nan")), torch.zeros(steps, dtype=torch.int32)
         made, rows, options = network.plan(spec, batch, targets, "exchange")
         programs = -(-spec.sizes[1] // rows)
-        args, copied = module.prepare(spec, parameters, states, data, targets, indices, batch, hyper, count, scale, shift,
-                                      losses, correct, programs, rows, kind, made)  # fmt: skip
+        args, copied = module.prepare(
+            spec,
+            parameters,
+            states,
+            data,
+            targets,
+            indices,
+            batch,
+            hyper,
+            count,
+            scale,
+            shift,
+            losses,
+            correct,
+            programs,
+            rows,
+            kind,
+            made,
+        )
         options |= {"ROWS": rows, "PROGRAMS": programs, "WORDS": kind == "words"}
         as_processes(module.exchange_kernel, programs, args, options, first=0.3)
         for tensor, copies in copied:
@@ -56,12 +78,20 @@ def check(name):
 def test_programs_agree_with_reference():
     """In a process of its own, without threads, that can fork."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-m", "tests.kernels.test_exchange"], capture_output=True, text=True,
-                          cwd=Path(__file__).parents[2], env=environment, timeout=6 * PATIENCE)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.test_exchange"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        timeout=6 * PATIENCE,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a grid whose programs wait for each other needs a GPU")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="a grid whose programs wait for each other needs a GPU"
+)
 @pytest.mark.parametrize("kind", module.EXCHANGES)
 @pytest.mark.parametrize("name", SPECS)
 def test_programs_on_a_gpu(name, kind):

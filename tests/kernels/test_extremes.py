@@ -1,4 +1,6 @@
-"""Numbers at the ends of their range, and sizes of 0 and 1, where the other tests have none of them."""
+"""Numbers at the ends of their range, and sizes of 0 and 1, where the other tests have none of
+them.
+"""
 
 import functools
 import math
@@ -16,7 +18,9 @@ INF = math.inf
 
 
 def subnormals(dtype, device):
-    """A few subnormal numbers; of bfloat16 none in the interpreter, which converts them to other numbers."""
+    """A few subnormal numbers; of bfloat16 none in the interpreter, which converts them to other
+    numbers.
+    """
     smallest = torch.finfo(dtype).smallest_normal
     return [] if dtype == torch.bfloat16 and device == "cpu" else [smallest / 4, -smallest / 8]
 
@@ -38,7 +42,11 @@ def test_activations_near_zero(name, dtype, device):
 def test_one_odd_row_of_linear(value, dtype, device):
     """It comes out as torch's, and no other row notices."""
     value = (
-        torch.finfo(dtype).max if value == "largest" else (subnormals(dtype, device) or [0])[0] if value == "subnormal" else value
+        torch.finfo(dtype).max
+        if value == "largest"
+        else (subnormals(dtype, device) or [0])[0]
+        if value == "subnormal"
+        else value
     )
     torch.manual_seed(0)
     x, w = torch.rand(5, 17) + 0.5, torch.rand(3, 17) + 0.5
@@ -56,26 +64,50 @@ def test_subnormal_losses(dtype, device):
     first, second = subnormals(dtype, device) or (small, -small)
     logits = torch.tensor([[small, first, 0.0], [second, 0.0, small]], dtype=dtype, device=device)
     target = torch.tensor([0, 2], device=device)
-    compare(*(lambda z, f=f: f(z, target, reduction="none") for f in (kernels.cross_entropy, F.cross_entropy)), [logits])
-    compare(*(lambda x, t, f=f: f(x, t, reduction="none") for f in (kernels.mse_loss, F.mse_loss)), [logits, logits.flip(1)])
+    compare(
+        *(
+            lambda z, f=f: f(z, target, reduction="none")
+            for f in (kernels.cross_entropy, F.cross_entropy)
+        ),
+        [logits],
+    )
+    compare(
+        *(lambda x, t, f=f: f(x, t, reduction="none") for f in (kernels.mse_loss, F.mse_loss)),
+        [logits, logits.flip(1)],
+    )
 
 
 def test_half_precision_sums_beyond_its_range(device):
-    """Sums are float32 inside: a mean is finite though the sum is not, and the sum overflows as torch's does."""
+    """Sums are float32 inside: a mean is finite though the sum is not, and the sum overflows as
+    torch's does.
+    """
     x, target = (
         torch.full((300, 10), 30.0, dtype=torch.float16, device=device),
         torch.zeros(300, dtype=torch.int64, device=device),
     )
     x[:, 0] = -300
     for reduction in ("mean", "sum"):
-        for ours, theirs, t in ((kernels.cross_entropy, F.cross_entropy, target), (kernels.mse_loss, F.mse_loss, -x)):
-            compare(*(lambda z, f=f, t=t, r=reduction: f(z, t, reduction=r) for f in (ours, theirs)), [x], what=reduction)
+        for ours, theirs, t in (
+            (kernels.cross_entropy, F.cross_entropy, target),
+            (kernels.mse_loss, F.mse_loss, -x),
+        ):
+            compare(
+                *(lambda z, f=f, t=t, r=reduction: f(z, t, reduction=r) for f in (ours, theirs)),
+                [x],
+                what=reduction,
+            )
 
 
 @pytest.mark.parametrize("path", ["torch", "triton"])
-@pytest.mark.parametrize(("rows", "classes", "ignored"), [(2, 1, ()), (3, 4, (0, 1, 2)), (3, 4, (1,)), (1, 300, ())], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "classes", "ignored"),
+    [(2, 1, ()), (3, 4, (0, 1, 2)), (3, 4, (1,)), (1, 300, ())],
+    ids=str,
+)
 def test_linear_cross_entropy_of_odd_sizes(rows, classes, ignored, path, device):
-    """One class: no loss, no gradient. All rows ignored: NaN, and no gradient. 300 classes: by two operations."""
+    """One class: no loss, no gradient. All rows ignored: NaN, and no gradient. 300 classes: by two
+    operations.
+    """
     torch.manual_seed(0)
     target = torch.arange(rows, device=device) % classes
     target[list(ignored)] = -100
@@ -83,7 +115,10 @@ def test_linear_cross_entropy_of_odd_sizes(rows, classes, ignored, path, device)
     def theirs(x, w, b):
         return F.cross_entropy(F.linear(x, w, b), target)
 
-    draws = [[torch.randn(shape, device=device) for shape in ((rows, 3), (classes, 3), (classes,))] for _ in range(2)]
+    draws = [
+        [torch.randn(shape, device=device) for shape in ((rows, 3), (classes, 3), (classes,))]
+        for _ in range(2)
+    ]
     with kernels.use(path):
         compare(lambda x, w, b: kernels.linear_cross_entropy(x, w, b, target), theirs, *draws)
 
@@ -97,16 +132,30 @@ def test_no_images(device):
 @pytest.mark.parametrize("path", ["torch", None], ids=["reference", "kernels"])
 @pytest.mark.parametrize("gradient", [0.0, 1e-30, 1e-42, 1e30, INF, -INF, math.nan], ids=str)
 def test_updates_by_odd_gradients(gradient, path, device):
-    """Weights become what torch's optimizers make of them: unmoved, moved by lr, infinite or NaN."""
-    for name, ours, theirs in (("SGD", kernels.sgd, torch.optim.SGD), ("Adam", kernels.adam, torch.optim.Adam)):
-        p, g = torch.linspace(-1, 1, 5, device=device), torch.tensor([gradient, 1.0, -1.0, gradient, 0.5], device=device)
+    """Weights become what torch's optimizers make of them: unmoved, moved by lr, infinite or
+    NaN.
+    """
+    for name, ours, theirs in (
+        ("SGD", kernels.sgd, torch.optim.SGD),
+        ("Adam", kernels.adam, torch.optim.Adam),
+    ):
+        p, g = (
+            torch.linspace(-1, 1, 5, device=device),
+            torch.tensor([gradient, 1.0, -1.0, gradient, 0.5], device=device),
+        )
         parameter = torch.nn.Parameter(p.clone())
         parameter.grad = g.clone()
         theirs([parameter], lr=0.1).step()
-        states = ([p], [g], [p]) if name == "SGD" else ([p], [g], [torch.zeros_like(p)], [torch.zeros_like(p)], 1)
+        states = (
+            ([p], [g], [p])
+            if name == "SGD"
+            else ([p], [g], [torch.zeros_like(p)], [torch.zeros_like(p)], 1)
+        )
         if path is None:
             ours(*states, 0.1)
         else:
             with kernels.use(path):
                 ours(*states, 0.1)
-        torch.testing.assert_close(p, parameter.detach(), equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            p, parameter.detach(), equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+        )

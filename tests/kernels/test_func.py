@@ -1,4 +1,6 @@
-"""torch.func and forward-mode derivatives: computed by the reference, in operations that torch transforms, never by a kernel."""
+"""torch.func and forward-mode derivatives: computed by the reference, in operations that torch
+transforms, never by a kernel.
+"""
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ import mlp
 from kernels import launch
 from tests.pairs import PAIRS, cases, leaves, of_tensors
 
-# torch's own: forward-mode rules of some operators are scripted, which torch says it will stop doing.
+# torch's own: forward-mode rules of some operators are scripted, which torch says it will stop
+# doing.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 
 EACH_OPERATION = pytest.mark.parametrize("name", PAIRS)
@@ -24,7 +27,9 @@ TRANSFORMS = {
     "jvp": lambda of, given: jvp(of, given, given),
     "jacrev": lambda of, given: jacrev(of)(*given),
     "hessian": lambda of, given: hessian(lambda last: of(*given[:-1], last))(given[-1]),
-    "grad of grad": lambda of, given: grad(lambda x: grad(of)(x, *given[1:]).square().sum())(given[0]),
+    "grad of grad": lambda of, given: grad(lambda x: grad(of)(x, *given[1:]).square().sum())(
+        given[0]
+    ),
 }
 
 
@@ -40,7 +45,9 @@ def no_kernel_runs():
 
 
 def pair(name, args):
-    """The sum of ours and of torch's, as functions of the tensors that have gradients, and those tensors."""
+    """The sum of ours and of torch's, as functions of the tensors that have gradients, and those
+    tensors.
+    """
     ours, torchs, _ = PAIRS[name]
     wanted = lambda t: t.requires_grad  # noqa: E731
     args = leaves(name, args)
@@ -52,9 +59,13 @@ def pair(name, args):
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms(transform, name, device):
     """Every case of the table against torch's functions under the same transform."""
-    for args in cases(name, device, torch.float64, (3, 4, 5)):  # second derivatives in float32 are mostly rounding
+    for args in cases(
+        name, device, torch.float64, (3, 4, 5)
+    ):  # second derivatives in float32 are mostly rounding
         ours, torchs, given = pair(name, args)
-        torch.testing.assert_close(TRANSFORMS[transform](ours, given), TRANSFORMS[transform](torchs, given))
+        torch.testing.assert_close(
+            TRANSFORMS[transform](ours, given), TRANSFORMS[transform](torchs, given)
+        )
 
 
 @EACH_OPERATION
@@ -75,12 +86,16 @@ def test_dual_numbers(name, device):
         ours, torchs, given = pair(name, args)
         with forward_ad.dual_level():
             duals = [forward_ad.make_dual(t, t.cos()) for t in given]
-            torch.testing.assert_close(*(tuple(forward_ad.unpack_dual(f(*duals))) for f in (ours, torchs)))
+            torch.testing.assert_close(
+                *(tuple(forward_ad.unpack_dual(f(*duals))) for f in (ours, torchs))
+            )
 
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_gradients_of_each_sample(network, device):
-    """vmap of grad through functional_call: what as many backward passes by hand give, on the whole batch their mean."""
+    """vmap of grad through functional_call: what as many backward passes by hand give, on the whole
+    batch their mean.
+    """
     torch.manual_seed(0)
     net = NETWORKS[network](device)
     x, target = torch.randn(4, 64, device=device), torch.tensor([0, 4, 2, 2], device=device)
@@ -99,7 +114,9 @@ def test_gradients_of_each_sample(network, device):
         torch.testing.assert_close(samples.mean(0), whole)
 
 
-@pytest.mark.parametrize("transform", [grad, lambda f: vmap(grad(f), in_dims=(None, 0))], ids=["grad", "vmap of grad"])
+@pytest.mark.parametrize(
+    "transform", [grad, lambda f: vmap(grad(f), in_dims=(None, 0))], ids=["grad", "vmap of grad"]
+)
 def test_compiled(transform, device):
     """torch.compile of a transformed function: the reference is traced."""
     torch._dynamo.reset()
@@ -107,10 +124,17 @@ def test_compiled(transform, device):
     def loss(w, x):
         return kernels.mse_loss(kernels.linear(x, w, None, "tanh"), x[..., :3])
 
-    run, (w, x) = transform(loss), (torch.randn(3, 5, device=device), torch.randn(4, 5, device=device))
-    torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(w, x), run(w, x))
+    run, (w, x) = (
+        transform(loss),
+        (torch.randn(3, 5, device=device), torch.randn(4, 5, device=device)),
+    )
+    torch.testing.assert_close(
+        torch.compile(run, fullgraph=True, backend="aot_eager")(w, x), run(w, x)
+    )
 
 
 def test_errors_are_ours():
-    with pytest.raises(ValueError, match=r"linear: weight must be \(out, in\) with in = 3 .*got \(4, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"linear: weight must be \(out, in\) with in = 3 .*got \(4, 5\)"
+    ):
         vmap(kernels.linear, in_dims=(0, None))(torch.randn(2, 3), torch.randn(4, 5))

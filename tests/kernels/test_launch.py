@@ -37,7 +37,11 @@ def test_float64_takes_the_reference(device):
 def test_cpu_needs_the_interpreter(interpreted, monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETED", interpreted)
     x = torch.ones(2, 2)
-    assert kernels.path(x) == kernels.path(x, None, torch.ones(2)) == ("triton" if interpreted else "torch")
+    assert (
+        kernels.path(x)
+        == kernels.path(x, None, torch.ones(2))
+        == ("triton" if interpreted else "torch")
+    )
     kernels.sgd([], [], [], 0.1)  # nothing to choose by, and nothing to do
 
 
@@ -62,11 +66,16 @@ def test_use_triton_refuses_what_no_kernel_takes(device, monkeypatch):
     double = torch.ones(2, 2, dtype=torch.float64, device=device)
     with (
         kernels.use("triton"),
-        pytest.raises(ValueError, match=rf"no kernel takes .*torch\.float64 on {device}.*kernels take float32"),
+        pytest.raises(
+            ValueError, match=rf"no kernel takes .*torch\.float64 on {device}.*kernels take float32"
+        ),
     ):
         kernels.linear(double, double)
     monkeypatch.setattr(launch, "INTERPRETED", False)
-    with kernels.use("triton"), pytest.raises(ValueError, match=r"torch\.float32 on cpu; .*TRITON_INTERPRET=1"):
+    with (
+        kernels.use("triton"),
+        pytest.raises(ValueError, match=r"torch\.float32 on cpu; .*TRITON_INTERPRET=1"),
+    ):
         kernels.path(torch.ones(2))
     with pytest.raises(ValueError, match='path must be "torch" or "triton", got \'cuda\''):
         kernels.use("cuda")
@@ -76,9 +85,11 @@ def test_backward_takes_the_path_of_its_own_time(device):
     """A graph recorded on one path can be run on the other: what is saved is the same."""
     x = torch.ones(2, 3, device=device, requires_grad=True)
     for forward, backward in (("torch", "triton"), ("triton", "torch")):
-        for function in (lambda: kernels.linear(x, x, None, "gelu").sum(),
-                         lambda: kernels.cross_entropy(x, torch.tensor([0, 2], device=device)),
-                         lambda: kernels.mse_loss(x, 2 * x)):  # fmt: skip
+        for function in (
+            lambda: kernels.linear(x, x, None, "gelu").sum(),
+            lambda: kernels.cross_entropy(x, torch.tensor([0, 2], device=device)),
+            lambda: kernels.mse_loss(x, 2 * x),
+        ):
             with kernels.use(forward):
                 value = function()
             with kernels.use(backward):
@@ -113,7 +124,9 @@ def test_dry_run_writes_nothing(name, device):
     assert launch.arch(torch.device("cpu")) == "cpu" and launch.sm_count(torch.device("cpu")) == 1
 
 
-@pytest.mark.parametrize(("setting", "precision"), [("highest", "ieee"), ("high", "tf32x3"), ("medium", "tf32")])
+@pytest.mark.parametrize(
+    ("setting", "precision"), [("highest", "ieee"), ("high", "tf32x3"), ("medium", "tf32")]
+)
 def test_precision_of_float32_products(setting, precision, monkeypatch):
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: setting)
     for arch in ("sm_90", "gfx942"):
@@ -125,9 +138,16 @@ def test_precision_of_float32_products(setting, precision, monkeypatch):
 
 @pytest.mark.parametrize(
     ("m", "n", "sms", "size"),
-    [(32, 4096, 132, "tiny"), (4096, 1, 132, "tiny"), (33, 4096, 132, "small"), (1024, 1024, 132, "small"),
-     (1024, 1024, 108, "large"), (8192, 1024, 132, "large"), (64, 64, 1, "small")],
-)  # fmt: skip
+    [
+        (32, 4096, 132, "tiny"),
+        (4096, 1, 132, "tiny"),
+        (33, 4096, 132, "small"),
+        (1024, 1024, 132, "small"),
+        (1024, 1024, 108, "large"),
+        (8192, 1024, 132, "large"),
+        (64, 64, 1, "small"),
+    ],
+)
 def test_buckets(m, n, sms, size):
     assert configs.bucket(m, n, sms) == size
 
@@ -137,4 +157,6 @@ def test_pinned_configurations_win(monkeypatch):
     monkeypatch.setitem(configs.PINNED, ("linear_fwd", "sm_90", "half", "tiny"), pinned)
     assert configs.lookup("linear_fwd", "sm_90", "half", "tiny") is pinned
     assert configs.lookup("linear_bwd_dx", "sm_90", "half", "tiny") != pinned
-    assert configs.lookup("linear_fwd", "sm_75", "half", "large").num_stages == 2  # no asynchronous copies
+    assert (
+        configs.lookup("linear_fwd", "sm_75", "half", "large").num_stages == 2
+    )  # no asynchronous copies

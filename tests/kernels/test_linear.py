@@ -33,7 +33,9 @@ def by_torch(x, w, b, activation):
 
 def pair(activation):
     """The same function by us and by torch."""
-    return lambda *args: kernels.linear(*args, activation), lambda *args: by_torch(*args, activation)
+    return lambda *args: kernels.linear(*args, activation), lambda *args: by_torch(
+        *args, activation
+    )
 
 
 @EACH_ACTIVATION
@@ -54,12 +56,17 @@ def test_against_torch(activation, dtype, device):
 
 @EACH_ACTIVATION
 def test_second_derivative_through_kernels(activation, device):
-    """create_graph=True on the kernels' path, then the gradient of a gradient penalty, as torch's."""
+    """create_graph=True on the kernels' path, then the gradient of a gradient penalty, as
+    torch's.
+    """
 
     def penalty(function):
         def of(*tensors):
             y = function(*tensors)
-            return sum(g.square().sum() for g in torch.autograd.grad(y.square().sum(), tensors, create_graph=True))
+            return sum(
+                g.square().sum()
+                for g in torch.autograd.grad(y.square().sum(), tensors, create_graph=True)
+            )
 
         return of
 
@@ -77,33 +84,51 @@ def test_leading_dimensions(shape, device):
 def test_empty(sizes, device):
     """No rows, no features or no outputs: sums of nothing are 0, and nothing is left unwritten."""
     m, k, n = sizes
-    compare(*pair("sigmoid"), [torch.randn(shape, device=device) for shape in ((m, k), (n, k), (n,))])
+    compare(
+        *pair("sigmoid"), [torch.randn(shape, device=device) for shape in ((m, k), (n, k), (n,))]
+    )
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @PRECISIONS
 def test_split_batch(bias, dtype, device, monkeypatch):
-    """A batch that is split over processors gives the sum, in a fixed order, also where the last split is short."""
+    """A batch that is split over processors gives the sum, in a fixed order, also where the last
+    split is short.
+    """
     monkeypatch.setattr(launch, "sm_count", lambda device: 8)
-    dz, x, launched = torch.randn(1030, 7, device=device).to(dtype), torch.randn(1030, 33, device=device).to(dtype), []
+    dz, x, launched = (
+        torch.randn(1030, 7, device=device).to(dtype),
+        torch.randn(1030, 33, device=device).to(dtype),
+        [],
+    )
     with launch.observe(lambda kernel, grid, args, options: launched.append(grid)):
         ours = linear_bwd_dw(dz, x, bias)
     assert launched[0][2] == 4, "the batch was not split"
-    assert_as_accurate(ours, linear_bwd_dw_ref(dz, x, bias), linear_bwd_dw_ref(*double((dz, x)), bias))
+    assert_as_accurate(
+        ours, linear_bwd_dw_ref(dz, x, bias), linear_bwd_dw_ref(*double((dz, x)), bias)
+    )
     assert_equal(linear_bwd_dw(dz, x, bias), ours, "second run")
 
 
 @pytest.mark.parametrize("size", configs.BUCKETS)
 def test_every_bucket(size, device, monkeypatch):
-    """The tiles of every bucket give the same numbers; small tests would only ever see one of them."""
+    """The tiles of every bucket give the same numbers; small tests would only ever see one of
+    them.
+    """
     monkeypatch.setattr(configs, "bucket", lambda m, n, sms: size)
     compare(*pair("tanh"), draw("tanh", 150, 17, 140, device, torch.float16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_rounding(dtype, device):
-    """Of an exact float32 sum to the nearest, halfway to even; the interpreter's own conversion to bfloat16 truncates."""
+    """Of an exact float32 sum to the nearest, halfway to even; the interpreter's own conversion to
+    bfloat16 truncates.
+    """
     ulp = torch.finfo(dtype).eps
-    sums = [(one, part * ulp) for one in (1, 1 + ulp, -1, -1 - ulp) for part in (0, 0.25, 0.5, 0.75, -0.125, -0.375)]
+    sums = [
+        (one, part * ulp)
+        for one in (1, 1 + ulp, -1, -1 - ulp)
+        for part in (0, 0.25, 0.5, 0.75, -0.125, -0.375)
+    ]
     x = torch.tensor(sums, device=device).to(dtype)
     assert_equal(kernels.linear(x, x.new_ones(1, 2)), x.float().sum(1, keepdim=True).to(dtype))

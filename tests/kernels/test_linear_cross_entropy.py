@@ -1,4 +1,6 @@
-"""linear_cross_entropy: the last layer and its loss in one kernel, against torch's two functions."""
+"""linear_cross_entropy: the last layer and its loss in one kernel, against torch's two
+functions.
+"""
 
 import pytest
 import torch
@@ -24,14 +26,21 @@ OPTIONS = {
 
 def draw(m, k, c, device="cpu", dtype=torch.float64, seed=0):
     torch.manual_seed(seed)
-    return [t.to(device, dtype) for t in (torch.randn(m, k), torch.randn(c, k) * k**-0.5, torch.randn(c))]
+    return [
+        t.to(device, dtype)
+        for t in (torch.randn(m, k), torch.randn(c, k) * k**-0.5, torch.randn(c))
+    ]
 
 
 def pair(options, m, c, device):
     """The same function of (x, w, b) by us and by torch."""
     keywords = dict(OPTIONS[options])
     weighted = keywords.pop("weight", False)
-    target = torch.rand(m, c) if options == "probabilities" else torch.arange(m) % (1 if options == "ignore all" else c)
+    target = (
+        torch.rand(m, c)
+        if options == "probabilities"
+        else torch.arange(m) % (1 if options == "ignore all" else c)
+    )
 
     def arguments(x):
         weight = torch.linspace(0.5, 1.5, c).to(x) if weighted else None
@@ -75,7 +84,9 @@ def test_no_bias(device):
 
 @pytest.mark.parametrize("classes", [FUSED_CLASSES, FUSED_CLASSES + 1])
 def test_fused_up_to(classes, device):
-    """At the limit the logits are never stored; one class beyond, the two operations run, to the same accuracy."""
+    """At the limit the logits are never stored; one class beyond, the two operations run, to the
+    same accuracy.
+    """
     x, w, b = draw(5, 7, classes, device, torch.float32)
     names = []
     with launch.observe(lambda kernel, grid, args, options: names.append(kernel.fn.__name__)):
@@ -88,7 +99,10 @@ def test_fused_up_to(classes, device):
 def test_second_derivative_through_kernels(device):
     def penalty(function):
         def of(*tensors):
-            return sum(g.square().sum() for g in torch.autograd.grad(function(*tensors), tensors, create_graph=True))
+            return sum(
+                g.square().sum()
+                for g in torch.autograd.grad(function(*tensors), tensors, create_graph=True)
+            )
 
         return of
 
@@ -102,7 +116,10 @@ def test_layouts(layout, device):
     x, w, b = map(arrange, draw(17, 33, 10, device, torch.float32))
     weight = arrange(torch.rand(10, device=device) + 0.5)
     dy = arrange(torch.rand(17, device=device))
-    for target in (arrange(torch.arange(17, device=device) % 10), arrange(torch.rand(17, 10, device=device))):
+    for target in (
+        arrange(torch.arange(17, device=device) % 10),
+        arrange(torch.rand(17, 10, device=device)),
+    ):
         loss, saved = linear_cross_entropy_fwd(x, w, b, target, weight, reduction="none")
         results = [[loss, *linear_cross_entropy_bwd(dy, *saved)]]
         for cast in (torch.Tensor.detach, torch.Tensor.double):
@@ -116,7 +133,10 @@ def test_layouts(layout, device):
 def test_labels_out_of_range(device, monkeypatch):
     x, w, b = draw(3, 4, 5, device, torch.float32)
     target = torch.tensor([0, 5, 1], device=device)
-    with kernels.check_labels(), pytest.raises(IndexError, match=r"target\[1\] is 5, but there are 5 classes"):
+    with (
+        kernels.check_labels(),
+        pytest.raises(IndexError, match=r"target\[1\] is 5, but there are 5 classes"),
+    ):
         kernels.linear_cross_entropy(x, w, b, target)
     monkeypatch.setitem(linear_cross_entropy_fwd.__globals__, "check_range", lambda *args: False)
     assert kernels.linear_cross_entropy(x, w, b, target).isnan()

@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from kernels import launch, linear_bwd, linear_bwd_dw, linear_bwd_dx, linear_bwd_dz, linear_fwd, linear_fwd_ref
+from kernels import (
+    launch,
+    linear_bwd,
+    linear_bwd_dw,
+    linear_bwd_dx,
+    linear_bwd_dz,
+    linear_fwd,
+    linear_fwd_ref,
+)
 from kernels.activations import ACTIVATIONS
 from kernels.linear import linear_bwd_dw_ref, linear_bwd_dx_ref, linear_bwd_dz_ref
 from kernels.operations import flatten
@@ -20,9 +28,12 @@ def draw(m, k, n, device):
 
 @pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, repeat=2)), ids="-".join)
 def test_layouts(layouts, device):
-    """Inputs, weights, biases, incoming gradients and saved tensors of any strides, NaN in the gaps."""
+    """Inputs, weights, biases, incoming gradients and saved tensors of any strides, NaN in the
+    gaps.
+    """
     first, second = (LAYOUTS[name] for name in layouts)
-    draws = []  # several, since an expanded tensor holds few numbers, in which torch may be right by luck
+    # several, since an expanded tensor holds few numbers, in which torch may be right by luck
+    draws = []
     for _ in range(12 if "expanded" in layouts else 2):
         x, w, b = draw(17, 33, 7, device)
         x, w, b = first(x), second(w), second(b)
@@ -30,9 +41,14 @@ def test_layouts(layouts, device):
         dz = second(torch.rand(17, 7, device=device) + 0.5)
         below = first(torch.rand(17, 33, device=device))
         draws.append(((x, w, b, "gelu"), (first(dz), s, "gelu"), (dz, w, below, "tanh"), (dz, x)))
-    for each, kernel, reference in zip(zip(*draws), (linear_fwd, linear_bwd_dz, linear_bwd_dx, linear_bwd_dw),
-                                       (linear_fwd_ref, linear_bwd_dz_ref, linear_bwd_dx_ref, linear_bwd_dw_ref)):  # fmt: skip
-        ours, torchs = ([flatten(function(*args)) for args in each] for function in (kernel, reference))
+    for each, kernel, reference in zip(
+        zip(*draws),
+        (linear_fwd, linear_bwd_dz, linear_bwd_dx, linear_bwd_dw),
+        (linear_fwd_ref, linear_bwd_dz_ref, linear_bwd_dx_ref, linear_bwd_dw_ref),
+    ):
+        ours, torchs = (
+            [flatten(function(*args)) for args in each] for function in (kernel, reference)
+        )
         exact = [flatten(reference(*double(args))) for args in each]
         assert_as_accurate(stacked(ours), stacked(torchs), stacked(exact), kernel.__name__)
 
@@ -64,7 +80,9 @@ def test_out(activation, device):
     assert_equal(dx, linear_bwd_dx(y, w, x, activation), "dx")
     dz = torch.empty_like(y)
     result = linear_bwd_dz(y, s, activation, out=dz)
-    assert result.data_ptr() == (y if s is None else dz).data_ptr()  # the identity has nothing to write
+    assert (
+        result.data_ptr() == (y if s is None else dz).data_ptr()
+    )  # the identity has nothing to write
     assert_equal(result, linear_bwd_dz(y, s, activation), "dz")
 
 

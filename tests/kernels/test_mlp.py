@@ -25,7 +25,9 @@ def draw(widths, batch, device="cpu", dtype=torch.float64, seed=0):
 
 
 def away_from_kinks(tensors, activation):
-    """Whether no pre-activation of a hidden layer is so near a kink that rounding could carry it across."""
+    """Whether no pre-activation of a hidden layer is so near a kink that rounding could carry it
+    across.
+    """
     y, *parameters = double(tensors)
     layers = len(parameters) // 2
     margin = []
@@ -41,12 +43,16 @@ def pair(activation, output_activation="identity"):
 
     def by_kernels(x, *parameters):
         layers = len(parameters) // 2
-        return kernels.mlp(x, parameters[:layers], parameters[layers:], activation, output_activation)
+        return kernels.mlp(
+            x, parameters[:layers], parameters[layers:], activation, output_activation
+        )
 
     def by_torch(x, *parameters):
         layers = len(parameters) // 2
         for layer, (w, b) in enumerate(zip(parameters[:layers], parameters[layers:]), 1):
-            x = ACTIVATIONS[output_activation if layer == layers else activation].torch(F.linear(x, w, b))
+            x = ACTIVATIONS[output_activation if layer == layers else activation].torch(
+                F.linear(x, w, b)
+            )
         return x
 
     return by_kernels, by_torch
@@ -70,7 +76,9 @@ def test_against_torch(activation, device):
 @EACH_ACTIVATION
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_is_a_stack_of_linear(activation, dtype, device):
-    """Bitwise the same value and gradients as kernels.linear, layer on layer, but for what an unstored dy rounds."""
+    """Bitwise the same value and gradients as kernels.linear, layer on layer, but for what an
+    unstored dy rounds.
+    """
     tensors = draw(WIDTHS, 17, device, dtype)
 
     def stack(x, *parameters):
@@ -89,7 +97,10 @@ def test_second_derivative_through_kernels(device):
     def penalty(function):
         def of(*tensors):
             y = function(*tensors)
-            return sum(g.square().sum() for g in torch.autograd.grad(y.square().sum(), tensors, create_graph=True))
+            return sum(
+                g.square().sum()
+                for g in torch.autograd.grad(y.square().sum(), tensors, create_graph=True)
+            )
 
         return of
 
@@ -111,7 +122,9 @@ def test_only_the_gradients_wanted(device):
     whole = flat(*mlp_bwd(torch.ones_like(y), *saved))
     one_hot = [tuple(i == j for j in range(7)) for i in range(7)]
     for needs in [*one_hot, *(tuple(not n for n in row) for row in one_hot), (False,) * 7]:
-        for gradient, part, needed in zip(whole, flat(*mlp_bwd(torch.ones_like(y), *saved, needs=needs)), needs):
+        for gradient, part, needed in zip(
+            whole, flat(*mlp_bwd(torch.ones_like(y), *saved, needs=needs)), needs
+        ):
             assert torch.equal(part, gradient) if needed else part is None
 
 
@@ -122,7 +135,9 @@ def test_out(activation, device):
     weights, biases = parameters[:3], parameters[3:]
     y, saved = mlp_fwd(x, weights, biases, activation)
     fresh = snapshot((y, mlp_bwd(torch.ones_like(y), *saved)))
-    forward_out = [(torch.empty(17, w, device=device), torch.empty(17, w, device=device)) for w in WIDTHS[1:]]
+    forward_out = [
+        (torch.empty(17, w, device=device), torch.empty(17, w, device=device)) for w in WIDTHS[1:]
+    ]
     dz_out = [torch.empty(17, w, device=device) for w in WIDTHS[1:]]
     grads_out = [(torch.empty_like(w), torch.empty_like(b)) for w, b in zip(weights, biases)]
     y, saved = mlp_fwd(x, weights, biases, activation, out=forward_out)

@@ -1,4 +1,6 @@
-"""mlp_update: the backward that takes the optimizer's step trains as torch's network and torch.optim do."""
+"""mlp_update: the backward that takes the optimizer's step trains as torch's network and
+torch.optim do.
+"""
 
 import itertools
 
@@ -14,27 +16,46 @@ SIZES = (17, 9, 12, 5)
 # rule -> torch's optimizer, its options, and ours.
 TORCH = {
     "sgd": (torch.optim.SGD, {"weight_decay": 0.1}, {"weight_decay": 0.1}),
-    "momentum": (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.2}, {"momentum": 0.9, "dampening": 0.2}),
-    "nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
-                 {"momentum": 0.9, "weight_decay": 0.1}),
+    "momentum": (
+        torch.optim.SGD,
+        {"momentum": 0.9, "dampening": 0.2},
+        {"momentum": 0.9, "dampening": 0.2},
+    ),
+    "nesterov": (
+        torch.optim.SGD,
+        {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+        {"momentum": 0.9, "weight_decay": 0.1},
+    ),
     "adam": (torch.optim.Adam, {"weight_decay": 0.1}, {"betas": (0.9, 0.999), "weight_decay": 0.1}),
-    "adamw": (torch.optim.AdamW, {"betas": (0.5, 0.7)}, {"betas": (0.5, 0.7), "weight_decay": 0.01}),
-}  # fmt: skip
+    "adamw": (
+        torch.optim.AdamW,
+        {"betas": (0.5, 0.7)},
+        {"betas": (0.5, 0.7), "weight_decay": 0.01},
+    ),
+}
 
 
 def network(bias=True, dtype=torch.float64):
-    """torch's network with seeded weights, and inputs and targets of six steps, the last a smaller batch."""
+    """torch's network with seeded weights, and inputs and targets of six steps, the last a smaller
+    batch.
+    """
     torch.manual_seed(0)
     layers = [torch.nn.Linear(k, n, bias, dtype=dtype) for k, n in itertools.pairwise(SIZES)]
     modules = [m for layer in layers for m in (layer, torch.nn.Tanh())][:-1]
-    batches = [(torch.randn(rows, SIZES[0], dtype=dtype), torch.randn(rows, SIZES[-1], dtype=dtype)) for rows in (7,) * 5 + (3,)]
+    batches = [
+        (torch.randn(rows, SIZES[0], dtype=dtype), torch.randn(rows, SIZES[-1], dtype=dtype))
+        for rows in (7,) * 5 + (3,)
+    ]
     return torch.nn.Sequential(*modules), batches
 
 
 def train_by_us(parameters, batches, rule, hyper, bias, step_of=int):
     """The same steps of ½ Σ (y - t)² on these parameters, in place."""
     states = [[torch.zeros_like(p) for p in parameters] for _ in range(RULES[rule])]
-    weights, biases = parameters[:: 1 + bias], parameters[1::2] if bias else [None] * (len(SIZES) - 1)
+    weights, biases = (
+        parameters[:: 1 + bias],
+        parameters[1::2] if bias else [None] * (len(SIZES) - 1),
+    )
     for step, (x, t) in enumerate(batches, 1):
         y, saved = mlp_fwd(x, weights, biases, "tanh")
         mlp_update(y - t, saved, parameters, states, hyper, step_of(step), rule)
@@ -66,8 +87,14 @@ def test_kernels_train_as_the_reference(rule, device):
     for on, path in ((device, "triton"), ("cpu", "torch")):
         parameters = [p.to(on, copy=True) for p in start]
         with launch.use(path):
-            train_by_us(parameters, [(x.to(on), t.to(on)) for x, t in batches], rule, hyper.to(on), True,
-                        lambda step, on=on: torch.tensor([float(step)], device=on))  # fmt: skip
+            train_by_us(
+                parameters,
+                [(x.to(on), t.to(on)) for x, t in batches],
+                rule,
+                hyper.to(on),
+                True,
+                lambda step, on=on: torch.tensor([float(step)], device=on),
+            )
         runs.append([p.cpu() for p in parameters])
     for ours, reference in zip(*runs):
         torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
@@ -113,16 +140,31 @@ def test_gradient_is_not_stored(device):
     assert allocated and max(allocated) < w.numel()
 
 
-@pytest.mark.parametrize("wrong, message", [
-    ({"rule": "rprop"}, "rule must be one of sgd, momentum, nesterov, adam, adamw, got 'rprop'"),
-    ({"rule": "adam"}, "rule 'adam' needs 2 lists of states, got 0"),
-    ({"hyper": (0.1,)}, "hyper must be a row of 7 numbers, see hyperparameters, got 1"),
-    ({"parameters": [torch.zeros(5, 17)]}, r"2 parameters and as many states, got \[1\]"),
-    ({"parameters": [torch.zeros(17, 5).t(), torch.zeros(5)]}, r"must be contiguous, got strides in one of shape \(5, 17\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (
+            {"rule": "rprop"},
+            "rule must be one of sgd, momentum, nesterov, adam, adamw, got 'rprop'",
+        ),
+        ({"rule": "adam"}, "rule 'adam' needs 2 lists of states, got 0"),
+        ({"hyper": (0.1,)}, "hyper must be a row of 7 numbers, see hyperparameters, got 1"),
+        ({"parameters": [torch.zeros(5, 17)]}, r"2 parameters and as many states, got \[1\]"),
+        (
+            {"parameters": [torch.zeros(17, 5).t(), torch.zeros(5)]},
+            r"must be contiguous, got strides in one of shape \(5, 17\)",
+        ),
+    ],
+)
 def test_bad_arguments(wrong, message):
     parameters = [torch.randn(5, 17), torch.randn(5)]
     y, saved = mlp_fwd(torch.randn(3, 17), parameters[:1], parameters[1:])
-    given = {"parameters": parameters, "states": [], "hyper": hyperparameters(0.1), "step": 1, "rule": "sgd"} | wrong
+    given = {
+        "parameters": parameters,
+        "states": [],
+        "hyper": hyperparameters(0.1),
+        "step": 1,
+        "rule": "sgd",
+    } | wrong
     with pytest.raises(ValueError, match=message):
         mlp_update(y, saved, **given)

@@ -15,7 +15,9 @@ PRECISIONS = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 def pair(reduction):
     """The same loss of (input, target) by us and by torch."""
-    return tuple(lambda x, t, f=f: f(x, t, reduction=reduction) for f in (kernels.mse_loss, F.mse_loss))
+    return tuple(
+        lambda x, t, f=f: f(x, t, reduction=reduction) for f in (kernels.mse_loss, F.mse_loss)
+    )
 
 
 def draws(shape, device, dtype, count=4):
@@ -39,7 +41,9 @@ def test_against_torch(shape, dtype, reduction, device):
 
 
 def test_many_parts(device, monkeypatch):
-    """More partial sums than the program that adds them takes at a time, and with its last lanes empty."""
+    """More partial sums than the program that adds them takes at a time, and with its last lanes
+    empty.
+    """
     monkeypatch.setattr(mse, "_BLOCK", 16)
     compare(*pair("mean"), *draws((1000,), device, torch.float32))
 
@@ -52,15 +56,22 @@ def test_reference_against_torch(reduction):
 
 @PRECISIONS
 @EACH_REDUCTION
-@pytest.mark.parametrize("layouts", [("transposed", "sliced"), ("sliced", "expanded"), ("expanded", "transposed")], ids="-".join)
+@pytest.mark.parametrize(
+    "layouts",
+    [("transposed", "sliced"), ("sliced", "expanded"), ("expanded", "transposed")],
+    ids="-".join,
+)
 def test_layouts(layouts, reduction, dtype, device):
     """Input, target and incoming gradient of any strides."""
     (x, t), (dy, _) = draws((7, 33), device, dtype, 2)
     x, t = LAYOUTS[layouts[0]](x), LAYOUTS[layouts[1]](t)
     dy = LAYOUTS[layouts[0]](dy.abs()) if reduction == "none" else dy[0, 0].abs()
     results = []
-    for cast, function in ((torch.Tensor.detach, kernels.mse_loss), (torch.Tensor.detach, F.mse_loss),
-                           (torch.Tensor.double, F.mse_loss)):  # fmt: skip
+    for cast, function in (
+        (torch.Tensor.detach, kernels.mse_loss),
+        (torch.Tensor.detach, F.mse_loss),
+        (torch.Tensor.double, F.mse_loss),
+    ):
         tensors = [cast(v).requires_grad_() for v in (x, t)]
         loss = function(*tensors, reduction=reduction)
         results.append([loss, *torch.autograd.grad(loss, tensors, cast(dy))])
@@ -72,7 +83,10 @@ def test_second_derivative_through_kernels(reduction, device):
     def penalty(function):
         def of(*tensors):
             y = function(*tensors)
-            return sum(g.square().sum() for g in torch.autograd.grad(y.square().sum(), tensors, create_graph=True))
+            return sum(
+                g.square().sum()
+                for g in torch.autograd.grad(y.square().sum(), tensors, create_graph=True)
+            )
 
         return of
 
@@ -86,7 +100,9 @@ def test_extremes(value, dtype, device):
     compare(*pair("none"), [x, torch.zeros_like(x)], [x, x], what=str(value))
 
 
-@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True), (False, False)], ids=str)
+@pytest.mark.parametrize(
+    "needs", [(True, True), (True, False), (False, True), (False, False)], ids=str
+)
 def test_needs(needs, device):
     loss, saved = mse_fwd(*draws((7, 5), device, torch.float32)[0])
     whole, parts = (mse_bwd(torch.ones_like(loss), *saved, needs=n) for n in ((True, True), needs))

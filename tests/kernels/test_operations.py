@@ -1,4 +1,6 @@
-"""Every operation of the table, in every precision, on ragged shapes: accurate, repeatable, and inputs left alone."""
+"""Every operation of the table, in every precision, on ragged shapes: accurate, repeatable, and
+inputs left alone.
+"""
 
 import pytest
 import torch
@@ -6,9 +8,19 @@ import torch
 from kernels.operations import OPERATIONS, flatten
 from tests.checks import DTYPES, Draw, assert_as_accurate, assert_equal, double, snapshot, stacked
 
-# (batch, in, out): one of everything; tiles left partly empty on each side; exact tiles; one output; nothing at all.
-SHAPES = [(1, 1, 1), (7, 33, 16), (33, 17, 100), (16, 16, 16), (100, 16, 7), (17, 100, 1), (0, 7, 17)]
-# The error of torch in one number is a matter of luck: such results are drawn several times and judged together.
+# (batch, in, out): one of everything; tiles left partly empty on each side; exact tiles; one
+# output; nothing at all.
+SHAPES = [
+    (1, 1, 1),
+    (7, 33, 16),
+    (33, 17, 100),
+    (16, 16, 16),
+    (100, 16, 7),
+    (17, 100, 1),
+    (0, 7, 17),
+]
+# The error of torch in one number is a matter of luck: such results are drawn several times and
+# judged together.
 DRAWS = {(1, 1, 1): 4, (17, 100, 1): 6}
 
 

@@ -30,17 +30,23 @@ PRECISIONS = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def draw(device, dtype, shapes=SHAPES):
     """Parameters, and gradients for every step."""
     torch.manual_seed(0)
-    first, *rest = ([torch.randn(shape).to(device, dtype) for shape in shapes] for _ in range(STEPS + 1))
+    first, *rest = (
+        [torch.randn(shape).to(device, dtype) for shape in shapes] for _ in range(STEPS + 1)
+    )
     return first, rest
 
 
 def together(*lists):
-    """Each list of tensors in one: the error of torch in a tensor of one element is a matter of luck."""
+    """Each list of tensors in one: the error of torch in a tensor of one element is a matter of
+    luck.
+    """
     return [torch.cat([t.detach().flatten() for t in tensors]) for tensors in lists]
 
 
 def by_torch(optimizer, params, grads, lr, **options):
-    """Parameters, then the states that torch.optim leaves, after one step for each entry of grads."""
+    """Parameters, then the states that torch.optim leaves, after one step for each entry of
+    grads.
+    """
     params = [p.detach().clone().requires_grad_() for p in params]
     optimizer = optimizer(params, lr=lr, foreach=False, **options)
     for step in grads:
@@ -48,7 +54,11 @@ def by_torch(optimizer, params, grads, lr, **options):
             p.grad = g.clone()
         optimizer.step()
     states = [optimizer.state[p] for p in params]
-    names = [n for n in ("momentum_buffer", "exp_avg", "exp_avg_sq") if n in states[0] and states[0][n] is not None]
+    names = [
+        n
+        for n in ("momentum_buffer", "exp_avg", "exp_avg_sq")
+        if n in states[0] and states[0][n] is not None
+    ]
     return together(params, *([s[n] for s in states] for n in names))
 
 
@@ -60,14 +70,24 @@ def sgd(params, grads, lr, *, update=kernels.sgd, **options):
 
 
 def adam(params, grads, lr, *, update=kernels.adam, counter=int, **options):
-    params, m, v = snapshot(params), [torch.zeros_like(p) for p in params], [torch.zeros_like(p) for p in params]
+    params, m, v = (
+        snapshot(params),
+        [torch.zeros_like(p) for p in params],
+        [torch.zeros_like(p) for p in params],
+    )
     for i, step in enumerate(grads):
         update(params, step, m, v, counter(i + 1), lr, **options)
     return together(params, m, v)
 
 
 def torch_adam(params, grads, lr, decoupled=False, **options):
-    return by_torch(torch.optim.AdamW if decoupled else torch.optim.Adam, params, grads, lr, **{"weight_decay": 0, **options})
+    return by_torch(
+        torch.optim.AdamW if decoupled else torch.optim.Adam,
+        params,
+        grads,
+        lr,
+        **{"weight_decay": 0, **options},
+    )
 
 
 @pytest.mark.parametrize("path", ["triton", "torch"])
@@ -78,7 +98,9 @@ def test_sgd(options, dtype, path, device):
     with kernels.use(path):
         ours = sgd(params, grads, 0.1, **options)
     torchs = by_torch(torch.optim.SGD, params, grads, 0.1, **options)
-    assert_as_accurate(ours, torchs, by_torch(torch.optim.SGD, *double((params, grads)), 0.1, **options))
+    assert_as_accurate(
+        ours, torchs, by_torch(torch.optim.SGD, *double((params, grads)), 0.1, **options)
+    )
 
 
 @pytest.mark.parametrize("path", ["triton", "torch"])
@@ -97,8 +119,15 @@ def test_bias_correction(step, device):
     """Early steps, where 1 - βᵗ would cancel in float32, and late ones, where it is 1."""
     params, grads = draw(device, torch.float32, [(33,)])
     results = []
-    for update, cast in ((kernels.adam, torch.Tensor.clone), (optim.adam_ref, torch.Tensor.clone), (optim.adam_ref, double)):
-        p, g, m, v = ([cast(t) for t in ts] for ts in (params, grads[0], grads[1], [g.abs() for g in grads[2]]))
+    for update, cast in (
+        (kernels.adam, torch.Tensor.clone),
+        (optim.adam_ref, torch.Tensor.clone),
+        (optim.adam_ref, double),
+    ):
+        p, g, m, v = (
+            [cast(t) for t in ts]
+            for ts in (params, grads[0], grads[1], [g.abs() for g in grads[2]])
+        )
         update(p, g, m, v, step, 1.0)
         results.append(p)
     assert_as_accurate(*results, f"step {step}")
@@ -106,13 +135,19 @@ def test_bias_correction(step, device):
 
 @pytest.mark.parametrize("path", ["triton", "torch"])
 def test_rate_and_step_as_tensors(path, device):
-    """What a captured graph needs: new values in the same tensors are seen, with the bits of the plain numbers."""
+    """What a captured graph needs: new values in the same tensors are seen, with the bits of the
+    plain numbers.
+    """
     params, grads = draw(device, torch.float32)
     lr, step = torch.tensor(0.25, device=device), torch.zeros((), device=device)
     with kernels.use(path):
-        assert_equal(sgd(params, grads, lr, momentum=0.5), sgd(params, grads, 0.25, momentum=0.5), "sgd")
+        assert_equal(
+            sgd(params, grads, lr, momentum=0.5), sgd(params, grads, 0.25, momentum=0.5), "sgd"
+        )
         ours = adam(params, grads, lr, counter=lambda i: step.fill_(i))
-        assert_as_accurate(ours, adam(params, grads, 0.25), torch_adam(*double((params, grads)), 0.25), "adam")
+        assert_as_accurate(
+            ours, adam(params, grads, 0.25), torch_adam(*double((params, grads)), 0.25), "adam"
+        )
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -129,17 +164,30 @@ def test_more_tensors_than_one_launch_takes(count, device, monkeypatch):
 
 @pytest.mark.parametrize("name", ["sgd", "adam"])
 def test_layouts(name, device):
-    """Parameters, gradients and states each transposed or not, or with gaps: all are updated in place."""
+    """Parameters, gradients and states each transposed or not, or with gaps: all are updated in
+    place.
+    """
     (p,), grads = draw(device, torch.float32, [(7, 5)])
-    optimizer, options = (torch.optim.SGD, {"momentum": 0.9}) if name == "sgd" else (torch.optim.Adam, {})
+    optimizer, options = (
+        (torch.optim.SGD, {"momentum": 0.9}) if name == "sgd" else (torch.optim.Adam, {})
+    )
     expected = by_torch(optimizer, [p], grads, 0.1, **options)
     exact = by_torch(optimizer, *double(([p], grads)), 0.1, **options)
     turn = lambda t: t.mT.contiguous().mT  # noqa: E731
     gap = lambda t: t.new_zeros(7, 10)[:, ::2].copy_(t)  # noqa: E731
     keep = lambda t: t.clone()  # noqa: E731
-    for layouts in [(turn, keep, turn), (turn, turn, keep), (keep, turn, turn), (keep, gap, keep), (gap, keep, gap)]:
+    for layouts in [
+        (turn, keep, turn),
+        (turn, turn, keep),
+        (keep, turn, turn),
+        (keep, gap, keep),
+        (gap, keep, gap),
+    ]:
         of_p, of_g, of_state = layouts
-        params, states = [of_p(p)], [[of_state(torch.zeros_like(p))] for _ in range(len(expected) - 1)]
+        params, states = (
+            [of_p(p)],
+            [[of_state(torch.zeros_like(p))] for _ in range(len(expected) - 1)],
+        )
         for i, (g,) in enumerate(grads, 1):
             if name == "sgd":
                 kernels.sgd(params, [of_g(g)], *states, 0.1, 0.9, first=i == 1)

@@ -1,4 +1,6 @@
-"""Properties, on arguments that hypothesis draws: as accurate as torch's own operations, and what holds for every input."""
+"""Properties, on arguments that hypothesis draws: as accurate as torch's own operations, and what
+holds for every input.
+"""
 
 import functools
 import itertools
@@ -20,33 +22,57 @@ reductions = st.sampled_from(["mean", "sum", "none"])
 
 
 def gradients(function, tensors, dy=None):
-    """[value, gradient of each tensor]; dy: numbers from 0.5 to 2.5 if None, so that sums do not cancel."""
+    """[value, gradient of each tensor]; dy: numbers from 0.5 to 2.5 if None, so that sums do not
+    cancel.
+    """
     tensors = [t.detach().requires_grad_() for t in tensors]
     y = function(*tensors)
-    dy = 1.5 + torch.cos(torch.arange(y.numel(), device=y.device)).view(y.shape) if dy is None else dy
+    dy = (
+        1.5 + torch.cos(torch.arange(y.numel(), device=y.device)).view(y.shape)
+        if dy is None
+        else dy
+    )
     return [y.detach(), *torch.autograd.grad(y, tensors, dy.to(y.dtype))]
 
 
 def assert_accurate(ours, theirs, draw, seed):
-    """On `draw(make)`'s tensors; on several draws, judged together, where a result is so small that torch's error is luck."""
+    """On `draw(make)`'s tensors; on several draws, judged together, where a result is so small that
+    torch's error is luck.
+    """
     smallest = min(max(t.numel(), 1) for t in draw(seed))
     draws = [draw(seed + 1000 * i) for i in range(1 + 8 // smallest)]
-    results = ([gradients(f, kind(tensors)) for tensors in draws] for f, kind in ((ours, list), (theirs, list), (theirs, double)))
+    results = (
+        [gradients(f, kind(tensors)) for tensors in draws]
+        for f, kind in ((ours, list), (theirs, list), (theirs, double))
+    )
     assert_as_accurate(*map(stacked, results))
 
 
 def smooth_at(z, activation):
-    """Whether no pre-activation is so near a kink that rounding could carry it across, where a derivative is luck."""
+    """Whether no pre-activation is so near a kink that rounding could carry it across, where a
+    derivative is luck.
+    """
     margin = 64 * torch.finfo(z.dtype).eps * (z.abs().max().item() if z.numel() else 0)
     return all(((z.double() - kink).abs() > margin).all() for kink in ACTIVATIONS[activation].kinks)
 
 
 @few(max_examples=40)
-@given(sizes, sizes, sizes, dtypes, st.tuples(layouts, layouts, layouts), activations, st.booleans(), seeds)
+@given(
+    sizes,
+    sizes,
+    sizes,
+    dtypes,
+    st.tuples(layouts, layouts, layouts),
+    activations,
+    st.booleans(),
+    seeds,
+)
 def test_linear(device, m, k, n, dtype, layout, activation, bias, seed):
     def draw(seed):
         make = Draw(device, dtype, seed)
-        tensors = [LAYOUTS[name](make.real(*shape)) for name, shape in zip(layout, ((m, k), (n, k), (n,)))][: 2 + bias]
+        tensors = [
+            LAYOUTS[name](make.real(*shape)) for name, shape in zip(layout, ((m, k), (n, k), (n,)))
+        ][: 2 + bias]
         assume(smooth_at(F.linear(*tensors), activation))
         return tensors
 
@@ -61,7 +87,11 @@ def test_mlp(device, m, widths, dtype, activation, output, seed):
 
     def draw(seed):
         make = Draw(device, dtype, seed)
-        return [make.real(m, widths[0]), *(make.real(o, i) for i, o in itertools.pairwise(widths)), *map(make.real, widths[1:])]
+        return [
+            make.real(m, widths[0]),
+            *(make.real(o, i) for i, o in itertools.pairwise(widths)),
+            *map(make.real, widths[1:]),
+        ]
 
     def ours(x, *parameters):
         return kernels.mlp(x, parameters[:layers], parameters[layers:], activation, output)
@@ -78,22 +108,44 @@ def test_mlp(device, m, widths, dtype, activation, output, seed):
 
 
 @few(max_examples=40)
-@given(sizes, sizes, st.lists(st.integers(1, 3), max_size=2), dtypes, layouts, reductions, st.booleans(), st.booleans(),
-       st.booleans(), st.sampled_from([0.0, 0.1, 1.0]), seeds)  # fmt: skip
-def test_cross_entropy(device, n, c, more, dtype, layout, reduction, soft, weighted, ignored, smoothing, seed):
+@given(
+    sizes,
+    sizes,
+    st.lists(st.integers(1, 3), max_size=2),
+    dtypes,
+    layouts,
+    reductions,
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([0.0, 0.1, 1.0]),
+    seeds,
+)
+def test_cross_entropy(
+    device, n, c, more, dtype, layout, reduction, soft, weighted, ignored, smoothing, seed
+):
     make = Draw(device, dtype, seed)
     target = make.positive(n, c, *more) if soft else make.labels(c, n, *more)
-    weight, options = make.positive(c) if weighted else None, {"label_smoothing": smoothing, "reduction": reduction}
+    weight, options = (
+        make.positive(c) if weighted else None,
+        {"label_smoothing": smoothing, "reduction": reduction},
+    )
     if ignored and not soft:
         options["ignore_index"] = int(target.flatten()[0])
-        assume((target != options["ignore_index"]).any())  # the mean of nothing has a test of its own
+        assume(
+            (target != options["ignore_index"]).any()
+        )  # the mean of nothing has a test of its own
 
     def of(function, z):
         t, w = double((target, weight)) if z.dtype == torch.float64 else (target, weight)
         return function(z, t, w, **options)
 
     functions = (functools.partial(of, f) for f in (kernels.cross_entropy, F.cross_entropy))
-    assert_accurate(*functions, lambda seed: [LAYOUTS[layout](Draw(device, dtype, seed).real(n, c, *more))], seed)
+    assert_accurate(
+        *functions,
+        lambda seed: [LAYOUTS[layout](Draw(device, dtype, seed).real(n, c, *more))],
+        seed,
+    )
 
 
 @few(max_examples=25)
@@ -103,7 +155,11 @@ def test_mse_loss(device, shape, dtype, first, second, reduction, seed):
         make = Draw(device, dtype, seed)
         return [LAYOUTS[name](make.real(*shape, 1))[..., 0] for name in (first, second)]
 
-    assert_accurate(*(functools.partial(f, reduction=reduction) for f in (kernels.mse_loss, F.mse_loss)), draw, seed)
+    assert_accurate(
+        *(functools.partial(f, reduction=reduction) for f in (kernels.mse_loss, F.mse_loss)),
+        draw,
+        seed,
+    )
 
 
 @few(max_examples=15)
@@ -121,11 +177,15 @@ def test_permuting_the_batch_permutes_dx(device, m, k, n, activation, seed):
 @few(max_examples=15)
 @given(sizes, sizes, st.integers(-20, 20), st.booleans(), seeds)
 def test_shifted_logits(device, n, c, shift, soft, seed):
-    """A number added to all logits of a row changes neither loss nor gradient; here the sum is exact, so not by a bit."""
+    """A number added to all logits of a row changes neither loss nor gradient; here the sum is
+    exact, so not by a bit.
+    """
     make = Draw(device, seed=seed)
     logits = (make.real(n, c) * 1024).round() / 1024
     target = make.positive(n, c) if soft else make.labels(c, n)
-    results = [gradients(lambda z: kernels.cross_entropy(z, target), [z]) for z in (logits, logits + shift)]
+    results = [
+        gradients(lambda z: kernels.cross_entropy(z, target), [z]) for z in (logits, logits + shift)
+    ]
     assert all(map(torch.equal, *results))
 
 
@@ -135,7 +195,10 @@ def test_scaling_dy_scales_all_gradients(device, m, k, n, activation, power, see
     """By a power of two: exactly."""
     make = Draw(device, seed=seed)
     tensors, dy = [make.real(m, k), make.real(n, k), make.real(n)], make.real(m, n)
-    once, scaled = (gradients(lambda *args: kernels.linear(*args, activation), tensors, g) for g in (dy, dy * 2.0**power))
+    once, scaled = (
+        gradients(lambda *args: kernels.linear(*args, activation), tensors, g)
+        for g in (dy, dy * 2.0**power)
+    )
     assert all(torch.equal(a * 2.0**power, b) for a, b in zip(once[1:], scaled[1:]))
 
 
@@ -145,6 +208,10 @@ def test_dlogits_of_a_row_add_to_zero(device, n, c, soft, seed):
     """Σ_c (Q p_c - q_c) = 0; of C terms of at most Q, rounding leaves C ulps."""
     make = Draw(device, seed=seed)
     target = make.positive(n, c) if soft else make.labels(c, n)
-    _, dz = gradients(lambda z: kernels.cross_entropy(z, target, reduction="sum"), [4 * make.real(n, c)], torch.ones(()))
+    _, dz = gradients(
+        lambda z: kernels.cross_entropy(z, target, reduction="sum"),
+        [4 * make.real(n, c)],
+        torch.ones(()),
+    )
     scale = target.sum(1).max().item() if soft else 1.0
     assert dz.double().sum(1).abs().max() <= c * torch.finfo(dz.dtype).eps * scale

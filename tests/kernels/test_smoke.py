@@ -1,4 +1,6 @@
-"""A minute's check of any machine and any versions of torch and triton: every operation once, and that the tests can fail."""
+"""A minute's check of any machine and any versions of torch and triton: every operation once, and
+that the tests can fail.
+"""
 
 import pytest
 import torch
@@ -13,14 +15,23 @@ def test_every_operation(name, device):
     op, launched = OPERATIONS[name], []
     with launch.observe(lambda kernel, *_: launched.append(kernel)):
         for label, args in op.cases(Draw(device), 7, 33, 17):
-            results = op.results(args), op.results(args, reference=True), op.results(double(args), reference=True)
+            results = (
+                op.results(args),
+                op.results(args, reference=True),
+                op.results(double(args), reference=True),
+            )
             assert_as_accurate(*results, f"{name}, {label}")
     assert launched, "the reference was compared with itself"
 
 
 def test_fresh_buffers_are_poisoned(device):
     x = torch.ones(2, device=device)
-    for fresh in (torch.empty(3, device=device), torch.empty_like(x), x.new_empty(3), torch.empty_strided((2,), (1,))):
+    for fresh in (
+        torch.empty(3, device=device),
+        torch.empty_like(x),
+        x.new_empty(3),
+        torch.empty_strided((2,), (1,)),
+    ):
         assert fresh.isnan().all()
     assert torch.empty(3, dtype=torch.int64).dtype == torch.int64
 
@@ -30,7 +41,12 @@ def test_tolerance_is_not_loose():
     torchs = exact.float()
     ulp = torch.finfo(torch.float32).eps
     assert_as_accurate(torchs + ulp, torchs, exact)
-    for wrong in (torchs + 4 * ulp, torchs.clone().index_fill_(0, torch.tensor(3), float("nan")), -torchs, torchs.double()):
+    for wrong in (
+        torchs + 4 * ulp,
+        torchs.clone().index_fill_(0, torch.tensor(3), float("nan")),
+        -torchs,
+        torchs.double(),
+    ):
         with pytest.raises(AssertionError):
             assert_as_accurate(wrong, torchs, exact)
     overflown = torchs.clone().index_fill_(0, torch.tensor(3), float("inf"))

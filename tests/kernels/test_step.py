@@ -1,4 +1,6 @@
-"""The two launches of a step: whole short trainings, and everything that lives on the device between them."""
+"""The two launches of a step: whole short trainings, and everything that lives on the device
+between them.
+"""
 
 import pytest
 import torch
@@ -13,11 +15,26 @@ def state_of(spec, parameters, states, data, targets, indices, batch, hyper, cou
     steps = steps_of(len(indices), batch)
     losses = torch.full((steps,), float("nan"), dtype=parameters[0].dtype, device=data.device)
     correct = torch.zeros(steps, dtype=torch.int32, device=data.device)
-    return StepState(spec, parameters, states, data, targets, indices, batch, hyper, count, losses, correct, **options)
+    return StepState(
+        spec,
+        parameters,
+        states,
+        data,
+        targets,
+        indices,
+        batch,
+        hyper,
+        count,
+        losses,
+        correct,
+        **options,
+    )
 
 
 def by_steps(*arguments, extra=1, **options):
-    """An epoch as `train_epoch` does it; `extra` steps past the end, of which one has something to do."""
+    """An epoch as `train_epoch` does it; `extra` steps past the end, of which one has something to
+    do.
+    """
     state = state_of(*arguments, **options)
     for _ in range(len(state.losses) + extra):
         train_step(state)
@@ -27,14 +44,26 @@ def by_steps(*arguments, extra=1, **options):
 def make_state(run, n=None):
     parameters = [p.clone() for p in run.parameters]
     states = [[s.clone() for s in ss] for ss in run.states]
-    return state_of(run.spec, parameters, states, run.data, run.targets, run.indices[:n], run.batch, run.hyper.clone(),
-                    run.count.clone(), **run.options)  # fmt: skip
+    return state_of(
+        run.spec,
+        parameters,
+        states,
+        run.data,
+        run.targets,
+        run.indices[:n],
+        run.batch,
+        run.hyper.clone(),
+        run.count.clone(),
+        **run.options,
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_steps_agree_with_reference(name, device):
     spec, hyper = CASES[name]
-    assert_agrees(Run(spec, device, soft=name in SOFT, **hyper), by_steps, train_epoch_ref, lrs=(None, 0.02))
+    assert_agrees(
+        Run(spec, device, soft=name in SOFT, **hyper), by_steps, train_epoch_ref, lrs=(None, 0.02)
+    )
 
 
 def test_uint8_pixels_and_a_state_kept_on_the_cpu_path(device):
@@ -77,7 +106,10 @@ def test_flush_completes_weights_in_mid_epoch_and_may_be_repeated(device):
     whole = make_state(run)
     for _ in range(6):
         train_step(whole)
-    assert_equal([state.parameters, state.states, state.losses], [whole.parameters, whole.states, whole.losses])
+    assert_equal(
+        [state.parameters, state.states, state.losses],
+        [whole.parameters, whole.states, whole.losses],
+    )
 
 
 def test_hyperparameters_and_permutation_are_read_from_the_device(device):
@@ -93,7 +125,10 @@ def test_hyperparameters_and_permutation_are_read_from_the_device(device):
             train_step(state)
         before.append(state.losses.clone())
     other = Run(Spec((17, 9, 3), "sigmoid"), device)
-    for lr, order, losses in ((0.1, other.indices, before[0]), (0.02, other.indices.flip(0), before[1])):
+    for lr, order, losses in (
+        (0.1, other.indices, before[0]),
+        (0.02, other.indices.flip(0), before[1]),
+    ):
         again = make_state(other)
         again.hyper[0] = lr
         again.indices.copy_(order.clone())
@@ -106,15 +141,21 @@ def test_hyperparameters_and_permutation_are_read_from_the_device(device):
 def test_two_launches_a_step_and_no_gradient_tensors():
     run = Run(Spec((784, 100, 50, 10), "sigmoid"), "meta", n=64, batch=32)
     names = []
-    with launch.dry_run("sm_90", 132), launch.observe(lambda kernel, grid, *_: names.append((kernel.__name__, grid))):
+    with (
+        launch.dry_run("sm_90", 132),
+        launch.observe(lambda kernel, grid, *_: names.append((kernel.__name__, grid))),
+    ):
         train_step(make_state(run))
     assert names == [("step_input_kernel", (7,)), ("step_head_kernel", (1,))]
 
 
-@pytest.mark.parametrize("sizes, message", [
-    ((12, 300, 3), "graph: hidden width 300 exceeds 256; use engine 'manual'"),
-    ((11, 9, 3), r"graph: data must be contiguous \(n, 11\), got \(23, 12\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ((12, 300, 3), "graph: hidden width 300 exceeds 256; use engine 'manual'"),
+        ((11, 9, 3), r"graph: data must be contiguous \(n, 11\), got \(23, 12\)"),
+    ],
+)
 def test_a_state_that_no_kernel_serves_is_refused(sizes, message, device):
     run = Run(Spec((12, 9, 3)), device)
     run.spec = Spec(sizes)

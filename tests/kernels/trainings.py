@@ -1,4 +1,6 @@
-"""Short whole trainings that the tests of step, epoch, exchange and replicas run on kernels and references."""
+"""Short whole trainings that the tests of step, epoch, exchange and replicas run on kernels and
+references.
+"""
 
 import torch
 
@@ -10,56 +12,104 @@ ADAM = {"lr": 0.01, "betas": (0.9, 0.999)}
 # Each row is there for what it adds: the settings of hyperparameters() last.
 CASES = {
     "three layers": (Spec((17, 9, 5, 3), "sigmoid"), {}),
-    "wider than a tile, momentum": (Spec((20, 70, 4), "tanh", rule="momentum"),
-                                    {"momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01}),
-    "single layer, no bias, Nesterov": (Spec((12, 3), bias=False, rule="nesterov"), {"momentum": 0.9}),
-    "five layers, summed half squares": (Spec((12, 7, 6, 5, 8, 3), "relu", "sigmoid", loss="squared_error", loss_scale=0.5,
-                                              loss_mean=False), {}),
+    "wider than a tile, momentum": (
+        Spec((20, 70, 4), "tanh", rule="momentum"),
+        {"momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01},
+    ),
+    "single layer, no bias, Nesterov": (
+        Spec((12, 3), bias=False, rule="nesterov"),
+        {"momentum": 0.9},
+    ),
+    "five layers, summed half squares": (
+        Spec(
+            (12, 7, 6, 5, 8, 3),
+            "relu",
+            "sigmoid",
+            loss="squared_error",
+            loss_scale=0.5,
+            loss_mean=False,
+        ),
+        {},
+    ),
     "Adam": (Spec((12, 7, 3), "leaky_relu", rule="adam"), {**ADAM, "weight_decay": 0.1}),
-    "AdamW, loss over classes too": (Spec((12, 7, 3), "sigmoid", bias=False, loss_scale=1 / 3, rule="adamw"),
-                                     {**ADAM, "weight_decay": 0.1}),
+    "AdamW, loss over classes too": (
+        Spec((12, 7, 3), "sigmoid", bias=False, loss_scale=1 / 3, rule="adamw"),
+        {**ADAM, "weight_decay": 0.1},
+    ),
     "float targets": (Spec((12, 7, 3), "sigmoid", "tanh", loss="squared_error"), {}),
     "probabilities": (Spec((12, 7, 3), "relu"), {}),
-}  # fmt: skip
+}
 SOFT = ("float targets", "probabilities")
 
 
 class Run:
-    """Everything a training takes, seeded, on one device: n rows of data in batches of 5, the last of 3."""
+    """Everything a training takes, seeded, on one device: n rows of data in batches of 5, the last
+    of 3.
+    """
 
-    def __init__(self, spec, device, *, uint8=False, soft=False, replicas=None, n=23, batch=5, **hyper):
+    def __init__(
+        self, spec, device, *, uint8=False, soft=False, replicas=None, n=23, batch=5, **hyper
+    ):
         g = torch.Generator().manual_seed(0)
         lead = () if replicas is None else (replicas,)
         self.spec, self.batch = spec, batch
-        self.parameters = [(torch.randn(*lead, *s, generator=g) / s[-1] ** 0.5).to(device) for s in spec.shapes]
-        self.states = [[torch.zeros_like(p) for p in self.parameters] for _ in range(RULES[spec.rule])]
+        self.parameters = [
+            (torch.randn(*lead, *s, generator=g) / s[-1] ** 0.5).to(device) for s in spec.shapes
+        ]
+        self.states = [
+            [torch.zeros_like(p) for p in self.parameters] for _ in range(RULES[spec.rule])
+        ]
         features, classes = spec.sizes[0], spec.sizes[-1]
         pixels = torch.randint(0, 256, (n, features), generator=g, dtype=torch.uint8)
         self.data = (pixels if uint8 else pixels / 100 - 1.3).to(device)
         labels = torch.randint(0, classes, (n,), generator=g)
-        self.targets = (torch.rand(n, classes, generator=g).softmax(1) if soft else labels).to(device)
-        order = torch.stack([torch.randperm(n, generator=g) for _ in range(replicas or 1)]).to(device)
+        self.targets = (torch.rand(n, classes, generator=g).softmax(1) if soft else labels).to(
+            device
+        )
+        order = torch.stack([torch.randperm(n, generator=g) for _ in range(replicas or 1)]).to(
+            device
+        )
         self.indices = order if replicas else order[0]
         self.hyper = hyperparameters(**{"lr": 0.1, **hyper}, replicas=replicas, device=device)
         self.count = torch.zeros(1, device=device)
         self.options = {"scale": 1 / 64, "shift": -2.0} if uint8 else {}
 
     def train(self, implementation, dtype=torch.float32, lrs=(None,)):
-        """(parameters, losses) and correct predictions after an epoch at each learning rate, from the same start."""
+        """(parameters, losses) and correct predictions after an epoch at each learning rate, from
+        the same start.
+        """
         keep = double if dtype == torch.float64 else lambda x: x
-        parameters, *states = ([t.clone() for t in keep(ts)] for ts in (self.parameters, *self.states))
+        parameters, *states = (
+            [t.clone() for t in keep(ts)] for ts in (self.parameters, *self.states)
+        )
         hyper, count, outcomes = self.hyper.clone(), self.count.clone(), []
         for lr in lrs:
             if lr is not None:
                 hyper[..., 0] = lr
-            outcomes.append(implementation(self.spec, parameters, states, keep(self.data), keep(self.targets), self.indices,
-                                           self.batch, hyper, count, **self.options))  # fmt: skip
+            outcomes.append(
+                implementation(
+                    self.spec,
+                    parameters,
+                    states,
+                    keep(self.data),
+                    keep(self.targets),
+                    self.indices,
+                    self.batch,
+                    hyper,
+                    count,
+                    **self.options,
+                )
+            )
         assert count.item() == sum(losses.shape[-1] for losses, _ in outcomes)
-        return (parameters, [losses for losses, _ in outcomes]), [correct for _, correct in outcomes]
+        return (parameters, [losses for losses, _ in outcomes]), [
+            correct for _, correct in outcomes
+        ]
 
 
 def assert_agrees(run, ours, reference, **options):
-    """Weights and losses by the project's tolerance or to 1e-6 of the tensor's norm, predictions exactly."""
+    """Weights and losses by the project's tolerance or to 1e-6 of the tensor's norm, predictions
+    exactly.
+    """
     assert_near(run.train(ours, **options), run, reference, **options)
 
 
@@ -67,7 +117,9 @@ def assert_near(ours, run, reference, **options):
     (results, correct), (exact, right) = ours, run.train(reference, torch.float64, **options)
     theirs, _ = run.train(reference, **options)
     assert_equal([c.long() for c in correct], [r.long() for r in right])
-    for a, b, c in zip(*([*parameters, *losses] for parameters, losses in (results, theirs, exact))):
+    for a, b, c in zip(
+        *([*parameters, *losses] for parameters, losses in (results, theirs, exact))
+    ):
         if (a - c).norm() > 1e-6 * c.norm():
             assert_as_accurate(a, b, c)
         assert (a - c).norm() <= 1e-5 * c.norm()

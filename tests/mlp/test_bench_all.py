@@ -18,12 +18,17 @@ def script(code):
 
 def run_all(out, skipped, **more):
     command = [sys.executable, "-m", "bench", "all", "--out", str(out), "--skip", ",".join(skipped)]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | more
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+    environment = {
+        name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"
+    } | more
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment
+    )
 
 
 def test_a_part_that_fails_or_hangs_leaves_the_others(tmp_path):
-    hanging = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while 1: pass'])"  # so does its child
+    # so does its child
+    hanging = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while 1: pass'])"
     fakes = [
         Part("good", script("print('7 of 7')"), 2, quote=lambda log: log.strip()),
         Part("crash", script("import os; os.abort()"), 2),
@@ -36,26 +41,42 @@ def test_a_part_that_fails_or_hangs_leaves_the_others(tmp_path):
     assert suite.run(fakes, tmp_path, skip=["left"], seconds=10) == 1
     page = json.loads((tmp_path / "summary.json").read_text())
     statuses = {part["part"]: part["status"] for part in page["parts"]}
-    assert statuses == {"good": "passed", "crash": "failed", "error": "failed", "hang": "timed out",
-                        "absent": "not run: needs a GPU", "left": "skipped", "last": "passed"}  # fmt: skip
+    assert statuses == {
+        "good": "passed",
+        "crash": "failed",
+        "error": "failed",
+        "hang": "timed out",
+        "absent": "not run: needs a GPU",
+        "left": "skipped",
+        "last": "passed",
+    }
     headlines = {part["part"]: part["headline"] for part in page["parts"]}
     assert headlines["good"] == "7 of 7" and headlines["last"] == "still here"
     assert headlines["error"] == r"status 1: ValueError: a \| b"
     text = (tmp_path / "summary.md").read_text()
-    assert all(f"| {name} | {status} |" in text for name, status in statuses.items()) and "something failed" in text
+    assert (
+        all(f"| {name} | {status} |" in text for name, status in statuses.items())
+        and "something failed" in text
+    )
 
 
 def test_a_run_that_is_cut_off_leaves_what_it_had(tmp_path):
     code = (
-        "from pathlib import Path; from bench import suite; from bench.parts import Part; import sys\n"
-        "fakes = [Part('one', (sys.executable, '-c', '')), Part('two', (sys.executable, '-c', 'import time; time.sleep(10)'))]\n"
+        "from pathlib import Path; from bench import suite; from bench.parts import Part; import "
+        "sys\n"
+        "fakes = [Part('one', (sys.executable, '-c', '')), Part('two', (sys.executable, '-c', "
+        "'import time; time.sleep(10)'))]\n"
         "suite.run(fakes, Path(sys.argv[1]), seconds=20)"
     )
-    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as child:
         assert child.stdout.readline().startswith("one: passed")
         child.kill()
     page = json.loads((tmp_path / "summary.json").read_text())
-    assert [part["status"] for part in page["parts"]] == ["passed", "waiting"] and page["verdict"] == "waiting"
+    assert [part["status"] for part in page["parts"]] == ["passed", "waiting"] and page[
+        "verdict"
+    ] == "waiting"
     assert "cut off, or still running" in (tmp_path / "summary.md").read_text()
 
 
@@ -68,7 +89,10 @@ def test_every_part_is_in_the_summary(tmp_path):
     assert done.returncode == (page["verdict"] == summary.FAILED), done.stderr
     assert [part["part"] for part in page["parts"]] == names
     statuses = {part["part"]: part["status"] for part in page["parts"]}
-    assert statuses["tests"] == "skipped" and statuses["exchange"] in ("passed", "not run: needs a GPU")
+    assert statuses["tests"] == "skipped" and statuses["exchange"] in (
+        "passed",
+        "not run: needs a GPU",
+    )
     assert page["machine"] and page["commit"] and (tmp_path / "exchange.md").exists()
 
 
@@ -78,22 +102,37 @@ def test_unknown_parts_are_refused(tmp_path):
 
 
 def test_it_needs_none_of_the_extras(tmp_path):
-    """Nothing but torch, triton, numpy and pytest: a table that needs more says so, the rest goes on."""
+    """Nothing but torch, triton, numpy and pytest: a table that needs more says so, the rest goes
+    on.
+    """
     absent = ["tqdm", "typer", "sklearn", "torchvision", "matplotlib", "PIL", "scipy"]
-    (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules.update(dict.fromkeys({absent}))")
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import sys; sys.modules.update(dict.fromkeys({absent}))"
+    )
     names = [part.name for part in parts.parts(tmp_path)]
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    done = run_all(tmp_path / "out", [n for n in names if n not in ("recipes", "sweep")], PYTHONPATH=path)
+    done = run_all(
+        tmp_path / "out", [n for n in names if n not in ("recipes", "sweep")], PYTHONPATH=path
+    )
     page = json.loads((tmp_path / "out/summary.json").read_text())
     statuses = {part["part"]: part["status"] for part in page["parts"]}
-    assert statuses["recipes"].startswith("not run: needs the package") and statuses["sweep"] == "passed", done.stdout
+    assert (
+        statuses["recipes"].startswith("not run: needs the package")
+        and statuses["sweep"] == "passed"
+    ), done.stdout
     assert done.returncode == 0
 
 
 def test_time_is_shared_by_what_parts_need(tmp_path, monkeypatch):
-    """A part has what it needs and what those before it left over; with too little for all, each its share."""
+    """A part has what it needs and what those before it left over; with too little for all, each
+    its share.
+    """
     limits = []
-    monkeypatch.setattr(suite, "execute", lambda part, limit, out: limits.append(limit) or {"status": "passed", "headline": ""})
+    monkeypatch.setattr(
+        suite,
+        "execute",
+        lambda part, limit, out: limits.append(limit) or {"status": "passed", "headline": ""},
+    )
     fakes = [Part("a", seconds=30), Part("b", seconds=10), Part("c", seconds=20)]
     suite.run(fakes, tmp_path, seconds=100)
     assert limits == pytest.approx([70, 80, 100], abs=1)

@@ -1,7 +1,10 @@
-"""The benchmark of the exchange alone: it computes what it says with a process for each program, and compiles for GPUs.
+"""The benchmark of the exchange alone: it computes what it says with a process for each program,
+and compiles for GPUs.
 
-python -m tests.mlp.test_bench_exchange compile sm_90      # one JSON object a line: what was compiled
-python -m tests.mlp.test_bench_exchange                    # programs as processes, in the interpreter
+python -m tests.mlp.test_bench_exchange compile sm_90      # one JSON object a line: what was
+                                                           compiled
+python -m tests.mlp.test_bench_exchange                    # programs as processes, in the
+                                                           interpreter
 """
 
 import json
@@ -37,13 +40,17 @@ def described(arch):
 
     for kind in exchange.EXCHANGES:
         args, options = bench.prepare(kind, 13, STEPS, "meta")
-        source, compiled = worker.as_source(bench.exchange_alone_kernel, (*args, 0), {**options, "num_warps": 8})
+        source, compiled = worker.as_source(
+            bench.exchange_alone_kernel, (*args, 0), {**options, "num_warps": 8}
+        )
         yield worker.compile_and_describe(arch, f"{kind}, 13 programs", "ieee", source, compiled)
 
 
 def run(environment, *arguments):
     command = [sys.executable, "-W", "ignore", "-m", "tests.mlp.test_bench_exchange", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=360)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=360
+    )
 
 
 def test_programs_receive_what_the_others_published():

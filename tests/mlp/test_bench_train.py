@@ -1,4 +1,6 @@
-"""The benchmarks of trainings: what they compare is the same training, and what they cannot run is named."""
+"""The benchmarks of trainings: what they compare is the same training, and what they cannot run is
+named.
+"""
 
 import pytest
 import torch
@@ -25,14 +27,21 @@ def test_trainings_agree_or_say_why_not(name, small, monkeypatch):
     monkeypatch.setattr(module, "MODES", (), raising=False)
     table = module.run()
     rows = {row["engine"]: row for row in table.rows}
-    assert not table.failed and rows["autograd"]["µs a step"] and rows["manual"]["µs a step"] and table.headline
+    assert (
+        not table.failed
+        and rows["autograd"]["µs a step"]
+        and rows["manual"]["µs a step"]
+        and table.headline
+    )
     assert not any("why not" in row for row in table.rows)
     if not torch.cuda.is_available():
         assert "CUDA graph (needs a GPU)" in table.note and "graph (needs a CUDA GPU)" in table.note
 
 
 def test_a_training_that_is_wrong_gets_no_time(small):
-    """Another learning rate shows from the second loss on. A provider that raises is a row with its error."""
+    """Another learning rate shows from the second loss on. A provider that raises is a row with its
+    error.
+    """
     sgd = lambda lr: lambda parameters: torch.optim.SGD(parameters, lr=lr)  # noqa: E731
 
     def raises(start, data):
@@ -45,8 +54,14 @@ def test_a_training_that_is_wrong_gets_no_time(small):
     }
     table = training.table("T", "python -m bench t", constructors, 1e-4, "")
     eager, other, manual = table.rows
-    assert eager["µs a step"] and other["µs a step"] is None and "losses differ from those of eager" in other["why not"]
-    assert manual["why not"] == "RuntimeError: cannot be built" and table.failed.startswith("engine manual")
+    assert (
+        eager["µs a step"]
+        and other["µs a step"] is None
+        and "losses differ from those of eager" in other["why not"]
+    )
+    assert manual["why not"] == "RuntimeError: cannot be built" and table.failed.startswith(
+        "engine manual"
+    )
 
 
 def test_memory_of_a_step(monkeypatch):
@@ -54,9 +69,15 @@ def test_memory_of_a_step(monkeypatch):
     for name in ("memory_allocated", "max_memory_allocated", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda: 1 << 30)
     on = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = {name: bench_memory.measured(make, (16, 24, 8), 4, on) for name, make in bench_memory.PROVIDERS.items()}
+    found = {
+        name: bench_memory.measured(make, (16, 24, 8), 4, on)
+        for name, make in bench_memory.PROVIDERS.items()
+    }
     for result in found.values():
-        assert result["losses"] == pytest.approx(found["eager"]["losses"], rel=1e-2) and result["seconds"] > 0
+        assert (
+            result["losses"] == pytest.approx(found["eager"]["losses"], rel=1e-2)
+            and result["seconds"] > 0
+        )
 
 
 @pytest.mark.parametrize("name", ["autograd", "manual"])

@@ -1,4 +1,6 @@
-"""checkpoint: what is saved loads again, what cannot be loaded changes nothing, and writing is all or nothing."""
+"""checkpoint: what is saved loads again, what cannot be loaded changes nothing, and writing is all
+or nothing.
+"""
 
 import copy
 import os
@@ -28,30 +30,42 @@ def values(model):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_round_trip(kind, tmp_path, device):
-    """A module with the same description, weights and dtype, sharing nothing; safetensors reads the file as well."""
+    """A module with the same description, weights and dtype, sharing nothing; safetensors reads the
+    file as well.
+    """
     model = MODELS[kind]()
     mlp.save(model, tmp_path / "w.safetensors")
     loaded = mlp.load(tmp_path / "w.safetensors", device)
     assert loaded.config() == model.config()
-    assert_equal([p.detach().cpu() for p in loaded.parameters()], [p.detach() for p in values(model)])
+    assert_equal(
+        [p.detach().cpu() for p in loaded.parameters()], [p.detach() for p in values(model)]
+    )
     assert all(p.device.type == device for p in loaded.parameters())
     plain = safetensors.torch.load_file(tmp_path / "w.safetensors")
     assert list(plain) == sorted(mlp.engines.parameters_of(model))
 
 
 def test_plain_state_dict(tmp_path):
-    """Of an nn.Sequential of the same shapes, "0.weight" and "2.weight": by order; with the same names, by name."""
+    """Of an nn.Sequential of the same shapes, "0.weight" and "2.weight": by order; with the same
+    names, by name.
+    """
     sequential = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
     torch.save(sequential.state_dict(), tmp_path / "sequential.pth")
     named = {name: p + 1 for name, p in reversed(MLP(SIZES).state_dict().items())}
     torch.save(named, tmp_path / "named.pth")
     safetensors.torch.save_file(named, tmp_path / "named.safetensors")
     for file in ("sequential.pth", "named.pth", "named.safetensors"):
-        expected = list(reversed(named.values())) if "named" in file else [p.detach() for p in sequential.parameters()]
+        expected = (
+            list(reversed(named.values()))
+            if "named" in file
+            else [p.detach() for p in sequential.parameters()]
+        )
         for model in (MLP(SIZES), Net(SIZES)):
             assert mlp.load_weights(model, tmp_path / file) is model
             assert_equal([p.detach() for p in values(model)], expected)
-    with pytest.raises(CheckpointError, match=r"no description of the network; use load_weights\(model, path\)"):
+    with pytest.raises(
+        CheckpointError, match=r"no description of the network; use load_weights\(model, path\)"
+    ):
         mlp.load(tmp_path / "named.safetensors")
 
 
@@ -61,7 +75,9 @@ def damaged(path, keep):
 
 
 def test_files_that_are_none(tmp_path):
-    """Empty, cut, of another kind, of another network: one line that names the file, and the model as it was."""
+    """Empty, cut, of another kind, of another network: one line that names the file, and the model
+    as it was.
+    """
     model = MLP(SIZES)
     before = copy.deepcopy(model.state_dict())
     files = {}
@@ -83,9 +99,16 @@ def test_files_that_are_none(tmp_path):
         with pytest.raises(CheckpointError, match="not a readable safetensors file"):
             mlp.load(files[f"{name} safetensors"])
     other = r"another network: has .*needs .*\(3, 5\)"
-    messages = {"gone": "no such checkpoint", "nested": "plain state_dict", "shapes": other, "count": other}
+    messages = {
+        "gone": "no such checkpoint",
+        "nested": "plain state_dict",
+        "shapes": other,
+        "count": other,
+    }
     for name, path in files.items():
-        with pytest.raises(CheckpointError, match=f"{path}: .*{messages.get(name, 'not readable as weights')}") as error:
+        with pytest.raises(
+            CheckpointError, match=f"{path}: .*{messages.get(name, 'not readable as weights')}"
+        ) as error:
             mlp.load_weights(model, path)
         assert "\n" not in str(error.value) and "\x1b" not in str(error.value), name
         assert_equal(list(model.state_dict().values()), list(before.values()))
@@ -109,11 +132,15 @@ def test_failed_writing_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_run_folder(tmp_path, monkeypatch):
-    """Made once; a second run needs `force`, which clears the first; what is no run folder is said to be none."""
+    """Made once; a second run needs `force`, which clears the first; what is no run folder is said
+    to be none.
+    """
     run = RunFolder.create(tmp_path / "a" / "b")
     run.config = {"seed": 1}
     assert RunFolder(tmp_path / "a" / "b").config == {"seed": 1}
-    with pytest.raises(FileExistsError, match="already holds a run; choose another --out, --resume it, or --force"):
+    with pytest.raises(
+        FileExistsError, match="already holds a run; choose another --out, --resume it, or --force"
+    ):
         RunFolder.create(tmp_path / "a" / "b")
     (run.path / "notes.txt").write_text("mine")
     RunFolder.create(tmp_path / "a" / "b", force=True)

@@ -1,4 +1,6 @@
-"""cli: the commands as a user meets them, on digits: what they print, what lies in the run folder, what --force may do."""
+"""cli: the commands as a user meets them, on digits: what they print, what lies in the run folder,
+what --force may do.
+"""
 
 import json
 import os
@@ -12,7 +14,15 @@ from mlp import checkpoint
 from mlp.__main__ import main
 from mlp.recipes import RECIPES
 
-METRICS = ["epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds", "samples_per_second"]
+METRICS = [
+    "epoch",
+    "train_loss",
+    "train_accuracy",
+    "test_loss",
+    "test_accuracy",
+    "seconds",
+    "samples_per_second",
+]
 FILES = {"config.json", "metrics.jsonl", "model.safetensors", "last.ckpt", "curves.png"}
 QUICK = ("train", "digits", "--hidden", "16", "--device", "cpu", "--engine", "manual")
 
@@ -58,10 +68,15 @@ def test_train_and_evaluate(handgrad, tmp_path):
     assert set(os.listdir("runs/digits")) == FILES
     assert [list(row) for row in rows("runs/digits")] == [METRICS] * 3
     assert re.findall(r"^epoch +(\d+) ", out, re.M) == ["1", "2", "3"]
-    assert re.search(r"^digits .*engine manual.*cpu$", out, re.M) and out.rstrip().endswith("run folder runs/digits")
+    assert re.search(r"^digits .*engine manual.*cpu$", out, re.M) and out.rstrip().endswith(
+        "run folder runs/digits"
+    )
     config = read_json("runs/digits/config.json")
     assert (config["dataset"], config["seed"], config["recipe"]["hidden"]) == ("digits", 5, [16])
-    assert config["recipe"]["optimizer_options"] == {**RECIPES["default"].optimizer_options, "lr": 0.02}
+    assert config["recipe"]["optimizer_options"] == {
+        **RECIPES["default"].optimizer_options,
+        "lr": 0.02,
+    }
     assert "torch" in config["versions"]
     last = rows("runs/digits")[-1]
     status, out, err = handgrad("evaluate", "runs/digits")
@@ -75,15 +90,25 @@ def test_default_folders_are_numbered(handgrad):
     for _ in range(3):
         assert handgrad(*QUICK, "--epochs", "1")[0] == 0
     assert sorted(os.listdir("runs")) == ["digits", "digits-2", "digits-3"]
-    assert weights("runs/digits")[0].equal(weights("runs/digits-3")[0]), "the same seed, the same run"
+    assert weights("runs/digits")[0].equal(weights("runs/digits-3")[0]), (
+        "the same seed, the same run"
+    )
 
 
 def test_never_overwrites_without_force(handgrad):
     assert handgrad(*QUICK, "--epochs", "2", "--out", "mine")[0] == 0
     before = contents()
     status, _, err = handgrad(*QUICK, "--epochs", "1", "--out", "mine")
-    assert status == 2 and "mine already holds a run; choose another --out, --resume it, or --force" in err
-    for bad in (["--batch-size", "0"], ["--engine", "fast"], ["--recipe", "convnet", "--engine", "epoch"], ["--lr", "-1"]):
+    assert (
+        status == 2
+        and "mine already holds a run; choose another --out, --resume it, or --force" in err
+    )
+    for bad in (
+        ["--batch-size", "0"],
+        ["--engine", "fast"],
+        ["--recipe", "convnet", "--engine", "epoch"],
+        ["--lr", "-1"],
+    ):
         assert handgrad(*QUICK, "--out", "mine", "--force", *bad)[0] == 2
     assert contents() == before, "--force must not clear a run that nothing will replace"
     assert handgrad(*QUICK, "--epochs", "1", "--out", "mine", "--force", "--seed", "1")[0] == 0
@@ -96,15 +121,25 @@ def test_resume_is_as_if_never_stopped(handgrad):
     status, out, _ = handgrad("train", "--resume", "--out", "stopped", "--epochs", "4")
     assert status == 0 and re.findall(r"^epoch +(\d+) ", out, re.M) == ["3", "4"]
     assert all(a.equal(b) for a, b in zip(weights("straight"), weights("stopped"), strict=True))
-    assert [row["train_loss"] for row in rows("stopped")] == [row["train_loss"] for row in rows("straight")]
+    assert [row["train_loss"] for row in rows("stopped")] == [
+        row["train_loss"] for row in rows("straight")
+    ]
     assert read_json("stopped/config.json")["recipe"]["epochs"] == 4
 
 
 def test_a_damaged_run_is_left_alone(handgrad):
     assert handgrad(*QUICK, "--epochs", "1", "--out", "run")[0] == 0
     for file, command, message in (
-        ("last.ckpt", ("train", "--resume", "--out", "run", "--epochs", "5"), "run/last.ckpt: not readable"),
-        ("model.safetensors", ("evaluate", "run"), "run/model.safetensors: not a readable safetensors file"),
+        (
+            "last.ckpt",
+            ("train", "--resume", "--out", "run", "--epochs", "5"),
+            "run/last.ckpt: not readable",
+        ),
+        (
+            "model.safetensors",
+            ("evaluate", "run"),
+            "run/model.safetensors: not a readable safetensors file",
+        ),
         ("config.json", ("evaluate", "run"), "run/config.json: not JSON"),
     ):
         content = Path("run", file).read_bytes()
@@ -125,7 +160,11 @@ def test_diverged_keeps_the_last_good_weights(handgrad):
     before = contents()
     status, _, err = handgrad("train", "--resume", "--out", "run", "--epochs", "3")
     assert status == 2 and err.count("\n") == 1
-    assert re.search(r"the loss is (nan|inf) at step \d+ of epoch 2 with learning rate 1e\+30; .* end of epoch 1", err)
+    assert re.search(
+        r"the loss is (nan|inf) at step \d+ of epoch 2 with learning rate 1e\+30; "
+        r".* end of epoch 1",
+        err,
+    )
     assert {**contents(), "run/config.json": before["run/config.json"]} == before
 
 

@@ -26,12 +26,24 @@ BAD = {
     "engine": ("train --engine fast", f"unknown engine 'fast'; known: auto, {lists(ENGINES)}"),
     "recipe": ("train --recipe gan", f"unknown recipe 'gan'; known: {lists(RECIPES)}"),
     "loss": ("train --loss hinge", f"unknown loss 'hinge'; known: {lists(LOSSES)}"),
-    "optimizer": ("train --optimizer lion", f"unknown optimizer 'lion'; known: {lists(OPTIMIZERS)}"),
+    "optimizer": (
+        "train --optimizer lion",
+        f"unknown optimizer 'lion'; known: {lists(OPTIMIZERS)}",
+    ),
     "precision": ("train --precision fp8", f"unknown precision 'fp8'; known: {lists(PRECISIONS)}"),
     "device": ("train --device abacus", "unknown device 'abacus'; known: auto, cpu, cuda"),
-    "no such GPU": ("train --device cuda:99", f"asked for, but this machine has {CUDA_COUNT} CUDA devices; use --device cpu"),
-    "widths": ("train --hidden 100,wide", "--hidden must be widths with commas, such as 100,50, got '100,wide'"),
-    "no width": ("train --hidden 10,,5", "--hidden must be widths with commas, such as 100,50, got '10,,5'"),
+    "no such GPU": (
+        "train --device cuda:99",
+        f"asked for, but this machine has {CUDA_COUNT} CUDA devices; use --device cpu",
+    ),
+    "widths": (
+        "train --hidden 100,wide",
+        "--hidden must be widths with commas, such as 100,50, got '100,wide'",
+    ),
+    "no width": (
+        "train --hidden 10,,5",
+        "--hidden must be widths with commas, such as 100,50, got '10,,5'",
+    ),
     "width 0": ("train --hidden 100,0", r"at least two positive integers.*got \(64, 100, 0, 10\)"),
     "batch": ("train --batch-size 0", "batch_size must be positive"),
     "epochs": ("train --epochs -1", "--epochs must be at least 1, got -1"),
@@ -41,20 +53,41 @@ BAD = {
     "option": ("train --lerning-rate 0.1", "No such option.*--lerning-rate"),
     "command": ("trian", "No such command 'trian'"),
     "resume what": ("train --resume", "--resume needs --out"),
-    "resume nothing": ("train --resume --out none", "none is not a run folder: it has no config.json"),
+    "resume nothing": (
+        "train --resume --out none",
+        "none is not a run folder: it has no config.json",
+    ),
     "evaluate nothing": ("evaluate none", "none is not a run folder"),
     "predict nothing": ("predict none image.png", "none is not a run folder"),
     "folder in a file": ("train --out file/run --epochs 1", "cannot write the run folder file/run"),
-    "data in a file": ("train kmnist --data-dir file/data", "kmnist: cannot write the data folder file/data"),
-    "no network": ("train fashion-mnist --data-dir new", "cannot be downloaded into new .*by hand, or train on digits"),
-    "negative label": ("train negative.npz", "negative: label -1 of sample 3 is not one of the 3 classes"),
+    "data in a file": (
+        "train kmnist --data-dir file/data",
+        "kmnist: cannot write the data folder file/data",
+    ),
+    "no network": (
+        "train fashion-mnist --data-dir new",
+        "cannot be downloaded into new .*by hand, or train on digits",
+    ),
+    "negative label": (
+        "train negative.npz",
+        "negative: label -1 of sample 3 is not one of the 3 classes",
+    ),
     "empty": ("train empty.npz", "empty: it has no samples"),
     "damaged": ("train damaged.npz", "damaged.npz: not a readable .npz file"),
-    "not images": ("train rows.npz --recipe convnet", "convolutions needs images, but rows .* has rows of 5 numbers"),
+    "not images": (
+        "train rows.npz --recipe convnet",
+        "convolutions needs images, but rows .* has rows of 5 numbers",
+    ),
     "not a rate": ("train --lr nan", "--lr must be at least 0, got nan"),
-    "not a number": ("train nan.npz --out d", "the loss is nan at step 0 .* nothing was trained yet: look for what is not"),
-    "diverged": ("train --device cpu --lr 1e30 --out d", r"(nan|inf) at step \d+ of epoch 1 with learning rate 1e\+30"),
-}  # fmt: skip
+    "not a number": (
+        "train nan.npz --out d",
+        "the loss is nan at step 0 .* nothing was trained yet: look for what is not",
+    ),
+    "diverged": (
+        "train --device cpu --lr 1e30 --out d",
+        r"(nan|inf) at step \d+ of epoch 1 with learning rate 1e\+30",
+    ),
+}
 
 
 @pytest.fixture
@@ -62,9 +95,17 @@ def folder(tmp_path, monkeypatch):
     """A folder with data sets that are wrong in some way, and a network that is down."""
     datasets = pytest.importorskip("torchvision.datasets")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.MNIST, "download", lambda self: (_ for _ in ()).throw(urllib.error.URLError("down")))
+    monkeypatch.setattr(
+        datasets.MNIST,
+        "download",
+        lambda self: (_ for _ in ()).throw(urllib.error.URLError("down")),
+    )
     labels = np.arange(12) % 3
-    np.savez("negative.npz", x_train=np.zeros((12, 4), np.uint8), y_train=np.where(np.arange(12) == 3, -1, labels))
+    np.savez(
+        "negative.npz",
+        x_train=np.zeros((12, 4), np.uint8),
+        y_train=np.where(np.arange(12) == 3, -1, labels),
+    )
     np.savez("empty.npz", x_train=np.zeros((0, 4), np.uint8), y_train=labels[:0])
     np.savez("nan.npz", x_train=np.full((12, 4), np.nan, np.float32), y_train=labels)
     np.savez("rows.npz", x_train=np.zeros((12, 5), np.float32), y_train=labels)
@@ -90,12 +131,32 @@ def test_one_line_and_status_2(case, folder, capsys):
 
 def test_resume_says_what_it_cannot_do(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["train", "--hidden", "4", "--epochs", "2", "--engine", "manual", "--device", "cpu", "--out", "run"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--hidden",
+                "4",
+                "--epochs",
+                "2",
+                "--engine",
+                "manual",
+                "--device",
+                "cpu",
+                "--out",
+                "run",
+            ]
+        )
+        == 0
+    )
     config = (tmp_path / "run" / "config.json").read_text()
     capsys.readouterr()
     for argv in ("--lr 0.5", "--batch-size 8", "--hidden 7"):
         assert main(f"train --out run --resume --epochs 3 {argv}".split()) == 2
-        said = f"handgrad: {argv.split()[0]} cannot be changed by --resume.*run/config.json: leave it out, or train into another"
+        said = (
+            f"handgrad: {argv.split()[0]} cannot be changed by --resume.*run/config.json: leave "
+            "it out, or train into another"
+        )
         assert re.match(said, capsys.readouterr().err)
     assert main(["train", "mnist", "--out", "run", "--resume"]) == 2
     assert main(["train", "--out", "run", "--resume", "--epochs", "1"]) == 0
@@ -104,7 +165,9 @@ def test_resume_says_what_it_cannot_do(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(CUDA_COUNT > 0, reason="this machine has a GPU")
-@pytest.mark.parametrize("argv", ["train --device cuda", "train --engine graph", "evaluate run --device cuda"])
+@pytest.mark.parametrize(
+    "argv", ["train --device cuda", "train --engine graph", "evaluate run --device cuda"]
+)
 def test_no_gpu(argv, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     if argv.startswith("evaluate"):
@@ -112,5 +175,7 @@ def test_no_gpu(argv, tmp_path, monkeypatch, capsys):
         capsys.readouterr()
     assert main(argv.split()) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and re.search("0 CUDA devices; use --device cpu|needs a CUDA GPU", err)
+    assert err.count("\n") == 1 and re.search(
+        "0 CUDA devices; use --device cpu|needs a CUDA GPU", err
+    )
     assert not (tmp_path / "runs").exists()

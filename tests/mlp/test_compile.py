@@ -1,4 +1,6 @@
-"""torch.compile and torch.export of networks: equal to eager, compiled once for every size of a batch."""
+"""torch.compile and torch.export of networks: equal to eager, compiled once for every size of a
+batch.
+"""
 
 import copy
 import shutil
@@ -48,7 +50,9 @@ def twins(network, device):
 @EACH_NETWORK
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_training(network, optimizer, device):
-    """Forward and loss in one graph, with its backward; the update in another. They serve every later batch."""
+    """Forward and loss in one graph, with its backward; the update in another. They serve every
+    later batch.
+    """
     loss = CrossEntropyLoss(label_smoothing=0.1)
     runs = []
     for net, wrap in zip(twins(network, device), (lambda function: function, compiled)):
@@ -66,7 +70,9 @@ def test_training(network, optimizer, device):
     assert len(set(graphs[1:])) == 1
 
 
-@pytest.mark.parametrize("loss", [CrossEntropyLoss(reduction="sum"), MSELoss(), MSELoss(reduction="none")], ids=repr)
+@pytest.mark.parametrize(
+    "loss", [CrossEntropyLoss(reduction="sum"), MSELoss(), MSELoss(reduction="none")], ids=repr
+)
 def test_losses(loss, device):
     """Of one module for every size of a batch, the gradient of a target with one too."""
     run = compiled(loss)
@@ -76,7 +82,10 @@ def test_losses(loss, device):
     assert counters["stats"]["unique_graphs"] == 2
 
 
-@pytest.mark.skipif(not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="this torch traces no .backward()")
+@pytest.mark.skipif(
+    not hasattr(torch._dynamo.config, "trace_autograd_ops"),
+    reason="this torch traces no .backward()",
+)
 def test_a_whole_step_is_one_graph(device):
     loss = CrossEntropyLoss()
 
@@ -93,9 +102,13 @@ def test_a_whole_step_is_one_graph(device):
     with torch._dynamo.config.patch(trace_autograd_ops=True):
         run = compiled(step)
         for x, t in batches(device):
-            assert_equal(step(networks[0], optimizers[0], x, t), run(networks[1], optimizers[1], x, t))
+            assert_equal(
+                step(networks[0], optimizers[0], x, t), run(networks[1], optimizers[1], x, t)
+            )
     assert_equal(*(list(net.parameters()) for net in networks))
-    assert counters["stats"]["unique_graphs"] == 2  # for the first size of a batch, and for every other
+    assert (
+        counters["stats"]["unique_graphs"] == 2
+    )  # for the first size of a batch, and for every other
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler on the CPU")
@@ -104,13 +117,17 @@ def test_inductor(device):
     forward = lambda x, t: cross_entropy(net(2 * x), t)  # noqa: E731
     run = compiled(forward, "inductor")
     for batch in batches(device, (8, 4)):
-        results = [gradients([function(*batch)], list(net.parameters())) for function in (run, forward)]
+        results = [
+            gradients([function(*batch)], list(net.parameters())) for function in (run, forward)
+        ]
         assert_equal(*results)
 
 
 @EACH_NETWORK
 def test_export(network):
-    """A trained network exports as torch's own operators, for every size of a batch: it runs without this library."""
+    """A trained network exports as torch's own operators, for every size of a batch: it runs
+    without this library.
+    """
     net = NETWORKS[network]()
     optimizer = SGD(net.parameters(), 0.1)
     for x, t in batches("cpu"):

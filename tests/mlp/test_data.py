@@ -1,4 +1,6 @@
-"""data: data sets by name, how rows are read, in which order, and what is said when they cannot be had."""
+"""data: data sets by name, how rows are read, in which order, and what is said when they cannot be
+had.
+"""
 
 import os
 import urllib.error
@@ -11,7 +13,9 @@ from mlp import data
 from mlp.data import DataError, Dataset, permutation
 from tests.checks import assert_equal
 
-NEEDS_MNIST = pytest.mark.skipif(not os.environ.get("HANDGRAD_DATA"), reason="HANDGRAD_DATA is unset: no MNIST here")
+NEEDS_MNIST = pytest.mark.skipif(
+    not os.environ.get("HANDGRAD_DATA"), reason="HANDGRAD_DATA is unset: no MNIST here"
+)
 
 
 def one_line(error):
@@ -20,15 +24,25 @@ def one_line(error):
 
 
 def pixels(rows=20):
-    return Dataset(torch.randint(0, 256, (rows, 1, 2, 3), dtype=torch.uint8), torch.arange(rows) % 3, scale=1 / 255)
+    return Dataset(
+        torch.randint(0, 256, (rows, 1, 2, 3), dtype=torch.uint8),
+        torch.arange(rows) % 3,
+        scale=1 / 255,
+    )
 
 
 def test_digits():
     train, test = data.load("digits")
     assert (len(train), len(test)) == (1438, 359)
     for part in (train, test):
-        assert part.features == 64 and part.image_shape == (1, 8, 8) and part.inputs.dtype == torch.uint8
-        assert part.classes == tuple("0123456789") and part.targets.unique().tolist() == list(range(10))
+        assert (
+            part.features == 64
+            and part.image_shape == (1, 8, 8)
+            and part.inputs.dtype == torch.uint8
+        )
+        assert part.classes == tuple("0123456789") and part.targets.unique().tolist() == list(
+            range(10)
+        )
         x = part.read(part.inputs)
         assert x.dtype == torch.float32 and x.min() == 0 and x.max() == 1
     rows = {tuple(row) for row in torch.cat([train.inputs, test.inputs]).tolist()}
@@ -40,8 +54,18 @@ def test_digits():
 def test_mnist():
     train, test = data.load("mnist")
     assert (len(train), len(test)) == (60_000, 10_000)
-    assert train.inputs.dtype == torch.uint8 and train.features == 784 and train.image_shape == (1, 28, 28)
-    assert train.targets[:5].tolist() == [5, 0, 4, 1, 9] and test.targets[:5].tolist() == [7, 2, 1, 0, 4]
+    assert (
+        train.inputs.dtype == torch.uint8
+        and train.features == 784
+        and train.image_shape == (1, 28, 28)
+    )
+    assert train.targets[:5].tolist() == [5, 0, 4, 1, 9] and test.targets[:5].tolist() == [
+        7,
+        2,
+        1,
+        0,
+        4,
+    ]
     x = train.read(train.inputs[:1000])
     assert 0.12 < x.mean() < 0.14 and x.min() == 0 and x.max() == 1
     normal = train.normalized(0.1307, 0.3081)
@@ -51,9 +75,16 @@ def test_mnist():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["uint8", "float32", "float64"])
 def test_batch_is_indexing(kind, dtype, device):
-    """A batch is raw · scale + shift of its rows; normalisations add up, and nothing stored changes."""
+    """A batch is raw · scale + shift of its rows; normalisations add up, and nothing stored
+    changes.
+    """
     raw = pixels().inputs if kind == "uint8" else torch.randn(20, 6, dtype=getattr(torch, kind))
-    stored = Dataset(raw, torch.arange(20) % 3, scale=0.5, shift=1.0).normalized(0.2, 0.4).normalized(-0.5, 2.0).to(device)
+    stored = (
+        Dataset(raw, torch.arange(20) % 3, scale=0.5, shift=1.0)
+        .normalized(0.2, 0.4)
+        .normalized(-0.5, 2.0)
+        .to(device)
+    )
     expected = ((raw.double() * 0.5 + 1.0 - 0.2) / 0.4 + 0.5) / 2.0
     tolerance = 4 * torch.finfo(dtype).eps * expected.abs().max()
     for rows in ([3, 3, 0], [19, 1], [5, 6, 7], []):
@@ -70,7 +101,9 @@ def test_batch_is_indexing(kind, dtype, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_batches_reuse_their_buffers(dtype):
-    """The same memory for every batch of a size, whatever is stored: what engines that repeat recorded calls rely on."""
+    """The same memory for every batch of a size, whatever is stored: what engines that repeat
+    recorded calls rely on.
+    """
     for inputs in (pixels().inputs, torch.randn(20, 6), torch.randn(20, 6, dtype=torch.float64)):
         stored = Dataset(inputs, torch.randn(20, 2), shift=1.0)
         batches = [stored.batch(torch.arange(start, start + 4), dtype) for start in (0, 4, 8)]
@@ -90,7 +123,11 @@ def test_data_sets_that_cannot_be():
     x = torch.zeros(4, 3)
     for targets, classes, message in (
         (torch.zeros(3), (), "data: 4 inputs but 3 targets"),
-        (torch.tensor([0, 1, 5, 1]), ("a", "b"), "label 5 of sample 2 is not one of the 2 classes, 0 to 1"),
+        (
+            torch.tensor([0, 1, 5, 1]),
+            ("a", "b"),
+            "label 5 of sample 2 is not one of the 2 classes, 0 to 1",
+        ),
         (torch.tensor([0, 1, 0, -1]), (), "label -1 of sample 3 is not one of the 2 classes"),
     ):
         with pytest.raises(DataError, match=message):
@@ -102,12 +139,18 @@ def test_data_sets_that_cannot_be():
 
 
 def test_unknown_name():
-    with pytest.raises(DataError, match=f"unknown data set 'mnits': known are {', '.join(data.NAMES)}") as error:
+    with pytest.raises(
+        DataError, match=f"unknown data set 'mnits': known are {', '.join(data.NAMES)}"
+    ) as error:
         data.load("mnits")
     assert one_line(error)
 
 
-@pytest.mark.parametrize("fail", [urllib.error.URLError("down"), RuntimeError("Error downloading\ntrace"), OSError()], ids=repr)
+@pytest.mark.parametrize(
+    "fail",
+    [urllib.error.URLError("down"), RuntimeError("Error downloading\ntrace"), OSError()],
+    ids=repr,
+)
 @pytest.mark.parametrize("name", data.TORCHVISION)
 def test_no_network(name, fail, tmp_path, monkeypatch):
     """Says how to place the files by hand, and that digits needs none."""
@@ -120,10 +163,15 @@ def test_no_network(name, fail, tmp_path, monkeypatch):
 
 
 def test_folder_that_cannot_be_written(tmp_path, monkeypatch):
-    """A file in its place, or no permission: named before anything is downloaded. (root may write everywhere.)"""
+    """A file in its place, or no permission: named before anything is downloaded. (root may write
+    everywhere.)
+    """
     pytest.importorskip("torchvision")
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"mnist: cannot write the data folder .*/file/sub: .*; choose another --data-dir"):
+    with pytest.raises(
+        DataError,
+        match=r"mnist: cannot write the data folder .*/file/sub: .*; choose another --data-dir",
+    ):
         data.load("mnist", tmp_path / "file" / "sub")
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
     with pytest.raises(DataError, match="mnist: cannot write the data folder"):
@@ -138,7 +186,9 @@ def test_default_folder(monkeypatch):
     assert data.default_dir() == Path("/cache/handgrad")
 
 
-@pytest.mark.parametrize("content", [b"", b"junk", bytes([0, 0, 8, 3] + [0, 0, 0, 9] * 3)], ids=["empty", "junk", "cut"])
+@pytest.mark.parametrize(
+    "content", [b"", b"junk", bytes([0, 0, 8, 3] + [0, 0, 0, 9] * 3)], ids=["empty", "junk", "cut"]
+)
 def test_damaged_mnist_file(content, tmp_path):
     """Empty, other, or cut after the header."""
     raw = tmp_path / "MNIST" / "raw"

@@ -1,4 +1,6 @@
-"""engines: the same batches in the same order, losses that agree to rounding, and a word on who serves what."""
+"""engines: the same batches in the same order, losses that agree to rounding, and a word on who
+serves what.
+"""
 
 import pytest
 import torch
@@ -28,13 +30,31 @@ def problem(kind="labels", count=75):
     torch.manual_seed(0)
     pixels = torch.randint(0, 256, (count, 12), dtype=torch.uint8)
     sums = pixels.float() @ torch.randn(12, 4)
-    return Dataset(pixels, sums.argmax(1) if kind == "labels" else (sums / 500).tanh(), scale=1 / 255, shift=-0.5)
+    return Dataset(
+        pixels,
+        sums.argmax(1) if kind == "labels" else (sums / 500).tanh(),
+        scale=1 / 255,
+        shift=-0.5,
+    )
 
 
-def train(engine, device, data=None, loss="cross_entropy", optimizer=(mlp.SGD, {"lr": 0.1}), epochs=3, model=None, **options):
-    """(losses and accuracies of each epoch, weights) of a run from a fixed seed; skips where the engine does not serve."""
+def train(
+    engine,
+    device,
+    data=None,
+    loss="cross_entropy",
+    optimizer=(mlp.SGD, {"lr": 0.1}),
+    epochs=3,
+    model=None,
+    **options,
+):
+    """(losses and accuracies of each epoch, weights) of a run from a fixed seed; skips where the
+    engine does not serve.
+    """
     torch.manual_seed(1)
-    model = (model or (lambda: MLP((12, 10, 8, 4), **{"activation": "tanh", **options})))().to(device)
+    model = (model or (lambda: MLP((12, 10, 8, 4), **{"activation": "tanh", **options})))().to(
+        device
+    )
     loss = LOSSES[loss]() if isinstance(loss, str) else loss
     make = lambda params: optimizer[0](params, **optimizer[1])  # noqa: E731
     refusal = ENGINES[engine].refuses(model, loss, make(list(model.parameters())), 16)
@@ -42,7 +62,9 @@ def train(engine, device, data=None, loss="cross_entropy", optimizer=(mlp.SGD, {
         pytest.skip(refusal)
     trainer = Trainer(model, loss, make, engine)
     rows = trainer.fit(data or problem(), epochs, 16, seed=3)
-    return [(row["train_loss"], row["train_accuracy"]) for row in rows], [p.detach() for p in model.parameters()]
+    return [(row["train_loss"], row["train_accuracy"]) for row in rows], [
+        p.detach() for p in model.parameters()
+    ]
 
 
 def assert_same_run(ours, reference, tolerance=1e-5):
@@ -63,15 +85,24 @@ def test_same_run_with_every_activation(activation, engine, device):
 @pytest.mark.parametrize("optimizer", OPTIONS.values(), ids=OPTIONS)
 def test_same_run_with_every_optimizer(optimizer, engine, device):
     """torch's own optimizers included."""
-    assert_same_run(*(train(e, device, optimizer=optimizer) for e in (engine, "autograd")), tolerance=1e-4)
+    assert_same_run(
+        *(train(e, device, optimizer=optimizer) for e in (engine, "autograd")), tolerance=1e-4
+    )
 
 
 @EACH
 @pytest.mark.parametrize("kind", ["labels", "numbers"])
-@pytest.mark.parametrize("loss", [
-    *LOSSES.values(), lambda: mlp.SoftmaxCrossEntropy(reduction="sum", scale=0.1), lambda: mlp.MeanSquaredError("sum", 0.5),
-    lambda: mlp.SoftmaxCrossEntropy(label_smoothing=0.1), lambda: mlp.SoftmaxCrossEntropy(ignore_index=2),
-], ids=[*LOSSES, "sum of cross_entropy", "half sum of squares", "smoothing", "ignored class"])  # fmt: skip
+@pytest.mark.parametrize(
+    "loss",
+    [
+        *LOSSES.values(),
+        lambda: mlp.SoftmaxCrossEntropy(reduction="sum", scale=0.1),
+        lambda: mlp.MeanSquaredError("sum", 0.5),
+        lambda: mlp.SoftmaxCrossEntropy(label_smoothing=0.1),
+        lambda: mlp.SoftmaxCrossEntropy(ignore_index=2),
+    ],
+    ids=[*LOSSES, "sum of cross_entropy", "half sum of squares", "smoothing", "ignored class"],
+)
 def test_same_run_with_every_loss(loss, kind, engine, device):
     if kind == "numbers" and getattr(loss(), "options", ())[1:2] == (2,):
         pytest.skip("numbers have no class to ignore")
@@ -87,8 +118,15 @@ def test_same_run_with_every_network(options, engine, device):
 
 @EACH
 def test_same_run_of_a_convnet(engine, device):
-    pixels = torch.randint(0, 256, (40, 1, 10, 10), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    data = Dataset(pixels, pixels.flatten(1).float().mean(1).gt(127).long(), image_shape=(1, 10, 10), scale=1 / 255)
+    pixels = torch.randint(
+        0, 256, (40, 1, 10, 10), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
+    data = Dataset(
+        pixels,
+        pixels.flatten(1).float().mean(1).gt(127).long(),
+        image_shape=(1, 10, 10),
+        scale=1 / 255,
+    )
     model = lambda: ConvNet((1, 10, 10), (3, 4), 3, 1, (6,), 2)  # noqa: E731
     assert_same_run(*(train(e, device, data, model=model) for e in (engine, "autograd")))
 
@@ -98,7 +136,9 @@ def test_auto_says_why(device, capsys):
     model = MLP((12, 6, 4)).to(device)
     trainer = Trainer(model)
     trainer.fit(problem(), 1, 16)
-    serving = [e for e in ENGINES if ENGINES[e].refuses(model, trainer.loss, trainer.optimizer, 16) is None]
+    serving = [
+        e for e in ENGINES if ENGINES[e].refuses(model, trainer.loss, trainer.optimizer, 16) is None
+    ]
     assert trainer.engine.name == serving[-1]
     assert capsys.readouterr().out == f"{trainer.engine_note}\n"
     assert trainer.engine_note.startswith(f"engine {serving[-1]}")
@@ -116,10 +156,23 @@ def test_refusals():
         ("fast", net, None, f"unknown engine 'fast'; known: auto, {', '.join(ENGINES)}"),
         ("autograd", net, None, "autograd: needs an nn.Module, got Net"),
         ("manual", sequential, None, "manual: has no backward for Sequential"),
-        ("manual", frozen, None, "manual: trains every parameter, but 0.bias does not require a gradient"),
-        ("manual", net, F.cross_entropy, "manual: needs one of the losses cross_entropy, mse, got function"),
+        (
+            "manual",
+            frozen,
+            None,
+            "manual: trains every parameter, but 0.bias does not require a gradient",
+        ),
+        (
+            "manual",
+            net,
+            F.cross_entropy,
+            "manual: needs one of the losses cross_entropy, mse, got function",
+        ),
         ("auto", net, F.cross_entropy, "autograd: needs an nn.Module"),
     ):
         with pytest.raises(ValueError, match=message):
             Trainer(model, loss, engine=engine)
-    assert choose("auto", sequential, F.cross_entropy, mlp.SGD(sequential.parameters()))[0].name == "autograd"
+    assert (
+        choose("auto", sequential, F.cross_entropy, mlp.SGD(sequential.parameters()))[0].name
+        == "autograd"
+    )

@@ -1,4 +1,6 @@
-"""epochwise: epochs and steps inside kernels (on a CPU, in the interpreter) train as the reference path does."""
+"""epochwise: epochs and steps inside kernels (on a CPU, in the interpreter) train as the reference
+path does.
+"""
 
 import pytest
 
@@ -8,7 +10,9 @@ from mlp.loss import LOSSES
 from tests.mlp.test_engines import OPTIONS, assert_same_run, problem, train
 
 pytestmark = pytest.mark.interpreter
-IN_KERNELS = pytest.mark.parametrize("engine", [e for e in ENGINES if e not in ("autograd", "manual")])
+IN_KERNELS = pytest.mark.parametrize(
+    "engine", [e for e in ENGINES if e not in ("autograd", "manual")]
+)
 
 
 def by_the_reference(data, **options):

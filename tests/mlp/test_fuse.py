@@ -1,4 +1,6 @@
-"""fuse: models of many kinds give what they gave before, keep parameters, names and hooks, and say what was left alone."""
+"""fuse: models of many kinds give what they gave before, keep parameters, names and hooks, and say
+what was left alone.
+"""
 
 import copy
 import pickle
@@ -20,7 +22,10 @@ class Mixer(nn.Module):
 
         super().__init__()
         options = {"activation_layer": nn.GELU, "inplace": None, "dropout": 0.1}
-        self.tokens, self.channels = MLP(6, [12, 6], **options), MLP(8, [16, 8], norm_layer=nn.LayerNorm, **options)
+        self.tokens, self.channels = (
+            MLP(6, [12, 6], **options),
+            MLP(8, [16, 8], norm_layer=nn.LayerNorm, **options),
+        )
         self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(2))
 
     def forward(self, x):
@@ -34,19 +39,33 @@ class ActorCritic(nn.Module):
     def __init__(self):
         super().__init__()
         self.trunk = nn.Sequential(nn.Linear(7, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh())
-        self.actor, self.critic = nn.Sequential(self.trunk, nn.Linear(16, 4)), nn.Sequential(self.trunk, nn.Linear(16, 1))
+        self.actor, self.critic = (
+            nn.Sequential(self.trunk, nn.Linear(16, 4)),
+            nn.Sequential(self.trunk, nn.Linear(16, 1)),
+        )
 
     def forward(self, x):
         return torch.cat([self.actor(x), self.critic(x)], 1)
 
 
 def autoencoder():
-    encoder = nn.Sequential(nn.Linear(20, 9, bias=False), nn.LeakyReLU(inplace=True), nn.Linear(9, 3), nn.Tanh())
-    return nn.Sequential(encoder, nn.Sequential(nn.Linear(3, 9), nn.SiLU(), nn.Linear(9, 20), nn.Sigmoid()))
+    encoder = nn.Sequential(
+        nn.Linear(20, 9, bias=False), nn.LeakyReLU(inplace=True), nn.Linear(9, 3), nn.Tanh()
+    )
+    return nn.Sequential(
+        encoder, nn.Sequential(nn.Linear(3, 9), nn.SiLU(), nn.Linear(9, 20), nn.Sigmoid())
+    )
 
 
 def perceptron():
-    return nn.Sequential(nn.Linear(7, 12), nn.Identity(), nn.ReLU(True), nn.Linear(12, 12), nn.GELU("tanh"), nn.Linear(12, 5))
+    return nn.Sequential(
+        nn.Linear(7, 12),
+        nn.Identity(),
+        nn.ReLU(True),
+        nn.Linear(12, 12),
+        nn.GELU("tanh"),
+        nn.Linear(12, 5),
+    )
 
 
 def vgg():
@@ -56,7 +75,15 @@ def vgg():
     with torch.device("meta"):
         model = VGG(nn.Identity(), init_weights=False)
     model.features, model.avgpool = make_layers([4, "M", 6, 6, "M"]), nn.AdaptiveAvgPool2d(2)
-    classifier = nn.Linear(24, 16), nn.ReLU(True), nn.Dropout(), nn.Linear(16, 16), nn.ReLU(True), nn.Dropout(), nn.Linear(16, 5)
+    classifier = (
+        nn.Linear(24, 16),
+        nn.ReLU(True),
+        nn.Dropout(),
+        nn.Linear(16, 16),
+        nn.ReLU(True),
+        nn.Dropout(),
+        nn.Linear(16, 5),
+    )
     model.classifier = nn.Sequential(*classifier)
     return model
 
@@ -82,12 +109,19 @@ def built(name, device="cpu"):
 def with_gradients(model, x):
     x = x.clone().requires_grad_()
     y = model(x)
-    return [y, *torch.autograd.grad(y, [x, *model.parameters()], torch.cos(torch.arange(y.numel()).view(y.shape)).to(y))]
+    return [
+        y,
+        *torch.autograd.grad(
+            y, [x, *model.parameters()], torch.cos(torch.arange(y.numel()).view(y.shape)).to(y)
+        ),
+    ]
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_same_model(name, device):
-    """Outputs and gradients in float32 and float64; the same parameters under the same names; twice is once."""
+    """Outputs and gradients in float32 and float64; the same parameters under the same names; twice
+    is once.
+    """
     model, x = built(name, device)
     before, parameters = copy.deepcopy(model), dict(model.named_parameters())
     keys = list(model.state_dict())
@@ -96,12 +130,19 @@ def test_same_model(name, device):
     assert list(model.state_dict()) == keys and not any(m.training for m in model.modules())
     assert not [m for m in model.modules() if type(m) in (nn.Linear, nn.Conv2d)]
     assert sum(isinstance(m, FOLLOWERS) for m in model.modules()) == MODELS[name][2]
-    doubled = [with_gradients(m, x.double()) for m in (copy.deepcopy(model).double(), copy.deepcopy(before).double())]
+    doubled = [
+        with_gradients(m, x.double())
+        for m in (copy.deepcopy(model).double(), copy.deepcopy(before).double())
+    ]
     torch.testing.assert_close(*doubled)
     assert_as_accurate(with_gradients(model, x), with_gradients(before, x), doubled[1], name)
     again, shown = [], str(model)
     assert str(fuse(model, again.append)) == shown and not [line for line in again if "->" in line]
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), fuse(copy.deepcopy(before))):
+    for twin in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        fuse(copy.deepcopy(before)),
+    ):
         twin.load_state_dict(before.state_dict())
         assert_equal(twin(x), model(x))
 
@@ -118,7 +159,9 @@ def test_training_mode(name):
 
 
 def test_optimizer_goes_on(device):
-    """Adam's moments survive; fusing between two steps, with the loss inside the model, changes nothing."""
+    """Adam's moments survive; fusing between two steps, with the loss inside the model, changes
+    nothing.
+    """
     net, x = (t.double() for t in built("autoencoder", device))
     model = nn.ModuleDict({"net": net, "loss": nn.MSELoss()})
     twin = copy.deepcopy(model)
@@ -135,10 +178,17 @@ def test_optimizer_goes_on(device):
 
 
 def test_shared_layers():
-    """A layer in several places, inside and outside of the model, is right in each, and stays tied."""
+    """A layer in several places, inside and outside of the model, is right in each, and stays
+    tied.
+    """
     fc, act = nn.Linear(4, 4), nn.Tanh()
     model = nn.ModuleDict(
-        {"tied": nn.Sequential(fc, act, fc, act), "other": nn.Sequential(fc, nn.Sigmoid()), "lone": fc, "act": act}
+        {
+            "tied": nn.Sequential(fc, act, fc, act),
+            "other": nn.Sequential(fc, nn.Sigmoid()),
+            "lone": fc,
+            "act": act,
+        }
     )
     outside, held, x = nn.Sequential(fc, act), [fc], torch.randn(3, 4)
     places = (*model.values(), outside, *held)

@@ -42,11 +42,17 @@ LAYERS = {
     "subclass": (lambda: Scaled(3, 3), "a subclass"),
     "patched": (lambda: patched(nn.Linear(3, 3)), "has forward of its own"),
     "parametrized": (lambda: parametrizations.weight_norm(nn.Linear(3, 3)), "parametrized"),
-    "pruned": (lambda: prune.l1_unstructured(nn.Linear(3, 3), "weight", 2), "bias, weight_orig, not weight and bias"),
+    "pruned": (
+        lambda: prune.l1_unstructured(nn.Linear(3, 3), "weight", 2),
+        "bias, weight_orig, not weight and bias",
+    ),
     "lazy": (lambda: nn.LazyLinear(3), "no weights yet"),
     "complex": (lambda: nn.Linear(3, 3, dtype=torch.complex64), "torch.complex64"),
     "grouped": (lambda: nn.Conv2d(3, 3, 2, groups=3), "this one 3 and zeros"),
-    "reflecting": (lambda: nn.Conv2d(3, 3, 2, padding=1, padding_mode="reflect"), "this one 1 and reflect"),
+    "reflecting": (
+        lambda: nn.Conv2d(3, 3, 2, padding=1, padding_mode="reflect"),
+        "this one 1 and reflect",
+    ),
 }
 
 
@@ -69,19 +75,63 @@ def linear():
 
 
 NEIGHBOURS = {  # a model, the place that stays and the reason
-    "slope": (lambda: nn.Sequential(linear(), nn.LeakyReLU(0.2)), 1, "kernels have no LeakyReLU(negative_slope=0.2)"),
-    "second": (lambda: nn.Sequential(linear(), nn.SiLU(), nn.Tanh()), 2, "already has activation=silu"),
-    "fused": (lambda: nn.Sequential(mlp.Linear(8, 8, activation="tanh"), nn.Tanh()), 1, "already has activation=tanh"),
-    "overlap": (lambda: nn.Sequential(conv(), nn.MaxPool2d(3, 2)), 1, "kernels have no MaxPool2d(kernel_size=3, stride=2"),
-    "ceil": (lambda: nn.Sequential(conv(), nn.MaxPool2d(2, ceil_mode=True)), 1, "kernels have no MaxPool2d"),
-    "pool first": (lambda: nn.Sequential(conv(), nn.MaxPool2d(2), nn.Tanh()), 2, "already has activation=identity, max_pool=2"),
+    "slope": (
+        lambda: nn.Sequential(linear(), nn.LeakyReLU(0.2)),
+        1,
+        "kernels have no LeakyReLU(negative_slope=0.2)",
+    ),
+    "second": (
+        lambda: nn.Sequential(linear(), nn.SiLU(), nn.Tanh()),
+        2,
+        "already has activation=silu",
+    ),
+    "fused": (
+        lambda: nn.Sequential(mlp.Linear(8, 8, activation="tanh"), nn.Tanh()),
+        1,
+        "already has activation=tanh",
+    ),
+    "overlap": (
+        lambda: nn.Sequential(conv(), nn.MaxPool2d(3, 2)),
+        1,
+        "kernels have no MaxPool2d(kernel_size=3, stride=2",
+    ),
+    "ceil": (
+        lambda: nn.Sequential(conv(), nn.MaxPool2d(2, ceil_mode=True)),
+        1,
+        "kernels have no MaxPool2d",
+    ),
+    "pool first": (
+        lambda: nn.Sequential(conv(), nn.MaxPool2d(2), nn.Tanh()),
+        2,
+        "already has activation=identity, max_pool=2",
+    ),
     "no images": (lambda: nn.Sequential(linear(), nn.MaxPool2d(2)), 1, "does not directly follow"),
-    "between": (lambda: nn.Sequential(linear(), nn.LayerNorm(8), nn.ReLU()), 2, "does not directly follow"),
-    "nested": (lambda: nn.Sequential(nn.Sequential(linear()), nn.ReLU()), 1, "does not directly follow"),
+    "between": (
+        lambda: nn.Sequential(linear(), nn.LayerNorm(8), nn.ReLU()),
+        2,
+        "does not directly follow",
+    ),
+    "nested": (
+        lambda: nn.Sequential(nn.Sequential(linear()), nn.ReLU()),
+        1,
+        "does not directly follow",
+    ),
     "own forward": (lambda: Skip(linear(), nn.ReLU()), 1, "Skip has a forward of its own"),
-    "patched": (lambda: patched(nn.Sequential(linear(), nn.ReLU())), 1, "Sequential has a forward of its own"),
-    "patched ReLU": (lambda: nn.Sequential(linear(), patched(nn.ReLU())), 1, "it has a forward of its own"),
-    "overwritten": (lambda: nn.Sequential(linear(), nn.LeakyReLU(), nn.ELU(inplace=True)), 1, "the ELU after it overwrites"),
+    "patched": (
+        lambda: patched(nn.Sequential(linear(), nn.ReLU())),
+        1,
+        "Sequential has a forward of its own",
+    ),
+    "patched ReLU": (
+        lambda: nn.Sequential(linear(), patched(nn.ReLU())),
+        1,
+        "it has a forward of its own",
+    ),
+    "overwritten": (
+        lambda: nn.Sequential(linear(), nn.LeakyReLU(), nn.ELU(inplace=True)),
+        1,
+        "the ELU after it overwrites",
+    ),
 }
 
 
@@ -91,7 +141,9 @@ def test_neighbours(name):
     model, x, lines = make().double(), torch.randn(3, 2, 8, 8, dtype=torch.float64), []
     before, stays = copy.deepcopy(model), model[place]
     assert fuse(model, lines.append)[place] is stays
-    about = next(line for line in lines if line.startswith(f"{place}: {type(stays).__name__} left alone: "))
+    about = next(
+        line for line in lines if line.startswith(f"{place}: {type(stays).__name__} left alone: ")
+    )
     assert reason in about
     torch.testing.assert_close(with_gradients(model, [x]), with_gradients(before, [x]))
 
@@ -99,9 +151,17 @@ def test_neighbours(name):
 @pytest.mark.parametrize("place", [0, 1, 2])
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_full_backward_hook"])
 def test_hooks(register, place):
-    """Every hook sees what it saw: its activation stays apart, also in place, until the hook is gone."""
-    model, seen, lines = nn.Sequential(nn.Linear(4, 3), nn.Identity(), nn.LeakyReLU()).double(), [], []
-    handle = getattr(model[place], register)(lambda module, before, after: seen.extend(t.clone() for t in (*before, *after)))
+    """Every hook sees what it saw: its activation stays apart, also in place, until the hook is
+    gone.
+    """
+    model, seen, lines = (
+        nn.Sequential(nn.Linear(4, 3), nn.Identity(), nn.LeakyReLU()).double(),
+        [],
+        [],
+    )
+    handle = getattr(model[place], register)(
+        lambda module, before, after: seen.extend(t.clone() for t in (*before, *after))
+    )
     x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
     model(x).sum().backward()
     fuse(model, lines.append)
@@ -115,18 +175,30 @@ def test_hooks(register, place):
 
 
 def test_losses(caplog):
-    """With their options; the module itself may be the one to swap. Without `report`, lines go to the log."""
-    options = {"weight": torch.rand(5), "ignore_index": 2, "label_smoothing": 0.1, "reduction": "sum"}
+    """With their options; the module itself may be the one to swap. Without `report`, lines go to
+    the log.
+    """
+    options = {
+        "weight": torch.rand(5),
+        "ignore_index": 2,
+        "label_smoothing": 0.1,
+        "reduction": "sum",
+    }
     z, target = torch.randn(7, 5), torch.tensor([0, 2, 4, 2, 1, 3, 0])
     with caplog.at_level(logging.INFO, "handgrad"):
         ours = fuse(nn.CrossEntropyLoss(**options))
-    assert caplog.messages == ["module: CrossEntropyLoss -> mlp.CrossEntropyLoss()"] and type(ours) is mlp.CrossEntropyLoss
+    assert (
+        caplog.messages == ["module: CrossEntropyLoss -> mlp.CrossEntropyLoss()"]
+        and type(ours) is mlp.CrossEntropyLoss
+    )
     torch.testing.assert_close(ours(z, target), nn.CrossEntropyLoss(**options)(z, target))
     assert list(ours.state_dict()) == ["weight"] and type(fuse(nn.MSELoss())) is mlp.MSELoss
 
 
 def test_attention():
-    """torch files MultiheadAttention under activations, and uses its output layer's weight without calling it."""
+    """torch files MultiheadAttention under activations, and uses its output layer's weight without
+    calling it.
+    """
     lines = []
     fuse(nn.TransformerEncoderLayer(8, 2), lines.append)
     assert [line.split(" ")[0] for line in lines] == ["self_attn.out_proj:", "linear1:", "linear2:"]

@@ -1,6 +1,8 @@
-"""The graph engine where there are no CUDA graphs: what it captures, repeated, trains as the manual engine does.
+"""The graph engine where there are no CUDA graphs: what it captures, repeated, trains as the manual
+engine does.
 
-Not seen here: values that a capture freezes. Everything that changes from step to step must come out of memory.
+Not seen here: values that a capture freezes. Everything that changes from step to step must come
+out of memory.
 """
 
 import copy
@@ -15,14 +17,18 @@ from tests.mlp.test_engines import OPTIONS
 pytestmark = pytest.mark.interpreter
 MODELS = {
     "two launches": lambda: mlp.MLP([36, 7, 3], activation="sigmoid"),
-    "chain": lambda: mlp.MLP([36, 7, 3], activation="gelu"),  # its derivative needs what the step kernels do not keep
+    "chain": lambda: mlp.MLP(
+        [36, 7, 3], activation="gelu"
+    ),  # its derivative needs what the step kernels do not keep
     "convolution": lambda: mlp.ConvNet((1, 6, 6), (2,), 3, 2, (7,), 3, activation="tanh"),
 }
 
 
 @pytest.fixture
 def repeated(monkeypatch):
-    """Instead of a CUDA graph: as many calls of what would be captured, after the one that compiles."""
+    """Instead of a CUDA graph: as many calls of what would be captured, after the one that
+    compiles.
+    """
 
     def repeat(step, times):
         step()
@@ -43,7 +49,9 @@ def in_turn(engine, model, data, kind, options):
 
 
 @pytest.mark.parametrize("count", [17, 20], ids=["smaller last batch", "whole batches"])
-@pytest.mark.parametrize("optimizer", [name for name in OPTIONS if name not in ("dampening", "torch's")])
+@pytest.mark.parametrize(
+    "optimizer", [name for name in OPTIONS if name not in ("dampening", "torch's")]
+)
 @pytest.mark.parametrize("kind", MODELS)
 def test_trains_as_manual(kind, optimizer, count, repeated):
     torch.manual_seed(0)

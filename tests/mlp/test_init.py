@@ -53,7 +53,9 @@ def test_normal_with_a_deviation():
 
 
 def test_seed():
-    """The same seed draws the same numbers whatever the global state; another seed, or None, others."""
+    """The same seed draws the same numbers whatever the global state; another seed, or None,
+    others.
+    """
     drawn = []
     for seed in (0, 0, 1, None, None):
         parameters = fresh(weight=(5, 7), bias=(5,))
@@ -64,7 +66,9 @@ def test_seed():
 
 
 def test_none_is_torchs_own():
-    """From the global generator, None draws what nn.Linear and nn.Conv2d draw, up to rounding of the bound."""
+    """From the global generator, None draws what nn.Linear and nn.Conv2d draw, up to rounding of
+    the bound.
+    """
     for layer in (torch.nn.Linear(7, 5), torch.nn.Conv2d(3, 5, 2)):
         torch.manual_seed(3)
         layer.reset_parameters()
@@ -81,7 +85,10 @@ def test_device_and_dtype_only_round(name, dtype, device):
     """Net and module, on any device and in any dtype, start from the same float32 numbers."""
     net = Net((6, 5, 3), init=name, device=device, dtype=dtype, seed=4)
     reference = Net((6, 5, 3), init=name, seed=4)
-    assert_equal([p.cpu() for p in net.parameters.values()], [p.to(dtype) for p in reference.parameters.values()])
+    assert_equal(
+        [p.cpu() for p in net.parameters.values()],
+        [p.to(dtype) for p in reference.parameters.values()],
+    )
     module = MLP((6, 5, 3), device=device, dtype=dtype)
     initialise(dict(module.named_parameters()), name, 4)
     assert_equal([p.detach() for p in module.parameters()], list(net.parameters.values()))
@@ -90,6 +97,8 @@ def test_device_and_dtype_only_round(name, dtype, device):
 @pytest.mark.parametrize("name", ["he", "xavier_normal:0.1", "normal:wide", "normal:-1"])
 def test_unknown(name):
     parameters = fresh(weight=(5, 7), bias=(5,))
-    with pytest.raises(ValueError, match=f"unknown initialiser '{name}'; known: {', '.join(NAMES)}.*normal:0.1"):
+    with pytest.raises(
+        ValueError, match=f"unknown initialiser '{name}'; known: {', '.join(NAMES)}.*normal:0.1"
+    ):
         initialise(parameters, name)
     assert all(p.isnan().all() for p in parameters.values())

@@ -43,15 +43,28 @@ def test_manual_is_autograd_is_torch(name, kind, reduction, scale, device):
         ours = manual(loss, output, target)
         assert_equal(ours, on_tape(loss, output, target))
         target = one_hot(target, output) if name == "mse" else target
-        theirs = lambda x, t: TORCHS[name](x, t.to(x) if t.is_floating_point() else t, reduction=reduction) * scale  # noqa: E731
-        draws.append((ours, on_tape(theirs, output, target), on_tape(theirs, output.double(), target)))
+
+        def theirs(x, t):
+            return (
+                TORCHS[name](x, t.to(x) if t.is_floating_point() else t, reduction=reduction)
+                * scale
+            )
+
+        draws.append(
+            (ours, on_tape(theirs, output, target), on_tape(theirs, output.double(), target))
+        )
     for i in range(2):
-        assert_as_accurate(*(torch.stack([draw[j][i] for draw in draws]) for j in range(3)), ("value", "gradient")[i])
+        assert_as_accurate(
+            *(torch.stack([draw[j][i] for draw in draws]) for j in range(3)),
+            ("value", "gradient")[i],
+        )
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_one_object_serves_all_shapes(name, device):
-    """What a loss keeps from one batch is not left over for the next, of another size, dtype or kind of target."""
+    """What a loss keeps from one batch is not left over for the next, of another size, dtype or
+    kind of target.
+    """
     kept = LOSSES[name](scale=0.5)
     for rows, dtype, kind in (
         (7, "float32", "labels"),
@@ -80,7 +93,12 @@ def test_cross_entropy_options(device):
     output = torch.randn(9, 4, dtype=torch.float64, device=device)
     target = targets(output, "labels")
     loss = SoftmaxCrossEntropy(weight.double(), ignore_index=int(target[0]), label_smoothing=0.1)
-    expected = lambda x, t: F.cross_entropy(x, t, weight.double(), ignore_index=int(target[0]), label_smoothing=0.1)  # noqa: E731
+
+    def expected(x, t):
+        return F.cross_entropy(
+            x, t, weight.double(), ignore_index=int(target[0]), label_smoothing=0.1
+        )
+
     for ours, theirs in zip(manual(loss, output, target), on_tape(expected, output, target)):
         torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=1e-15)
 
@@ -121,5 +139,7 @@ def test_a_net_says_in_what_order_and_shape():
     with pytest.raises(RuntimeError, match="Net: forward comes before backward"):
         net.backward(torch.zeros(4, 3))
     net.forward(torch.zeros(4, 6))
-    with pytest.raises(ValueError, match=r"the gradient must be \(4, 3\) as the output was, got \(5, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"the gradient must be \(4, 3\) as the output was, got \(5, 3\)"
+    ):
         net.backward(torch.zeros(5, 3))

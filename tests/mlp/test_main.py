@@ -1,4 +1,6 @@
-"""__main__: the command line as a process, what it imports, and what it says when packages are missing."""
+"""__main__: the command line as a process, what it imports, and what it says when packages are
+missing.
+"""
 
 import re
 import subprocess
@@ -12,18 +14,31 @@ from mlp.__main__ import main
 
 def test_help():
     """`python -m mlp --help`, in a process of its own, names the commands."""
-    done = subprocess.run([sys.executable, "-m", "mlp", "--help"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "mlp", "--help"], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0 and done.stderr == ""
-    assert all(re.search(rf"^ +{name} ", done.stdout, re.M) for name in ("train", "evaluate", "predict", "recipes", "info"))
+    assert all(
+        re.search(rf"^ +{name} ", done.stdout, re.M)
+        for name in ("train", "evaluate", "predict", "recipes", "info")
+    )
 
 
 def test_info(monkeypatch, capsys):
-    """Versions, the path of each operation, and the self-check; of two operations here, as all of them take their time."""
-    monkeypatch.setattr(selfcheck, "OPERATIONS", {name: selfcheck.OPERATIONS[name] for name in ("linear", "mse")})
+    """Versions, the path of each operation, and the self-check; of two operations here, as all of
+    them take their time.
+    """
+    monkeypatch.setattr(
+        selfcheck, "OPERATIONS", {name: selfcheck.OPERATIONS[name] for name in ("linear", "mse")}
+    )
     status = main(["info"])
     out, err = capsys.readouterr()
     assert (status, err) == (0, ""), out + err
-    assert re.search(r"handgrad \S+ +torch \d", out) and "float64: " in out and "self-check: kernels" in out
+    assert (
+        re.search(r"handgrad \S+ +torch \d", out)
+        and "float64: " in out
+        and "self-check: kernels" in out
+    )
     assert "FAIL" not in out and re.search(r"^linear +float32 .* ok ", out, re.M)
 
 
@@ -32,19 +47,27 @@ def test_failed_self_check(monkeypatch, capsys):
     monkeypatch.setattr(selfcheck, "run", lambda: (False, "linear float32 FAIL"))
     assert main(["info"]) == 2
     out, err = capsys.readouterr()
-    assert out.endswith("linear float32 FAIL\n") and re.fullmatch("handgrad: self-check failed: .*\n", err)
+    assert out.endswith("linear float32 FAIL\n") and re.fullmatch(
+        "handgrad: self-check failed: .*\n", err
+    )
 
 
-@pytest.mark.parametrize("module, argv, what", [
-    ("typer", "train", "the command line needs typer"),
-    ("sklearn.datasets", "train digits", "the data set digits needs scikit-learn"),
-    ("torchvision", "train mnist", "the data set mnist needs torchvision"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "module, argv, what",
+    [
+        ("typer", "train", "the command line needs typer"),
+        ("sklearn.datasets", "train digits", "the data set digits needs scikit-learn"),
+        ("torchvision", "train mnist", "the data set mnist needs torchvision"),
+    ],
+)
 def test_missing_extra(module, argv, what, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, module, None)  # importing it is then an ImportError
     assert main(argv.split()) == 2
-    assert capsys.readouterr().err == f"handgrad: {what}: install the extra, pip install 'handgrad[train]'\n"
+    assert (
+        capsys.readouterr().err
+        == f"handgrad: {what}: install the extra, pip install 'handgrad[train]'\n"
+    )
 
 
 def test_imports_without_the_extra():
@@ -53,7 +76,8 @@ def test_imports_without_the_extra():
         "import sys\n"
         "import kernels\n"
         "assert 'mlp' not in sys.modules\n"
-        "for name in ('typer', 'torchvision', 'sklearn', 'matplotlib', 'scipy', 'PIL'): sys.modules[name] = None\n"
+        "for name in ('typer', 'torchvision', 'sklearn', 'matplotlib', 'scipy', 'PIL'): "
+        "sys.modules[name] = None\n"
         "import mlp\n"
         "mlp.MLP([4, 3])\n"
     )

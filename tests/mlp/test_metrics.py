@@ -26,7 +26,9 @@ def test_counted_by_hand():
     assert found["per_class"] == {"ant": 1 / 3, "bee": 1 / 2, "cat": None}
     assert classification(scores, data([0, 1, 1, 0, 0]), 1)["top_k"] == pytest.approx(2 / 5)
     for k in (0, 4):
-        with pytest.raises(ValueError, match=f"top-k: k must be 1 to 3, the number of classes, got {k}"):
+        with pytest.raises(
+            ValueError, match=f"top-k: k must be 1 to 3, the number of classes, got {k}"
+        ):
             classification(scores, data([0, 1, 1, 0, 0]), k)
 
 
@@ -38,7 +40,9 @@ def test_probabilities(kind, loss, device):
     inputs = torch.randn(5000, 4)
     model = kind((4, 6, 3), "relu", "sigmoid", device=device)
     scores = probabilities(model, LOSSES[loss](), Dataset(inputs, torch.arange(5000) % 3))
-    assert scores.shape == (5000, 3) and scores.dtype == torch.float32 and scores.device.type == "cpu"
+    assert (
+        scores.shape == (5000, 3) and scores.dtype == torch.float32 and scores.device.type == "cpu"
+    )
     torch.testing.assert_close(scores.sum(1), torch.ones(5000))
     with torch.no_grad():
         outputs = (model.predict if kind is Net else model)(inputs.to(device)).cpu()
@@ -53,7 +57,19 @@ def run(tmp_path_factory):
         (folder / "set" / name).mkdir(parents=True)
         for i in range(12):
             Image.new("L", (6, 6), low + 5 * i).save(folder / "set" / name / f"{i}.png")
-    argv = ["train", folder / "set", "--hidden", "4", "--epochs", "20", "--batch-size", "4", "--out", folder / "run", "--plots"]
+    argv = [
+        "train",
+        folder / "set",
+        "--hidden",
+        "4",
+        "--epochs",
+        "20",
+        "--batch-size",
+        "4",
+        "--out",
+        folder / "run",
+        "--plots",
+    ]
     with kernels.use("torch"):  # conftest's word on that comes later than a module's fixtures
         assert main([str(a) for a in (*argv, "--engine", "manual", "--device", "cpu")]) == 0
     return folder / "run"
@@ -72,20 +88,36 @@ def test_evaluate_and_report(run, capsys):
     assert {line.rpartition("/")[2] for line in capsys.readouterr().out.split()} == pictures
     assert all((run / name).stat().st_size > 1000 for name in pictures)
     assert main(["evaluate", str(run), "--top", "3"]) == 2
-    assert capsys.readouterr().err == "handgrad: top-k: k must be 1 to 2, the number of classes, got 3\n"
+    assert (
+        capsys.readouterr().err
+        == "handgrad: top-k: k must be 1 to 2, the number of classes, got 3\n"
+    )
 
 
 def test_predict(run, tmp_path, capsys):
-    """PNG and JPEG, grey and colour; another size is resized with a note; what is no image is refused."""
-    files = {"a.png": ("L", (6, 6), 200), "b.jpg": ("RGB", (6, 6), (30, 30, 30)), "c.png": ("L", (12, 9), 210)}
+    """PNG and JPEG, grey and colour; another size is resized with a note; what is no image is
+    refused.
+    """
+    files = {
+        "a.png": ("L", (6, 6), 200),
+        "b.jpg": ("RGB", (6, 6), (30, 30, 30)),
+        "c.png": ("L", (12, 9), 210),
+    }
     for name, arguments in files.items():
         Image.new(*arguments).save(tmp_path / name)
     assert main(["predict", str(run), *(str(tmp_path / name) for name in files)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[1].split()[0] for line in lines] == ["bright", "dark", "bright"]
-    assert all("%)" in line for line in lines) and lines[2].endswith("resized from 12×9 to 6×6") and "resized" not in lines[0]
+    assert (
+        all("%)" in line for line in lines)
+        and lines[2].endswith("resized from 12×9 to 6×6")
+        and "resized" not in lines[0]
+    )
     (tmp_path / "d.png").write_text("not that at all")
-    for name, message in (("d.png", "d.png: not a readable image"), ("none.png", "none.png: no such file")):
+    for name, message in (
+        ("d.png", "d.png: not a readable image"),
+        ("none.png", "none.png: no such file"),
+    ):
         assert main(["predict", str(run), str(tmp_path / name)]) == 2
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1

@@ -1,4 +1,6 @@
-"""modules: torch's modules with the activation fused in, drop-in for state_dict, copies, dtypes and DDP."""
+"""modules: torch's modules with the activation fused in, drop-in for state_dict, copies, dtypes and
+DDP.
+"""
 
 import copy
 import functools
@@ -33,7 +35,9 @@ def inputs_for(module, rows=4):
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_linear_is_nn_linear(activation, bias, device):
-    """From one seed the same weights, and with them the value and gradients of nn.Linear followed by the activation."""
+    """From one seed the same weights, and with them the value and gradients of nn.Linear followed
+    by the activation.
+    """
     torch.manual_seed(0)
     ours = Linear(33, 16, bias, activation, device=device)
     torch.manual_seed(0)
@@ -69,7 +73,9 @@ def test_copies(kind, device):
         p.data.zero_()
     for twin in twins:
         assert_equal(twin(x), expected)
-        assert [name for name, _ in twin.named_parameters()] == [name for name, _ in module.named_parameters()]
+        assert [name for name, _ in twin.named_parameters()] == [
+            name for name, _ in module.named_parameters()
+        ]
 
 
 @EACH_KIND
@@ -103,13 +109,21 @@ def test_mlp_is_its_layers(device):
     for layer in mlp:
         y = layer(y)
     assert_equal(mlp(x), y)
-    nn.Sequential(nn.Linear(17, 12), nn.Linear(12, 9), nn.Linear(9, 5)).load_state_dict(mlp.state_dict())
+    nn.Sequential(nn.Linear(17, 12), nn.Linear(12, 9), nn.Linear(9, 5)).load_state_dict(
+        mlp.state_dict()
+    )
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"reduction": "sum"}, {"reduction": "none", "ignore_index": 2},
-    {"weight": torch.tensor([1.0, 2.0, 0.5, 0.0, 1.5]), "label_smoothing": 0.1},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reduction": "sum"},
+        {"reduction": "none", "ignore_index": 2},
+        {"weight": torch.tensor([1.0, 2.0, 0.5, 0.0, 1.5]), "label_smoothing": 0.1},
+    ],
+    ids=str,
+)
 def test_cross_entropy_loss(options, device):
     target = torch.tensor([0, 2, 4, 2, 1, 3, 0], device=device)
     ours, theirs = (kind(**options).to(device) for kind in (CrossEntropyLoss, nn.CrossEntropyLoss))
@@ -129,11 +143,24 @@ def test_unknown_activation_lists_the_table():
         Linear(3, 4, activation="swish")
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: ConvNet((1, 12, 12)), "convolution 1 needs images of at least 6 × 6, got 4 × 4 (image_shape (1, 12, 12))"),
-    (lambda: ConvNet(max_pool=(3, 2)), "max_pool must be one whole number for both sides, at least 1, got (3, 2)"),
-    (lambda: Conv2d(4, 4, 3, 1, 0, 1, 2), "takes groups=1 and padding_mode='zeros', got 2 and 'zeros'; use nn.Conv2d"),
-], ids=["small images", "max_pool", "groups"])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (
+            lambda: ConvNet((1, 12, 12)),
+            "convolution 1 needs images of at least 6 × 6, got 4 × 4 (image_shape (1, 12, 12))",
+        ),
+        (
+            lambda: ConvNet(max_pool=(3, 2)),
+            "max_pool must be one whole number for both sides, at least 1, got (3, 2)",
+        ),
+        (
+            lambda: Conv2d(4, 4, 3, 1, 0, 1, 2),
+            "takes groups=1 and padding_mode='zeros', got 2 and 'zeros'; use nn.Conv2d",
+        ),
+    ],
+    ids=["small images", "max_pool", "groups"],
+)
 def test_convolutions_refuse(make, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make()
@@ -142,7 +169,9 @@ def test_convolutions_refuse(make, message):
 def test_distributed_data_parallel(tmp_path):
     """One gloo process: gradients through DDP's buckets and hooks are those without."""
     module = MLP(SIZES, "sigmoid")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
     try:
         parallel = nn.parallel.DistributedDataParallel(copy.deepcopy(module))
         x, target = inputs_for(module), torch.tensor([0, 1, 4, 2])

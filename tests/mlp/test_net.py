@@ -12,7 +12,13 @@ from mlp.loss import LOSSES
 from tests.checks import assert_equal
 
 SIZES = (17, 12, 9, 5)
-LEADS = [(16,), (5,), (2, 3), (), (0,)]  # a batch, a partial one, more dimensions, a single sample, nothing
+LEADS = [
+    (16,),
+    (5,),
+    (2, 3),
+    (),
+    (0,),
+]  # a batch, a partial one, more dimensions, a single sample, nothing
 
 
 def twins(*arguments, device="cpu", dtype=None, **options):
@@ -24,12 +30,16 @@ def twins(*arguments, device="cpu", dtype=None, **options):
 
 
 def assert_twins(module, net, leads=LEADS):
-    """Outputs, losses and all gradients of the two are torch.equal for batches of these leading dimensions."""
+    """Outputs, losses and all gradients of the two are torch.equal for batches of these leading
+    dimensions.
+    """
     like = next(module.parameters())
     for lead, (name, loss) in itertools.product(leads, LOSSES.items()):
         x = torch.randn(*lead, SIZES[0], device=like.device, dtype=like.dtype, requires_grad=True)
         target = torch.randn(*lead, SIZES[-1], device=like.device, dtype=like.dtype)
-        if name == "cross_entropy":  # where classes are not the last dimension, probabilities: any shape will do
+        if (
+            name == "cross_entropy"
+        ):  # where classes are not the last dimension, probabilities: any shape will do
             target = target.argmax(-1) if len(lead) == 1 else target.softmax(-1)
         module.zero_grad()
         output, loss = module(x), loss()
@@ -40,7 +50,9 @@ def assert_twins(module, net, leads=LEADS):
             our_value = loss.forward(ours, target)
             dx = net.backward(loss.backward(), input_grad=True)
         assert_equal((ours, our_value, dx), (output, value, x.grad), f"{name} {lead}")
-        assert_equal(list(net.grads.values()), [p.grad for p in module.parameters()], f"{name} {lead}")
+        assert_equal(
+            list(net.grads.values()), [p.grad for p in module.parameters()], f"{name} {lead}"
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -78,7 +90,9 @@ def test_gradients_are_torchs(activation):
 
 
 def test_one_flat_tensor(device):
-    """Every parameter is an aligned view of `flat`, every gradient of `flat_grad`, and none overlap."""
+    """Every parameter is an aligned view of `flat`, every gradient of `flat_grad`, and none
+    overlap.
+    """
     net = Net(SIZES, device=device)
     for flat, views in ((net.flat, net.parameters), (net.flat_grad, net.grads)):
         flat.zero_()
@@ -88,11 +102,15 @@ def test_one_flat_tensor(device):
             view.fill_(i)
         assert all((view == i).all() for i, view in enumerate(views.values(), 1))
     net.flat.fill_(0.5)
-    assert torch.equal(net.forward(torch.zeros(1, 17, device=device)), torch.full((1, 5), 16.25, device=device))
+    assert torch.equal(
+        net.forward(torch.zeros(1, 17, device=device)), torch.full((1, 5), 16.25, device=device)
+    )
 
 
 def test_of_shares_the_modules_memory(device):
-    """The module follows its net, and an optimizer made before over the module's Parameters trains both."""
+    """The module follows its net, and an optimizer made before over the module's Parameters trains
+    both.
+    """
     module = MLP(SIZES, "tanh", device=device)
     before = copy.deepcopy(module.state_dict())
     optimizer = SGD(module.parameters(), lr=0.1)
@@ -111,7 +129,9 @@ def test_of_shares_the_modules_memory(device):
 
 def test_state_dict_and_seed(device):
     net, other = Net(SIZES, device=device, seed=1), Net(SIZES, device=device, seed=2)
-    assert_equal(list(net.state_dict().values()), list(Net(SIZES, device=device, seed=1).parameters.values()))
+    assert_equal(
+        list(net.state_dict().values()), list(Net(SIZES, device=device, seed=1).parameters.values())
+    )
     assert not torch.equal(net.flat, other.flat)
     state = net.state_dict()
     other.load_state_dict(state)
@@ -125,7 +145,9 @@ def test_state_dict_and_seed(device):
 
 
 def test_predict_keeps_nothing(device):
-    """`predict` between forward and backward leaves the gradients alone, and its result lies in fresh memory."""
+    """`predict` between forward and backward leaves the gradients alone, and its result lies in
+    fresh memory.
+    """
     net = Net(SIZES, "gelu", device=device)
     x, dy = torch.randn(7, 17, device=device), torch.ones(7, 5, device=device)
     kept = net.forward(x)

@@ -1,4 +1,6 @@
-"""optim: torch's optimizers, step for step, however the gradients arrive and whoever saved the state."""
+"""optim: torch's optimizers, step for step, however the gradients arrive and whoever saved the
+state.
+"""
 
 import copy
 import functools
@@ -18,10 +20,21 @@ VARIANTS = {
         {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
         {"lr": 0.01, "weight_decay": 0.1, "maximize": True},
     ],
-    "adam": [{"lr": 0.01}, {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-4, "weight_decay": 0.1}, {"lr": 0.01, "maximize": True}],
-    "adamw": [{"lr": 0.01}, {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.2, "maximize": True}],
+    "adam": [
+        {"lr": 0.01},
+        {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-4, "weight_decay": 0.1},
+        {"lr": 0.01, "maximize": True},
+    ],
+    "adamw": [
+        {"lr": 0.01},
+        {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.2, "maximize": True},
+    ],
 }
-CASES = [pytest.param(n, o, id=f"{n} {i}: {' '.join(o)}") for n in OPTIMIZERS for i, o in enumerate(VARIANTS[n])]
+CASES = [
+    pytest.param(n, o, id=f"{n} {i}: {' '.join(o)}")
+    for n in OPTIMIZERS
+    for i, o in enumerate(VARIANTS[n])
+]
 EACH = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
@@ -30,7 +43,9 @@ def torchs(name):
 
 
 def problem(device="cpu", dtype=torch.float32):
-    """Parameters of a module, and a function that puts step i's gradients, of the parameters' present values, on them."""
+    """Parameters of a module, and a function that puts step i's gradients, of the parameters'
+    present values, on them.
+    """
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3)).to(device, dtype)
     x = torch.randn(100, 11, 7, device=device, dtype=dtype)
@@ -52,7 +67,9 @@ def trajectory(make, device, dtype=torch.float32, steps=100):
 
 
 def assert_same_place(ours, theirs, exact):
-    """As near to the float64 trajectory as torch's float32 one, but for a factor: both only round."""
+    """As near to the float64 trajectory as torch's float32 one, but for a factor: both only
+    round.
+    """
     for a, b, c in zip(ours, theirs, exact):
         error, allowed = (a.double() - c).abs().max(), (b.double() - c).abs().max()
         assert error <= 4 * allowed + 64 * torch.finfo(a.dtype).eps * c.abs().max()
@@ -63,17 +80,24 @@ def test_hundred_steps_as_torch(name, options, device):
     ours, _ = trajectory(functools.partial(OPTIMIZERS[name], **options), device)
     theirs, _ = trajectory(functools.partial(torchs(name), **options), device)
     exact, _ = trajectory(functools.partial(torchs(name), **options), device, torch.float64)
-    exact_ours, _ = trajectory(functools.partial(OPTIMIZERS[name], **options), device, torch.float64)
+    exact_ours, _ = trajectory(
+        functools.partial(OPTIMIZERS[name], **options), device, torch.float64
+    )
     assert_same_place(ours, theirs, exact)
     assert_same_place(exact_ours, exact, exact)
     start = problem(device)[0]
-    assert max((a - b.detach()).abs().max() for a, b in zip(ours, start)) > 0.1, "it must have gone somewhere"
+    assert max((a - b.detach()).abs().max() for a, b in zip(ours, start)) > 0.1, (
+        "it must have gone somewhere"
+    )
 
 
 @pytest.mark.interpreter
 @EACH
 def test_steps_in_the_kernel(name, device):
-    runs = [trajectory(functools.partial(k, **VARIANTS[name][-1]), device, steps=3)[0] for k in (OPTIMIZERS[name], torchs(name))]
+    runs = [
+        trajectory(functools.partial(k, **VARIANTS[name][-1]), device, steps=3)[0]
+        for k in (OPTIMIZERS[name], torchs(name))
+    ]
     for a, b in zip(*runs):
         torch.testing.assert_close(a, b)
 
@@ -98,15 +122,23 @@ def test_gradients_handed_in(name, options, device):
                 p.grad = None
             optimizer.step(grads=wrap(grads))
         assert_equal([p.detach() for p in params], expected)
-    with pytest.raises(ValueError, match=f"{OPTIMIZERS[name].__name__}: 4 parameters but 3 gradients"):
+    with pytest.raises(
+        ValueError, match=f"{OPTIMIZERS[name].__name__}: 4 parameters but 3 gradients"
+    ):
         optimizer.step(grads=grads[:3])
 
 
 @EACH
 def test_groups_and_missing_gradients(name, device):
-    """Groups of their own settings; a parameter without gradient is left alone, then starts late. Also with grads=…"""
+    """Groups of their own settings; a parameter without gradient is left alone, then starts late.
+    Also with grads=…
+    """
     runs = []
-    for kind, handed_in in ((OPTIMIZERS[name], False), (OPTIMIZERS[name], True), (torchs(name), False)):
+    for kind, handed_in in (
+        (OPTIMIZERS[name], False),
+        (OPTIMIZERS[name], True),
+        (torchs(name), False),
+    ):
         params, gradients = problem(device)
         groups = [{"params": params[2:], **VARIANTS[name][1]}, {"params": params[:2], "lr": 0.02}]
         optimizer = kind(groups)
@@ -114,7 +146,9 @@ def test_groups_and_missing_gradients(name, device):
             gradients(i)
             if i < 3:
                 params[3].grad = None
-            optimizer.step(**({"grads": [p.grad for p in (*params[2:], *params[:2])]} if handed_in else {}))
+            optimizer.step(
+                **({"grads": [p.grad for p in (*params[2:], *params[:2])]} if handed_in else {})
+            )
             assert i >= 3 or torch.equal(params[3], problem(device)[0][3])
         runs.append([p.detach() for p in params])
     assert_equal(runs[0], runs[1])
@@ -124,7 +158,9 @@ def test_groups_and_missing_gradients(name, device):
 
 @pytest.mark.parametrize("name, options", CASES)
 def test_state_moves_between_ours_and_torchs(name, options, device):
-    """Saved after 3 steps by one and loaded by the other, a run goes on as if nothing had happened."""
+    """Saved after 3 steps by one and loaded by the other, a run goes on as if nothing had
+    happened.
+    """
     for first, second in ((OPTIMIZERS[name], torchs(name)), (torchs(name), OPTIMIZERS[name])):
         straight, _ = trajectory(functools.partial(first, **options), device, steps=6)
         params, gradients = problem(device)

@@ -1,4 +1,6 @@
-"""optim: what torch's own optimizers are asked for beside a step: closures, schedulers, tensors as rates, hooks, refusals."""
+"""optim: what torch's own optimizers are asked for beside a step: closures, schedulers, tensors as
+rates, hooks, refusals.
+"""
 
 import warnings
 
@@ -59,7 +61,9 @@ def test_learning_rate_as_a_tensor(name, device):
 
 @EACH
 def test_scheduler(name, device):
-    """StepLR moves the rate of our updates, also those without `step`, and has nothing to warn about."""
+    """StepLR moves the rate of our updates, also those without `step`, and has nothing to warn
+    about.
+    """
     results = []
     for kind in (OPTIMIZERS[name], torchs(name)):
         p = parameter(device)
@@ -88,7 +92,11 @@ def test_step_hooks(name):
 
 @EACH
 def test_gradients_are_only_read(name, device):
-    for options in ({}, {"weight_decay": 0.1, "maximize": True}, {"momentum": 0.9, "nesterov": True}):
+    for options in (
+        {},
+        {"weight_decay": 0.1, "maximize": True},
+        {"momentum": 0.9, "nesterov": True},
+    ):
         if "momentum" in options and name != "sgd":
             continue
         p, grad = parameter(device), torch.ones(5, device=device)
@@ -102,16 +110,24 @@ def test_gradients_are_only_read(name, device):
 def test_refusals(name):
     kind = OPTIMIZERS[name]
     for option in ("differentiable",) if name == "sgd" else ("differentiable", "amsgrad"):
-        with pytest.raises(ValueError, match=f"{kind.__name__}: {option}=True is not supported; use torch.optim.{kind.__name__}"):
+        with pytest.raises(
+            ValueError,
+            match=f"{kind.__name__}: {option}=True is not supported; use "
+            f"torch.optim.{kind.__name__}",
+        ):
             kind([parameter()], **{option: True})
     with pytest.raises(ValueError, match="learning rate"):
         kind([parameter()], lr=-1.0)
-    with pytest.raises(ValueError, match=r"gradient 0 must be \(5,\) as its parameter is, got \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"gradient 0 must be \(5,\) as its parameter is, got \(3,\)"
+    ):
         kind([parameter()]).step(grads=[torch.ones(3)])
 
 
 def test_loaded_amsgrad_is_refused():
-    """A state saved with amsgrad would need its maxima: it must not go on as plain Adam in silence."""
+    """A state saved with amsgrad would need its maxima: it must not go on as plain Adam in
+    silence.
+    """
     p = parameter()
     theirs = torch.optim.Adam([p], amsgrad=True)
     p.grad = torch.ones_like(p)

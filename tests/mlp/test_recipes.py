@@ -1,4 +1,6 @@
-"""recipes: every entry builds, survives JSON, trains on every engine that serves it, and changes as it is told."""
+"""recipes: every entry builds, survives JSON, trains on every engine that serves it, and changes as
+it is told.
+"""
 
 import dataclasses
 import json
@@ -12,7 +14,8 @@ from mlp.recipes import LOSSES, OPTIMIZERS, RECIPES, Recipe, changed
 from tests.checks import assert_equal
 
 EACH = pytest.mark.parametrize("name", RECIPES)
-# What the issue's table says of each: weights and biases, loss on top of the mean or the sum, optimizer, batch, epochs.
+# What the issue's table says of each: weights and biases, loss on top of the mean or the sum,
+# optimizer, batch, epochs.
 PARAMETERS = {
     "default": 784 * 100 + 100 + 100 * 50 + 50 + 50 * 10 + 10,
     "convnet": 6 * 25 + 6 + 12 * 6 * 25 + 12 + 192 * 120 + 120 + 120 * 60 + 60 + 60 * 10 + 10,
@@ -53,14 +56,18 @@ def test_builds(name, images, device):
 
 @EACH
 def test_survives_json(name, images):
-    """A run folder's config.json brings back the recipe: the same network, data, loss and optimizer."""
+    """A run folder's config.json brings back the recipe: the same network, data, loss and
+    optimizer.
+    """
     recipe = recipes.get(name)
     again = Recipe(**json.loads(json.dumps(dataclasses.asdict(recipe))))
     assert again.network(images) == recipe.network(images)
     for part, same in zip(again.prepare(images, images), recipe.prepare(images, images)):
         assert (part.scale, part.shift, len(part)) == (same.scale, same.shift, len(same))
     assert json.dumps(dataclasses.asdict(again)) == json.dumps(dataclasses.asdict(recipe))
-    assert_equal(list(again.model(images, 1).parameters()), list(recipe.model(images, 1).parameters()))
+    assert_equal(
+        list(again.model(images, 1).parameters()), list(recipe.model(images, 1).parameters())
+    )
 
 
 @EACH
@@ -72,7 +79,9 @@ def test_trains(name, engine, images, device):
     losses = []
     for kind in (engine, "autograd"):
         model = recipe.model(data, device=device)
-        if reason := mlp.ENGINES[kind].refuses(model, recipe.make_loss(), recipe.make_optimizer(model.parameters()), 32):
+        if reason := mlp.ENGINES[kind].refuses(
+            model, recipe.make_loss(), recipe.make_optimizer(model.parameters()), 32
+        ):
             pytest.skip(reason)
         trainer = Trainer(model, recipe.make_loss(), recipe.make_optimizer, kind)
         rows = trainer.fit(data, 2, recipe.batch_size, drop_last=recipe.drop_last)
@@ -89,23 +98,32 @@ def test_inputs(name, images):
     assert (len(train), len(test)) == (100, 230)
     mean, std = recipe.normalize or (0.0, 1.0)
     expected = (images.inputs[:5].double() / 255 - mean) / std
-    torch.testing.assert_close(train.read(train.inputs[:5]).double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        train.read(train.inputs[:5]).double(), expected, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_changed():
-    """None changes nothing; lr and momentum go to the optimizer; another optimizer or loss keeps no options of the old."""
+    """None changes nothing; lr and momentum go to the optimizer; another optimizer or loss keeps no
+    options of the old.
+    """
     recipe = recipes.get("default")
     assert changed(recipe, lr=None, momentum=None, hidden=None, epochs=None) == recipe
     new = changed(recipe, lr=0.3, hidden=(7,), epochs=2, activation="tanh")
     assert (new.hidden, new.epochs, new.activation) == ((7,), 2, "tanh")
     assert new.optimizer_options == {**recipe.optimizer_options, "lr": 0.3}
     assert recipes.get("default") == recipe and RECIPES["default"].optimizer_options["lr"] != 0.3
-    assert changed(recipe, momentum=0.5).optimizer_options == {**recipe.optimizer_options, "momentum": 0.5}
+    assert changed(recipe, momentum=0.5).optimizer_options == {
+        **recipe.optimizer_options,
+        "momentum": 0.5,
+    }
     adam = changed(recipe, optimizer="adam")
     assert adam.optimizer_options == {"lr": recipe.optimizer_options["lr"]}
     assert changed(recipe, optimizer="adam", lr=0.01).optimizer_options == {"lr": 0.01}
     assert changed(recipe, optimizer=recipe.optimizer).optimizer_options == recipe.optimizer_options
-    half_sum = dataclasses.replace(recipe, loss="mse", loss_options={"reduction": "sum", "scale": 0.5})
+    half_sum = dataclasses.replace(
+        recipe, loss="mse", loss_options={"reduction": "sum", "scale": 0.5}
+    )
     assert changed(half_sum, lr=0.1).loss_options == half_sum.loss_options
     assert changed(half_sum, loss="cross_entropy").loss_options == {}
 
@@ -121,8 +139,12 @@ def test_unknown_names(images):
         recipes.get("gan")
     with pytest.raises(ValueError, match=f"unknown loss 'hinge'; known: {', '.join(LOSSES)}"):
         changed(recipes.get("default"), loss="hinge").make_loss()
-    with pytest.raises(ValueError, match=f"unknown optimizer 'lion'; known: {', '.join(OPTIMIZERS)}"):
+    with pytest.raises(
+        ValueError, match=f"unknown optimizer 'lion'; known: {', '.join(OPTIMIZERS)}"
+    ):
         changed(recipes.get("default"), optimizer="lion").make_optimizer([])
     rows = Dataset(torch.zeros(20, 4), torch.arange(20) % 2, name="rows")
-    with pytest.raises(ValueError, match="a network with convolutions needs images, but rows has rows of 4 numbers"):
+    with pytest.raises(
+        ValueError, match="a network with convolutions needs images, but rows has rows of 4 numbers"
+    ):
         Recipe("a test", channels=(2,)).model(rows)

@@ -1,6 +1,8 @@
-"""The reference networks on real MNIST from five seeds each: ours end among torch's, initial weights and shuffling included.
+"""The reference networks on real MNIST from five seeds each: ours end among torch's, initial
+weights and shuffling included.
 
-`sigmoid` has its test in test_recipes_mnist: it spends its first epoch on a plateau, where accuracies mean nothing.
+`sigmoid` has its test in test_recipes_mnist: it spends its first epoch on a plateau, where
+accuracies mean nothing.
 """
 
 import statistics
@@ -36,14 +38,18 @@ def by_torch(name, inputs, targets, held_out, seed):
         total += loss.item()
     with torch.no_grad():
         right = network(held_out[0]).argmax(1) == held_out[1]
-    scale = batch if name == "mse" else 1  # the trainer reports a summed loss as a mean over samples
+    scale = (
+        batch if name == "mse" else 1
+    )  # the trainer reports a summed loss as a mean over samples
     return total / (len(inputs) // batch) / scale, right.float().mean().item()
 
 
 def by_us(name, train, held_out, seed):
     """The same of the recipe."""
     recipe = recipes.get(name)
-    trainer = mlp.Trainer(recipe.model(train, seed), recipe.make_loss(), recipe.make_optimizer, verbose=False)
+    trainer = mlp.Trainer(
+        recipe.model(train, seed), recipe.make_loss(), recipe.make_optimizer, verbose=False
+    )
     row = trainer.fit(train, 1, recipe.batch_size, seed=seed)[-1]
     return row["train_loss"], trainer.evaluate(held_out)["test_accuracy"]
 
@@ -54,8 +60,13 @@ def test_ends_among_torchs(name, mnist):  # noqa: F811
     train, test = recipe.prepare(*mnist)
     train, test = train.take(BATCHES[name] * recipe.batch_size), test.take(2000)
     (mean, std), rows = TORCH[name][0], len(train)
-    inputs, images = ((d.inputs[:n].flatten(1) / 255 - mean) / std for d, n in zip(mnist, (rows, 2000)))
-    theirs = [by_torch(name, inputs, mnist[0].targets[:rows], (images, mnist[1].targets[:2000]), seed) for seed in SEEDS]
+    inputs, images = (
+        (d.inputs[:n].flatten(1) / 255 - mean) / std for d, n in zip(mnist, (rows, 2000))
+    )
+    theirs = [
+        by_torch(name, inputs, mnist[0].targets[:rows], (images, mnist[1].targets[:2000]), seed)
+        for seed in SEEDS
+    ]
     ours = [by_us(name, train, test, seed) for seed in SEEDS]
     for what, a, b in zip(("loss", "accuracy"), zip(*ours), zip(*theirs), strict=True):
         assert min(b) <= statistics.median(a) <= max(b), f"{what}: {a}, torch {b}"

@@ -66,7 +66,9 @@ def test_a_training_step(activation, loss, options):
 
 def test_only_the_gradients():
     """An update outside the replay may be any optimizer's, with a rate that moves."""
-    live, recorded = (Step("cross_entropy", "tanh", optimizer=OPTIMIZERS["adam"], lr=0.1) for _ in range(2))
+    live, recorded = (
+        Step("cross_entropy", "tanh", optimizer=OPTIMIZERS["adam"], lr=0.1) for _ in range(2)
+    )
     recorded.load(0)
     with Replay() as replay:
         result = recorded.gradients()
@@ -97,20 +99,26 @@ CALLS = {
     "functions": lambda x, y: torch.relu(x @ y.T).sum(1),
     "methods": lambda x, y: x.mul(2).add(y, alpha=3).pow(2).mean(),
     "operators": lambda x, y: 1 - (2 - x) * 3 / (y.abs() + 1) ** 2 - (-x) + 5,
-    "reversed operators": lambda x, y: 2 / (x.abs() + 1) + (3 + y) * 2 + 2 ** y,
+    "reversed operators": lambda x, y: 2 / (x.abs() + 1) + (3 + y) * 2 + 2**y,
     "views": lambda x, y: x[1:, ::2].T.reshape(-1) + y.flatten()[:4] * x.view(-1)[2],
     "out": lambda x, y: torch.add(x, y, out=torch.empty(3, 4)),
     "in place": lambda x, y: (x * 1).add_(y).clamp_(min=0).mul_(2),
     "augmented": augmented,
-    "indices": lambda x, y: x.gather(1, y.argmax(1, keepdim=True)) + x.index_select(1, y.argmin(1)[:1]),
-    "several results": lambda x, y: torch.max(x, 1).values + x.sort(1).values[:, 0] + torch.aminmax(y).max,
+    "indices": lambda x, y: (
+        x.gather(1, y.argmax(1, keepdim=True)) + x.index_select(1, y.argmin(1)[:1])
+    ),
+    "several results": lambda x, y: (
+        torch.max(x, 1).values + x.sort(1).values[:, 0] + torch.aminmax(y).max
+    ),
     "split": lambda x, y: x.chunk(2, 1)[1] * torch.stack(y.unbind(1)[:2], 1),
     "foreach": lambda x, y: torch._foreach_add(torch._foreach_mul([x, y], 2.0), [y, x], alpha=3)[1],
     "comparisons": lambda x, y: torch.where(x > y, x, y) * (x >= 0) + (x == y).float(),
     "types": lambda x, y: (x.double() * 2).to(torch.float32).long() + (y > 0).int(),
-    "constants": lambda x, y: torch.zeros_like(x).scatter(1, y.argmax(1, keepdim=True), 1.0) * torch.full((), 3.0),
+    "constants": lambda x, y: (
+        torch.zeros_like(x).scatter(1, y.argmax(1, keepdim=True), 1.0) * torch.full((), 3.0)
+    ),
     "softmax": lambda x, y: torch.log_softmax(x, 1).exp() - torch.nn.functional.gelu(y),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -128,14 +136,24 @@ def test_every_kind_of_call(name):
 
 def test_refuses_host_reads():
     for read in (
-        torch.Tensor.tolist, torch.Tensor.numpy, torch.nonzero, torch.unique, lambda x: x[0].item(), lambda x: float(x[0]),
-        lambda x: bool(x[0] > 0), lambda x: torch.equal(x, x + 1), lambda x: x[x > 0], lambda x: 1.0 in x,
-    ):  # fmt: skip
+        torch.Tensor.tolist,
+        torch.Tensor.numpy,
+        torch.nonzero,
+        torch.unique,
+        lambda x: x[0].item(),
+        lambda x: float(x[0]),
+        lambda x: bool(x[0] > 0),
+        lambda x: torch.equal(x, x + 1),
+        lambda x: x[x > 0],
+        lambda x: 1.0 in x,
+    ):
         with pytest.raises(NotReplayable, match="on the host"), Replay():
             read(torch.randn(3))
 
 
-@pytest.mark.parametrize("change", [torch.Tensor.add_, torch.Tensor.__iadd__, lambda t, x: torch.add(t, x, out=t)])
+@pytest.mark.parametrize(
+    "change", [torch.Tensor.add_, torch.Tensor.__iadd__, lambda t, x: torch.add(t, x, out=t)]
+)
 def test_changed_constants_are_made_anew(change):
     """Not made once as others are: a replay would find what the one before left there."""
     x = torch.randn(3)

@@ -12,7 +12,9 @@ from tests.mlp.test_engines import assert_same_run, problem
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_groups_in_another_order(engine, device):
-    """The optimizer's order of parameters need not be the network's, nor must it have all of them."""
+    """The optimizer's order of parameters need not be the network's, nor must it have all of
+    them.
+    """
     results = []
     for name in (engine, "autograd"):
         torch.manual_seed(1)
@@ -23,17 +25,28 @@ def test_groups_in_another_order(engine, device):
         if ENGINES[name].refuses(model, LOSSES["cross_entropy"](), optimizer, 16):
             pytest.skip(f"{name} does not serve parameter groups")
         rows = Trainer(model, optimizer=optimizer, engine=name).fit(problem(), 3, 16)
-        assert all(torch.equal(p, q) for p, q in zip(still, second)), "not the optimizer's to change"
-        results.append(([(row["train_loss"], row["train_accuracy"]) for row in rows], [p.detach() for p in model.parameters()]))
+        assert all(torch.equal(p, q) for p, q in zip(still, second)), (
+            "not the optimizer's to change"
+        )
+        results.append(
+            (
+                [(row["train_loss"], row["train_accuracy"]) for row in rows],
+                [p.detach() for p in model.parameters()],
+            )
+        )
     assert_same_run(*results)
 
 
 def test_two_trainers_of_one_module(device):
-    """A second trainer takes the module's parameters into a net of its own; the first must notice."""
+    """A second trainer takes the module's parameters into a net of its own; the first must
+    notice.
+    """
     torch.manual_seed(1)
     model = MLP((12, 6, 4)).to(device)
     trainers = [Trainer(model, engine="manual"), Trainer(model, engine="manual")]
-    losses = [trainers[i % 2].fit(problem(), 1 + i // 2, 16, seed=i)[-1]["train_loss"] for i in range(8)]
+    losses = [
+        trainers[i % 2].fit(problem(), 1 + i // 2, 16, seed=i)[-1]["train_loss"] for i in range(8)
+    ]
     assert losses == sorted(losses, reverse=True)
     assert trainers[0].evaluate(problem()) == trainers[1].evaluate(problem())
 
@@ -41,7 +54,9 @@ def test_two_trainers_of_one_module(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("stored", [torch.uint8, torch.float32, torch.float64], ids=str)
 def test_steps_are_recorded_once(stored, dtype, device, monkeypatch):
-    """On a CPU a step is recorded for the whole and for the last batch, and otherwise replayed, whatever the data's dtype."""
+    """On a CPU a step is recorded for the whole and for the last batch, and otherwise replayed,
+    whatever the data's dtype.
+    """
     if device != "cpu":
         pytest.skip("on a GPU, steps are launched or captured, not replayed")
     recorded = []
@@ -49,7 +64,11 @@ def test_steps_are_recorded_once(stored, dtype, device, monkeypatch):
     monkeypatch.setattr(Replay, "__enter__", lambda self: recorded.append(self) or enter(self))
     data = problem()
     data = Dataset(data.inputs.to(stored), data.targets, scale=data.scale, shift=data.shift)
-    for make, most in ((lambda p: mlp.SGD(p, lr=0.1), 2), (lambda p: mlp.SGD(p, lr=0.1, momentum=0.9), 5), (mlp.Adam, 2)):
+    for make, most in (
+        (lambda p: mlp.SGD(p, lr=0.1), 2),
+        (lambda p: mlp.SGD(p, lr=0.1, momentum=0.9), 5),
+        (mlp.Adam, 2),
+    ):
         recorded.clear()
         Trainer(MLP((12, 6, 4), dtype=dtype), optimizer=make, engine="manual").fit(data, 10, 16)
         assert 2 <= len(recorded) <= most

@@ -23,7 +23,13 @@ OPTIMIZERS = {
 def data():
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (50, 9), dtype=torch.uint8, generator=generator)
-    return mlp.Dataset(pixels, torch.randint(0, 4, (50,), generator=generator), tuple("abcd"), scale=1 / 255, shift=-0.5)
+    return mlp.Dataset(
+        pixels,
+        torch.randint(0, 4, (50,), generator=generator),
+        tuple("abcd"),
+        scale=1 / 255,
+        shift=-0.5,
+    )
 
 
 def alone(data, seed, lr, options, activation):
@@ -67,10 +73,16 @@ def test_rows_are_best_first_and_a_diverged_network_is_last(data):
     sweep = Sweep(SIZES, 4, [0.1, 1e30, 0.01, 0.3], seeds=[0] * 4, device="cpu")
     rows = sweep.fit(data, 2, 16)
     finite = [row.train_loss for row in rows[:-1]]
-    assert finite == sorted(finite) and not math.isfinite(rows[-1].train_loss) and rows[-1].replica == 1
+    assert (
+        finite == sorted(finite)
+        and not math.isfinite(rows[-1].train_loss)
+        and rows[-1].replica == 1
+    )
     assert 0 <= sweep.ensemble_accuracy(data) <= 1  # the NaN network does not vote
     accuracies = sweep.accuracies(data)
-    assert [row.test_accuracy for row in sweep.fit(data, 0, 16, data)] == sorted(accuracies, reverse=True)
+    assert [row.test_accuracy for row in sweep.fit(data, 0, 16, data)] == sorted(
+        accuracies, reverse=True
+    )
 
 
 def test_every_network_can_be_saved_and_loaded(data, tmp_path):
@@ -97,7 +109,10 @@ def test_spread_has_equal_ratios():
     [
         ({"replicas": 0}, "at least 1, got 0"),
         ({"replicas": 3, "lr": [0.1, 0.2]}, "one for each of 3 replicas, got 2"),
-        ({"replicas": 2, "loss": mlp.SoftmaxCrossEntropy(label_smoothing=0.1)}, "without class weights, smoothing"),
+        (
+            {"replicas": 2, "loss": mlp.SoftmaxCrossEntropy(label_smoothing=0.1)},
+            "without class weights, smoothing",
+        ),
     ],
 )
 def test_bad_arguments_say_both_values(arguments, message):

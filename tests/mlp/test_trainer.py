@@ -13,7 +13,15 @@ from mlp.data import permutation
 from mlp.optim import OPTIMIZERS
 from mlp.trainer import line
 
-KEYS = ["epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds", "samples_per_second"]
+KEYS = [
+    "epoch",
+    "train_loss",
+    "train_accuracy",
+    "test_loss",
+    "test_accuracy",
+    "seconds",
+    "samples_per_second",
+]
 
 
 def tensors(rows=70, seed=0):
@@ -31,20 +39,28 @@ def test_digits(device):
     """The default recipe: at least 96% of the test digits, in seconds."""
     recipe = recipes.get("default")
     train, test = recipe.prepare(*mlp.data.load("digits"))
-    trainer = Trainer(recipe.model(train, device=device), recipe.make_loss(), recipe.make_optimizer, verbose=False)
+    trainer = Trainer(
+        recipe.model(train, device=device), recipe.make_loss(), recipe.make_optimizer, verbose=False
+    )
     started = time.perf_counter()
     history = trainer.fit(train, recipe.epochs, recipe.batch_size, test)
     assert time.perf_counter() - started < 20
     assert history[-1]["test_accuracy"] >= 0.96
     assert [list(row) for row in history] == [KEYS] * recipe.epochs
-    assert str(history).splitlines()[-1] == line(history[-1]) and line(history[0]).startswith("epoch   1  loss ")
+    assert str(history).splitlines()[-1] == line(history[-1]) and line(history[0]).startswith(
+        "epoch   1  loss "
+    )
 
 
 def test_fit_counts_epochs_on(device):
-    """`epochs` counts those already made; the history is of all; callbacks see every epoch and step."""
+    """`epochs` counts those already made; the history is of all; callbacks see every epoch and
+    step.
+    """
     trainer, rows, steps = make(device), [], []
     for epochs in (2, 2, 5, 0):
-        trainer.fit(tensors(), epochs, 32, on_epoch=rows.append, on_step=lambda n=1: steps.append(n))
+        trainer.fit(
+            tensors(), epochs, 32, on_epoch=rows.append, on_step=lambda n=1: steps.append(n)
+        )
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5] and rows == list(trainer.history)
     assert sum(steps) == 5 * 3
     assert "test_loss" not in rows[0] and 0 <= rows[-1]["train_accuracy"] <= 1
@@ -52,7 +68,9 @@ def test_fit_counts_epochs_on(device):
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_is_the_loop_one_would_write(seed, device):
-    """A new order each epoch, the smaller last batch included, and losses that are means over samples."""
+    """A new order each epoch, the smaller last batch included, and losses that are means over
+    samples.
+    """
     trainer, (x, y) = make(device), tensors()
     model = copy.deepcopy(trainer.model).cpu()
     optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
@@ -65,8 +83,12 @@ def test_is_the_loop_one_would_write(seed, device):
             optimizer.step()
             total += loss.item() * len(rows)
         losses.append(total / 70)
-    assert [row["train_loss"] for row in trainer.fit((x, y), 3, 32, seed=seed)] == pytest.approx(losses, rel=1e-4)
-    assert trainer.evaluate((x, y))["test_loss"] == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-4)
+    assert [row["train_loss"] for row in trainer.fit((x, y), 3, 32, seed=seed)] == pytest.approx(
+        losses, rel=1e-4
+    )
+    assert trainer.evaluate((x, y))["test_loss"] == pytest.approx(
+        F.cross_entropy(model(x), y).item(), rel=1e-4
+    )
 
 
 def test_drop_last(device):
@@ -83,7 +105,12 @@ def test_regression(device):
     x = torch.randn(200, 6)
     y = torch.stack([x[:, 0] - x[:, 1], x[:, 2]], 1)
     torch.manual_seed(0)
-    trainer = Trainer(MLP((6, 16, 2), "tanh").to(device), MeanSquaredError(), lambda p: mlp.Adam(p, lr=0.01), verbose=False)
+    trainer = Trainer(
+        MLP((6, 16, 2), "tanh").to(device),
+        MeanSquaredError(),
+        lambda p: mlp.Adam(p, lr=0.01),
+        verbose=False,
+    )
     last = trainer.fit((x, y), 60, 20, evaluate=(x, y))[-1]
     assert last["train_accuracy"] is last["test_accuracy"] is None
     assert last["test_loss"] < 0.05 * y.var() and "accuracy" not in line(last)
@@ -97,14 +124,18 @@ def test_evaluate(kind, reduction, device):
     model = kind((6, 8, 3), device=device)
     with torch.no_grad():
         logits = (model.predict if kind is Net else model)(x.to(device)).cpu()
-    trainer = Trainer(model, mlp.SoftmaxCrossEntropy(reduction=reduction), engine="manual", verbose=False)
+    trainer = Trainer(
+        model, mlp.SoftmaxCrossEntropy(reduction=reduction), engine="manual", verbose=False
+    )
     result = trainer.evaluate((x, y))
     assert result["test_loss"] == pytest.approx(float(F.cross_entropy(logits, y)), rel=1e-5)
     assert result["test_accuracy"] == float((logits.argmax(1) == y).double().mean())
 
 
 def test_scheduler(device):
-    """Stepped once an epoch, heard by whichever engine trains: the rate at the end, and a run that differs."""
+    """Stepped once an epoch, heard by whichever engine trains: the rate at the end, and a run that
+    differs.
+    """
     trainer, steady = (make(device, lambda p: mlp.SGD(p, lr=0.1)) for _ in range(2))
     scheduler = torch.optim.lr_scheduler.StepLR(trainer.optimizer, step_size=1, gamma=0.5)
     history = trainer.fit(tensors(), 3, 32, scheduler=scheduler)
@@ -118,9 +149,13 @@ def test_scheduler(device):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_resume_is_as_if_never_stopped(name, device):
-    """Weights, optimizer state and losses, bit for bit, in a trainer that had trained something else before."""
+    """Weights, optimizer state and losses, bit for bit, in a trainer that had trained something
+    else before.
+    """
     options = {"lr": 0.05, "momentum": 0.9} if name == "sgd" else {"lr": 0.05}
-    straight, first, second = (make(device, lambda p: OPTIMIZERS[name](p, **options)) for _ in range(3))
+    straight, first, second = (
+        make(device, lambda p: OPTIMIZERS[name](p, **options)) for _ in range(3)
+    )
     data = [t.to(device) for t in tensors()]
     straight.fit(data, 4, 32)
     first.fit(data, 2, 32)
@@ -129,4 +164,6 @@ def test_resume_is_as_if_never_stopped(name, device):
     second.fit(data, 4, 32)
     for p, q in zip(straight.model.parameters(), second.model.parameters()):
         assert torch.equal(p, q)
-    assert [row["train_loss"] for row in straight.history] == [row["train_loss"] for row in second.history]
+    assert [row["train_loss"] for row in straight.history] == [
+        row["train_loss"] for row in second.history
+    ]

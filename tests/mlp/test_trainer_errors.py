@@ -13,13 +13,17 @@ from tests.mlp.test_trainer import make, tensors
 
 @pytest.mark.parametrize("engine", ["auto", "autograd"])
 def test_diverged(engine, device):
-    """One line with epoch, step and rate; the weights and the history are those of the last good epoch."""
+    """One line with epoch, step and rate; the weights and the history are those of the last good
+    epoch.
+    """
     x, y = tensors()
     trainer = make(device, lambda p: mlp.SGD(p, lr=0.1, momentum=0.9), engine=engine)
     trainer.fit(tensors(), 2, 32)
     good = copy.deepcopy(trainer.model.state_dict())
     x[40] = float("inf")
-    message = r"the loss is (nan|inf) at step \d of epoch 3 with learning rate 0.1; .* end of epoch 2"
+    message = (
+        r"the loss is (nan|inf) at step \d of epoch 3 with learning rate 0.1; .* end of epoch 2"
+    )
     with pytest.raises(Diverged, match=message) as error:
         trainer.fit((x, y), 5, 32)
     assert "\n" not in str(error.value)
@@ -27,7 +31,9 @@ def test_diverged(engine, device):
         assert torch.equal(p, good[name])
     assert len(trainer.history) == 2
     rows = trainer.fit(tensors(), 4, 32)
-    assert all(math.isfinite(row["train_loss"]) for row in rows), "it must be able to go on from there"
+    assert all(math.isfinite(row["train_loss"]) for row in rows), (
+        "it must be able to go on from there"
+    )
 
 
 def test_what_does_not_fit(device):
@@ -50,7 +56,10 @@ def test_what_does_not_fit(device):
 
 def test_scheduler_of_the_wrong_kind(device):
     x, y = torch.randn(8, 6, device=device), torch.zeros(8, dtype=torch.int64, device=device)
-    with pytest.raises(TypeError, match="scheduler must be a torch scheduler, or a function of the optimizer, got 3"):
+    with pytest.raises(
+        TypeError,
+        match="scheduler must be a torch scheduler, or a function of the optimizer, got 3",
+    ):
         make(device, engine="autograd").fit((x, y), 1, scheduler=3)
 
 
@@ -58,6 +67,8 @@ def test_the_state_of_another_network(device):
     """Refused before anything is changed."""
     other = Trainer(MLP((6, 9, 3)).to(device), verbose=False)
     before = copy.deepcopy(other.model.state_dict())
-    with pytest.raises(ValueError, match=r"the state of another network: has .*\(8, 6\).*, needs .*\(9, 6\)"):
+    with pytest.raises(
+        ValueError, match=r"the state of another network: has .*\(8, 6\).*, needs .*\(9, 6\)"
+    ):
         other.load_state_dict(make(device).state_dict())
     assert all(torch.equal(p, before[name]) for name, p in other.model.state_dict().items())
