@@ -178,9 +178,9 @@ def load(source: str, data_dir=None) -> tuple[Dataset, Dataset]:
     return readers[paths[0].suffix](paths)
 
 
-def needs_extra(package: str, what: str) -> DataError:
+def needs_extra(package: str, what: str, extra: str = "train") -> DataError:
     """The error for a missing optional package: says which extra to install."""
-    return DataError(f"{what} needs {package}: install the extra, pip install 'handgrad[train]'")
+    return DataError(f"{what} needs {package}: install the extra, pip install 'handgrad[{extra}]'")
 
 
 def split(data: Dataset, test_share: float = 0.2) -> tuple[Dataset, Dataset]:

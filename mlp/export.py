@@ -1,0 +1,165 @@
+"""A trained network as other programs read it: plain torch modules, and an ONNX file.
+
+Both hold what the network computes and nothing of handgrad: whoever loads them needs no handgrad.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kernels import activations
+
+from .checkpoint import replacing
+from .data import needs_extra
+from .modules import MLP, Conv2d, ConvNet, Linear, build
+from .net import Net
+
+OPSET = 18
+
+
+class _Function(nn.Module):
+    """An activation of the table that has no module in torch.nn."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(…) -> (…), elementwise."""
+        return self.function(input)
+
+
+def _activation(name: str) -> list[nn.Module]:
+    """The torch modules that compute this activation: none for the identity."""
+    row = activations.get(name, "export")
+    made = _Function(row.torch) if row.module is None else row.module()
+    return [] if isinstance(made, nn.Identity) else [made]
+
+
+def _copied(layer: nn.Module, plain: nn.Module) -> nn.Module:
+    plain.load_state_dict({name: t.detach().cpu() for name, t in layer.state_dict().items()})
+    return plain
+
+
+def _linear(layer: Linear) -> list[nn.Module]:
+    plain = nn.Linear(
+        layer.in_features, layer.out_features, layer.bias is not None, dtype=layer.weight.dtype
+    )
+    return [_copied(layer, plain), *_activation(layer.activation)]
+
+
+def _conv2d(layer: Conv2d) -> list[nn.Module]:
+    plain = nn.Conv2d(
+        layer.in_channels,
+        layer.out_channels,
+        layer.kernel_size,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        bias=layer.bias is not None,
+        dtype=layer.weight.dtype,
+    )
+    pool = [] if layer.max_pool == 1 else [nn.MaxPool2d(layer.max_pool)]
+    return [_copied(layer, plain), *_activation(layer.activation), *pool]
+
+
+def _mlp(model: MLP) -> list[nn.Module]:
+    return [module for layer in model.children() for module in _linear(layer)]
+
+
+def _convnet(model: ConvNet) -> list[nn.Module]:
+    unflatten = nn.Unflatten(1, tuple(model.arguments["image_shape"]))
+    convolutions = [module for layer in model.conv for module in _conv2d(layer)]
+    return [nn.Flatten(), unflatten, *convolutions, nn.Flatten(), *_mlp(model.mlp)]
+
+
+def _net(model: Net) -> list[nn.Module]:
+    first = next(iter(model.parameters.values()))
+    module = build(model.config(), first.device, first.dtype)
+    module.load_state_dict(model.state_dict())
+    return PLAIN[type(module)](module)
+
+
+# Class -> the torch modules that compute the same. A subclass may compute something else: refused.
+PLAIN: dict[type, Callable] = {
+    Linear: _linear,
+    Conv2d: _conv2d,
+    MLP: _mlp,
+    ConvNet: _convnet,
+    Net: _net,
+}
+
+
+def plain(model: nn.Module | Net) -> nn.Sequential:
+    """The same network of torch.nn's own modules, with copies of the weights, on the CPU.
+
+    model: an `mlp.MLP`, `mlp.ConvNet`, `mlp.Linear`, `mlp.Conv2d` or `mlp.Net`. Every layer is
+    followed by its activation, so the weights are called "0.weight", "2.weight", … TypeError for
+    other classes.
+    """
+    if type(model) not in PLAIN:
+        known = ", ".join(kind.__name__ for kind in PLAIN)
+        raise TypeError(f"export: takes {known}, got {type(model).__name__}; save its state_dict")
+    return nn.Sequential(*PLAIN[type(model)](model)).eval()
+
+
+class Pipeline(nn.Module):
+    """Raw inputs to answers: `inputs · scale + shift`, the network, then what the loss reads off.
+
+    scale, shift: numbers, or one for each feature. head: outputs -> answers, such as the loss's
+    `probabilities`; None leaves the outputs as they are.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Net,
+        scale: float | torch.Tensor = 1.0,
+        shift: float | torch.Tensor = 0.0,
+        head: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.network, self.head = plain(model), head
+        dtype = next(self.network.parameters()).dtype
+        self.register_buffer("scale", torch.as_tensor(scale, dtype=dtype))
+        self.register_buffer("shift", torch.as_tensor(shift, dtype=dtype))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(N, features) or (N, C, H, W), any dtype -> (N, outputs)."""
+        x = inputs.to(self.scale.dtype) * self.scale + self.shift
+        outputs = self.network(x.flatten(1))
+        return outputs if self.head is None else self.head(outputs)
+
+
+def to_onnx(pipeline: Pipeline, path: str | Path, example: torch.Tensor) -> None:
+    """Write an ONNX file of input "inputs" and output "outputs", for any number of rows.
+
+    example: rows (N, features) of the dtype that the file shall take, such as uint8 pixels.
+    DataError in one line if the packages onnx and onnxscript are not installed.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError:
+        raise needs_extra("onnx and onnxscript", "writing ONNX files", "export") from None
+    rows = torch.export.Dim("rows", min=1)
+    two = example[:1].cpu().repeat(2, *(1,) * (example.dim() - 1))  # one row would be a constant
+    program = torch.onnx.export(
+        pipeline.cpu().eval(),
+        (two,),
+        input_names=["inputs"],
+        output_names=["outputs"],
+        dynamic_shapes={"inputs": {0: rows}},
+        opset_version=OPSET,
+        dynamo=True,
+        verbose=False,
+    )
+    with replacing(Path(path)) as part:
+        program.save(part)
+
+
+def to_torch(model: nn.Module | Net, path: str | Path) -> None:
+    """Write the state_dict of `plain(model)`: tensors alone, as `torch.load` reads safely."""
+    with replacing(Path(path)) as part:
+        torch.save(plain(model).state_dict(), part)
