@@ -1,0 +1,388 @@
+"""Tables as people have them, CSV and Parquet, as features: numbers and texts, with gaps.
+
+A number column is standardised; where it has gaps, they are filled with the median and a second
+feature says where they were. A text column becomes one feature for each of its values. What was
+fitted on the training rows is a `Table`: plain numbers and texts, stored with a run as JSON and
+applied again by `evaluate` and `predict`. pandas reads the files.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+
+from .data import DataError, Dataset, needs_extra
+
+if TYPE_CHECKING:
+    import pandas
+
+SUFFIXES = (".csv", ".tsv", ".parquet")
+TASKS = ("classification", "regression", "multilabel")
+MAX_CATEGORIES = 100  # of a text column: more are names or ids, of which nothing can be learned
+MAX_INTEGER_CLASSES = 20  # of a whole-number target: more are quantities
+_NUMBER, _CATEGORY = "number", "category"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table as features.
+
+    kind "number": (value - mean) / std, gaps filled with `fill`; `flag` adds a feature that is 1
+    where the value was missing. kind "category": a feature for each text in `categories`, 1 where
+    it is the row's.
+    """
+
+    name: str
+    kind: str
+    mean: float = 0.0
+    std: float = 1.0
+    fill: float = 0.0
+    flag: bool = False
+    categories: tuple[str, ...] = ()
+
+    @property
+    def features(self) -> list[str]:
+        """Names of the features that this column gives."""
+        return _KINDS[self.kind].features(self)
+
+
+@dataclass(frozen=True)
+class Table:
+    """What was fitted on the training rows of a table: how rows become features and targets.
+
+    columns: in the order of the features. targets: names of the target columns. task: one of TASKS.
+    classes: of a classification, or the target names of a multi-label one. mean, std: of each
+    target of a regression, which is learned standardised and given back in its own units.
+    """
+
+    columns: tuple[Column, ...]
+    targets: tuple[str, ...]
+    task: str
+    classes: tuple[str, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    @property
+    def features(self) -> list[str]:
+        """Names of all features, such as "age", "age missing", "city = Rome"."""
+        return [name for column in self.columns for name in column.features]
+
+    def inputs(
+        self, frame: "pandas.DataFrame", note: Callable[[str], Any] = lambda line: None
+    ) -> torch.Tensor:
+        """Rows of a frame as features, (rows, features) float32.
+
+        Columns that the table does not know, and texts that training never saw, are left out:
+        `note` gets one line about each. DataError if a column is missing or holds something else.
+        """
+        wanted = [column.name for column in self.columns]
+        missing = [name for name in wanted if name not in frame.columns]
+        if missing:
+            raise DataError(
+                f"the table lacks the column{'s' * (len(missing) > 1)} {_listed(missing)}, which "
+                f"the network was trained on; it has {_listed(frame.columns)}"
+            )
+        extra = [name for name in frame.columns if name not in wanted and name not in self.targets]
+        if extra:
+            note(f"not used, as training did not have them: {_listed(extra)}")
+        parts = [_KINDS[c.kind].values(c, frame[c.name], note) for c in self.columns]
+        return torch.from_numpy(numpy.concatenate(parts, axis=1).astype(numpy.float32))
+
+    def outputs(self, frame: "pandas.DataFrame") -> torch.Tensor:
+        """The targets of a frame: labels (rows,) int64, or (rows, targets) float32.
+
+        DataError if a target is missing, or is no class of this table.
+        """
+        for name in self.targets:
+            if name not in frame.columns:
+                raise DataError(
+                    f"the table has no column {name!r}; it has {_listed(frame.columns)}"
+                )
+            _check_target(frame, name)
+        return _TARGETS[self.task](self, frame)
+
+    def units(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Outputs (rows, targets) of a regression in the targets' own units."""
+        mean, std = (torch.tensor(v, dtype=outputs.dtype) for v in (self.mean, self.std))
+        return outputs.cpu() * std + mean
+
+    def dataset(self, frame: "pandas.DataFrame", name: str) -> Dataset:
+        """Features and targets of these rows."""
+        classes = self.classes if self.task == "classification" else ()
+        return Dataset(self.inputs(frame), self.outputs(frame), classes=classes, name=name)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers, texts and lists."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Table":
+        """What `to_json` gave; DataError if it is something else."""
+        try:
+            columns = tuple(
+                Column(**{**column, "categories": tuple(column["categories"])})
+                for column in value["columns"]
+            )
+            lists = {key: tuple(value[key]) for key in ("targets", "classes", "mean", "std")}
+            table = cls(columns, task=value["task"], **lists)
+            known = table.task in TASKS and all(c.kind in _KINDS for c in columns)
+            numbers = [n for c in columns for n in (c.mean, c.std, c.fill)]
+            good = known and all(math.isfinite(n) for n in (*numbers, *table.mean, *table.std))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"not the description of a table ({error})") from None
+        if not good:
+            raise DataError("not the description of a table: unknown kinds or numbers not finite")
+        return table
+
+
+class _Number:
+    """A column of numbers, truth values included."""
+
+    @staticmethod
+    def fit(name: str, series: "pandas.Series") -> Column | None:
+        values = _as_numbers(name, series)
+        known = values[~numpy.isnan(values)]
+        if not len(known):
+            return None  # nothing but gaps
+        fill = float(numpy.median(known))
+        filled = numpy.where(numpy.isnan(values), fill, values)
+        return Column(
+            name, _NUMBER, *_mean_std(filled), fill=fill, flag=bool(len(known) < len(values))
+        )
+
+    @staticmethod
+    def features(column: Column) -> list[str]:
+        return [column.name, *([f"{column.name} missing"] if column.flag else [])]
+
+    @staticmethod
+    def values(column: Column, series: "pandas.Series", note: Callable) -> numpy.ndarray:
+        values = _as_numbers(column.name, series)
+        gaps = numpy.isnan(values)
+        if gaps.any() and not column.flag:
+            note(f"column {column.name!r}: {int(gaps.sum())} gaps are read as {column.fill:g}")
+        scaled = (numpy.where(gaps, column.fill, values) - column.mean) / column.std
+        return numpy.stack([scaled, gaps], axis=1) if column.flag else scaled[:, None]
+
+
+class _Category:
+    """A column of texts."""
+
+    @staticmethod
+    def fit(name: str, series: "pandas.Series") -> Column | None:
+        texts = series.dropna().astype(str)
+        counts = texts.value_counts()
+        if len(counts) > MAX_CATEGORIES:
+            raise DataError(
+                f"column {name!r} has {len(counts)} different texts, at most {MAX_CATEGORIES}: it "
+                f"looks like a name or an id; leave it out with --drop {name}"
+            )
+        return (
+            Column(name, _CATEGORY, categories=tuple(sorted(counts.index))) if len(counts) else None
+        )
+
+    @staticmethod
+    def features(column: Column) -> list[str]:
+        return [f"{column.name} = {text}" for text in column.categories]
+
+    @staticmethod
+    def values(column: Column, series: "pandas.Series", note: Callable) -> numpy.ndarray:
+        known = series.notna()
+        texts = numpy.array([str(t) if k else None for t, k in zip(series, known)], dtype=object)
+        unseen = sorted(set(texts[known.to_numpy()]) - set(column.categories))
+        if unseen:
+            note(
+                f"column {column.name!r}: training never saw {_listed(unseen)}; read as none of it"
+            )
+        return numpy.stack([(texts == text).astype(float) for text in column.categories], axis=1)
+
+
+_KINDS = {_NUMBER: _Number, _CATEGORY: _Category}
+
+
+def _mean_std(values: numpy.ndarray) -> tuple[float, float]:
+    """Mean and standard deviation; the latter 1 where all values are the same."""
+    std = float(values.std())
+    return float(values.mean()), std if std > 1e-12 * max(1.0, float(abs(values).max())) else 1.0
+
+
+def _as_numbers(name: str, series: "pandas.Series") -> numpy.ndarray:
+    """float64, gaps as NaN; DataError for texts and infinities, with the row."""
+    import pandas
+
+    numbers = pandas.to_numeric(series, errors="coerce").to_numpy(float, na_value=math.nan)
+    bad = numpy.flatnonzero(numpy.isnan(numbers) & series.notna().to_numpy())
+    if len(bad):
+        row = int(bad[0])
+        raise DataError(
+            f"column {name!r} must hold numbers, row {row + 1} has {series.iloc[row]!r}"
+        )
+    if numpy.isinf(numbers).any():
+        row = int(numpy.flatnonzero(numpy.isinf(numbers))[0])
+        raise DataError(f"column {name!r}: row {row + 1} is {numbers[row]}; it must be finite")
+    return numbers
+
+
+def _labels(table: Table, frame: "pandas.DataFrame") -> torch.Tensor:
+    (name,) = table.targets
+    texts = frame[name].map(_class_name)
+    known = {text: i for i, text in enumerate(table.classes)}
+    bad = [text for text in texts.unique() if text not in known]
+    if bad:
+        raise DataError(
+            f"column {name!r}: {_listed(bad)} is no class of the training rows, which are "
+            f"{_listed(table.classes)}"
+        )
+    return torch.tensor([known[text] for text in texts], dtype=torch.int64)
+
+
+def _truths(table: Table, frame: "pandas.DataFrame") -> torch.Tensor:
+    values = numpy.stack([_as_numbers(name, frame[name]) for name in table.targets], axis=1)
+    if not numpy.isin(values, (0, 1)).all():
+        raise DataError(f"the targets {_listed(table.targets)} of several labels must be 0 or 1")
+    return torch.from_numpy(values.astype(numpy.float32))
+
+
+def _quantities(table: Table, frame: "pandas.DataFrame") -> torch.Tensor:
+    values = numpy.stack([_as_numbers(name, frame[name]) for name in table.targets], axis=1)
+    scaled = (values - numpy.array(table.mean)) / numpy.array(table.std)
+    return torch.from_numpy(scaled.astype(numpy.float32))
+
+
+_TARGETS: dict[str, Callable[[Table, "pandas.DataFrame"], torch.Tensor]] = {
+    "classification": _labels,
+    "regression": _quantities,
+    "multilabel": _truths,
+}
+
+
+def _class_name(value: Any) -> str:
+    """A label as text: 1.0 is "1"."""
+    whole = isinstance(value, (float, numpy.floating)) and float(value).is_integer()
+    return str(int(value)) if whole else str(value)
+
+
+def _listed(names: Iterable[Any], most: int = 8) -> str:
+    names = [str(name) for name in names]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _check_target(frame: "pandas.DataFrame", name: str) -> None:
+    gaps = numpy.flatnonzero(frame[name].isna().to_numpy())
+    if len(gaps):
+        raise DataError(
+            f"the target {name!r} is missing in {len(gaps)} of {len(frame)} rows, first in row "
+            f"{int(gaps[0]) + 1}; remove those rows"
+        )
+
+
+def read(path: str | Path) -> "pandas.DataFrame":
+    """A CSV (comma, semicolon or tab), TSV or Parquet file as a frame; DataError in one line."""
+    try:
+        import pandas
+    except ImportError:
+        raise needs_extra("pandas", "reading tables") from None
+    path = Path(path)
+    try:
+        if path.suffix.lower() == ".parquet":
+            frame = pandas.read_parquet(path)
+        else:
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                header = file.readline().rstrip("\r\n")
+            separator = max(",;\t", key=header.count)
+            names = [name.strip().strip('"') for name in header.split(separator)]
+            if repeated := sorted({name for name in names if names.count(name) > 1}):
+                raise DataError(f"{path}: the header names {_listed(repeated)} more than once")
+            frame = pandas.read_csv(path, sep=separator, encoding="utf-8-sig", low_memory=False)
+    except DataError:
+        raise
+    except Exception as error:  # pandas, pyarrow and codecs each raise their own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path}: not a readable table ({reason})") from None
+    if not len(frame):
+        raise DataError(f"{path}: has a header but no rows")
+    return frame.rename(columns=str)
+
+
+def guess_task(frame: "pandas.DataFrame", targets: Sequence[str]) -> str:
+    """The task that the targets' types stand for.
+
+    Several targets: multi-label if all are 0 or 1, else regression. One: classification if it holds
+    text or truth values, or whole numbers of at most MAX_INTEGER_CLASSES kinds; else regression.
+    """
+    from pandas.api import types
+
+    series = [frame[name] for name in targets]
+    if len(series) > 1:
+        binary = all(types.is_numeric_dtype(s) and s.dropna().isin((0, 1)).all() for s in series)
+        return "multilabel" if binary else "regression"
+    (only,) = series
+    if not types.is_numeric_dtype(only) or types.is_bool_dtype(only):
+        return "classification"
+    whole = (only.dropna() % 1 == 0).all()
+    return "classification" if whole and only.nunique() <= MAX_INTEGER_CLASSES else "regression"
+
+
+def fit(frame: "pandas.DataFrame", targets: Sequence[str], task: str = "auto") -> Table:
+    """Fit a Table on training rows. DataError in one line for what cannot be learned from.
+
+    targets: names of the columns to predict; all others are features. task: one of TASKS, or
+    "auto" for `guess_task`'s.
+    """
+    for name in targets:
+        if name not in frame.columns:
+            raise DataError(f"there is no column {name!r}; the table has {_listed(frame.columns)}")
+        _check_target(frame, name)
+        if frame[name].nunique() < 2:
+            only = frame[name].iloc[0]
+            raise DataError(f"the target {name!r} is {only!r} in every row: nothing to learn")
+    task = guess_task(frame, targets) if task == "auto" else task
+    if task not in TASKS:
+        raise DataError(f"unknown task {task!r}; known: auto, {', '.join(TASKS)}")
+    if task == "classification" and len(targets) > 1:
+        raise DataError(
+            f"a classification has one target, got {_listed(targets)}; several columns of 0 and 1 "
+            "are task multilabel"
+        )
+    columns = _columns(frame, targets)
+    if task == "regression":
+        statistics = [_mean_std(_as_numbers(name, frame[name])) for name in targets]
+        mean, std = zip(*statistics)
+        return Table(columns, tuple(targets), task, mean=mean, std=std)
+    classes = _classes(frame[targets[0]]) if task == "classification" else tuple(targets)
+    return Table(columns, tuple(targets), task, classes)
+
+
+def _columns(frame: "pandas.DataFrame", targets: Sequence[str]) -> tuple[Column, ...]:
+    from pandas.api import types
+
+    found = []
+    for name in frame.columns:
+        if name in targets:
+            continue
+        series = frame[name]
+        if types.is_datetime64_any_dtype(series) or types.is_timedelta64_dtype(series):
+            raise DataError(
+                f"column {name!r} holds dates or times; make numbers of them, or leave it out with "
+                f"--drop {name}"
+            )
+        kind = _NUMBER if types.is_numeric_dtype(series) else _CATEGORY
+        column = _KINDS[kind].fit(name, series)
+        found += [] if column is None else [column]
+    if not found:
+        raise DataError(f"no column is left to learn from beside the target {_listed(targets)}")
+    return tuple(found)
+
+
+def _classes(series: "pandas.Series") -> tuple[str, ...]:
+    """Names of the classes, numbers in their order."""
+    values = series.unique()
+    try:
+        values = sorted(values)
+    except TypeError:  # texts and numbers in one column
+        values = sorted(values, key=str)
+    return tuple(dict.fromkeys(_class_name(value) for value in values))

@@ -1,0 +1,177 @@
+"""Tables become features and targets by what training rows fitted; bad ones get a line."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from mlp import tables
+from mlp.data import DataError
+
+pandas = pytest.importorskip("pandas")
+
+ROWS = {
+    "age": [20.0, 30.0, None, 50.0],
+    "city": ["Rome", "Oslo", "Rome", None],
+    "member": [True, False, True, True],
+    "price": [1.5, 2.5, 3.5, 4.5],
+}
+
+
+@pytest.fixture
+def frame():
+    return pandas.DataFrame(ROWS)
+
+
+def lines(table, frame):
+    found = []
+    return table.inputs(frame, found.append), found
+
+
+def test_features(frame):
+    table = tables.fit(frame, ["price"])
+    assert table.task == "regression"
+    assert table.features == ["age", "age missing", "city = Oslo", "city = Rome", "member"]
+    x, notes = lines(table, frame)
+    # Median 30 in the gap; mean 32.5 and deviation sqrt(118.75) of 20, 30, 30, 50.
+    age = [(a - 32.5) / math.sqrt(118.75) for a in (20, 30, 30, 50)]
+    torch.testing.assert_close(x[:, 0], torch.tensor(age))
+    assert x[:, 1].tolist() == [0, 0, 1, 0]
+    assert x[:, 2].tolist() == [0, 1, 0, 0] and x[:, 3].tolist() == [1, 0, 1, 0]
+    assert x[:, 4].mean() == pytest.approx(0, abs=1e-6) and notes == []
+
+
+def test_targets_come_back_in_their_units(frame):
+    table = tables.fit(frame, ["price"])
+    y = table.outputs(frame)
+    assert y.shape == (4, 1) and float(y.mean()) == pytest.approx(0, abs=1e-6)
+    torch.testing.assert_close(table.units(y)[:, 0], torch.tensor(ROWS["price"]))
+
+
+def test_json_holds_everything(frame):
+    table = tables.fit(frame, ["price"])
+    again = tables.Table.from_json(json.loads(json.dumps(table.to_json())))
+    assert again == table
+
+
+@pytest.mark.parametrize(
+    "bad", [{}, {"columns": 3}, {"columns": [{}]}, [], None, {"columns": [], "targets": None}]
+)
+def test_other_json_is_refused(bad):
+    with pytest.raises(DataError, match="not the description of a table"):
+        tables.Table.from_json(bad)
+
+
+@pytest.mark.parametrize(
+    ("values", "task"),
+    [
+        (["a", "b", "a", "b"], "classification"),
+        ([True, False, True, True], "classification"),
+        ([3, 1, 1, 3], "classification"),
+        ([1.0, 2.0, 1.0, 2.0], "classification"),
+        ([1.0, 2.5, 1.0, 2.0], "regression"),
+    ],
+)
+def test_task_follows_the_targets_type(frame, values, task):
+    frame["y"] = values
+    assert tables.fit(frame, ["y"]).task == task
+
+
+def test_many_whole_numbers_are_quantities():
+    frame = pandas.DataFrame({"x": range(50), "y": range(50)})
+    assert tables.fit(frame, ["y"]).task == "regression"
+    assert tables.fit(frame, ["y"], "classification").classes[:3] == ("0", "1", "2")
+
+
+def test_classes_are_named_by_their_values(frame):
+    frame["y"] = [10.0, 2.0, 2.0, 10.0]
+    table = tables.fit(frame, ["y"])
+    assert table.classes == ("2", "10") and table.outputs(frame).tolist() == [1, 0, 0, 1]
+
+
+def test_several_targets(frame):
+    frame["a"], frame["b"] = [0, 1, 1, 0], [1, 1, 0, 0]
+    table = tables.fit(frame, ["a", "b"])
+    assert table.task == "multilabel" and table.classes == ("a", "b")
+    assert table.outputs(frame).tolist() == [[0, 1], [1, 1], [1, 0], [0, 0]]
+    assert tables.fit(frame, ["a", "price"]).task == "regression"
+
+
+def test_new_rows_are_read_as_training_read_them(frame):
+    table = tables.fit(frame, ["price"])
+    new = pandas.DataFrame(
+        {"city": ["Paris", "Oslo"], "age": [32.5, None], "member": [True, None], "shoe": [1, 2]}
+    )
+    x, notes = lines(table, new)
+    assert x[0, 0] == 0 and x[0, 2:4].tolist() == [0, 0] and x[1, 1] == 1
+    assert "shoe" in notes[0] and len(notes) == 3
+    assert any("Paris" in note for note in notes) and any("member" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: f.drop(columns="age"), "lacks the column age, which the network was trained on"),
+        (lambda f: f.assign(age=["x", 1, 2, 3]), "'age' must hold numbers, row 1 has 'x'"),
+        (lambda f: f.assign(age=[1, 2, math.inf, 3]), "'age': row 3 is inf"),
+    ],
+)
+def test_new_rows_that_do_not_fit(frame, change, message):
+    with pytest.raises(DataError, match=message):
+        tables.fit(frame, ["price"]).inputs(change(frame))
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ({"y": [1.5, None, 2.5, 3.5]}, "target 'y' is missing in 1 of 4 rows, first in row 2"),
+        ({"y": ["a"] * 4}, "target 'y' is 'a' in every row"),
+        ({"z": [1, 2, 3, 4]}, "there is no column 'y'"),
+        ({"y": [1, 2, 1, 2], "when": pandas.date_range("2026-01-01", periods=4)}, "--drop when"),
+    ],
+)
+def test_what_cannot_be_learned_from(frame, column, message):
+    with pytest.raises(DataError, match=message):
+        tables.fit(frame.assign(**column), ["y"])
+
+
+def test_ids_are_refused():
+    frame = pandas.DataFrame({"id": [f"n{i}" for i in range(101)], "y": [0, 1] * 50 + [0]})
+    with pytest.raises(DataError, match="'id' has 101 different texts, at most 100"):
+        tables.fit(frame, ["y"])
+
+
+def test_only_the_target(frame):
+    with pytest.raises(DataError, match="no column is left"):
+        tables.fit(frame[["price"]], ["price"])
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_files(frame, tmp_path, separator):
+    frame.to_csv(tmp_path / "t.csv", index=False, sep=separator)
+    pandas.testing.assert_frame_equal(tables.read(tmp_path / "t.csv"), frame)
+
+
+def test_parquet(frame, tmp_path):
+    pytest.importorskip("pyarrow")
+    frame.to_parquet(tmp_path / "t.parquet")
+    assert tables.read(tmp_path / "t.parquet").equals(frame)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a readable table"),
+        (b"a,b\n", "has a header but no rows"),
+        (b"a,a\n1,2\n", "names a more than once"),
+        (b"a,b\n1,2\n1,2,3\n", "not a readable table"),
+        (b"\xff\xfe\x00a", "not a readable table"),
+    ],
+)
+def test_unreadable_files(tmp_path, content, message):
+    path = tmp_path / "t.csv"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        tables.read(path)
+    assert "\n" not in str(caught.value)
