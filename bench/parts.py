@@ -66,11 +66,11 @@ def _python(*arguments: str) -> tuple[str, ...]:
 
 
 def _info() -> Part:
-    """`handgrad info`; where the command line's package is not installed, the self-check that it
-    would run.
+    """`handgrad info --check`; where the command line's package is not installed, the self-check
+    that it would run.
     """
     command = (
-        _python("-m", "mlp", "info")
+        _python("-m", "mlp", "info", "--check")
         if importlib.util.find_spec("typer")
         else _python("-m", "kernels.selfcheck")
     )

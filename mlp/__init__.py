@@ -1,44 +1,30 @@
 """Networks and training on handgrad's kernels: the autograd modules, the manual API, the
 trainer.
+
+The names are listed in `mlp/public.py`. They are loaded with the first one that is asked for, so
+that `handgrad --help` need not import torch.
 """
 
-from . import data, recipes
-from .checkpoint import load, load_weights, save
-from .data import Dataset
-from .engines import ENGINES, Diverged
-from .fuse import fuse
-from .init import initialise
-from .loss import MeanSquaredError, SoftmaxCrossEntropy
-from .modules import MLP, Conv2d, ConvNet, CrossEntropyLoss, Linear, MSELoss
-from .net import Net
-from .optim import SGD, Adam, AdamW
-from .sweep import Sweep
-from .trainer import History, Trainer
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "ENGINES",
-    "MLP",
-    "SGD",
-    "Adam",
-    "AdamW",
-    "Conv2d",
-    "ConvNet",
-    "CrossEntropyLoss",
-    "Dataset",
-    "Diverged",
-    "History",
-    "Linear",
-    "MSELoss",
-    "MeanSquaredError",
-    "Net",
-    "SoftmaxCrossEntropy",
-    "Sweep",
-    "Trainer",
-    "data",
-    "fuse",
-    "initialise",
-    "load",
-    "load_weights",
-    "recipes",
-    "save",
-]
+if TYPE_CHECKING:
+    from .public import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, or a submodule, at its first use."""
+    if name.startswith("_") and name != "__all__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f"{__name__}.{name}")
+    public = importlib.import_module(f"{__name__}.public")
+    if not hasattr(public, name):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(public, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels.activations import ACTIVATIONS
 from mlp import checkpoint
 from mlp.__main__ import main
-from mlp.recipes import RECIPES
+from mlp.cli.versions import version
+from mlp.recipes import LOSSES, OPTIMIZERS, RECIPES
 
 METRICS = [
     "epoch",
@@ -178,5 +180,20 @@ def test_precision(precision, handgrad):
 
 
 def test_recipes_are_listed(handgrad):
+    """Each with all its settings, and every name that an option takes."""
     status, out, _ = handgrad("recipes")
-    assert status == 0 and [line.split()[0] for line in out.splitlines()] == list(RECIPES)
+    assert status == 0 and re.findall(r"^([a-z][a-z-]*): ", out, re.M) == list(RECIPES)
+    block = out[out.index("classifier: ") : out.index("sigmoid: ")]
+    assert "optimizer_options lr 0.001, momentum 0.9" in block and "batch_size 4\n" in block
+    assert f"--activation: {', '.join(ACTIVATIONS)}\n" in out
+    assert f"--loss: {', '.join(LOSSES)}\n--optimizer: {', '.join(OPTIMIZERS)}\n" in out
+
+
+@pytest.mark.parametrize("argv", [(), ("--help",)])
+def test_help_is_help(argv, handgrad):
+    status, out, err = handgrad(*argv)
+    assert (status, err) == (0, "") and re.search(r"^  train  +Train a network", out, re.M)
+
+
+def test_version(handgrad):
+    assert handgrad("--version") == (0, f"handgrad {version('handgrad')}\n", "")

@@ -10,7 +10,7 @@ import torch
 from kernels.activations import ACTIVATIONS
 from mlp import ENGINES, data
 from mlp.__main__ import main
-from mlp.cli import PRECISIONS
+from mlp.cli.setup import PRECISIONS
 from mlp.recipes import LOSSES, OPTIMIZERS, RECIPES
 
 CUDA_COUNT = torch.cuda.device_count()
@@ -45,7 +45,7 @@ BAD = {
         "--hidden must be widths with commas, such as 100,50, got '10,,5'",
     ),
     "width 0": ("train --hidden 100,0", r"at least two positive integers.*got \(64, 100, 0, 10\)"),
-    "batch": ("train --batch-size 0", "batch_size must be positive"),
+    "batch": ("train --batch-size 0", "--batch-size must be at least 1, got 0"),
     "epochs": ("train --epochs -1", "--epochs must be at least 1, got -1"),
     "rate": ("train --lr fast", "Invalid value for '--lr'"),
     "negative rate": ("train --lr -0.1", "--lr must be at least 0, got -0.1"),

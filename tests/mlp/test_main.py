@@ -24,6 +24,35 @@ def test_help():
     )
 
 
+def test_help_imports_nothing_heavy():
+    """--help of the program and of its largest command answer without torch."""
+    code = (
+        "import sys\n"
+        "from mlp.__main__ import main\n"
+        "assert main(['--help']) == main(['train', '--help']) == main(['--version']) == 0\n"
+        "heavy = ('torch', 'triton', 'numpy', 'sklearn', 'matplotlib', 'tqdm')\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr[-2000:]
+
+
+def test_names_are_loaded_when_asked_for():
+    """`import mlp` brings no torch; every public name and submodule is found all the same, and a
+    submodule never hides a function.
+    """
+    code = (
+        "import sys, mlp\n"
+        "assert 'torch' not in sys.modules\n"
+        "import mlp.fusing\n"
+        "assert callable(mlp.fuse) and mlp.optim.SGD is mlp.SGD and 'Trainer' in dir(mlp)\n"
+        "from mlp import *\n"
+        "assert MLP is mlp.MLP and not hasattr(mlp, 'nothing') and not hasattr(mlp, '_nothing')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_info(monkeypatch, capsys):
     """Versions, the path of each operation, and the self-check; of two operations here, as all of
     them take their time.
@@ -31,11 +60,11 @@ def test_info(monkeypatch, capsys):
     monkeypatch.setattr(
         selfcheck, "OPERATIONS", {name: selfcheck.OPERATIONS[name] for name in ("linear", "mse")}
     )
-    status = main(["info"])
+    status = main(["info", "--check"])
     out, err = capsys.readouterr()
     assert (status, err) == (0, ""), out + err
     assert (
-        re.search(r"handgrad \S+ +torch \d", out)
+        re.search(r"handgrad .* torch \d", out)
         and "float64: " in out
         and "self-check: kernels" in out
     )
@@ -45,7 +74,7 @@ def test_info(monkeypatch, capsys):
 def test_failed_self_check(monkeypatch, capsys):
     """Prints the table all the same, then says so and exits with 2."""
     monkeypatch.setattr(selfcheck, "run", lambda: (False, "linear float32 FAIL"))
-    assert main(["info"]) == 2
+    assert main(["info", "--check"]) == 2
     out, err = capsys.readouterr()
     assert out.endswith("linear float32 FAIL\n") and re.fullmatch(
         "handgrad: self-check failed: .*\n", err

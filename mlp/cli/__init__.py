@@ -1,0 +1,123 @@
+"""The command line. Errors are one line on stderr and exit status 2.
+
+A command here takes its options from the table in `options.py` and hands their values to the file
+that does the work. That file is imported then, for it brings torch.
+"""
+
+import os
+from typing import Annotated
+
+import typer
+
+from . import options, versions
+from .options import Values, command
+from .terminal import complain, say
+
+_INTERRUPTED = 130  # what shells and typer call Ctrl-C
+
+app = typer.Typer(
+    help="Train multilayer perceptrons by hand-written backpropagation.",
+    rich_markup_mode=None,
+    add_completion=False,
+)
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    if version:
+        say(f"handgrad {versions.version('handgrad')}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@command(app, "train", *options.TRAIN)
+def train(values: Values) -> None:
+    """Train a network; prints a line an epoch and writes a run folder."""
+    from . import training
+
+    training.train(values)
+
+
+@command(app, "evaluate", *options.EVALUATE)
+def evaluate(values: Values) -> None:
+    """Loss and accuracy of a trained network on its test data: top-1, top-k and by class."""
+    from . import results
+
+    results.evaluate(values)
+
+
+@command(app, "report", *options.REPORT)
+def report(values: Values) -> None:
+    """Draw a run: curves, test images with predictions, confusion matrix, first-layer weights."""
+    from . import results
+
+    results.report(values)
+
+
+@command(app, "predict", *options.PREDICT)
+def predict(values: Values) -> None:
+    """The class of each image, and its probability. Images of another size are resized, with a
+    note.
+    """
+    from . import results
+
+    results.predict(values)
+
+
+@command(app, "sweep", *options.SWEEP)
+def sweep(values: Values) -> None:
+    """Train many networks at once; prints a table, best first, and the accuracy of their mean."""
+    from . import sweeping
+
+    sweeping.sweep(values)
+
+
+@command(app, "recipes")
+def recipes(values: Values) -> None:
+    """The networks and settings that --recipe knows, and all names that options take."""
+    from . import about
+
+    about.recipes()
+
+
+@command(app, "info", *options.INFO)
+def info(values: Values) -> None:
+    """Versions, the GPU, which backend each operation takes; --check tries every kernel."""
+    from . import about
+
+    about.info(values)
+
+
+def run(argv: list[str]) -> int:
+    """Run a command; 0, or 2 after one line on stderr. HANDGRAD_DEBUG=1 shows where an error comes
+    from.
+    """
+    try:
+        status = app(argv, standalone_mode=False) or 0
+        if status == _INTERRUPTED:
+            complain("interrupted; a training goes on with --out RUN --resume")
+        return status
+    except Exception as error:
+        if os.environ.get("HANDGRAD_DEBUG"):
+            raise
+        complain(_message(error))
+        return 2
+    except KeyboardInterrupt:
+        complain("interrupted; a training goes on with --out RUN --resume")
+        return _INTERRUPTED
+
+
+def _message(error: Exception) -> str:
+    """What an error says to a user. An error that nobody foresaw is named by its type as well."""
+    if hasattr(error, "format_message"):  # typer's own
+        return error.format_message()
+    from ..engines import Diverged
+
+    if isinstance(error, (ValueError, IndexError, OSError, Diverged)) or hasattr(
+        error, "exit_code"
+    ):
+        return str(error)
+    return f"{type(error).__name__}: {error} (HANDGRAD_DEBUG=1 shows where)"

@@ -1,0 +1,185 @@
+"""The table of options. A row says an option's name, type, help and smallest value.
+
+Its group says where the value goes:
+
+    RECIPE      replaces the recipe's field of the same name
+    OPTIMIZER   goes to the optimizer, by its own name
+    RUN         is stored in the run's config.json
+    CALL        holds for this call alone
+
+To add an option to `handgrad train`, add a row to its group. A value that was not given is None,
+False for a flag. This file imports nothing heavy, so that --help answers at once.
+"""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+Values = dict[str, Any]
+
+
+class Option(NamedTuple):
+    """One option, or one argument, of a command."""
+
+    name: str
+    kind: Any
+    help: str
+    default: Any = None
+    least: float | None = None  # the smallest value
+    parse: Callable[[str], Any] | None = None  # text -> value; ValueError says what was expected
+    is_argument: bool = False
+
+    @property
+    def flag(self) -> str:
+        """As it is written on the command line: --batch-size."""
+        return self.name if self.is_argument else f"--{self.name.replace('_', '-')}"
+
+    def parameter(self) -> inspect.Parameter:
+        """As typer reads it from a function's signature."""
+        if self.is_argument:
+            row, kind = typer.Argument(help=self.help), self.kind
+            default = inspect.Parameter.empty if self.default is ... else self.default
+        else:
+            row, default = typer.Option(self.flag, help=self.help), self.default
+            kind = self.kind
+        if default is None:
+            kind = kind | None
+        return inspect.Parameter(
+            self.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=default,
+            annotation=Annotated[kind, row],
+        )
+
+    def read(self, value: Any) -> Any:
+        """The value as the command takes it; a ValueError that names the option."""
+        if value is None:
+            return None
+        if self.parse is not None:
+            try:
+                return self.parse(value)
+            except ValueError as error:
+                raise ValueError(f"{self.flag} must be {error}, got {value!r}") from None
+        if self.least is not None and not value >= self.least:
+            raise ValueError(f"{self.flag} must be at least {self.least:g}, got {value}")
+        return value
+
+
+def widths(text: str) -> tuple[int, ...]:
+    """ "100,50" -> (100, 50); nothing -> ()."""
+    try:
+        return tuple(int(part) for part in text.split(",")) if text.strip() else ()
+    except ValueError:
+        raise ValueError("widths with commas, such as 100,50") from None
+
+
+def seed(text: str) -> int:
+    """A whole number that torch's generators take."""
+    expected = "a whole number from 0 to 2⁶³"
+    try:
+        value = int(text)
+    except ValueError:
+        raise ValueError(expected) from None
+    if not 0 <= value <= 2**63:
+        raise ValueError(expected)
+    return value
+
+
+def command(app: typer.Typer, name: str, *rows: Option) -> Callable:
+    """Register a function of one dict of values as a command that takes these options."""
+
+    def register(function: Callable[[Values], None]) -> Callable[[Values], None]:
+        def call(**given):
+            function({row.name: row.read(given[row.name]) for row in rows})
+
+        call.__doc__ = function.__doc__
+        call.__signature__ = inspect.Signature([row.parameter() for row in rows])
+        call.__annotations__ = {}
+        app.command(name)(call)
+        return function
+
+    return register
+
+
+def given(rows: tuple[Option, ...], values: Values) -> Values:
+    """The values of these rows that were given."""
+    return {row.name: values[row.name] for row in rows if values.get(row.name) is not None}
+
+
+_NAMES = "`handgrad recipes` lists them"
+
+RECIPE = (
+    Option("hidden", str, "widths of the hidden layers, such as 100,50", parse=widths),
+    Option("activation", str, f"such as relu or tanh; {_NAMES}"),
+    Option("loss", str, f"such as cross_entropy or mse; {_NAMES}"),
+    Option("optimizer", str, f"such as sgd or adam; {_NAMES}"),
+    Option("batch_size", int, "samples in a step", least=1),
+    Option("epochs", int, "passes over the training data", least=1),
+)
+OPTIMIZER = (
+    Option("lr", float, "learning rate", least=0),
+    Option("momentum", float, "momentum, for the optimizers that have one", least=0),
+)
+RUN = (
+    Option("seed", str, "of initial weights and sample order; default 0", parse=seed),
+    Option("engine", str, f"auto (the default), or one by name; {_NAMES}"),
+    Option("device", str, "auto (the default), cpu, cuda, cuda:1, …"),
+    Option("precision", str, f"fp32 (the default), bf16, …; {_NAMES}"),
+    Option("data_dir", Path, "folder of data sets; default $HANDGRAD_DATA, else the cache"),
+)
+CALL = (
+    Option("out", Path, "run folder; default runs/DATASET, numbered"),
+    Option("force", bool, "replace the run in --out", False),
+    Option("plots", bool, "draw all pictures of `handgrad report` at the end", False),
+    Option("resume", bool, "go on with the run in --out, up to --epochs", False),
+)
+DATASET = Option(
+    "dataset",
+    str,
+    "digits (the default), mnist, fashion-mnist, kmnist, or a path: .mat, .npz, image folder",
+    is_argument=True,
+)
+NAMED_RECIPE = Option("recipe", str, "settings by name; see `handgrad recipes`")
+TRAIN = (DATASET, NAMED_RECIPE, *RECIPE, *OPTIMIZER, *RUN, *CALL)
+
+RUN_FOLDER = Option("run", Path, "a run folder", ..., is_argument=True)
+RUN_DATA = Option("data_dir", Path, "as for train; default: the run's")
+DEVICE = Option("device", str, "auto, cpu, cuda, cuda:1, …", "auto")
+EVALUATE = (
+    RUN_FOLDER,
+    Option("top", int, "k of the top-k accuracy; default 5, or all classes if fewer", least=1),
+    RUN_DATA,
+    DEVICE,
+)
+REPORT = (RUN_FOLDER, RUN_DATA, DEVICE)
+PREDICT = (
+    RUN_FOLDER,
+    Option("images", list[Path], "PNG or JPEG files", ..., is_argument=True),
+    DEVICE,
+)
+SWEEP = (
+    DATASET,
+    Option("replicas", int, "how many networks", 16, least=1),
+    Option(
+        "lr",
+        str,
+        "learning rate, or LOW:HIGH, spread over the networks in equal ratios",
+        "0.01:1.0",
+    ),
+    Option("momentum", float, "momentum, for the optimizers that have one", least=0),
+    Option("hidden", str, "widths of the hidden layers", "100,50", parse=widths),
+    Option("activation", str, "as for train", "relu"),
+    Option("loss", str, "as for train"),
+    Option("optimizer", str, "as for train", "sgd"),
+    Option("batch_size", int, "samples in a step", 32, least=1),
+    Option("epochs", int, "passes over the training data", 10, least=1),
+    Option("seed", str, "of the first network; the others count on", "0", parse=seed),
+    Option("top", int, "rows of the table to print", 10, least=0),
+    DEVICE,
+    Option("data_dir", Path, "as for train"),
+    Option("out", Path, "folder for sweep.jsonl and every network; none is written without it"),
+)
+INFO = (Option("check", bool, "check every kernel against its float64 reference", False),)

@@ -1,0 +1,27 @@
+"""What the command line writes to the terminal: everything goes through `say`.
+
+Names, paths and messages come from files and arguments that others made. A control character in
+them could clear the screen or forge a line, so it is shown escaped.
+"""
+
+import sys
+from typing import TextIO
+
+
+def shown(text: object) -> str:
+    """Text as one line for a terminal: control characters, line ends and what cannot be encoded
+    are written as escapes such as \\x1b.
+    """
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text)
+    )
+
+
+def say(line: object = "", file: TextIO | None = None) -> None:
+    """Print one line."""
+    print(shown(line), file=file or sys.stdout)
+
+
+def complain(message: object) -> None:
+    """Print one line on stderr, with the program's name before it."""
+    say(f"handgrad: {' '.join(str(message).split())}", sys.stderr)
