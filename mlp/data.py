@@ -6,10 +6,23 @@ rows picked by index; `permutation` draws their order.
 """
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+
+from .dataset import DataError, Dataset, Reading, needs_extra, permutation, split
+
+__all__ = [
+    "NAMES",
+    "DataError",
+    "Dataset",
+    "Reading",
+    "load",
+    "needs_extra",
+    "permutation",
+    "split",
+]
 
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
 NAMES = ("digits", *TORCHVISION)
@@ -18,127 +31,6 @@ _NPZ_KEYS = (
     ("train_data", "train_labels", "test_data", "test_labels"),
 )
 _MAT_KEYS = ("training_data", "training_label", "testing_data", "testing_label")
-
-
-class DataError(ValueError):
-    """A data set that cannot be found, read or used, in one line."""
-
-
-@dataclass
-class Dataset:
-    """Inputs (N, features) and targets, on one device. An input is read as `inputs · scale +
-    shift`.
-
-    targets: (N,) int64 labels in [0, len(classes)), or (N, outputs) floating point. image_shape:
-    (C, H, W) if the features are an image's. ValueError or IndexError for lengths that differ, no
-    data, labels out of range.
-    """
-
-    inputs: torch.Tensor
-    targets: torch.Tensor
-    classes: tuple[str, ...] = ()
-    image_shape: tuple[int, int, int] | None = None
-    scale: float = 1.0
-    shift: float = 0.0
-    name: str = "data"
-    _buffers: dict = field(default_factory=dict, repr=False)
-
-    def __post_init__(self):
-        if len(self.inputs) != len(self.targets):
-            raise DataError(
-                f"{self.name}: {len(self.inputs)} inputs but {len(self.targets)} targets"
-            )
-        if len(self.inputs) == 0:
-            raise DataError(f"{self.name}: empty: it has no samples")
-        if not self.targets.is_floating_point():
-            self.targets = self.targets.long()
-            if not self.classes:
-                self.classes = tuple(str(c) for c in range(int(self.targets.max()) + 1))
-            bad = ((self.targets < 0) | (self.targets >= len(self.classes))).nonzero()
-            if len(bad):
-                i = int(bad[0])
-                raise DataError(
-                    f"{self.name}: label {int(self.targets[i])} of sample {i} is not one of the "
-                    f"{len(self.classes)} classes, 0 to {len(self.classes) - 1}"
-                )
-        self.inputs = self.inputs.reshape(len(self.inputs), -1).contiguous()
-
-    def __len__(self):
-        return len(self.inputs)
-
-    @property
-    def features(self) -> int:
-        """Numbers in one input."""
-        return self.inputs.shape[1]
-
-    @property
-    def is_classification(self) -> bool:
-        """Whether the targets are labels."""
-        return not self.targets.is_floating_point()
-
-    def to(self, device) -> "Dataset":
-        """The same data set on another device."""
-        return replace(
-            self, inputs=self.inputs.to(device), targets=self.targets.to(device), _buffers={}
-        )
-
-    def take(self, count: int) -> "Dataset":
-        """The first `count` samples."""
-        return replace(self, inputs=self.inputs[:count], targets=self.targets[:count], _buffers={})
-
-    def normalized(self, mean: float, std: float) -> "Dataset":
-        """Read as (x - mean) / std, with x as it was read before. Nothing is copied."""
-        return replace(self, scale=self.scale / std, shift=(self.shift - mean) / std, _buffers={})
-
-    def read(self, raw: torch.Tensor, dtype=torch.float32, out=None) -> torch.Tensor:
-        """Rows of `inputs` as numbers: raw · scale + shift in `dtype`."""
-        x = torch.mul(
-            raw if raw.dtype == torch.uint8 and dtype == torch.float32 else raw.to(dtype),
-            self.scale,
-            out=out,
-        )
-        if self.shift:
-            x = x.add_(self.shift)
-        return x.to(dtype)
-
-    def batch(
-        self, indices: torch.Tensor, dtype=torch.float32
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs (rows, features) and targets of these samples, in buffers that the next batch
-        overwrites.
-        """
-        rows = len(indices)
-        key = (rows, dtype)
-        if key not in self._buffers:
-            while len(self._buffers) > 1:
-                self._buffers.pop(next(iter(self._buffers)))
-            self._buffers[key] = (
-                self.inputs.new_empty(rows, self.features),
-                self.inputs.new_empty(rows, self.features, dtype=dtype),
-                self.targets.new_empty(rows, *self.targets.shape[1:]),
-            )
-        raw, x, y = self._buffers[key]
-        torch.index_select(self.inputs, 0, indices, out=raw)
-        torch.index_select(self.targets, 0, indices, out=y)
-        return self.read(raw, dtype, x), y
-
-    def chunks(self, size: int, dtype=torch.float32):
-        """(inputs, targets) of consecutive pieces of at most `size` samples, in order: for
-        evaluation.
-        """
-        for start in range(0, len(self), size):
-            yield (
-                self.read(self.inputs[start : start + size], dtype),
-                self.targets[start : start + size],
-            )
-
-
-def permutation(count: int, seed: int, epoch: int, device="cpu") -> torch.Tensor:
-    """The order of an epoch's samples: the same for the same count, seed, epoch and kind of
-    device.
-    """
-    generator = torch.Generator(device).manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(count, generator=generator, device=device)
 
 
 def default_dir() -> Path:
@@ -176,27 +68,6 @@ def load(source: str, data_dir=None) -> tuple[Dataset, Dataset]:
             "folders of images"
         )
     return readers[paths[0].suffix](paths)
-
-
-def needs_extra(package: str, what: str, extra: str = "train") -> DataError:
-    """The error for a missing optional package: says which extra to install."""
-    return DataError(f"{what} needs {package}: install the extra, pip install 'handgrad[{extra}]'")
-
-
-def split(data: Dataset, test_share: float = 0.2) -> tuple[Dataset, Dataset]:
-    """A fixed random split into (train, test)."""
-    order = permutation(len(data), seed=0, epoch=0)
-    count = max(1, round(len(data) * test_share))
-    return tuple(
-        replace(
-            data,
-            inputs=data.inputs[rows],
-            targets=data.targets[rows],
-            _buffers={},
-            name=f"{data.name} ({part})",
-        )
-        for part, rows in (("train", order[count:]), ("test", order[:count]))
-    )
 
 
 def _digits() -> tuple[Dataset, Dataset]:

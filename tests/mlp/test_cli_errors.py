@@ -81,7 +81,7 @@ BAD = {
     "not a rate": ("train --lr nan", "--lr must be at least 0, got nan"),
     "not a number": (
         "train nan.npz --out d",
-        "the loss is nan at step 0 .* nothing was trained yet: look for what is not",
+        "nan: inputs must be finite, got nan in row 0, column 0, and 47 more",
     ),
     "diverged": (
         "train --device cpu --lr 1e30 --out d",
@@ -123,7 +123,7 @@ def test_one_line_and_status_2(case, folder, capsys):
     assert status == 2
     assert err.startswith("handgrad: ") and err.count("\n") == 1 and re.search(message, err), err
     after = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    if case in ("diverged", "not a number"):  # its run had begun
+    if case == "diverged":  # its run had begun
         assert [p.name for p in after.keys() - before.keys()] == ["config.json"]
     else:
         assert after == before and out == ""

@@ -1,0 +1,235 @@
+"""Arrays as data sets: which axes are an image's, what black and white are, what the labels say.
+
+`in_memory` takes what a program holds and changes no number, as torch would. `from_arrays` takes
+what a file holds: pixels get their scale and labels their classes, and a note tells what was
+decided.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, TensorDataset
+
+from . import labels, pixels
+from .dataset import DataError, Dataset, announce, split
+
+_LARGEST = 2**33  # bytes of a sparse array once it is dense
+_GATHERED = 1024  # samples in one call of a dataset's collate function
+
+
+def is_sparse(value: Any) -> bool:
+    """Whether this is a sparse matrix or array of scipy, which keeps no dense numbers."""
+    return hasattr(value, "toarray") and hasattr(value, "nnz")
+
+
+def dense(value: Any, what: str) -> Any:
+    """A sparse matrix of scipy or torch with its zeros written out; refused by size."""
+    scipy_like = is_sparse(value)
+    if not scipy_like and not (torch.is_tensor(value) and value.layout != torch.strided):
+        return value
+    size = int(np.prod(value.shape, dtype=object)) * 8
+    if size > _LARGEST:
+        raise DataError(
+            f"{what}: sparse, and {tuple(value.shape)} numbers would take {size / 2**30:.0f} GiB "
+            f"when its zeros are stored, more than {_LARGEST / 2**30:.0f}: leave columns out"
+        )
+    return value.toarray() if scipy_like else value.to_dense()
+
+
+def _from_frame(frame: Any, what: str) -> tuple[Any, tuple[str, ...]]:
+    """The numbers of a frame, missing ones as NaN, and its columns' names."""
+    names = tuple(str(column) for column in frame.columns)
+    kinds = [getattr(dtype, "kind", None) for dtype in frame.dtypes]
+    if bad := [n for n, kind in zip(names, kinds) if kind not in ("b", "i", "u", "f")]:
+        raise DataError(
+            f"{what}: column {bad[0]} holds {frame[frame.columns[names.index(bad[0])]].dtype}, "
+            "not numbers: encode it or leave it out"
+        )
+    return frame.to_numpy(dtype="float64", na_value=np.nan), names
+
+
+def numbers(value: Any, what: str) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """(tensor of real numbers, names of its columns) of anything that holds an array; DataError
+    that starts with `what`. uint16 and wider become int64, bool becomes uint8.
+    """
+    columns: tuple[str, ...] = ()
+    if hasattr(value, "columns") and hasattr(value, "dtypes"):
+        value, columns = _from_frame(value, what)
+    value = dense(value, what)
+    if not torch.is_tensor(value):
+        try:
+            array = np.asarray(value)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{what}: not an array ({error})") from None
+        value = _tensor(array, what)
+    if value.is_complex():
+        raise DataError(f"{what}: complex numbers; store real and imaginary parts as columns")
+    value = value.detach()
+    if value.dtype == torch.bool:
+        value = value.to(torch.uint8)
+    elif value.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        value = value.to(torch.int64)
+    return value, columns
+
+
+def _tensor(array: np.ndarray, what: str) -> torch.Tensor:
+    if array.dtype.names:
+        raise DataError(
+            f"{what}: records with the fields {', '.join(array.dtype.names)}: store one array of "
+            "numbers"
+        )
+    if array.dtype.kind == "O":
+        try:
+            array = array.astype(np.float64)
+        except (TypeError, ValueError):
+            raise DataError(f"{what}: must be arrays of numbers, got a list of objects") from None
+    if array.dtype.kind == "c":
+        return torch.empty(0, dtype=torch.complex64)
+    if array.dtype.kind not in "biuf":
+        raise DataError(f"{what}: must be arrays of numbers, got {array.dtype}")
+    kind = np.float64 if array.dtype.kind == "f" and array.dtype.itemsize > 8 else array.dtype
+    native = np.dtype(kind).newbyteorder("=")
+    # torch takes no negative strides and warns of memory that it must not write.
+    array = np.require(array, native, ["C_CONTIGUOUS", "WRITEABLE"])
+    return torch.from_numpy(array)
+
+
+def _gathered(dataset: Any, collate: Any, name: str) -> tuple[Any, Any]:
+    """(inputs, targets) of a map-style dataset of torch, in its own order."""
+    batches = []
+    for batch in DataLoader(dataset, batch_size=_GATHERED, collate_fn=collate):
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise DataError(
+                f"{name}: a sample must be a pair (input, target), got "
+                f"{type(batch).__name__}"
+                + (f" of {len(batch)}" if isinstance(batch, (tuple, list, dict)) else "")
+            )
+        batches.append(batch)
+    if not batches:
+        raise DataError(f"{name}: empty: it has no samples")
+    return tuple(torch.cat([torch.as_tensor(part) for part in parts]) for parts in zip(*batches))
+
+
+def _taken_apart(source: Any, name: str) -> tuple[Any, Any]:
+    """(inputs, targets) of a pair, a TensorDataset, a map-style dataset or a DataLoader."""
+    collate = None
+    if isinstance(source, DataLoader):
+        sampler, collate = source.sampler, source.collate_fn
+        plain = isinstance(sampler, SequentialSampler) or (
+            isinstance(sampler, RandomSampler)
+            and not sampler.replacement
+            and sampler.num_samples == len(sampler.data_source)
+        )
+        if not plain:
+            raise DataError(
+                f"{name}: a DataLoader with a {type(sampler).__name__} draws samples in a way that "
+                "is not kept here, where batches are drawn from all samples: give the dataset "
+                "itself"
+            )
+        source = source.dataset
+    if isinstance(source, TensorDataset) and len(source.tensors) == 2:
+        return source.tensors
+    if isinstance(source, torch.utils.data.Dataset):
+        if not hasattr(source, "__getitem__") or not hasattr(source, "__len__"):
+            raise DataError(f"{name}: an iterable dataset has no known end: give tensors")
+        return _gathered(source, collate, name)
+    if isinstance(source, (tuple, list)) and len(source) == 2:
+        return source[0], source[1]
+    raise DataError(
+        f"{name}: needs a pair (inputs, targets), a TensorDataset, a DataLoader or an mlp.Dataset, "
+        f"got {type(source).__name__}"
+        + (f" of {len(source)}" if isinstance(source, (tuple, list)) else "")
+    )
+
+
+def in_memory(inputs: Any, targets: Any, like: Dataset | None, name: str) -> Dataset:
+    """See `Dataset.of`."""
+    if targets is None:
+        inputs, targets = _taken_apart(inputs, name)
+    x, columns = numbers(inputs, f"{name}: inputs")
+    y, classes = labels.in_memory(targets, name, like)
+    _check_lengths(x, y, name)
+    if x.dim() == 1:
+        x = x[:, None]
+    shape = {3: (1, *x.shape[1:]), 4: tuple(x.shape[1:])}.get(x.dim())
+    if x.dim() == 4 and min(x.shape[1:3]) > 4 and x.shape[3] in (1, 3):
+        raise DataError(
+            f"{name}: inputs {tuple(x.shape)} have their channels last; networks take them first: "
+            "x.permute(0, 3, 1, 2), or x.flatten(1) where no image is meant"
+        )
+    if not x.is_floating_point() and x.dtype != torch.uint8:
+        exact = x.to(torch.float32)
+        x = exact if bool((exact.to(x.dtype) == x).all()) else x.double()
+    return Dataset(x, y, classes, shape, name=name, columns=columns)
+
+
+def _dtype_name(dtype: Any) -> str:
+    """ "float64" of numpy's or torch's dtype, in whichever byte order."""
+    return getattr(dtype, "name", None) or str(dtype).removeprefix("torch.")
+
+
+def _check_lengths(x: torch.Tensor, y: Any, name: str) -> None:
+    if x.dim() == 0 or len(x) != len(y):
+        raise DataError(
+            f"{name}: inputs {tuple(x.shape)} need as many labels, got {tuple(y.shape)}"
+        )
+
+
+def from_arrays(
+    x: Any,
+    y: Any,
+    x_test: Any = None,
+    y_test: Any = None,
+    *,
+    name: str = "data",
+    image: str | tuple[int, ...] | None = None,
+    task: str | None = None,
+    named_image: bool = False,
+) -> tuple[Dataset, Dataset]:
+    """(train, test) of arrays as files hold them; a fifth is held out where there are no test data.
+
+    x: (N, features), (N, H, W), (N, C, H, W) or (N, H, W, C). y: labels of any kind, (N,), (N, 1)
+    or one-hot, or floating-point targets (N, outputs). image: the shape of an image, "28x28" or
+    "3x32x32" (channels first), for flat rows and where the axes are ambiguous. task:
+    "classification" or "regression" where the targets' type says another thing. named_image: the
+    arrays' name says that rows are images. `notes` of the data sets tell what was decided.
+    """
+    parts = [(x, y)] if x_test is None else [(x, y), (x_test, y_test)]
+    read = [numbers(part, f"{name}: inputs") for part, _ in parts]
+    inputs, columns = [tensor for tensor, _ in read], read[0][1]
+    dtypes = [_dtype_name(getattr(p, "dtype", t.dtype)) for (p, _), t in zip(parts, inputs)]
+    found = labels.read([part for _, part in parts], [t.shape for t in inputs], name, task)
+    for tensor, target in zip(inputs, found.targets):
+        _check_lengths(tensor, target, name)
+        if len(tensor) == 0:
+            raise DataError(f"{name}: empty: it has no samples")
+    features = [tensor[0].numel() for tensor in inputs]
+    if len(set(features)) > 1:
+        raise DataError(
+            f"{name}: training inputs have {features[0]} features, test inputs {features[1]}"
+        )
+    inputs, look = pixels.understood(inputs, dtypes, name, image, named_image)
+    sets = [
+        Dataset(
+            tensor,
+            target,
+            found.classes,
+            look.shape,
+            look.scale,
+            look.shift,
+            name if len(inputs) == 1 else f"{name} ({part})",
+            look.levels,
+            columns,
+            stored=dtypes[0],
+            notes=(*look.notes, *found.notes) if part == "train" else (),
+        )
+        for tensor, target, part in zip(inputs, found.targets, ("train", "test"))
+    ]
+    return (sets[0], sets[1]) if len(sets) == 2 else split(sets[0])
+
+
+def announced(parts: tuple[Dataset, Dataset]) -> tuple[Dataset, Dataset]:
+    """These data sets, after their notes were printed."""
+    announce(parts[0].notes)
+    return parts

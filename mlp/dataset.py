@@ -1,0 +1,368 @@
+"""Samples as tensors on one device. Pixels stay uint8 and are scaled where they are read; batches
+are rows picked by index, so there is no DataLoader.
+
+A stored number x is read as `x · scale + shift`. `Reading` holds what a trained network's input
+went through, so that `predict` can treat new inputs the same way.
+"""
+
+import copy
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+_PRIME = 1_000_003  # separates the seeds of one run's epochs from those of the next run
+_SEEDS = 2**63  # what a generator takes
+_HASH_ROWS = 8192
+# Labels are numbers of classes. More classes than this, and than there are samples, are ids.
+_MANY_CLASSES = 1000
+
+
+class DataError(ValueError):
+    """A data set that cannot be found, read or used, in one line."""
+
+
+def needs_extra(package: str, what: str, extra: str = "train") -> DataError:
+    """The error for a missing optional package: says which extra to install."""
+    return DataError(f"{what} needs {package}: install the extra, pip install 'handgrad[{extra}]'")
+
+
+def announce(notes: Sequence[str]) -> None:
+    """Print what was decided about the data, one line each, on stderr."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a network's training read its inputs; plain data, stored with the run.
+
+    A stored number becomes `((x - mean) / std) · scale + shift`; without mean and std, which have
+    one number for each feature, `x · scale + shift`. image_shape: (C, H, W) or None. levels: the
+    stored values of black and of white, None where they are not known. stored: the dtype of the
+    training inputs before any standardisation.
+    """
+
+    scale: float = 1.0
+    shift: float = 0.0
+    image_shape: tuple[int, int, int] | None = None
+    levels: tuple[float, float] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    stored: str = "float32"
+
+    @classmethod
+    def of(cls, facts: dict) -> "Reading":
+        """From `to_dict()`, or from the `data` entry of a run's config; other keys are ignored."""
+        names = cls.__dataclass_fields__
+        known = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in facts.items()
+            if name in names
+        }
+        if known.get("image_shape") and "levels" not in facts:
+            known["levels"] = (0.0, 255.0)  # runs from before levels were stored held uint8 pixels
+        return cls(**known)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def numbers(self, raw: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Inputs (N, features) as they lie in a file, as the numbers that the network takes."""
+        raw = raw.double()
+        if self.mean is not None:
+            mean, std = (
+                torch.tensor(values, dtype=torch.float64, device=raw.device)
+                for values in (self.mean, self.std)
+            )
+            raw = (raw - mean) / std
+        return (raw * self.scale + self.shift).to(dtype)
+
+
+@dataclass
+class Dataset:
+    """Inputs (N, features) and targets, on one device. An input is read as `inputs · scale +
+    shift`.
+
+    targets: (N,) int64 labels in [0, len(classes)), or floating point, (N, outputs). image_shape:
+    (C, H, W) if the features are an image's. levels: the stored values of black and white, if the
+    inputs are pixels. columns: names of the features. mean, std: what `standardized` subtracted and
+    divided by, one number a feature. stored: the dtype in the file. notes: what was decided when
+    the data were read. DataError for lengths that differ, no data, labels out of range, numbers
+    that are not finite.
+    """
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    classes: tuple[str, ...] = ()
+    image_shape: tuple[int, int, int] | None = None
+    scale: float = 1.0
+    shift: float = 0.0
+    name: str = "data"
+    levels: tuple[float, float] | None = None
+    columns: tuple[str, ...] = ()
+    mean: torch.Tensor | None = None
+    std: torch.Tensor | None = None
+    stored: str = ""
+    notes: tuple[str, ...] = ()
+    _buffers: dict = field(default_factory=dict, repr=False)
+    _origin: dict | None = field(default=None, repr=False)  # fingerprint before standardisation
+
+    def __post_init__(self) -> None:
+        if len(self.inputs) != len(self.targets):
+            raise DataError(
+                f"{self.name}: {len(self.inputs)} inputs but {len(self.targets)} targets"
+            )
+        if len(self.inputs) == 0:
+            raise DataError(f"{self.name}: empty: it has no samples")
+        self.stored = self.stored or str(self.inputs.dtype).removeprefix("torch.")
+        self.inputs = self.inputs.reshape(len(self.inputs), -1).contiguous()
+        _check_finite(self, "inputs", self.columns)
+        if self.targets.is_floating_point():
+            _check_finite(self, "targets")
+        else:
+            self._check_labels()
+
+    def _check_labels(self) -> None:
+        self.targets = self.targets.long()
+        largest = int(self.targets.max())
+        if not self.classes:
+            if largest >= max(_MANY_CLASSES, len(self)):
+                raise DataError(
+                    f"{self.name}: label {largest} would make {largest + 1:,} classes of "
+                    f"{len(self):,} samples: labels are numbers of classes from 0; are these ids, "
+                    "or targets of a regression (then give floating point)?"
+                )
+            self.classes = tuple(str(c) for c in range(largest + 1))
+        bad = ((self.targets < 0) | (self.targets >= len(self.classes))).nonzero()
+        if len(bad):
+            i = int(bad[0, 0])
+            raise DataError(
+                f"{self.name}: label {int(self.targets[tuple(bad[0])])} of sample {i} is not one "
+                f"of the {len(self.classes)} classes, 0 to {len(self.classes) - 1}"
+            )
+
+    @classmethod
+    def of(
+        cls,
+        inputs: Any,
+        targets: Any = None,
+        *,
+        like: "Dataset | None" = None,
+        name: str = "data",
+    ) -> "Dataset":
+        """A data set from what is in memory: numbers stay as they are.
+
+        inputs: a Dataset (returned as it is), a pair (inputs, targets), a TensorDataset, another
+        map-style dataset of torch, or a DataLoader, whose order and batches are not used; or, with
+        targets beside them, tensors, numpy arrays, frames of pandas, lists or sparse matrices.
+        Image arrays keep their axes: (N, H, W), (N, C, H, W) or (N, H, W, C). Whole numbers are
+        labels, as in torch: they are numbers of classes from 0 and are not mapped. Words are
+        classes, mapped in sorted order, or in that of `like`: give the training data there for
+        test data. DataError in one line.
+        """
+        from .arrays import in_memory
+
+        return inputs if isinstance(inputs, cls) else in_memory(inputs, targets, like, name)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    @property
+    def features(self) -> int:
+        """Numbers in one input."""
+        return self.inputs.shape[1]
+
+    @property
+    def is_classification(self) -> bool:
+        """Whether the targets are labels."""
+        return not self.targets.is_floating_point()
+
+    @property
+    def reading(self) -> Reading:
+        """How these inputs are read, to be stored with a network trained on them."""
+        mean, std = (None if t is None else tuple(t.tolist()) for t in (self.mean, self.std))
+        return Reading(
+            self.scale, self.shift, self.image_shape, self.levels, mean, std, self.stored
+        )
+
+    def _with(self, **changes: Any) -> "Dataset":
+        """A copy with other fields, which are known to be good: nothing is checked again."""
+        other = copy.copy(self)
+        other._buffers = {}
+        for field_name, value in changes.items():
+            setattr(other, field_name, value)
+        return other
+
+    def to(self, device: torch.device | str) -> "Dataset":
+        """The same data set on another device."""
+        return self._with(inputs=self.inputs.to(device), targets=self.targets.to(device))
+
+    def take(self, count: int) -> "Dataset":
+        """The first `count` samples."""
+        return self.rows(slice(count))
+
+    def rows(self, chosen: torch.Tensor | slice, name: str | None = None) -> "Dataset":
+        """The samples at these indices, or in this slice."""
+        inputs, targets = self.inputs[chosen], self.targets[chosen]
+        if len(inputs) == 0:
+            raise DataError(f"{self.name}: empty: none of its {len(self)} samples was chosen")
+        origin = self._origin
+        if origin is not None:
+            picked = torch.arange(len(self))[chosen.cpu() if torch.is_tensor(chosen) else chosen]
+            origin = {**origin, "hash": _digest(picked, origin["hash"])}
+        return self._with(inputs=inputs, targets=targets, name=name or self.name, _origin=origin)
+
+    def normalized(self, mean: float, std: float) -> "Dataset":
+        """Read as (x - mean) / std, with x as it was read before. Nothing is copied."""
+        return self._with(scale=self.scale / std, shift=(self.shift - mean) / std)
+
+    def standardized(self, by: "Dataset | Reading | None" = None) -> "Dataset":
+        """Every feature with mean 0 and standard deviation 1, stored as float32.
+
+        by: the training data, or their reading, if these are test data: their mean and deviation
+        are used. Without it, they are measured here. A feature that never changes becomes 0.
+        """
+        if self.mean is not None:
+            raise DataError(f"{self.name}: is standardised already")
+        raw = self.inputs.double()
+        if by is None:
+            mean, std = raw.mean(0), raw.std(0, unbiased=False)
+            constant = raw.amin(0) == raw.amax(0)
+            # A mean is rounded: a constant column must become exactly 0.
+            mean, std = torch.where(constant, raw[0], mean), std.masked_fill(constant, 1.0)
+        else:
+            reading = by.reading if isinstance(by, Dataset) else by
+            if reading.mean is None or len(reading.mean) != self.features:
+                raise DataError(
+                    f"{self.name}: has {self.features} features, but the data to standardise by "
+                    f"{'are not standardised' if reading.mean is None else len(reading.mean)}"
+                )
+            mean, std = (
+                torch.tensor(values, dtype=torch.float64, device=raw.device)
+                for values in (reading.mean, reading.std)
+            )
+        return self._with(
+            inputs=((raw - mean) / std).float(),
+            scale=1.0,
+            shift=0.0,
+            mean=mean.cpu(),
+            std=std.cpu(),
+            _origin=self.fingerprint(),
+        )
+
+    def fingerprint(self) -> dict[str, str]:
+        """{"inputs": dtype and shape, "targets": the same, "hash"} of the contents, for JSON: equal
+        for equal data, whatever the device. Standardised data have the fingerprint of what they
+        were made from.
+        """
+        if self._origin is not None:
+            return dict(self._origin)
+        parts = {"inputs": self.inputs, "targets": self.targets}
+        said = {
+            key: f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}"
+            for key, t in parts.items()
+        }
+        digest = _digest(self.inputs, *said.values(), *self.classes)
+        return {**said, "hash": _digest(self.targets, digest)}
+
+    def read(
+        self,
+        raw: torch.Tensor,
+        dtype: torch.dtype = torch.float32,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Rows of `inputs` as numbers: raw · scale + shift in `dtype`."""
+        x = torch.mul(
+            raw if raw.dtype == torch.uint8 and dtype == torch.float32 else raw.to(dtype),
+            self.scale,
+            out=out,
+        )
+        if self.shift:
+            x = x.add_(self.shift)
+        return x.to(dtype)
+
+    def batch(
+        self, indices: torch.Tensor, dtype: torch.dtype = torch.float32
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs (rows, features) and targets of these samples, in buffers that the next batch
+        overwrites.
+        """
+        rows = len(indices)
+        key = (rows, dtype)
+        if key not in self._buffers:
+            while len(self._buffers) > 1:
+                self._buffers.pop(next(iter(self._buffers)))
+            self._buffers[key] = (
+                self.inputs.new_empty(rows, self.features),
+                self.inputs.new_empty(rows, self.features, dtype=dtype),
+                self.targets.new_empty(rows, *self.targets.shape[1:]),
+            )
+        raw, x, y = self._buffers[key]
+        torch.index_select(self.inputs, 0, indices, out=raw)
+        torch.index_select(self.targets, 0, indices, out=y)
+        return self.read(raw, dtype, x), y
+
+    def chunks(
+        self, size: int, dtype: torch.dtype = torch.float32
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(inputs, targets) of consecutive pieces of at most `size` samples, in order: for
+        evaluation.
+        """
+        for start in range(0, len(self), size):
+            yield (
+                self.read(self.inputs[start : start + size], dtype),
+                self.targets[start : start + size],
+            )
+
+
+def _digest(tensor: torch.Tensor, *said: str) -> str:
+    """A hash of a tensor's bytes, after these words."""
+    state = hashlib.blake2b(repr(said).encode(), digest_size=16)
+    for piece in tensor.split(_HASH_ROWS):
+        state.update(piece.cpu().contiguous().view(torch.uint8).numpy())
+    return state.hexdigest()
+
+
+def _check_finite(data: Dataset, part: str, columns: tuple[str, ...] = ()) -> None:
+    """DataError with row and column of the first number that is NaN or infinite."""
+    values = getattr(data, part)
+    # A sum is one pass without a temporary. It may overflow, so only then every number is asked.
+    if not values.is_floating_point() or bool(values.sum().isfinite()):
+        return
+    bad = (~values.isfinite()).nonzero()
+    if not len(bad):
+        return
+    row, *column = bad[0].tolist()
+    name = columns[column[0]] if columns and column else None
+    where = f" ({name})" if name is not None else ""
+    raise DataError(
+        f"{data.name}: {part} must be finite, got {float(values[tuple(bad[0])])} in row {row}"
+        + (f", column {column[0]}{where}" if column else "")
+        + (f", and {len(bad) - 1:,} more" if len(bad) > 1 else "")
+        + "; rows and columns count from 0: fill such values in or leave their rows out"
+    )
+
+
+def permutation(
+    count: int, seed: int, epoch: int, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """The order of an epoch's samples: the same for the same count, seed, epoch and kind of
+    device.
+    """
+    generator = torch.Generator(device).manual_seed((seed * _PRIME + epoch) % _SEEDS)
+    return torch.randperm(count, generator=generator, device=device)
+
+
+def split(data: Dataset, test_share: float = 0.2) -> tuple[Dataset, Dataset]:
+    """A fixed random split into (train, test)."""
+    if len(data) < 2:
+        raise DataError(f"{data.name}: one sample cannot be split into training and test data")
+    order = permutation(len(data), seed=0, epoch=0)
+    count = max(1, round(len(data) * test_share))
+    test, train = order[:count], order[count:]
+    return data.rows(train, f"{data.name} (train)"), data.rows(test, f"{data.name} (test)")

@@ -1,0 +1,266 @@
+"""Targets as they come: labels of any kind become numbers of classes, floating-point targets stay.
+
+In memory, whole numbers are numbers of classes already, as for torch. In a file they are only
+values: classes are then named by them.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from .dataset import DataError, Dataset
+
+TASKS = ("classification", "regression")
+# More classes than this are refused as ids, unless there are 20 samples for each.
+_MANY = 1000
+_SAMPLES_EACH = 20
+# Whole floating-point targets with more values than this are a regression's.
+_FEW = 20
+
+
+class Targets(NamedTuple):
+    """targets: a tensor for each part: (N,) int64, or (N, outputs) floating point."""
+
+    targets: list[torch.Tensor]
+    classes: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def plain(value: Any, what: str) -> np.ndarray:
+    """Targets as an array of bool, numbers or words in native byte order; DataError otherwise."""
+    if torch.is_tensor(value):
+        value = value.detach().cpu()
+        value = value.float() if value.dtype == torch.bfloat16 else value
+        value = value.to_dense() if value.layout != torch.strided else value
+    elif hasattr(value, "to_numpy"):
+        value = value.to_numpy()
+    elif hasattr(value, "toarray"):
+        value = value.toarray()
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise DataError(f"{what}: not an array ({error})") from None
+    if array.dtype.names or array.dtype.kind not in "biufUSO":
+        raise DataError(
+            f"{what}: must be numbers or words, got "
+            f"{'records' if array.dtype.names else array.dtype}"
+        )
+    if array.dtype.kind == "O":
+        array = _of_objects(array, what)
+    if array.dtype.kind == "S":
+        array = np.char.decode(array, "utf-8", "replace")
+    if array.dtype.kind == "U":
+        array = np.char.strip(array)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def _of_objects(array: np.ndarray, what: str) -> np.ndarray:
+    """Words or numbers out of Python objects, or out of the cells of a .mat file."""
+    items = [
+        item.reshape(-1)[0] if isinstance(item, np.ndarray) and item.size == 1 else item
+        for item in array.reshape(-1)
+    ]
+    missing = [i for i, v in enumerate(items) if v is None or (isinstance(v, float) and v != v)]
+    if missing:
+        raise DataError(f"{what}: sample {missing[0]} has none: leave its row out")
+    if all(isinstance(item, str) for item in items):
+        return np.array(items, dtype=np.str_).reshape(array.shape)
+    if all(isinstance(item, (int, float, np.number, bool, np.bool_)) for item in items):
+        return np.array(items).reshape(array.shape)
+    kinds = sorted({type(item).__name__ for item in items})
+    raise DataError(f"{what}: must be all numbers or all words, got {', '.join(kinds)}")
+
+
+def in_memory(value: Any, name: str, like: Dataset | None) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """(targets, classes) as torch would take them. Words are mapped, in the order of `like`."""
+    known = like.classes if like is not None and like.is_classification else ()
+    if torch.is_tensor(value) and value.layout == torch.strided:
+        targets = value.detach()
+    else:
+        array = plain(value, f"{name}: labels")
+        if array.dtype.kind == "U":
+            return _numbered(array, known, name)
+        if array.dtype == np.uint64:
+            array = array.astype(np.int64)
+        targets = torch.from_numpy(np.require(array, requirements=["C", "W"]))
+        # numpy's numbers are float64 unless one says otherwise, and a network's are not.
+        targets = targets.to(torch.get_default_dtype()) if targets.is_floating_point() else targets
+    if targets.is_complex():
+        raise DataError(f"{name}: labels: must be numbers or words, got {targets.dtype}")
+    if not targets.is_floating_point() and targets.dim() == 2 and targets.shape[1] == 1:
+        targets = targets.flatten()
+    if not targets.is_floating_point() and targets.dim() == 2:
+        raise DataError(
+            f"{name}: labels must be (N,), got {tuple(targets.shape)}: give argmax(1) of one-hot "
+            "rows, and floating-point numbers for a regression"
+        )
+    return targets, () if targets.is_floating_point() else known
+
+
+def _numbered(
+    array: np.ndarray, known: tuple[str, ...], name: str
+) -> tuple[torch.Tensor, tuple[str, ...]]:
+    words = array.reshape(len(array), -1)
+    if words.shape[1] != 1:
+        raise DataError(f"{name}: labels must be one word a sample, got {array.shape}")
+    classes = known or tuple(str(word) for word in np.unique(words))
+    _check_count(len(classes), len(words), name)
+    number = {word: i for i, word in enumerate(classes)}
+    for i, word in enumerate(words[:, 0].tolist()):
+        if word not in number:
+            raise DataError(f"{name}: label {word!r} of sample {i} is not one of {classes}")
+    return torch.tensor([number[word] for word in words[:, 0].tolist()]), classes
+
+
+def _check_count(classes: int, samples: int, name: str) -> None:
+    """Refuse labels that are no classes: nearly one for each sample, or thousands."""
+    each = classes > _FEW and 2 * classes > samples
+    if each or classes > max(_MANY, samples // _SAMPLES_EACH):
+        raise DataError(
+            f"{name}: {classes:,} different labels in {samples:,} samples look like ids or the "
+            "targets of a regression, not like classes: store targets of a regression as "
+            "fractions (floating point), or give task='regression'"
+        )
+
+
+def _rows(array: np.ndarray, samples: int, name: str) -> np.ndarray:
+    """Targets with the samples along the first axis: (N,) or (N, outputs)."""
+    if array.ndim == 2 and 1 in array.shape and array.size == samples:
+        return array.reshape(-1)
+    if array.ndim not in (1, 2):
+        raise DataError(f"{name}: targets must be (N,) or (N, outputs), got {array.shape}")
+    return array
+
+
+def _is_one_hot(array: np.ndarray) -> bool:
+    if array.ndim != 2 or array.shape[1] < 2 or array.dtype.kind == "U":
+        return False
+    return bool(((array == 0) | (array == 1)).all() and (array.sum(1) == 1).all())
+
+
+def read(
+    parts: Sequence[Any], shapes: Sequence[tuple[int, ...]], name: str, task: str | None = None
+) -> Targets:
+    """The targets of a file's training and test data, which are understood together.
+
+    shapes: of the inputs beside them. task: None lets their type decide: words, whole numbers and
+    one-hot rows are labels, fractions are targets of a regression.
+    """
+    if task is not None and task not in TASKS:
+        raise DataError(f"{name}: unknown task {task!r}; known: {', '.join(TASKS)}")
+    arrays = [
+        _rows(plain(part, f"{name}: labels"), shape[0] if len(shape) else 0, name)
+        for part, shape in zip(parts, shapes)
+    ]
+    if len({array.ndim for array in arrays}) > 1 or len({a.shape[1:] for a in arrays}) > 1:
+        raise DataError(
+            f"{name}: training targets are {arrays[0].shape}, test targets {arrays[1].shape}"
+        )
+    _check_finite(arrays, name)
+    notes: tuple[str, ...] = ()
+    if task != "regression" and all(_is_one_hot(array) for array in arrays):
+        notes = (f"{name}: labels are one-hot rows of {arrays[0].shape[1]}: their column is taken",)
+        width = arrays[0].shape[1]
+        tensors = [torch.from_numpy(array.argmax(1)) for array in arrays]
+        return Targets(tensors, tuple(map(str, range(width))), notes)
+    if _is_regression(arrays, name, task):
+        return _regression(arrays, name, task)
+    if arrays[0].ndim != 1:
+        raise DataError(
+            f"{name}: inputs {tuple(shapes[0])} need as many labels, got {arrays[0].shape}: one "
+            "a sample, one-hot rows, or floating-point targets of a regression"
+        )
+    return _classes(arrays, name)
+
+
+def _check_finite(arrays: Sequence[np.ndarray], name: str) -> None:
+    for array, part in zip(arrays, ("training", "test")):
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            row, *column = np.argwhere(~np.isfinite(array))[0].tolist()
+            raise DataError(
+                f"{name}: {part} targets must be finite, got {array[(row, *column)]} in row {row}"
+                + (f", column {column[0]}" if column else "")
+                + "; rows and columns count from 0: leave such rows out"
+            )
+
+
+def _is_regression(arrays: Sequence[np.ndarray], name: str, task: str | None) -> bool:
+    if task is not None:
+        words = any(array.dtype.kind == "U" for array in arrays)
+        if task == "regression" and words:
+            raise DataError(f"{name}: targets are words, which no regression takes")
+        return task == "regression"
+    if not any(array.dtype.kind == "f" for array in arrays):
+        return False
+    together = np.concatenate(arrays)
+    whole = together.ndim == 1 and bool((together == np.round(together)).all())
+    return not whole or len(np.unique(together)) > max(_FEW, len(together) // _SAMPLES_EACH)
+
+
+def _regression(arrays: Sequence[np.ndarray], name: str, task: str | None) -> Targets:
+    values = [a.astype(np.float64).reshape(len(a), -1) for a in arrays]
+    outputs = values[0].shape[1] if values else 1
+    note = (
+        f"{name}: targets are {arrays[0].dtype}, {values[0].min():.6g} to {values[0].max():.6g}: "
+        f"a regression with {outputs} output{'s' if outputs > 1 else ''}"
+        if len(values[0])
+        else ""
+    )
+    tensors = [torch.from_numpy(value).float() for value in values]
+    return Targets(tensors, (), (note,) if note and task is None else ())
+
+
+def _classes(arrays: Sequence[np.ndarray], name: str) -> Targets:
+    if len({array.dtype.kind == "U" for array in arrays}) > 1:
+        raise DataError(
+            f"{name}: training labels are {arrays[0].dtype}, test labels {arrays[1].dtype}"
+        )
+    together = np.concatenate(arrays)
+    if together.dtype.kind == "f" and not (together == np.round(together)).all():
+        bad = together[together != np.round(together)][0]
+        raise DataError(f"{name}: labels must be whole numbers, got {bad}")
+    if len(together) == 0:
+        return Targets([torch.zeros(0, dtype=torch.int64) for _ in arrays], (), ())
+    values, numbers = np.unique(together, return_inverse=True)
+    _check_count(len(values), len(together), name)
+    if together.dtype.kind == "U" and all(word.isdecimal() for word in values):
+        order = np.argsort([int(word) for word in values], kind="stable")
+        numbers, values = np.argsort(order)[numbers], values[order]
+    names = tuple(
+        str(value) if together.dtype.kind in "Ub" else str(int(value)) for value in values
+    )
+    _check_negative(values, together, len(values), name)
+    if len(set(names)) < len(names):
+        raise DataError(f"{name}: labels {names} are too large to be told apart")
+    tensors = list(torch.from_numpy(numbers.reshape(-1)).split([len(a) for a in arrays]))
+    return Targets(tensors, names, _notes(names, tensors, together.dtype.kind, name))
+
+
+def _check_negative(values: np.ndarray, together: np.ndarray, count: int, name: str) -> None:
+    """-1 and 1 are two classes. Any other negative label often marks one that is missing."""
+    if values.dtype.kind in "if" and values[0] < 0 and values.tolist() != [-1, 1]:
+        others = int((values >= 0).sum())
+        i = int(np.argmax(together < 0))
+        raise DataError(
+            f"{name}: label {int(together[i])} of sample {i} is not one of the {others} classes, "
+            f"0 to {int(values[-1])}: leave such rows out, or store the labels as words"
+        )
+
+
+def _notes(
+    names: tuple[str, ...], tensors: Sequence[torch.Tensor], kind: str, name: str
+) -> tuple[str, ...]:
+    found = []
+    if kind in "iuf" and names != tuple(map(str, range(len(names)))):
+        shown = ", ".join(names if len(names) <= 5 else (*names[:3], "…", names[-1]))
+        found.append(f"{name}: labels {shown} are {len(names)} classes, named by these values")
+    if len(names) == 1:
+        found.append(f"{name}: all samples have the label {names[0]}: there is nothing to learn")
+    if len(tensors) == 2:
+        only = sorted(set(tensors[1].tolist()) - set(tensors[0].tolist()))
+        if only:
+            shown = ", ".join(names[i] for i in only[:5])
+            found.append(f"{name}: the test data have classes that training lacks: {shown}")
+    return tuple(found)
