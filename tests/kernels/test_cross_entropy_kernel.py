@@ -2,6 +2,7 @@
 memory layouts.
 """
 
+import functools
 import importlib
 import math
 
@@ -58,13 +59,14 @@ def test_sum_over_programs(dtype, device):
     """
     parts = torch.rand(2 * 2500, device=device)
     loss, (_, _, denominator, _) = module.finish(parts, 2500, parts.to(dtype), (), "mean", None)
-    exact = double(parts).view(2, 2500).sum(1)
-    torchs = parts.view(2, 2500).sum(1)
-    assert_as_accurate(
-        [loss, denominator],
-        [(torchs[0] / torchs[1]).to(dtype), torchs[1]],
-        [exact[0] / exact[1], exact[1]],
-    )
+
+    def by_torch(parts):
+        total, count = parts.view(2, 2500).sum(1)
+        return total / count, count
+
+    total, count = by_torch(parts)
+    torchs = [total.to(dtype), count]
+    assert_as_accurate([loss, denominator], torchs, lambda: by_torch(double(parts)))
 
 
 @PRECISIONS
@@ -93,7 +95,9 @@ def test_extreme_logits(row, dtype, device):
     for label in (0, 1):
         target = torch.tensor([label, 2], device=device)
         ours, torchs = (with_gradients(f, [logits]) for f in pair(target, reduction="none"))
-        exact = with_gradients(pair(target, reduction="none")[1], double([logits]))
+        exact = functools.partial(
+            with_gradients, pair(target, reduction="none")[1], double([logits])
+        )
         assert_as_accurate(ours, torchs, exact, f"label {label}")
 
 
@@ -111,17 +115,15 @@ def test_layouts(shape, layout, dtype, device):
     labels = torch.randint(0, shape[1], shape[:1] + shape[2:], device=device)
     dy = arrange(torch.rand(labels.shape).to(device, dtype))
     for target in (arrange(labels), arrange(torch.rand(shape).to(device, dtype))):
-        results = []
-        for cast, function in (
-            (torch.Tensor.detach, cross_entropy),
-            (torch.Tensor.detach, F.cross_entropy),
-            (torch.Tensor.double, F.cross_entropy),
-        ):
+
+        def results(function, cast=torch.Tensor.detach, target=target):
             z = cast(logits).requires_grad_()
             t = cast(target) if target.is_floating_point() else target
             value = function(z, t, cast(weight), reduction="none", label_smoothing=0.1)
-            results.append((value, torch.autograd.grad(value, z, cast(dy))))
-        assert_as_accurate(*results, layout)
+            return value, torch.autograd.grad(value, z, cast(dy))
+
+        exact = functools.partial(results, F.cross_entropy, torch.Tensor.double)
+        assert_as_accurate(results(cross_entropy), results(F.cross_entropy), exact, layout)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)

@@ -49,8 +49,11 @@ def test_layouts(layouts, device):
         ours, torchs = (
             [flatten(function(*args)) for args in each] for function in (kernel, reference)
         )
-        exact = [flatten(reference(*double(args))) for args in each]
-        assert_as_accurate(stacked(ours), stacked(torchs), stacked(exact), kernel.__name__)
+
+        def exact(each=each, reference=reference):
+            return stacked([flatten(reference(*double(args))) for args in each])
+
+        assert_as_accurate(stacked(ours), stacked(torchs), exact, kernel.__name__)
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=3)), ids=str)

@@ -66,16 +66,18 @@ def test_layouts(layouts, reduction, dtype, device):
     (x, t), (dy, _) = draws((7, 33), device, dtype, 2)
     x, t = LAYOUTS[layouts[0]](x), LAYOUTS[layouts[1]](t)
     dy = LAYOUTS[layouts[0]](dy.abs()) if reduction == "none" else dy[0, 0].abs()
-    results = []
-    for cast, function in (
-        (torch.Tensor.detach, kernels.mse_loss),
-        (torch.Tensor.detach, F.mse_loss),
-        (torch.Tensor.double, F.mse_loss),
-    ):
+
+    def results(function, cast=torch.Tensor.detach):
         tensors = [cast(v).requires_grad_() for v in (x, t)]
         loss = function(*tensors, reduction=reduction)
-        results.append([loss, *torch.autograd.grad(loss, tensors, cast(dy))])
-    assert_as_accurate(*results, reduction)
+        return [loss, *torch.autograd.grad(loss, tensors, cast(dy))]
+
+    assert_as_accurate(
+        results(kernels.mse_loss),
+        results(F.mse_loss),
+        lambda: results(F.mse_loss, torch.Tensor.double),
+        reduction,
+    )
 
 
 @EACH_REDUCTION

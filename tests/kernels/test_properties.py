@@ -41,11 +41,11 @@ def assert_accurate(ours, theirs, draw, seed):
     """
     smallest = min(max(t.numel(), 1) for t in draw(seed))
     draws = [draw(seed + 1000 * i) for i in range(1 + 8 // smallest)]
-    results = (
-        [gradients(f, kind(tensors)) for tensors in draws]
-        for f, kind in ((ours, list), (theirs, list), (theirs, double))
-    )
-    assert_as_accurate(*map(stacked, results))
+
+    def results(function, kind=list):
+        return stacked([gradients(function, kind(tensors)) for tensors in draws])
+
+    assert_as_accurate(results(ours), results(theirs), lambda: results(theirs, double))
 
 
 def smooth_at(z, activation):

@@ -3,6 +3,7 @@ what was left alone.
 """
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -130,12 +131,12 @@ def test_same_model(name, device):
     assert list(model.state_dict()) == keys and not any(m.training for m in model.modules())
     assert not [m for m in model.modules() if type(m) in (nn.Linear, nn.Conv2d)]
     assert sum(isinstance(m, FOLLOWERS) for m in model.modules()) == MODELS[name][2]
-    doubled = [
-        with_gradients(m, x.double())
-        for m in (copy.deepcopy(model).double(), copy.deepcopy(before).double())
-    ]
-    torch.testing.assert_close(*doubled)
-    assert_as_accurate(with_gradients(model, x), with_gradients(before, x), doubled[1], name)
+    ours, exact = (
+        functools.partial(with_gradients, copy.deepcopy(m).double(), x.double())
+        for m in (model, before)
+    )
+    torch.testing.assert_close(ours(), exact())
+    assert_as_accurate(with_gradients(model, x), with_gradients(before, x), exact, name)
     again, shown = [], str(model)
     assert str(fuse(model, again.append)) == shown and not [line for line in again if "->" in line]
     for twin in (

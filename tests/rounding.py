@@ -1,0 +1,154 @@
+"""Simulated rounding: what a computation in a given precision may give, drawn at random.
+
+Each operation of torch is computed in float64, then disturbed as a computer of less precision may
+disturb it, and all that follows uses the disturbed numbers. So an error is carried on as a real
+one is: through a tanh that is saturated, through a difference that cancels. This is Monte Carlo
+arithmetic (Parker, 1997), with two sources of errors:
+
+- A result is rounded up or down to a number of the precision (standard model: Higham, Accuracy and
+  Stability of Numerical Algorithms, 2nd edition, section 2.2). A number that has no more digits
+  than that stays as it is.
+- A sum of n terms is off by Σ δ_k s_k over its partial sums s_k, with |δ_k| ≤ u (Higham, section
+  4.2). Nobody promises an order of the terms, so they are taken to come in a random one (section
+  4.5): then s_k is k/n of the sum s, and deviates from that with the spread of the terms,
+
+      E Σ s_k² = s² n/3 + (q - s²/n) n/6,    q = Σ (term)²,
+
+  and δ_k, uniform in [-u, u], has the variance u²/3. A sum may cancel; its terms, in q, do not.
+"""
+
+import itertools
+
+import torch
+from torch._decomp import get_decompositions
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from kernels.operations import flatten
+
+aten = torch.ops.aten
+
+
+def _mean(x, *args, **kwargs):
+    total = x.sum(*args, **kwargs)
+    return total / (x.numel() / max(total.numel(), 1))
+
+
+# Operations that are several steps, each of which rounds.
+STEPS = {aten.mean.default: _mean, aten.mean.dim: _mean} | get_decompositions(
+    [
+        aten._log_softmax,
+        aten._log_softmax_backward_data,
+        aten._softmax,
+        aten._softmax_backward_data,
+        aten.gelu,
+        aten.gelu_backward,
+        aten.mse_loss,
+        aten.mse_loss_backward,
+        aten.nll_loss_backward,
+        aten.nll_loss_forward,
+        aten.native_layer_norm,
+        aten.native_layer_norm_backward,
+        aten.sigmoid_backward,
+        aten.silu,
+        aten.silu_backward,
+        aten.tanh_backward,
+        aten.leaky_relu_backward,
+        aten.threshold_backward,
+    ]
+)
+# Operations that are sums of products of their arguments, or of those themselves: given ones they
+# count the terms, and given squares they sum the terms' squares.
+SUMS = {
+    aten.addmm.default,
+    aten.addmm_.default,
+    aten.addmv.default,
+    aten.baddbmm.default,
+    aten.bmm.default,
+    aten.convolution.default,
+    aten.convolution_backward.default,
+    aten.dot.default,
+    aten.mm.default,
+    aten.mv.default,
+    aten.sum.default,
+    aten.sum.dim_IntList,
+}
+
+
+def summed(func, change, args, kwargs) -> list[torch.Tensor]:
+    """The results of a sum with `change` made to every factor of its terms."""
+
+    def apply(value):
+        return change(value) if isinstance(value, torch.Tensor) else value
+
+    scales = {name: change(kwargs[name]) for name in ("alpha", "beta") if name in kwargs}
+    results = func(*tree_map(apply, args), **(tree_map(apply, kwargs) | scales))
+    return [t for t in flatten(results) if t.numel()]
+
+
+def square(value):
+    return value * value
+
+
+def one(value):
+    return torch.ones_like(value) if isinstance(value, torch.Tensor) else 1
+
+
+class Rounding(TorchDispatchMode):
+    """Inside, float64 operations give what they may give in `dtype`, with sums in float32.
+
+    choices: what comparisons and searches for a maximum found, in the order of the operations. An
+    empty list is filled; a full one is obeyed, so that the simulation decides as the exact
+    computation did: which of two nearly equal numbers is larger is not a question of accuracy.
+    seed: of the errors; None makes none.
+    """
+
+    def __init__(self, dtype: torch.dtype, choices: list[torch.Tensor], seed: int | None):
+        super().__init__()
+        self.dtype, self.choices, self.seed = dtype, choices, seed
+        self.left = None if seed is None else iter(choices)
+        self.generator = torch.Generator().manual_seed(seed or 0)
+        self.unit = torch.finfo(dtype).eps / 2
+        self.unit_of_sums = min(self.unit, torch.finfo(torch.float32).eps / 2)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in STEPS:
+            with self:
+                return STEPS[func](*args, **kwargs)
+        count, squares = (
+            summed(func, change, args, kwargs) if self.seed is not None and func in SUMS else []
+            for change in (one, square)
+        )
+        result = func(*args, **kwargs)
+        if not func.is_view:
+            changed = [t for t in flatten(written(func, args) or result) if t.numel()]
+            for t, n, q in itertools.zip_longest(changed, count, squares):
+                self.disturb(t, n, q)
+        return result
+
+    def disturb(self, t, n, q) -> None:
+        """Change a result in place. Of a sum, n: the number of its terms, q: Σ (term)²."""
+        if not t.is_floating_point():
+            if self.left is None:
+                self.choices.append(t.clone())
+            else:
+                t.copy_(next(self.left))
+        elif t.dtype == torch.float64 and self.seed is not None:
+            if n is not None:
+                partial = t * t * n / 3 + (q - t * t / n).clamp(min=0) * n / 6  # E Σ s_k²
+                t += self.unit_of_sums * (partial / 3).sqrt() * self.draw(torch.randn, t)
+            between = self.unit / 2 * t.abs() * (2 * self.draw(torch.rand, t) - 1)
+            t.copy_((t + between).to(self.dtype))
+
+    def draw(self, kind, t):
+        return kind(t.shape, generator=self.generator, dtype=torch.float64).to(t.device)
+
+
+def written(func, args) -> list:
+    """The arguments that an operation in place writes."""
+    return [
+        value
+        for value, argument in zip(args, func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
