@@ -5,12 +5,16 @@ tests of each run.
                                             words; all, if none
 
 By hand, never by pytest. Works in a temporary copy of the tree. A fault is caught if a test fails
-that passes without it; exits with 1 if one survives. In mutants.txt a fault is a description, the
-code as it is (-), found once in the file that the heading (#) names, and the code with the fault
-(+).
+that passes without it; exits with 1 if one survives.
+
+In mutants.txt a fault is a description, the code as it is (-) and the code with the fault (+). The
+code is found once in the file of kernels/ that the heading (#) names, in whatever folder. Words and
+signs are compared: how they are broken into lines, comments, and a comma after the last argument
+make no difference.
 """
 
 import os
+import re
 import shutil
 import signal
 import sys
@@ -43,31 +47,81 @@ TESTS = {
 
 
 class Mutant(NamedTuple):
-    """In kernels/<file>.py, from `line` on, `old` becomes `new`."""
+    """In the file at `path`, the code from `start` to `end` becomes `new`."""
 
-    file: str
+    path: Path  # from the root
     fault: str
-    old: str
+    start: int
+    end: int
     new: str
-    line: int
+
+    @property
+    def line(self) -> int:
+        return (ROOT / self.path).read_text()[: self.start].count("\n") + 1
+
+    def put_into(self, tree: Path) -> None:
+        text = (tree / self.path).read_text()
+        (tree / self.path).write_text(text[: self.start] + self.new + text[self.end :])
+
+
+def words(code: str) -> list[tuple[str, int, int]]:
+    """(word or sign, start, end), without comments and commas before a closing bracket."""
+    found = [(m[0], *m.span()) for m in re.finditer(r"#.*|[\w.]+|[^\w\s]", code)]
+    found = [word for word in found if not word[0].startswith("#")]
+    return [
+        word
+        for word, following in zip(found, [*found[1:], ("", 0, 0)])
+        if not (word[0] == "," and following[0] in (")", "]", "}"))
+    ]
+
+
+def find(code: str, text: str) -> list[tuple[int, int]]:
+    """Where the code stands in the text: [(start, end)]."""
+    sought, given = [word for word, *_ in words(code)], words(text)
+    all_words = [word for word, *_ in given]
+    return [
+        (given[i][1], given[i + len(sought) - 1][2])
+        for i in range(len(given) - len(sought) + 1)
+        if all_words[i : i + len(sought)] == sought
+    ]
+
+
+def indented_as(new: str, text: str, start: int) -> str:
+    """`new`, to stand from `start` on: where a line begins there, its lines are moved sideways,
+    the first to there; in the middle of a line, they stay.
+    """
+    before = text[text.rfind("\n", 0, start) + 1 : start]
+    if before.strip():
+        return new
+    spaces = [len(line) - len(line.lstrip()) for line in new.split("\n")]
+    lines = [
+        " " * (n + len(before) - spaces[0]) + line.lstrip()
+        for n, line in zip(spaces, new.split("\n"))
+    ]
+    return "\n".join(lines)[len(before) :]
 
 
 def read() -> list[Mutant]:
-    """mutants.txt; an exit that names the fault if its text is not in the file exactly once."""
-    mutants, file, text = [], "", ""
+    """mutants.txt; an exit that names the faults whose code is not in the file exactly once."""
+    mutants, wrong, path, text = [], [], Path(), ""
     for block in (ROOT / "tests" / "mutants.txt").read_text().strip().split("\n\n"):
         if block.startswith("# "):
-            file = block[2:]
-            text = (ROOT / "kernels" / f"{file}.py").read_text()
+            (path,) = (ROOT / "kernels").rglob(f"{block[2:]}.py")
+            text = path.read_text()
             continue
         fault, *lines = block.split("\n")
         old, new = ("\n".join(line[2:] for line in lines if line.startswith(sign)) for sign in "-+")
-        if text.count(old) != 1:
-            raise SystemExit(
-                f"kernels/{file}.py must have this once, has it {text.count(old)} times "
-                f"({fault}):\n{old}"
+        places = find(old, text)
+        if len(places) == 1:
+            ((start, end),) = places
+            new = indented_as(new, text, start)
+            mutants.append(Mutant(path.relative_to(ROOT), fault, start, end, new))
+        else:
+            wrong.append(
+                f"{path} must have this once, has it {len(places)} times ({fault}):\n{old}"
             )
-        mutants.append(Mutant(file, fault, old, new, text[: text.index(old)].count("\n") + 1))
+    if wrong:
+        raise SystemExit("\n".join(wrong))
     return mutants
 
 
@@ -131,11 +185,11 @@ def caught_by(tree, mutant, passing: set) -> str | None:
     """The test that fails with the fault, and passes without it; None if there is none. `passing`:
     tests known to pass.
     """
-    path = tree / "kernels" / f"{mutant.file}.py"
+    path, file = tree / mutant.path, mutant.path.stem
     text = path.read_text()
-    path.write_text(text.replace(mutant.old, mutant.new))
+    mutant.put_into(tree)
     try:
-        failed = first_failure(tree, TESTS.get(mutant.file, (f"test_{mutant.file}.py",)))
+        failed = first_failure(tree, TESTS.get(file, (f"test_{file}.py",)))
     finally:
         path.write_text(text)
     if failed and "::" in failed and failed not in passing:
@@ -145,8 +199,8 @@ def caught_by(tree, mutant, passing: set) -> str | None:
     return failed
 
 
-def main(words) -> int:
-    chosen = [m for m in read() if not words or any(w in f"{m.file}: {m.fault}" for w in words)]
+def main(named) -> int:
+    chosen = [m for m in read() if not named or any(n in f"{m.path}: {m.fault}" for n in named)]
     survivors, passing = 0, set()
     sys.dont_write_bytecode = (
         True  # a fault may be as long as what it replaces, and as old by the second
@@ -162,7 +216,7 @@ def main(words) -> int:
             caught = caught_by(tree, mutant, passing)
             survivors += caught is None
             print(
-                f"| {number} | {mutant.fault} | kernels/{mutant.file}.py:{mutant.line} | "
+                f"| {number} | {mutant.fault} | {mutant.path}:{mutant.line} | "
                 f"{caught or '**survived**'} | "
                 f"{time.perf_counter() - started:.0f} |",
                 flush=True,
