@@ -1,22 +1,132 @@
-"""Networks and runs on disk: weights as safetensors with the network's description beside them,
-runs as folders.
+"""Networks on disk: weights as safetensors, with the network's description and a checksum beside
+them.
 """
 
 import json
 import os
-from contextlib import contextmanager
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
+from .files import (
+    BLANK,
+    CHECKSUM,
+    SEALED,
+    CheckpointError,
+    check_safetensors,
+    replacing,
+    seal_safetensors,
+)
 from .modules import build
-from .stepwise import parameters_of
+from .net import Net
 
-CONFIG, METRICS, WEIGHTS, RESUME = "config.json", "metrics.jsonl", "model.safetensors", "last.ckpt"
+WEIGHTS = "model.safetensors"  # its name in a run folder
+# what the metadata calls the network's config(): the second, in files that have no checksum yet
+_DESCRIPTIONS = (SEALED, "handgrad")
 
 
-class CheckpointError(ValueError):
-    """A file that is not the checkpoint it should be, in one line."""
+def tensors_of(model: torch.nn.Module | Net) -> dict[str, torch.Tensor]:
+    """Name -> tensor of everything that belongs to a network: parameters and buffers."""
+    if isinstance(model, Net):
+        return dict(model.parameters)
+    state = model.state_dict(keep_vars=True)
+    return {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
+
+
+def save(model: torch.nn.Module | Net, path: str | os.PathLike) -> None:
+    """Write the weights of a network, and what builds it again, to a .safetensors file."""
+    from safetensors.torch import save_file  # here, so that a machine without it can train
+
+    path = Path(path)
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors_of(model).items()}
+    config = model.config() if hasattr(model, "config") else None
+    metadata = {CHECKSUM: BLANK, SEALED: json.dumps(config)}
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path}: cannot be written, there is no folder {path.parent}")
+    with replacing(path) as part:
+        save_file(tensors, part, metadata)
+        seal_safetensors(part)
+
+
+def load(path: str | os.PathLike, device: torch.device | str | None = None) -> torch.nn.Module:
+    """The network in a file written by `save`, or in a run folder: a module on `device`.
+
+    CheckpointError if it is neither. Of a run folder whose model.safetensors is damaged, the
+    weights that were kept for resuming; a warning says so.
+    """
+    path = Path(path)
+    if path.is_dir():
+        from .runs import load_run  # a run is read with the functions of this file
+
+        return load_run(path, device)
+    return load_file(path, device)
+
+
+def load_file(path: Path, device: torch.device | str | None = None) -> torch.nn.Module:
+    """The network in a file written by `save`."""
+    from safetensors import safe_open
+
+    state = read_weights(path)
+    config = None
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        texts = [metadata[name] for name in _DESCRIPTIONS if name in metadata]
+        try:
+            config = json.loads(texts[0]) if texts else None
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: its description is not JSON ({error})") from None
+    if config is None:
+        raise CheckpointError(
+            f"{path}: has weights but no description of the network; use load_weights(model, path)"
+        )
+    return network(config, state, str(path), device)
+
+
+def network(
+    config: object,
+    state: dict[str, torch.Tensor],
+    where: str,
+    device: torch.device | str | None = None,
+) -> torch.nn.Module:
+    """The module that a `config()` describes, with these weights. where: what an error names.
+
+    The description is checked before anything is allocated: it may ask for any size.
+    """
+    if not isinstance(config, dict) or _items(config) > 20 + 2 * len(state):
+        raise CheckpointError(
+            f"{where}: the description must be an object with the arguments of a network of "
+            f"{len(state)} tensors, got {_short(config)}"
+        )
+    dtypes = [t.dtype for t in state.values() if t.is_floating_point()] or [torch.float32]
+    try:
+        empty = build(config, "meta", dtypes[0])
+        if json.dumps(empty.config(), sort_keys=True) != json.dumps(config, sort_keys=True):
+            raise ValueError(f"it would be {_short(empty.config())}")
+        _match(tensors_of(empty), state, where)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a wrong type fails wherever it is used first
+        raise CheckpointError(
+            f"{where}: the description {_short(config)} is not that of a network ({_reason(error)})"
+        ) from None
+    model = build(config, device, dtypes[0])
+    _copy(model, state, where)
+    return model
+
+
+def _items(value: object) -> int:
+    """How many values a description holds, however nested."""
+    if isinstance(value, dict):
+        return sum(map(_items, value.values()))
+    return sum(map(_items, value)) if isinstance(value, list) else 1
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}…"
 
 
 def _reason(error: Exception) -> str:
@@ -24,178 +134,111 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
 
 
-@contextmanager
-def replacing(path: Path):
-    """A path to write to that takes the place of `path` at the end, or of nothing if writing
-    fails.
+def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """Name -> tensor, on the CPU, of a .safetensors file, or of a torch .pth file that holds a
+    plain state_dict. CheckpointError if it is damaged, or is neither.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield part
-        mask = os.umask(0)
-        os.umask(mask)
-        part.chmod(0o666 & ~mask)  # safetensors would keep others from reading
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def save(model, path) -> None:
-    """Write the weights of an MLP or Net, and what builds it again, to a .safetensors file."""
-    from safetensors.torch import save_file  # here, so that a machine without it can train
-
-    tensors = {
-        name: p.detach().cpu().contiguous().clone() for name, p in parameters_of(model).items()
-    }
-    metadata = {"handgrad": json.dumps(model.config())} if hasattr(model, "config") else {}
-    if not Path(path).parent.is_dir():
-        raise CheckpointError(f"{path}: cannot be written, there is no folder {Path(path).parent}")
-    with replacing(Path(path)) as part:
-        save_file(tensors, part, metadata)
-
-
-def load(path, device=None) -> torch.nn.Module:
-    """The network in a file written by `save`, or in a run folder: a module on `device`.
-    CheckpointError if it is neither.
-    """
-    from safetensors import safe_open
+    from safetensors.torch import load_file as load_safetensors
 
     path = Path(path)
-    path = path / WEIGHTS if path.is_dir() else path
     if not path.exists():
-        unfinished = (
-            "; the run finished no epoch, train it again with --force"
-            if (path.parent / CONFIG).exists()
-            else ""
-        )
-        raise CheckpointError(f"{path}: no such checkpoint{unfinished}")
+        raise CheckpointError(f"{path}: no such checkpoint")
+    is_safetensors = path.suffix == ".safetensors"
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-    except Exception as error:  # safetensors raises its own kinds for a damaged file
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
-    if "handgrad" not in metadata:
-        raise CheckpointError(
-            f"{path}: has weights but no description of the network; use load_weights(model, path)"
-        )
-    state = read_weights(path)
-    model = build(json.loads(metadata["handgrad"]), device, next(iter(state.values())).dtype)
-    return load_weights(model, path)
-
-
-def read_weights(path) -> dict[str, torch.Tensor]:
-    """Name -> tensor of a .safetensors file, or of a torch .pth file that holds a plain
-    state_dict.
-    """
-    from safetensors.torch import load_file
-
-    path = Path(path)
-    try:
-        state = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, weights_only=True)
-        )
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such checkpoint") from None
+        if is_safetensors:
+            check_safetensors(path)
+            state = load_safetensors(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except Exception as error:  # pickle, zip and safetensors each raise their own
-        raise CheckpointError(f"{path}: not readable as weights ({_reason(error)})") from None
-    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        kind = "a readable safetensors file" if is_safetensors else "readable as weights"
+        raise CheckpointError(f"{path}: not {kind} ({_reason(error)})") from None
+    if isinstance(state, dict):
+        state = {name: t for name, t in state.items() if not str(name).endswith("_extra_state")}
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(t, torch.Tensor) for name, t in state.items()
+    ):
         raise CheckpointError(f"{path}: must hold a plain state_dict, name -> tensor")
     return state
 
 
-@torch.no_grad()
-def load_weights(model, path):
-    """Copy weights into a network of the same shapes and return it: by name, or by order where only
-    the names differ.
+def load_weights(model, path: str | os.PathLike):
+    """Copy weights into a network of the same shapes and return it.
+
+    Tensors are matched by name. Where only a prefix or the layers' numbers differ, as in
+    "module.0.weight" and "module.2.weight", by the natural order of the numbers: 2 before 10.
+    CheckpointError otherwise; the network is then as it was.
     """
-    state, parameters = read_weights(path), parameters_of(model)
-    found, expected = (
-        [tuple(t.shape) for t in tensors.values()] for tensors in (state, parameters)
-    )
-    if state.keys() == parameters.keys():
-        pairs = [(name, p, state[name]) for name, p in parameters.items()]
-    else:
-        pairs = list(zip(parameters, parameters.values(), state.values()))
-    if len(found) != len(expected) or any(p.shape != t.shape for _, p, t in pairs):
-        raise CheckpointError(f"{path}: weights of another network: has {found}, needs {expected}")
-    for _, p, t in pairs:
-        p.copy_(t)
+    _copy(model, read_weights(path), str(path))
     return model
 
 
-class RunFolder:
-    """A run on disk: config.json, metrics.jsonl (a line an epoch), model.safetensors, last.ckpt,
-    curves.png.
+@torch.no_grad()
+def _copy(model, state: dict[str, torch.Tensor], where: str) -> None:
+    for target, source in _match(tensors_of(model), state, where):
+        target.copy_(source)
+
+
+def _match(
+    expected: dict[str, torch.Tensor], state: dict[str, torch.Tensor], where: str
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(the network's tensor, the file's tensor) pairs; CheckpointError where they are not one to
+    one, or a shape differs.
     """
-
-    def __init__(self, path):
-        self.path = Path(path)
-
-    @classmethod
-    def create(cls, path, force=False) -> "RunFolder":
-        """A new run folder; FileExistsError if one is there already, unless `force`, which removes
-        that run's files.
-        """
-        run = cls(path)
-        taken = [name for name in (CONFIG, METRICS, WEIGHTS, RESUME) if (run.path / name).exists()]
-        if taken and not force:
-            raise FileExistsError(
-                f"{run.path} already holds a run; choose another --out, --resume it, or --force "
-                "to replace it"
-            )
-        try:
-            run.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise PermissionError(
-                f"cannot write the run folder {run.path}: {error.strerror}"
-            ) from None
-        if not os.access(run.path, os.W_OK):
-            raise PermissionError(f"cannot write the run folder {run.path}: permission denied")
-        for name in taken:
-            (run.path / name).unlink()
-        return run
-
-    @property
-    def config(self) -> dict:
-        """What config.json holds; CheckpointError if this is no run folder."""
-        try:
-            return json.loads((self.path / CONFIG).read_text())
-        except FileNotFoundError:
-            raise CheckpointError(f"{self.path} is not a run folder: it has no {CONFIG}") from None
-        except json.JSONDecodeError as error:
-            raise CheckpointError(f"{self.path / CONFIG}: not JSON ({error})") from None
-
-    @config.setter
-    def config(self, value: dict):
-        (self.path / CONFIG).write_text(json.dumps(value, indent=2) + "\n")
-
-    @property
-    def history(self) -> list[dict]:
-        """The epochs in metrics.jsonl."""
-        path = self.path / METRICS
-        return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
-
-    def record(self, trainer) -> None:
-        """After an epoch: its line, the weights, and what resuming needs."""
-        with (self.path / METRICS).open("a") as file:
-            file.write(json.dumps(trainer.history[-1]) + "\n")
-        save(trainer.model, self.path / WEIGHTS)
-        with replacing(self.path / RESUME) as part:
-            torch.save(trainer.state_dict(), part)
-
-    def resume(self, trainer) -> None:
-        """Put a trainer where the run stopped, and cut metrics.jsonl to the epochs that are
-        kept.
-        """
-        try:
-            state = torch.load(self.path / RESUME, map_location=trainer.device, weights_only=True)
-        except FileNotFoundError:
-            raise CheckpointError(f"{self.path} cannot be resumed: it has no {RESUME}") from None
-        except Exception as error:  # pickle and zip raise many kinds
+    if state.keys() == expected.keys():
+        pairs = [(name, name) for name in expected]
+    else:
+        ours, theirs = ({key: n for key, n in _canonical(names)} for names in (expected, state))
+        if ours.keys() != theirs.keys() or len(theirs) != len(state):
             raise CheckpointError(
-                f"{self.path / RESUME}: not readable ({_reason(error)})"
-            ) from None
-        trainer.load_state_dict(state)
-        (self.path / METRICS).write_text("".join(json.dumps(row) + "\n" for row in trainer.history))
+                f"{where}: weights of another network: has {_names(state)}, needs "
+                f"{_names(expected)}"
+            )
+        pairs = [(ours[key], theirs[key]) for key in ours]
+    for name, found in pairs:
+        if expected[name].shape != state[found].shape:
+            raise CheckpointError(
+                f"{where}: weights of another network: {found} has the shape "
+                f"{tuple(state[found].shape)}, needs {tuple(expected[name].shape)}"
+            )
+    return [(expected[name], state[found]) for name, found in pairs]
+
+
+def _names(tensors: dict[str, torch.Tensor]) -> str:
+    """The first names, each with its shape."""
+    shown = [f"{name} {tuple(t.shape)}" for name, t in list(tensors.items())[:8]]
+    return ", ".join(shown) + (f" and {len(tensors) - 8} more" if len(tensors) > 8 else "")
+
+
+def _canonical(names: Iterable[str]) -> list[tuple[tuple, str]]:
+    """(key, name): keys of two networks are equal where their names differ in a prefix and in how
+    layers are counted only.
+
+    A name is cut into words and numbers. Words that begin all names are dropped, then numbers at
+    the same place are replaced by their rank among each other.
+    """
+    cut = {name: _parts(name) for name in names}
+    while cut and all(len(parts) > 1 for parts in cut.values()):
+        if len({parts[0] for parts in cut.values()}) > 1:
+            break
+        cut = {name: parts[1:] for name, parts in cut.items()}
+    for place in range(max(map(len, cut.values()), default=0)):
+        numbers: dict[tuple, set[int]] = {}
+        for parts in cut.values():
+            if place < len(parts) and isinstance(parts[place], int):
+                numbers.setdefault(parts[:place], set()).add(parts[place])
+        ranks = {before: sorted(found) for before, found in numbers.items()}
+        cut = {
+            name: (*parts[:place], ranks[parts[:place]].index(parts[place]), *parts[place + 1 :])
+            if place < len(parts) and isinstance(parts[place], int)
+            else parts
+            for name, parts in cut.items()
+        }
+    return [(parts, name) for name, parts in cut.items()]
+
+
+def _parts(name: str) -> tuple[str | int, ...]:
+    """ "conv.10.weight" -> ("conv", 10, "weight")."""
+    return tuple(int(p) if p.isdecimal() else p for p in re.findall(r"\d+|[^\d.]+", name))

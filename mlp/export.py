@@ -11,8 +11,8 @@ from torch import nn
 
 from kernels import activations
 
-from .checkpoint import replacing
 from .data import needs_extra
+from .files import replacing
 from .modules import MLP, Conv2d, ConvNet, Linear, build
 from .net import Net
 

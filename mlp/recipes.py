@@ -3,13 +3,21 @@
 `default` is what `handgrad train` does without --recipe.
 """
 
+import inspect
 from dataclasses import dataclass, field, replace
+from dataclasses import fields as fields_of
+
+from kernels import activations
 
 from .init import initialise
 from .loss import LOSSES
 from .modules import build
 from .net import Net
 from .optim import OPTIMIZERS
+
+# numbers of optimizers that a user may know; torch's arguments have others, such as foreach
+_SHOWN = {"lr", "momentum", "nesterov", "dampening", "weight_decay", "betas", "eps", "alpha"}
+_KERNEL, _POOL = 5, 2  # of every convolution: the side of its kernel, and of the max-pool behind it
 
 
 @dataclass(frozen=True)
@@ -54,12 +62,22 @@ class Recipe:
                     f"a network with convolutions needs images, but {train.name} has rows of "
                     f"{train.features} numbers"
                 )
+            smallest = 1
+            for _ in self.channels:
+                smallest = smallest * _POOL + _KERNEL - 1
+            if min(train.image_shape[1:]) < smallest:
+                raise ValueError(
+                    f"a network with {len(self.channels)} convolutions needs images of at least "
+                    f"{smallest} × {smallest} pixels, but those of {train.name} have "
+                    f"{' × '.join(map(str, train.image_shape[1:]))}: train on mnist, or take a "
+                    "recipe without convolutions"
+                )
             return {
                 "kind": "convnet",
                 "image_shape": list(train.image_shape),
                 "channels": list(self.channels),
-                "kernel_size": 5,
-                "max_pool": 2,
+                "kernel_size": _KERNEL,
+                "max_pool": _POOL,
                 "hidden": list(self.hidden),
                 "classes": outputs,
                 "activation": self.activation,
@@ -78,6 +96,25 @@ class Recipe:
         initialise(dict(module.named_parameters()), self.init, seed)
         return module
 
+    def describe(self, network: dict) -> str:
+        """The network that a `config()` describes and how this recipe trains it, in one line."""
+        if network["kind"] == "convnet":
+            channels = " → ".join(map(str, [network["image_shape"][0], *network["channels"]]))
+            widths = [*network["hidden"], network["classes"]]
+            shape = f"convolutions {channels}, then {'-'.join(map(str, widths))}"
+        else:
+            shape = "-".join(map(str, network["sizes"]))
+        ends = network.get("output_activation", "identity")
+        options = ", ".join(f"{name} {value}" for name, value in self.optimizer_options.items())
+        return "; ".join(
+            [
+                f"{shape} {network['activation']}"
+                + (f", {ends} at the end" * (ends != "identity")),
+                f"{self.loss} by {self.optimizer}" + (f" ({options})" if options else ""),
+                f"batches of {self.batch_size}",
+            ]
+        )
+
     def make_loss(self):
         """The loss, as `mlp.Trainer` takes it."""
         if self.loss not in LOSSES:
@@ -86,11 +123,7 @@ class Recipe:
 
     def make_optimizer(self, parameters):
         """The optimizer over these parameters."""
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(
-                f"unknown optimizer {self.optimizer!r}; known: {', '.join(OPTIMIZERS)}"
-            )
-        return OPTIMIZERS[self.optimizer](parameters, **self.optimizer_options)
+        return _optimizer(self.optimizer)(parameters, **self.optimizer_options)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -161,17 +194,52 @@ def get(name: str) -> Recipe:
 
 
 def changed(recipe: Recipe, **changes) -> Recipe:
-    """A recipe with the settings that are not None replaced; lr and momentum go to the
-    optimizer.
+    """A recipe with the settings that are not None replaced; what is no field of a recipe goes to
+    the optimizer. A ValueError for an option that the optimizer does not have, or a name that no
+    table holds.
     """
-    options = {key: changes.pop(key) for key in ("lr", "momentum") if changes.get(key) is not None}
     changes = {key: value for key, value in changes.items() if value is not None}
-    if changes.get("loss", recipe.loss) != recipe.loss:
-        changes = {"loss_options": {}, **changes}
+    fields = {f.name: changes.pop(f.name) for f in fields_of(recipe) if f.name in changes}
+    if fields.get("loss", recipe.loss) != recipe.loss:
+        fields = {"loss_options": {}, **fields}
     kept = recipe.optimizer_options
-    if changes.get("optimizer", recipe.optimizer) != recipe.optimizer:
+    if fields.get("optimizer", recipe.optimizer) != recipe.optimizer:
         kept = {"lr": kept["lr"]} if "lr" in kept else {}
-    return replace(recipe, **changes, optimizer_options={**kept, **options})
+    made = replace(recipe, **fields, optimizer_options={**kept, **changes})
+    activations.get(made.activation, "recipe")
+    made.make_loss()
+    _check_options(made.optimizer, changes)
+    return made
+
+
+def _optimizer(name: str):
+    if name not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {name!r}; known: {', '.join(OPTIMIZERS)}")
+    return OPTIMIZERS[name]
+
+
+def _options_of(optimizer: str) -> set[str]:
+    """The names of an optimizer's arguments, torch's own among them."""
+    kinds = [kind for kind in OPTIMIZERS[optimizer].__mro__ if "__init__" in vars(kind)]
+    names = {
+        name
+        for kind in kinds
+        for name, p in inspect.signature(kind.__init__).parameters.items()
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    }
+    return names - {"self", "params", "defaults"}
+
+
+def _check_options(optimizer: str, options: dict) -> None:
+    """A ValueError that says to which optimizers an option belongs, if not to this one."""
+    _optimizer(optimizer)
+    for option in options.keys() - _options_of(optimizer):
+        owners = [name for name in OPTIMIZERS if option in _options_of(name)]
+        raise ValueError(
+            f"--{option.replace('_', '-')} belongs to the optimizer "
+            f"{' or '.join(owners) or 'of nobody'}, not to {optimizer}, which takes "
+            f"{', '.join(sorted(_options_of(optimizer) & _SHOWN))}: leave it out"
+        )
 
 
 def net(recipe: Recipe, train, seed=0, device=None, dtype=None) -> Net:

@@ -2,9 +2,14 @@
 first-layer weights.
 """
 
+import math
 from pathlib import Path
 
 from .data import needs_extra
+from .files import replacing
+
+PICTURES = ("curves.png", "samples.png", "confusion.png", "weights.png")  # of a run folder
+_LOG_FROM = 100  # a loss that falls to this part of itself is drawn on a logarithmic scale
 
 
 def _pyplot():
@@ -18,23 +23,39 @@ def _pyplot():
     return pyplot
 
 
+def _save(figure, path: Path) -> None:
+    """Write a figure as a PNG, whole or not at all, and forget it."""
+    with replacing(path) as part:
+        figure.savefig(part, dpi=120, format="png")
+    _pyplot().close(figure)
+
+
+def _plain(name: str) -> str:
+    """A class name as matplotlib shall draw it: on one line, each $ as a dollar."""
+    return "".join(c if c.isprintable() else " " for c in name).replace("$", r"\$")
+
+
 def curves(history: list[dict], path: Path) -> None:
     """Loss and accuracy over the epochs, training and test, as a PNG."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     epochs = [row["epoch"] for row in history]
     for axis, quantity in zip(axes, ("loss", "accuracy")):
+        drawn: list[float] = []
         for part in ("train", "test"):
-            values = [row.get(f"{part}_{quantity}") for row in history]
-            if any(value is not None for value in values):
-                axis.plot(epochs, values, marker="o", markersize=3, label=part)
-        axis.set(xlabel="epoch", ylabel=quantity)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+            pairs = [(e, row.get(f"{part}_{quantity}")) for e, row in zip(epochs, history)]
+            points = [(e, v) for e, v in pairs if v is not None and math.isfinite(v)]
+            if points:
+                axis.plot(*zip(*points), marker="o", markersize=3, label=part)
+                drawn += [v for _, v in points]
+        axis.set(xlabel="epoch", ylabel=quantity, xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
+        if quantity == "loss" and drawn and max(drawn) > _LOG_FROM * min(drawn) > 0:
+            axis.set_yscale("log")
+        axis.xaxis.set_major_locator(pyplot.MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    _save(figure, path)
 
 
 def samples(scores, data, path: Path, count: int = 32) -> None:
@@ -54,19 +75,17 @@ def samples(scores, data, path: Path, count: int = 32) -> None:
         predicted = int(score.argmax())
         right = predicted == target
         axis.imshow(_picture(pixels, data.image_shape), cmap="gray")
-        title = (
-            data.classes[predicted]
-            if right
-            else f"{data.classes[predicted]} (is {data.classes[target]})"
-        )
-        axis.set_title(title, fontsize=8, color="black" if right else "red")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+        title = data.classes[predicted]
+        if not right:
+            title = f"{title} (is {data.classes[target]})"
+        axis.set_title(_plain(title), fontsize=8, color="black" if right else "red")
+    _save(figure, path)
 
 
 def confusion(matrix: list[list[int]], classes, path: Path) -> None:
     """The confusion matrix with its counts; colours are shares of each true class."""
     pyplot = _pyplot()
+    classes = [_plain(name) for name in classes]
     side = max(4.0, 0.5 * len(classes))
     figure, axis = pyplot.subplots(figsize=(side, side), layout="constrained")
     shares = [[count / (sum(row) or 1) for count in row] for row in matrix]
@@ -89,8 +108,7 @@ def confusion(matrix: list[list[int]], classes, path: Path) -> None:
         )
         axis.set_yticks(range(len(classes)), classes)
     axis.set(xlabel="predicted", ylabel="true")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    _save(figure, path)
 
 
 def first_weights(weight, image_shape, path: Path, count: int = 64) -> None:
@@ -111,8 +129,7 @@ def first_weights(weight, image_shape, path: Path, count: int = 64) -> None:
         bound = float(image.abs().max()) or 1.0
         axis.imshow(image.numpy(), cmap="RdBu_r", vmin=-bound, vmax=bound)
     figure.suptitle(f"units 1 to {len(images)} of {units}, each on its own scale", fontsize=9)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    _save(figure, path)
 
 
 def _picture(pixels, image_shape):

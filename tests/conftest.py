@@ -51,7 +51,7 @@ NEEDS = {
         "databases/test_optimizers.py",
     ],
     "hypothesis": ["kernels/test_properties.py"],
-    "safetensors": ["mlp/test_checkpoint.py", "mlp/test_sweep.py"],
+    "safetensors": ["mlp/test_checkpoint.py", "mlp/test_runs.py", "mlp/test_sweep.py"],
     "sklearn": [
         "mlp/test_data.py",
         "mlp/test_data_files.py",

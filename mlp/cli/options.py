@@ -31,6 +31,7 @@ class Option(NamedTuple):
     least: float | None = None  # the smallest value
     parse: Callable[[str], Any] | None = None  # text -> value; ValueError says what was expected
     is_argument: bool = False
+    may_change: bool = False  # by --resume; other options must repeat what the run has stored
 
     @property
     def flag(self) -> str:
@@ -117,7 +118,7 @@ RECIPE = (
     Option("loss", str, f"such as cross_entropy or mse; {_NAMES}"),
     Option("optimizer", str, f"such as sgd or adam; {_NAMES}"),
     Option("batch_size", int, "samples in a step", least=1),
-    Option("epochs", int, "passes over the training data", least=1),
+    Option("epochs", int, "passes over the training data", least=1, may_change=True),
 )
 OPTIMIZER = (
     Option("lr", float, "learning rate", least=0),
@@ -125,10 +126,15 @@ OPTIMIZER = (
 )
 RUN = (
     Option("seed", str, "of initial weights and sample order; default 0", parse=seed),
-    Option("engine", str, f"auto (the default), or one by name; {_NAMES}"),
-    Option("device", str, "auto (the default), cpu, cuda, cuda:1, …"),
+    Option("engine", str, f"auto (the default), or one by name; {_NAMES}", may_change=True),
+    Option("device", str, "auto (the default), cpu, cuda, cuda:1, …", may_change=True),
     Option("precision", str, f"fp32 (the default), bf16, …; {_NAMES}"),
-    Option("data_dir", Path, "folder of data sets; default $HANDGRAD_DATA, else the cache"),
+    Option(
+        "data_dir",
+        Path,
+        "folder of data sets; default $HANDGRAD_DATA, else the cache",
+        may_change=True,
+    ),
 )
 CALL = (
     Option("out", Path, "run folder; default runs/DATASET, numbered"),

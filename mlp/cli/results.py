@@ -1,29 +1,47 @@
 """`evaluate`, `report` and `predict`: what a finished run is good for."""
 
+import math
 from pathlib import Path
 
 import torch
 
-from .. import checkpoint, data, metrics, recipes
+from .. import data, metrics, recipes
 from .. import report as pictures
-from ..checkpoint import RunFolder
+from ..files import CheckpointError
+from ..modules import ends
+from ..runs import CONFIG, RunFolder, Settings
 from ..trainer import Trainer
+from . import setup
 from .options import Values
-from .setup import pick_device, pick_precision, prepare
-from .terminal import say
+from .terminal import complain, say
 
 
-def _open(values: Values):
-    """(settings, recipe, test data, model on its device) of a run folder."""
-    settings = {**RunFolder(values["run"]).config, "device": values["device"]}
-    settings["data_dir"] = str(values["data_dir"] or settings["data_dir"] or "") or None
-    recipe, _, test_set, on, _ = prepare(settings)
-    return settings, recipe, test_set, checkpoint.load(values["run"], on)
+def _open(values: Values) -> tuple[Settings, data.Dataset, torch.nn.Module]:
+    """Settings, test data, and the network on its device, of a run folder."""
+    run = RunFolder(values["run"])
+    settings = setup.moved(run.settings, values)
+    on = setup.pick_device(values["device"])
+    with setup.settings_from(run.path / CONFIG):
+        setup.pick_precision(settings.precision)
+        found = setup.load(settings.dataset, settings.data_dir, settings.recipe)
+        settings.recipe.make_loss()
+    change = setup.change_of_data(settings, found.facts)
+    if change:
+        complain(f"note: {change}")
+    return settings, found.test, _network(run, on)
+
+
+def _network(run: RunFolder, device: torch.device) -> torch.nn.Module:
+    model, note = run.network(device)
+    if note:
+        complain(f"note: {note}")
+    return model
 
 
 def evaluate(values: Values) -> None:
     """Loss and accuracy of a trained network on its test data: top-1, top-k and by class."""
-    _, recipe, test_set, model = _open(values)
+    settings, test_set, model = _open(values)
+    recipe = settings.recipe
     trainer = Trainer(model, recipe.make_loss(), recipe.make_optimizer, "autograd", verbose=False)
     result = trainer.evaluate(test_set)
     say(f"{test_set.name}: {len(test_set):,} samples, loss {result['test_loss']:.4f}")
@@ -38,8 +56,8 @@ def evaluate(values: Values) -> None:
 
 def report(values: Values) -> None:
     """Draw a run: curves, test images with predictions, confusion matrix, first-layer weights."""
-    _, recipe, test_set, model = _open(values)
-    for path in draw(RunFolder(values["run"]), recipe, test_set, model):
+    settings, test_set, model = _open(values)
+    for path in draw(RunFolder(values["run"]), settings.recipe, test_set, model):
         say(path)
 
 
@@ -56,26 +74,31 @@ def predict(values: Values) -> None:
     """The class of each image, and its probability. Images of another size are resized, with a
     note.
     """
-    run, images = values["run"], values["images"]
-    settings = RunFolder(run).config
-    facts, recipe = settings["data"], recipes.Recipe(**settings["recipe"])
-    if facts["image_shape"] is None:
+    run, images = RunFolder(values["run"]), values["images"]
+    settings, facts = run.settings, run.settings.data
+    if facts is None or facts.image_shape is None:
         raise ValueError(
-            f"{run} was trained on rows of numbers, not on images: it cannot read {images[0]}"
+            f"{run.path} was trained on rows of numbers, not on images: it cannot read {images[0]}"
         )
-    model = checkpoint.load(run, pick_device(values["device"]))
-    dtype = pick_precision(settings["precision"])
-    pixels, notes = zip(*(data.open_image(path, tuple(facts["image_shape"])) for path in images))
+    dtype = setup.pick_precision(settings.precision)
+    model = _network(run, setup.pick_device(values["device"]))
+    features, outputs = ends(model.config())
+    if (features, outputs) != (math.prod(facts.image_shape), len(facts.classes)):
+        raise CheckpointError(
+            f"{run.path / CONFIG}: images of {facts.image_shape} in {len(facts.classes)} classes "
+            f"do not fit the network, which takes {features} numbers and has {outputs} outputs"
+        )
+    pixels, notes = zip(*(data.open_image(path, facts.image_shape) for path in images))
     batch = data.Dataset(
         torch.stack(pixels),
         torch.zeros(len(pixels), dtype=torch.int64),
-        tuple(facts["classes"]),
-        scale=facts["scale"],
-        shift=facts["shift"],
+        tuple(facts.classes),
+        scale=facts.scale,
+        shift=facts.shift,
     )
     with torch.no_grad():
         x = batch.read(batch.inputs, dtype).to(next(model.parameters()).device)
-        scores = recipe.make_loss().probabilities(model(x)).float().cpu()
+        scores = settings.recipe.make_loss().probabilities(model(x)).float().cpu()
     for path, note, score in zip(images, notes, scores):
         best = int(score.argmax())
-        say(f"{path}: {facts['classes'][best]} ({score[best]:.1%})" + (f", {note}" if note else ""))
+        say(f"{path}: {facts.classes[best]} ({score[best]:.1%})" + (f", {note}" if note else ""))

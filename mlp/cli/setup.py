@@ -1,10 +1,20 @@
 """What commands share: devices, precisions, the data and the network of a run's settings."""
 
-from typing import Any
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from .. import data, recipes
+from .. import data, modules
+from ..files import CheckpointError
+from ..recipes import Recipe
+from ..runs import Facts, Fingerprint, Settings
+from ..stepwise import Diverged
+from .options import Values
 
 # name -> dtype of weights and data, and torch's name for the precision of float32 products
 PRECISIONS = {
@@ -15,6 +25,14 @@ PRECISIONS = {
     "fp16": (torch.float16, "highest"),
     "fp64": (torch.float64, "highest"),
 }
+
+
+class Data(NamedTuple):
+    """The data of a run as its recipe reads them, and what its folder says of them."""
+
+    train: data.Dataset
+    test: data.Dataset
+    facts: Facts
 
 
 def pick_device(name: str) -> torch.device:
@@ -43,9 +61,96 @@ def pick_precision(name: str) -> torch.dtype:
     return dtype
 
 
-def prepare(settings: dict[str, Any]):
-    """(recipe, train, test, device, dtype) of a run's settings."""
-    recipe = recipes.Recipe(**settings["recipe"])
-    device, dtype = pick_device(settings["device"]), pick_precision(settings["precision"])
-    train, test = recipe.prepare(*data.load(settings["dataset"], settings["data_dir"]))
-    return recipe, train, test, device, dtype
+def absolute(source: str) -> str:
+    """A data set as a run stores it: a name, or its paths from the root."""
+    if source in data.NAMES:
+        return source
+    return ",".join(str(Path(part).absolute()) for part in source.split(","))
+
+
+def located(settings: Settings) -> Settings:
+    """Settings that find their data from any folder."""
+    folder = settings.data_dir
+    return dataclasses.replace(
+        settings,
+        dataset=absolute(settings.dataset),
+        data_dir=None if folder is None else str(Path(folder).absolute()),
+    )
+
+
+def load(source: str, data_dir: str | None, recipe: Recipe) -> Data:
+    """The data set `source`, prepared for a recipe."""
+    raw = data.load(source, data_dir)
+    train, test = recipe.prepare(*raw)
+    facts = Facts(
+        list(train.classes),
+        train.image_shape,
+        train.scale,
+        train.shift,
+        *map(Fingerprint.of, raw),
+    )
+    return Data(train, test, facts)
+
+
+def moved(settings: Settings, values: Values) -> Settings:
+    """The settings of a stored run, with its data where `values` says that they lie now. A
+    ValueError for another data set by name; of paths, the content decides.
+    """
+    dataset = absolute(values.get("dataset") or settings.dataset)
+    if dataset != settings.dataset and {dataset, settings.dataset} & {*data.NAMES}:
+        raise ValueError(
+            f"the data set {dataset} cannot be changed by --resume, which goes on with "
+            f"{settings.dataset}: leave it out, or train into another --out"
+        )
+    data_dir = values["data_dir"]
+    return dataclasses.replace(
+        settings,
+        dataset=dataset,
+        data_dir=settings.data_dir if data_dir is None else str(data_dir.absolute()),
+    )
+
+
+def change_of_data(settings: Settings, found: Facts) -> str | None:
+    """What differs between the data that a run has stored and those that were found."""
+    for part in () if settings.data is None else ("train", "test"):
+        before, now = getattr(settings.data, part), getattr(found, part)
+        if (before.shape, before.dtype) != (now.shape, now.dtype):
+            return (
+                f"{settings.dataset}: the {part} data have changed since the run began: "
+                f"{before.shape} of {before.dtype} then, {now.shape} of {now.dtype} now"
+            )
+        if before != now:
+            return (
+                f"{settings.dataset}: the {part} data have changed since the run began: the same "
+                f"shape {now.shape}, but other values"
+            )
+    return None
+
+
+def build(settings: Settings, train: data.Dataset, device: torch.device) -> torch.nn.Module:
+    """The network of a run with its initial weights; a ValueError if memory cannot hold it."""
+    recipe, dtype = settings.recipe, pick_precision(settings.precision)
+    try:
+        empty = modules.build(recipe.network(train), "meta", dtype)
+        count = sum(p.numel() for p in empty.parameters())
+    except (RuntimeError, OverflowError):  # more elements than torch can count
+        count = 2**63
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if count * dtype.itemsize > memory:
+        raise ValueError(
+            f"a network of {count:.2g} parameters needs {count * dtype.itemsize / 1e9:,.0f} GB, "
+            f"but this machine has {memory / 1e9:,.0f} GB: choose smaller layers with --hidden"
+        )
+    return recipe.model(train, settings.seed, device, dtype)
+
+
+@contextlib.contextmanager
+def settings_from(path: Path) -> Iterator[None]:
+    """What fails here for a value of a wrong kind is the fault of this config.json."""
+    try:
+        yield
+    except (ValueError, OSError, Diverged):
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(f"{path}: not the settings of a run ({reason})") from None

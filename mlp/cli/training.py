@@ -1,136 +1,215 @@
 """`train`: from options to a run folder."""
 
-import dataclasses
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from .. import recipes, report
-from ..checkpoint import RunFolder
+from ..files import BusyError
+from ..runs import CONFIG, Facts, RunFolder, Settings
+from ..stepwise import Diverged
 from ..trainer import Trainer, line
-from . import options, results
+from . import options, results, setup
 from .options import Values, given
-from .setup import prepare
-from .terminal import say
+from .terminal import complain, say
 from .versions import versions
 
 
-def _free_folder(source: str) -> Path:
-    """runs/NAME, or the first runs/NAME-2, -3, … that does not exist."""
-    stem = Path("runs") / Path(source.split(",")[0]).stem
-    return next(
-        p
-        for n in range(1, 10**6)
-        if not (p := stem if n == 1 else stem.with_name(f"{stem.name}-{n}")).exists()
-    )
+class Job(NamedTuple):
+    """A training that is ready to begin."""
 
+    settings: Settings
+    data: setup.Data
+    trainer: Trainer
+    epochs: int
 
-def _new_settings(values: Values) -> dict[str, Any]:
-    """The settings of a run that begins."""
-    changes = {**given(options.RECIPE, values), **given(options.OPTIMIZER, values)}
-    chosen = recipes.changed(recipes.get(values["recipe"] or "default"), **changes)
-    data_dir = values["data_dir"]
-    return {
-        "dataset": values["dataset"] or "digits",
-        "data_dir": str(data_dir) if data_dir else None,
-        "seed": values["seed"] or 0,
-        "device": values["device"] or "auto",
-        "engine": values["engine"] or "auto",
-        "precision": values["precision"] or "fp32",
-        "recipe": dataclasses.asdict(chosen),
-        "versions": versions(),
-    }
-
-
-def _resumed(values: Values, run: RunFolder) -> dict[str, Any]:
-    """The settings of a run that goes on; a ValueError that names an option which it cannot take
-    any more.
-    """
-    settings = run.config
-    rows = (options.NAMED_RECIPE, *options.RECIPE, *options.OPTIMIZER, *options.RUN)
-    free = {"epochs", "data_dir", "device", "engine"}
-    fixed = given(rows, values).keys() - free
-    dataset = values["dataset"] or settings["dataset"]
-    if fixed or dataset != settings["dataset"]:
-        what = f"--{min(fixed).replace('_', '-')}" if fixed else f"the data set {dataset}"
-        raise ValueError(
-            f"{what} cannot be changed by --resume, which goes on with the settings in "
-            f"{run.path / 'config.json'}: "
-            "leave it out, or train into another --out"
-        )
-    return settings | {
-        name: str(values[name]) for name in ("device", "engine", "data_dir") if values[name]
-    }
+    @property
+    def recipe(self) -> recipes.Recipe:
+        """How the network is trained."""
+        return self.settings.recipe
 
 
 def train(values: Values) -> None:
     """Train a network; prints a line an epoch and writes a run folder."""
-    resume = values["resume"]
-    if resume:
-        if values["out"] is None:
-            raise ValueError("--resume needs --out, the run folder to go on with")
-        run = RunFolder(values["out"])
-        settings = _resumed(values, run)
-        settings["recipe"]["epochs"] = values["epochs"] or settings["recipe"]["epochs"]
+    if values["resume"]:
+        _resume(values)
     else:
-        settings = _new_settings(values)
-    chosen, train_set, test_set, on, dtype = prepare(settings)
-    model = chosen.model(train_set, settings["seed"], on, dtype)
-    trainer = Trainer(
-        model, chosen.make_loss(), chosen.make_optimizer, settings["engine"], verbose=False
-    )
-    trainer.check(train_set, chosen.epochs, chosen.batch_size, test_set, drop_last=chosen.drop_last)
-    if resume:
-        run.resume(trainer)
-        if len(trainer.history) >= chosen.epochs:
+        _begin(values)
+
+
+def _begin(values: Values) -> None:
+    """A run that begins. Everything is checked before anything is written."""
+    settings = _new_settings(values)
+    if values["out"] is not None:
+        RunFolder(values["out"]).refuse_if_taken(values["force"])
+    job = _job(settings)
+    with _new_folder(values["out"], settings.dataset) as run:
+        run.begin(setup.located(settings), values["force"])
+        _run(job, run, values["plots"])
+
+
+def _resume(values: Values) -> None:
+    """A run that goes on, with the settings that are stored."""
+    if values["out"] is None:
+        raise ValueError("--resume needs --out, the run folder to go on with")
+    if values["force"]:
+        raise ValueError("--resume goes on with a run, --force replaces it: give one of the two")
+    settings = RunFolder(values["out"]).settings
+    _refuse_changes(values, settings, values["out"] / CONFIG)
+    for name in ("device", "engine"):
+        if values[name] is not None:
+            setattr(settings, name, values[name])
+    with setup.settings_from(values["out"] / CONFIG):
+        job = _job(setup.moved(settings, values))
+    _refuse_other_data(settings, job.data.facts)
+    with RunFolder.writing(values["out"]) as run:
+        epochs = settings.recipe.epochs
+        if run.trained:
+            asked, note = run.resume(job.trainer)
+            epochs = max(epochs, asked)
+            if note:
+                complain(f"note: {note}")
+        job = job._replace(epochs=values["epochs"] or epochs)
+        if len(job.trainer.history) >= job.epochs:
             say(
-                f"nothing to do: {run.path} has {len(trainer.history)} epochs; for more give "
+                f"nothing to do: {run.path} has {len(job.trainer.history)} epochs; for more give "
                 "--epochs"
             )
             return
-    else:
-        run = RunFolder.create(values["out"] or _free_folder(settings["dataset"]), values["force"])
-    settings["data"] = {
-        "classes": list(train_set.classes),
-        "image_shape": train_set.image_shape,
-        "scale": train_set.scale,
-        "shift": train_set.shift,
+        _run(job, run, values["plots"])
+
+
+def _new_settings(values: Values) -> Settings:
+    """The settings of a run that begins."""
+    name = values["recipe"] or "default"
+    changes = {**given(options.RECIPE, values), **given(options.OPTIMIZER, values)}
+    stored = given(options.RUN, values)
+    if "data_dir" in stored:
+        stored["data_dir"] = str(stored["data_dir"])
+    return Settings(
+        values["dataset"] or "digits",
+        recipes.changed(recipes.get(name), **changes),
+        name,
+        versions=versions(),
+        **stored,
+    )
+
+
+def _refuse_changes(values: Values, settings: Settings, path: Path) -> None:
+    """A ValueError that names an option which differs from what the run has stored. These may:
+    where the run is computed, where the data lie, and how many epochs it shall have.
+    """
+    recipe = settings.recipe
+    stored = {
+        "recipe": settings.recipe_name,
+        **{row.name: getattr(recipe, row.name) for row in options.RECIPE},
+        **{row.name: recipe.optimizer_options.get(row.name) for row in options.OPTIMIZER},
+        **{row.name: getattr(settings, row.name) for row in options.RUN},
     }
-    run.config = settings
+    rows = (options.NAMED_RECIPE, *options.RECIPE, *options.OPTIMIZER, *options.RUN)
+    for row in rows:
+        value = values[row.name]
+        if value is not None and value != stored[row.name] and not row.may_change:
+            raise ValueError(
+                f"{row.flag} cannot be changed by --resume, which goes on with the settings in "
+                f"{path} ({row.name} {stored[row.name]}): leave it out, or train into another --out"
+            )
+
+
+def _refuse_other_data(settings: Settings, found: Facts) -> None:
+    """A ValueError if these are not the data that the run has seen."""
+    change = setup.change_of_data(settings, found)
+    if change:
+        raise ValueError(f"{change}: train into another --out")
+
+
+def _job(settings: Settings) -> Job:
+    """Everything that a training needs, checked."""
+    recipe, on = settings.recipe, setup.pick_device(settings.device)
+    setup.pick_precision(settings.precision)
+    found = setup.load(settings.dataset, settings.data_dir, recipe)
+    model = setup.build(settings, found.train, on)
+    trainer = Trainer(
+        model, recipe.make_loss(), recipe.make_optimizer, settings.engine, verbose=False
+    )
+    trainer.check(
+        found.train, recipe.epochs, recipe.batch_size, found.test, drop_last=recipe.drop_last
+    )
+    settings.data = settings.data or found.facts
+    return Job(settings, found, trainer, recipe.epochs)
+
+
+@contextlib.contextmanager
+def _new_folder(out: Path | None, dataset: str) -> Iterator[RunFolder]:
+    """`out`, or runs/NAME, or the first runs/NAME-2, -3, … that is free."""
+    if out is not None:
+        with RunFolder.writing(out) as run:
+            yield run
+        return
+    stem = Path("runs") / Path(dataset.split(",")[0]).stem
+    number = 1
+    while True:
+        path = stem if number == 1 else stem.with_name(f"{stem.name}-{number}")
+        number += 1
+        if path.exists():
+            continue
+        with contextlib.ExitStack() as stack:
+            try:
+                run = stack.enter_context(RunFolder.writing(path))
+            except BusyError:  # another process took the name just now
+                continue
+            yield run
+            return
+
+
+def _run(job: Job, run: RunFolder, plots: bool) -> None:
+    """Say what is trained, train it, draw it."""
+    trainer, recipe, found = job.trainer, job.recipe, job.data
+    model = trainer.model
     count = sum(p.numel() for p in model.parameters())
     say(
-        f"{train_set.name}: {len(train_set):,} samples; {chosen.about}; {count:,} parameters; "
-        f"{trainer.engine_note}; {on}"
+        f"{found.train.name}: {len(found.train):,} samples; {recipe.describe(model.config())}; "
+        f"{count:,} parameters; {trainer.engine_note}; {trainer.device}"
     )
-    _fit(trainer, chosen, train_set, test_set, settings["seed"], run)
-    if values["plots"]:
-        results.draw(run, chosen, test_set, model)
+    _fit(job, run)
+    if trainer.history:
+        report.curves(trainer.history, run.path / "curves.png")
+    seconds = sum(row["seconds"] for row in trainer.history)
+    say(f"trained {seconds:.1f} s; run folder {run.path}")
+    if plots:
+        results.draw(run, recipe, found.test, model)
 
 
-def _fit(trainer, recipe, train_set, test_set, seed, run):
-    """Train with a progress bar, record every epoch, and draw the curves."""
+def _fit(job: Job, run: RunFolder) -> None:
+    """Train with a progress bar, and record every epoch."""
     from tqdm import tqdm
 
-    steps = -(-len(train_set) // recipe.batch_size)
-    remaining = max(recipe.epochs - len(trainer.history), 0)
+    trainer, recipe = job.trainer, job.recipe
+    steps = -(-len(job.data.train) // recipe.batch_size)
+    remaining = job.epochs - len(trainer.history)
     with tqdm(
         total=steps * remaining, unit="step", leave=False, disable=None, file=sys.stderr
     ) as bar:
 
         def on_epoch(row):
-            run.record(trainer)
-            bar.write(line(row), file=sys.stdout)
+            run.record(trainer, job.epochs)
+            with bar.external_write_mode(file=sys.stdout):
+                say(line(row))
 
-        trainer.fit(
-            train_set,
-            recipe.epochs,
-            recipe.batch_size,
-            test_set,
-            seed,
-            drop_last=recipe.drop_last,
-            on_epoch=on_epoch,
-            on_step=None if bar.disable else bar.update,
-        )
-    if trainer.history:
-        report.curves(trainer.history, run.path / "curves.png")
-    say(f"trained {sum(row['seconds'] for row in trainer.history):.1f} s; run folder {run.path}")
+        try:
+            trainer.fit(
+                job.data.train,
+                job.epochs,
+                recipe.batch_size,
+                job.data.test,
+                job.settings.seed,
+                drop_last=recipe.drop_last,
+                on_epoch=on_epoch,
+                on_step=None if bar.disable else bar.update,
+            )
+        except Diverged:  # the trainer went back to the end of the epoch before
+            run.flush()
+            raise
+    run.flush()

@@ -3,7 +3,9 @@ or nothing.
 """
 
 import copy
+import json
 import os
+import zipfile
 
 import pytest
 import safetensors.torch
@@ -12,7 +14,7 @@ from torch import nn
 
 import mlp
 from mlp import MLP, ConvNet, Net
-from mlp.checkpoint import CheckpointError, RunFolder
+from mlp.files import CheckpointError
 from tests.checks import assert_equal
 
 SIZES = (6, 5, 3)
@@ -98,7 +100,7 @@ def test_files_that_are_none(tmp_path):
         damaged(files[f"{name} safetensors"], keep)
         with pytest.raises(CheckpointError, match="not a readable safetensors file"):
             mlp.load(files[f"{name} safetensors"])
-    other = r"another network: has .*needs .*\(3, 5\)"
+    other = r"another network: .*(has .*needs .*\(3, 5\)|\(4, 5\), needs \(3, 5\))"
     messages = {
         "gone": "no such checkpoint",
         "nested": "plain state_dict",
@@ -107,7 +109,7 @@ def test_files_that_are_none(tmp_path):
     }
     for name, path in files.items():
         with pytest.raises(
-            CheckpointError, match=f"{path}: .*{messages.get(name, 'not readable as weights')}"
+            CheckpointError, match=f"{path}: .*{messages.get(name, 'not .*readable')}"
         ) as error:
             mlp.load_weights(model, path)
         assert "\n" not in str(error.value) and "\x1b" not in str(error.value), name
@@ -131,47 +133,116 @@ def test_failed_writing_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == content and os.listdir(tmp_path) == ["w.safetensors"]
 
 
-def test_run_folder(tmp_path, monkeypatch):
-    """Made once; a second run needs `force`, which clears the first; what is no run folder is said
-    to be none.
+def test_names_that_differ_in_prefix_and_numbers(tmp_path):
+    """Twelve layers whose names sort as 0, 10, 11, 1, … arrive in their own order; so do names with
+    a prefix, and fc1, fc2, ….
     """
-    run = RunFolder.create(tmp_path / "a" / "b")
-    run.config = {"seed": 1}
-    assert RunFolder(tmp_path / "a" / "b").config == {"seed": 1}
-    with pytest.raises(
-        FileExistsError, match="already holds a run; choose another --out, --resume it, or --force"
+    sizes = [3] * 13
+    net = MLP(sizes, init="normal")
+    expected = [p.detach() for p in net.parameters()]
+    for rename in ("module.{}.{}", "net.layers.{}.{}", "fc{}.{}", "{}.{}"):
+        state = {
+            rename.format(2 * int(number) + 1, leaf): p.detach().clone()
+            for number, leaf, p in ((*n.split("."), p) for n, p in net.named_parameters())
+        }
+        path = tmp_path / "w.safetensors"
+        safetensors.torch.save_file(state, path)
+        assert list(safetensors.torch.load_file(path)) != list(state), "the file sorts its names"
+        for model in (MLP(sizes), Net(sizes)):
+            mlp.load_weights(model, path)
+            assert_equal([p.detach() for p in values(model)], expected)
+    single = nn.Linear(4, 3)
+    torch.save(single.state_dict(), tmp_path / "single.pth")
+    assert mlp.load_weights(MLP([4, 3]), tmp_path / "single.pth")[0].weight.equal(single.weight)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("encoder.weight", "decoder.weight"),
+        ("a.0.weight", "b.1.weight"),
+        ("0.weight", "0.kernel"),
+        ("0.weight", "00.weight"),
+        ("0.weight", "1.weight", "2.weight"),
+    ],
+)
+def test_names_without_an_order_are_refused(names, tmp_path):
+    """Same shapes, but which layer is which cannot be known: both sides are named."""
+    torch.save({name: torch.randn(3, 3) for name in names}, tmp_path / "w.pth")
+    model = MLP([3, 3, 3], bias=False)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CheckpointError, match=rf"has {names[0]} .* needs 0.weight \(3, 3\), 1.w"):
+        mlp.load_weights(model, tmp_path / "w.pth")
+    assert_equal(list(model.state_dict().values()), list(before.values()))
+
+
+def test_buffers_belong_to_the_network(tmp_path):
+    """A full state_dict of torch goes in, running statistics and num_batches_tracked with it, and
+    `save` keeps them; tied weights count once for each name.
+    """
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 3), nn.Linear(3, 3))
+    model[3].weight = model[2].weight
+    model(torch.randn(9, 4))
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    mlp.save(model, tmp_path / "w.safetensors")
+    for file in ("w.pth", "w.safetensors"):
+        other = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 3), nn.Linear(3, 3))
+        other[3].weight = other[2].weight
+        mlp.load_weights(other, tmp_path / file)
+        assert int(other[1].num_batches_tracked) == 1
+        assert_equal(list(other.state_dict().values()), list(model.state_dict().values()))
+
+
+def test_a_file_of_a_gpu_loads_without_one(tmp_path):
+    """A .pth whose storages say cuda:0."""
+    storage = torch.arange(6.0)
+    torch.save({"0.weight": storage.view(2, 3)}, tmp_path / "w.pth")
+    with zipfile.ZipFile(tmp_path / "w.pth") as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "cuda.pth", "w") as archive:
+        for name, content in parts.items():
+            # a pickled text: its length in four bytes, then its letters
+            moved = content.replace(b"X\x03\0\0\0cpu", b"X\x06\0\0\0cuda:0")
+            archive.writestr(name, moved)
+            assert (moved != content) == name.endswith("data.pkl")
+    model = mlp.load_weights(MLP([3, 2], bias=False), tmp_path / "cuda.pth")
+    assert model[0].weight.equal(storage.view(2, 3))
+
+
+def test_every_flipped_bit_is_noticed(tmp_path):
+    """200 random places of a file that `save` wrote, header and numbers."""
+    path, model = tmp_path / "w.safetensors", MLP(SIZES)
+    mlp.save(model, path)
+    content, generator = path.read_bytes(), torch.Generator().manual_seed(0)
+    for place in torch.randint(len(content) * 8, (200,), generator=generator).tolist():
+        flipped = bytearray(content)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        with pytest.raises(CheckpointError, match=r"w.safetensors: (damaged: |not a readable)"):
+            mlp.load(path)
+
+
+def described(path, state, description):
+    safetensors.torch.save_file(state, path, {"handgrad": description})
+
+
+def test_descriptions_of_the_wrong_kind(tmp_path):
+    """None of them is built: one line that names the file, and nothing is allocated for it."""
+    path, good = tmp_path / "w.safetensors", MLP([4, 3]).config()
+    state = {"0.weight": torch.zeros(3, 4), "0.bias": torch.zeros(3)}
+    described(path, state, json.dumps(good))
+    assert mlp.load(path).config() == good
+    huge = {"sizes": [10**15, 10**15]}
+    for wrong in (
+        *("abc", "{}", "null", "[]", "1", "[" * 10**5, '{"kind": "mlp"}', '{"kind": ["mlp"]}'),
+        *({**good, **change} for change in (huge, {"sizes": [4, -3]}, {"sizes": "43"})),
+        *({**good, **change} for change in ({"sizes": [4, 3.0]}, {"sizes": None}, {"bias": "no"})),
+        *(
+            {**good, **change}
+            for change in ({"output_activation": "swish"}, {"kind": "rnn"}, {"x": 1})
+        ),
+        *({**good, **change} for change in ({"sizes": [4] * 10**4}, {"device": "cpu"})),
     ):
-        RunFolder.create(tmp_path / "a" / "b")
-    (run.path / "notes.txt").write_text("mine")
-    RunFolder.create(tmp_path / "a" / "b", force=True)
-    assert os.listdir(run.path) == ["notes.txt"], "only a run's own files may go"
-    with pytest.raises(CheckpointError, match=r"b is not a run folder: it has no config.json"):
-        _ = run.config
-    (run.path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config.json: not JSON"):
-        _ = run.config
-    (tmp_path / "file").write_text("")
-    with pytest.raises(PermissionError, match=r"cannot write the run folder .*/file/run"):
-        RunFolder.create(tmp_path / "file" / "run")
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
-    with pytest.raises(PermissionError, match="permission denied"):
-        RunFolder.create(tmp_path / "c")
-
-
-def test_resume_needs_a_good_checkpoint(tmp_path):
-    run, trainer = RunFolder.create(tmp_path), mlp.Trainer(MLP(SIZES), verbose=False)
-    x, y = torch.randn(9, 6), torch.arange(9) % 3
-    trainer.fit((x, y), 1, 4, on_epoch=lambda row: run.record(trainer))
-    again = mlp.Trainer(MLP(SIZES), verbose=False)
-    run.resume(again)
-    assert_equal(values(again.model), values(trainer.model))
-    assert again.history == trainer.history == run.history
-    lines = (tmp_path / "metrics.jsonl").read_text()
-    for keep in (0.5, 0):
-        damaged(tmp_path / "last.ckpt", keep)
-        with pytest.raises(CheckpointError, match=r"last.ckpt: not readable"):
-            run.resume(again)
-    (tmp_path / "last.ckpt").unlink()
-    with pytest.raises(CheckpointError, match=r"cannot be resumed: it has no last.ckpt"):
-        run.resume(again)
-    assert (tmp_path / "metrics.jsonl").read_text() == lines
+        described(path, state, wrong if isinstance(wrong, str) else json.dumps(wrong))
+        with pytest.raises(CheckpointError, match=r"w.safetensors: .*(description|weights)"):
+            mlp.load(path)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kernels.activations import ACTIVATIONS
-from mlp import checkpoint
+from mlp import checkpoint, files
 from mlp.__main__ import main
 from mlp.cli.versions import version
 from mlp.recipes import LOSSES, OPTIMIZERS, RECIPES
@@ -25,7 +25,14 @@ METRICS = [
     "seconds",
     "samples_per_second",
 ]
-FILES = {"config.json", "metrics.jsonl", "model.safetensors", "last.ckpt", "curves.png"}
+FILES = {
+    "config.json",
+    "metrics.jsonl",
+    "model.safetensors",
+    "last.ckpt",
+    "previous.ckpt",  # of the epoch before
+    "curves.png",
+}
 QUICK = ("train", "digits", "--hidden", "16", "--device", "cpu", "--engine", "manual")
 
 
@@ -114,7 +121,7 @@ def test_never_overwrites_without_force(handgrad):
         assert handgrad(*QUICK, "--out", "mine", "--force", *bad)[0] == 2
     assert contents() == before, "--force must not clear a run that nothing will replace"
     assert handgrad(*QUICK, "--epochs", "1", "--out", "mine", "--force", "--seed", "1")[0] == 0
-    assert len(rows("mine")) == 1 and set(os.listdir("mine")) == FILES
+    assert len(rows("mine")) == 1 and set(os.listdir("mine")) == FILES - {"previous.ckpt"}
 
 
 def test_resume_is_as_if_never_stopped(handgrad):
@@ -126,39 +133,57 @@ def test_resume_is_as_if_never_stopped(handgrad):
     assert [row["train_loss"] for row in rows("stopped")] == [
         row["train_loss"] for row in rows("straight")
     ]
-    assert read_json("stopped/config.json")["recipe"]["epochs"] == 4
+    assert read_json("stopped/config.json")["recipe"]["epochs"] == 2, "it says how the run began"
+    status, out, _ = handgrad("train", "--resume", "--out", "stopped")
+    assert status == 0 and "nothing to do: stopped has 4 epochs" in out
 
 
-def test_a_damaged_run_is_left_alone(handgrad):
+def halve(path):
+    content = Path(path).read_bytes()
+    Path(path).write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize(
+    "file, argv, message",
+    [
+        ("last.ckpt", "train --resume --out run --epochs 5", "run/last.ckpt: damaged"),
+        ("config.json", "evaluate run", "run/config.json: not JSON"),
+        ("config.json", "train --resume --out run --epochs 5", "run/config.json: not JSON"),
+    ],
+)
+def test_a_damaged_run_is_left_alone(file, argv, message, handgrad):
     assert handgrad(*QUICK, "--epochs", "1", "--out", "run")[0] == 0
-    for file, command, message in (
-        (
-            "last.ckpt",
-            ("train", "--resume", "--out", "run", "--epochs", "5"),
-            "run/last.ckpt: not readable",
-        ),
-        (
-            "model.safetensors",
-            ("evaluate", "run"),
-            "run/model.safetensors: not a readable safetensors file",
-        ),
-        ("config.json", ("evaluate", "run"), "run/config.json: not JSON"),
-    ):
-        content = Path("run", file).read_bytes()
-        Path("run", file).write_bytes(content[: len(content) // 2])
-        before = contents()
-        status, out, err = handgrad(*command)
-        assert (status, out) == (2, "") and message in err and err.count("\n") == 1
-        assert contents() == before
-        Path("run", file).write_bytes(content)
+    halve(f"run/{file}")
+    before = contents()
+    status, out, err = handgrad(*argv.split())
+    assert (status, out) == (2, "") and message in err and err.count("\n") == 1
+    assert contents() == before
+
+
+def test_the_checkpoint_before_a_damaged_one_is_used(handgrad):
+    """The damaged file is named, and what is used in its place."""
+    assert handgrad(*QUICK, "--epochs", "2", "--out", "run")[0] == 0
+    _, out, _ = handgrad("evaluate", "run")
+    halve("run/model.safetensors")
+    status, again, err = handgrad("evaluate", "run")
+    assert (status, again) == (0, out) and re.fullmatch(
+        r"handgrad: note: run/model.safetensors: damaged: .*: the weights are those of epoch 2 in "
+        r"run/last.ckpt\n",
+        err,
+    )
+    halve("run/last.ckpt")
+    status, out, err = handgrad("train", "--resume", "--out", "run")
+    assert status == 0 and re.findall(r"^epoch +(\d+) ", out, re.M) == ["2"]
+    assert re.search("last.ckpt: damaged: .*: going on after epoch 1, from run/previous.ckpt", err)
 
 
 def test_diverged_keeps_the_last_good_weights(handgrad):
     """One line with epoch, step and learning rate; what the run had written before stays."""
     assert handgrad(*QUICK, "--epochs", "1", "--out", "run")[0] == 0
     state = torch.load("run/last.ckpt", weights_only=True)
-    state["optimizer"]["param_groups"][0]["lr"] = 1e30
+    state["trainer"]["optimizer"]["param_groups"][0]["lr"] = 1e30
     torch.save(state, "run/last.ckpt")
+    files.seal_zip(Path("run/last.ckpt"))
     before = contents()
     status, _, err = handgrad("train", "--resume", "--out", "run", "--epochs", "3")
     assert status == 2 and err.count("\n") == 1
@@ -167,7 +192,7 @@ def test_diverged_keeps_the_last_good_weights(handgrad):
         r".* end of epoch 1",
         err,
     )
-    assert {**contents(), "run/config.json": before["run/config.json"]} == before
+    assert contents() == before
 
 
 @pytest.mark.parametrize("precision", ["fp64", "bf16", "tf32"])

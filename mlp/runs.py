@@ -1,0 +1,337 @@
+"""A run on disk: a folder that one process writes at a time, and that a kill at any moment leaves
+readable.
+
+    config.json         the settings, written once, when the run begins
+    last.ckpt           what resuming needs, of the latest epoch
+    previous.ckpt       the same of an earlier epoch: used where last.ckpt is damaged
+    model.safetensors   the weights
+    metrics.jsonl       a line an epoch
+    curves.png, …       pictures, see report.py
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import report
+from .checkpoint import WEIGHTS, load_file, network, save
+from .data import Dataset
+from .files import (
+    CheckpointError,
+    locked,
+    read_zip,
+    remove_leftovers,
+    replacing,
+    seal_zip,
+    write_text,
+)
+from .recipes import Recipe
+from .schema import typed
+
+CONFIG, METRICS, LAST, PREVIOUS = "config.json", "metrics.jsonl", "last.ckpt", "previous.ckpt"
+_TRAINED = (METRICS, WEIGHTS, LAST, PREVIOUS)  # what there is after an epoch
+LARGEST_SEED = 2**63
+_EVERY = 1.0  # seconds between two writes: an epoch may take less than the disk
+
+
+@dataclass
+class Fingerprint:
+    """What tells whether two data sets are the same: shape and dtype of the inputs, a hash of
+    inputs, targets and class names.
+    """
+
+    shape: list[int]
+    dtype: str
+    hash: str
+
+    @classmethod
+    def of(cls, data: Dataset) -> "Fingerprint":
+        """Of a data set as it was read, before a recipe changes it."""
+        digest = hashlib.blake2b(json.dumps([*data.classes]).encode(), digest_size=16)
+        for tensor in (data.inputs, data.targets):
+            digest.update(str((tuple(tensor.shape), tensor.dtype)).encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return cls(
+            list(data.inputs.shape),
+            str(data.inputs.dtype).removeprefix("torch."),
+            digest.hexdigest(),
+        )
+
+
+@dataclass
+class Facts:
+    """What `predict` and `--resume` must know of the data that a run was trained on."""
+
+    classes: list[str]
+    image_shape: tuple[int, int, int] | None
+    scale: float
+    shift: float
+    train: Fingerprint
+    test: Fingerprint
+
+
+@dataclass
+class Settings:
+    """What config.json holds."""
+
+    dataset: str  # a name, or absolute paths
+    recipe: Recipe
+    recipe_name: str
+    data: Facts | None = None
+    data_dir: str | None = None
+    seed: int = 0
+    device: str = "auto"
+    engine: str = "auto"
+    precision: str = "fp32"
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Epoch:
+    """A line of metrics.jsonl."""
+
+    epoch: int
+    train_loss: float
+    train_accuracy: float | None = None
+    test_loss: float | None = None
+    test_accuracy: float | None = None
+    seconds: float = 0.0
+    samples_per_second: float = 0.0
+
+
+@dataclass
+class _State:
+    """What last.ckpt holds."""
+
+    trainer: dict[str, Any]
+    network: dict[str, Any] | None  # the config() of the network
+    epochs: int  # how many were asked for
+
+
+class RunFolder:
+    """A run on disk. Reading needs no more than the path; `writing` gives one that may write."""
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+        self._pending: tuple[Any, int] | None = None
+        self._written = -math.inf
+
+    @classmethod
+    @contextmanager
+    def writing(cls, path: str | os.PathLike) -> Iterator["RunFolder"]:
+        """The folder, made where it is missing, for the only process that writes it.
+
+        What killed processes left half written is removed. PermissionError if it cannot be
+        written, BusyError while another process writes it.
+        """
+        run = cls(path)
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PermissionError(
+                f"cannot write the run folder {run.path}: {error.strerror}"
+            ) from None
+        if not os.access(run.path, os.W_OK):
+            raise PermissionError(f"cannot write the run folder {run.path}: permission denied")
+        with locked(run.path):
+            remove_leftovers(run.path)
+            yield run
+
+    @property
+    def trained(self) -> bool:
+        """Whether an epoch was recorded."""
+        return any((self.path / name).exists() for name in _TRAINED)
+
+    def refuse_if_taken(self, force: bool = False) -> None:
+        """FileExistsError if a run is here that trained an epoch, or a config.json that is not a
+        run's. A run that ended before its first epoch may begin again.
+        """
+        if force or (not self.trained and not (self.path / CONFIG).exists()):
+            return
+        if not self.trained:
+            try:
+                _ = self.settings
+            except CheckpointError:
+                raise FileExistsError(
+                    f"{self.path} holds a {CONFIG} that is not a run's; choose another --out"
+                ) from None
+            return
+        raise FileExistsError(
+            f"{self.path} already holds a run; choose another --out, --resume it, or --force "
+            "to replace it"
+        )
+
+    def begin(self, settings: Settings, force: bool = False) -> None:
+        """Start a run here: remove all files of the one before, and write config.json."""
+        self.refuse_if_taken(force)
+        if self.trained or (self.path / CONFIG).exists():
+            for name in (*_TRAINED, CONFIG, *report.PICTURES):
+                (self.path / name).unlink(missing_ok=True)
+        text = json.dumps(dataclasses.asdict(settings), indent=2)
+        write_text(self.path / CONFIG, f"{text}\n")
+
+    @property
+    def settings(self) -> Settings:
+        """What config.json holds; CheckpointError if it is not a run's."""
+        path = self.path / CONFIG
+        if not path.is_file():
+            raise CheckpointError(f"{self.path} is not a run folder: it has no {CONFIG}")
+        settings = typed(Settings, _json(_text(path), path), str(path))
+        if not 0 <= settings.seed <= LARGEST_SEED:
+            raise CheckpointError(f"{path}: seed must be 0 to 2⁶³, got {settings.seed}")
+        return settings
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The epochs in metrics.jsonl."""
+        path = self.path / METRICS
+        if not path.exists():
+            return []
+        return _history([_json(line, path) for line in _text(path).splitlines()], str(path))
+
+    def record(self, trainer, epochs: int) -> None:
+        """After an epoch: have its line, the weights, and what resuming needs on the disk. Of
+        epochs that follow in less than a second, `flush` writes the last.
+        """
+        self._pending = trainer, epochs
+        if time.monotonic() - self._written >= _EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what `record` has put off. last.ckpt comes first, and the others follow it."""
+        if self._pending is None:
+            return
+        (trainer, epochs), self._pending = self._pending, None
+        has_config = hasattr(trainer.model, "config")
+        state = _State(trainer.state_dict(), trainer.model.config() if has_config else None, epochs)
+        with replacing(self.path / LAST) as part:
+            torch.save(dict(vars(state)), part)
+            seal_zip(part)
+            if (self.path / LAST).exists():
+                os.replace(self.path / LAST, self.path / PREVIOUS)
+        save(trainer.model, self.path / WEIGHTS)
+        self._write_history(trainer.history)
+        self._written = time.monotonic()
+
+    def _write_history(self, history: list[dict[str, Any]]) -> None:
+        write_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in history))
+
+    def resume(self, trainer) -> tuple[int, str | None]:
+        """Put a trainer where the run stopped: (how many epochs were asked for, a note if an
+        earlier checkpoint had to be used). metrics.jsonl is cut to the epochs that are kept.
+        CheckpointError if there is no good checkpoint; nothing is changed then.
+        """
+        state, path, note = self._state()
+        try:
+            trainer.load_state_dict(state.trainer)
+        except Exception as error:  # what torch and we raise for states of other networks
+            raise CheckpointError(
+                f"{path}: not the state of this run: {' '.join(str(error).split())}"
+            ) from None
+        self._write_history(trainer.history)
+        return state.epochs, note
+
+    def network(self, device: torch.device | str | None = None) -> tuple[torch.nn.Module, str]:
+        """The trained network on a device, and a note: empty, or what was damaged."""
+        path = self.path / WEIGHTS
+        if not self.trained:
+            unfinished = "; the run finished no epoch" if (self.path / CONFIG).exists() else ""
+            raise CheckpointError(f"{path}: no such checkpoint{unfinished}")
+        try:
+            return load_file(path, device), ""
+        except CheckpointError as error:
+            if not (self.path / LAST).exists() and not (self.path / PREVIOUS).exists():
+                raise
+            try:
+                state, source, _ = self._state()
+                model = network(state.network, state.trainer["model"], str(source), device)
+            except CheckpointError as second:
+                raise CheckpointError(f"{error}; {second}") from None
+            count = len(state.trainer["history"])
+            return model, f"{error}: the weights are those of epoch {count} in {source}"
+
+    def _state(self) -> tuple[_State, Path, str | None]:
+        """The latest checkpoint that is not damaged, its path, and a note if it is not the last."""
+        errors = []
+        for path in (self.path / LAST, self.path / PREVIOUS):
+            if not path.exists():
+                continue
+            try:
+                state = _read_state(path)
+            except CheckpointError as error:
+                errors.append(str(error))
+                continue
+            count = len(state.trainer["history"])
+            note = f"{errors[0]}: going on after epoch {count}, from {path}" if errors else None
+            return state, path, note
+        if errors:
+            raise CheckpointError("; ".join(errors))
+        raise CheckpointError(f"{self.path} cannot be resumed: it has no {LAST}")
+
+
+def load_run(path: Path, device: torch.device | str | None = None) -> torch.nn.Module:
+    """The network of a run folder; a warning if its weights had to be taken from elsewhere."""
+    model, note = RunFolder(path).network(device)
+    if note:
+        warnings.warn(note, stacklevel=3)
+    return model
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{path}: not JSON (it is not UTF-8 text)") from None
+
+
+def _json(text: str, path: Path) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from None
+
+
+def _history(rows: list[Any], where: str) -> list[dict[str, Any]]:
+    """Rows of metrics, one for each epoch from 1 on. A row may have more numbers than we know."""
+    known = {f.name for f in dataclasses.fields(_Epoch)}
+    for i, row in enumerate(rows, 1):
+        here = f"{where}: line {i}"
+        row = typed(dict[str, int | float | str | None], row, here)
+        epoch = typed(_Epoch, {name: v for name, v in row.items() if name in known}, here).epoch
+        if epoch != i:
+            raise CheckpointError(f"{here} must be that of epoch {i}, got {epoch}")
+    return rows
+
+
+def _read_state(path: Path) -> _State:
+    """A checkpoint whose content and types are right."""
+    content = read_zip(path)
+    try:
+        found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle and zip raise many kinds
+        raise CheckpointError(f"{path}: not readable ({type(error).__name__})") from None
+    state = typed(_State, found, str(path))
+    trainer = state.trainer
+    kinds: dict[str, tuple[type, Callable[[Any], bool]]] = {
+        "model": (dict, lambda m: all(isinstance(t, torch.Tensor) for t in m.values())),
+        "optimizer": (dict, lambda o: {"state", "param_groups"} <= o.keys()),
+        "history": (list, lambda h: True),
+    }
+    for name, (kind, is_right) in kinds.items():
+        value = trainer.get(name)
+        if not isinstance(value, kind) or not is_right(value):
+            raise CheckpointError(f"{path}: {name} must be that of a Trainer's state_dict")
+    _history(trainer["history"], f"{path}: history")
+    return state
