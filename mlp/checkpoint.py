@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .files import (
+from .disk import (
     BLANK,
     CHECKSUM,
     SEALED,

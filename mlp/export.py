@@ -12,7 +12,7 @@ from torch import nn
 from kernels import activations
 
 from .data import needs_extra
-from .files import replacing
+from .disk import replacing
 from .modules import MLP, Conv2d, ConvNet, Linear, build
 from .net import Net
 

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from .data import needs_extra
-from .files import replacing
+from .disk import replacing
 
 PICTURES = ("curves.png", "samples.png", "confusion.png", "weights.png")  # of a run folder
 _LOG_FROM = 100  # a loss that falls to this part of itself is drawn on a logarithmic scale

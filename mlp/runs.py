@@ -28,7 +28,7 @@ import torch
 from . import report
 from .checkpoint import WEIGHTS, load_file, network, save
 from .data import Dataset
-from .files import (
+from .disk import (
     CheckpointError,
     locked,
     read_zip,

@@ -9,7 +9,7 @@ import types
 import typing
 from typing import Any, TypeVar
 
-from .files import CheckpointError
+from .disk import CheckpointError
 
 T = TypeVar("T")
 _WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}

@@ -7,7 +7,7 @@ import torch
 
 from .. import data, metrics, recipes
 from .. import report as pictures
-from ..files import CheckpointError
+from ..disk import CheckpointError
 from ..modules import ends
 from ..runs import CONFIG, RunFolder, Settings
 from ..trainer import Trainer

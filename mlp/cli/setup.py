@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from .. import data, modules
-from ..files import CheckpointError
+from ..disk import CheckpointError
 from ..recipes import Recipe
 from ..runs import Facts, Fingerprint, Settings
 from ..stepwise import Diverged

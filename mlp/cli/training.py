@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .. import recipes, report
-from ..files import BusyError
+from ..disk import BusyError
 from ..runs import CONFIG, Facts, RunFolder, Settings
 from ..stepwise import Diverged
 from ..trainer import Trainer, line

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kernels.activations import ACTIVATIONS
-from mlp import checkpoint, files
+from mlp import checkpoint, disk
 from mlp.__main__ import main
 from mlp.cli.versions import version
 from mlp.recipes import LOSSES, OPTIMIZERS, RECIPES
@@ -183,7 +183,7 @@ def test_diverged_keeps_the_last_good_weights(handgrad):
     state = torch.load("run/last.ckpt", weights_only=True)
     state["trainer"]["optimizer"]["param_groups"][0]["lr"] = 1e30
     torch.save(state, "run/last.ckpt")
-    files.seal_zip(Path("run/last.ckpt"))
+    disk.seal_zip(Path("run/last.ckpt"))
     before = contents()
     status, _, err = handgrad("train", "--resume", "--out", "run", "--epochs", "3")
     assert status == 2 and err.count("\n") == 1
