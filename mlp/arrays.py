@@ -143,7 +143,9 @@ def _taken_apart(source: Any, name: str) -> tuple[Any, Any]:
     )
 
 
-def in_memory(inputs: Any, targets: Any, like: Dataset | None, name: str) -> Dataset:
+def in_memory(
+    inputs: Any, targets: Any, like: Dataset | None, name: str, ignored: int | None = None
+) -> Dataset:
     """See `Dataset.of`."""
     if targets is None:
         inputs, targets = _taken_apart(inputs, name)
@@ -161,7 +163,7 @@ def in_memory(inputs: Any, targets: Any, like: Dataset | None, name: str) -> Dat
     if not x.is_floating_point() and x.dtype != torch.uint8:
         exact = x.to(torch.float32)
         x = exact if bool((exact.to(x.dtype) == x).all()) else x.double()
-    return Dataset(x, y, classes, shape, name=name, columns=columns)
+    return Dataset(x, y, classes, shape, name=name, columns=columns, ignored=ignored)
 
 
 def _dtype_name(dtype: Any) -> str:

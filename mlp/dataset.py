@@ -92,8 +92,8 @@ class Dataset:
     (C, H, W) if the features are an image's. levels: the stored values of black and white, if the
     inputs are pixels. columns: names of the features. mean, std: what `standardized` subtracted and
     divided by, one number a feature. stored: the dtype in the file. notes: what was decided when
-    the data were read. DataError for lengths that differ, no data, labels out of range, numbers
-    that are not finite.
+    the data were read. ignored: a label that stands for none, a loss's ignore_index. DataError for
+    lengths that differ, no data, labels out of range, numbers that are not finite.
     """
 
     inputs: torch.Tensor
@@ -109,6 +109,7 @@ class Dataset:
     std: torch.Tensor | None = None
     stored: str = ""
     notes: tuple[str, ...] = ()
+    ignored: int | None = None
     _buffers: dict = field(default_factory=dict, repr=False)
     _origin: dict | None = field(default=None, repr=False)  # fingerprint before standardisation
 
@@ -129,7 +130,8 @@ class Dataset:
 
     def _check_labels(self) -> None:
         self.targets = self.targets.long()
-        largest = int(self.targets.max())
+        counted = self.targets if self.ignored is None else self._counted()
+        largest = int(counted.max())
         if not self.classes:
             if largest >= max(_MANY_CLASSES, len(self)):
                 raise DataError(
@@ -138,13 +140,24 @@ class Dataset:
                     "or targets of a regression (then give floating point)?"
                 )
             self.classes = tuple(str(c) for c in range(largest + 1))
-        bad = ((self.targets < 0) | (self.targets >= len(self.classes))).nonzero()
+        bad = (self.targets < 0) | (self.targets >= len(self.classes))
+        bad = (bad if self.ignored is None else bad & (self.targets != self.ignored)).nonzero()
         if len(bad):
             i = int(bad[0, 0])
             raise DataError(
                 f"{self.name}: label {int(self.targets[tuple(bad[0])])} of sample {i} is not one "
                 f"of the {len(self.classes)} classes, 0 to {len(self.classes) - 1}"
             )
+
+    def _counted(self) -> torch.Tensor:
+        """The labels that are not ignored."""
+        counted = self.targets[self.targets != self.ignored]
+        if not len(counted):
+            raise DataError(
+                f"{self.name}: every label is {self.ignored}, which the loss ignores: there is "
+                "nothing to learn"
+            )
+        return counted
 
     @classmethod
     def of(
@@ -154,6 +167,7 @@ class Dataset:
         *,
         like: "Dataset | None" = None,
         name: str = "data",
+        ignored: int | None = None,
     ) -> "Dataset":
         """A data set from what is in memory: numbers stay as they are.
 
@@ -163,11 +177,13 @@ class Dataset:
         Image arrays keep their axes: (N, H, W), (N, C, H, W) or (N, H, W, C). Whole numbers are
         labels, as in torch: they are numbers of classes from 0 and are not mapped. Words are
         classes, mapped in sorted order, or in that of `like`: give the training data there for
-        test data. DataError in one line.
+        test data. ignored: a label that stands for none. DataError in one line.
         """
         from .arrays import in_memory
 
-        return inputs if isinstance(inputs, cls) else in_memory(inputs, targets, like, name)
+        if isinstance(inputs, cls):
+            return inputs
+        return in_memory(inputs, targets, like, name, ignored)
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -297,11 +313,12 @@ class Dataset:
         if key not in self._buffers:
             while len(self._buffers) > 1:
                 self._buffers.pop(next(iter(self._buffers)))
-            self._buffers[key] = (
-                self.inputs.new_empty(rows, self.features),
-                self.inputs.new_empty(rows, self.features, dtype=dtype),
-                self.targets.new_empty(rows, *self.targets.shape[1:]),
-            )
+            with torch.inference_mode(False):  # training uses them again
+                self._buffers[key] = (
+                    self.inputs.new_empty(rows, self.features),
+                    self.inputs.new_empty(rows, self.features, dtype=dtype),
+                    self.targets.new_empty(rows, *self.targets.shape[1:]),
+                )
         raw, x, y = self._buffers[key]
         torch.index_select(self.inputs, 0, indices, out=raw)
         torch.index_select(self.targets, 0, indices, out=y)

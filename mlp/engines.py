@@ -7,11 +7,12 @@ once an epoch. To add one: a class with `name`, `refuses` and `epoch`, and its p
 """
 
 from .epochwise import Epoch, Graph
-from .stepwise import Autograd, Diverged, Engine, EpochResult, Manual, parameters_of
+from .stepwise import Autograd, Demands, Diverged, Engine, EpochResult, Manual, parameters_of
 
 __all__ = [
     "ENGINES",
     "Autograd",
+    "Demands",
     "Diverged",
     "Engine",
     "Epoch",
@@ -27,18 +28,24 @@ ENGINES: dict[str, type[Engine]] = {
 }
 
 
-def choose(name: str, model, loss, optimizer, batch_size: int = 1) -> tuple[Engine, str]:
+def choose(
+    name: str, model, loss, optimizer, batch_size: int = 1, demands: Demands | None = None
+) -> tuple[Engine, str]:
     """The engine of that name, or under "auto" the last of ENGINES that serves; and one line that
     says why.
     """
     if name != "auto" and name not in ENGINES:
         raise ValueError(f"unknown engine {name!r}; known: auto, {', '.join(ENGINES)}")
+    demands = demands or Demands()
     candidates = list(ENGINES) if name == "auto" else [name]
     refusals = []
     for candidate in reversed(candidates):
-        reason = ENGINES[candidate].refuses(model, loss, optimizer, batch_size)
+        kind = ENGINES[candidate]
+        reason = kind.refuses(model, loss, optimizer, batch_size) or kind.cannot(demands)
         if reason is None:
             note = f"engine {candidate}" + (f" ({'; '.join(refusals)})" if refusals else "")
-            return ENGINES[candidate](model, loss, optimizer), note
+            engine = kind(model, loss, optimizer)
+            engine.demands = demands
+            return engine, note
         refusals.append(reason)
     raise ValueError("; ".join(refusals))

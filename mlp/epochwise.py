@@ -16,8 +16,9 @@ import torch
 import kernels
 
 from . import loss as losses
-from .optim import SGD, Adam
-from .stepwise import Engine, EpochResult, Manual, parameters_of
+from . import takeover
+from .state import parameters_of
+from .stepwise import Demands, Engine, EpochResult, Manual, memory
 
 _CAPTURED = 25  # steps in one CUDA graph
 
@@ -78,33 +79,49 @@ def _criterion(loss, classes: int) -> dict | str:
 class _Fused(Engine):
     """What the two engines share: the kernels' view of model, optimizer and data."""
 
-    def __init__(self, model, loss, optimizer):
-        super().__init__(model, loss, optimizer)
-        self.spec = spec_of(model, loss, optimizer)
-        self.parameters = list(parameters_of(model).values())
+    @property
+    def spec(self) -> kernels.Spec | str:
+        """Network, loss and optimizer as they are now, see `spec_of`."""
+        return spec_of(self.model, self.loss, self.optimizer)
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        """The network's parameters where they lie now."""
+        return [p.detach() for p in parameters_of(self.model).values()]
+
+    @classmethod
+    def cannot(cls, demands: Demands) -> str | None:
+        """Launches of many steps read the numbers once, and count every label."""
+        if demands.per_step:
+            return (
+                f"{cls.name}: reads the optimizer's numbers once an epoch, but the scheduler moves "
+                "them every step"
+            )
+        if demands.ignored:
+            return f"{cls.name}: counts every label, but the loss ignores some of them"
+        return super().cannot(demands)
+
+    @classmethod
+    def differs(cls, model, loss, optimizer) -> str | None:
+        """Why the kernels may not stand for this network, loss and optimizer."""
+        return takeover.network(model) or takeover.criterion(loss) or takeover.optimizer(optimizer)
 
     def hyper(self) -> torch.Tensor:
         """The optimizer's numbers as they are now, for the kernels to read."""
         device = self.parameters[0].device
         return torch.as_tensor(self.optimizer.hyper(device), dtype=torch.float32, device=device)
 
-    def result(self, values, correct, order, batch_size, on_step) -> EpochResult:
+    def measured(self, values, correct, data, order, batch_size, on_step) -> EpochResult:
         """The epoch's losses and counts, read back once; FloatingPointError names the first step
         that is not finite.
         """
         values = values.tolist()
-        for step, value in enumerate(values):
-            if not math.isfinite(value):
-                raise FloatingPointError(f"the loss is {value} at step {step}")
-        sizes = [min(batch_size, len(order) - start) for start in range(0, len(order), batch_size)]
-        total = sum(
-            losses.per_sample(self.loss, value, size) * size for value, size in zip(values, sizes)
-        )
+        result = self.result(values, None, data, order, batch_size)
         if on_step is not None:
             on_step(len(values))
-        return EpochResult(
-            total / len(order), None if correct is None else int(correct.sum()), len(order)
-        )
+        if not data.is_classification:
+            return result
+        return result._replace(accuracy=int(correct.sum()) / len(order))
 
 
 class Epoch(_Fused):
@@ -117,7 +134,7 @@ class Epoch(_Fused):
         first = next(iter(parameters_of(model).values()))
         if kernels.path(first.detach()) != "triton" and first.dtype == torch.float32:
             return "epoch: needs a GPU, or TRITON_INTERPRET=1"
-        spec = spec_of(model, loss, optimizer)
+        spec = cls.differs(model, loss, optimizer) or spec_of(model, loss, optimizer)
         return (
             f"epoch: {spec}"
             if isinstance(spec, str)
@@ -129,7 +146,7 @@ class Epoch(_Fused):
         states, count = self.optimizer.states()
         values, correct = kernels.train_epoch(
             self.spec,
-            [p.detach() for p in self.parameters],
+            self.parameters,
             states,
             data.inputs,
             data.targets,
@@ -141,9 +158,7 @@ class Epoch(_Fused):
             shift=data.shift,
         )
         self.optimizer.advance(len(values))
-        return self.result(
-            values, correct if data.is_classification else None, order, batch_size, on_step
-        )
+        return self.measured(values, correct, data, order, batch_size, on_step)
 
 
 class Graph(_Fused):
@@ -161,23 +176,36 @@ class Graph(_Fused):
     def refuses(cls, model, loss, optimizer, batch_size=1):
         if next(iter(parameters_of(model).values())).device.type != "cuda":
             return "graph: needs a CUDA GPU"
-        if not isinstance(optimizer, (SGD, Adam)):
-            return f"graph: needs mlp's SGD, Adam or AdamW, got {type(optimizer).__name__}"
+        reason = cls.differs(model, loss, optimizer)
+        if reason is not None:
+            return f"graph: {reason}"
         if any(group.get("dampening") for group in optimizer.param_groups):
             return (
                 "graph: a first step with dampening differs from the others; use engine 'manual' "
                 "or 'epoch'"
             )
-        return Manual.refuses(model, loss, optimizer, batch_size)
+        return None
 
     @torch.no_grad()
     def epoch(self, data, order, batch_size, on_step=None):
+        spec = self.spec
         served = (
-            isinstance(self.spec, kernels.Spec)
-            and kernels.refusal(self.spec, batch_size, "graph") is None
+            isinstance(spec, kernels.Spec) and kernels.refusal(spec, batch_size, "graph") is None
         )
         run = self._fused_epoch if served else self._chain_epoch
-        return self.result(*run(data, order, batch_size), order, batch_size, on_step)
+        values, correct = run(data, order, batch_size)
+        return self.measured(values, correct, data, order, batch_size, on_step)
+
+    def _bound(self, data, order, batch_size) -> tuple:
+        """What a capture depends on besides the contents of the tensors that it reads."""
+        numbers = [
+            (name, value)
+            for group in self.optimizer.param_groups
+            for name, value in group.items()
+            if name not in ("params", "lr", "initial_lr", "max_lr", "min_lr")
+        ]
+        spec, where = self.spec, memory(self.model, self.optimizer)
+        return spec, data.inputs.data_ptr(), len(order), batch_size, where, str(numbers)
 
     def _fused_epoch(self, data, order, batch_size):
         """Losses and correct predictions of every step, by the two launches of
@@ -185,11 +213,11 @@ class Graph(_Fused):
         """
         steps = math.ceil(len(order) / batch_size)
         states, count = self.optimizer.states()
-        key = (data.inputs.data_ptr(), len(order), batch_size)
+        key = self._bound(data, order, batch_size)[:-1]  # the numbers are read from the device
         if self._steps is None or self._steps[0] != key:
             state = kernels.StepState(
                 self.spec,
-                [p.detach() for p in self.parameters],
+                self.parameters,
                 states,
                 data.inputs,
                 data.targets,
@@ -214,12 +242,13 @@ class Graph(_Fused):
         ):  # the step past the last applies its pending update
             replay()
         self.optimizer.advance(steps)
-        return state.losses, state.correct if data.is_classification else None
+        return state.losses, state.correct
 
     def _chain_epoch(self, data, order, batch_size):
         """Losses of every step and correct predictions, by the manual step."""
         full, rest = divmod(len(order), batch_size)
-        key = (data.inputs.data_ptr(), len(order), batch_size)
+        self.optimizer.states(capturable=True)
+        key = self._bound(data, order, batch_size)
         if self._chain is None or self._chain[0] != key:
             self._chain = (
                 key,
@@ -284,7 +313,7 @@ class _Chain:
         finally:
             for group, number in zip(groups, numbers):
                 group["lr"] = number
-        return self.losses, self.correct if self.data.is_classification else None
+        return self.losses, self.correct
 
     def _capture(self, steps):
         """Capture after one step that compiles every kernel, and put back what that step

@@ -3,27 +3,37 @@ by scikit-learn.
 """
 
 import warnings
+from collections.abc import Iterator
 
 import torch
 
 from .data import Dataset, needs_extra
 from .net import Net
-from .stepwise import parameters_of
+from .state import in_mode, parameters_of
 
 _ROWS = 4096
 
 
 @torch.no_grad()
+def outputs(
+    model, data: Dataset, rows: int = _ROWS, shape: tuple[int, ...] | None = None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(outputs, targets) of consecutive pieces of `rows` samples, in evaluation mode.
+
+    shape: of a sample, if the module does not take rows of numbers.
+    """
+    first = next(iter(parameters_of(model).values()))
+    forward = model.predict if isinstance(model, Net) else model
+    with in_mode(model, False):
+        for x, y in data.to(first.device).chunks(rows, first.dtype):
+            yield forward(x if shape is None else x.view(len(x), *shape)), y
+
+
 def probabilities(model, loss, data: Dataset) -> torch.Tensor:
     """(N, classes) float32 on the CPU: what the network gives each class, by its loss's reading of
     the outputs.
     """
-    first = next(iter(parameters_of(model).values()))
-    forward = model.predict if isinstance(model, Net) else model
-    data = data.to(first.device)
-    return torch.cat(
-        [loss.probabilities(forward(x)).float().cpu() for x, _ in data.chunks(_ROWS, first.dtype)]
-    )
+    return torch.cat([loss.probabilities(out).float().cpu() for out, _ in outputs(model, data)])
 
 
 def classification(scores: torch.Tensor, data: Dataset, k: int = 5) -> dict:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -34,22 +35,29 @@ class Linear(nn.Linear):
 
 
 def check_sizes(sizes: Sequence[int], op: str = "MLP") -> tuple[int, ...]:
-    """At least an input and an output width, all positive; returned as a tuple."""
+    """At least an input and an output width, all positive; returned as a tuple of ints. Integers of
+    numpy will do.
+    """
     sizes = tuple(sizes)
-    if len(sizes) < 2 or not all(isinstance(s, int) and s > 0 for s in sizes):
+    try:
+        found = tuple(operator.index(size) for size in sizes)
+    except TypeError:
+        found = ()
+    if len(found) < 2 or min(found) < 1:
         raise ValueError(
             f"{op}: sizes must be at least two positive integers, such as (784, 100, 10), got "
             f"{sizes}"
         )
-    return sizes
+    return found
 
 
 class MLP(nn.Module):
     """A stack of linear layers run as one operation; layer i is `mlp[i]`, its parameters are
     "i.weight" and "i.bias".
 
-    sizes: widths from input to output. init: see `mlp.init`. The whole stack is one node of the
-    tape, so forward hooks of single layers do not fire.
+    sizes: widths from input to output. init: see `mlp.init`. While its layers are those that it
+    made, the whole stack is one node of the tape. Where one of them was replaced, hooked, pruned or
+    re-parametrised, each layer is called for itself.
     """
 
     def __init__(
@@ -80,14 +88,31 @@ class MLP(nn.Module):
             initialise(dict(self.named_parameters()), init)
 
     def __len__(self):
-        return len(self.sizes) - 1
+        return len(self.layers())
 
     def __getitem__(self, index):
-        return list(self.children())[index]
+        return self.layers()[index]
+
+    def layers(self) -> list[nn.Module]:
+        """The layers in order: the submodules "0", "1", … Others are a subclass's own business."""
+        found, count = [], len(self.sizes) - 1
+        while (layer := self._modules.get(str(len(found)))) is not None:
+            found.append(layer)
+        if len(found) < count:
+            raise AttributeError(f"MLP: layer {len(found)} is missing; it was made with {count}")
+        return found
 
     def forward(self, input):
         """(…, sizes[0]) -> (…, sizes[-1])."""
-        layers = list(self.children())
+        layers = self.layers()
+        hidden, last = layers[:-1], layers[-1]
+        if not (
+            all(_is_plain(layer, self.activation) for layer in hidden)
+            and _is_plain(last, self.output_activation)
+        ):
+            for layer in layers:
+                input = layer(input)
+            return input
         weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
         return kernels.mlp(input, weights, biases, self.activation, self.output_activation)
 
@@ -100,6 +125,20 @@ class MLP(nn.Module):
             "output_activation": self.output_activation,
             "bias": self[0].bias is not None,
         }
+
+
+def _is_plain(layer: nn.Module, activation: str) -> bool:
+    """Whether calling this layer is `kernels.linear` with this activation, and nothing besides."""
+    return (
+        type(layer) is Linear
+        and layer.activation == activation
+        and not layer._forward_pre_hooks
+        and not layer._forward_hooks
+        and not layer._backward_pre_hooks
+        and not layer._backward_hooks
+        and "forward" not in layer.__dict__
+        and layer._compiled_call_impl is None
+    )
 
 
 class Conv2d(nn.Conv2d):
@@ -187,12 +226,12 @@ class ConvNet(nn.Module):
     ):
         super().__init__()
         self.arguments = {
-            "image_shape": list(image_shape),
-            "channels": list(channels),
-            "kernel_size": kernel_size,
-            "max_pool": max_pool,
-            "hidden": list(hidden),
-            "classes": classes,
+            "image_shape": [_whole("image_shape", size) for size in image_shape],
+            "channels": [_whole("channels", size) for size in channels],
+            "kernel_size": _whole("kernel_size", kernel_size, "one whole number for both sides"),
+            "max_pool": _whole("max_pool", max_pool, "one whole number for both sides"),
+            "hidden": [_whole("hidden", size) for size in hidden],
+            "classes": _whole("classes", classes),
             "activation": activation,
         }
         layers, features = conv_layers(self.arguments)
@@ -224,6 +263,16 @@ class ConvNet(nn.Module):
         return {"kind": "convnet", **self.arguments}
 
 
+def _whole(name: str, value, what: str = "a whole number") -> int:
+    """A positive integer, numpy's included, as an int; a ValueError that names the argument."""
+    try:
+        if (found := operator.index(value)) > 0:
+            return found
+    except TypeError:
+        pass
+    raise ValueError(f"ConvNet: {name} must be {what}, at least 1, got {value!r}")
+
+
 def conv_layers(arguments: dict) -> tuple[list[tuple[int, int]], int]:
     """(in, out) channels of each convolution of a ConvNet, and the features left; a ValueError
     where an image is too small.
@@ -234,12 +283,6 @@ def conv_layers(arguments: dict) -> tuple[list[tuple[int, int]], int]:
         arguments["kernel_size"],
         arguments["max_pool"],
     )
-    for name, value in (("kernel_size", k), ("max_pool", pool)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(
-                f"ConvNet: {name} must be one whole number for both sides, at least 1, got "
-                f"{value!r}"
-            )
     for layer in range(len(channels) - 1):
         reduced = [(side - k + 1) // pool for side in size]
         if min(reduced) < 1:

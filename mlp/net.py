@@ -45,15 +45,20 @@ class Stack:
     def bind(self, parameters, grads):
         """Take the tensors to work on: this stack's own views, in the order of `shapes`."""
         step = 2 if self.bias else 1
-        self.parameters, self.weights = parameters, parameters[::step]
+        self.bound, self.weights = parameters, parameters[::step]
         self.biases = parameters[1::step] if self.bias else [None] * self.layers
         self.grads = list(zip(grads[::step], grads[1::step] if self.bias else [None] * self.layers))
         self._buffers.clear()
 
     def _buffers_for(self, rows):
         """Outputs (y, z) and dz of every layer for a batch of `rows`; those of the two latest sizes
-        are kept.
+        are kept. They are ordinary tensors also when made in inference mode, because training uses
+        them again.
         """
+        with torch.inference_mode(False):
+            return self._made_for(rows)
+
+    def _made_for(self, rows):
         if rows not in self._buffers:
             while len(self._buffers) > 1:
                 self._buffers.pop(next(iter(self._buffers)))
@@ -90,7 +95,7 @@ class Stack:
     def update(self, dy, states, hyper, step, rule):
         """The backward and an optimizer's step on the parameters, see `kernels.mlp_update`."""
         out = self._buffers_for(dy.shape[0])[1]
-        kernels.mlp_update(dy, self._saved, self.parameters, states, hyper, step, rule, out=out)
+        kernels.mlp_update(dy, self._saved, self.bound, states, hyper, step, rule, out=out)
 
 
 class Convolution:
@@ -109,7 +114,8 @@ class Convolution:
 
     def bind(self, parameters, grads):
         """Take the tensors to work on, in the order of `shapes`."""
-        (self.weight, self.bias), self.grads = parameters, grads
+        self.bound, self.grads = parameters, grads
+        self.weight, self.bias = parameters
 
     def forward(self, x, keep=True):
         """(rows, C·H·W) -> (rows, features of the pooled result)."""
@@ -165,27 +171,71 @@ class Net:
             parameter.data = net.parameters[name]
         return net
 
+    @classmethod
+    def over(cls, module) -> "Net":
+        """A net that works on the memory of a module's parameters where it is: the module stays as
+        it was. Such a net has no flat tensor of parameters: `flat` is None.
+        """
+        net = cls.__new__(cls)
+        parameters = {name: p.detach() for name, p in module.named_parameters()}
+        first = next(iter(parameters.values()))
+        net._describe(module.config())
+        net.flat, net.parameters = None, {name: parameters[name] for name in net._shapes}
+        net.flat_grad, net.grads = net._views(first.device, first.dtype)
+        net._bind()
+        return net
+
     def _build(self, config, device, dtype):
+        self._describe(config)
+        self.flat, self.parameters = self._views(device, dtype)
+        self.flat_grad, self.grads = self._views(device, dtype)
+        self._bind()
+
+    def _describe(self, config):
         self._config, self._shape = config, None
         self.stages = stages(config)
-        shapes = {name: shape for stage in self.stages for name, shape in stage.shapes.items()}
+        self._shapes = {
+            name: shape for stage in self.stages for name, shape in stage.shapes.items()
+        }
+
+    def _views(self, device, dtype):
+        """A flat tensor of zeros, and its views: name -> tensor of the parameter's shape."""
         dtype = dtype or torch.get_default_dtype()
         unit = _ALIGNMENT // torch.empty((), dtype=dtype).element_size()
-        sizes = [torch.Size(shape).numel() for shape in shapes.values()]
+        sizes = [torch.Size(shape).numel() for shape in self._shapes.values()]
         offsets = [0, *itertools.accumulate(-(-size // unit) * unit for size in sizes)]
-        self.flat = torch.zeros(offsets[-1], device=device, dtype=dtype)
-        self.flat_grad = torch.zeros_like(self.flat)
-        self.parameters, self.grads = (
-            {
-                name: flat[start : start + size].view(shape)
-                for (name, shape), start, size in zip(shapes.items(), offsets, sizes)
-            }
-            for flat in (self.flat, self.flat_grad)
-        )
+        flat = torch.zeros(offsets[-1], device=device, dtype=dtype)
+        return flat, {
+            name: flat[start : start + size].view(shape)
+            for (name, shape), start, size in zip(self._shapes.items(), offsets, sizes)
+        }
+
+    def _bind(self):
         for stage in self.stages:
             stage.bind(
                 [self.parameters[n] for n in stage.shapes], [self.grads[n] for n in stage.shapes]
             )
+
+    def __getstate__(self):
+        # The tensors themselves, because an optimizer that is copied or pickled beside the net
+        # holds the same objects.
+        made = ("_config", "_shape", "_lead", "_shapes", "stages", "flat", "flat_grad")
+        return {name: value for name, value in vars(self).items() if name not in made} | {
+            "config": self._config
+        }
+
+    @torch.no_grad()
+    def __setstate__(self, state):
+        parameters, grads = state.pop("parameters"), state.pop("grads")
+        first = next(iter(parameters.values()))
+        self._build(state.pop("config"), first.device, first.dtype)
+        vars(self).update(state)
+        for made, kept in ((self.parameters, parameters), (self.grads, grads)):
+            for name, tensor in kept.items():
+                made[name].copy_(tensor)
+                tensor.data = made[name]
+            made.update(kept)
+        self._bind()
 
     def forward(self, x):
         """Outputs for x (…, features), kept for `backward`. They lie in a buffer that the next

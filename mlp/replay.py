@@ -119,3 +119,35 @@ class Replay(TorchFunctionMode):
         except TypeError:  # no such function, or one without `out`
             return lambda: result.copy_(func(*args, **kwargs))
         return functools.partial(function, *args, **kwargs, out=result)
+
+
+class Recordings:
+    """The replays of a step for the two latest keys: what a recording depends on besides the
+    contents of its buffers.
+    """
+
+    def __init__(self):
+        self._known = {}
+
+    def __reduce__(self):
+        return Recordings, ()  # a copy records anew: it has other tensors
+
+    def __contains__(self, key) -> bool:
+        return key in self._known
+
+    def clear(self) -> None:
+        """Forget them: they work on tensors that are no longer used."""
+        self._known.clear()
+
+    def run(self, key, function):
+        """The result of `function`, by a replay if it was recorded under this key."""
+        if key in self._known:
+            replay, result = self._known[key]
+            replay()
+            return result
+        if len(self._known) > 1:
+            self._known.clear()
+        with Replay() as replay:
+            result = function()
+        self._known[key] = replay, result
+        return result

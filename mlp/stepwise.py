@@ -4,7 +4,6 @@ autograd   module forward, loss.backward(), optimizer.step(): any network, loss 
 manual     Net with preallocated buffers, no tape: the networks whose backward we wrote
 """
 
-import contextlib
 import math
 from typing import NamedTuple
 
@@ -12,10 +11,12 @@ import torch
 
 import kernels
 
-from . import loss as losses
-from .modules import MLP, ConvNet
+from . import means, takeover, updates
 from .net import Net
-from .replay import Replay
+from .precision import Precision
+from .replay import Recordings
+from .state import parameters_of
+from .threads import threads
 
 _OUTPUTS = 64  # steps whose outputs are kept before their predictions are read off
 # multiply-adds of a product that one CPU thread does sooner than two, or on a busy machine much
@@ -30,28 +31,61 @@ class Diverged(ArithmeticError):
 
 
 class EpochResult(NamedTuple):
-    """What an epoch measured: the mean loss over samples, and how many were classified rightly
-    (None without labels).
+    """What an epoch measured: the mean loss over its samples, the share of labels that were
+    predicted (None without labels), and how many samples there were.
     """
 
     loss: float
-    correct: int | None
+    accuracy: float | None
     samples: int
 
 
+class Demands(NamedTuple):
+    """What a training asks of an engine besides network, loss and optimizer.
+
+    per_step: the optimizer's numbers change from step to step. ignored: some labels are the loss's
+    ignore_index. precision: a name of `mlp.precision`.
+    """
+
+    per_step: bool = False
+    ignored: bool = False
+    precision: str = "fp32"
+
+
 class Engine:
-    """The loop that engines of one step at a time share: batches, losses, predictions."""
+    """The loop that engines of one step at a time share: batches, losses, predictions.
+
+    demands: what this training asks for. shape: of a sample as the module takes it, if not a row.
+    """
 
     name: str
+    precisions: tuple[str, ...] = ("fp32",)
+    demands = Demands()
+    shape: tuple[int, ...] | None = None
 
     def __init__(self, model, loss, optimizer):
         self.model, self.loss, self.optimizer = model, loss, optimizer
-        self.dtype = next(iter(parameters_of(model).values())).dtype
+        self.precision = Precision("fp32")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters as they are now, and so of the inputs."""
+        return next(iter(parameters_of(self.model).values())).dtype
 
     @classmethod
     def refuses(cls, model, loss, optimizer, batch_size: int = 1) -> str | None:
         """Why this engine cannot train that, or None if it can."""
         raise NotImplementedError
+
+    @classmethod
+    def cannot(cls, demands: Demands) -> str | None:
+        """Why this engine cannot do what is asked for besides, or None if it can."""
+        if demands.precision not in cls.precisions:
+            return (
+                f"{cls.name}: computes in the network's own precision, got precision "
+                f"{demands.precision!r}"
+            )
+        return None
 
     def step(self, x, y) -> tuple[torch.Tensor, torch.Tensor]:
         """Train on one batch; returns the network's outputs and the loss before the update."""
@@ -64,44 +98,66 @@ class Engine:
         On a GPU nothing is read back before the end, so the error comes then, but names the step
         all the same.
         """
-        values, sizes = [], []
-        predictions, outputs = (torch.empty_like(order) if data.is_classification else None), []
+        values = []
+        predictions = _Predictions(order) if data.is_classification else None
         on_cpu = order.device.type == "cpu"
         for indices in order.split(batch_size):
             x, y = data.batch(indices, self.dtype)
             output, value = self.step(x, y)
             values.append(value.item() if on_cpu else value.detach().clone())
-            sizes.append(len(indices))
             if predictions is not None:
-                outputs.append(output.clone())
-                if len(outputs) == _OUTPUTS or sum(sizes) == len(
-                    order
-                ):  # one argmax for many steps
-                    end = sum(sizes)
-                    torch.argmax(
-                        torch.cat(outputs), 1, out=predictions[end - sum(map(len, outputs)) : end]
-                    )
-                    outputs.clear()
-            if on_cpu and not math.isfinite(values[-1]):
+                predictions.add(output)
+            if on_cpu and not math.isfinite(values[-1]) and _counts(self.loss, y):
                 break
             if on_step is not None:
                 on_step()
         if values and isinstance(values[0], torch.Tensor):
             values = torch.stack(values).tolist()
-        for step, value in enumerate(values):
-            if not math.isfinite(value):
-                raise FloatingPointError(f"the loss is {value} at step {step}")
-        correct = None if predictions is None else int((predictions == data.targets[order]).sum())
-        total = sum(
-            losses.per_sample(self.loss, value, size) * size for value, size in zip(values, sizes)
-        )
-        return EpochResult(total / max(len(order), 1), correct, len(order))
+        return self.result(values, predictions, data, order, batch_size)
+
+    def result(self, values, predictions, data, order, batch_size: int) -> EpochResult:
+        """The epoch's means from the losses of its batches and the predictions."""
+        targets = data.targets[order]
+        loss = means.mean(self.loss, values, targets, batch_size)
+        if predictions is None:
+            return EpochResult(loss, None, len(order))
+        correct, counted = means.right(self.loss, predictions.labels(), targets)
+        return EpochResult(loss, correct / max(counted, 1), len(order))
+
+
+class _Predictions:
+    """The predicted labels of an epoch, read off the outputs of many steps at once."""
+
+    def __init__(self, order):
+        self.found, self.outputs, self.end = torch.empty_like(order), [], 0
+
+    def add(self, output):
+        """Keep a copy of a batch's outputs (rows, classes)."""
+        self.outputs.append(output.clone())
+        if len(self.outputs) == _OUTPUTS:
+            self.labels()
+
+    def labels(self) -> torch.Tensor:
+        """The labels so far."""
+        if self.outputs:
+            rows = torch.cat(self.outputs)
+            torch.argmax(rows, 1, out=self.found[self.end : self.end + len(rows)])
+            self.end += len(rows)
+            self.outputs.clear()
+        return self.found
+
+
+def _counts(loss, y) -> bool:
+    """Whether a batch has a label that the loss does not ignore."""
+    mask = means.counted(loss, y)
+    return mask is None or bool(mask.any())
 
 
 class Autograd(Engine):
     """A module on PyTorch's tape."""
 
     name = "autograd"
+    precisions = ("fp32", "bf16", "fp16")
 
     @classmethod
     def refuses(cls, model, loss, optimizer, batch_size=1):
@@ -112,12 +168,18 @@ class Autograd(Engine):
         )
 
     def step(self, x, y):
-        output = self.model(x)
-        value = self.loss(output, y)
+        with self.precision.context(x.device):
+            output = self.model(x if self.shape is None else x.view(len(x), *self.shape))
+            value = self.loss(output, aligned(y, output))
         self.optimizer.zero_grad()
-        value.backward()
-        self.optimizer.step()
+        self.precision.step(value, self.optimizer)
         return output.detach(), value.detach()
+
+
+def aligned(target: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """Numbers (N,) as a column where the outputs are one: else the loss would pair all with all."""
+    column = (*target.shape, 1)
+    return target.view(column) if target.is_floating_point() and output.shape == column else target
 
 
 class Manual(Engine):
@@ -127,103 +189,66 @@ class Manual(Engine):
 
     @classmethod
     def refuses(cls, model, loss, optimizer, batch_size=1):
-        if not isinstance(model, (Net, MLP, ConvNet)):
-            return (
-                f"manual: has no backward for {type(model).__name__}, only for Net, MLP and ConvNet"
-            )
-        frozen = [
-            name
-            for name, p in parameters_of(model).items()
-            if not (isinstance(model, Net) or p.requires_grad)
-        ]
-        if frozen:
-            return f"manual: trains every parameter, but {frozen[0]} does not require a gradient"
-        if not hasattr(loss, "backward"):
-            return (
-                f"manual: needs one of the losses {', '.join(losses.LOSSES)}, got "
-                f"{type(loss).__name__}"
-            )
-        return None
+        reason = takeover.network(model) or takeover.criterion(loss)
+        return None if reason is None else f"manual: {reason}"
 
     def __init__(self, model, loss, optimizer):
         super().__init__(model, loss, optimizer)
-        self.net = model if isinstance(model, Net) else Net.of(model)
-        self._constants = getattr(optimizer, "constants", lambda: None)
-        self._replays, self._labels_valid = {}, False
-        self.update = getattr(optimizer, "update", None) or self._foreign_update
+        self._recordings, self._labels_valid, self._bound = Recordings(), False, None
+        self.net = model if isinstance(model, Net) else Net.over(model)
         self._bind()
 
-    def _bind(self):
-        """Take the module's parameters back if they were moved since, and list gradients in the
-        optimizer's order.
-        """
-        parameters = parameters_of(self.model)
-        if any(
-            p.data_ptr() != self.net.parameters[name].data_ptr() for name, p in parameters.items()
-        ):
-            self.net = Net.of(self.model)
-            self._replays.clear()
-        names = {id(p): name for name, p in parameters.items()}
-        self._updated = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self._grads = [self.net.grads.get(names.get(id(p))) for p in self._updated]
-        rule = self.optimizer.rule(parameters.values()) if hasattr(self.optimizer, "rule") else None
-        # Without kernels only these two gain by it.
-        worth = rule in ("sgd", "momentum") or kernels.path(self.net.flat) == "triton"
-        self.inlines = rule is not None and len(self.net.stages) == 1 and worth
+    @property
+    def inlines(self) -> bool:
+        """Whether the update is part of the backward."""
+        return isinstance(self.update, updates.Inline)
 
-    def _foreign_update(self, grads):
-        """Any other torch optimizer reads .grad."""
-        for p, g in zip(self._updated, grads):
-            p.grad = g
-        self.optimizer.step()
+    def _bind(self):
+        """Work on the parameters and the optimizer's states as they are now. What was recorded on
+        others is forgotten.
+        """
+        named = parameters_of(self.model)
+        if any(p.data_ptr() != self.net.parameters[name].data_ptr() for name, p in named.items()):
+            self.net = Net.over(self.model)
+        bound = memory(self.model, self.optimizer)
+        if bound != self._bound:
+            self._recordings.clear()
+            self._bound = bound
+        self.update = updates.choose(self.net, self.optimizer, named)
 
     def epoch(self, data, order, batch_size, on_step=None):
         self._bind()
         self.trust(data)
         largest = max((batch_size * p.numel() for p in self.net.parameters.values()), default=0)
         alone = order.device.type == "cpu" and len(self.net.stages) == 1 and largest <= _ALONE
-        with torch.no_grad(), _threads(1 if alone else torch.get_num_threads()):
-            return super().epoch(data, order, batch_size, on_step)
+        with torch.no_grad(), threads(1 if alone else None):
+            result = super().epoch(data, order, batch_size, on_step)
+        self._bound = memory(self.model, self.optimizer)  # with the states that were made
+        return result
 
     def step(self, x, y):
         if not (self._labels_valid and x.device.type == "cpu" and kernels.path(x) == "torch"):
             return self._train(x, y)
-        constants = self._constants()
-        key = (x.data_ptr(), y.data_ptr(), len(x), constants)
-        if key not in self._replays:
-            if len(self._replays) > 1:
-                self._replays.clear()
-            if self.inlines:
-                self.optimizer.hyper(
-                    x.device
-                )  # numbers, to be made and read outside of the recording
-            with Replay() as replay:
-                result = self._gradients(x, y) if constants is None else self._train(x, y)
-            self._replays[key] = replay, result
-        else:
-            replay, result = self._replays[key]
-            replay()
-        if constants is None:
-            self.update(self._grads)
+        numbers = None if self.demands.per_step else self.update.numbers()
+        key = (x.data_ptr(), y.data_ptr(), len(x), numbers)
+        step = self._gradients if numbers is None else self._train
+        if key not in self._recordings:
+            self.update.prepare()
+        result = self._recordings.run(key, lambda: step(x, y))
+        if numbers is None:
+            self.update.apply()
         return result
 
     def trust(self, data):
-        """Check no labels from now on: a data set's are classes. Whether one of them is ignored is
-        the loss's business.
-        """
-        ignored = self.loss.options[1] if isinstance(self.loss, losses.SoftmaxCrossEntropy) else -1
-        self._labels_valid = data.is_classification and not 0 <= ignored < len(data.classes)
+        """Skip checks of labels where each one is a class, as the data set has checked."""
+        ignored = means.reading(self.loss).ignore_index
+        may_ignore = ignored is not None and 0 <= ignored < len(data.classes)
+        self._labels_valid = data.is_classification and not may_ignore and not self.demands.ignored
 
     def _train(self, x, y):
-        """Outputs and loss of a batch, and the update: where it can be, in the epilogue of the
-        backward.
-        """
-        if not self.inlines:
-            result = self._gradients(x, y)
-            self.update(self._grads)
-            return result
+        """Outputs and loss of a batch, and the update."""
         result = self._forward(x, y)
-        self.net.update(self.loss.backward(), *self.optimizer.inline())
+        self.update.finish(self.loss.backward())
         return result
 
     def _gradients(self, x, y):
@@ -234,20 +259,17 @@ class Manual(Engine):
 
     def _forward(self, x, y):
         output = self.net.forward(x)
-        return output, self.loss.forward(output, y, labels_valid=self._labels_valid)
+        return output, self.loss.forward(
+            output, aligned(y, output), labels_valid=self._labels_valid
+        )
 
 
-@contextlib.contextmanager
-def _threads(count: int):
-    """torch with that many CPU threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def parameters_of(model) -> dict[str, torch.Tensor]:
-    """Name -> parameter, of a Net or a module."""
-    return model.parameters if isinstance(model, Net) else dict(model.named_parameters())
+def memory(model, optimizer) -> tuple[int, ...]:
+    """Where parameters and optimizer states lie: what a recording or a capture is bound to."""
+    states = [
+        t
+        for state in optimizer.state.values()
+        for t in state.values()
+        if isinstance(t, torch.Tensor)
+    ]
+    return tuple(t.data_ptr() for t in (*parameters_of(model).values(), *states))

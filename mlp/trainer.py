@@ -1,19 +1,29 @@
-"""fit, evaluate, resume: epochs of one engine, what they measured, and the run folder."""
+"""fit, evaluate, predict, resume: epochs of one engine, and what they measured."""
 
 import copy
+import math
+import operator
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from . import engines
-from .data import Dataset, permutation
-from .loss import SoftmaxCrossEntropy, per_sample
+from . import arrays, engines, given, means, takeover
+from .dataset import Dataset, permutation
+from .loss import LOSSES, SoftmaxCrossEntropy
+from .metrics import outputs
 from .modules import ends
-from .net import Net
-from .optim import SGD
-from .stepwise import Diverged, parameters_of
+from .optim import OPTIMIZERS, SGD
+from .precision import Precision
+from .schedule import Schedule, options_of, restore_options
+from .state import Snapshot, in_mode, load_state, parameters_of, state_of
+from .stepwise import Demands, Diverged, aligned
+from .updates import parameters as parameters_in
 
-_EVALUATION_ROWS = 4096
+_BATCH_SIZE = 32
 
 
 class History(list):
@@ -41,128 +51,267 @@ def line(row: dict) -> str:
 
 
 def as_dataset(data, device) -> Dataset:
-    """A data set of `mlp.data`, or a pair of tensors (inputs, targets), on the device."""
-    return (data if isinstance(data, Dataset) else Dataset(*data)).to(device)
+    """What `fit` takes, as a data set on the device."""
+    return Dataset.of(data).to(device)
+
+
+class _Task(NamedTuple):
+    """What a call of `fit` trains on. count: the samples of an epoch."""
+
+    train: Dataset
+    evaluate: Dataset | None
+    batch_size: int
+    count: int
+    seed: int
 
 
 class Trainer:
     """Trains a network with one engine.
 
-    model: an `mlp` module, any nn.Module, or a Net, already on its device. loss: one of `mlp.loss`,
-    or any function of (output, target) for the autograd engine; softmax cross-entropy if None.
-    optimizer: an Optimizer over the model's parameters, or a function of them; SGD with lr 0.1 if
-    None. engine: "auto" takes the fastest that serves and prints which and why (unless verbose is
-    False).
+    model: an `mlp` module, any nn.Module, or a Net, already on its device. loss: one of `mlp.loss`
+    or its name in `mlp.loss.LOSSES`, or any function of (output, target) for the autograd engine;
+    softmax cross-entropy if None. optimizer: an Optimizer over the model's parameters, a function
+    of them, a class, or a name of `mlp.optim.OPTIMIZERS` (with torch's defaults); SGD with lr 0.1
+    if None. engine: "auto" takes the fastest that serves and prints which and why (unless verbose
+    is False). precision: "fp32" computes in the network's own dtype; "bf16" and "fp16" keep float32
+    weights and compute products in half the bits, see `mlp.precision`.
     """
 
-    def __init__(self, model, loss=None, optimizer=None, engine="auto", verbose=True):
-        self.model = model
-        self.loss = SoftmaxCrossEntropy() if loss is None else loss
-        if getattr(self.loss, "reduction", "mean") == "none":
+    def __init__(
+        self,
+        model,
+        loss=None,
+        optimizer=None,
+        engine: str = "auto",
+        verbose: bool = True,
+        precision: str = "fp32",
+    ):
+        self.model, self.loss = model, _made_loss(loss)
+        if means.reading(self.loss).reduction == "none":
             raise ValueError(
                 "Trainer: the loss must be one number, its reduction mean or sum, got none"
             )
         parameters = parameters_of(model)
-        self.device = next(iter(parameters.values())).device
-        optimizer = (lambda params: SGD(params, lr=0.1)) if optimizer is None else optimizer
-        is_made = isinstance(optimizer, torch.optim.Optimizer)
-        self.optimizer = optimizer if is_made else optimizer(list(parameters.values()))
+        if not parameters:
+            raise ValueError(f"Trainer: {type(model).__name__} has no parameters to train")
+        if any(torch.nn.parameter.is_lazy(p) for p in parameters.values()):
+            raise ValueError(
+                "Trainer: the network has no weights yet; run a batch through the model first"
+            )
+        self.optimizer = _made_optimizer(optimizer, list(parameters.values()))
         self.requested, self.verbose = engine, verbose
-        self.engine, self.engine_note = engines.choose(engine, model, self.loss, self.optimizer)
-        self.history = History()
+        self.precision = Precision(precision, self.device.type)
+        reason = self._mismatch() or self.precision.refuses(parameters)
+        if reason is not None:
+            raise ValueError(f"Trainer: {reason}")
+        self.history, self.schedule = History(), None
+        self._pending = self._like = self._taken = None
+        self._is_column = False
+        self._choose(1, Demands(precision=precision))
+
+    @property
+    def _shape(self) -> tuple[int, ...] | None:
+        """Of a sample, where the network is not ours and the data came with one."""
+        ours = takeover.description(self.model) is None
+        return None if ours or self._taken is None else self._taken.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is now."""
+        return next(iter(parameters_of(self.model).values())).device
 
     def fit(
         self,
         train,
-        epochs=10,
-        batch_size=32,
+        epochs: int = 10,
+        batch_size: int | None = None,
         evaluate=None,
-        seed=0,
+        seed: int = 0,
         *,
-        drop_last=False,
+        drop_last: bool | None = None,
         scheduler=None,
-        on_epoch=None,
-        on_step=None,
+        interval: str | None = None,
+        on_epoch: Callable[[dict], object] | None = None,
+        on_step: Callable[..., object] | None = None,
     ) -> History:
         """Train until `epochs` epochs are done, counting those of a resumed run; returns the
         history of all.
 
-        train, evaluate: data sets, or pairs of tensors. seed: of the order of samples. drop_last:
-        leave out the last, smaller batch. scheduler: a torch learning-rate scheduler of
-        `self.optimizer`, or a function that makes one of it, stepped once an epoch. on_epoch(row)
-        and on_step() are called after each. Diverged if the loss is not finite: the weights are
-        then those of the epoch's beginning.
+        train, evaluate: a Dataset of `mlp.data`, a pair (inputs, targets) of tensors, numpy arrays
+        or pandas frames, a torch data set, or a DataLoader, which is read once. batch_size: 32, or
+        the DataLoader's; drop_last, likewise: leave out the last, smaller batch. seed: of the order
+        of samples. scheduler: a torch scheduler of `self.optimizer`, or a function that makes one
+        of it; a function given again goes on with its schedule. interval: "epoch" or "step", how
+        often it steps; None is "step" for OneCycleLR and CyclicLR, else "epoch". on_epoch(row) and
+        on_step() are called after each.
+
+        The network trains in train mode and is measured in evaluation mode; afterwards it has the
+        modes it had. Diverged if the loss is not finite: weights, buffers, optimizer and scheduler
+        are then those of the epoch's beginning.
         """
-        train = as_dataset(train, self.device)
-        evaluate = None if evaluate is None else as_dataset(evaluate, self.device)
-        self.check(train, epochs, batch_size, evaluate, drop_last=drop_last)
-        if scheduler is not None and not hasattr(scheduler, "step"):
-            if not callable(scheduler):
-                raise TypeError(
-                    "fit: scheduler must be a torch scheduler, or a function of the optimizer, "
-                    f"got {scheduler!r}"
-                )
-            scheduler = scheduler(self.optimizer)
+        task = self._task(train, batch_size, evaluate, seed, drop_last)
+        epochs = operator.index(epochs)
+        schedule = self._scheduled(scheduler, interval)
+        self._check(task, epochs, schedule)
+        self.schedule, self._pending = schedule, None
         if self.requested == "auto" and self.verbose:
             print(self.engine_note)
-        count = len(train) // batch_size * batch_size if drop_last else len(train)
-        for epoch in range(len(self.history) + 1, epochs + 1):
-            order = permutation(len(train), seed, epoch, self.device)[:count]
-            started = time.perf_counter()
-            result = self._epoch(epoch, train, order, batch_size, on_step)
-            seconds = time.perf_counter() - started
-            row = {
-                "epoch": epoch,
-                "train_loss": result.loss,
-                "train_accuracy": None
-                if result.correct is None
-                else result.correct / result.samples,
-                **(self.evaluate(evaluate) if evaluate is not None else {}),
-                "seconds": seconds,
-                "samples_per_second": result.samples / seconds,
-            }
-            self.history.append(row)
-            if scheduler is not None:
-                scheduler.step()
-            if on_epoch is not None:
-                on_epoch(row)
+        with torch.inference_mode(False), in_mode(self.model, True):
+            for epoch in range(len(self.history) + 1, epochs + 1):
+                row = self._row(epoch, task, on_step)
+                self.history.append(row)
+                if schedule is not None:
+                    schedule.after_epoch(row)
+                if on_epoch is not None:
+                    on_epoch(row)
         return self.history
 
-    def check(self, train, epochs=1, batch_size=32, evaluate=None, *, drop_last=False) -> None:
+    def check(self, train, epochs=1, batch_size=None, evaluate=None, *, drop_last=None) -> None:
         """Raise what `fit` would, before anything is trained; takes another engine, if this one
         does not serve such batches.
         """
-        if batch_size < 1 or epochs < 0:
-            raise ValueError(
-                f"fit: batch_size must be positive and epochs not negative, got {batch_size} and "
-                f"{epochs}"
-            )
-        if drop_last and len(train) < batch_size:
-            raise ValueError(
-                f"fit: drop_last leaves nothing of {len(train)} samples in batches of {batch_size}"
-            )
-        for data in (train,) if evaluate is None else (train, evaluate):
-            self._check_data(data)
-        if self.engine.refuses(self.model, self.loss, self.optimizer, batch_size) is not None:
-            chosen = engines.choose(
-                self.requested, self.model, self.loss, self.optimizer, batch_size
-            )
-            self.engine, self.engine_note = chosen
+        self._check(self._task(train, batch_size, evaluate, 0, drop_last), epochs, None)
 
-    def _epoch(self, epoch, train, order, batch_size, on_step):
-        parameters = parameters_of(self.model).values()
-        before, state = (
-            [p.detach().clone() for p in parameters],
-            copy.deepcopy(self.optimizer.state_dict()),
+    def _row(self, epoch: int, task: _Task, on_step) -> dict:
+        """Train an epoch and measure."""
+        order = permutation(len(task.train), task.seed, epoch, self.device)[: task.count]
+        started = time.perf_counter()
+        result = self._epoch(epoch, task, order, on_step)
+        seconds = time.perf_counter() - started
+        return {
+            "epoch": epoch,
+            "train_loss": result.loss,
+            "train_accuracy": result.accuracy,
+            **(self.evaluate(task.evaluate) if task.evaluate is not None else {}),
+            "seconds": seconds,
+            "samples_per_second": result.samples / seconds,
+        }
+
+    def _task(self, train, batch_size, evaluate, seed, drop_last) -> _Task:
+        """What was given to `fit`, as data sets on the device and plain numbers."""
+        ignored = means.reading(self.loss).ignore_index
+        taken = given.take(train, ignored)
+        size = batch_size if batch_size is not None else taken.batch_size or _BATCH_SIZE
+        drops = drop_last if drop_last is not None else bool(taken.drop_last)
+        size = operator.index(size)
+        if taken.note is not None and self.verbose:
+            print(f"{taken.note}, {size} at a time")
+        if evaluate is not None:
+            like = taken.data if taken.words else None
+            evaluate = self._fitted(given.take(evaluate, ignored, like).data)
+        train = self._fitted(taken.data)
+        self._taken, self._like = taken._replace(data=None), train.take(1)
+        self._is_column = taken.data.targets.dim() == 1
+        count = len(train) // size * size if drops and size > 0 else len(train)
+        return _Task(train, evaluate, size, count, operator.index(seed))
+
+    def _fitted(self, data: Dataset) -> Dataset:
+        """A data set on the network's device; numbers to be met in its dtype, and as a column where
+        it has one output.
+        """
+        data = data.to(self.device)
+        if data.is_classification:
+            return data
+        targets, model = data.targets, self.model
+        is_ours = takeover.description(model) is None
+        if is_ours and targets.dim() == 1 and ends(model.config())[1] == 1:
+            targets = targets.unsqueeze(1)
+        targets = targets.to(next(iter(parameters_of(model).values())).dtype)
+        return replace(data, targets=targets, _buffers={})
+
+    def _scheduled(self, scheduler, interval) -> Schedule | None:
+        """The schedule of this call: a new one, the one before, or one that goes on where a loaded
+        state was taken.
+        """
+        if scheduler is None:
+            if self._pending is not None:
+                raise ValueError(
+                    f"fit: the state loaded was trained with a {self._pending.state['name']}; give "
+                    "fit the scheduler again, or load the state with state['scheduler'] = None"
+                )
+            return None
+        last = self.schedule
+        if last is not None and last.is_of(scheduler, interval):
+            return last
+        before = options_of(self.optimizer)
+        schedule = Schedule(scheduler, self.optimizer, interval)
+        if self._pending is not None:
+            schedule.load_state_dict(self._pending.state)
+            made_now = schedule.scheduler is not scheduler
+            restore_options(self.optimizer, before if made_now else self._pending.options)
+        elif last is not None and schedule.is_again(last):
+            schedule.load_state_dict(last.state_dict())
+            restore_options(self.optimizer, before)
+        return schedule
+
+    def _check(self, task: _Task, epochs: int, schedule: Schedule | None) -> None:
+        """Raise before anything is trained, and choose an engine for this task."""
+        if task.batch_size < 1 or epochs < 0:
+            raise ValueError(
+                f"fit: batch_size must be positive and epochs not negative, got {task.batch_size} "
+                f"and {epochs}"
+            )
+        if task.count == 0:
+            raise ValueError(
+                f"fit: drop_last leaves nothing of {len(task.train)} samples in batches of "
+                f"{task.batch_size}"
+            )
+        reason = self._mismatch() or self.precision.refuses(parameters_of(self.model))
+        if reason is not None:
+            raise ValueError(f"fit: {reason}")
+        for data in (task.train,) if task.evaluate is None else (task.train, task.evaluate):
+            self._check_data(data)
+        if schedule is not None:
+            left = max(epochs - len(self.history), 0)
+            steps = math.ceil(task.count / task.batch_size) if schedule.per_step else 1
+            schedule.check(left * steps)
+        mask = means.counted(self.loss, task.train.targets)
+        demands = Demands(
+            per_step=schedule is not None and schedule.per_step,
+            ignored=mask is not None and not bool(mask.all()),
+            precision=self.precision.name,
         )
+        self._choose(task.batch_size, demands)
+
+    def _choose(self, batch_size: int, demands: Demands) -> None:
+        """Keep the engine if it still serves, else take another."""
+        arguments = self.model, self.loss, self.optimizer
+        engine = getattr(self, "engine", None)
+        serves = (
+            engine is not None
+            and engine.demands == demands
+            and engine.refuses(*arguments, batch_size) is None
+        )
+        if not serves:
+            self.engine, self.engine_note = engines.choose(
+                self.requested, *arguments, batch_size, demands
+            )
+        self.engine.precision = self.precision
+
+    def _mismatch(self) -> str | None:
+        """Why this optimizer cannot train this network, or None."""
+        held = {id(p) for p in parameters_of(self.model).values()}
+        if not held & {id(p) for p in parameters_in(self.optimizer)}:
+            return (
+                "the optimizer has none of the network's parameters; make it of the network as it "
+                "is now"
+            )
+        return takeover.needs_closure(self.optimizer)
+
+    def _epoch(self, epoch: int, task: _Task, order, on_step):
+        before = Snapshot(self.model)
+        state, options = copy.deepcopy(self.optimizer.state_dict()), options_of(self.optimizer)
+        scheduled = None if self.schedule is None else self.schedule.state_dict()
+        self.engine.shape = self._shape
         try:
-            return self.engine.epoch(train, order, batch_size, on_step)
+            return self.engine.epoch(task.train, order, task.batch_size, self._after_step(on_step))
         except FloatingPointError as error:
-            with torch.no_grad():
-                for p, good in zip(parameters, before):
-                    p.copy_(good)
-            self._load_optimizer(state)
+            before.restore()
             lr = float(self.optimizer.param_groups[0]["lr"])
+            self._load_optimizer(state)
+            if scheduled is not None:
+                self.schedule.load_state_dict(scheduled)
+                restore_options(self.optimizer, options)
             untrained = epoch == 1 and str(error).endswith("at step 0")
             advice = (
                 "nothing was trained yet: look for what is not finite in the data"
@@ -174,62 +323,181 @@ class Trainer:
                 f"training stopped: {error} of epoch {epoch} with learning rate {lr:g}; {advice}"
             ) from None
 
-    def _check_data(self, data):
-        if not hasattr(self.model, "config"):
+    def _after_step(self, on_step):
+        """What an engine calls after a step: the scheduler, if it steps then, and the caller's."""
+        if self.schedule is None or not self.schedule.per_step:
+            return on_step
+
+        def both(*count):
+            self.schedule.after_step()
+            if on_step is not None:
+                on_step(*count)
+
+        return both
+
+    def _check_data(self, data: Dataset) -> None:
+        is_numbers = not data.is_classification and data.targets.shape[1:] in ((), (1,))
+        if is_numbers and means.is_entropy(self.loss):
+            raise ValueError(
+                "fit: softmax cross-entropy takes integer labels (N,) or probabilities "
+                f"(N, classes), but the targets of {data.name} are numbers "
+                f"{tuple(data.targets.shape)}; use MeanSquaredError for them"
+            )
+        if takeover.description(self.model) is not None:
             return
-        features, outputs = ends(self.model.config())
+        features, width = ends(self.model.config())
         if features != data.features:
             raise ValueError(
                 f"fit: the network takes {features} features, but {data.name} has {data.features}"
             )
-        if data.is_classification and outputs < len(data.classes):
+        if data.is_classification and width < len(data.classes):
             raise ValueError(
-                f"fit: the network has {outputs} outputs, but {data.name} has {len(data.classes)} "
+                f"fit: the network has {width} outputs, but {data.name} has {len(data.classes)} "
                 "classes"
             )
 
     @torch.no_grad()
     def evaluate(self, data) -> dict:
-        """{"test_loss", "test_accuracy"} of the whole data set; accuracy None where targets are not
-        labels.
+        """{"test_loss", "test_accuracy"} of the whole data set, in evaluation mode and in the
+        weights' own precision; accuracy None where targets are not labels.
+
+        data: as for `fit`. Labels that the loss ignores do not count.
         """
-        data = as_dataset(data, self.device)
-        forward = self.model.predict if isinstance(self.model, Net) else self.model
-        total, correct = 0.0, 0
-        for x, y in data.chunks(_EVALUATION_ROWS, self.engine.dtype):
-            output = forward(x)
-            total += per_sample(self.loss, float(self.loss(output, y)), len(x)) * len(x)
-            correct += int((output.argmax(1) == y).sum()) if data.is_classification else 0
-        return {
-            "test_loss": total / len(data),
-            "test_accuracy": correct / len(data) if data.is_classification else None,
-        }
+        ignored = means.reading(self.loss).ignore_index
+        like = self._like if self._taken is not None and self._taken.words else None
+        data = self._fitted(given.take(data, ignored, like).data)
+        rows, values, found = 4096, [], []
+        for output, y in outputs(self.model, data, rows, self._shape):
+            values.append(float(self.loss(output, aligned(y, output))))
+            found.append(output.argmax(1) if data.is_classification else None)
+        loss = means.mean(self.loss, values, data.targets, rows, finite=False)
+        if not data.is_classification:
+            return {"test_loss": loss, "test_accuracy": None}
+        correct, counted = means.right(self.loss, torch.cat(found), data.targets)
+        return {"test_loss": loss, "test_accuracy": correct / max(counted, 1)}
+
+    def predict(self, x):
+        """What the network says of each row of x, in the targets' own units: labels (N,) where it
+        was trained on labels, words if those were words, else numbers, (N,) if the targets were.
+
+        x: rows as `fit` took them, (N, …), or a Dataset. A tensor for a tensor, else an array.
+        """
+        found = self._outputs(x)
+        if self._is_classifier():
+            found = found.argmax(1)
+            if self._taken is not None and self._taken.words is not None:
+                return np.array(self._taken.words)[found.cpu().numpy()]
+        elif self._is_column and found[0].numel() == 1:
+            found = found.flatten()
+        return found if isinstance(x, torch.Tensor) else found.cpu().numpy()
+
+    def predict_proba(self, x):
+        """(N, classes): what the network gives each class. x: as for `predict`."""
+        if not self._is_classifier():
+            raise ValueError(
+                "predict_proba: this network was trained on numbers, which have no probabilities; "
+                "use predict"
+            )
+        found = self._outputs(x)
+        as_shares = getattr(self.loss, "probabilities", lambda rows: torch.softmax(rows, -1))
+        found = as_shares(found)
+        return found if isinstance(x, torch.Tensor) else found.cpu().numpy()
+
+    def _is_classifier(self) -> bool:
+        if self._like is not None:
+            return self._like.is_classification or means.is_entropy(self.loss)
+        return means.is_entropy(self.loss)
+
+    @torch.no_grad()
+    def _outputs(self, x) -> torch.Tensor:
+        """The network's outputs for rows that are read as the training data were."""
+        if not isinstance(x, Dataset):
+            x = self._read(x)
+        rows = [out for out, _ in outputs(self.model, x.to(self.device), 4096, self._shape)]
+        return torch.cat(rows)
+
+    def _read(self, x) -> Dataset:
+        """Rows as a data set of the numbers that the network takes."""
+        x, _ = arrays.numbers(x, "predict: x")
+        labels = torch.zeros(len(x), dtype=torch.int64)
+        if self._like is None:
+            return Dataset(x, labels)
+        reading, stored = self._like.reading, getattr(torch, self._like.stored, None)
+        is_plain = (reading.scale, reading.shift, reading.mean) == (1.0, 0.0, None)
+        as_stored = stored is None or x.is_floating_point() == stored.is_floating_point
+        if not (is_plain or as_stored):
+            raise ValueError(
+                f"predict: the network was trained on {self._like.stored} inputs, which its data "
+                f"set scales, got {x.dtype}; give {self._like.stored}, or a Dataset that says how "
+                "to read them"
+            )
+        return Dataset(reading.numbers(x.flatten(1)), labels)
 
     def state_dict(self) -> dict:
-        """What resuming needs: weights, optimizer state and history."""
-        parameters = {name: p.detach() for name, p in parameters_of(self.model).items()}
+        """What resuming needs: weights and buffers, optimizer state, history, the scheduler's state
+        and the precision's.
+        """
+        scheduled = self.schedule.state_dict() if self.schedule is not None else None
+        if self._pending is not None:
+            scheduled = self._pending.state
         return {
-            "model": parameters,
+            "model": state_of(self.model),
             "optimizer": self.optimizer.state_dict(),
             "history": list(self.history),
+            "scheduler": scheduled,
+            "precision": self.precision.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where `state_dict` was taken."""
-        parameters = parameters_of(self.model)
-        found, expected = (
-            {name: tuple(t.shape) for name, t in tensors.items()}
-            for tensors in (state["model"], parameters)
-        )
-        if found != expected:
-            raise ValueError(f"the state of another network: has {found}, needs {expected}")
-        with torch.no_grad():
-            for name, p in parameters.items():
-                p.copy_(state["model"][name])
+        """Go on where `state_dict` was taken. If that run had a scheduler, the next `fit` must get
+        it again.
+        """
+        load_state(self.model, state["model"])
         self._load_optimizer(state["optimizer"])
-        self.history = History(state["history"])
+        self.history, self.schedule = History(state["history"]), None
+        if state.get("precision") is not None:
+            self.precision.load_state_dict(state["precision"])
+        self._pending = None
+        if state.get("scheduler") is not None:
+            self._pending = _Pending(state["scheduler"], options_of(self.optimizer))
 
     def _load_optimizer(self, state: dict) -> None:
         """Its state is then in other tensors than the engine may have recorded: make that anew."""
         self.optimizer.load_state_dict(state)
-        self.engine = type(self.engine)(self.model, self.loss, self.optimizer)
+        engine = type(self.engine)(self.model, self.loss, self.optimizer)
+        engine.demands, engine.precision = self.engine.demands, self.precision
+        self.engine = engine
+
+
+class _Pending(NamedTuple):
+    """A loaded scheduler's state until `fit` gets the scheduler, and the optimizer's numbers."""
+
+    state: dict
+    options: list[dict]
+
+
+def _made_loss(loss):
+    """A loss from a name, a class, or as it is."""
+    if loss is None:
+        return SoftmaxCrossEntropy()
+    if isinstance(loss, str):
+        if loss not in LOSSES:
+            raise ValueError(f"unknown loss {loss!r}; known: {', '.join(LOSSES)}")
+        return LOSSES[loss]()
+    return loss() if isinstance(loss, type) else loss
+
+
+def _made_optimizer(optimizer, parameters: list):
+    """An optimizer from a name, a class or function of the parameters, or as it is."""
+    if optimizer is None:
+        return SGD(parameters, lr=0.1)
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return optimizer
+    if isinstance(optimizer, str):
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f"unknown optimizer {optimizer!r}; known: {', '.join(OPTIMIZERS)}")
+        return OPTIMIZERS[optimizer](parameters)
+    made = optimizer(parameters)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise TypeError(f"Trainer: the optimizer's function returned {type(made).__name__}")
+    return made

@@ -62,7 +62,7 @@ def test_trains_as_manual(kind, optimizer, count, repeated):
     theirs, expected = in_turn(engines.Manual, other, data, *OPTIONS[optimizer])
     ours, weights = in_turn(epochwise.Graph, model, data, *OPTIONS[optimizer])
     for a, b in zip(ours, theirs):
-        assert (a.correct, a.samples) == (b.correct, b.samples)
+        assert (a.accuracy, a.samples) == (b.accuracy, b.samples)
         assert a.loss == pytest.approx(b.loss, rel=1e-5)
     for a, b in zip(weights, expected):
         assert (a - b).abs().max() <= 1e-4 * b.abs().max()

@@ -1,0 +1,116 @@
+"""Means over samples of what batches measured: the loss, and the share of right predictions.
+
+A batch's mean divides by the weights of its labels. So the mean over an epoch weights each batch by
+that sum: it is then the loss that all samples would have as one batch.
+"""
+
+import functools
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .loss import SoftmaxCrossEntropy
+
+_ENTROPIES = (SoftmaxCrossEntropy, nn.CrossEntropyLoss, nn.NLLLoss)
+_FUNCTIONS = (F.cross_entropy, F.nll_loss)
+
+
+class Reading(NamedTuple):
+    """How a loss reduces a batch: what labels weigh, which label it ignores, mean or sum.
+
+    weight: (classes,) tensor or None; ignore_index: None for a loss that ignores none.
+    """
+
+    weight: torch.Tensor | None = None
+    ignore_index: int | None = None
+    reduction: str = "mean"
+
+
+def reading(loss) -> Reading:
+    """The reading of one of our losses, of torch's, or of torch's functions, also as a partial.
+
+    Any other function is taken for a mean over the samples.
+    """
+    if isinstance(loss, SoftmaxCrossEntropy):
+        weight, ignore_index, reduction, _ = loss.options
+        return Reading(weight, ignore_index, reduction)
+    if isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss)):
+        return Reading(loss.weight, loss.ignore_index, loss.reduction)
+    options = loss.keywords if isinstance(loss, functools.partial) else {}
+    function = loss.func if isinstance(loss, functools.partial) else loss
+    reduction = options.get("reduction", getattr(loss, "reduction", "mean"))
+    if function in _FUNCTIONS:
+        return Reading(options.get("weight"), options.get("ignore_index", -100), reduction)
+    return Reading(reduction=reduction)
+
+
+def is_entropy(loss) -> bool:
+    """Whether the loss reads outputs as logits of classes."""
+    function = loss.func if isinstance(loss, functools.partial) else loss
+    return isinstance(loss, _ENTROPIES) or function in _FUNCTIONS
+
+
+def counted(loss, targets: torch.Tensor) -> torch.Tensor | None:
+    """(N,) bool: the labels that the loss does not ignore. None if it ignores none."""
+    ignored = reading(loss).ignore_index
+    if ignored is None or targets.is_floating_point():
+        return None
+    return targets != ignored
+
+
+def weights(loss, targets: torch.Tensor) -> torch.Tensor:
+    """(N,) float64: what each sample adds to the number that a batch's loss was divided by.
+
+    targets: labels (N,), or numbers (N, …), of which every sample weighs 1. A sum divides by
+    nothing, and its mean is taken over the samples that count.
+    """
+    weight, _, reduction = reading(loss)
+    mask = counted(loss, targets)
+    if mask is None:
+        return torch.ones(len(targets), dtype=torch.float64, device=targets.device)
+    if weight is None or reduction == "sum":
+        return mask.double()
+    known = targets.clamp(0, len(weight) - 1)
+    return weight.detach().to(targets.device, torch.float64)[known] * mask
+
+
+def mean(
+    loss,
+    values: Iterable[float],
+    targets: torch.Tensor,
+    batch_size: int,
+    finite: bool = True,
+) -> float:
+    """The loss of all samples, from that of batches of `batch_size` and the targets in their order.
+
+    finite: FloatingPointError names the first batch whose loss is not finite. A batch of ignored
+    labels alone has no loss and does not count.
+    """
+    weighed, mask = weights(loss, targets), counted(loss, targets)
+    batches = weighed.split(batch_size)
+    sums = torch.stack([batch.sum() for batch in batches]).tolist() if batches else []
+    some = [True] * len(sums)
+    if mask is not None:
+        some = torch.stack([batch.any() for batch in mask.split(batch_size)]).tolist()
+    total, is_sum = 0.0, reading(loss).reduction == "sum"
+    for step, (value, weight, counts) in enumerate(zip(values, sums, some, strict=False)):
+        if not counts:
+            continue
+        if finite and not math.isfinite(value):
+            raise FloatingPointError(f"the loss is {value} at step {step}")
+        total += value if is_sum else value * weight
+    return total / sum(sums) if sum(sums) else math.nan
+
+
+def right(loss, predictions: torch.Tensor, targets: torch.Tensor) -> tuple[int, int]:
+    """(correct, counted): of the labels (N,) that the loss does not ignore, how many are predicted,
+    and how many there are.
+    """
+    mask, hits = counted(loss, targets), predictions == targets
+    if mask is None:
+        return int(hits.sum()), len(targets)
+    return int((hits & mask).sum()), int(mask.sum())

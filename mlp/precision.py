@@ -1,0 +1,70 @@
+"""Mixed precision on the tape: products in half the bits, weights and their update in float32.
+
+fp32    the network's own dtype, whatever that is
+bf16    torch.autocast: weights stay float32, products take bfloat16
+fp16    the same with float16, and the loss is scaled so that small gradients do not vanish; a step
+        whose gradients overflow is skipped, and the scale is halved
+"""
+
+import contextlib
+
+import torch
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Precision:
+    """How one step computes and updates. `skipped` counts the steps that overflowed.
+
+    name: one of PRECISIONS; device_type: "cpu", "cuda", …
+    """
+
+    def __init__(self, name: str = "fp32", device_type: str = "cpu"):
+        if name not in PRECISIONS:
+            raise ValueError(f"unknown precision {name!r}; known: {', '.join(PRECISIONS)}")
+        self.name, self.dtype, self.skipped = name, PRECISIONS[name], 0
+        is_scaled = self.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(device_type) if is_scaled else None
+
+    def refuses(self, parameters: dict[str, torch.Tensor]) -> str | None:
+        """Why weights of these dtypes cannot be trained so, or None."""
+        other = [p.dtype for p in parameters.values() if p.dtype != torch.float32]
+        if self.dtype is None or not other:
+            return None
+        return (
+            f"precision {self.name!r} keeps float32 weights, but the network has {other[0]}; "
+            "give it as float32 (model.float()), or train it in its own dtype with precision "
+            "'fp32'"
+        )
+
+    def context(self, device: torch.device):
+        """What forward and loss run under."""
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, dtype=self.dtype)
+
+    def step(self, value: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """Backward from the loss, and the optimizer's step unless a gradient overflowed."""
+        if self.scaler is None:
+            value.backward()
+            optimizer.step()
+            return
+        self.scaler.scale(value).backward()
+        scale = self.scaler.get_scale()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        if self.scaler.get_scale() < scale:
+            self.skipped += 1
+            optimizer._opt_called = True  # torch's schedulers ask whether a step was taken
+
+    def state_dict(self) -> dict:
+        """The scale of the loss and the count of skipped steps."""
+        scaler = {} if self.scaler is None else self.scaler.state_dict()
+        return {"name": self.name, "skipped": self.skipped, "scaler": scaler}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where `state_dict` was taken; another precision starts anew."""
+        if state["name"] == self.name:
+            self.skipped = state["skipped"]
+            if self.scaler is not None:
+                self.scaler.load_state_dict(state["scaler"])

@@ -1,0 +1,147 @@
+"""A torch scheduler inside a training: when it steps, on what it looks, and how it is resumed."""
+
+import copy
+import inspect
+import math
+
+from torch.optim import lr_scheduler
+
+INTERVALS = ("epoch", "step")
+_PER_STEP = (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR)  # by their definition
+
+
+class Schedule:
+    """A scheduler of the trainer's optimizer, and how often it steps.
+
+    scheduler: a torch scheduler, or a function of the optimizer that makes one. interval: "epoch",
+    "step" (after each batch), or None: "step" for OneCycleLR and CyclicLR, else "epoch".
+    """
+
+    def __init__(self, scheduler, optimizer, interval: str | None = None):
+        if interval not in (None, *INTERVALS):
+            raise ValueError(
+                f"fit: interval must be one of {', '.join(INTERVALS)}, got {interval!r}"
+            )
+        self.given, self.made = scheduler, None
+        if not hasattr(scheduler, "step"):
+            if not callable(scheduler):
+                raise TypeError(
+                    "fit: scheduler must be a torch scheduler, or a function of the optimizer, "
+                    f"got {scheduler!r}"
+                )
+            scheduler = scheduler(optimizer)
+            if not hasattr(scheduler, "step"):
+                raise TypeError(f"fit: the scheduler's function returned {scheduler!r}")
+            self.made = _settings(scheduler.state_dict())
+        if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+            raise ValueError(
+                "fit: the scheduler moves another optimizer than the trainer's; make it of "
+                "trainer.optimizer, or give fit a function of the optimizer"
+            )
+        self.scheduler, self.interval = scheduler, interval
+        self.per_step = interval == "step" or (
+            interval is None and isinstance(scheduler, _PER_STEP)
+        )
+        self.takes_metric = "metrics" in inspect.signature(type(scheduler).step).parameters
+        if self.per_step and self.takes_metric:
+            raise ValueError(
+                f"fit: {self.name} looks at an epoch's loss; its interval must be 'epoch'"
+            )
+
+    @property
+    def name(self) -> str:
+        """The scheduler's class."""
+        return type(self.scheduler).__name__
+
+    def is_of(self, scheduler, interval: str | None) -> bool:
+        """Whether this schedule was made of just this scheduler or function."""
+        return self.interval == interval and (
+            scheduler is self.given or scheduler is self.scheduler
+        )
+
+    def is_again(self, before: "Schedule") -> bool:
+        """Whether a function made just the scheduler that an earlier one made."""
+        return self.made is not None and (self.name, self.made, self.interval) == (
+            before.name,
+            before.made,
+            before.interval,
+        )
+
+    def check(self, steps: int) -> None:
+        """ValueError if the scheduler ends before so many more steps of it."""
+        total = getattr(self.scheduler, "total_steps", math.inf)
+        done = getattr(self.scheduler, "last_epoch", 0)
+        if isinstance(total, int) and done + steps > total:
+            raise ValueError(
+                f"fit: {self.name} has total_steps={total}, but this training steps it "
+                f"{done + steps} times, once {'a batch' if self.per_step else 'an epoch'}; give it "
+                f"total_steps={done + steps}, or another interval"
+            )
+
+    def after_step(self) -> None:
+        """Step, if it does so after each batch."""
+        if self.per_step:
+            self.scheduler.step()
+
+    def after_epoch(self, row: dict) -> None:
+        """Step, if it does so after each epoch; a scheduler that takes a metric gets the row's
+        loss, of the test data if there are some. In mode "max" it gets the accuracy.
+        """
+        if self.per_step:
+            return
+        if not self.takes_metric:
+            self.scheduler.step()
+            return
+        kind = "accuracy" if getattr(self.scheduler, "mode", "min") == "max" else "loss"
+        tested = row.get(f"test_{kind}")
+        metric = row[f"train_{kind}"] if tested is None else tested
+        if metric is None:
+            raise ValueError(
+                f"fit: {self.name} with mode='max' looks at the accuracy, but these targets are no "
+                "labels; use mode='min' for the loss"
+            )
+        self.scheduler.step(metric)
+
+    def state_dict(self) -> dict:
+        """What resuming needs: the scheduler's own state, and its class's name."""
+        state = copy.deepcopy(self.scheduler.state_dict())
+        return {"name": self.name, "state": state, "made": self.made}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where `state_dict` was taken; ValueError for a scheduler of another class or with
+        other settings.
+        """
+        if state["name"] != self.name:
+            raise ValueError(
+                f"fit: the state is of a {state['name']}, but the scheduler given is a {self.name}"
+            )
+        if None not in (self.made, state["made"]) and self.made != state["made"]:
+            pairs = [(key, state["made"].get(key), value) for key, value in self.made.items()]
+            key, was, now = next(pair for pair in pairs if pair[1] != pair[2])
+            raise ValueError(
+                f"fit: the state is of a {self.name} with {key} {was}, but the scheduler given has "
+                f"{now}; give the same, or load the state with state['scheduler'] = None"
+            )
+        self.scheduler.load_state_dict(copy.deepcopy(state["state"]))
+
+
+def _settings(state: dict) -> dict[str, str]:
+    """A new scheduler's state in words, without what depends on the rates at that moment."""
+    kept = {key: value for key, value in state.items() if key != "_last_lr"}
+    if isinstance(kept.get("_schedulers"), list):
+        kept["_schedulers"] = [_settings(inner) for inner in kept["_schedulers"]]
+    return {key: repr(value) for key, value in kept.items()}
+
+
+def options_of(optimizer) -> list[dict]:
+    """The numbers of each parameter group, which schedulers move: all but the parameters."""
+    return [
+        {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
+
+
+def restore_options(optimizer, options: list[dict]) -> None:
+    """Put `options_of` back, after a new scheduler has written its first values."""
+    for group, numbers in zip(optimizer.param_groups, options, strict=True):
+        group.update(copy.deepcopy(numbers))

@@ -1,0 +1,184 @@
+"""Whether an engine may compute in the place of the network, the loss or the optimizer it is given.
+
+The engines beside autograd know a network by its description. They may take it over only if calling
+it computes just that. Each function here returns None if so, else the reason in words.
+"""
+
+import inspect
+import itertools
+
+from torch import nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from . import loss as losses
+from .modules import MLP, Conv2d, ConvNet, Linear, build
+from .net import Net
+from .optim import OPTIMIZERS
+
+# What each class computed when it was defined: a forward put into the class later is noticed.
+_FORWARD = {kind: kind.forward for kind in (MLP, ConvNet, Linear, Conv2d)}
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+
+
+def network(model) -> str | None:
+    """Why calling `model` may compute or train something else than its description says."""
+    return description(model) or _hooks(model) or _parameters(model)
+
+
+def description(model) -> str | None:
+    """Why `model.config()` may not describe what the model computes."""
+    if isinstance(model, Net):
+        return _net(model)
+    kind = type(model)
+    if kind not in (MLP, ConvNet):
+        ours = [base.__name__ for base in (MLP, ConvNet) if isinstance(model, base)]
+        if ours:
+            return f"{kind.__name__} is a subclass of {ours[0]} and may compute something else"
+        return f"has no backward for {kind.__name__}, only for Net, MLP and ConvNet"
+    return _layers(model) or _settings(model)
+
+
+def _net(net: Net) -> str | None:
+    if type(net) is not Net:
+        return f"{type(net).__name__} is a subclass of Net and may compute something else"
+    changed = [name for name in vars(net) if hasattr(Net, name)]
+    if changed:
+        return f"this Net has a {changed[0]} of its own"
+    stages = [p for stage in net.stages for p in stage.bound]
+    if [id(p) for p in net.parameters.values()] != [id(p) for p in stages]:
+        return "the parameters of this Net were replaced; copy into them instead"
+    return None
+
+
+def _layers(model) -> str | None:
+    """The first submodule that is none of those that the class makes."""
+    if type(model) is ConvNet:
+        if model._modules.keys() != {"conv", "mlp"}:
+            return f"its submodules are {', '.join(model._modules) or 'none'}, not conv and mlp"
+        lists = ((model.conv, "conv.", Conv2d), (model.mlp, "mlp.", Linear))
+        for module, kind, name in ((model.conv, nn.ModuleList, "conv"), (model.mlp, MLP, "mlp")):
+            if type(module) is not kind:
+                return f"{name} is a {type(module).__name__}, not the {kind.__name__} it was"
+    else:
+        lists = ((model, "", Linear),)
+    for parent, prefix, kind in lists:
+        count = len(model.arguments["channels"]) if kind is Conv2d else len(parent.sizes) - 1
+        if list(parent._modules) != [str(i) for i in range(count)]:
+            return f"its layers are {', '.join(parent._modules)}, not 0 to {count - 1}"
+        for name, layer in parent._modules.items():
+            if type(layer) is not kind:
+                return f"{prefix}{name} is a {type(layer).__name__}, not the {kind.__name__} it was"
+    return None
+
+
+def _settings(model) -> str | None:
+    """What differs from a network that is built from the description: sizes, options, methods."""
+    twin = build(model.config(), device="meta")
+    for (name, module), made in zip(model.named_modules(), twin.modules(), strict=True):
+        name = name or type(module).__name__
+        kind, expected = type(module), {k: v for k, v in vars(made).items() if k[0] != "_"}
+        if kind in _FORWARD and kind.forward is not _FORWARD[kind]:
+            return f"{kind.__name__}.forward was replaced"
+        for key, value in vars(module).items():
+            if key == "_compiled_call_impl" and value is not None:
+                return f"{name} is compiled"
+            if key not in vars(made) and hasattr(kind, key):
+                return f"{name} has a {key} of its own"
+            if key in expected and key != "training" and value != expected[key]:
+                return f"{name} has {key} {value}, not {expected[key]}"
+        if module._buffers:
+            return f"{name} has a buffer {next(iter(module._buffers))}"
+        shapes, found = (
+            {key: None if p is None else tuple(p.shape) for key, p in m._parameters.items()}
+            for m in (made, module)
+        )
+        if found != shapes:
+            return f"{name} has the parameters {found}, not {shapes}"
+    return None
+
+
+def _hooks(model) -> str | None:
+    if isinstance(model, Net):
+        return None
+    for name, module in model.named_modules():
+        if any(getattr(module, hooks) for hooks in _HOOKS):
+            return f"{name or type(model).__name__} has a hook"
+    if any(getattr(nn.modules.module, f"_global{hooks}") for hooks in _HOOKS):
+        return "a hook on all modules is registered"
+    for name, p in model.named_parameters():
+        if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+            return f"{name} has a gradient hook"
+    return None
+
+
+def _parameters(model) -> str | None:
+    """What keeps the parameters from being trained as plain tensors of one kind."""
+    if isinstance(model, Net):
+        return None
+    named = dict(model.named_parameters(remove_duplicate=False))
+    first_name, first = next(iter(named.items()))
+    for name, p in named.items():
+        if type(p) is not nn.Parameter:
+            return f"{name} is a {type(p).__name__}, not a plain parameter"
+        if not p.requires_grad:
+            return f"trains every parameter, but {name} does not require a gradient"
+        if (p.dtype, p.device) != (first.dtype, first.device):
+            return (
+                f"{name} is {p.dtype} on {p.device}, but {first_name} {first.dtype} on "
+                f"{first.device}"
+            )
+        if not p.is_contiguous():
+            return f"{name} is not contiguous"
+    spans = sorted(
+        (p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), name)
+        for name, p in named.items()
+        if p.numel()
+    )
+    for (_, end, one), (start, _, other) in itertools.pairwise(spans):
+        if start < end:
+            return f"{one} and {other} share memory"
+    return None
+
+
+def criterion(loss) -> str | None:
+    """Why the loss may be something else than its class computes, or has no gradient written."""
+    if type(loss) in losses.LOSSES.values():
+        changed = [name for name in vars(loss) if hasattr(type(loss), name)]
+        return f"this {type(loss).__name__} has a {changed[0]} of its own" if changed else None
+    for kind in losses.LOSSES.values():
+        if isinstance(loss, kind):
+            return (
+                f"{type(loss).__name__} is a subclass of {kind.__name__} and may compute "
+                "something else"
+            )
+    if hasattr(loss, "forward") and hasattr(loss, "backward"):
+        return None
+    return f"needs one of the losses {', '.join(losses.LOSSES)}, got {type(loss).__name__}"
+
+
+def optimizer(optimizer) -> str | None:
+    """Why a step of the optimizer may be something else than the update of its class."""
+    kind = type(optimizer)
+    if kind not in OPTIMIZERS.values():
+        names = ", ".join(known.__name__ for known in OPTIMIZERS.values())
+        return f"needs mlp's {names}, got {kind.__module__.split('.')[0]}'s {kind.__name__}"
+    if any(getattr(optimizer, hooks) for hooks in _STEP_HOOKS):
+        return f"this {kind.__name__} has a hook on its steps"
+    if _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
+        return "a hook on the steps of all optimizers is registered"
+    own = vars(optimizer).get("step")  # torch's schedulers wrap step, and compute nothing else
+    if own is not None and getattr(own, "__wrapped__", None) is not kind.step:
+        return f"this {kind.__name__} has a step of its own"
+    return None
+
+
+def needs_closure(optimizer) -> str | None:
+    """Why an optimizer cannot be stepped after one backward, or None: LBFGS and its like."""
+    for name, parameter in inspect.signature(type(optimizer).step).parameters.items():
+        if name == "closure" and parameter.default is parameter.empty:
+            return (
+                f"{type(optimizer).__name__} computes the loss several times a step, which a "
+                "Trainer does not do; write the loop yourself: optimizer.step(closure)"
+            )
+    return None

@@ -1,0 +1,84 @@
+"""How the manual step updates the parameters: in the backward, by our optimizer, or by another one.
+
+An update is made for an epoch. `finish(gradient)` runs the backward and updates; `numbers()` gives
+what a recording of that would freeze, or None if a recording must stop before the update, which is
+then `apply()`.
+"""
+
+import kernels
+
+from . import takeover
+
+
+class Separate:
+    """Gradients into the net, then one of our optimizers updates from them."""
+
+    def __init__(self, net, optimizer, grads):
+        self.net, self.optimizer, self.grads = net, optimizer, grads
+
+    def finish(self, gradient) -> None:
+        """Backward from the gradient of the outputs, and the update."""
+        self.net.backward(gradient)
+        self.apply()
+
+    def apply(self) -> None:
+        """The update from the gradients that are in the net."""
+        self.optimizer.update(self.grads)
+
+    def numbers(self) -> tuple | None:
+        """The optimizer's numbers, if they can be frozen."""
+        return self.optimizer.constants()
+
+    def prepare(self) -> None:
+        """What must not be recorded, done before."""
+
+
+class Inline(Separate):
+    """The update in the epilogue of the backward: gradients are not stored."""
+
+    def finish(self, gradient):
+        """Backward and update in one."""
+        self.net.update(gradient, *self.optimizer.inline())
+
+    def prepare(self):
+        """Make the optimizer's row of numbers, which reads tensors on the host."""
+        self.optimizer.hyper(next(iter(self.net.parameters.values())).device)
+
+
+class Foreign(Separate):
+    """An optimizer that reads .grad: torch's own, and ours where its step was changed."""
+
+    def __init__(self, net, optimizer, grads):
+        super().__init__(net, optimizer, grads)
+        self.parameters = parameters(optimizer)
+
+    def apply(self):
+        """Hand the gradients to .grad and step."""
+        for p, gradient in zip(self.parameters, self.grads):
+            p.grad = gradient
+        self.optimizer.step()
+
+    def numbers(self):
+        """Never frozen: what another optimizer does is not ours to know."""
+        return None
+
+
+def parameters(optimizer) -> list:
+    """All parameters of an optimizer, group after group."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def choose(net, optimizer, named: dict) -> Separate:
+    """The update of this net by this optimizer. named: name -> parameter, as the optimizer holds
+    them.
+    """
+    names = {id(p): name for name, p in named.items()}
+    grads = [net.grads.get(names.get(id(p))) for p in parameters(optimizer)]
+    if takeover.optimizer(optimizer) is not None:
+        return Foreign(net, optimizer, grads)
+    rule = optimizer.rule(named.values())
+    on_kernels = kernels.path(next(iter(net.parameters.values()))) == "triton"
+    # Without kernels only these two gain by it.
+    worth = on_kernels or rule in ("sgd", "momentum")
+    kind = Inline if rule is not None and len(net.stages) == 1 and worth else Separate
+    return kind(net, optimizer, grads)
