@@ -2,7 +2,7 @@
 reference in plain torch.
 """
 
-from . import compiled, compiled_optim  # noqa: F401  they register the operators that torch.compile sees
+from . import compiled_optim  # noqa: F401  it registers the operators that torch.compile sees
 from .activations import ACTIVATIONS, Activation
 from .conv import conv2d, conv2d_fwd, conv2d_fwd_ref
 from .conv_bwd import conv2d_bwd, conv2d_bwd_ref
@@ -15,7 +15,7 @@ from .cross_entropy import (
     cross_entropy_fwd_ref,
 )
 from .epoch import train_epoch, train_epoch_ref
-from .launch import path, use
+from .launch import backend, path, use
 from .linear import (
     linear,
     linear_bwd,
@@ -50,6 +50,7 @@ __all__ = [
     "StepState",
     "adam",
     "adam_ref",
+    "backend",
     "check_labels",
     "conv2d",
     "conv2d_bwd",

@@ -19,15 +19,30 @@ so the forward keeps the winner's place and its y or z, and neither z nor act(z)
 Its kernels stand in `conv_bwd`.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from . import activations, configs, launch
+from . import activations, configs, launch, tape
 from .conv_bwd import conv2d_bwd, conv2d_bwd_ref, pad_end
-from .patches import check_conv, load_patches, locate, unravel
+from .linear import kept
+from .patches import Geometry, check_conv, geometry, load_patches, locate, unravel
 from .tiles import cast, dot
+
+
+class Conv2dSaved(NamedTuple):
+    """What the forward keeps for the backward."""
+
+    x: torch.Tensor  # (N, C, H, W) or (C, H, W)
+    w: torch.Tensor  # (O, C, KH, KW)
+    s: torch.Tensor | None  # y or z of the winners, whichever act' is written in
+    winner: torch.Tensor | None  # the place of each window's winner, int32, if it pools
+    bias: bool
+    activation: str
+    g: Geometry
 
 
 def conv2d_fwd_ref(
@@ -50,15 +65,7 @@ def conv2d_fwd_ref(
             else None
         )
     y = y if x.dim() == 4 else y.squeeze(0)
-    return y, (
-        x,
-        w,
-        {"nothing": None, "y": y, "z": z}[act.needs],
-        winner,
-        b is not None,
-        activation,
-        g,
-    )
+    return y, Conv2dSaved(x, w, kept(act, y, z), winner, b is not None, activation, g)
 
 
 def _max_pool_ref(y, pool):
@@ -191,7 +198,7 @@ def conv2d_fwd(
     """
     act = activations.get(activation, "conv2d")
     g = check_conv(x, w, b, stride, padding, dilation, max_pool, groups)
-    if launch.path(x, w, b) == "torch":
+    if launch.backend(x, w, b) == "torch":
         return conv2d_fwd_ref(x, w, b, stride, padding, activation, max_pool, dilation, groups)
     images = x if x.dim() == 4 else x.unsqueeze(0)
     (N, _, H, W), O = images.shape, w.shape[0]
@@ -227,45 +234,59 @@ def conv2d_fwd(
         **config,
     )
     y = y if x.dim() == 4 else y.squeeze(0)
-    return y, (
-        x,
-        w,
-        {"nothing": None, "y": y, "z": z}[act.needs],
-        winner,
-        b is not None,
-        activation,
-        g,
-    )
+    return y, Conv2dSaved(x, w, kept(act, y, z), winner, b is not None, activation, g)
 
 
-class Conv2dFunction(torch.autograd.Function):
-    """conv2d_fwd and conv2d_bwd as one node of the tape."""
-
-    @staticmethod
-    def forward(ctx, x, w, b, *options):
-        y, saved = conv2d_fwd(x, w, b, *options)
-        launch.remember(ctx, (x, w, b, *options), saved)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        needs = ctx.needs_input_grad[:3]
-        return *launch.differentiate(ctx, dy, conv2d_bwd, conv2d_fwd_ref, conv2d_bwd_ref, needs), *(
-            None,
-        ) * 6
+def _fake_fwd(x, w, b, stride, padding, activation="identity", max_pool=1, dilation=1, groups=1):
+    """Tensors of the forward's shapes. torch's convolution asks a fake tensor how large its batch
+    is, and another answer would compile anew.
+    """
+    g = check_conv(x, w, b, stride, padding, dilation, max_pool, groups)
+    oh, ow = g.conv_size(*x.shape[-2:])
+    images = (x.shape[0] if x.dim() == 4 else 1, w.shape[0], oh // g.PH, ow // g.PW)
+    y = x.new_empty(images if x.dim() == 4 else images[1:])
+    act = activations.get(activation, "conv2d")
+    z = x.new_empty(images) if act.needs == "z" else None
+    winner = x.new_empty(images, dtype=torch.int32) if g.pooled else None
+    return y, Conv2dSaved(x, w, kept(act, y, z), winner, b is not None, activation, g)
 
 
+def _fake_bwd(dy, x, w, s, winner, bias, activation, g, *, needs):
+    """Tensors of the gradients' shapes."""
+    return torch.empty_like(x), torch.empty_like(w), w.new_empty(w.shape[:1]) if bias else None
+
+
+def _geometry(given) -> Geometry:
+    options = (given[name] for name in ("stride", "padding", "dilation", "max_pool"))
+    return geometry(given["w"].shape[2:], *options)
+
+
+CONV2D = tape.Differentiable(
+    name="conv2d",
+    fwd=conv2d_fwd,
+    fwd_ref=conv2d_fwd_ref,
+    bwd=conv2d_bwd,
+    bwd_ref=conv2d_bwd_ref,
+    saved=Conv2dSaved,
+    inputs=3,
+    derived={"bias": lambda given: given["b"] is not None, "g": _geometry},
+    fake_fwd=_fake_fwd,
+    fake_bwd=_fake_bwd,
+)
+
+
+@tape.traceable
 def conv2d(
-    input,
-    weight,
-    bias=None,
-    stride=1,
-    padding=0,
-    activation="identity",
-    max_pool=1,
-    dilation=1,
-    groups=1,
-):
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    activation: str = "identity",
+    max_pool: int | tuple[int, int] = 1,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+) -> torch.Tensor:
     """max_pool2d(act(conv2d(input, weight, bias, stride, padding, dilation)), max_pool), as in
     `torch.nn.functional`.
 
@@ -274,4 +295,4 @@ def conv2d(
     Differentiable, twice too; float64 by the reference.
     """
     options = stride, padding, activation, max_pool, dilation, groups
-    return launch.call("conv2d", Conv2dFunction, conv2d_fwd, input, weight, bias, *options)
+    return tape.call(CONV2D, input, weight, bias, *options)

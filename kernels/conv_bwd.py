@@ -7,7 +7,7 @@ import triton.language as tl
 
 from . import activations, configs, launch
 from .linear import linear_bwd_reduce_kernel
-from .patches import load_patches, locate, unravel
+from .patches import Geometry, load_patches, locate, unravel
 from .tiles import cast, dot
 
 # columns of patches: up to here the reference's dw is faster by a product than by a convolution
@@ -79,6 +79,7 @@ def conv2d_bwd_ref(dy, x, w, s, winner, bias, activation, g, *, needs=(True, Tru
 def _backward(dy, x, w, s, winner, bias, activation, g, needs, bwd_dz, bwd_dx, bwd_dw):
     """The three steps in order, with either implementation of each; one image is a batch of one."""
     needs_dx, needs_dw, needs_db = needs
+    g = Geometry(*g)  # an operator hands on its numbers
     images, dy, s = (t if t is None or t.dim() == 4 else t.unsqueeze(0) for t in (x, dy, s))
     size = tuple(images.shape[2:])
     dz = bwd_dz(dy, s, winner, activation, g, size)
@@ -288,7 +289,7 @@ def conv2d_bwd_dz(dy, s, winner, activation, g, size):
     size: of the images. One read of dy, s and winner, one write of dz, where at most one element of
     a window is not 0.
     """
-    if launch.path(dy, s) == "torch":
+    if launch.backend(dy, s) == "torch":
         return conv2d_bwd_dz_ref(dy, s, winner, activation, g, size)
     if s is None and winner is None:
         return dy.contiguous()
@@ -325,7 +326,7 @@ def conv2d_bwd_dx(dz, w, g, size):
     An implicit product: nothing is unfolded in memory. Float32 accumulation in a fixed order:
     deterministic.
     """
-    if launch.path(dz, w) == "torch":
+    if launch.backend(dz, w) == "torch":
         return conv2d_bwd_dx_ref(dz, w, g, size)
     (N, O, OH, OW), C, (H, W) = dz.shape, w.shape[1], size
     dx = dz.new_empty(N, C, H, W)
@@ -360,7 +361,7 @@ def conv2d_bwd_dw(dz, x, g, bias=True):
     The positions are split among programs that each write a float32 part; a second kernel adds the
     parts in a fixed order, so two runs are bitwise equal. x may have any strides.
     """
-    if launch.path(dz, x) == "torch":
+    if launch.backend(dz, x) == "torch":
         return conv2d_bwd_dw_ref(dz, x, g, bias)
     (N, O, OH, OW), (_, C, H, W) = dz.shape, x.shape
     M, K = N * OH * OW, C * g.KH * g.KW

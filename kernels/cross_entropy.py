@@ -14,18 +14,28 @@ not underflow; the backward only scales it.
 """
 
 import contextlib
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from . import configs, launch
+from . import configs, launch, tape
 from .mse import check_reduction
 from .tiles import cast
 
 _TILE = 4096  # logits of one program's tile
 _check_labels_on_device = False
+
+
+class CrossEntropySaved(NamedTuple):
+    """What the forward keeps for the backward."""
+
+    grad: torch.Tensor  # ∂ℓ/∂z, of the logits' shape
+    dtarget: torch.Tensor | None  # ∂ℓ/∂t, where probabilities want a gradient
+    denominator: torch.Tensor | int | None  # of the mean
+    reduction: str
 
 
 @contextlib.contextmanager
@@ -92,8 +102,8 @@ def cross_entropy_fwd_ref(
     ignore_index=-100,
     reduction="mean",
     label_smoothing=0.0,
-    *,
     target_grad=False,
+    *,
     labels_valid=False,
 ):
     """The reference of `cross_entropy_fwd`; with `target_grad`, the gradient of probability targets
@@ -127,12 +137,9 @@ def cross_entropy_fwd_ref(
         loss = loss.sum()
     else:
         loss = loss.sum() / denominator if isinstance(denominator, torch.Tensor) else loss.mean()
-    return loss.to(logits.dtype), (
-        grad.to(logits.dtype).view(logits.shape),
-        dtarget,
-        denominator,
-        reduction,
-    )
+    denominator = denominator if reduction == "mean" else None
+    grad = grad.to(logits.dtype).view(logits.shape)
+    return loss.to(logits.dtype), CrossEntropySaved(grad, dtarget, denominator, reduction)
 
 
 def _plain_ref(logits, logp, t, reduction):
@@ -142,12 +149,9 @@ def _plain_ref(logits, logp, t, reduction):
     loss = F.nll_loss(logp, t.squeeze(1), reduction=reduction).to(logits.dtype)
     loss = loss.view(expected_shape(logits)) if reduction == "none" else loss
     grad = logp.exp().scatter_add(1, t, logp.new_full(t.shape, -1.0)).to(logits.dtype)
-    return loss, (
-        grad if logits.dim() == 2 else grad.view(logits.shape),
-        None,
-        t.shape[0],
-        reduction,
-    )
+    denominator = t.shape[0] if reduction == "mean" else None
+    grad = grad if logits.dim() == 2 else grad.view(logits.shape)
+    return loss, CrossEntropySaved(grad, None, denominator, reduction)
 
 
 def _label_terms_ref(logp, t, w, ignore_index, label_smoothing):
@@ -456,8 +460,8 @@ def cross_entropy_fwd(
     ignore_index=-100,
     reduction="mean",
     label_smoothing=0.0,
-    *,
     target_grad=False,
+    *,
     labels_valid=False,
 ):
     """The loss, and what `cross_entropy_bwd` takes after dy, in one reading of the logits and one
@@ -471,10 +475,10 @@ def cross_entropy_fwd(
     probabilities too, by the reference. `labels_valid`: every label is a class; unchecked.
     """
     check_cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing)
-    if target_grad or launch.path(logits, weight) == "torch":
+    if target_grad or launch.backend(logits, weight) == "torch":
         options = (weight, ignore_index, reduction, label_smoothing)
         return cross_entropy_fwd_ref(
-            logits, target, *options, target_grad=target_grad, labels_valid=labels_valid
+            logits, target, *options, target_grad, labels_valid=labels_valid
         )
     z, t = _rows(logits, target)
     N, C, D = z.shape
@@ -518,7 +522,7 @@ def cross_entropy_fwd(
 def finish(rows, programs, like, shape, reduction, grad):
     """Reduce what the forward kernel left, and return (loss, saved)."""
     if reduction == "none":
-        return rows.view(shape), (grad, None, None, reduction)
+        return rows.view(shape), CrossEntropySaved(grad, None, None, reduction)
     loss = like.new_empty(())
     denominator = like.new_empty((), dtype=torch.float32)
     launch.run(
@@ -531,7 +535,8 @@ def finish(rows, programs, like, shape, reduction, grad):
         MEAN=reduction == "mean",
         BLOCK=1024,
     )
-    return loss, (grad, None, denominator if reduction == "mean" else None, reduction)
+    denominator = denominator if reduction == "mean" else None
+    return loss, CrossEntropySaved(grad, None, denominator, reduction)
 
 
 def cross_entropy_bwd(dy, grad, dtarget, denominator, reduction, *, needs=(True, True)):
@@ -541,7 +546,7 @@ def cross_entropy_bwd(dy, grad, dtarget, denominator, reduction, *, needs=(True,
     number = denominator is not None and not isinstance(
         denominator, torch.Tensor
     )  # as the reference leaves it
-    if dtarget is not None or number or launch.path(dy, grad, denominator) == "torch":
+    if dtarget is not None or number or launch.backend(dy, grad, denominator) == "torch":
         return cross_entropy_bwd_ref(dy, grad, dtarget, denominator, reduction, needs=needs)
     dz = torch.empty_like(grad)
     D = grad.shape[2:].numel() if grad.dim() > 2 else 1
@@ -562,34 +567,29 @@ def cross_entropy_bwd(dy, grad, dtarget, denominator, reduction, *, needs=(True,
     return dz, None
 
 
-class CrossEntropyFunction(torch.autograd.Function):
-    """cross_entropy_fwd and cross_entropy_bwd as one node of the tape."""
-
-    @staticmethod
-    def forward(ctx, logits, target, *options):
-        target_grad = ctx.needs_input_grad[1]
-        loss, saved = cross_entropy_fwd(logits, target, *options, target_grad=target_grad)
-        launch.remember(ctx, (logits, target, *options), saved)
-        return loss
-
-    @staticmethod
-    def backward(ctx, dy):
-        def fwd_ref(*inputs):
-            return cross_entropy_fwd_ref(*inputs, target_grad=ctx.needs_input_grad[1])
-
-        needs = ctx.needs_input_grad[:2]
-        return *launch.differentiate(
-            ctx, dy, cross_entropy_bwd, fwd_ref, cross_entropy_bwd_ref, needs
-        ), *(None,) * 4
+CROSS_ENTROPY = tape.Differentiable(
+    name="cross_entropy",
+    fwd=cross_entropy_fwd,
+    fwd_ref=cross_entropy_fwd_ref,
+    bwd=cross_entropy_bwd,
+    bwd_ref=cross_entropy_bwd_ref,
+    saved=CrossEntropySaved,
+    inputs=2,
+    autocast=torch.float32,
+)
 
 
+@tape.traceable
 def cross_entropy(
-    input, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0
-):
+    input: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
     """`torch.nn.functional.cross_entropy`, loss and gradient in one pass. See `cross_entropy_fwd`
     for shapes and errors.
     """
-    args = input, target, weight, ignore_index, reduction, label_smoothing
-    return launch.call(
-        "cross_entropy", CrossEntropyFunction, cross_entropy_fwd, *args, autocast=torch.float32
-    )
+    options = weight, ignore_index, reduction, label_smoothing, target.requires_grad
+    return tape.call(CROSS_ENTROPY, input, target, *options)

@@ -242,7 +242,7 @@ def train_epoch(
     than the device runs at once.
     """
     check_training("epoch", spec, parameters, states, data, targets, batch)
-    if launch.path(*parameters) == "torch":
+    if launch.backend(*parameters) == "torch":
         return train_epoch_ref(
             spec,
             parameters,

@@ -1,11 +1,12 @@
-"""What every operation shares: which implementation runs, how a kernel is launched, how a Function
-remembers.
+"""What every operation shares: which implementation runs, how a kernel is launched, device facts.
 
-A leaf: it imports no operation. The path is chosen here and nowhere else:
+A leaf: it imports no operation. The backend is chosen here and nowhere else:
 
     CUDA, HIP or XPU tensor                 -> the Triton kernel
     CPU tensor under TRITON_INTERPRET=1     -> the same kernel, in Triton's interpreter
     any other tensor, or float64 anywhere   -> the reference, in plain torch
+    somebody follows every operation        -> the reference: torch.func, torch.export, torch.jit
+    a tensor that is no plain memory        -> the reference: DTensor, FakeTensor, other subclasses
 
 and `use("torch")` or `use("triton")` forces one of them.
 """
@@ -25,38 +26,38 @@ INTERPRET = tl.constexpr(INTERPRETED)
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ACCELERATORS = ("cuda", "xpu")
-_AUTOCAST = ("cpu", *_ACCELERATORS)
+AUTOCAST = ("cpu", *_ACCELERATORS)
 
 _forced: str | None = None
 _observers: list = []
-# public function -> how `compiled` calls its operator; the first output is the function's
+# update of an optimizer -> how `compiled_optim` calls its operator
 operators: dict = {}
 _target: tuple[str, int] | None = None  # (architecture, processors) while dry_run is open
 
 
-def use(path: str):
+def use(backend: str) -> contextlib.AbstractContextManager[None]:
     """`with use("torch"):` forces the reference, `with use("triton"):` the kernels, inside it and
     in every thread.
 
     Forcing `"triton"` on tensors that no kernel can take (float64, or a CPU without the
     interpreter) is an error.
     """
-    if path not in ("torch", "triton"):
-        raise ValueError(f'use: path must be "torch" or "triton", got {path!r}')
-    return _using(path)
+    if backend not in ("torch", "triton"):
+        raise ValueError(f'use: backend must be "torch" or "triton", got {backend!r}')
+    return _using(backend)
 
 
 @contextlib.contextmanager
-def _using(path):
+def _using(backend):
     global _forced
-    before, _forced = _forced, path
+    before, _forced = _forced, backend
     try:
         yield
     finally:
         _forced = before
 
 
-def path(*tensors) -> str:
+def backend(*tensors: torch.Tensor | None) -> str:
     """`"triton"` or `"torch"`: the implementation that serves these tensors (None and non-tensors
     are ignored).
     """
@@ -70,7 +71,7 @@ def path(*tensors) -> str:
         and tensors[0].device.type == "cpu"
     ):
         return "torch"  # the short way, for the CPU's training loop
-    if watched():
+    if watched() or not plain(*tensors):
         return "torch"
     tensors = [t for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()]
     if all(t.dtype in KERNEL_DTYPES and _has_kernels(t.device) for t in tensors):
@@ -83,6 +84,31 @@ def path(*tensors) -> str:
             "or on the CPU when TRITON_INTERPRET=1 is set before the first import"
         )
     return "torch"
+
+
+def path(*tensors: torch.Tensor | None) -> str:
+    """Deprecated: the name that `backend` had before version 0.2; it goes with version 0.3."""
+    return backend(*tensors)
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_NO_DISPATCH = torch.Tensor.__torch_dispatch__
+
+
+def plain(*tensors: torch.Tensor | None) -> bool:
+    """Whether all of these are plain memory, which a kernel can take a pointer of.
+
+    Not so: subclasses with a __torch_dispatch__ of their own (DTensor, FakeTensor), and what vmap
+    and other transforms wrap. None and non-tensors are ignored.
+    """
+    for t in tensors:
+        if not isinstance(t, torch.Tensor):
+            continue
+        if type(t) not in _PLAIN and type(t).__torch_dispatch__ is not _NO_DISPATCH:
+            return False
+        if torch._C._functorch.is_functorch_wrapped_tensor(t):
+            return False
+    return True
 
 
 def _has_kernels(device: torch.device) -> bool:
@@ -129,7 +155,7 @@ def observe(callback):
 
 @contextlib.contextmanager
 def dry_run(arch: str, sms: int):
-    """Choose paths and configurations as on that GPU, and launch nothing: results stay unwritten.
+    """Choose backend and configurations as on that GPU, and launch nothing: results stay unwritten.
 
     With `observe` and tensors on the meta device this lists what an operation would launch there:
     for compiling without a GPU and for counting.
@@ -203,7 +229,7 @@ def check_same(op: str, **tensors) -> None:
 
 def watched() -> bool:
     """Whether somebody follows every torch operation: torch.func, forward-mode AD, torch.export,
-    make_fx, fake tensors.
+    torch.jit.trace, make_fx, fake tensors.
 
     Then no kernel may run, as it would not be seen, and no value may be read.
     """
@@ -212,86 +238,5 @@ def watched() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
     )
-
-
-def autocasting(tensor) -> bool:
-    """Whether torch.autocast is on for this tensor's device."""
-    device = tensor.device.type
-    return device in _AUTOCAST and torch.is_autocast_enabled(device)
-
-
-def call(name: str, function, fwd, *args, autocast=None):
-    """What a public function does with its arguments: of the four ways there are to compute, the
-    one that serves here.
-
-    Under torch.autocast, cast the arguments as torch does, to autocast's dtype or to the one given,
-    and then: compiled, the operator of this name; watched, the reference `fwd` in differentiable
-    torch operations; else the autograd function.
-    """
-    if not isinstance(args[0], torch.Tensor):
-        raise TypeError(
-            f"{name}: input must be a torch.Tensor, got {type(args[0]).__name__}; convert it with "
-            "torch.as_tensor"
-        )
-    if autocasting(args[0]):
-        device = args[0].device.type
-        dtype = autocast or torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            return call(name, function, fwd, *(_autocast(a, device, dtype) for a in args))
-    transformed = torch._C._are_functorch_transforms_active()
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not transformed:
-        return operators[name](*args)[0]
-    if watched():
-        return fwd(*args)[0]
-    return function.apply(*args)
-
-
-def _autocast(value, device: str, dtype):
-    """Floating-point tensors on this device in this dtype, but for float64, which torch leaves
-    alone as well.
-    """
-    if (
-        not isinstance(value, torch.Tensor)
-        or not value.is_floating_point()
-        or value.dtype == torch.float64
-    ):
-        return value
-    return value.to(dtype) if value.device.type == device else value
-
-
-def remember(ctx, inputs: tuple, saved: tuple) -> None:
-    """Keep a Function's inputs and what its forward saved: tensors through save_for_backward, the
-    rest on ctx.
-    """
-    values = (*inputs, *saved)
-    tensors = {
-        id(v): v for v in values if isinstance(v, torch.Tensor)
-    }  # a tensor that is there twice is saved once
-    ctx.save_for_backward(*tensors.values())
-    places = {key: place for place, key in enumerate(tensors)}
-    ctx.values = [places.get(id(v), (v,)) for v in values]
-    ctx.input_count = len(inputs)
-
-
-def recall(ctx) -> tuple[tuple, tuple]:
-    """`(inputs, saved)` as given to `remember`."""
-    tensors = ctx.saved_tensors
-    values = tuple(v[0] if isinstance(v, tuple) else tensors[v] for v in ctx.values)
-    return values[: ctx.input_count], values[ctx.input_count :]
-
-
-def differentiate(ctx, dy, bwd, fwd_ref, bwd_ref, needs):
-    """A Function's backward: `bwd(dy, *saved)`, or under create_graph=True the reference, itself
-    differentiable.
-
-    The kernels' results carry no graph, so what the second derivative needs is computed again from
-    the inputs.
-    """
-    if autocasting(dy):
-        with torch.autocast(dy.device.type, enabled=False):
-            return differentiate(ctx, dy, bwd, fwd_ref, bwd_ref, needs)
-    inputs, saved = recall(ctx)
-    if torch.is_grad_enabled():
-        return bwd_ref(dy, *fwd_ref(*inputs)[1], needs=needs)
-    return bwd(dy, *saved, needs=needs)

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .objective import loss
 from .optim import adam_update, bias_correction, sgd_update
-from .tiles import cast, dot, product_tile
+from .tiles import Matrix, cast, dot, product_tile
 
 
 @triton.jit
@@ -262,25 +262,10 @@ def forward_tile(y_ptr, p_ptrs, r, n, l: tl.constexpr, NET: tl.constexpr):
     N: tl.constexpr = NET.sizes[l]
     PRECISION: tl.constexpr = NET.precision
     offs_n = n + tl.arange(0, NET.tiles[l])
-    z, _ = product_tile(
-        y_ptr + (l - 2) * (NET.block_m * NET.pitch),
-        p_ptrs[(l - 1) * (1 + NET.bias)] + r * (N * K),
-        tl.arange(0, NET.block_m),
-        offs_n,
-        NET.block_m,
-        N,
-        0,
-        K,
-        NET.pitch,
-        1,
-        K,
-        1,
-        NET.block_m,
-        NET.tiles[l],
-        NET.block_r,
-        PRECISION,
-        False,
-    )
+    y = Matrix(y_ptr + (l - 2) * (NET.block_m * NET.pitch), NET.block_m, NET.pitch, 1)
+    w = Matrix(p_ptrs[(l - 1) * (1 + NET.bias)] + r * (N * K), N, K, 1)
+    offs_m = tl.arange(0, NET.block_m)
+    z, _ = product_tile(y, w, offs_m, offs_n, 0, K, NET.block_r, PRECISION, False)
     if NET.bias:
         z += tl.load(p_ptrs[2 * l - 1] + r * N + offs_n, mask=offs_n < N, other=0.0)[None, :]
     return z

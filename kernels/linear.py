@@ -13,18 +13,34 @@ act' before it stores.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from . import activations, configs, launch
-from .tiles import cast, product_tile
+from . import activations, configs, launch, tape
+from .tiles import cast, load_tile, matrix, product_tile
 
 MAX_SPLITS = 32  # of the batch in dw: the workspace is at most this many times dw
 
 
-def as_matrix(t):
+class LinearSaved(NamedTuple):
+    """What the forward keeps for the backward."""
+
+    x: torch.Tensor  # (…, K)
+    w: torch.Tensor  # (N, K)
+    s: torch.Tensor | None  # y or z, whichever act' is written in
+    bias: bool
+    activation: str
+
+
+def kept(act: activations.Activation, y, z):
+    """What the derivative of an activation is written in: y, z or nothing."""
+    return {"nothing": None, "y": y, "z": z}[act.needs]
+
+
+def as_matrix(t: torch.Tensor) -> torch.Tensor:
     """t (…, n) as (M, n); also where n = 0, which leaves reshape(-1, n) no answer."""
     return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
@@ -45,7 +61,7 @@ def linear_fwd_ref(x, w, b=None, activation="identity", *, out=None):
         y = z
     # No view, whose output torch would not let anyone overwrite outside of the graph.
     y = y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], w.shape[0]))
-    return y, (x, w, {"nothing": None, "y": y, "z": z}[act.needs], b is not None, activation)
+    return y, LinearSaved(x, w, kept(act, y, z), b is not None, activation)
 
 
 def linear_bwd_dz_ref(dy, s, activation, *, out=None):
@@ -100,17 +116,11 @@ def _backward(dy, x, w, s, bias, activation, needs, bwd_dz, bwd_dx, bwd_dw):
 def linear_fwd_kernel(
     y_ptr,
     z_ptr,
-    x_ptr,
-    w_ptr,
+    x,  # Matrix [M, K]
+    w,  # Matrix [N, K]
     b_ptr,
-    M,
-    N,
-    K,
-    stride_xm,
-    stride_xk,
-    stride_wn,
-    stride_wk,
     stride_b,
+    K,
     ACT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -122,29 +132,12 @@ def linear_fwd_kernel(
     """
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    z, _ = product_tile(
-        x_ptr,
-        w_ptr,
-        offs_m,
-        offs_n,
-        M,
-        N,
-        0,
-        K,
-        stride_xm,
-        stride_xk,
-        stride_wn,
-        stride_wk,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        PRECISION,
-        False,
-    )
+    N = w.rows
+    z, _ = product_tile(x, w, offs_m, offs_n, 0, K, BLOCK_K, PRECISION, False)
     if b_ptr is not None:
         z += tl.load(b_ptr + offs_n * stride_b, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     offs = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
-    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    mask = (offs_m < x.rows)[:, None] & (offs_n < N)[None, :]
     if z_ptr is not None:
         tl.store(z_ptr + offs, cast(z, z_ptr.dtype.element_ty), mask=mask)
     tl.store(y_ptr + offs, cast(ACT(z), y_ptr.dtype.element_ty), mask=mask)
@@ -153,14 +146,9 @@ def linear_fwd_kernel(
 @triton.jit
 def linear_bwd_dz_kernel(
     dz_ptr,
-    dy_ptr,
-    s_ptr,
-    M,
+    dy,  # Matrix [M, N]
+    s,  # Matrix [M, N]
     N,
-    stride_dym,
-    stride_dyn,
-    stride_sm,
-    stride_sn,
     ACT_BWD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -168,31 +156,18 @@ def linear_bwd_dz_kernel(
     """Forward was y = act(z), so dz = dy ⊙ act'(z), with act' written in s: y or z."""
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    mask = (offs_m < M) & (offs_n < N)
-    dy = tl.load(dy_ptr + offs_m * stride_dym + offs_n * stride_dyn, mask=mask, other=0.0).to(
-        tl.float32
-    )
-    s = tl.load(s_ptr + offs_m * stride_sm + offs_n * stride_sn, mask=mask, other=0.0).to(
-        tl.float32
-    )
-    tl.store(dz_ptr + offs_m * N + offs_n, cast(ACT_BWD(dy, s), dz_ptr.dtype.element_ty), mask=mask)
+    mask = (offs_m < dy.rows) & (offs_n < N)
+    dz = ACT_BWD(load_tile(dy, offs_m, offs_n, mask), load_tile(s, offs_m, offs_n, mask))
+    tl.store(dz_ptr + offs_m * N + offs_n, cast(dz, dz_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def linear_bwd_dx_kernel(
     dx_ptr,
-    dz_ptr,
-    w_ptr,
-    s_ptr,
-    M,
+    dz,  # Matrix [M, N]
+    w,  # Matrix [K, N]: transposed
+    s,  # Matrix [M, K], or None
     N,
-    K,
-    stride_dzm,
-    stride_dzn,
-    stride_wn,
-    stride_wk,
-    stride_sm,
-    stride_sk,
     ACT_BWD: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -207,33 +182,13 @@ def linear_bwd_dx_kernel(
     """
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    dx, _ = product_tile(
-        dz_ptr,
-        w_ptr,
-        offs_m,
-        offs_k,
-        M,
-        K,
-        0,
-        N,
-        stride_dzm,
-        stride_dzn,
-        stride_wk,
-        stride_wn,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        PRECISION,
-        False,
-    )
+    K = w.rows
+    dx, _ = product_tile(dz, w, offs_m, offs_k, 0, N, BLOCK_K, PRECISION, False)
     offs_m = offs_m.to(tl.int64)[:, None]
     offs_k = offs_k.to(tl.int64)[None, :]
-    mask = (offs_m < M) & (offs_k < K)
-    if s_ptr is not None:
-        s = tl.load(s_ptr + offs_m * stride_sm + offs_k * stride_sk, mask=mask, other=0.0).to(
-            tl.float32
-        )
-        dx = ACT_BWD(dx, s)
+    mask = (offs_m < dz.rows) & (offs_k < K)
+    if s is not None:
+        dx = ACT_BWD(dx, load_tile(s, offs_m, offs_k, mask))
     tl.store(dx_ptr + offs_m * K + offs_k, cast(dx, dx_ptr.dtype.element_ty), mask=mask)
 
 
@@ -241,17 +196,11 @@ def linear_bwd_dx_kernel(
 def linear_bwd_dw_kernel(
     dw_ptr,
     db_ptr,
-    dz_ptr,
-    x_ptr,
+    dz,  # Matrix [N, M]: transposed
+    x,  # Matrix [K, M]: transposed
     M,
-    N,
-    K,
     rows,
     split_stride,
-    stride_dzm,
-    stride_dzn,
-    stride_xm,
-    stride_xk,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -267,25 +216,10 @@ def linear_bwd_dw_kernel(
     offs_k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(2)
     start = split * rows
-    dw, db = product_tile(
-        dz_ptr,
-        x_ptr,
-        offs_n,
-        offs_k,
-        N,
-        K,
-        start,
-        tl.minimum(start + rows, M),
-        stride_dzn,
-        stride_dzm,
-        stride_xk,
-        stride_xm,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        PRECISION,
-        db_ptr is not None,
-    )
+    N = dz.rows
+    K = x.rows
+    end = tl.minimum(start + rows, M)
+    dw, db = product_tile(dz, x, offs_n, offs_k, start, end, BLOCK_K, PRECISION, db_ptr is not None)
     if db_ptr is not None:  # noqa: SIM102  known at compile time, unlike the next
         if tl.program_id(1) == 0:
             db_ptrs = db_ptr + split.to(tl.int64) * split_stride + offs_n
@@ -357,7 +291,7 @@ def linear_fwd(x, w, b=None, activation="identity", *, out=None):
     """
     check_linear(x, w, b)
     act = activations.get(activation, "linear")
-    if launch.path(x, w, b) == "torch":
+    if launch.backend(x, w, b) == "torch":
         return linear_fwd_ref(x, w, b, activation, out=out)
     x2 = as_matrix(x)
     (M, K), N = x2.shape, w.shape[0]
@@ -369,20 +303,16 @@ def linear_fwd(x, w, b=None, activation="identity", *, out=None):
         grid,
         y,
         z,
-        x2,
-        w,
+        matrix(x2),
+        matrix(w),
         b,
-        M,
-        N,
-        K,
-        *x2.stride(),
-        *w.stride(),
         0 if b is None else b.stride(0),
+        K,
         ACT=act.forward,
         **config,
     )
     y = y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], N))
-    return y, (x, w, {"nothing": None, "y": y, "z": z}[act.needs], b is not None, activation)
+    return y, LinearSaved(x, w, kept(act, y, z), b is not None, activation)
 
 
 def linear_bwd_dz(dy, s, activation, *, out=None):
@@ -391,7 +321,7 @@ def linear_bwd_dz(dy, s, activation, *, out=None):
 
     One read of dy and s, one write. `out`: a contiguous (M, N) buffer.
     """
-    if launch.path(dy, s) == "torch" or s is None:
+    if launch.backend(dy, s) == "torch" or s is None:
         return linear_bwd_dz_ref(dy, s, activation, out=out)
     dy = as_matrix(dy)
     s = s.reshape(dy.shape)
@@ -403,12 +333,9 @@ def linear_bwd_dz(dy, s, activation, *, out=None):
         linear_bwd_dz_kernel,
         (triton.cdiv(M, block_m), triton.cdiv(N, block_n)),
         dz,
-        dy,
-        s,
-        M,
+        matrix(dy),
+        matrix(s),
         N,
-        *dy.stride(),
-        *s.stride(),
         ACT_BWD=activations.get(activation).backward,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
@@ -423,7 +350,7 @@ def linear_bwd_dx(dz, w, s_below=None, activation_below="identity", *, out=None)
     Float32 accumulation, the derivative applied to the float32 sum. `out`: a contiguous (M, K)
     buffer.
     """
-    if launch.path(dz, w) == "torch":
+    if launch.backend(dz, w) == "torch":
         return linear_bwd_dx_ref(dz, w, s_below, activation_below, out=out)
     (M, N), K = dz.shape, w.shape[1]
     dx = dz.new_empty(M, K) if out is None else out
@@ -435,15 +362,10 @@ def linear_bwd_dx(dz, w, s_below=None, activation_below="identity", *, out=None)
         linear_bwd_dx_kernel,
         grid,
         dx,
-        dz,
-        w,
-        s,
-        M,
+        matrix(dz),
+        matrix(w.t()),
+        None if s is None else matrix(s),
         N,
-        K,
-        *dz.stride(),
-        *w.stride(),
-        *((0, 0) if s is None else s.stride()),
         ACT_BWD=act.backward,
         **config,
     )
@@ -457,7 +379,7 @@ def linear_bwd_dw(dz, x, bias=True, *, out=None):
     its own float32 part and a second kernel adds them in a fixed order, so two runs are bitwise
     equal. `out`: a pair of contiguous buffers.
     """
-    if launch.path(dz, x) == "torch":
+    if launch.backend(dz, x) == "torch":
         return linear_bwd_dw_ref(dz, x, bias, out=out)
     x = as_matrix(x)
     (M, N), K = dz.shape, x.shape[1]
@@ -470,15 +392,11 @@ def linear_bwd_dw(dz, x, bias=True, *, out=None):
             (*tiles, 1),
             dw,
             db,
-            dz,
-            x,
+            matrix(dz.t()),
+            matrix(x.t()),
             M,
-            N,
-            K,
             rows,
             0,
-            *dz.stride(),
-            *x.stride(),
             **config,
         )
         return dw, db
@@ -520,15 +438,11 @@ def dw_parts(dz, x, bias, splits, rows, tiles, config):
         (*tiles, splits),
         parts,
         parts[:, size:] if bias else None,
-        dz,
-        x,
+        matrix(dz.t()),
+        matrix(x.t()),
         M,
-        N,
-        K,
         rows,
         size + N,
-        *dz.stride(),
-        *x.stride(),
         **config,
     )
     return parts
@@ -552,24 +466,25 @@ def linear_bwd(dy, x, w, s, bias, activation, *, needs=(True, True, True)):
     )
 
 
-class LinearFunction(torch.autograd.Function):
-    """linear_fwd and linear_bwd as one node of the tape."""
-
-    @staticmethod
-    def forward(ctx, x, w, b, activation):
-        y, saved = linear_fwd(x, w, b, activation)
-        launch.remember(ctx, (x, w, b, activation), saved)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        needs = ctx.needs_input_grad[:3]
-        return *launch.differentiate(
-            ctx, dy, linear_bwd, linear_fwd_ref, linear_bwd_ref, needs
-        ), None
+LINEAR = tape.Differentiable(
+    name="linear",
+    fwd=linear_fwd,
+    fwd_ref=linear_fwd_ref,
+    bwd=linear_bwd,
+    bwd_ref=linear_bwd_ref,
+    saved=LinearSaved,
+    inputs=3,
+    derived={"bias": lambda given: given["b"] is not None},
+)
 
 
-def linear(input, weight, bias=None, activation="identity"):
+@tape.traceable
+def linear(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str = "identity",
+) -> torch.Tensor:
     """act(input weightᵀ + bias): `torch.nn.functional.linear` and its activation in one kernel.
 
     input (…, in), weight (out, in), bias (out,) or None -> (…, out). Differentiable, twice too;
@@ -579,4 +494,4 @@ def linear(input, weight, bias=None, activation="identity"):
     if weight.dim() == 1 and input.dim() and input.shape[-1:] == weight.shape:
         bias = None if bias is None else bias.unsqueeze(0)
         return linear(input, weight.unsqueeze(0), bias, activation).squeeze(-1)
-    return launch.call("linear", LinearFunction, linear_fwd, input, weight, bias, activation)
+    return tape.call(LINEAR, input, weight, bias, activation)

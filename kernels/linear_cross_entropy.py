@@ -7,11 +7,13 @@ Up to FUSED_CLASSES classes one kernel holds a row of logits in one tile: produc
 Backward: ∂ℓ/∂z scaled as in `cross_entropy`, then dx, dw and db of `linear`.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from . import configs, launch
+from . import configs, launch, tape
 from .cross_entropy import (
     check_cross_entropy,
     check_range,
@@ -27,16 +29,28 @@ from .cross_entropy import (
     target_tile,
 )
 from .linear import check_linear, linear, linear_bwd, linear_bwd_ref, linear_fwd, linear_fwd_ref
-from .tiles import cast, product_tile
+from .tiles import cast, matrix, product_tile
 
 FUSED_CLASSES = 128
+
+
+class LinearCrossEntropySaved(NamedTuple):
+    """What the forward keeps for the backward; from `grad` on as `cross_entropy`."""
+
+    x: torch.Tensor  # (M, K)
+    w: torch.Tensor  # (C, K)
+    bias: bool
+    grad: torch.Tensor  # (M, C)
+    dtarget: None
+    denominator: torch.Tensor | int | None
+    reduction: str
 
 
 def linear_cross_entropy_fwd_ref(x, w, b, target, *options):
     """The reference of `linear_cross_entropy_fwd`."""
     logits, _ = linear_fwd_ref(x, w, b)
     loss, saved = cross_entropy_fwd_ref(logits, target, *options)
-    return loss, (x, w, b is not None, *saved)
+    return loss, LinearCrossEntropySaved(x, w, b is not None, *saved)
 
 
 def linear_cross_entropy_bwd_ref(dy, x, w, bias, *saved, needs=(True, True, True)):
@@ -49,18 +63,12 @@ def linear_cross_entropy_bwd_ref(dy, x, w, bias, *saved, needs=(True, True, True
 def linear_cross_entropy_fwd_kernel(
     loss_ptr,
     grad_ptr,
-    x_ptr,
-    w_ptr,
+    x,  # Matrix [M, K]
+    w,  # Matrix [C, K]
     b_ptr,
     t_ptr,
     class_weight_ptr,
-    M,
-    C,
     K,
-    stride_xm,
-    stride_xk,
-    stride_wn,
-    stride_wk,
     stride_b,
     stride_tm,
     stride_tc,
@@ -80,25 +88,9 @@ def linear_cross_entropy_fwd_kernel(
     pid = tl.program_id(0)
     rows = pid * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = tl.arange(0, BLOCK_N)
-    z, _ = product_tile(
-        x_ptr,
-        w_ptr,
-        rows,
-        offs_c,
-        M,
-        C,
-        0,
-        K,
-        stride_xm,
-        stride_xk,
-        stride_wn,
-        stride_wk,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        PRECISION,
-        False,
-    )
+    M = x.rows
+    C = w.rows
+    z, _ = product_tile(x, w, rows, offs_c, 0, K, BLOCK_K, PRECISION, False)
     if b_ptr is not None:
         z += tl.load(b_ptr + offs_c * stride_b, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
     z = tl.where((offs_c < C)[None, :], z, float("-inf"))
@@ -152,10 +144,10 @@ def linear_cross_entropy_fwd(
             "the target"
         )
     C = w.shape[0]
-    if launch.path(x, w, b, weight) == "torch" or C > FUSED_CLASSES:
+    if launch.backend(x, w, b, weight) == "torch" or C > FUSED_CLASSES:
         logits, _ = linear_fwd(x, w, b)
         loss, saved = cross_entropy_fwd(logits, target, *options)
-        return loss, (x, w, b is not None, *saved)
+        return loss, LinearCrossEntropySaved(x, w, b is not None, *saved)
     (M, K), logits_like = x.shape, x.new_empty((1, 1)).expand(x.shape[0], C)
     check_cross_entropy(logits_like, target, *options, op="linear_cross_entropy")
     soft = target.is_floating_point()
@@ -172,16 +164,12 @@ def linear_cross_entropy_fwd(
         (programs,),
         rows,
         grad,
-        x,
-        w,
+        matrix(x),
+        matrix(w),
         b,
         target,
         weight,
-        M,
-        C,
         K,
-        *x.stride(),
-        *w.stride(),
         0 if b is None else b.stride(0),
         target.stride(0),
         target.stride(1) if soft else 0,
@@ -193,7 +181,7 @@ def linear_cross_entropy_fwd(
         **config,
     )
     loss, saved = finish(rows, programs, x, (M,), reduction, grad)
-    return loss, (x, w, b is not None, *saved)
+    return loss, LinearCrossEntropySaved(x, w, b is not None, *saved)
 
 
 def linear_cross_entropy_bwd(dy, x, w, bias, *saved, needs=(True, True, True)):
@@ -204,39 +192,29 @@ def linear_cross_entropy_bwd(dy, x, w, bias, *saved, needs=(True, True, True)):
     return linear_bwd(dz, x, w, None, bias, "identity", needs=needs)
 
 
-class LinearCrossEntropyFunction(torch.autograd.Function):
-    """linear_cross_entropy_fwd and _bwd as one node of the tape."""
-
-    @staticmethod
-    def forward(ctx, x, w, b, target, *options):
-        loss, saved = linear_cross_entropy_fwd(x, w, b, target, *options)
-        launch.remember(ctx, (x, w, b, target, *options), saved)
-        return loss
-
-    @staticmethod
-    def backward(ctx, dy):
-        needs = ctx.needs_input_grad[:3]
-        grads = launch.differentiate(
-            ctx,
-            dy,
-            linear_cross_entropy_bwd,
-            linear_cross_entropy_fwd_ref,
-            linear_cross_entropy_bwd_ref,
-            needs,
-        )
-        return *grads, *(None,) * 5
+LINEAR_CROSS_ENTROPY = tape.Differentiable(
+    name="linear_cross_entropy",
+    fwd=linear_cross_entropy_fwd,
+    fwd_ref=linear_cross_entropy_fwd_ref,
+    bwd=linear_cross_entropy_bwd,
+    bwd_ref=linear_cross_entropy_bwd_ref,
+    saved=LinearCrossEntropySaved,
+    inputs=3,
+    derived={"bias": lambda given: given["b"] is not None},
+)
 
 
+@tape.traceable
 def linear_cross_entropy(
-    input,
-    weight,
-    bias,
-    target,
-    class_weight=None,
-    ignore_index=-100,
-    reduction="mean",
-    label_smoothing=0.0,
-):
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    class_weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
     """cross_entropy(linear(input, weight, bias), target, …): the last layer and its loss as one
     operation.
 
@@ -245,15 +223,6 @@ def linear_cross_entropy(
     they need one.
     """
     options = class_weight, ignore_index, reduction, label_smoothing
-    if launch.autocasting(input):  # torch computes the product in half precision, the loss not
+    if tape.autocasting(input):  # torch computes the product in half precision, the loss not
         return cross_entropy(linear(input, weight, bias), target, *options)
-    return launch.call(
-        "linear_cross_entropy",
-        LinearCrossEntropyFunction,
-        linear_cross_entropy_fwd,
-        input,
-        weight,
-        bias,
-        target,
-        *options,
-    )
+    return tape.call(LINEAR_CROSS_ENTROPY, input, weight, bias, target, *options)

@@ -13,11 +13,12 @@ Backward, from dy (…, n_L), with s_l the output or the pre-activation of layer
 The kernels are those of `linear`.
 """
 
-import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
-from . import launch
+from . import launch, tape
 from .linear import (
     check_linear,
     linear_bwd_dw,
@@ -31,32 +32,44 @@ from .linear import (
 )
 
 
+class MLPSaved(NamedTuple):
+    """What the forward keeps for the backward; layer l of L."""
+
+    x: torch.Tensor  # (…, n_0)
+    weights: tuple[torch.Tensor, ...]  # (n_l, n_{l-1})
+    hidden: tuple[torch.Tensor, ...]  # (…, n_l), y of every layer but the last
+    kept: tuple[torch.Tensor | None, ...]  # y or z of every layer, whichever act' is written in
+    bias: tuple[bool, ...]
+    activation: str
+    output_activation: str
+
+
 def _layer_out(out, layer):
     return None if out is None else out[layer]
 
 
 def _forward(x, weights, biases, activation, output_activation, out, fwd):
-    inputs, kept = [], []
+    hidden, kept = [], []
     y = x
     last = len(weights) - 1
     for layer, (w, b) in enumerate(zip(weights, biases)):
         act = output_activation if layer == last else activation
-        inputs.append(y)
-        y, (_, _, s, _, _) = fwd(y, w, b, act, out=_layer_out(out, layer))
-        kept.append(s)
+        y, saved = fwd(y, w, b, act, out=_layer_out(out, layer))
+        hidden.append(y)
+        kept.append(saved.s)
     bias = tuple(b is not None for b in biases)
-    return y, (len(weights), bias, activation, output_activation, *weights, *inputs, *kept)
+    layers = tuple(weights), tuple(hidden[:-1]), tuple(kept)
+    return y, MLPSaved(x, *layers, bias, activation, output_activation)
 
 
-def _backward(
-    dy, layers, bias, activation, output_activation, *saved, needs, out, bwd_dz, bwd_dx, bwd_dw
-):
-    weights, inputs, kept = saved[:layers], saved[layers : 2 * layers], saved[2 * layers :]
+def _backward(dy, saved, needs, out, bwd_dz, bwd_dx, bwd_dw):
+    weights, kept, bias = saved.weights, saved.kept, saved.bias
+    layers, inputs = len(weights), (saved.x, *saved.hidden)
     needs = needs or (True,) * (2 * layers + 1)
     needs_dx, needs_dw, needs_db = needs[0], needs[1 : layers + 1], needs[layers + 1 :]
     dws, dbs = [None] * layers, [None] * layers
     dz_out, grads_out = (None, None) if out is None else out
-    dz = bwd_dz(dy, kept[-1], output_activation, out=_layer_out(dz_out, layers - 1))
+    dz = bwd_dz(dy, kept[-1], saved.output_activation, out=_layer_out(dz_out, layers - 1))
     for layer in reversed(range(layers)):
         if needs_dw[layer] or needs_db[layer]:
             grads = bwd_dw(dz, inputs[layer], bias[layer], out=_layer_out(grads_out, layer))
@@ -65,9 +78,8 @@ def _backward(
                 for g, needed in zip(grads, (needs_dw[layer], needs_db[layer]))
             )
         if layer:
-            dz = bwd_dx(
-                dz, weights[layer], kept[layer - 1], activation, out=_layer_out(dz_out, layer - 1)
-            )
+            below = kept[layer - 1], saved.activation
+            dz = bwd_dx(dz, weights[layer], *below, out=_layer_out(dz_out, layer - 1))
     dx = bwd_dx(dz, weights[0]).view(inputs[0].shape) if needs_dx else None
     return dx, dws, dbs
 
@@ -79,15 +91,8 @@ def mlp_fwd_ref(x, weights, biases, activation="relu", output_activation="identi
 
 def mlp_bwd_ref(dy, *saved, needs=None, out=None):
     """The reference of `mlp_bwd`."""
-    return _backward(
-        dy,
-        *saved,
-        needs=needs,
-        out=out,
-        bwd_dz=linear_bwd_dz_ref,
-        bwd_dx=linear_bwd_dx_ref,
-        bwd_dw=linear_bwd_dw_ref,
-    )
+    parts = linear_bwd_dz_ref, linear_bwd_dx_ref, linear_bwd_dw_ref
+    return _backward(dy, MLPSaved(*saved), needs, out, *parts)
 
 
 def check_mlp(x, weights, biases) -> None:
@@ -117,7 +122,7 @@ def mlp_fwd(x, weights, biases, activation="relu", output_activation="identity",
     buffers of `linear_fwd`. Errors as `linear_fwd`.
     """
     check_mlp(x, weights, biases)
-    if launch.path(x, *weights) == "torch":
+    if launch.backend(x, *weights) == "torch":
         check_linear(x, weights[0], biases[0], "mlp")
         return mlp_fwd_ref(x, weights, biases, activation, output_activation, out=out)
     return _forward(x, weights, biases, activation, output_activation, out, linear_fwd)
@@ -130,52 +135,37 @@ def mlp_bwd(dy, *saved, needs=None, out=None):
     `needs`: which of x, every weight, every bias want a gradient (all, if None); the others are
     None. `out`: (per layer dz buffers, per layer (dw, db) buffers).
     """
-    if launch.path(dy, *(s for s in saved if isinstance(s, torch.Tensor))) == "torch":
+    saved = MLPSaved(*saved)
+    if launch.backend(dy, saved.x, *saved.weights) == "torch":
         return mlp_bwd_ref(dy, *saved, needs=needs, out=out)
-    return _backward(
-        dy,
-        *saved,
-        needs=needs,
-        out=out,
-        bwd_dz=linear_bwd_dz,
-        bwd_dx=linear_bwd_dx,
-        bwd_dw=linear_bwd_dw,
-    )
+    return _backward(dy, saved, needs, out, linear_bwd_dz, linear_bwd_dx, linear_bwd_dw)
 
 
-def _flat(fwd, x, activation, output_activation, *parameters):
-    """`fwd`, its weights and biases flat, as autograd wants them."""
-    layers = len(parameters) // 2
-    return fwd(x, parameters[:layers], parameters[layers:], activation, output_activation)
+MLP = tape.Differentiable(
+    name="mlp",
+    fwd=mlp_fwd,
+    fwd_ref=mlp_fwd_ref,
+    bwd=mlp_bwd,
+    bwd_ref=mlp_bwd_ref,
+    saved=MLPSaved,
+    inputs=3,
+    derived={"bias": lambda given: tuple(b is not None for b in given["biases"])},
+)
 
 
-_flat_fwd, _flat_fwd_ref = functools.partial(_flat, mlp_fwd), functools.partial(_flat, mlp_fwd_ref)
-
-
-class MLPFunction(torch.autograd.Function):
-    """mlp_fwd and mlp_bwd as one node of the tape."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        y, saved = _flat_fwd(*inputs)
-        launch.remember(ctx, inputs, saved)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
-        dx, dws, dbs = launch.differentiate(ctx, dy, mlp_bwd, _flat_fwd_ref, mlp_bwd_ref, needs)
-        return dx, None, None, *dws, *dbs
-
-
-def mlp(input, weights, biases=None, activation="relu", output_activation="identity"):
+@tape.traceable
+def mlp(
+    input: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None] | None = None,
+    activation: str = "relu",
+    output_activation: str = "identity",
+) -> torch.Tensor:
     """A multilayer perceptron as one operation: see the module's formulas.
 
     input (…, n_0); weights: sequence of (n_l, n_{l-1}); biases: sequence of (n_l,) or None, or None
     for no biases.
     """
-    biases = [None] * len(weights) if biases is None else list(biases)
+    biases = (None,) * len(weights) if biases is None else biases
     check_mlp(input, weights, biases)
-    return launch.call(
-        "mlp", MLPFunction, _flat_fwd, input, activation, output_activation, *weights, *biases
-    )
+    return tape.call(MLP, input, tuple(weights), tuple(biases), activation, output_activation)

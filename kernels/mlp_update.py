@@ -30,7 +30,7 @@ from .linear import (
 )
 from .network import HYPER, RULES, Rule, update_ref
 from .optim import scalar
-from .tiles import product_tile
+from .tiles import matrix, product_tile
 
 
 def linear_update_ref(dz, x, parameters, states, hyper, step, rule):
@@ -60,17 +60,11 @@ def linear_update_kernel(
     p_ptrs,
     m_ptrs,
     v_ptrs,
-    dz_ptr,
-    x_ptr,
+    dz,  # Matrix [N, M]: transposed
+    x,  # Matrix [K, M]: transposed
     hyper_ptr,
     step,
     M,
-    N,
-    K,
-    stride_dzm,
-    stride_dzn,
-    stride_xm,
-    stride_xk,
     STEP_TENSOR: tl.constexpr,
     NET: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -84,25 +78,9 @@ def linear_update_kernel(
     offs_n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     rule = rule_at(hyper_ptr, scalar(step, STEP_TENSOR), NET)
-    dw, db = product_tile(
-        dz_ptr,
-        x_ptr,
-        offs_n,
-        offs_k,
-        N,
-        K,
-        0,
-        M,
-        stride_dzn,
-        stride_dzm,
-        stride_xk,
-        stride_xm,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        PRECISION,
-        len(p_ptrs) == 2,
-    )
+    N = dz.rows
+    K = x.rows
+    dw, db = product_tile(dz, x, offs_n, offs_k, 0, M, BLOCK_K, PRECISION, len(p_ptrs) == 2)
     if len(p_ptrs) == 2:  # noqa: SIM102  known at compile time, unlike the next
         if tl.program_id(1) == 0:
             b = tl.load(p_ptrs[1] + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
@@ -150,7 +128,7 @@ def linear_update(dz, x, parameters, states, hyper, step, rule):
     number or a one-element device tensor. Deterministic: where the batch is split as in
     `linear_bwd_dw`, the parts are added in a fixed order before the step.
     """
-    if launch.path(dz, x, *parameters) == "torch":
+    if launch.backend(dz, x, *parameters) == "torch":
         return linear_update_ref(dz, x, parameters, states, hyper, step, rule)
     x = as_matrix(x)
     (M, N), K = dz.shape, x.shape[1]
@@ -164,15 +142,11 @@ def linear_update(dz, x, parameters, states, hyper, step, rule):
             linear_update_kernel,
             tiles,
             *lists,
-            dz,
-            x,
+            matrix(dz.t()),
+            matrix(x.t()),
             hyper,
             step,
             M,
-            N,
-            K,
-            *dz.stride(),
-            *x.stride(),
             **options,
             **config,
         )
@@ -198,7 +172,7 @@ def check_mlp_update(saved, parameters, states, hyper, rule) -> None:
     """A known rule, its lists of states, and contiguous parameters that are the forward's; else a
     ValueError.
     """
-    layers, bias = saved[:2]
+    layers, bias = len(saved.weights), saved.bias
     if rule not in RULES:
         raise ValueError(f"mlp_update: rule must be one of {', '.join(RULES)}, got {rule!r}")
     if len(hyper) != HYPER:
@@ -223,12 +197,10 @@ def check_mlp_update(saved, parameters, states, hyper, rule) -> None:
 
 
 def _update(dy, saved, parameters, states, hyper, step, rule, out, bwd_dz, bwd_dx, update_layer):
-    layers, bias, activation, output_activation = saved[:4]
-    weights, inputs, kept = (
-        saved[start : start + layers] for start in range(4, 4 + 3 * layers, layers)
-    )
+    layers, weights, kept = len(saved.weights), saved.weights, saved.kept
+    inputs, bias, activation = (saved.x, *saved.hidden), saved.bias, saved.activation
     buffers = [None] * layers if out is None else out
-    dz, end = bwd_dz(dy, kept[-1], output_activation, out=buffers[-1]), len(parameters)
+    dz, end = bwd_dz(dy, kept[-1], saved.output_activation, out=buffers[-1]), len(parameters)
     for layer in reversed(range(layers)):
         start = end - 1 - bias[layer]
         own = [ts[start:end] for ts in (parameters, *states)]
@@ -268,7 +240,7 @@ def mlp_update(dy, saved, parameters, states, hyper, step, rule, *, out=None):
     is below the stack is data. ValueError: see `check_mlp_update`.
     """
     check_mlp_update(saved, parameters, states, hyper, rule)
-    if launch.path(dy, *parameters) == "torch":
+    if launch.backend(dy, *parameters) == "torch":
         return mlp_update_ref(dy, saved, parameters, states, hyper, step, rule, out=out)
     _update(
         dy,

@@ -6,15 +6,25 @@ Backward, from dy (a scalar, or of the shape of ℓ): dx = 2 d dy / n for the me
 d dy otherwise; dt = -dx.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from . import launch
+from . import launch, tape
 from .tiles import cast
 
 REDUCTIONS = ("none", "mean", "sum")
 _BLOCK = 1024
+
+
+class MSESaved(NamedTuple):
+    """What the forward keeps for the backward."""
+
+    x: torch.Tensor
+    t: torch.Tensor
+    reduction: str
 
 
 def _factor(n: int, reduction: str) -> float:
@@ -32,7 +42,7 @@ def mse_fwd_ref(x, t, reduction="mean"):
     loss = d * d
     if reduction != "none":
         loss = loss.mean() if reduction == "mean" else loss.sum()
-    return loss, (x, t, reduction)
+    return loss, MSESaved(x, t, reduction)
 
 
 def mse_bwd_ref(dy, x, t, reduction, *, needs=(True, True)):
@@ -111,7 +121,7 @@ def mse_fwd(x, t, reduction="mean"):
             f"mse_loss: input must be floating point, got {x.dtype}; convert it, for example with "
             ".float()"
         )
-    if launch.path(x, t) == "torch":
+    if launch.backend(x, t) == "torch":
         return mse_fwd_ref(x, t, reduction)
     x, t = x.contiguous(), t.contiguous()
     size, blocks = x.numel(), triton.cdiv(x.numel(), _BLOCK)
@@ -120,18 +130,19 @@ def mse_fwd(x, t, reduction="mean"):
     factor = _factor(size, reduction)
     launch.run(mse_fwd_kernel, (blocks,), out, x, t, size, factor, REDUCE=reduce, BLOCK=_BLOCK)
     if not reduce:
-        return out, (x, t, reduction)
+        return out, MSESaved(x, t, reduction)
     loss = x.new_empty(()) if size else x.new_full((), 0.0 * factor)
     launch.run(sum_kernel, (min(blocks, 1),), loss, out, blocks, BLOCK=_BLOCK)
-    return loss, (x, t, reduction)
+    return loss, MSESaved(x, t, reduction)
 
 
 def mse_bwd(dy, x, t, reduction, *, needs=(True, True)):
     """(dx, dt) from dy, a scalar or of the shape of an unreduced loss; one pass. None where not
     needed.
     """
-    if launch.path(dy, x, t) == "torch":
+    if launch.backend(dy, x, t) == "torch":
         return mse_bwd_ref(dy, x, t, reduction, needs=needs)
+    x, t = x.contiguous(), t.contiguous()
     dx = torch.empty_like(x) if needs[0] else None
     dt = torch.empty_like(x) if needs[1] else None
     launch.run(
@@ -150,26 +161,21 @@ def mse_bwd(dy, x, t, reduction, *, needs=(True, True)):
     return dx, dt
 
 
-class MSEFunction(torch.autograd.Function):
-    """mse_fwd and mse_bwd as one node of the tape."""
-
-    @staticmethod
-    def forward(ctx, x, t, reduction):
-        loss, saved = mse_fwd(x, t, reduction)
-        launch.remember(ctx, (x, t, reduction), saved)
-        return loss
-
-    @staticmethod
-    def backward(ctx, dy):
-        return *launch.differentiate(
-            ctx, dy, mse_bwd, mse_fwd_ref, mse_bwd_ref, ctx.needs_input_grad[:2]
-        ), None
+MSE = tape.Differentiable(
+    name="mse",
+    fwd=mse_fwd,
+    fwd_ref=mse_fwd_ref,
+    bwd=mse_bwd,
+    bwd_ref=mse_bwd_ref,
+    saved=MSESaved,
+    inputs=2,
+    autocast=torch.float32,
+)
 
 
-def mse_loss(input, target, reduction="mean"):
+@tape.traceable
+def mse_loss(input: torch.Tensor, target: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
     """`torch.nn.functional.mse_loss` for input and target of one shape; the gradient of the target
     as well.
     """
-    return launch.call(
-        "mse_loss", MSEFunction, mse_fwd, input, target, reduction, autocast=torch.float32
-    )
+    return tape.call(MSE, input, target, reduction)

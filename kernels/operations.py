@@ -1,7 +1,8 @@
-"""The table of operations, each with cases to try it on: what `handgrad info`, the tests and
-compile checks iterate over.
+"""The table of operations, each with cases to try it on and torch's own function beside it: what
+`handgrad info`, the tests and compile checks iterate over.
 
-To add an operation: its file, its names in `__init__`, one row here.
+A row of a `tape.Differentiable` makes an operation whole: its operators for torch.compile are
+registered by the file that defines it, and every test of operations takes the row.
 """
 
 import itertools
@@ -9,28 +10,19 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from .activations import ACTIVATIONS
-from .conv import conv2d_fwd, conv2d_fwd_ref
-from .conv_bwd import conv2d_bwd, conv2d_bwd_ref
-from .cross_entropy import (
-    cross_entropy_bwd,
-    cross_entropy_bwd_ref,
-    cross_entropy_fwd,
-    cross_entropy_fwd_ref,
-)
-from .linear import linear_bwd, linear_bwd_ref, linear_fwd, linear_fwd_ref
-from .linear_cross_entropy import (
-    linear_cross_entropy_bwd,
-    linear_cross_entropy_bwd_ref,
-    linear_cross_entropy_fwd,
-    linear_cross_entropy_fwd_ref,
-)
-from .mlp import mlp_bwd, mlp_bwd_ref, mlp_fwd, mlp_fwd_ref
+from .conv import CONV2D, conv2d
+from .cross_entropy import CROSS_ENTROPY, cross_entropy
+from .linear import LINEAR, linear
+from .linear_cross_entropy import LINEAR_CROSS_ENTROPY, linear_cross_entropy
+from .mlp import MLP, mlp, mlp_fwd, mlp_fwd_ref
 from .mlp_update import mlp_update, mlp_update_ref
-from .mse import mse_bwd, mse_bwd_ref, mse_fwd, mse_fwd_ref
+from .mse import MSE, mse_loss
 from .network import RULES, hyperparameters
 from .optim import adam, adam_ref, sgd, sgd_ref
+from .tape import Differentiable
 
 
 class Make:
@@ -62,6 +54,9 @@ class Make:
 class Operation(NamedTuple):
     """`cases(make, m, k, n)` yields (label, arguments of fwd) for a batch of m, k features in and n
     out.
+
+    Differentiable ones have the rest: `function`, which users call with these arguments; `oracle`,
+    the same in torch's functions; `inputs`: so many of the first arguments have gradients.
     """
 
     cases: Callable[[Make, int, int, int], Iterator[tuple[str, tuple]]]
@@ -69,6 +64,18 @@ class Operation(NamedTuple):
     fwd_ref: Callable
     bwd: Callable | None = None
     bwd_ref: Callable | None = None
+    function: Callable | None = None
+    oracle: Callable | None = None
+    inputs: int = 0
+    autocast: torch.dtype | None = None
+
+    @classmethod
+    def of(
+        cls, op: Differentiable, function: Callable, oracle: Callable, cases: Callable
+    ) -> "Operation":
+        """The row of an operation with a gradient."""
+        parts = op.fwd, op.fwd_ref, op.bwd, op.bwd_ref
+        return cls(cases, *parts, function, oracle, op.inputs, op.autocast)
 
     def results(self, args: tuple, dy=None, *, reference: bool = False) -> list[torch.Tensor]:
         """The forward's output and every gradient, flat, by the kernels' launchers or by the
@@ -95,6 +102,10 @@ def _linear_cases(make, m, k, n):
     yield "no bias", (make.real(m, k), make.real(n, k), None, "sigmoid")
 
 
+def _linear_torch(x, w, b, activation):
+    return ACTIVATIONS[activation].torch(F.linear(x, w, b))
+
+
 def _mlp_cases(make, m, k, n):
     widths = (k, n + 3, n, 10)
     weights = [make.real(o, i) for i, o in itertools.pairwise(widths)]
@@ -104,6 +115,12 @@ def _mlp_cases(make, m, k, n):
             (make.real(m, k), weights, [make.real(w) for w in widths[1:]], activation, output),
         )
     yield "no biases", (make.real(m, k), weights, [None] * 3, "relu", "identity")
+
+
+def _mlp_torch(x, weights, biases, activation, output_activation):
+    for layer, (w, b) in enumerate(zip(weights, biases), 1):
+        x = _linear_torch(x, w, b, activation if layer < len(weights) else output_activation)
+    return x
 
 
 def _cross_entropy_cases(make, m, k, n):
@@ -116,6 +133,13 @@ def _cross_entropy_cases(make, m, k, n):
     yield "(N, C, d1, d2)", (make.real(m, n, 2, 3), make.labels(n, m, 2, 3))
 
 
+def _cross_entropy_torch(
+    input, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0
+):
+    options = {"ignore_index": ignore_index, "reduction": reduction}
+    return F.cross_entropy(input, target, weight, **options, label_smoothing=label_smoothing)
+
+
 def _linear_cross_entropy_cases(make, m, k, n):
     x, w, b = make.real(m, k), make.real(n, k), make.real(n)
     yield "mean", (x, w, b, make.labels(n, m))
@@ -123,9 +147,17 @@ def _linear_cross_entropy_cases(make, m, k, n):
     yield "probabilities", (x, w, b, make.positive(m, n))
 
 
+def _linear_cross_entropy_torch(x, w, b, *options):
+    return _cross_entropy_torch(F.linear(x, w, b), *options)
+
+
 def _mse_cases(make, m, k, n):
     for reduction in ("mean", "sum", "none"):
         yield reduction, (make.real(m, n), make.real(m, n), reduction)
+
+
+def _mse_torch(x, t, reduction):
+    return F.mse_loss(x, t, reduction=reduction)
 
 
 def _conv2d_cases(make, m, k, n):
@@ -140,6 +172,11 @@ def _conv2d_cases(make, m, k, n):
     yield "same, no bias", (x, make.real(n, k, 2, 3), None, 1, "same", "gelu", (1, 2))
     yield "stride, dilation", (x, make.real(n, k, 3, 2), b, (2, 1), (1, 2), "sigmoid", 1, (1, 2))
     yield "one image", (make.real(k, h, w), make.real(n, k, 1, 1), b, 1, 0, "identity", 2)
+
+
+def _conv2d_torch(x, w, b, stride, padding, activation, max_pool, *options):
+    y = F.conv2d(x, w, b, stride, padding, *options)
+    return F.max_pool2d(ACTIVATIONS[activation].torch(y), max_pool)
 
 
 def _updates(update):
@@ -219,24 +256,19 @@ def _mlp_update_cases(make, m, k, n):
 
 
 OPERATIONS: dict[str, Operation] = {
-    "linear": Operation(_linear_cases, linear_fwd, linear_fwd_ref, linear_bwd, linear_bwd_ref),
-    "mlp": Operation(_mlp_cases, mlp_fwd, mlp_fwd_ref, mlp_bwd, mlp_bwd_ref),
-    "cross_entropy": Operation(
-        _cross_entropy_cases,
-        cross_entropy_fwd,
-        cross_entropy_fwd_ref,
-        cross_entropy_bwd,
-        cross_entropy_bwd_ref,
+    "linear": Operation.of(LINEAR, linear, _linear_torch, _linear_cases),
+    "mlp": Operation.of(MLP, mlp, _mlp_torch, _mlp_cases),
+    "cross_entropy": Operation.of(
+        CROSS_ENTROPY, cross_entropy, _cross_entropy_torch, _cross_entropy_cases
     ),
-    "linear_cross_entropy": Operation(
+    "linear_cross_entropy": Operation.of(
+        LINEAR_CROSS_ENTROPY,
+        linear_cross_entropy,
+        _linear_cross_entropy_torch,
         _linear_cross_entropy_cases,
-        linear_cross_entropy_fwd,
-        linear_cross_entropy_fwd_ref,
-        linear_cross_entropy_bwd,
-        linear_cross_entropy_bwd_ref,
     ),
-    "mse": Operation(_mse_cases, mse_fwd, mse_fwd_ref, mse_bwd, mse_bwd_ref),
-    "conv2d": Operation(_conv2d_cases, conv2d_fwd, conv2d_fwd_ref, conv2d_bwd, conv2d_bwd_ref),
+    "mse": Operation.of(MSE, mse_loss, _mse_torch, _mse_cases),
+    "conv2d": Operation.of(CONV2D, conv2d, _conv2d_torch, _conv2d_cases),
     "mlp_update": Operation(
         _mlp_update_cases,
         _mlp_update(mlp_fwd, mlp_update),

@@ -309,7 +309,7 @@ def _dense(t) -> bool:
 
 
 def _on_kernels(params, *states) -> bool:
-    return launch.path(*params, *(t for s in states for t in s)) == "triton" and all(
+    return launch.backend(*params, *(t for s in states for t in s)) == "triton" and all(
         _dense(p) for p in params
     )
 

@@ -155,7 +155,7 @@ def train_replicas(
             "got "
             f"{tuple(indices.shape)} and {tuple(hyper.shape)}"
         )
-    if launch.path(*parameters) == "torch":
+    if launch.backend(*parameters) == "torch":
         return train_replicas_ref(
             spec,
             parameters,

@@ -214,7 +214,7 @@ def train_step(state: StepState, *, n: int | None = None) -> None:
     host synchronisation.
     """
     n = len(state.indices) if n is None else n
-    if launch.path(*state.parameters) == "torch":
+    if launch.backend(*state.parameters) == "torch":
         return train_step_ref(state, n)
     lists = (*map(tuple, (state.parameters, *state.states)), (), ())[:3]
     where = (state.indices, state.pending, state.position, state.hyper, state.count, n, state.batch)

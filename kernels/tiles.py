@@ -2,6 +2,9 @@
 sum of a product's tile.
 """
 
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
@@ -30,22 +33,35 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
+class Matrix(NamedTuple):
+    """A matrix as a kernel takes it: its address, how many rows it has, and its strides."""
+
+    ptr: Any
+    rows: Any
+    stride_row: Any
+    stride_col: Any
+
+
+def matrix(t: torch.Tensor) -> Matrix:
+    """t (rows, columns), of any strides, as a kernel takes it."""
+    return Matrix(t, t.shape[0], *t.stride())
+
+
+@triton.jit
+def load_tile(a, offs_m, offs_n, mask):
+    """Elements of a Matrix in float32, 0 outside the mask; the offsets are 64-bit and broadcast."""
+    ptrs = a.ptr + offs_m * a.stride_row + offs_n * a.stride_col
+    return tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+
+
 @triton.jit
 def product_tile(
-    a_ptr,
-    b_ptr,
-    offs_m,
-    offs_n,
-    M,
-    N,
+    a,  # Matrix [M, K]
+    b,  # Matrix [N, K]
+    offs_m,  # [BLOCK_M]
+    offs_n,  # [BLOCK_N]
     k_start,
     k_end,
-    stride_am,
-    stride_ak,
-    stride_bn,
-    stride_bk,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
     ROW_SUM: tl.constexpr,
@@ -56,24 +72,24 @@ def product_tile(
     64-bit.
     """
     offs_k = k_start + tl.arange(0, BLOCK_K).to(tl.int64)
-    mask_m = (offs_m < M)[:, None]
-    mask_n = (offs_n < N)[None, :]
+    mask_m = (offs_m < a.rows)[:, None]
+    mask_n = (offs_n < b.rows)[None, :]
     a_ptrs = (
-        a_ptr + offs_m.to(tl.int64)[:, None] * stride_am + offs_k[None, :] * stride_ak
+        a.ptr + offs_m.to(tl.int64)[:, None] * a.stride_row + offs_k[None, :] * a.stride_col
     )  # [BLOCK_M, BLOCK_K]
     b_ptrs = (
-        b_ptr + offs_n.to(tl.int64)[None, :] * stride_bn + offs_k[:, None] * stride_bk
+        b.ptr + offs_n.to(tl.int64)[None, :] * b.stride_row + offs_k[:, None] * b.stride_col
     )  # [BLOCK_K, BLOCK_N]
     step = tl.full((), BLOCK_K, tl.int64)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    acc = tl.zeros((offs_m.shape[0], offs_n.shape[0]), dtype=tl.float32)
+    row_sum = tl.zeros((offs_m.shape[0],), dtype=tl.float32)
     for k in range(k_start, k_end, BLOCK_K):
         mask_k = k + tl.arange(0, BLOCK_K) < k_end
-        a = tl.load(a_ptrs, mask=mask_m & mask_k[None, :], other=0.0)
-        b = tl.load(b_ptrs, mask=mask_k[:, None] & mask_n, other=0.0)
-        acc = dot(a, b, acc, PRECISION)
+        a_tile = tl.load(a_ptrs, mask=mask_m & mask_k[None, :], other=0.0)
+        b_tile = tl.load(b_ptrs, mask=mask_k[:, None] & mask_n, other=0.0)
+        acc = dot(a_tile, b_tile, acc, PRECISION)
         if ROW_SUM:
-            row_sum += tl.sum(a.to(tl.float32), axis=1)
-        a_ptrs += step * stride_ak
-        b_ptrs += step * stride_bk
+            row_sum += tl.sum(a_tile.to(tl.float32), axis=1)
+        a_ptrs += step * a.stride_col
+        b_ptrs += step * b.stride_col
     return acc, row_sum

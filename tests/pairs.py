@@ -3,58 +3,12 @@ the cases of the table.
 """
 
 import torch
-import torch.nn.functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-import kernels
-from kernels.activations import ACTIVATIONS
 from kernels.operations import OPERATIONS, Make, flatten
 
-
-def _linear(x, w, b, activation):
-    return ACTIVATIONS[activation].torch(F.linear(x, w, b))
-
-
-def _mlp(x, weights, biases, activation, output_activation):
-    for layer, (w, b) in enumerate(zip(weights, biases), 1):
-        x = _linear(x, w, b, activation if layer < len(weights) else output_activation)
-    return x
-
-
-def _cross_entropy(
-    input, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0
-):
-    options = {
-        "ignore_index": ignore_index,
-        "reduction": reduction,
-        "label_smoothing": label_smoothing,
-    }
-    return F.cross_entropy(input, target, weight, **options)
-
-
-def _linear_cross_entropy(x, w, b, *options):
-    return _cross_entropy(F.linear(x, w, b), *options)
-
-
-def _mse(x, t, reduction):
-    return F.mse_loss(x, t, reduction=reduction)
-
-
-def _conv2d(x, w, b, stride, padding, activation, max_pool, *options):
-    return F.max_pool2d(
-        ACTIVATIONS[activation].torch(F.conv2d(x, w, b, stride, padding, *options)), max_pool
-    )
-
-
 # Operation -> ours, torch's, and how many of the first arguments have gradients.
-PAIRS = {
-    "linear": (kernels.linear, _linear, 3),
-    "mlp": (kernels.mlp, _mlp, 3),
-    "cross_entropy": (kernels.cross_entropy, _cross_entropy, 2),
-    "linear_cross_entropy": (kernels.linear_cross_entropy, _linear_cross_entropy, 3),
-    "mse": (kernels.mse_loss, _mse, 2),
-    "conv2d": (kernels.conv2d, _conv2d, 3),
-}
+PAIRS = {name: (op.function, op.oracle, op.inputs) for name, op in OPERATIONS.items() if op.bwd}
 
 
 def cases(name, device="cpu", dtype=torch.float32, shape=(7, 17, 5)) -> list[tuple]:

@@ -64,7 +64,8 @@ def signature(value):
     if isinstance(value, torch.Tensor):
         return POINTERS[value.dtype]
     if isinstance(value, tuple):
-        return tuple(map(signature, value))
+        types = map(signature, value)
+        return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
     if isinstance(value, bool):
         return "u1"
     if isinstance(value, int) and value != 1:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import kernels
-from kernels import launch
+from kernels import tape
+from kernels.operations import OPERATIONS
 from tests.checks import assert_equal
 from tests.pairs import PAIRS, cases, gradients, leaves
 
@@ -65,9 +66,7 @@ def test_is_the_operation_on_cast_arguments(name, device):
             logits = kernels.linear(*cast((x, w, b), HALF))
             expected = kernels.cross_entropy(*cast((logits, *options), torch.float32))
         else:
-            expected = PAIRS[name][0](
-                *cast(args, torch.float32 if name in ("cross_entropy", "mse") else HALF)
-            )
+            expected = PAIRS[name][0](*cast(args, OPERATIONS[name].autocast or HALF))
         assert_equal(under(PAIRS[name][0], device, args), expected, name)
 
 
@@ -112,7 +111,7 @@ def test_off_for_other_devices_and_inside(device):
     (args, *_) = cases("linear", device)
     other = "xpu" if device == "cpu" else "cpu"
     if torch.amp.is_autocast_available(other):
-        assert not launch.autocasting(args[0])
+        assert not tape.autocasting(args[0])
     with torch.autocast(device, dtype=HALF):
         kernels.linear(*args)
         assert torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == HALF

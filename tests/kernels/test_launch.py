@@ -22,14 +22,14 @@ def recorded(function):
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 def test_kernels_take_their_precisions(dtype, device):
     x = torch.ones(2, 2, dtype=dtype, device=device)
-    assert kernels.path(x) == "triton"
-    assert kernels.path(x, torch.zeros(2, dtype=torch.int64, device=device), None) == "triton"
+    assert kernels.backend(x) == "triton"
+    assert kernels.backend(x, torch.zeros(2, dtype=torch.int64, device=device), None) == "triton"
     assert recorded(lambda: kernels.linear(x, x)) == ["linear_fwd_kernel"]
 
 
 def test_float64_takes_the_reference(device):
     x = torch.ones(2, 2, dtype=torch.float64, device=device)
-    assert kernels.path(x) == kernels.path(torch.ones(2, device=device), x) == "torch"
+    assert kernels.backend(x) == kernels.backend(torch.ones(2, device=device), x) == "torch"
     assert recorded(lambda: kernels.linear(x, x)) == []
 
 
@@ -38,8 +38,8 @@ def test_cpu_needs_the_interpreter(interpreted, monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETED", interpreted)
     x = torch.ones(2, 2)
     assert (
-        kernels.path(x)
-        == kernels.path(x, None, torch.ones(2))
+        kernels.backend(x)
+        == kernels.backend(x, None, torch.ones(2))
         == ("triton" if interpreted else "torch")
     )
     kernels.sgd([], [], [], 0.1)  # nothing to choose by, and nothing to do
@@ -48,18 +48,18 @@ def test_cpu_needs_the_interpreter(interpreted, monkeypatch):
 def test_use_forces_and_ends(device):
     x = torch.ones(2, 2, device=device)
     with kernels.use("torch"):
-        assert kernels.path(x) == "torch"
+        assert kernels.backend(x) == "torch"
         with kernels.use("triton"):
-            assert kernels.path(x) == "triton"
-        assert kernels.path(x) == "torch"
+            assert kernels.backend(x) == "triton"
+        assert kernels.backend(x) == "torch"
         seen = []
-        thread = threading.Thread(target=lambda: seen.append(kernels.path(x)))
+        thread = threading.Thread(target=lambda: seen.append(kernels.backend(x)))
         thread.start()
         thread.join()
         assert seen == ["torch"], "autograd's threads must take the same path"
     with pytest.raises(KeyError), kernels.use("torch"):
         raise KeyError
-    assert kernels.path(x) == "triton"
+    assert kernels.backend(x) == "triton"
 
 
 def test_use_triton_refuses_what_no_kernel_takes(device, monkeypatch):
@@ -76,8 +76,8 @@ def test_use_triton_refuses_what_no_kernel_takes(device, monkeypatch):
         kernels.use("triton"),
         pytest.raises(ValueError, match=r"torch\.float32 on cpu; .*TRITON_INTERPRET=1"),
     ):
-        kernels.path(torch.ones(2))
-    with pytest.raises(ValueError, match='path must be "torch" or "triton", got \'cuda\''):
+        kernels.backend(torch.ones(2))
+    with pytest.raises(ValueError, match='backend must be "torch" or "triton", got \'cuda\''):
         kernels.use("cuda")
 
 
@@ -109,7 +109,7 @@ def test_observers_end_with_their_context(device):
         raise KeyError
     kernels.linear(x, x)
     ((_, grid, args, options),) = seen
-    assert grid == (1, 1) and args[2].data_ptr() == x.data_ptr() and "num_warps" in options
+    assert grid == (1, 1) and args[2].ptr.data_ptr() == x.data_ptr() and "num_warps" in options
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
