@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
 from . import labels, pixels
-from .dataset import DataError, Dataset, announce, split
+from .dataset import DataError, Dataset, split
 
 _LARGEST = 2**33  # bytes of a sparse array once it is dense
 _GATHERED = 1024  # samples in one call of a dataset's collate function
@@ -229,9 +229,3 @@ def from_arrays(
         for tensor, target, part in zip(inputs, found.targets, ("train", "test"))
     ]
     return (sets[0], sets[1]) if len(sets) == 2 else split(sets[0])
-
-
-def announced(parts: tuple[Dataset, Dataset]) -> tuple[Dataset, Dataset]:
-    """These data sets, after their notes were printed."""
-    announce(parts[0].notes)
-    return parts

@@ -9,7 +9,7 @@ import copy
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,9 +31,23 @@ def needs_extra(package: str, what: str, extra: str = "train") -> DataError:
 
 
 def announce(notes: Sequence[str]) -> None:
-    """Print what was decided about the data, one line each, on stderr."""
+    """Print what was decided about the data, one line each, on stderr. Names in it come from files:
+    control characters are escaped.
+    """
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in note)
+        print(f"note: {line}", file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What tells whether two data sets are the same: shape and dtype of the inputs, a hash of
+    inputs, targets and class names.
+    """
+
+    shape: list[int]
+    dtype: str
+    hash: str
 
 
 @dataclass(frozen=True)
@@ -54,22 +68,15 @@ class Reading:
     std: tuple[float, ...] | None = None
     stored: str = "float32"
 
-    @classmethod
-    def of(cls, facts: dict) -> "Reading":
-        """From `to_dict()`, or from the `data` entry of a run's config; other keys are ignored."""
-        names = cls.__dataclass_fields__
-        known = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in facts.items()
-            if name in names
-        }
-        if known.get("image_shape") and "levels" not in facts:
-            known["levels"] = (0.0, 255.0)  # runs from before levels were stored held uint8 pixels
-        return cls(**known)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+    def check_same(self, other: "Reading", name: str) -> None:
+        """DataError if other data, called `name`, would be read in another way than these were."""
+        for what in ("image_shape", "levels", "scale", "shift"):
+            ours, theirs = getattr(self, what), getattr(other, what)
+            if ours != theirs:
+                raise DataError(
+                    f"{name}: is read with {what} {theirs}, but the network was trained with "
+                    f"{ours}: the data have changed"
+                )
 
     def numbers(self, raw: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Inputs (N, features) as they lie in a file, as the numbers that the network takes."""
@@ -111,7 +118,7 @@ class Dataset:
     notes: tuple[str, ...] = ()
     ignored: int | None = None
     _buffers: dict = field(default_factory=dict, repr=False)
-    _origin: dict | None = field(default=None, repr=False)  # fingerprint before standardisation
+    _origin: Fingerprint | None = field(default=None, repr=False)  # before a standardisation
 
     def __post_init__(self) -> None:
         if len(self.inputs) != len(self.targets):
@@ -230,7 +237,8 @@ class Dataset:
         origin = self._origin
         if origin is not None:
             picked = torch.arange(len(self))[chosen.cpu() if torch.is_tensor(chosen) else chosen]
-            origin = {**origin, "hash": _digest(picked, origin["hash"])}
+            shape = [len(picked), *origin.shape[1:]]
+            origin = Fingerprint(shape, origin.dtype, _digest(picked, origin.hash))
         return self._with(inputs=inputs, targets=targets, name=name or self.name, _origin=origin)
 
     def normalized(self, mean: float, std: float) -> "Dataset":
@@ -271,20 +279,28 @@ class Dataset:
             _origin=self.fingerprint(),
         )
 
-    def fingerprint(self) -> dict[str, str]:
-        """{"inputs": dtype and shape, "targets": the same, "hash"} of the contents, for JSON: equal
-        for equal data, whatever the device. Standardised data have the fingerprint of what they
-        were made from.
+    def narrowed(self) -> "Dataset":
+        """Inputs wider than float32 as float32: what is left to do when nothing is standardised."""
+        if self.inputs.dtype == torch.uint8 or self.inputs.dtype == torch.float32:
+            return self
+        narrow = self._with(inputs=self.inputs.float())
+        if not bool(narrow.inputs.isfinite().all()):
+            raise DataError(
+                f"{self.name}: numbers up to {float(self.inputs.abs().max()):.3g} are too large "
+                "for float32: standardise them"
+            )
+        return narrow
+
+    def fingerprint(self) -> Fingerprint:
+        """Of the contents, equal for equal data on whatever device. Standardised data have the
+        fingerprint of what they were made from.
         """
         if self._origin is not None:
-            return dict(self._origin)
-        parts = {"inputs": self.inputs, "targets": self.targets}
-        said = {
-            key: f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}"
-            for key, t in parts.items()
-        }
-        digest = _digest(self.inputs, *said.values(), *self.classes)
-        return {**said, "hash": _digest(self.targets, digest)}
+            return self._origin
+        said = [str((tuple(t.shape), t.dtype)) for t in (self.inputs, self.targets)]
+        digest = _digest(self.targets, _digest(self.inputs, *said, *self.classes))
+        dtype = str(self.inputs.dtype).removeprefix("torch.")
+        return Fingerprint(list(self.inputs.shape), dtype, digest)
 
     def read(
         self,

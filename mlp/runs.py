@@ -10,7 +10,6 @@ readable.
 """
 
 import dataclasses
-import hashlib
 import io
 import json
 import math
@@ -27,7 +26,7 @@ import torch
 
 from . import report
 from .checkpoint import WEIGHTS, load_file, network, save
-from .data import Dataset
+from .dataset import Fingerprint, Reading
 from .disk import (
     CheckpointError,
     locked,
@@ -47,37 +46,11 @@ _EVERY = 1.0  # seconds between two writes: an epoch may take less than the disk
 
 
 @dataclass
-class Fingerprint:
-    """What tells whether two data sets are the same: shape and dtype of the inputs, a hash of
-    inputs, targets and class names.
-    """
-
-    shape: list[int]
-    dtype: str
-    hash: str
-
-    @classmethod
-    def of(cls, data: Dataset) -> "Fingerprint":
-        """Of a data set as it was read, before a recipe changes it."""
-        digest = hashlib.blake2b(json.dumps([*data.classes]).encode(), digest_size=16)
-        for tensor in (data.inputs, data.targets):
-            digest.update(str((tuple(tensor.shape), tensor.dtype)).encode())
-            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return cls(
-            list(data.inputs.shape),
-            str(data.inputs.dtype).removeprefix("torch."),
-            digest.hexdigest(),
-        )
-
-
-@dataclass
 class Facts:
     """What `predict` and `--resume` must know of the data that a run was trained on."""
 
     classes: list[str]
-    image_shape: tuple[int, int, int] | None
-    scale: float
-    shift: float
+    reading: Reading
     train: Fingerprint
     test: Fingerprint
 
@@ -95,6 +68,8 @@ class Settings:
     device: str = "auto"
     engine: str = "auto"
     precision: str = "fp32"
+    standardize: str = "auto"
+    image: str | None = None  # what the shape of an image was said to be
     versions: dict[str, str] = field(default_factory=dict)
 
 

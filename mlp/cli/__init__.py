@@ -75,6 +75,14 @@ def sweep(values: Values) -> None:
     sweeping.sweep(values)
 
 
+@command(app, "data", *options.DATA)
+def data(values: Values) -> None:
+    """What would be trained on: samples, range, scale, classes, missing and constant columns."""
+    from . import looking
+
+    looking.data(values)
+
+
 @command(app, "recipes")
 def recipes(values: Values) -> None:
     """The networks and settings that --recipe knows, and all names that options take."""

@@ -124,6 +124,18 @@ OPTIMIZER = (
     Option("lr", float, "learning rate", least=0),
     Option("momentum", float, "momentum, for the optimizers that have one", least=0),
 )
+_READING = (
+    Option(
+        "standardize",
+        str,
+        "auto (the default: a table whose columns differ tenfold in scale), yes or no",
+    ),
+    Option(
+        "image",
+        str,
+        "shape of an image in flat rows, such as 28x28 or 3x32x32; size of the images of a folder",
+    ),
+)
 RUN = (
     Option("seed", str, "of initial weights and sample order; default 0", parse=seed),
     Option("engine", str, f"auto (the default), or one by name; {_NAMES}", may_change=True),
@@ -135,6 +147,7 @@ RUN = (
         "folder of data sets; default $HANDGRAD_DATA, else the cache",
         may_change=True,
     ),
+    *_READING,
 )
 CALL = (
     Option("out", Path, "run folder; default runs/DATASET, numbered"),
@@ -145,7 +158,7 @@ CALL = (
 DATASET = Option(
     "dataset",
     str,
-    "digits (the default), mnist, fashion-mnist, kmnist, or a path: .mat, .npz, image folder",
+    "digits (the default), mnist, fashion-mnist, kmnist, or a path: .npz, .npy, .mat, image folder",
     is_argument=True,
 )
 NAMED_RECIPE = Option("recipe", str, "settings by name; see `handgrad recipes`")
@@ -186,6 +199,14 @@ SWEEP = (
     Option("top", int, "rows of the table to print", 10, least=0),
     DEVICE,
     Option("data_dir", Path, "as for train"),
+    *_READING,
     Option("out", Path, "folder for sweep.jsonl and every network; none is written without it"),
+)
+DATA = (
+    DATASET,
+    Option("data_dir", Path, "as for train"),
+    *_READING,
+    Option("plots", bool, "draw samples.png, or columns.png of a table, and classes.png", False),
+    Option("out", Path, "folder for the pictures; default: this one"),
 )
 INFO = (Option("check", bool, "check every kernel against its float64 reference", False),)

@@ -23,11 +23,12 @@ def _open(values: Values) -> tuple[Settings, data.Dataset, torch.nn.Module]:
     on = setup.pick_device(values["device"])
     with setup.settings_from(run.path / CONFIG):
         setup.pick_precision(settings.precision)
-        found = setup.load(settings.dataset, settings.data_dir, settings.recipe)
+        found = setup.load_run(settings)
         settings.recipe.make_loss()
     change = setup.change_of_data(settings, found.facts)
     if change:
         complain(f"note: {change}")
+        settings.data.reading.check_same(found.facts.reading, settings.dataset)
     return settings, found.test, _network(run, on)
 
 
@@ -76,28 +77,23 @@ def predict(values: Values) -> None:
     """
     run, images = RunFolder(values["run"]), values["images"]
     settings, facts = run.settings, run.settings.data
-    if facts is None or facts.image_shape is None:
+    if facts is None or facts.reading.image_shape is None:
         raise ValueError(
             f"{run.path} was trained on rows of numbers, not on images: it cannot read {images[0]}"
         )
     dtype = setup.pick_precision(settings.precision)
     model = _network(run, setup.pick_device(values["device"]))
     features, outputs = ends(model.config())
-    if (features, outputs) != (math.prod(facts.image_shape), len(facts.classes)):
+    shape = facts.reading.image_shape
+    if (features, outputs) != (math.prod(shape), len(facts.classes)):
         raise CheckpointError(
-            f"{run.path / CONFIG}: images of {facts.image_shape} in {len(facts.classes)} classes "
+            f"{run.path / CONFIG}: images of {shape} in {len(facts.classes)} classes "
             f"do not fit the network, which takes {features} numbers and has {outputs} outputs"
         )
-    pixels, notes = zip(*(data.open_image(path, facts.image_shape) for path in images))
-    batch = data.Dataset(
-        torch.stack(pixels),
-        torch.zeros(len(pixels), dtype=torch.int64),
-        tuple(facts.classes),
-        scale=facts.scale,
-        shift=facts.shift,
-    )
+    rows, notes = zip(*(data.open_image(path, facts.reading) for path in images))
     with torch.no_grad():
-        x = batch.read(batch.inputs, dtype).to(next(model.parameters()).device)
+        x = facts.reading.numbers(torch.stack(rows), dtype)
+        x = x.to(next(model.parameters()).device)
         scores = settings.recipe.make_loss().probabilities(model(x)).float().cpu()
     for path, note, score in zip(images, notes, scores):
         best = int(score.argmax())

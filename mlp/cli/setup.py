@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -11,10 +12,10 @@ import torch
 
 from .. import data, modules
 from ..disk import CheckpointError
-from ..recipes import Recipe
-from ..runs import Facts, Fingerprint, Settings
+from ..runs import Facts, Settings
 from ..stepwise import Diverged
 from .options import Values
+from .terminal import say
 
 # name -> dtype of weights and data, and torch's name for the precision of float32 products
 PRECISIONS = {
@@ -65,7 +66,8 @@ def absolute(source: str) -> str:
     """A data set as a run stores it: a name, or its paths from the root."""
     if source in data.NAMES:
         return source
-    return ",".join(str(Path(part).absolute()) for part in source.split(","))
+    parts = [source] if Path(source).exists() else source.split(",")
+    return ",".join(str(Path(part).absolute()) for part in parts)
 
 
 def located(settings: Settings) -> Settings:
@@ -78,18 +80,37 @@ def located(settings: Settings) -> Settings:
     )
 
 
-def load(source: str, data_dir: str | None, recipe: Recipe) -> Data:
-    """The data set `source`, prepared for a recipe."""
-    raw = data.load(source, data_dir)
-    train, test = recipe.prepare(*raw)
-    facts = Facts(
-        list(train.classes),
-        train.image_shape,
-        train.scale,
-        train.shift,
-        *map(Fingerprint.of, raw),
+def load(values: Values) -> tuple[data.Dataset, data.Dataset]:
+    """(train, test) of what a command's options name. What was decided is said on stderr."""
+    train, test = data.load(
+        values["dataset"] or "digits",
+        values["data_dir"],
+        image=values["image"],
+        standardize=values["standardize"] or "auto",
+        verbose=False,
     )
-    return Data(train, test, facts)
+    say_notes(train)
+    return train, test
+
+
+def say_notes(train: data.Dataset) -> None:
+    """What was decided when the data were read, on stderr."""
+    for note in train.notes:
+        say(f"note: {note}", sys.stderr)
+
+
+def load_run(settings: Settings) -> Data:
+    """The data set of a run, prepared for its recipe and read as in its training."""
+    raw = data.load(
+        settings.dataset,
+        settings.data_dir,
+        image=settings.image,
+        standardize=settings.standardize if settings.data is None else settings.data.reading,
+        verbose=False,
+    )
+    train, test = settings.recipe.prepare(*raw)
+    prints = [part.fingerprint() for part in raw]
+    return Data(train, test, Facts(list(train.classes), train.reading, *prints))
 
 
 def moved(settings: Settings, values: Values) -> Settings:

@@ -5,10 +5,9 @@ import json
 import sys
 import time
 
-from .. import data
 from ..sweep import Sweep, spread
 from .options import Values
-from .setup import pick_device
+from .setup import load, pick_device
 from .terminal import say
 
 
@@ -28,7 +27,7 @@ def sweep(values: Values) -> None:
     from tqdm import tqdm
 
     replicas, epochs, seed, out = (values[k] for k in ("replicas", "epochs", "seed", "out"))
-    train_set, test_set = data.load(values["dataset"] or "digits", values["data_dir"])
+    train_set, test_set = load(values)
     if out is not None and out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; choose another --out")
     sizes = (train_set.features, *values["hidden"], len(train_set.classes))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .. import recipes, report
+from ..describe import describe
 from ..disk import BusyError
 from ..runs import CONFIG, Facts, RunFolder, Settings
 from ..stepwise import Diverged
@@ -129,7 +130,7 @@ def _job(settings: Settings) -> Job:
     """Everything that a training needs, checked."""
     recipe, on = settings.recipe, setup.pick_device(settings.device)
     setup.pick_precision(settings.precision)
-    found = setup.load(settings.dataset, settings.data_dir, recipe)
+    found = setup.load_run(settings)
     model = setup.build(settings, found.train, on)
     trainer = Trainer(
         model, recipe.make_loss(), recipe.make_optimizer, settings.engine, verbose=False
@@ -169,9 +170,11 @@ def _run(job: Job, run: RunFolder, plots: bool) -> None:
     trainer, recipe, found = job.trainer, job.recipe, job.data
     model = trainer.model
     count = sum(p.numel() for p in model.parameters())
+    setup.say_notes(found.train)
+    say(describe(found.train, found.test))
     say(
-        f"{found.train.name}: {len(found.train):,} samples; {recipe.describe(model.config())}; "
-        f"{count:,} parameters; {trainer.engine_note}; {trainer.device}"
+        f"{recipe.describe(model.config())}; {count:,} parameters; {trainer.engine_note}; "
+        f"{trainer.device}"
     )
     _fit(job, run)
     if trainer.history:

@@ -77,9 +77,9 @@ def test_train_and_evaluate(handgrad, tmp_path):
     assert set(os.listdir("runs/digits")) == FILES
     assert [list(row) for row in rows("runs/digits")] == [METRICS] * 3
     assert re.findall(r"^epoch +(\d+) ", out, re.M) == ["1", "2", "3"]
-    assert re.search(r"^digits .*engine manual.*cpu$", out, re.M) and out.rstrip().endswith(
-        "run folder runs/digits"
-    )
+    assert re.search(
+        r"^digits .*10 classes.*\n.*engine manual.*cpu$", out, re.M
+    ) and out.rstrip().endswith("run folder runs/digits")
     config = read_json("runs/digits/config.json")
     assert (config["dataset"], config["seed"], config["recipe"]["hidden"]) == ("digits", 5, [16])
     assert config["recipe"]["optimizer_options"] == {

@@ -1,29 +1,20 @@
-"""data: .npz, .mat and folders of images, and one line for every way that they can be wrong."""
+"""data: .npz, .npy and .mat files, and one line for every way that they can be wrong."""
 
 import functools
+import os
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 
-from mlp import data
+from mlp import data, files
 from mlp.data import DataError
+from mlp.files import KEYS
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (20, 4, 4), dtype=np.uint8)
 LABELS = np.arange(20) % 3
-
-
-def write_images(folder, modes=("L",), sizes=((4, 4),), names=("ant", "bee", "cat"), count=4):
-    image = pytest.importorskip("PIL.Image")
-    for c, name in enumerate(names):
-        (folder / name).mkdir(parents=True)
-        for i in range(count):
-            n = c * count + i
-            mode, size = modes[n % len(modes)], sizes[n % len(sizes)]
-            image.fromarray(np.full(size[::-1], 10 * c + i, np.uint8)).convert(mode).save(
-                folder / name / f"{i}.png"
-            )
 
 
 def write_mat(path, **arrays):
@@ -31,9 +22,9 @@ def write_mat(path, **arrays):
     return path
 
 
-@pytest.mark.parametrize("keys", data._NPZ_KEYS, ids="-".join)
+@pytest.mark.parametrize("keys", KEYS, ids="-".join)
 def test_npz(keys, tmp_path):
-    """Both spellings of the keys; pixels stay uint8 and are read in [0, 1]; floats are read as they
+    """Every spelling of the keys; pixels stay uint8 and are read in [0, 1]; floats are read as they
     are.
     """
     path = tmp_path / "images.npz"
@@ -46,7 +37,7 @@ def test_npz(keys, tmp_path):
     )
     assert train.inputs.dtype == torch.uint8 and train.targets.tolist() == LABELS.tolist()
     np.testing.assert_allclose(train.read(train.inputs), IMAGES.reshape(20, 16) / 255, rtol=1e-6)
-    np.savez(path, **dict(zip(keys[:2], (IMAGES / 100.0, LABELS.astype(float)))))
+    np.savez(path, **dict(zip(keys[:2], (IMAGES / 255.0, LABELS.astype(float)))))
     train, test = data.load(str(path))
     assert (len(train), len(test)) == (16, 4), "without a test set, a fifth is split off"
     assert (
@@ -55,7 +46,56 @@ def test_npz(keys, tmp_path):
         and train.targets.dtype == torch.int64
     )
     together = torch.cat([train.inputs, test.inputs]).sort(0).values
-    np.testing.assert_allclose(together, np.sort(IMAGES.reshape(20, 16) / 100.0, 0), rtol=1e-6)
+    np.testing.assert_allclose(together, np.sort(IMAGES.reshape(20, 16) / 255.0, 0), rtol=1e-6)
+
+
+def test_capitals_make_no_difference(tmp_path):
+    np.savez(tmp_path / "f.npz", X_Train=IMAGES, Y_TRAIN=LABELS)
+    assert data.load(str(tmp_path / "f.npz"))[0].image_shape == (1, 4, 4)
+    path = write_mat(tmp_path / "F.MAT", X=IMAGES.reshape(20, 16), y=LABELS)
+    assert data.load(str(path))[0].features == 16
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_npy(count, tmp_path):
+    """Inputs and labels, training and test, in the order in which they are given."""
+    arrays = (IMAGES, LABELS, IMAGES[:5], LABELS[:5])[:count]
+    for name, array in zip("abcd", arrays):
+        np.save(tmp_path / f"{name}.npy", array)
+    source = ",".join(str(tmp_path / f"{name}.npy") for name, _ in zip("abcd", arrays))
+    train, test = data.load(source)
+    assert (len(train), len(test)) == {2: (16, 4), 4: (20, 5)}[count]
+    assert train.image_shape == (1, 4, 4)
+
+
+def test_a_comma_in_a_name(tmp_path):
+    np.savez(tmp_path / "a,b.npz", X=IMAGES, y=LABELS)
+    assert len(data.load(str(tmp_path / "a,b.npz"))[0]) == 16
+
+
+def test_what_is_not_used_is_said(tmp_path, capsys):
+    path = tmp_path / "f.npz"
+    np.savez(path, x_train=IMAGES, y_train=LABELS, x_test=IMAGES, x_val=IMAGES)
+    train, _ = data.load(str(path))
+    assert train.notes == (
+        "f: not used: x_test, x_val; a fifth of the training data is held out for testing",
+    )
+    assert capsys.readouterr().err == f"note: {train.notes[0]}\n"
+    data.load(str(path), verbose=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_mat_variables_of_all_kinds(tmp_path):
+    """Sparse numbers, words as characters, and words in cells are used."""
+    sparse = pytest.importorskip("scipy.sparse")
+    numbers = np.eye(20, 5)
+    words = np.array(["ant", "bee", "wolf"])[LABELS]
+    for labels in (words, np.array(words, dtype=object), np.array(words, dtype=object)[:, None]):
+        path = write_mat(tmp_path / "f.mat", X=sparse.csc_matrix(numbers), y=labels)
+        train, test = data.load(str(path))
+        assert train.classes == ("ant", "bee", "wolf")
+        rows = [*train.inputs.tolist(), *test.inputs.tolist()]
+        assert sorted(rows) == sorted(numbers.tolist())
 
 
 @pytest.mark.parametrize("files", ["one", "two"])
@@ -72,46 +112,14 @@ def test_mat(files, tmp_path):
         torch.cat([train.targets, test.targets]).tolist(),
     )
     assert sorted(zip(*both)) == sorted(zip(IMAGES.reshape(20, 16).tolist(), LABELS.tolist()))
-    tests = {"testing_data": IMAGES[:2].reshape(2, 16).astype(float), "testing_label": LABELS[:2]}
+    tests = {"testing_data": IMAGES[:2].reshape(2, 16), "testing_label": LABELS[:2]}
     train, test = data.load(str(write_mat(tmp_path / "tested.mat", **x, **y, **tests)))
-    assert (
-        (len(train), len(test)) == (20, 2)
-        and test.classes == train.classes
-        and test.inputs.dtype == torch.float32
-    )
-
-
-@pytest.mark.parametrize("mode, shape", [("L", (1, 4, 5)), ("RGB", (3, 4, 5))])
-def test_image_folder(mode, shape, tmp_path):
-    write_images(tmp_path / "flat", [mode], [(5, 4)])
-    write_images(tmp_path / "parts" / "train", [mode], [(5, 4)])
-    write_images(tmp_path / "parts" / "test", [mode], [(5, 4)], count=1)
-    train, test = data.load(str(tmp_path / "flat"))
-    assert (len(train), len(test)) == (10, 2) and train.image_shape == shape
-    train, test = data.load(str(tmp_path / "parts"))
-    assert (len(train), len(test)) == (12, 3) and train.classes == test.classes == (
-        "ant",
-        "bee",
-        "cat",
-    )
-    assert (
-        train.inputs.shape == (12, 20 * shape[0])
-        and train.inputs.dtype == torch.uint8
-        and train.scale == 1 / 255
-    )
-    assert train.inputs[:, 0].tolist() == [0, 1, 2, 3, 10, 11, 12, 13, 20, 21, 22, 23]
-    assert train.targets.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-
-
-def test_colour_channels_stay_apart(tmp_path):
-    image = pytest.importorskip("PIL.Image")
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        image.new("RGB", (2, 2), (10, 20, 30)).save(tmp_path / name / "0.png")
-    assert data.load(str(tmp_path))[0].inputs[0].tolist() == [10] * 4 + [20] * 4 + [30] * 4
+    assert (len(train), len(test)) == (20, 2) and test.classes == train.classes
+    assert test.inputs.tolist() == IMAGES[:2].reshape(2, 16).tolist()
 
 
 def npz(tmp_path, **arrays):
+    tmp_path.mkdir(exist_ok=True)
     np.savez(tmp_path / "f.npz", **arrays)
     return tmp_path / "f.npz"
 
@@ -137,17 +145,59 @@ def good_mat(tmp_path):
     )
 
 
-def images(tmp_path, spoil=None, **options):
-    write_images(tmp_path / "d", **options)
-    if spoil:
-        spoil(tmp_path / "d")
-    return tmp_path / "d"
+def npy(tmp_path, array):
+    np.save(tmp_path / "f.npy", array)
+    return tmp_path / "f.npy"
+
+
+def cells(*arrays):
+    found = np.empty(len(arrays), object)
+    found[:] = arrays
+    return found
+
+
+def bomb(tmp_path, shape):
+    """An archive of an array of zeros."""
+    with zipfile.ZipFile(tmp_path / "f.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, rows in (("x_train", shape), ("y_train", (shape[0],))):
+            with archive.open(f"{name}.npy", "w") as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": rows}
+                np.lib.format.write_array_header_1_0(file, header)
+                if name == "x_train":
+                    file.write(bytes(shape[0]))
+    return tmp_path / "f.npz"
+
+
+def mat_bomb(tmp_path):
+    """As `bomb`; its variables are compressed one by one, and whosmat reads no more than sizes."""
+    path = tmp_path / "f.mat"
+    zeros = np.zeros((20, 1 << 17), np.uint8)
+    pytest.importorskip("scipy.io").savemat(path, {"X": zeros, "y": LABELS}, do_compression=True)
+    return path
+
+
+def lying(tmp_path):
+    """A .npy of 128 bytes whose header announces 8 terabytes."""
+    with (tmp_path / "f.npy").open("wb") as file:
+        header = {"descr": "<f8", "fortran_order": False, "shape": (10**12,)}
+        np.lib.format.write_array_header_1_0(file, header)
+    return f"{tmp_path / 'f.npy'},{tmp_path / 'f.npy'}"
+
+
+def pipe(path):
+    os.mkfifo(path)
+    return path
+
+
+def link(path, target):
+    path.symlink_to(target)
+    return path
 
 
 BAD = {
     "npz wrong keys": (
         lambda t: npz(t, pixels=IMAGES),
-        "needs the arrays x_train and y_train or train_data .*, found pixels",
+        "needs arrays called x_train and y_train, train_data .*; found pixels",
     ),
     "npz truncated": (functools.partial(damaged, good_npz, 0.5), "f.npz: not a readable .npz file"),
     "npz other": (functools.partial(damaged, good_npz, 0), "f.npz: not a readable .npz file"),
@@ -155,17 +205,13 @@ BAD = {
         functools.partial(pair, IMAGES, LABELS[:5]),
         r"inputs \(20, 4, 4\) need as many labels, got \(5,\)",
     ),
-    "one-hot labels": (
-        functools.partial(pair, IMAGES, np.eye(20)),
-        r"need as many labels, got \(20, 20\)",
+    "whole numbers in columns": (
+        functools.partial(pair, IMAGES, np.eye(20, dtype=int) * 3),
+        r"need as many labels, got \(20, 20\): one a sample, one-hot rows, or floating-point",
     ),
     "a number": (
         functools.partial(pair, np.float32(1), LABELS),
         r"inputs \(\) need as many labels",
-    ),
-    "fractions": (
-        functools.partial(pair, IMAGES, LABELS + 0.5),
-        "labels must be whole numbers, got 0.5",
     ),
     "negative label": (
         functools.partial(pair, IMAGES, LABELS - 1),
@@ -178,34 +224,59 @@ BAD = {
         "training inputs have 16 features, test inputs 8",
     ),
     "mat wrong keys": (
-        lambda t: write_mat(t / "f.mat", images=IMAGES, labels=LABELS),
-        "needs the variables training_data and training_label, found images, labels",
+        lambda t: write_mat(t / "f.mat", pictures=IMAGES, labels=LABELS),
+        "needs arrays called .*training_data and training_label, .*; found labels, pictures",
     ),
     "mat truncated": (functools.partial(damaged, good_mat, 0.5), "f.mat: not a readable .mat file"),
     "mat other": (functools.partial(damaged, good_mat, 0), "f.mat: not a readable .mat file"),
-    "image sizes": (
-        functools.partial(images, sizes=[(4, 4), (5, 4)]),
-        "images must all be 4×4, got 5×4",
-    ),
-    "image damaged": (
-        functools.partial(images, spoil=lambda d: (d / "bee/1.png").write_text("")),
-        "bee/1.png: not a readable",
-    ),
-    "class without images": (
-        functools.partial(images, spoil=lambda d: (d / "dog").mkdir()),
-        "dog.*one folder for each class",
-    ),
-    "no classes": (lambda t: t, "Couldn't find any class folder.*one folder for each class"),
     "other file": (
         lambda t: good_npz(t).rename(t / "f.csv"),
-        "f.csv: cannot read .csv files; known: .mat, .npz and folders",
+        "f.csv: cannot read .csv files; known: .npz, .npy, .mat and folders",
     ),
+    "no suffix": (
+        lambda t: good_npz(t).rename(t / "f"),
+        "f: cannot read such files; known: .npz",
+    ),
+    "repeated": (
+        lambda t: f"{good_npz(t)},{npz(t / 'more', y_train=LABELS)}",
+        "y_train is in .*f.npz and in .*more/f.npz: leave one of them out",
+    ),
+    "repeated in .mat": (
+        lambda t: f"{good_mat(t)},{write_mat(t / 'g.mat', training_label=LABELS)}",
+        "training_label is in .*f.mat and in .*g.mat",
+    ),
+    "one array alone": (lambda t: npy(t, IMAGES), "needs arrays called .*; found f"),
+    "folder and file": (lambda t: f"{t},{good_npz(t)}", "one folder of images, not 2 paths"),
+    "objects": (
+        functools.partial(pair, IMAGES, np.array([None, "a"] * 10, object)),
+        "f.npz: y_train.npy: holds Python objects",
+    ),
+    "struct": (
+        lambda t: write_mat(t / "f.mat", X={"a": IMAGES, "b": 1}, y=LABELS),
+        "X: a struct with the fields a, b, not an array",
+    ),
+    "cell of arrays": (
+        lambda t: write_mat(t / "f.mat", X=cells(IMAGES, LABELS), y=LABELS),
+        "inputs: must be arrays of numbers, got a list of objects",
+    ),
+    "bomb": (
+        lambda t: bomb(t, (1 << 22, 1)),
+        r"f.npz: [\d,]+ bytes would grow to 4,194,\d+ when unpacked",
+    ),
+    "bomb in .mat": (
+        lambda t: mat_bomb(t),
+        r"f.mat: [\d,]+ bytes would grow to [\d,]+ when unpacked",
+    ),
+    "header that lies": (lambda t: lying(t), "its header says 8,000,000,000,000 bytes, there are"),
+    "pipe": (lambda t: pipe(t / "f.npz"), "f.npz: is a pipe, not a file"),
+    "device": (lambda t: link(t / "f.npy", "/dev/zero"), "f.npy: is a device, not a file"),
     "missing": (lambda t: t / "none.npz", "there is no .*none.npz"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_one_clear_line(case, tmp_path):
+def test_one_clear_line(case, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_HARMLESS", 2**20)  # small bombs will do
     make, message = BAD[case]
     source = str(make(tmp_path))
     with pytest.raises(DataError, match=message) as error:

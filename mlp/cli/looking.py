@@ -1,0 +1,24 @@
+"""`data`: what was read, before anyone trains on it."""
+
+from pathlib import Path
+
+from .. import describe
+from .options import Values
+from .setup import load
+from .terminal import say
+
+
+def data(values: Values) -> None:
+    """Print what a data set holds, and draw it on request."""
+    train, test = load(values)
+    for line in describe.page(train, test):
+        say(line)
+    if not values["plots"]:
+        return
+    from .. import sheets
+
+    folder = values["out"] or Path()
+    if not folder.is_dir():
+        raise ValueError(f"--out {folder}: there is no such folder")
+    for path in sheets.write(train, test, folder):
+        say(path)

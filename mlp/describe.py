@@ -1,0 +1,129 @@
+"""What a data set holds, in words: one line for `train`, a page for `handgrad data`."""
+
+import torch
+
+from .dataset import Dataset
+from .scaling import columns, lost_in_float32
+
+_SHOWN = 20  # classes or columns that are listed
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return " × ".join(str(n) for n in shape)
+
+
+def inputs(data: Dataset) -> str:
+    """ "8 × 8 grey pixels" or "30 columns"."""
+    if data.image_shape is None:
+        return f"{data.features} column{'s' * (data.features > 1)}"
+    channels, *size = data.image_shape
+    kind = {1: "grey", 3: "RGB"}.get(channels, f"{channels}-channel")
+    return f"{_times(tuple(size))} {kind} pixels"
+
+
+def scale(data: Dataset) -> str:
+    """How a stored number is read: "x / 255" or "(x - mean) / std of each column"."""
+    x = "x" if data.mean is None else "(x - mean) / std of each column"
+    if data.scale != 1:
+        inverse = 1 / data.scale
+        whole = abs(inverse - round(inverse)) < 1e-9 * abs(inverse)
+        x = f"{x} / {round(inverse)}" if whole and abs(inverse) >= 1 else f"{x} · {data.scale:.6g}"
+    return f"{x} {'+' if data.shift > 0 else '-'} {abs(data.shift):.6g}" if data.shift else x
+
+
+def stored_range(data: Dataset) -> tuple[float, float]:
+    """Smallest and largest input as it was stored in the file."""
+    x = data.inputs
+    if data.mean is not None:
+        mean, std = data.mean.to(x.device), data.std.to(x.device)
+        x = x * std + mean
+    low, high = float(x.min()), float(x.max())
+    # Standardised numbers were rounded to float32: what is left of a 0 is far below the others.
+    nothing = 1e-6 * max(abs(low), abs(high))
+    return (0.0 if abs(low) < nothing else low), (0.0 if abs(high) < nothing else high)
+
+
+def _counts(data: Dataset) -> list[int]:
+    return torch.bincount(data.targets.cpu(), minlength=len(data.classes)).tolist()
+
+
+def targets(data: Dataset) -> str:
+    """ "10 classes of 139 to 146 samples", or the outputs of a regression and their range."""
+    if data.is_classification:
+        counts = _counts(data)
+        least, most = min(counts), max(counts)
+        each = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+        return f"{len(counts)} class{'es' * (len(counts) != 1)} of {each} samples"
+    outputs = data.targets[0].numel()
+    low, high = float(data.targets.min()), float(data.targets.max())
+    return f"regression, {outputs} output{'s' * (outputs > 1)} from {low:.6g} to {high:.6g}"
+
+
+def describe(train: Dataset, test: Dataset | None = None) -> str:
+    """One line: samples, inputs, dtype and range, how they are read, classes, size of the test
+    data.
+    """
+    low, high = stored_range(train)
+    parts = [
+        f"{train.name}: {len(train):,} samples of {inputs(train)}",
+        f"{train.stored} {low:.6g} to {high:.6g} read as {scale(train)}",
+        targets(train),
+    ]
+    if test is not None:
+        parts.append(f"{len(test):,} test samples")
+    return "; ".join(parts)
+
+
+def page(train: Dataset, test: Dataset) -> list[str]:
+    """Lines for people: what was read, how it is read, the split, the classes and their balance,
+    columns that are odd.
+    """
+    low, high = stored_range(train)
+    said = [
+        f"data       {train.name}",
+        f"samples    {len(train):,} for training, {len(test):,} for testing",
+        f"inputs     {inputs(train)}, {train.stored} {low:.6g} to {high:.6g}",
+        f"read as    {scale(train)}",
+    ]
+    if train.levels is not None:
+        said.append(f"levels     black is {train.levels[0]:g}, white is {train.levels[1]:g}")
+    said.append(f"targets    {targets(train)}")
+    if train.is_classification:
+        said += _classes(train, test)
+    said += _odd_columns(train)
+    return [*said, f"hash       {train.fingerprint().hash} (training data)"]
+
+
+def _classes(train: Dataset, test: Dataset) -> list[str]:
+    counts, tested = _counts(train), _counts(test)
+    present = [n for n in counts if n]
+    ratio = max(present) / min(present)
+    empty = [name for name, n in zip(train.classes, counts) if not n]
+    said = [f"balance    the largest class is {ratio:.2f} times the smallest"]
+    if empty:
+        said.append(f"           without training samples: {', '.join(empty[:_SHOWN])}")
+    width = max(len(name) for name in train.classes[:_SHOWN])
+    said.append(f"           {'class':<{max(width, 5)}} {'train':>9} {'share':>7} {'test':>9}")
+    for name, n, m in list(zip(train.classes, counts, tested))[:_SHOWN]:
+        said.append(f"           {name:<{max(width, 5)}} {n:>9,} {n / len(train):>7.2%} {m:>9,}")
+    if len(counts) > _SHOWN:
+        said.append(f"           and {len(counts) - _SHOWN} classes more")
+    return said
+
+
+def _odd_columns(train: Dataset) -> list[str]:
+    found = columns(train)
+    constant = found.constant.nonzero().flatten().tolist()
+    said = ["missing    none: numbers that are not finite are refused"]
+    what = "columns" if train.image_shape is None else "pixels"
+    said.append(f"constant   {len(constant)} of {train.features} {what}{_listed(train, constant)}")
+    if lost := lost_in_float32(train):
+        said.append(f"rounded    change less than float32 resolves:{_listed(train, lost)}")
+    return said
+
+
+def _listed(train: Dataset, numbers: list[int]) -> str:
+    if not numbers or train.image_shape is not None:
+        return ""
+    names = [train.columns[i] if train.columns else str(i) for i in numbers[:_SHOWN]]
+    return f" ({', '.join(names)}{', …' * (len(numbers) > _SHOWN)})"

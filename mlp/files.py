@@ -1,0 +1,225 @@
+"""Files that hold arrays: .npz, .npy and .mat, one or several, read into one table of arrays.
+
+Sizes are read from a file's directory and headers before anything is unpacked, so that a file that
+would not fit into memory is refused.
+"""
+
+import os
+import stat
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .arrays import from_arrays
+from .dataset import DataError, Dataset, needs_extra
+
+# Names of training inputs, training labels, test inputs, test labels; capitals make no difference.
+KEYS = (
+    ("x_train", "y_train", "x_test", "y_test"),
+    ("train_data", "train_labels", "test_data", "test_labels"),
+    ("train_images", "train_labels", "test_images", "test_labels"),
+    ("training_data", "training_label", "testing_data", "testing_label"),
+    ("X", "y", "X_test", "y_test"),
+    ("images", "labels", "test_images", "test_labels"),
+    ("data", "target", "test_data", "test_target"),
+    ("inputs", "targets", "test_inputs", "test_targets"),
+)
+# Bytes that may be unpacked although they are more than a hundred times the file's own.
+_HARMLESS = 2**28
+_GROWTH = 100
+_HEADER = 10_000  # bytes; numpy's own limit for the header of an array
+
+
+def check_regular(path: Path) -> None:
+    """DataError for a pipe, a device or a socket, which opening might never return from."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    if not stat.S_ISREG(mode):
+        kinds = (
+            (stat.S_ISFIFO, "a pipe"),
+            (stat.S_ISCHR, "a device"),
+            (stat.S_ISBLK, "a device"),
+            (stat.S_ISSOCK, "a socket"),
+            (stat.S_ISDIR, "a folder"),
+        )
+        kind = next((said for is_kind, said in kinds if is_kind(mode)), "no regular file")
+        raise DataError(f"{path}: is {kind}, not a file: save the data to a file first")
+
+
+def memory() -> int:
+    """Bytes of this machine's memory; what a data set may take at most is half of it."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):  # not known on every system
+        return 2**34
+
+
+def check_size(size: int, packed: int | None, what: str) -> None:
+    """DataError if `size` bytes are more than half the memory, or come from far fewer in a file."""
+    if packed is not None and size > max(_HARMLESS, _GROWTH * packed):
+        raise DataError(
+            f"{what}: {packed:,} bytes would grow to {size:,} when unpacked: save them unpacked "
+            "(numpy.savez) if that is meant"
+        )
+    if size > memory() // 2:
+        raise DataError(
+            f"{what}: takes {size / 2**30:,.1f} GiB, and this machine has "
+            f"{memory() / 2**30:,.1f} GiB of memory: store fewer samples or a smaller dtype"
+        )
+
+
+def _check_array_header(file: Any, size: int, what: str) -> None:
+    """DataError if the header of a .npy announces another size than there is, or objects."""
+    version = np.lib.format.read_magic(file)
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    if version not in readers:
+        return  # numpy says what it thinks of it
+    shape, _, dtype = readers[version](file, max_header_size=_HEADER)
+    if dtype.hasobject:
+        raise DataError(f"{what}: holds Python objects: store numbers, or words as numpy strings")
+    announced = int(np.prod(shape, dtype=object)) * dtype.itemsize
+    if announced > size:
+        raise DataError(f"{what}: damaged: its header says {announced:,} bytes, there are {size:,}")
+
+
+def _npz(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as archive:
+        members = [m for m in archive.infolist() if m.filename.endswith(".npy")]
+        names = [member.filename.removesuffix(".npy") for member in members]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise DataError(f"{path}: has the array {min(twice)} twice")
+        size = sum(member.file_size for member in members)
+        check_size(size, sum(member.compress_size for member in members), str(path))
+        for member in members:
+            with archive.open(member) as file:
+                _check_array_header(file, member.file_size, f"{path}: {member.filename}")
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in names}
+
+
+def _npy(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    check_size(size, None, str(path))
+    with path.open("rb") as file:
+        _check_array_header(file, size, str(path))
+    return {path.stem: np.load(path, allow_pickle=False)}
+
+
+def _mat(path: Path) -> dict[str, Any]:
+    try:
+        from scipy.io import loadmat, whosmat
+    except ImportError:
+        raise needs_extra("scipy (with scikit-learn)", "reading .mat files") from None
+    try:
+        listed = whosmat(path)
+        # A class of MATLAB takes at most 8 bytes a number; sparse ones and cells take what they do.
+        size = sum(
+            8 * int(np.prod(shape, dtype=object))
+            for _, shape, kind in listed
+            if kind not in ("sparse", "cell", "struct", "object", "opaque", "function")
+        )
+        names = [name for name, *_ in listed]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise DataError(f"{path}: has the variable {min(twice)} twice")
+        check_size(size, path.stat().st_size, str(path))
+        return {name: v for name, v in loadmat(path).items() if not name.startswith("__")}
+    except NotImplementedError:
+        raise DataError(f"{path}: a MATLAB 7.3 file; save it with -v7") from None
+
+
+READERS: dict[str, Callable[[Path], dict[str, Any]]] = {".npz": _npz, ".npy": _npy, ".mat": _mat}
+
+
+def _contents(path: Path) -> dict[str, Any]:
+    """Name -> array of one file; DataError if it is not readable."""
+    suffix = path.suffix.lower()
+    if suffix not in READERS:
+        raise DataError(
+            f"{path}: cannot read {path.suffix or 'such'} files; known: {', '.join(READERS)} and "
+            "folders of images"
+        )
+    check_regular(path)
+    try:
+        return READERS[suffix](path)
+    except (DataError, ImportError):
+        raise
+    except Exception as error:  # zipfile, zlib, numpy and scipy each raise their own
+        raise DataError(
+            f"{path}: not a readable {suffix} file ({type(error).__name__}: {error})"
+        ) from None
+
+
+def _merged(paths: Sequence[Path]) -> dict[str, Any]:
+    """The arrays of all files; DataError where two have one of the same name."""
+    merged: dict[str, Any] = {}
+    origin: dict[str, Path] = {}
+    for path in paths:
+        for name, array in _contents(path).items():
+            if name in merged:
+                raise DataError(f"{name} is in {origin[name]} and in {path}: leave one of them out")
+            merged[name], origin[name] = array, path
+    return merged
+
+
+def _chosen(arrays: dict[str, Any], paths: Sequence[Path]) -> list[str | None]:
+    """Names of training inputs and labels, and of test inputs and labels, or None, in `arrays`."""
+    if len(paths) in (2, 4) and all(path.suffix.lower() == ".npy" for path in paths):
+        return [*arrays, None, None][:4]
+    exact = {name: name for name in arrays}
+    folded = {name.lower(): name for name in arrays} | exact
+    for keys in KEYS:
+        found = [folded.get(key, folded.get(key.lower())) for key in keys]
+        if None not in found[:2]:
+            return found
+    known = ", ".join(f"{pair[0]} and {pair[1]}" for pair in KEYS)
+    raise DataError(
+        f"{','.join(map(str, paths))}: needs arrays called {known}; found "
+        f"{', '.join(sorted(arrays)) or 'none'}"
+    )
+
+
+def _check_kind(value: Any, what: str) -> None:
+    """DataError for a variable of a .mat file that is no array of numbers or words."""
+    fields = getattr(getattr(value, "dtype", None), "names", None)
+    if fields:
+        raise DataError(f"{what}: a struct with the fields {', '.join(fields)}, not an array")
+    if type(value).__name__ in ("MatlabOpaque", "MatlabFunction", "MatlabObject"):
+        raise DataError(f"{what}: an object of MATLAB, not an array: save its numbers")
+
+
+def read(
+    paths: Sequence[Path],
+    image: str | tuple[int, ...] | None = None,
+    task: str | None = None,
+) -> tuple[Dataset, Dataset]:
+    """(train, test) of the arrays in these files, which are found by their names, see KEYS; 2 or 4
+    .npy files hold inputs, labels, test inputs and test labels. image, task: see `from_arrays`.
+    """
+    arrays = _merged(paths)
+    where, name = ",".join(map(str, paths)), paths[0].stem
+    keys = _chosen(arrays, paths)
+    for key in keys:
+        if key is not None:
+            _check_kind(arrays[key], f"{where}: {key}")
+    has_test = None not in keys[2:]
+    used = keys if has_test else keys[:2]
+    train, test = from_arrays(
+        *(arrays[key] for key in used),
+        name=name,
+        image=image,
+        task=task,
+        named_image=any(word in keys[0].lower() for word in ("image", "pixel")),
+    )
+    notes = ()
+    if left := sorted(arrays.keys() - set(used)):
+        held = "" if has_test else "; a fifth of the training data is held out for testing"
+        notes = (f"{name}: not used: {', '.join(left)}{held}",)
+    return train._with(notes=(*train.notes, *notes)), test

@@ -1,0 +1,115 @@
+"""Pictures of a data set, with matplotlib: a sheet of samples, a bar for each class."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .dataset import Dataset, needs_extra
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_EACH = 10  # samples of a class
+_CLASSES, _COLUMNS = 20, 24
+
+
+def _figure(width: float, height: float) -> "Figure":
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise needs_extra("matplotlib", "drawing") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def picture(row: torch.Tensor, data: Dataset) -> torch.Tensor:
+    """One stored input as matplotlib draws it, (H, W) or (H, W, 3): black is 0 and white is 1.
+    Images of other than 1 or 3 channels become the mean of their channels.
+    """
+    x = row.cpu().double()
+    if data.mean is not None:
+        x = x * data.std.double() + data.mean.double()
+    black, white = data.levels or (float(x.min()), float(x.max()))
+    image = ((x - black) / ((white - black) or 1.0)).clamp(0, 1).view(data.image_shape)
+    return image.permute(1, 2, 0) if len(image) == 3 else image.mean(0)
+
+
+def samples(data: Dataset, path: Path) -> None:
+    """Up to ten images of each of the first twenty classes, a row for each class."""
+    if data.is_classification:
+        targets = data.targets.cpu()
+        groups = [
+            (name, (targets == number).nonzero().flatten()[:_EACH].tolist())
+            for number, name in enumerate(data.classes[:_CLASSES])
+        ]
+    else:
+        first = list(range(min(len(data), 4 * _EACH)))
+        groups = [("", first[i : i + _EACH]) for i in range(0, len(first), _EACH)]
+    figure = _figure(9, 0.95 * len(groups) + 0.4)
+    axes = figure.subplots(len(groups), _EACH, squeeze=False)
+    for row, (name, chosen) in zip(axes, groups):
+        for axis in row:
+            axis.axis("off")
+        for axis, sample in zip(row, chosen):
+            axis.imshow(picture(data.inputs[sample], data), cmap="gray", vmin=0, vmax=1)
+        row[0].set_title(name, fontsize=9, loc="left", parse_math=False)
+    figure.savefig(path, dpi=120)
+
+
+def columns(data: Dataset, path: Path) -> None:
+    """A histogram of each of the first columns of a table, of the numbers as they are read."""
+    shown = min(data.features, _COLUMNS)
+    across = min(6, shown)
+    rows = -(-shown // across)
+    figure = _figure(1.7 * across + 0.5, 1.35 * rows + 0.3)
+    axes = figure.subplots(rows, across, squeeze=False)
+    x = data.read(data.inputs[:, :shown]).cpu()
+    for axis in axes.flat[shown:]:
+        axis.axis("off")
+    for i, axis in enumerate(axes.flat[:shown]):
+        axis.hist(x[:, i].numpy(), bins=30)
+        axis.set_title(data.columns[i] if data.columns else str(i), fontsize=8, parse_math=False)
+        axis.tick_params(labelsize=6)
+        axis.set_yticks([])
+    figure.savefig(path, dpi=120)
+
+
+def targets(train: Dataset, test: Dataset, path: Path) -> None:
+    """How many samples each class has, or a histogram of each output of a regression."""
+    if not train.is_classification:
+        figure = _figure(6, 3.5)
+        axis = figure.subplots()
+        axis.hist(train.targets.flatten(1).cpu().numpy(), bins=40)
+        axis.set(xlabel="target", ylabel="training samples")
+        figure.savefig(path, dpi=120)
+        return
+    count = len(train.classes)
+    figure = _figure(7, max(2.0, 0.28 * min(count, 60) + 0.9))
+    axis = figure.subplots()
+    left = torch.zeros(count)
+    for part, data in (("train", train), ("test", test)):
+        counts = torch.bincount(data.targets.cpu(), minlength=count).float()
+        axis.barh(range(count), counts, left=left, label=part, height=0.8)
+        left += counts
+    if count <= 60:
+        axis.set_yticks(range(count), train.classes)
+        for label in axis.get_yticklabels():
+            label.set_parse_math(False)
+    axis.set(xlabel="samples")
+    axis.set_ylim(count - 0.4, -0.6)
+    axis.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside upper right", ncols=2, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def write(train: Dataset, test: Dataset, folder: Path) -> list[Path]:
+    """samples.png of images or columns.png of a table, and classes.png or targets.png, in a folder;
+    the paths written.
+    """
+    first: Callable[[Dataset, Path], None] = columns if train.image_shape is None else samples
+    name = "columns.png" if train.image_shape is None else "samples.png"
+    second = "classes.png" if train.is_classification else "targets.png"
+    first(train, folder / name)
+    targets(train, test, folder / second)
+    return [folder / name, folder / second]
