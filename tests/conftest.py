@@ -23,15 +23,25 @@ if not ON_GPU:
         "triton was imported before conftest.py"
     )
     os.environ["TRITON_INTERPRET"] = "1"
-    torch.set_num_threads(1)  # pytest-xdist has a process for each core
+    # pytest-xdist has a process for each core
+    torch.set_num_threads(int(os.environ.get("HANDGRAD_TEST_THREADS", "1")))
 
 import triton  # noqa: E402
 
 import kernels  # noqa: E402
-from tests import checks, interpreter  # noqa: E402
+from tests import checks, interpreter, running, seeds  # noqa: E402
+from tests.running import (  # noqa: E402, F401
+    pytest_addoption,
+    pytest_cmdline_main,
+    pytest_collection_modifyitems,
+    pytest_configure_node,
+    pytest_runtest_call,
+    pytest_sessionfinish,
+)
 
 if not ON_GPU:
     interpreter.improve()
+seeds.shift()
 
 if Path(kernels.__file__).parent != TESTS.parent / "kernels":
     # Another distribution on PyPI imports under this name.
@@ -68,22 +78,28 @@ MISSING = {
 collect_ignore = [file for files in MISSING.values() for file in files]
 
 
+MARKERS = {
+    "interpreter": "under tests/mlp, run the kernels in the interpreter also on a CPU",
+    "full": "takes minutes: runs only with --full",
+    "long(seconds)": "about how long it takes; the longest start first",
+}
+
+
 def pytest_configure(config):
-    config.addinivalue_line(
-        "markers", "interpreter: under tests/mlp, run the kernels in the interpreter also on a CPU"
-    )
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
 
 
 def pytest_report_header():
     where = f"on {torch.cuda.get_device_name()}" if ON_GPU else "in Triton's interpreter on the CPU"
-    return f"handgrad: kernels run {where}; torch {torch.__version__}, triton {triton.__version__}"
+    versions = f"torch {torch.__version__}, triton {triton.__version__}"
+    return f"handgrad: kernels run {where}; {versions}; {seeds.SHIFT} added to every seed"
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_terminal_summary(terminalreporter, config):
+    running.report(terminalreporter, config)
     for package, files in MISSING.items():
-        terminalreporter.write_line(
-            f"not run, for want of the package {package}: {', '.join(files)}"
-        )
+        terminalreporter.write_line(f"not run: {', '.join(files)}. To run: pip install {package}")
 
 
 @pytest.fixture(scope="session")
@@ -97,9 +113,8 @@ def surroundings(request, monkeypatch):
     """What the folder's tests run under: poisoned buffers for kernels, the reference for training
     on a CPU; its own seed.
     """
-    torch.manual_seed(
-        zlib.crc32(request.node.nodeid.encode())
-    )  # the same numbers whatever ran before
+    # the same numbers whatever ran before
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
     if request.path.is_relative_to(TESTS / "kernels"):
         checks.poison_fresh_buffers(monkeypatch)
     if (

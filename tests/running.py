@@ -1,0 +1,135 @@
+"""How the suite is run and what it reports: the longest tests first, what was skipped and which
+command would run it, and tests that take too long. conftest.py takes pytest's hooks from here.
+"""
+
+import collections
+import re
+import resource
+
+import pytest
+
+# Seconds of processor time, its own and of the processes it starts. The whole suite has six minutes
+# on two cores.
+BUDGET = 20.0
+CACHE = "handgrad/seconds"  # in pytest's cache: test -> seconds it took last time
+# What a reason to skip says -> what to do about it. The first that fits.
+REMEDIES = {
+    "needs a GPU": "on a machine with a GPU: python -m bench all --out results",
+    "HANDGRAD_DATA": "HANDGRAD_DATA=FOLDER pytest -n auto; handgrad train mnist --data-dir FOLDER "
+    "fills the folder",
+    "could not import": 'pip install -e ".[dev]"',
+    "--full": "pytest -n auto --full",
+    "C++ compiler": "install g++",
+}
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("handgrad")
+    group.addoption(
+        "--full",
+        action="store_true",
+        help="also what takes many minutes: every architecture that kernels are compiled for",
+    )
+    group.addoption(
+        "--enforce-budget",
+        action="store_true",
+        help=f"fail if a test took more than {BUDGET:.0f} s of processor time",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """With pytest -n: a process that has nothing left to do takes tests from another."""
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "worksteal"
+
+
+def pytest_collection_modifyitems(config, items):
+    """The longest first, as measured by the last run here, else as marked: so that no process is
+    left with a long one when the others have finished.
+    """
+    measured = known(config)
+
+    def seconds(item):
+        marker = item.get_closest_marker("long")
+        return measured.get(item.nodeid, marker.args[0] if marker else 0.0)
+
+    for item in items:
+        if item.get_closest_marker("full") and not config.getoption("full"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes; needs --full"))
+    # Short tests keep their order.
+    items.sort(key=lambda item: -max(seconds(item), 1.0))
+
+
+def known(config) -> dict[str, float]:
+    """What the tests took before. A worker of xdist has it from the process that started it: all
+    must sort alike.
+    """
+    if hasattr(config, "workerinput"):
+        return config.workerinput[CACHE]
+    return config.cache.get(CACHE, {}) if hasattr(config, "cache") else {}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    node.workerinput[CACHE] = known(node.config)
+
+
+def processor_seconds() -> float:
+    """Of this process and of those it has started and waited for."""
+    used = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(u.ru_utime + u.ru_stime for u in used)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    before = processor_seconds()
+    try:
+        return (yield)
+    finally:
+        item.user_properties.append(("processor seconds", processor_seconds() - before))
+
+
+def taken(config) -> dict[str, float]:
+    """Test -> processor seconds, of those that ran."""
+    stats = config.pluginmanager.get_plugin("terminalreporter").stats
+    reports = [r for rs in stats.values() for r in rs if getattr(r, "when", "") == "call"]
+    properties = {r.nodeid: dict(r.user_properties) for r in reports}
+    return {test: p["processor seconds"] for test, p in properties.items() if p}
+
+
+def over_budget(seconds: dict[str, float], config) -> list[str]:
+    """The tests that took too long; with --full, some may."""
+    return [] if config.getoption("full") else [t for t, s in seconds.items() if s > BUDGET]
+
+
+def pytest_sessionfinish(session):
+    config = session.config
+    if hasattr(config, "workerinput") or not config.pluginmanager.has_plugin("terminalreporter"):
+        return
+    seconds = taken(config)
+    if hasattr(config, "cache"):
+        latest = known(config) | {test: round(s, 1) for test, s in seconds.items()}
+        config.cache.set(CACHE, {test: s for test, s in latest.items() if s >= 1})
+    if config.getoption("enforce_budget") and over_budget(seconds, config):
+        session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+
+
+def report(terminalreporter, config) -> None:
+    """Lines for the end of a run."""
+    write, seconds = terminalreporter.write_line, taken(config)
+    write(f"{len(seconds)} tests took {sum(seconds.values()):.0f} s of processor time")
+    for reason, count in skipped(terminalreporter).most_common():
+        remedy = next((r for words, r in REMEDIES.items() if words in reason), None)
+        write(f"skipped {count}: {reason}" + (f". To run: {remedy}" if remedy else ""))
+    for test in over_budget(seconds, config):
+        write(f"over the budget of {BUDGET:.0f} s of processor time: {test}, {seconds[test]:.0f} s")
+
+
+def skipped(terminalreporter) -> collections.Counter:
+    """Reason -> how many tests."""
+    reasons = (r.longrepr[2] for r in terminalreporter.stats.get("skipped", []))
+    return collections.Counter(
+        re.sub(r"got empty parameter set.*", "needs a GPU", r.removeprefix("Skipped: "))
+        for r in reasons
+    )
