@@ -1,9 +1,9 @@
 """The step and epoch kernels compiled for GPUs that are not here: registers, and the order of
 memory accesses.
 
-Each architecture in a process of its own, since pytest's kernels are interpreted:
+Each row of MATRIX in a process of its own, since pytest's kernels are interpreted:
 
-    python -m tests.compile.test_epoch_kernels sm_90      # one JSON object a line
+    python -m tests.compile.test_epoch_kernels sm_90 adam ieee      # one JSON object a line
 """
 
 import json
@@ -11,7 +11,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +19,8 @@ import triton
 from kernels import StepState, hyperparameters, launch, train_epoch, train_step
 from kernels.network import RULES, Spec
 from tests.compile import worker
+from tests.compile.test_compile import USUAL
+from tests.test_structure import ROOT
 
 # What is compiled for each: (rule, precision). The stack must be empty on the first two, other
 # targets must compile.
@@ -146,28 +147,34 @@ def test_a_load_above_the_exchange_is_seen():
     assert below == ("load", "y_ptr", 2) and above == ("load", "y_ptr", 0)
 
 
-@pytest.mark.parametrize("arch", MATRIX)
-def test_kernels_compile_without_spills_and_keep_their_order(arch):
+def cases():
+    """Every row of MATRIX, the first of the usual architectures in every run of the suite."""
+    for arch, rows in MATRIX.items():
+        for row in rows:
+            usual = arch in USUAL and row in rows[:1]
+            marks = [pytest.mark.long(10)] + ([] if usual else [pytest.mark.full])
+            yield pytest.param(arch, *row, marks=marks, id="-".join((arch, *row)))
+
+
+@pytest.mark.parametrize(("arch", "rule", "precision"), list(cases()))
+def test_kernels_compile_without_spills_and_keep_their_order(arch, rule, precision):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.compile.test_epoch_kernels", arch]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(__file__).parents[2], env=environment
-    )
+    module = "tests.compile.test_epoch_kernels"
+    command = [sys.executable, "-W", "ignore", "-m", module, arch, rule, precision]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rows) == (3 + len(exchanges(arch))) * len(MATRIX[arch])
+    assert len(rows) == 3 + len(exchanges(arch))
     for row in rows:
         assert "error" not in row, row
         assert row["moved"] == [], row
         assert (row["polls"] > 0) == row["label"].startswith("exchange"), row
         if arch in NO_STACK:
             assert (row["stack"], row["local"]) == (0, 0), row
-    assert sum(row["waits"] for row in rows) == len(exchanges(arch)) * len(
-        MATRIX[arch]
-    )  # one in each exchange kernel
+    # one in each exchange kernel
+    assert sum(row["waits"] for row in rows) == len(exchanges(arch))
 
 
 if __name__ == "__main__":
-    for rule, precision in MATRIX[sys.argv[1]]:
-        for described in describe(sys.argv[1], rule, precision):
-            print(json.dumps(described), flush=True)
+    for described in describe(*sys.argv[1:]):
+        print(json.dumps(described), flush=True)

@@ -1,7 +1,10 @@
 """Compile, without a GPU, everything the operations would launch on one architecture, and say what
 came out.
 
-    python -m tests.compile.worker sm_90      # one JSON array on standard output
+    python -m tests.compile.worker sm_90 1/2          # half of them
+    python -m tests.compile.worker sm_90 1/1 full     # all, with every combination of constants
+
+On standard output, a JSON object: "kernels", the names of all, and "rows", what was compiled.
 
 A process of its own, because jit functions are either interpreted, as pytest has them here, or
 compiled. What was compiled before comes from Triton's cache, which knows versions, sources and
@@ -104,19 +107,19 @@ def as_source(kernel, args, options):
     return source, {"enable_fp_fusion": True} | {k: v for k, v in options.items() if k not in names}
 
 
-def launches(arch):
+def launches(arch, full=False):
     """Every launch of every operation worth compiling: [(label, precision, source, options)].
 
     One for each kernel, precision and configuration: of several, the one with the most arguments
-    given and the longest activation. How strides happen to be divisible makes no other. On sm_90
-    also, in two precisions, every combination of constants and missing arguments for the first
-    shape, and every activation for the last.
+    given and the longest activation. How strides happen to be divisible makes no other. If full,
+    all shapes on sm_80 and sm_90, and on sm_90 also, in two precisions, every combination of
+    constants and missing arguments for the first shape, and every activation for the last.
     """
     found = {}
     for precision, (dtype, setting) in PRECISIONS.items():
         torch.set_float32_matmul_precision(setting)
-        thorough = arch == "sm_90" and precision in ("ieee", "bf16")
-        for shape in SHAPES if arch in ("sm_80", "sm_90") else SHAPES[1:3]:
+        thorough = full and arch == "sm_90" and precision in ("ieee", "bf16")
+        for shape in SHAPES if full and arch in ("sm_80", "sm_90") else SHAPES[1:3]:
             for name, op in OPERATIONS.items():
                 for label, arguments in op.cases(Make("meta", dtype), *shape):
                     for kernel, args, options in listed(arch, op, arguments):
@@ -237,8 +240,9 @@ def spills(cubin):
 
 
 if __name__ == "__main__":
-    architecture = sys.argv[1]
-    json.dump(
-        [compile_and_describe(architecture, *launch) for launch in launches(architecture)],
-        sys.stdout,
-    )
+    architecture, share, *more = sys.argv[1:]
+    part, parts = map(int, share.split("/"))
+    found = launches(architecture, full=more == ["full"])
+    described = [compile_and_describe(architecture, *each) for each in found[part - 1 :: parts]]
+    names = sorted({source.fn.__name__ for _, _, source, _ in found})
+    json.dump({"kernels": names, "rows": described}, sys.stdout)
