@@ -8,11 +8,23 @@ from .conv import conv2d, conv2d_fwd, conv2d_fwd_ref
 from .conv_bwd import conv2d_bwd, conv2d_bwd_ref
 from .cross_entropy import (
     check_labels,
+    check_range,
     cross_entropy,
     cross_entropy_bwd,
     cross_entropy_bwd_ref,
     cross_entropy_fwd,
     cross_entropy_fwd_ref,
+)
+from .elementwise_loss import (
+    binary_cross_entropy_with_logits,
+    elementwise_loss,
+    elementwise_loss_bwd,
+    elementwise_loss_bwd_ref,
+    elementwise_loss_fwd,
+    elementwise_loss_fwd_ref,
+    huber_loss,
+    mse_loss,
+    pinball_loss,
 )
 from .epoch import train_epoch, train_epoch_ref
 from .launch import backend, path, use
@@ -33,9 +45,9 @@ from .linear_cross_entropy import (
     linear_cross_entropy_fwd,
     linear_cross_entropy_fwd_ref,
 )
+from .losses import LOSSES, Loss
 from .mlp import mlp, mlp_bwd, mlp_bwd_ref, mlp_fwd, mlp_fwd_ref
 from .mlp_update import mlp_update, mlp_update_ref
-from .mse import mse_bwd, mse_bwd_ref, mse_fwd, mse_fwd_ref, mse_loss
 from .network import Spec, hyperparameters, refusal
 from .operations import OPERATIONS
 from .optim import adam, adam_ref, sgd, sgd_ref
@@ -44,14 +56,18 @@ from .step import StepState, flush, train_step
 
 __all__ = [
     "ACTIVATIONS",
+    "LOSSES",
     "OPERATIONS",
     "Activation",
+    "Loss",
     "Spec",
     "StepState",
     "adam",
     "adam_ref",
     "backend",
+    "binary_cross_entropy_with_logits",
     "check_labels",
+    "check_range",
     "conv2d",
     "conv2d_bwd",
     "conv2d_bwd_ref",
@@ -62,7 +78,13 @@ __all__ = [
     "cross_entropy_bwd_ref",
     "cross_entropy_fwd",
     "cross_entropy_fwd_ref",
+    "elementwise_loss",
+    "elementwise_loss_bwd",
+    "elementwise_loss_bwd_ref",
+    "elementwise_loss_fwd",
+    "elementwise_loss_fwd_ref",
     "flush",
+    "huber_loss",
     "hyperparameters",
     "linear",
     "linear_bwd",
@@ -84,12 +106,9 @@ __all__ = [
     "mlp_fwd_ref",
     "mlp_update",
     "mlp_update_ref",
-    "mse_bwd",
-    "mse_bwd_ref",
-    "mse_fwd",
-    "mse_fwd_ref",
     "mse_loss",
     "path",
+    "pinball_loss",
     "refusal",
     "sgd",
     "sgd_ref",

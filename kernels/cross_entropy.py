@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 
 from . import configs, launch, tape
-from .mse import check_reduction
+from .elementwise_loss import check_reduction
+from .losses import NEVER, label_weight, softmax_loss_tile, target_tile
 from .tiles import cast
 
 _TILE = 4096  # logits of one program's tile
@@ -71,13 +72,15 @@ def _rows(logits, target):
     return z, target.reshape(z.shape if target.is_floating_point() else (n, z.shape[2]))
 
 
-def check_range(target, classes, ignore_index) -> bool:
-    """Whether every label is known to be a class: never where it cannot be read. An IndexError
-    names the first that is neither that nor ignored."""
+def check_range(target, classes, ignore_index=NEVER.value, op="cross_entropy") -> bool:
+    """True if all labels were checked and are classes. False where they cannot be read (on a GPU,
+    traced), or if some are ignored. An IndexError names the first that is neither.
+    """
     if launch.watched() or (target.device.type != "cpu" and not _check_labels_on_device):
         return False
     if target.numel() == 0:
         return True
+    target = target.long()  # a label of 156 is no ignored -100, as it were compared in uint8
     low, high = (bound.item() for bound in torch.aminmax(target))
     if low >= 0 and high < classes:
         return not low <= ignore_index <= high
@@ -88,9 +91,9 @@ def check_range(target, classes, ignore_index) -> bool:
         )
         index = bad.nonzero()[0].tolist()
         raise IndexError(
-            f"cross_entropy: target{index} is {target[tuple(index)].item()}, but there are "
-            f"{classes} classes: labels are "
-            f"0 to {classes - 1}, or ignore_index = {ignore_index}"
+            f"{op}: target{index} is {target[tuple(index)].item()}, but there are {classes} "
+            f"classes: labels are 0 to {classes - 1}"
+            + ("" if ignore_index == NEVER.value else f", or ignore_index = {ignore_index}")
         )
     return False
 
@@ -169,7 +172,13 @@ def _label_terms_ref(logp, t, w, ignore_index, label_smoothing):
     if label_smoothing:
         loss = loss - (u * logp).sum(1, keepdim=True)
         grad = grad + p * u.sum(1, keepdim=True) - u
-    return loss.masked_fill(~valid, 0).squeeze(1), grad, w_label.sum()
+    return loss.masked_fill(~valid, 0).squeeze(1), grad, _denominator_ref(w_label, valid)
+
+
+def _denominator_ref(w_label, valid):
+    """The sum of the labels' weights; NaN, as torch's 0/0, if it is 0 though labels count."""
+    total = w_label.sum()
+    return torch.where((total == 0) & valid.any(), float("nan"), total)
 
 
 def cross_entropy_bwd_ref(dy, grad, dtarget, denominator, reduction, *, needs=(True, True)):
@@ -189,70 +198,16 @@ def cross_entropy_bwd_ref(dy, grad, dtarget, denominator, reduction, *, needs=(T
 
 
 @triton.jit
-def target_tile(
-    t_ptrs,
-    label,
-    offs_c,
-    mask,
-    w_ptr,
-    C,
-    stride_tc,
-    stride_w,
-    smoothing,
-    ignore_index,
-    SOFT: tl.constexpr,
-):
-    """q of the module's formula for one tile [BLOCK_R, BLOCK_C], 0 outside the mask; and which
-    classes the loss looks at.
-    """
-    if SOFT:
-        t = tl.load(t_ptrs[:, None] + offs_c[None, :] * stride_tc, mask=mask, other=0.0).to(
-            tl.float32
-        )
-    else:
-        t = tl.where(offs_c[None, :] == label[:, None], 1.0, 0.0)
-        mask = mask & (label != ignore_index)[:, None]
-    q = t * (1.0 - smoothing) + smoothing / C
-    counted = mask & (SOFT | (q != 0))
-    if w_ptr is not None:
-        q *= tl.load(w_ptr + offs_c * stride_w, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
-    return tl.where(mask, q, 0.0), counted
-
-
-@triton.jit
-def softmax_loss_tile(z, m, s, q, counted, total):
-    """(Σ_c q (lse - z), Q p - q) of one tile, given each row's maximum m, s = Σ exp(z - m) and Q =
-    total.
-    """
-    shifted = z - m[:, None]
-    loss = tl.sum(
-        tl.where(counted, q * (tl.log(s)[:, None] - shifted), 0.0), axis=1
-    )  # 0 · inf is NaN, as torch
-    return loss, tl.exp(shifted) / s[:, None] * total[:, None] - q
-
-
-@triton.jit
-def label_weight(label, valid, w_ptr, C, stride_w, ignore_index):
-    """What a row adds to the mean's denominator: w_y, 0 if ignored; NaN for a label that is no
-    class, so that it shows.
-    """
-    known = (label >= 0) & (label < C)
-    counted = valid & (label != ignore_index)
-    weight = tl.where(counted & (known == 0), float("nan"), tl.where(counted, 1.0, 0.0))
-    if w_ptr is not None:
-        weight *= tl.load(w_ptr + label * stride_w, mask=counted & known, other=1.0).to(tl.float32)
-    return weight
-
-
-@triton.jit
-def store_loss(loss_ptr, rows, mask, loss, weight, pid, programs, REDUCE: tl.constexpr):
-    """Each row's loss, or under REDUCE this program's partial sums of losses and weights, side by
-    side.
+def store_loss(loss_ptr, rows, mask, loss, weight, counted, REDUCE: tl.constexpr):
+    """Each row's loss, or under REDUCE this program's partial sums of losses, weights and counted
+    rows, side by side.
     """
     loss = tl.where(mask, tl.where(weight == weight, loss, float("nan")), 0.0)
+    pid, programs = tl.program_id(0), tl.num_programs(0)
     if REDUCE:
         tl.store(loss_ptr + pid, tl.sum(loss, axis=0))
         tl.store(loss_ptr + programs + pid, tl.sum(weight, axis=0))
+        tl.store(loss_ptr + 2 * programs + pid, tl.sum((mask & counted).to(tl.float32), axis=0))
     else:
         tl.store(loss_ptr + rows, cast(loss, loss_ptr.dtype.element_ty), mask=mask)
 
@@ -350,24 +305,29 @@ def cross_entropy_fwd_kernel(
             cast(grad, grad_ptr.dtype.element_ty),
             mask=mask,
         )
-    store_loss(loss_ptr, rows, mask_r, loss, weight, pid, tl.num_programs(0), REDUCE)
+    store_loss(loss_ptr, rows, mask_r, loss, weight, label != ignore_index, REDUCE)
 
 
 @triton.jit
 def cross_entropy_reduce_kernel(
     loss_ptr, denominator_ptr, parts_ptr, count, MEAN: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Partial losses and weights, (2, count), added by one program in a fixed order; the quotient
-    for the mean.
+    """Partial losses, weights and counted rows, (3, count), added by one program in a fixed order;
+    the quotient for the mean. Weights that are all 0 have the denominator NaN, as torch's 0/0: then
+    loss and gradient are NaN. If no row counts it is 0, and the gradient is 0.
     """
     loss = tl.zeros((BLOCK,), tl.float32)
     weight = tl.zeros((BLOCK,), tl.float32)
+    counted = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, count, BLOCK):
         offs = start + tl.arange(0, BLOCK)
         loss += tl.load(parts_ptr + offs, mask=offs < count, other=0.0)
         weight += tl.load(parts_ptr + count + offs, mask=offs < count, other=0.0)
+        counted += tl.load(parts_ptr + 2 * count + offs, mask=offs < count, other=0.0)
     result = tl.sum(loss, axis=0)
     denominator = tl.sum(weight, axis=0)
+    weightless = (denominator == 0) & (tl.sum(counted, axis=0) > 0)
+    denominator = tl.where(weightless, float("nan"), denominator)
     if MEAN:
         result = result / denominator
     tl.store(denominator_ptr, denominator)
@@ -412,7 +372,8 @@ def check_cross_entropy(
     """
     check_reduction(op, reduction)
     if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"{op}: label_smoothing must be between 0 and 1, got {label_smoothing}")
+        # torch's type of error
+        raise RuntimeError(f"{op}: label_smoothing must be between 0 and 1, got {label_smoothing}")
     if logits.dim() == 0 or not logits.is_floating_point():
         raise ValueError(
             f"{op}: input must be floating-point logits (N, C), (N, C, d1, …) or (C,), "
@@ -490,7 +451,7 @@ def cross_entropy_fwd(
     programs = triton.cdiv(N * D, block_r)
     reduce = reduction != "none"
     rows = (
-        logits.new_empty(2 * programs, dtype=torch.float32) if reduce else logits.new_empty(N * D)
+        logits.new_empty(3 * programs, dtype=torch.float32) if reduce else logits.new_empty(N * D)
     )
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     launch.run(

@@ -23,12 +23,10 @@ from .cross_entropy import (
     cross_entropy_fwd,
     cross_entropy_fwd_ref,
     finish,
-    label_weight,
-    softmax_loss_tile,
     store_loss,
-    target_tile,
 )
 from .linear import check_linear, linear, linear_bwd, linear_bwd_ref, linear_fwd, linear_fwd_ref
+from .losses import label_weight, softmax_loss_tile, target_tile
 from .tiles import cast, matrix, product_tile
 
 FUSED_CLASSES = 128
@@ -124,7 +122,7 @@ def linear_cross_entropy_fwd_kernel(
         cast(grad, grad_ptr.dtype.element_ty),
         mask=mask,
     )
-    store_loss(loss_ptr, rows, mask_r, loss, weight, pid, tl.num_programs(0), REDUCE)
+    store_loss(loss_ptr, rows, mask_r, loss, weight, label != ignore_index, REDUCE)
 
 
 def linear_cross_entropy_fwd(
@@ -157,7 +155,7 @@ def linear_cross_entropy_fwd(
     config["BLOCK_N"] = max(16, triton.next_power_of_2(C))
     programs = triton.cdiv(M, config["BLOCK_M"])
     reduce = reduction != "none"
-    rows = x.new_empty(2 * programs, dtype=torch.float32) if reduce else x.new_empty(M)
+    rows = x.new_empty(3 * programs, dtype=torch.float32) if reduce else x.new_empty(M)
     grad = x.new_empty(M, C)
     launch.run(
         linear_cross_entropy_fwd_kernel,

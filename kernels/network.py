@@ -3,12 +3,10 @@ one step in plain torch.
 
     y_0 = x,  y_l = act_l(y_{l-1} w_lᵀ + b_l)  for l = 1 … L           hidden layers share an
         activation, the last has its own
-    loss = s · Σ_m ℓ(y_L, t)                                           s = loss_scale, over the
-        batch's rows if loss_mean
-        cross_entropy    ℓ = lse(y) - y_t                              the sigmoid recipe averages
-            over classes too: s = 1/C
-        squared_error    ℓ = Σ_c (y_c - t_c)²                          torch's mean: s = 1/C; ½ Σ
-            over the batch: s = ½, no mean
+    loss = s · Σ_m ℓ(y_L, t)                                           ℓ: a row of `losses`, summed
+        over outputs; s = loss_scale, over the batch's rows if loss_mean. torch's mean of squared
+        error: s = 1/C; ½ Σ over the batch: s = ½, no mean; the sigmoid recipe's cross-entropy
+        averages over classes too: s = 1/C
     dz_L = ∂loss/∂y_L ⊙ act_L',  dz_{l-1} = (dz_l w_l) ⊙ act',  dw_l = dz_lᵀ y_{l-1},  db_l = Σ_m
         dz_l
 
@@ -25,13 +23,11 @@ import dataclasses
 import math
 
 import torch
-import torch.nn.functional as F
 import triton
 
-from . import activations, configs, launch
-from .cross_entropy import cross_entropy_bwd_ref, cross_entropy_fwd_ref
+from . import activations, configs, launch, losses
+from .cross_entropy import check_range
 from .mlp import mlp_bwd_ref, mlp_fwd_ref
-from .mse import mse_bwd_ref, mse_fwd_ref
 from .optim import adam_ref, sgd_ref
 
 MAX_WIDTH, MAX_CLASSES, MAX_BATCH = 256, 64, 128
@@ -43,23 +39,33 @@ RULES = {
     "adam": 2,
     "adamw": 2,
 }  # name -> states of a parameter
-LOSSES = ("cross_entropy", "squared_error")
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """A network, its loss and its optimizer: see the module's formulas. `sizes` = (features, hidden
-    …, classes).
+    …, classes). loss: a row of `losses`, or its name; loss_parameter: its number, or one for each
+    output.
     """
 
     sizes: tuple[int, ...]
     activation: str = "relu"
     output_activation: str = "identity"
     bias: bool = True
-    loss: str = "cross_entropy"
+    loss: losses.Loss = losses.LOSSES["cross_entropy"]
     loss_scale: float = 1.0
     loss_mean: bool = True
     rule: str = "sgd"
+    loss_parameter: float | tuple[float, ...] | None = None
+
+    def __post_init__(self):
+        if isinstance(self.loss, str):
+            object.__setattr__(self, "loss", losses.get(self.loss))
+
+    @property
+    def loss_numbers(self) -> tuple[float, ...]:
+        """The loss's parameter, checked: one number or one for each output; (1,) if it has none."""
+        return self.loss.numbers(self.loss_parameter) or (1.0,)
 
     @property
     def state_lists(self) -> int:
@@ -92,7 +98,8 @@ class Plan:
     tiles: tuple[int, ...]  # columns of a layer that are computed at once
     bias: int
     rule: str
-    loss: str
+    loss: losses.Loss
+    loss_numbers: tuple[float, ...]
     loss_scale: float
     loss_mean: bool
     soft: bool  # targets are (n, classes) numbers, not labels
@@ -101,6 +108,11 @@ class Plan:
     block_k: int  # input features read at once
     block_r: int  # terms of a sum over a hidden layer's units taken at once
     pitch: int  # row length of the scratch that holds y_l and dz_l
+
+    @property
+    def cache_key(self) -> str:
+        """What Triton's cache on disk knows a constexpr by: also the source of the loss."""
+        return f"{self}-{self.loss.cache_key}"
 
 
 def plan(spec: Spec, batch: int, targets, kernel: str) -> tuple[Plan, int, dict]:
@@ -118,6 +130,7 @@ def plan(spec: Spec, batch: int, targets, kernel: str) -> tuple[Plan, int, dict]
         int(spec.bias),
         spec.rule,
         spec.loss,
+        spec.loss_numbers,
         float(spec.loss_scale),
         spec.loss_mean,
         targets.is_floating_point(),
@@ -154,16 +167,17 @@ def refusal(spec: Spec, batch: int, engine: str = "epoch") -> str | None:
                 f"{engine}: the derivative of {name!r} needs the pre-activation, which these "
                 f"kernels do not keep; {instead}"
             )
-    if spec.rule not in RULES or spec.loss not in LOSSES:
-        return (
-            f"{engine}: rule must be one of {', '.join(RULES)} and loss one of "
-            f"{', '.join(LOSSES)}, got {spec.rule!r} "
-            f"and {spec.loss!r}; {instead}"
-        )
+    if spec.rule not in RULES:
+        return f"{engine}: rule must be one of {', '.join(RULES)}, got {spec.rule!r}; {instead}"
     if len(spec.sizes) < 2 or min(spec.sizes) < 1 or batch < 1:
         return (
             f"{engine}: sizes must be (features, …, classes), all at least 1, and so the batch, "
             f"got {spec.sizes} and {batch}"
+        )
+    if len(spec.loss_numbers) not in (1, spec.sizes[-1]):
+        return (
+            f"{engine}: {spec.loss.parameter} must be one number or one for each of "
+            f"{spec.sizes[-1]} outputs, got {len(spec.loss_numbers)}"
         )
     limits = [
         ("hidden width", max(spec.sizes[1:-1], default=1), MAX_WIDTH),
@@ -243,32 +257,37 @@ def check_training(
             f"{op}: data must be contiguous (n, {spec.sizes[0]}), got {tuple(data.shape)}; "
             "flatten it"
         )
+    if reason := spec.loss.refusal(spec.sizes[-1], targets):
+        raise ValueError(reason)
     want = (len(data), spec.sizes[-1]) if targets.is_floating_point() else (len(data),)
     if tuple(targets.shape) != want or not targets.is_contiguous():
         raise ValueError(f"{op}: targets must be contiguous {want}, got {tuple(targets.shape)}")
 
 
 def loss_ref(spec: Spec, y, target):
-    """(loss, ∂loss/∂y) of outputs y (M, C) and labels (M,) or targets (M, C)."""
-    if spec.loss == "cross_entropy":
-        loss, saved = cross_entropy_fwd_ref(
-            y, target, reduction="mean" if spec.loss_mean else "sum"
-        )
-        return loss * spec.loss_scale, cross_entropy_bwd_ref(y.new_tensor(spec.loss_scale), *saved)[
-            0
-        ]
-    t = target if target.is_floating_point() else F.one_hot(target.long(), y.shape[1])
-    loss, saved = mse_fwd_ref(y, t.to(y.dtype), "sum")
-    factor = spec.loss_scale / (len(y) if spec.loss_mean else 1)
-    return loss * factor, mse_bwd_ref(factor, *saved)[0]
-
-
-def correct_ref(y, target):
-    """How many rows have their largest output where the target is; the last dimension of y is the
-    classes.
+    """(loss (…,), ∂loss/∂y (…, M, C)) of outputs y (…, M, C) and labels (…, M) or targets
+    (…, M, C).
     """
-    truth = target.argmax(-1) if target.is_floating_point() else target
-    return (y.argmax(-1) == truth).sum(-1)
+    row, t, rows = spec.loss, target, y.shape[-2]
+    if not target.is_floating_point():
+        check_range(target, y.shape[-1], row.ignored, row.function)
+        t = target.unsqueeze(-1) == torch.arange(y.shape[-1], device=y.device)
+        t, rows = t.to(torch.int8), (target.long() != row.ignored).sum(-1)
+    parameter = torch.tensor(spec.loss_numbers, dtype=y.dtype, device=y.device)
+    factor = torch.as_tensor(spec.loss_scale, dtype=y.dtype, device=y.device)
+    factor = factor / rows if spec.loss_mean else factor
+    loss, grad = row.value_ref(y, t, parameter), row.gradient_ref(y, t, parameter)
+    scale = factor.masked_fill(factor.isinf(), 0)  # every row ignored: no gradient, as torch
+    return loss.sum((-2, -1)) * factor, grad * scale[..., None, None]
+
+
+def correct_ref(spec: Spec, y, target):
+    """How many rows of outputs (…, M, C) are right, as the loss counts it; of labels: how many
+    have their largest output where the label is.
+    """
+    if target.is_floating_point():
+        return spec.loss.correct_ref(y, target).sum(-1)
+    return (y.argmax(-1) == target).sum(-1)
 
 
 def step_ref(spec: Spec, parameters, states, x, target, hyper, step: int):
@@ -282,7 +301,7 @@ def step_ref(spec: Spec, parameters, states, x, target, hyper, step: int):
     _, dws, dbs = mlp_bwd_ref(dy, *saved, needs=(False, *(True,) * 2 * len(weights)))
     grads = [g for pair in zip(dws, dbs) for g in pair if g is not None]
     update_ref(spec.rule, parameters, grads, states, hyper, step)
-    return loss, correct_ref(y, target)
+    return loss, correct_ref(spec, y, target)
 
 
 def update_ref(rule: str, parameters, grads, states, hyper, step) -> None:

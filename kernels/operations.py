@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from .activations import ACTIVATIONS
 from .conv import CONV2D, conv2d
 from .cross_entropy import CROSS_ENTROPY, cross_entropy
+from .elementwise_loss import ELEMENTWISE_LOSS, elementwise_loss
 from .linear import LINEAR, linear
 from .linear_cross_entropy import LINEAR_CROSS_ENTROPY, linear_cross_entropy
+from .losses import LOSSES
 from .mlp import MLP, mlp, mlp_fwd, mlp_fwd_ref
 from .mlp_update import mlp_update, mlp_update_ref
-from .mse import MSE, mse_loss
 from .network import RULES, hyperparameters
 from .optim import adam, adam_ref, sgd, sgd_ref
 from .tape import Differentiable
@@ -151,13 +152,23 @@ def _linear_cross_entropy_torch(x, w, b, *options):
     return _cross_entropy_torch(F.linear(x, w, b), *options)
 
 
-def _mse_cases(make, m, k, n):
-    for reduction in ("mean", "sum", "none"):
-        yield reduction, (make.real(m, n), make.real(m, n), reduction)
+def _elementwise_loss_cases(make, m, k, n):
+    for row in LOSSES.values():
+        if row.scalar is not None:
+            x, t = make.real(m, n), make.positive(m, n)
+            for reduction in ("mean", "sum", "none"):
+                yield f"{row.name}, {reduction}", (x, t, row.name, None, None, reduction)
+            weight = make.positive(n) if row.vector else None
+            yield f"{row.name}, weights", (x, t, row.name, weight, make.positive(m, 1), "mean")
 
 
-def _mse_torch(x, t, reduction):
-    return F.mse_loss(x, t, reduction=reduction)
+def _elementwise_loss_torch(x, t, loss, parameter, weight, reduction):
+    if torch.is_autocast_enabled(x.device.type):  # torch has no pinball loss to cast by itself
+        x, t = (v if v.dtype == torch.float64 else v.float() for v in (x, t))
+    row = LOSSES[loss]
+    value = row.torch(x, t, row.default if parameter is None else parameter, "none")
+    value = value if weight is None else value * weight
+    return {"none": value, "sum": value.sum(), "mean": value.mean()}[reduction]
 
 
 def _conv2d_cases(make, m, k, n):
@@ -267,7 +278,9 @@ OPERATIONS: dict[str, Operation] = {
         _linear_cross_entropy_torch,
         _linear_cross_entropy_cases,
     ),
-    "mse": Operation.of(MSE, mse_loss, _mse_torch, _mse_cases),
+    "elementwise_loss": Operation.of(
+        ELEMENTWISE_LOSS, elementwise_loss, _elementwise_loss_torch, _elementwise_loss_cases
+    ),
     "conv2d": Operation.of(CONV2D, conv2d, _conv2d_torch, _conv2d_cases),
     "mlp_update": Operation(
         _mlp_update_cases,

@@ -12,32 +12,10 @@ kernel does not; there, a step of all networks is a few batched products: with t
 """
 
 import torch
-import torch.nn.functional as F
 
 from . import activations, launch
-from .cross_entropy import cross_entropy_fwd_ref
 from .epoch import results, run_epoch_kernel
-from .network import Spec, check_training, correct_ref, inputs_ref, steps_of
-
-
-def _loss_ref(spec: Spec, y, target):
-    """(losses (R,), ∂loss/∂y (R, M, C)) of outputs (R, M, C) and labels (R, M) or targets (R, M,
-    C).
-    """
-    if spec.loss == "cross_entropy":
-        flat = target.reshape(-1, y.shape[2]) if target.is_floating_point() else target.reshape(-1)
-        loss, (grad, *_) = cross_entropy_fwd_ref(y.reshape(-1, y.shape[2]), flat, reduction="none")
-        loss, grad = loss.view(y.shape[:2]), grad.view(y.shape)
-        rows = y.shape[1] if target.is_floating_point() else (target != -100).sum(1)
-    else:
-        t = target if target.is_floating_point() else F.one_hot(target.long(), y.shape[2])
-        d = y - t.to(y.dtype)
-        loss, grad, rows = (d * d).sum(2), 2 * d, y.shape[1]
-    factor = torch.as_tensor(spec.loss_scale, dtype=y.dtype, device=y.device) / (
-        rows if spec.loss_mean else 1
-    )
-    scale = factor.masked_fill(factor.isinf(), 0)  # every row ignored: no gradient, as torch
-    return loss.sum(1) * factor, grad * scale.view(-1, 1, 1)
+from .network import Spec, check_training, correct_ref, inputs_ref, loss_ref, steps_of
 
 
 def _gradients_ref(spec: Spec, parameters, x, target):
@@ -56,13 +34,13 @@ def _gradients_ref(spec: Spec, parameters, x, target):
         )
         ys.append(act.forward_ref(z))
         kept.append(z if act.needs == "z" else ys[-1])
-    loss, dy = _loss_ref(spec, ys[-1], target)
+    loss, dy = loss_ref(spec, ys[-1], target)
     grads = []
     for l in reversed(range(len(weights))):
         dz = acts[l].backward_ref(dy, kept[l])
         grads[:0] = [torch.bmm(dz.mT, ys[l])] + ([dz.sum(1)] if spec.bias else [])
         dy = torch.bmm(dz, weights[l]) if l else None
-    return loss, correct_ref(ys[-1], target), grads
+    return loss, correct_ref(spec, ys[-1], target), grads
 
 
 def _update_ref(spec: Spec, parameters, grads, states, hyper, step: int) -> None:

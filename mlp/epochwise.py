@@ -52,28 +52,9 @@ def spec_of(model, loss, optimizer) -> kernels.Spec | str:
 
 def _criterion(loss, classes: int) -> dict | str:
     """A loss of `mlp.loss` as the training kernels take it."""
-    if isinstance(loss, losses.SoftmaxCrossEntropy):
-        weight, ignore_index, reduction, smoothing = loss.options
-        if (
-            weight is None
-            and smoothing == 0
-            and not 0 <= ignore_index < classes
-            and reduction != "none"
-        ):
-            return {
-                "loss": "cross_entropy",
-                "loss_scale": loss.scale,
-                "loss_mean": reduction == "mean",
-            }
-        return "takes cross-entropy without class weights, smoothing or an ignored class"
-    if isinstance(loss, losses.MeanSquaredError) and loss.reduction != "none":
-        mean = loss.reduction == "mean"
-        return {
-            "loss": "squared_error",
-            "loss_scale": loss.scale / (classes if mean else 1),
-            "loss_mean": mean,
-        }
-    return f"takes the losses {', '.join(losses.LOSSES)}, reduced, got {type(loss).__name__}"
+    if hasattr(loss, "criterion"):
+        return loss.criterion(classes)
+    return f"takes the losses {', '.join(losses.LOSSES)}, got {type(loss).__name__}"
 
 
 class _Fused(Engine):

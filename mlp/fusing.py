@@ -1,7 +1,8 @@
 """fuse: put handgrad's modules in the place of torch's in a model that is already built, sharing
 every parameter.
 
-    nn.Linear, nn.Conv2d, nn.CrossEntropyLoss, nn.MSELoss    become ours where they stand: the same
+    nn.Linear, nn.Conv2d, and the losses nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss,
+        nn.HuberLoss                                         become ours where they stand: the same
         object, of our class
     in an nn.Sequential: Linear, activation                  become mlp.Linear with that activation,
         nn.Identity
@@ -23,13 +24,15 @@ from torch.nn.utils import parametrize
 
 import kernels
 
-from .modules import Conv2d, CrossEntropyLoss, Linear, MSELoss
+from .modules import BCEWithLogitsLoss, Conv2d, CrossEntropyLoss, HuberLoss, Linear, MSELoss
 
 TWINS = {
     nn.Linear: Linear,
     nn.Conv2d: Conv2d,
     nn.CrossEntropyLoss: CrossEntropyLoss,
     nn.MSELoss: MSELoss,
+    nn.BCEWithLogitsLoss: BCEWithLogitsLoss,
+    nn.HuberLoss: HuberLoss,
 }
 OPTIONS = {
     Linear: {"activation": "identity"},

@@ -2,96 +2,239 @@
 gradient of the output.
 
 Called as a function, `loss(output, target)`, they are differentiable: what the autograd engine
-uses.
+uses. The formulas are the rows of `kernels.LOSSES`; a class here adds its arguments and keeps what
+the backward needs.
+
+To add one: its row in kernels/losses.py, a class below with `row` and its arguments.
 """
+
+from collections.abc import Sequence
 
 import torch
 
 import kernels
 
 
-class SoftmaxCrossEntropy:
-    """Softmax cross-entropy; arguments as `torch.nn.CrossEntropyLoss`. `scale` multiplies the value
-    and the gradient.
+class _Criterion:
+    """What all losses share. `scale` multiplies the value and the gradient."""
+
+    row: kernels.Loss
+
+    def __init__(self, reduction: str = "mean", scale: float = 1.0, parameter=None):
+        self.reduction, self.scale = reduction, scale
+        self.parameter = parameter  # a number, one number for each output, or None
+        self._value = self._seeds = None
+
+    def __call__(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The loss as part of an autograd graph."""
+        value = self._on_tape(output, self.targets_for(output, target))
+        return value if self.scale == 1.0 else value * self.scale
+
+    def forward(
+        self, output: torch.Tensor, target: torch.Tensor, labels_valid: bool = False
+    ) -> torch.Tensor:
+        """Outputs (N, C) and targets (N, C), or labels (N,) -> the loss. labels_valid: every label
+        is a class; unchecked.
+        """
+        target = self.targets_for(output, target, labels_valid)
+        value, self._saved = self._forward(output, target, labels_valid)
+        self._value = value
+        return value if self.scale == 1.0 else value * self.scale
+
+    def backward(self) -> torch.Tensor:
+        """Gradient of the latest forward's value with respect to its outputs."""
+        return self._backward(self._seed(), *self._saved)
+
+    def predict(self, output: torch.Tensor) -> torch.Tensor:
+        """What outputs say, in the targets' units: values, or probabilities."""
+        return self.row.predict(output)
+
+    def probabilities(self, output: torch.Tensor) -> torch.Tensor:
+        """(N, C) outputs as what they give each class, where the targets are labels."""
+        return self.row.probabilities(output)
+
+    def weight_of(self, target: torch.Tensor) -> torch.Tensor:
+        """What the mean over this batch divides by, counted in samples: a float32 scalar on the
+        target's device. A mean over many batches weights each by it. For sums, the rows.
+        """
+        return torch.full((), float(len(target)), device=target.device)
+
+    def criterion(self, outputs: int) -> dict | str:
+        """The fields of `kernels.Spec` that say this loss of a network with so many outputs; or, in
+        words, why the training kernels have no name for it.
+        """
+        if self.reduction == "none":
+            return f"takes reduced losses, got {type(self).__name__} with reduction 'none'"
+        mean = self.reduction == "mean"
+        numbers = self.row.numbers(self.parameter)
+        return {
+            "loss": self.row,
+            "loss_scale": self.scale / (outputs if mean and self.row.per_element else 1),
+            "loss_mean": mean,
+            "loss_parameter": numbers or None,
+        }
+
+    def _seed(self):
+        """The gradient of scale · value with respect to value, made once for each shape and device
+        of values.
+        """
+        value = self._value
+        if value is None:
+            raise RuntimeError(f"{type(self).__name__}: forward comes before backward")
+        key = (value.shape, value.device, value.dtype)
+        if self._seeds is None or self._seeds[0] != key:
+            self._seeds = key, torch.full_like(value, self.scale)
+        return self._seeds[1]
+
+
+class SoftmaxCrossEntropy(_Criterion):
+    """Softmax cross-entropy; arguments as `torch.nn.CrossEntropyLoss`. Targets are labels (N,) or
+    probabilities (N, C).
     """
+
+    row = kernels.LOSSES["cross_entropy"]
 
     def __init__(
-        self, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0, scale=1.0
+        self,
+        weight: torch.Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        scale: float = 1.0,
     ):
+        super().__init__(reduction, scale)
         self.options = (weight, ignore_index, reduction, label_smoothing)
-        self.reduction = reduction
-        self.scale = scale
 
-    def __call__(self, output, target):
-        """The loss as part of an autograd graph."""
-        value = kernels.cross_entropy(output, target, *self.options)
-        return value if self.scale == 1.0 else value * self.scale
+    def targets_for(self, output, target, labels_valid=False):
+        """The targets as they are; a ValueError where a single output cannot learn them."""
+        if output.shape[-1] == 1 and (reason := self.row.refusal(1, target)):
+            raise ValueError(reason)
+        return target
 
-    def forward(self, output, target, labels_valid=False):
-        """Logits (N, C) and labels (N,) or probabilities (N, C) -> the loss. See
-        `kernels.cross_entropy_fwd`.
+    def weight_of(self, target: torch.Tensor) -> torch.Tensor:
+        """The sum of the labels' weights without those ignored; the rows, for probabilities and for
+        sums. See `_Criterion.weight_of`.
         """
-        value, self._saved = kernels.cross_entropy_fwd(
-            output, target, *self.options, labels_valid=labels_valid
-        )
-        self._value = value
-        return value if self.scale == 1.0 else value * self.scale
+        weight, ignore_index, reduction, _ = self.options
+        if target.is_floating_point() or reduction == "sum":
+            return super().weight_of(target)
+        counted = target.long() != ignore_index
+        if weight is None:
+            return counted.sum().float()
+        labels = target.long().masked_fill(~counted, 0)
+        return (weight.to(target.device).float()[labels] * counted).sum()
 
-    def backward(self):
-        """Gradient of the latest forward's value with respect to its logits."""
-        return kernels.cross_entropy_bwd(
-            _seed(self, self.scale), *self._saved, needs=(True, False)
-        )[0]
+    def criterion(self, outputs: int) -> dict | str:
+        weight, ignore_index, _, smoothing = self.options
+        if weight is not None or smoothing != 0 or 0 <= ignore_index < outputs:
+            return "takes cross-entropy without class weights, smoothing or an ignored class"
+        return super().criterion(outputs)
 
-    def probabilities(self, output):
-        """(N, C) probabilities that these logits stand for."""
-        return torch.softmax(output, -1)
+    def _on_tape(self, output, target):
+        return kernels.cross_entropy(output, target, *self.options)
+
+    def _forward(self, output, target, labels_valid):
+        return kernels.cross_entropy_fwd(output, target, *self.options, labels_valid=labels_valid)
+
+    def _backward(self, dy, *saved):
+        return kernels.cross_entropy_bwd(dy, *saved, needs=(True, False))[0]
 
 
-class MeanSquaredError:
-    """Squared error of outputs and targets, which may be class labels: then the target is their
-    one-hot vector.
-
-    reduction as `torch.nn.MSELoss`; `scale` multiplies the value and the gradient: reduction="sum",
-    scale=0.5 is ½ Σ d².
+class _Elementwise(_Criterion):
+    """A loss over elements. Targets are numbers (N, C), or labels (N,): then their one-hot rows.
+    The mean is over all elements.
     """
 
-    def __init__(self, reduction="mean", scale=1.0):
-        self.options = (reduction,)
-        self.reduction = reduction
-        self.scale = scale
+    def targets_for(self, output, target, labels_valid=False):
+        """Targets of the output's shape: see `as_numbers`."""
+        target = as_numbers(target, output, self.row.function, labels_valid)
+        return self.columns(target, output.shape[-1]).to(output.dtype)
 
-    def __call__(self, output, target):
-        """The loss as part of an autograd graph."""
-        return kernels.mse_loss(output, one_hot(target, output), *self.options) * self.scale
+    def columns(self, target: torch.Tensor, outputs: int) -> torch.Tensor:
+        """Numbers (N, C) as they are. One column of them serves all outputs of a loss that has a
+        parameter for each, as the quantiles of one value.
+        """
+        each = isinstance(self.parameter, Sequence) and target.is_floating_point()
+        return target.expand(-1, outputs) if each and target.shape[1:] == (1,) else target
 
-    def forward(self, output, target, labels_valid=False):
-        """Outputs (N, C) and targets (N, C), or labels (N,) -> the loss."""
-        value, self._saved = kernels.mse_fwd(output, one_hot(target, output), *self.options)
-        self._value = value
-        return value if self.scale == 1.0 else value * self.scale
+    def _options(self, output):
+        """The arguments of the operation after the target."""
+        parameter = self.parameter
+        if isinstance(parameter, Sequence):
+            kept = getattr(self, "_kept", None)
+            if kept is None or kept.device != output.device:
+                numbers = self.row.numbers(parameter)
+                self._kept = kept = torch.tensor(numbers, device=output.device)
+            parameter = kept
+        return self.row.name, parameter, None, self.reduction
 
-    def backward(self):
-        """Gradient of the latest forward's value with respect to its outputs."""
-        return kernels.mse_bwd(_seed(self, self.scale), *self._saved, needs=(True, False))[0]
+    def _on_tape(self, output, target):
+        return kernels.elementwise_loss(output, target, *self._options(output))
 
-    def probabilities(self, output):
-        """(N, C) outputs as shares of their sum; negative ones count as nothing."""
-        positive = output.clamp_min(0)
-        return positive / positive.sum(-1, keepdim=True).clamp_min(torch.finfo(output.dtype).tiny)
+    def _forward(self, output, target, labels_valid):
+        return kernels.elementwise_loss_fwd(output, target, *self._options(output))
+
+    def _backward(self, dy, *saved):
+        return kernels.elementwise_loss_bwd(dy, *saved, needs=(True, False))[0]
 
 
-def _seed(loss, scale):
-    """The gradient of scale · value with respect to value, made once for each shape and device of
-    values.
+class MeanSquaredError(_Elementwise):
+    """Squared error. reduction as `torch.nn.MSELoss`; reduction="sum", scale=0.5 is ½ Σ d²."""
+
+    row = kernels.LOSSES["mse"]
+
+    def __init__(self, reduction: str = "mean", scale: float = 1.0):
+        super().__init__(reduction, scale)
+
+
+class BinaryCrossEntropy(_Elementwise):
+    """Binary cross-entropy of logits: several labels a row, each 0 or 1, as
+    `torch.nn.BCEWithLogitsLoss`. pos_weight: a number, or one for each output, that multiplies the
+    loss of targets that are 1.
     """
-    value = getattr(loss, "_value", None)
-    if value is None:
-        raise RuntimeError(f"{type(loss).__name__}: forward comes before backward")
-    key = (value.shape, value.device, value.dtype)
-    if getattr(loss, "_seed_key", None) != key:
-        loss._seed_key, loss._seed = key, torch.full_like(value, scale)
-    return loss._seed
+
+    row = kernels.LOSSES["bce"]
+
+    def __init__(
+        self,
+        reduction: str = "mean",
+        pos_weight: float | Sequence[float] | torch.Tensor | None = None,
+        scale: float = 1.0,
+    ):
+        super().__init__(reduction, scale, _numbers(self.row, pos_weight))
+
+
+class Huber(_Elementwise):
+    """Squared error up to `delta`, a line beyond: `torch.nn.HuberLoss`."""
+
+    row = kernels.LOSSES["huber"]
+
+    def __init__(self, reduction: str = "mean", delta: float = 1.0, scale: float = 1.0):
+        super().__init__(reduction, scale, _numbers(self.row, delta))
+
+
+class Pinball(_Elementwise):
+    """The loss of quantile regression: the outputs become a quantile of the targets, or with
+    several numbers a quantile for each output. A single column of targets then serves all outputs.
+    """
+
+    row = kernels.LOSSES["pinball"]
+
+    def __init__(
+        self,
+        quantile: float | Sequence[float] | torch.Tensor = 0.5,
+        reduction: str = "mean",
+        scale: float = 1.0,
+    ):
+        super().__init__(reduction, scale, _numbers(self.row, quantile))
+
+
+def _numbers(row, parameter):
+    """A parameter as a number or a tuple of them, checked."""
+    if isinstance(parameter, torch.Tensor):
+        parameter = parameter.detach().flatten().tolist()
+    numbers = row.numbers(parameter)
+    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def per_sample(loss, value: float, rows: int) -> float:
@@ -101,7 +244,7 @@ def per_sample(loss, value: float, rows: int) -> float:
     return value / rows if getattr(loss, "reduction", "mean") == "sum" else value
 
 
-def one_hot(target, output):
+def one_hot(target: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     """Integer labels (N,) as rows of 0 and 1 shaped like output (N, C); floating-point targets as
     they are.
     """
@@ -110,4 +253,34 @@ def one_hot(target, output):
     return torch.zeros_like(output).scatter(-1, target.long().unsqueeze(-1), 1)
 
 
-LOSSES = {"cross_entropy": SoftmaxCrossEntropy, "mse": MeanSquaredError}
+def as_numbers(
+    target: torch.Tensor, output: torch.Tensor, op: str, labels_valid: bool = False
+) -> torch.Tensor:
+    """Targets shaped like output (N, C): labels (N,) as one-hot rows, numbers (N,) as the column
+    (N, 1), other numbers as they are. IndexError for a label that is no class.
+    """
+    if not target.is_floating_point():
+        if target.shape != output.shape[:-1]:
+            raise ValueError(
+                f"{op}: integer targets are labels {tuple(output.shape[:-1])} for outputs "
+                f"{tuple(output.shape)}, got {tuple(target.shape)}; convert numbers with .float()"
+            )
+        if not labels_valid:
+            kernels.check_range(target, output.shape[-1], op=op)
+        return one_hot(target, output)
+    return target.unsqueeze(-1) if target.dim() == 1 and output.dim() == 2 else target
+
+
+LOSSES = {
+    kind.row.name: kind
+    for kind in (SoftmaxCrossEntropy, MeanSquaredError, BinaryCrossEntropy, Huber, Pinball)
+}
+
+
+def get(loss: str) -> _Criterion:
+    """The loss of that name with its defaults; a ValueError that lists the names if there is
+    none.
+    """
+    if loss not in LOSSES:
+        raise ValueError(f"unknown loss {loss!r}; known: {', '.join(LOSSES)}")
+    return LOSSES[loss]()

@@ -11,6 +11,7 @@ from torch import nn
 import kernels
 from kernels import activations
 
+from . import loss as losses
 from .init import initialise
 
 
@@ -315,9 +316,92 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 class MSELoss(nn.MSELoss):
     """`nn.MSELoss` for input and target of one shape."""
 
-    def forward(self, input, target):
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """See `kernels.mse_loss`."""
         return kernels.mse_loss(input, target, self.reduction)
+
+
+class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
+    """`nn.BCEWithLogitsLoss` in one pass over the logits. weight and pos_weight get no gradient."""
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """See `kernels.binary_cross_entropy_with_logits`."""
+        return kernels.binary_cross_entropy_with_logits(
+            input, target, self.weight, self.reduction, self.pos_weight
+        )
+
+
+class HuberLoss(nn.HuberLoss):
+    """`nn.HuberLoss` for input and target of one shape."""
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """See `kernels.huber_loss`."""
+        return kernels.huber_loss(input, target, self.reduction, self.delta)
+
+
+class PinballLoss(nn.Module):
+    """The loss of quantile regression. quantile: a number between 0 and 1, or one for each column
+    of input and target (N, C).
+    """
+
+    def __init__(self, quantile: float | Sequence[float] = 0.5, reduction: str = "mean"):
+        super().__init__()
+        self.loss, self.reduction = losses.Pinball(quantile, reduction), reduction
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """See `kernels.pinball_loss`."""
+        return self.loss(input, target)
+
+    def extra_repr(self) -> str:
+        return f"quantile={self.loss.parameter}, reduction={self.reduction!r}"
+
+
+def _cross_entropy(m):
+    return losses.SoftmaxCrossEntropy(m.weight, m.ignore_index, m.reduction, m.label_smoothing)
+
+
+def _mse(m):
+    return losses.MeanSquaredError(m.reduction)
+
+
+def _bce(m):
+    wide = m.weight is not None or (m.pos_weight is not None and m.pos_weight.dim() > 1)
+    return None if wide else losses.BinaryCrossEntropy(m.reduction, m.pos_weight)
+
+
+def _huber(m):
+    return losses.Huber(m.reduction, m.delta)
+
+
+# A loss module, ours or torch's -> the loss of `mlp.loss` that computes the same, None if none does
+_MANUAL = {
+    nn.CrossEntropyLoss: _cross_entropy,
+    CrossEntropyLoss: _cross_entropy,
+    nn.MSELoss: _mse,
+    MSELoss: _mse,
+    nn.BCEWithLogitsLoss: _bce,
+    BCEWithLogitsLoss: _bce,
+    nn.HuberLoss: _huber,
+    HuberLoss: _huber,
+    PinballLoss: lambda m: m.loss,
+}
+
+
+def loss_of(loss):
+    """The loss of `mlp.loss` that this one stands for, which every engine knows: a name, a module
+    of ours or of torch's, None for softmax cross-entropy. Whatever else it is, such as a subclass
+    or a module with hooks, comes back as it is.
+    """
+    if loss is None or isinstance(loss, str):
+        return losses.get(loss or "cross_entropy")
+    if type(loss) not in _MANUAL or "forward" in vars(loss) or _has_hooks(loss):
+        return loss
+    return _MANUAL[type(loss)](loss) or loss
+
+
+def _has_hooks(module):
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name) for name in hooks)
 
 
 def build(config: dict, device=None, dtype=None) -> torch.nn.Module:

@@ -6,8 +6,18 @@ from .data import Dataset
 from .engines import ENGINES, Diverged
 from .fusing import fuse
 from .init import initialise
-from .loss import MeanSquaredError, SoftmaxCrossEntropy
-from .modules import MLP, Conv2d, ConvNet, CrossEntropyLoss, Linear, MSELoss
+from .loss import BinaryCrossEntropy, Huber, MeanSquaredError, Pinball, SoftmaxCrossEntropy
+from .modules import (
+    MLP,
+    BCEWithLogitsLoss,
+    Conv2d,
+    ConvNet,
+    CrossEntropyLoss,
+    HuberLoss,
+    Linear,
+    MSELoss,
+    PinballLoss,
+)
 from .net import Net
 from .optim import SGD, Adam, AdamW
 from .sweep import Sweep
@@ -19,16 +29,22 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "BCEWithLogitsLoss",
+    "BinaryCrossEntropy",
     "Conv2d",
     "ConvNet",
     "CrossEntropyLoss",
     "Dataset",
     "Diverged",
     "History",
+    "Huber",
+    "HuberLoss",
     "Linear",
     "MSELoss",
     "MeanSquaredError",
     "Net",
+    "Pinball",
+    "PinballLoss",
     "SoftmaxCrossEntropy",
     "Sweep",
     "Trainer",

@@ -17,8 +17,7 @@ from .checkpoint import save
 from .data import permutation
 from .epochwise import spec_of
 from .init import initialise
-from .loss import SoftmaxCrossEntropy
-from .modules import MLP
+from .modules import MLP, loss_of
 from .optim import OPTIMIZERS
 from .trainer import as_dataset
 
@@ -60,7 +59,7 @@ class Sweep:
 
     sizes, activation, output_activation, bias, init as `mlp.MLP`. lr, momentum, seeds: a number, or
     one for each replica; seeds None counts from 0. optimizer: a name of `mlp.optim.OPTIMIZERS`,
-    with options. loss: one of `mlp.loss`.
+    with options. loss: one of `mlp.loss`, its name or a loss module.
     """
 
     def __init__(
@@ -88,7 +87,7 @@ class Sweep:
             _one_each("momentum", momentum, replicas),
         )
         self.seeds = _one_each("seeds", range(replicas) if seeds is None else seeds, replicas)
-        self.loss = SoftmaxCrossEntropy() if loss is None else loss
+        self.loss = loss_of(loss)
         self.config = {
             "sizes": list(sizes),
             "activation": activation,

@@ -13,9 +13,8 @@ import torch
 
 from . import arrays, engines, given, means, takeover
 from .dataset import Dataset, permutation
-from .loss import LOSSES, SoftmaxCrossEntropy
 from .metrics import outputs
-from .modules import ends
+from .modules import ends, loss_of
 from .optim import OPTIMIZERS, SGD
 from .precision import Precision
 from .schedule import Schedule, options_of, restore_options
@@ -477,14 +476,8 @@ class _Pending(NamedTuple):
 
 
 def _made_loss(loss):
-    """A loss from a name, a class, or as it is."""
-    if loss is None:
-        return SoftmaxCrossEntropy()
-    if isinstance(loss, str):
-        if loss not in LOSSES:
-            raise ValueError(f"unknown loss {loss!r}; known: {', '.join(LOSSES)}")
-        return LOSSES[loss]()
-    return loss() if isinstance(loss, type) else loss
+    """A loss from a name, a class or a module, or as it is: see `modules.loss_of`."""
+    return loss_of(loss() if isinstance(loss, type) else loss)
 
 
 def _made_optimizer(optimizer, parameters: list):

@@ -175,3 +175,48 @@ def test_logits_are_not_overwritten_and_gradients_are_fresh(device):
     gradients = [cross_entropy_bwd(torch.ones_like(loss), *saved)[0] for _ in range(2)]
     assert torch.equal(logits, before) and torch.equal(saved[0], kept)
     assert len({t.data_ptr() for t in (logits, saved[0], *gradients)}) == 4
+
+
+@pytest.mark.parametrize("path", ["torch", None], ids=["reference", "kernels"])
+@pytest.mark.parametrize("ignored", [(), (0, 1, 2)], ids=["counted", "ignored"])
+def test_mean_of_weights_that_are_all_zero(ignored, path, device):
+    """Where labels count, loss and gradient are 0/0, as torch's; where all are ignored, only the
+    loss is.
+    """
+    target, w = torch.tensor([0, 2, 1], device=device), torch.zeros(4, device=device)
+    target[list(ignored)] = -100
+    with kernels.use(path) if path else kernels.use("triton"):
+        for smoothing in (0.0, 0.1):
+            compare(
+                *(
+                    lambda z, f=f, s=smoothing: f(z, target, w.to(z), label_smoothing=s)
+                    for f in (kernels.cross_entropy, F.cross_entropy)
+                ),
+                [torch.randn(3, 4, device=device)],
+            )
+        x, weights = torch.randn(3, 5, device=device), torch.randn(4, 5, device=device)
+        compare(
+            lambda x, m: kernels.linear_cross_entropy(x, m, None, target, w.to(x)),
+            lambda x, m: F.cross_entropy(F.linear(x, m), target, w.to(x)),
+            [x, weights],
+        )
+
+
+@pytest.mark.parametrize("path", ["torch", None], ids=["reference", "kernels"])
+def test_label_that_wraps_to_the_ignored_one(path, device):
+    """156 is -100 in eight bits, but no ignored label."""
+    target = torch.tensor([0, 156], dtype=torch.uint8, device=device)
+    with kernels.use(path) if path else kernels.use("triton"), kernels.check_labels():
+        with pytest.raises(IndexError, match=r"target\[1\] is 156"):
+            kernels.cross_entropy(torch.randn(2, 4, device=device), target)
+        with pytest.raises(IndexError, match=r"target\[1\] is 156"):
+            kernels.linear_cross_entropy(
+                torch.randn(2, 3, device=device), torch.randn(4, 3, device=device), None, target
+            )
+
+
+def test_label_smoothing_out_of_range():
+    """torch's type of error."""
+    for function in (kernels.cross_entropy, F.cross_entropy):
+        with pytest.raises(RuntimeError, match="label_smoothing must be between 0"):
+            function(torch.randn(2, 4), torch.tensor([0, 1]), label_smoothing=1.5)

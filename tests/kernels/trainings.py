@@ -26,7 +26,7 @@ CASES = {
             (12, 7, 6, 5, 8, 3),
             "relu",
             "sigmoid",
-            loss="squared_error",
+            loss="mse",
             loss_scale=0.5,
             loss_mean=False,
         ),
@@ -37,10 +37,19 @@ CASES = {
         Spec((12, 7, 3), "sigmoid", bias=False, loss_scale=1 / 3, rule="adamw"),
         {**ADAM, "weight_decay": 0.1},
     ),
-    "float targets": (Spec((12, 7, 3), "sigmoid", "tanh", loss="squared_error"), {}),
+    "float targets": (Spec((12, 7, 3), "sigmoid", "tanh", loss="mse"), {}),
     "probabilities": (Spec((12, 7, 3), "relu"), {}),
+    "several labels, weights": (
+        Spec((12, 7, 3), "relu", loss="bce", loss_parameter=(0.5, 1.0, 3.0)),
+        {},
+    ),
+    "Huber of labels": (
+        Spec((12, 7, 3), "tanh", loss="huber", loss_parameter=0.3, loss_scale=0.5, loss_mean=False),
+        {},
+    ),
+    "quantiles": (Spec((12, 7, 3), "tanh", loss="pinball", loss_parameter=(0.1, 0.5, 0.9)), {}),
 }
-SOFT = ("float targets", "probabilities")
+SOFT = ("float targets", "probabilities", "several labels, weights", "quantiles")
 
 
 class Run:

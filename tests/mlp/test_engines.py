@@ -166,7 +166,7 @@ def test_refusals():
             "manual",
             net,
             F.cross_entropy,
-            "manual: needs one of the losses cross_entropy, mse, got function",
+            f"manual: needs one of the losses {', '.join(LOSSES)}, got function",
         ),
         ("auto", net, F.cross_entropy, "autograd: needs an nn.Module"),
     ):

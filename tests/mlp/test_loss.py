@@ -6,12 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mlp import Net
-from mlp.loss import LOSSES, MeanSquaredError, SoftmaxCrossEntropy, one_hot, per_sample
+import kernels
+import mlp
+from mlp import BinaryCrossEntropy, Huber, MeanSquaredError, Net, Pinball, SoftmaxCrossEntropy
+from mlp.loss import LOSSES, as_numbers, one_hot, per_sample
+from mlp.modules import loss_of
 from tests.checks import assert_as_accurate, assert_equal, stacked
 
 REDUCTIONS = ["mean", "sum"]
-TORCHS = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
 
 
 def targets(output, kind):
@@ -38,19 +40,17 @@ def on_tape(loss, output, target):
 def test_manual_is_autograd_is_torch(name, kind, reduction, scale, device):
     """`forward` and `backward` equal the tape bit for bit; both are scale times torch's loss."""
     loss = LOSSES[name](reduction=reduction, scale=scale)
-    draws = []
+    row, draws = loss.row, []
     for seed in range(4):
         output = torch.randn(17, 10, generator=torch.Generator().manual_seed(seed)).to(device)
         target = targets(output, kind)
         ours = manual(loss, output, target)
         assert_equal(ours, on_tape(loss, output, target))
-        target = one_hot(target, output) if name == "mse" else target
+        target = one_hot(target, output) if row.per_element else target
 
         def theirs(x, t):
-            return (
-                TORCHS[name](x, t.to(x) if t.is_floating_point() else t, reduction=reduction)
-                * scale
-            )
+            t = t.to(x) if t.is_floating_point() else t
+            return row.torch(x, t, row.default, reduction) * scale
 
         exact = functools.partial(on_tape, theirs, output.double(), target)
         draws.append((ours, on_tape(theirs, output, target), exact))
@@ -109,6 +109,139 @@ def test_squared_error_of_labels():
     assert value == 0.5 * (0.25 + 0 + 1 + 1)
     assert_equal(gradient, torch.tensor([[0.5, 0.0], [-1.0, -1.0]]))
     assert_equal(one_hot(target, output), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+
+
+def test_binary_cross_entropy_of_several_labels(device):
+    """pos_weight for each output arrives, on the output's device and in any precision."""
+    output = torch.randn(9, 3, dtype=torch.float64, device=device)
+    target = (torch.randn(9, 3, device=device) > 0).double()
+    pos_weight = torch.tensor([1.0, 2.0, 0.5])
+    for given in (pos_weight, pos_weight.tolist()):
+        loss = BinaryCrossEntropy(pos_weight=given)
+        expected = F.binary_cross_entropy_with_logits(
+            output, target, pos_weight=pos_weight.to(output)
+        )
+        torch.testing.assert_close(loss.forward(output, target), expected, rtol=1e-14, atol=0)
+    assert_equal(loss.predict(output), torch.sigmoid(output))
+
+
+def test_quantiles_of_one_column(device):
+    """Several quantiles are several outputs, and one column of targets serves all of them."""
+    output = torch.tensor([[0.0, 0.0], [4.0, 4.0]], device=device)
+    loss = Pinball([0.25, 0.5], reduction="sum")
+    for target in (torch.tensor([2.0, 2.0], device=device), torch.full((2, 1), 2.0, device=device)):
+        value, gradient = manual(loss, output, target)
+        assert value == (0.25 * 2 + 0.5 * 2) + (0.75 * 2 + 0.5 * 2)
+        assert gradient.tolist() == [[-0.25, -0.5], [0.75, 0.5]]
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_numbers_as_one_column(loss, device):
+    """(N,) beside outputs (N, 1) is the column, not torch's (N, N). Cross-entropy has nothing to
+    learn there, and says so.
+    """
+    output, target = torch.randn(5, 1, device=device), torch.rand(5, device=device)
+    if not loss.row.per_element:
+        for attempt in (loss().forward, loss()):
+            with pytest.raises(ValueError, match="use MeanSquaredError"):
+                attempt(output, target.unsqueeze(1))
+        return
+    assert_equal(
+        manual(loss(), output, target), manual(loss(), output, target.unsqueeze(1).contiguous())
+    )
+    assert loss()(output, target).isfinite()
+
+
+@pytest.mark.parametrize("loss", [MeanSquaredError, BinaryCrossEntropy, Huber, Pinball])
+def test_labels_that_are_no_class(loss):
+    output = torch.randn(3, 4)
+    for target, message in (
+        (torch.tensor([0, 4, 1]), "is 4"),
+        (torch.tensor([0, -100, 1]), "-100"),
+    ):
+        with pytest.raises(IndexError, match=message):
+            loss().forward(output, target)
+    with pytest.raises(ValueError, match=r"labels \(3,\) .*convert numbers with \.float\(\)"):
+        as_numbers(torch.ones(3, 4, dtype=torch.int64), output, "mse_loss")
+
+
+def test_weight_of():
+    """What the mean divided by: the sum of the weights of labels that count, or the rows."""
+    labels, numbers = torch.tensor([0, 2, 2, -100], dtype=torch.int8), torch.rand(4, 3)
+    weight = torch.tensor([1.0, 10.0, 100.0])
+    for loss, target, expected in (
+        (SoftmaxCrossEntropy(), labels, 3),
+        (SoftmaxCrossEntropy(weight), labels, 201),
+        (SoftmaxCrossEntropy(weight, ignore_index=2), labels[:3], 1),
+        (SoftmaxCrossEntropy(ignore_index=156), torch.tensor([156, 0], dtype=torch.uint8), 1),
+        (SoftmaxCrossEntropy(torch.zeros(3)), labels, 0),
+        (SoftmaxCrossEntropy(weight), numbers, 4),
+        (SoftmaxCrossEntropy(weight, reduction="sum"), labels, 4),
+        (MeanSquaredError(), numbers, 4),
+        (BinaryCrossEntropy("sum"), numbers, 4),
+    ):
+        found = loss.weight_of(target)
+        assert found.item() == expected and found.shape == () and found.dtype == torch.float32
+    output = torch.randn(3, 3)  # and it is what the operation divided by
+    whole = SoftmaxCrossEntropy(weight)
+    total = SoftmaxCrossEntropy(weight, reduction="sum").forward(output, labels[:3].long())
+    mean = whole.forward(output, labels[:3].long()) * whole.weight_of(labels[:3])
+    torch.testing.assert_close(mean, total)
+
+
+def test_what_stands_for_what():
+    """Names and modules, ours and torch's, are losses that every engine knows; what adds something
+    to them is not.
+    """
+    weight = torch.rand(3)
+    for given, kind, options in (
+        (None, SoftmaxCrossEntropy, {}),
+        ("mse", MeanSquaredError, {}),
+        (mlp.CrossEntropyLoss(weight, ignore_index=1), SoftmaxCrossEntropy, {}),
+        (torch.nn.CrossEntropyLoss(label_smoothing=0.1), SoftmaxCrossEntropy, {}),
+        (mlp.MSELoss(reduction="sum"), MeanSquaredError, {"reduction": "sum"}),
+        (torch.nn.MSELoss(), MeanSquaredError, {"reduction": "mean"}),
+        (mlp.HuberLoss(delta=2.0), Huber, {"parameter": 2.0}),
+        (torch.nn.HuberLoss("sum", 3.0), Huber, {"parameter": 3.0, "reduction": "sum"}),
+        (mlp.BCEWithLogitsLoss(pos_weight=torch.tensor([1.0, 2.0])), BinaryCrossEntropy, {}),
+        (torch.nn.BCEWithLogitsLoss(), BinaryCrossEntropy, {"parameter": 1.0}),
+        (mlp.PinballLoss([0.1, 0.9]), Pinball, {"parameter": (0.1, 0.9)}),
+    ):
+        found = loss_of(given)
+        assert type(found) is kind
+        assert {name: getattr(found, name) for name in options} == options
+    assert loss_of(mlp.CrossEntropyLoss(weight, ignore_index=1)).options == (weight, 1, "mean", 0.0)
+    assert loss_of(mlp.BCEWithLogitsLoss(pos_weight=torch.ones(2) * 2)).parameter == (2.0, 2.0)
+
+    class Own(mlp.MSELoss):
+        pass
+
+    hooked = mlp.MSELoss()
+    hooked.register_forward_hook(lambda *_: None)
+    for other in (Own(), hooked, torch.nn.BCEWithLogitsLoss(torch.rand(3)), F.mse_loss):
+        assert loss_of(other) is other
+    with pytest.raises(ValueError, match="unknown loss 'mae'; known: cross_entropy, mse, bce"):
+        loss_of("mae")
+
+
+def test_modules_compute_the_same(device):
+    """Each module is its function, and its manual loss."""
+    output, target = torch.randn(5, 2, device=device), torch.rand(5, 2, device=device)
+    pos_weight = torch.tensor([0.5, 2.0], device=device)
+    for module, expected in (
+        (
+            mlp.BCEWithLogitsLoss(pos_weight=pos_weight),
+            torch.nn.BCEWithLogitsLoss(pos_weight=pos_weight),
+        ),
+        (mlp.HuberLoss(delta=0.3), torch.nn.HuberLoss(delta=0.3)),
+        (mlp.PinballLoss((0.2, 0.8)), None),
+    ):
+        value = module(output, target)
+        torch.testing.assert_close(value, loss_of(module).forward(output, target))
+        if expected is not None:
+            torch.testing.assert_close(value, expected(output, target))
+    assert repr(module) == "PinballLoss(quantile=(0.2, 0.8), reduction='mean')"
+    assert kernels.LOSSES.keys() == LOSSES.keys()
 
 
 def test_per_sample():

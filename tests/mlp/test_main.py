@@ -58,7 +58,9 @@ def test_info(monkeypatch, capsys):
     them take their time.
     """
     monkeypatch.setattr(
-        selfcheck, "OPERATIONS", {name: selfcheck.OPERATIONS[name] for name in ("linear", "mse")}
+        selfcheck,
+        "OPERATIONS",
+        {name: selfcheck.OPERATIONS[name] for name in ("linear", "elementwise_loss")},
     )
     status = main(["info", "--check"])
     out, err = capsys.readouterr()

@@ -1,0 +1,432 @@
+"""The loss table: every loss of the library, once.
+
+Most losses are a sum over elements, ℓ = Σ_c ℓ(y_c, t_c). Such a row holds one scalar `@triton.jit`
+function, (y, t, parameter) -> (ℓ, ∂ℓ/∂y), of plain `tl` calls on elements, so that other compilers
+than Triton can take the same source. Softmax cross-entropy looks at all classes of a row at once:
+it has no scalar, but a tile of its own. Each comes again in plain torch, which is the CPU
+implementation, and with torch's own function, which is the oracle of the tests.
+
+    cross_entropy   Σ_c q_c (lse - y_c)   q: the target's weight on each class, lse = log Σ exp y
+    mse             (y - t)²
+    bce             (1 - t) softplus(y) + pos_weight · t · softplus(-y)   binary, on logits
+    huber           ½ d² where |d| ≤ delta, else delta (|d| - ½ delta)    d = y - t
+    pinball         quantile · (t - y) where t > y, else (1 - quantile) (y - t)
+
+A loss has at most one parameter: a number, or one number for each output. Nothing else in the
+library names a loss, but for the classes and functions that are called like one.
+
+To add one: a jit function, two torch functions, a row at the bottom, and its class in mlp/loss.py.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from .activations import sigmoid
+
+# Of a column that does not exist: finite, so that 0 times it is 0.
+LOWEST = tl.constexpr(-3.0e38)
+NEVER = tl.constexpr(-(1 << 62))  # the ignored label of losses that ignore none
+
+
+@triton.jit
+def target_tile(
+    t_ptrs,
+    label,
+    offs_c,
+    mask,
+    w_ptr,
+    C,
+    stride_tc,
+    stride_w,
+    smoothing,
+    ignore_index,
+    SOFT: tl.constexpr,
+):
+    """q of cross-entropy's formula for one tile [BLOCK_R, BLOCK_C], 0 outside the mask; and which
+    classes the loss looks at.
+    """
+    if SOFT:
+        t = tl.load(t_ptrs[:, None] + offs_c[None, :] * stride_tc, mask=mask, other=0.0).to(
+            tl.float32
+        )
+    else:
+        t = tl.where(offs_c[None, :] == label[:, None], 1.0, 0.0)
+        mask = mask & (label != ignore_index)[:, None]
+    q = t * (1.0 - smoothing) + smoothing / C
+    counted = mask & (SOFT | (q != 0))
+    if w_ptr is not None:
+        q *= tl.load(w_ptr + offs_c * stride_w, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
+    return tl.where(mask, q, 0.0), counted
+
+
+@triton.jit
+def label_weight(label, valid, w_ptr, C, stride_w, ignore_index):
+    """What a row adds to the mean's denominator: w_y, 0 if ignored; NaN for a label that is no
+    class, so that it shows.
+    """
+    known = (label >= 0) & (label < C)
+    counted = valid & (label != ignore_index)
+    weight = tl.where(counted & (known == 0), float("nan"), tl.where(counted, 1.0, 0.0))
+    if w_ptr is not None:
+        weight *= tl.load(w_ptr + label * stride_w, mask=counted & known, other=1.0).to(tl.float32)
+    return weight
+
+
+@triton.jit
+def softmax_loss_tile(z, m, s, q, counted, total):
+    """(Σ_c q (lse - z), Q p - q) of one tile, given each row's maximum m, s = Σ exp(z - m) and Q =
+    total.
+    """
+    shifted = z - m[:, None]
+    loss = tl.sum(
+        tl.where(counted, q * (tl.log(s)[:, None] - shifted), 0.0), axis=1
+    )  # 0 · inf is NaN, as torch
+    return loss, tl.exp(shifted) / s[:, None] * total[:, None] - q
+
+
+@triton.jit
+def softmax_tile(y, q, mask, counted, parameter, NET: tl.constexpr):
+    """(loss of each row, gradient [rows, classes]) of softmax cross-entropy, all classes in the
+    tile.
+    """
+    z = tl.where(mask, y, LOWEST)
+    m = tl.max(z, axis=1)
+    s = tl.sum(tl.exp(z - m[:, None]), axis=1)
+    return softmax_loss_tile(z, m, s, q, counted, tl.sum(q, axis=1))
+
+
+@triton.jit
+def elementwise_tile(y, q, mask, counted, parameter, NET: tl.constexpr):
+    """(loss of each row, gradient [rows, outputs]) of NET.loss, a row with a scalar."""
+    loss, dy = NET.loss.scalar(y, q, parameter)
+    return tl.sum(tl.where(mask, loss, 0.0), axis=1), tl.where(mask, dy, 0.0)
+
+
+@triton.jit
+def first_largest(z, offs_c):
+    """The first column of each row's maximum, as torch.argmax; a large number where there is none
+    (NaN).
+    """
+    return tl.min(tl.where(z == tl.max(z, axis=1)[:, None], offs_c[None, :], 1 << 30), axis=1)
+
+
+@triton.jit
+def same_class(y, q, mask, offs_c):
+    """Rows whose largest output is where the largest target is."""
+    z = first_largest(tl.where(mask, y, LOWEST), offs_c)
+    return z == first_largest(tl.where(mask, q, LOWEST), offs_c)
+
+
+@triton.jit
+def same_signs(y, q, mask, offs_c):
+    """Rows whose outputs are positive exactly where the target is above one half. NaN is wrong."""
+    right = tl.where(q > 0.5, y > 0, y <= 0)
+    return tl.min(tl.where(mask, right.to(tl.int32), 1), axis=1) == 1
+
+
+@triton.jit
+def squared_error(y, t, parameter):
+    d = y - t
+    return d * d, 2.0 * d
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x in [0, 1]: what rounding 1 + x loses is put back by the quotient."""
+    u = 1.0 + x
+    d = u - 1.0
+    return tl.where(d == 0, x, tl.log(u) * (x / tl.where(d == 0, 1.0, d)))
+
+
+@triton.jit
+def binary_cross_entropy(y, t, pos_weight):
+    s = log1p(tl.exp(-tl.abs(y))) + tl.where(y < 0, -y, 0.0)  # softplus(-y)
+    loss = (1.0 - t) * y + (1.0 + (pos_weight - 1.0) * t) * s
+    return loss, (1.0 - t) * sigmoid(y) - pos_weight * t * sigmoid(-y)
+
+
+@triton.jit
+def huber(y, t, delta):
+    d = y - t
+    a = tl.abs(d)
+    g = tl.where(d > delta, delta, tl.where(d < -delta, -delta, d))  # NaN stays NaN
+    return tl.where(a > delta, delta * (a - 0.5 * delta), 0.5 * d * d), g
+
+
+@triton.jit
+def pinball(y, t, quantile):
+    d = t - y
+    loss = tl.where(d > 0, quantile * d, (quantile - 1.0) * d)
+    g = tl.where(d > 0, -quantile, tl.where(d < 0, 1.0 - quantile, 0.5 - quantile))
+    return loss, tl.where(d == d, g, d)  # at 0 the mean of both sides; NaN stays NaN
+
+
+def cross_entropy_ref(y, q, parameter=None):
+    terms = -(torch.log_softmax(y, -1) * q)
+    # Beside a label an output may be -inf. Of probabilities, 0 · inf is NaN, as torch.
+    return terms if q.is_floating_point() else torch.where(q == 0, 0, terms)
+
+
+def cross_entropy_gradient_ref(y, q, parameter=None):
+    return torch.softmax(y, -1) * q.sum(-1, keepdim=True) - q
+
+
+def squared_error_ref(y, t, parameter=None):
+    d = y - t
+    return d * d
+
+
+def squared_error_gradient_ref(y, t, parameter=None):
+    return 2 * (y - t)
+
+
+def binary_cross_entropy_ref(y, t, pos_weight):
+    return (1 - t) * y - (1 + (pos_weight - 1) * t) * F.logsigmoid(y)
+
+
+def binary_cross_entropy_gradient_ref(y, t, pos_weight):
+    return (1 - t) * torch.sigmoid(y) - pos_weight * t * torch.sigmoid(-y)
+
+
+def binary_cross_entropy_target_ref(y, t, pos_weight):
+    return F.logsigmoid(-y) - pos_weight * F.logsigmoid(y)
+
+
+def huber_ref(y, t, delta):
+    d = y - t
+    a = d.abs()
+    return torch.where(a > delta, delta * (a - 0.5 * delta), 0.5 * d * d)
+
+
+def huber_gradient_ref(y, t, delta):
+    d = y - t
+    return torch.where(d.abs() > delta, d.sign() * delta, d)
+
+
+def pinball_ref(y, t, quantile):
+    d = t - y
+    return torch.where(d > 0, quantile * d, (quantile - 1) * d)
+
+
+def pinball_gradient_ref(y, t, quantile):
+    d = t - y
+    g = (1 - d.sign()) * 0.5 - quantile  # at d = 0 the mean of both sides, as of torch.maximum
+    return torch.where(d == d, g, d)
+
+
+def same_class_ref(y, t):
+    """(…,) whether the largest output is where the largest target is."""
+    return y.argmax(-1) == t.argmax(-1)
+
+
+def same_signs_ref(y, t):
+    """(…,) whether outputs are positive exactly where the target is above one half."""
+    return torch.where(t > 0.5, y > 0, y <= 0).all(-1)
+
+
+def softmax(output: torch.Tensor) -> torch.Tensor:
+    """(…, C) logits as probabilities of C classes."""
+    return torch.softmax(output, -1)
+
+
+def unchanged(output: torch.Tensor) -> torch.Tensor:
+    """Outputs that are values in the targets' own units."""
+    return output
+
+
+def shares(output: torch.Tensor) -> torch.Tensor:
+    """(…, C) outputs as shares of their sum; negative ones count as nothing."""
+    positive = output.clamp_min(0)
+    return positive / positive.sum(-1, keepdim=True).clamp_min(torch.finfo(output.dtype).tiny)
+
+
+def _positive(op: str, delta: float) -> None:
+    if not delta > 0:
+        raise RuntimeError(f"{op}: delta must be positive, got {delta}")  # torch's type of error
+
+
+def _inside(op: str, quantile: float) -> None:
+    if not 0 < quantile < 1:
+        raise ValueError(f"{op}: quantile must be between 0 and 1, both excluded, got {quantile}")
+
+
+def _any(op: str, parameter: float) -> None:
+    pass
+
+
+def _torchs_cross_entropy(y, t, parameter=None, reduction="mean"):
+    return F.cross_entropy(y, t, reduction=reduction)
+
+
+def _torchs_squared_error(y, t, parameter=None, reduction="mean"):
+    return F.mse_loss(y, t, reduction=reduction)
+
+
+def _torchs_binary_cross_entropy(y, t, parameter=1.0, reduction="mean"):
+    weight = torch.as_tensor(parameter, dtype=y.dtype, device=y.device)
+    return F.binary_cross_entropy_with_logits(y, t, reduction=reduction, pos_weight=weight)
+
+
+def _torchs_huber(y, t, parameter=1.0, reduction="mean"):
+    return F.huber_loss(y, t, reduction=reduction, delta=parameter)
+
+
+def _torchs_pinball(y, t, parameter=0.5, reduction="mean"):
+    """torch has none: the larger of two lines."""
+    q = torch.as_tensor(parameter, dtype=y.dtype, device=y.device)
+    loss = torch.maximum(q * (t - y), (q - 1) * (t - y))
+    return {"none": loss, "sum": loss.sum(), "mean": loss.mean()}[reduction]
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Loss:
+    """One row. t stands for targets of y's shape: numbers, or labels as integer rows of 0 and 1.
+
+    A row is part of a constexpr of kernels: `cache_key` makes Triton's caches follow its functions.
+    """
+
+    name: str
+    function: str  # the public function of `kernels` that computes it
+    scalar: Any  # jit (y, t, parameter) -> (loss, gradient) of elements; None if there is none
+    value_ref: Callable  # (y, t, parameter) -> terms of y's shape, whose sum is the loss
+    gradient_ref: Callable  # (y, t, parameter) -> ∂(sum of the terms)/∂y
+    torch: Callable  # (y, t, parameter, reduction): torch's function or formula, an oracle
+    targets: str  # "classes": labels or probabilities; "numbers": also rows of 0 and 1
+    predict: Callable  # outputs -> what they say, in the targets' units
+    probabilities: Callable  # outputs -> what they give each class, where targets are labels
+    parameter: str | None = None  # name of the parameter
+    default: float = 1.0  # its value, if none is given
+    check: Callable = _any  # (operation, number): raises if that cannot be the parameter
+    vector: bool = False  # whether the parameter may be one number for each output
+    target_gradient_ref: Callable | None = None  # ∂/∂t where it is not -∂/∂y
+    tile: Any = elementwise_tile  # jit (y, t, mask, counted, parameter, NET) -> (loss, gradient)
+    correct: Any = same_class  # jit (y, t, mask, columns) -> which rows are right
+    correct_ref: Callable = same_class_ref  # (y, t) -> which rows are right
+    ignored: int = NEVER.value  # the label that counts for nothing
+
+    def __repr__(self) -> str:
+        return f"Loss({self.name!r})"
+
+    @property
+    def cache_key(self) -> str:
+        """Changes whenever the source of one of the row's jit functions does."""
+        return "-".join(f.cache_key for f in (self.tile, self.scalar, self.correct) if f)
+
+    @property
+    def per_element(self) -> bool:
+        """Whether the mean is over all elements, as of losses with a scalar; else over rows."""
+        return self.scalar is not None
+
+    def refusal(self, outputs: int, target: torch.Tensor) -> str | None:
+        """In words, why these targets cannot train so many outputs; None if they can."""
+        if outputs > 1 or not target.is_floating_point() or self.targets != "classes":
+            return None
+        return (
+            f"{self.function}: a single output is probability 1 of the only class, so numbers "
+            "train nothing; use MeanSquaredError (loss 'mse') for numbers, BinaryCrossEntropy "
+            "(loss 'bce') for yes or no"
+        )
+
+    def numbers(self, parameter: float | Sequence[float] | None) -> tuple[float, ...]:
+        """The parameter, checked, as one number or one for each output; () of a loss without."""
+        if self.parameter is None:
+            if parameter is not None:
+                raise ValueError(f"{self.function}: has no parameter, got {parameter}")
+            return ()
+        if parameter is None:
+            return (self.default,)
+        values = parameter if isinstance(parameter, Sequence) else (parameter,)
+        values = tuple(float(value) for value in values)
+        if not values or (len(values) > 1 and not self.vector):
+            raise ValueError(
+                f"{self.function}: {self.parameter} must be one number, got {len(values)}"
+            )
+        for value in values:
+            self.check(self.function, value)
+        return values
+
+
+ROWS = (
+    Loss(
+        "cross_entropy",
+        "cross_entropy",
+        None,
+        cross_entropy_ref,
+        cross_entropy_gradient_ref,
+        _torchs_cross_entropy,
+        "classes",
+        softmax,
+        softmax,
+        tile=softmax_tile,
+        ignored=-100,
+    ),
+    Loss(
+        "mse",
+        "mse_loss",
+        squared_error,
+        squared_error_ref,
+        squared_error_gradient_ref,
+        _torchs_squared_error,
+        "numbers",
+        unchanged,
+        shares,
+    ),
+    Loss(
+        "bce",
+        "binary_cross_entropy_with_logits",
+        binary_cross_entropy,
+        binary_cross_entropy_ref,
+        binary_cross_entropy_gradient_ref,
+        _torchs_binary_cross_entropy,
+        "numbers",
+        torch.sigmoid,
+        torch.sigmoid,
+        "pos_weight",
+        vector=True,
+        target_gradient_ref=binary_cross_entropy_target_ref,
+        correct=same_signs,
+        correct_ref=same_signs_ref,
+    ),
+    Loss(
+        "huber",
+        "huber_loss",
+        huber,
+        huber_ref,
+        huber_gradient_ref,
+        _torchs_huber,
+        "numbers",
+        unchanged,
+        shares,
+        "delta",
+        check=_positive,
+    ),
+    Loss(
+        "pinball",
+        "pinball_loss",
+        pinball,
+        pinball_ref,
+        pinball_gradient_ref,
+        _torchs_pinball,
+        "numbers",
+        unchanged,
+        shares,
+        "quantile",
+        0.5,
+        _inside,
+        vector=True,
+    ),
+)
+LOSSES: dict[str, Loss] = {row.name: row for row in ROWS}
+
+
+def get(name: str, op: str = "loss") -> Loss:
+    """The row called `name`; a ValueError that lists the table if there is none."""
+    if name not in LOSSES:
+        raise ValueError(f"{op}: unknown loss {name!r}; known: {', '.join(LOSSES)}")
+    return LOSSES[name]
