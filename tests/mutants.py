@@ -38,6 +38,12 @@ TESTS = {
     "activations": ("test_activations.py", "test_extremes.py"),
     **dict.fromkeys(("linear", "tiles"), ("test_linear.py", "test_linear_memory.py")),
     "cross_entropy": ("test_cross_entropy.py", "test_cross_entropy_kernel.py"),
+    "losses": (
+        "test_elementwise_loss.py",
+        "test_cross_entropy.py",
+        "test_cross_entropy_kernel.py",
+        "test_step.py",
+    ),
     **dict.fromkeys(("patches", "conv", "conv_bwd"), ("test_conv.py", "test_conv_memory.py")),
     **dict.fromkeys(("layers", "objective", "network"), ("test_step.py", "test_epoch.py")),
     "launch": ("test_launch.py", "test_linear.py"),
