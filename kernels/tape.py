@@ -25,8 +25,8 @@ class Differentiable:
     name: its name in the table of operations, and of its operators.
     fwd, fwd_ref: `(*arguments) -> (y, saved)`; the arguments are positional.
     bwd, bwd_ref: `(dy, *saved, needs) -> gradients` of the first `inputs` arguments, in order; for
-        a list of tensors a list. `needs` has one bool for each tensor of those arguments; where it is
-        False the gradient is None.
+        a list of tensors a list. `needs` has one bool for each tensor of those arguments; where it
+        is False the gradient is None.
     saved: the NamedTuple that both forwards return. A field named like an argument of `fwd` is that
         argument. A field in `derived` is computed from the arguments, by name. Every other field is
         a tensor that the forward made, None, a number, or a tuple of these.
