@@ -106,6 +106,7 @@ def _levels(image: Any, Image: Any, path: Path) -> Picture:
         if isinstance(transparent, int):
             pixels[pixels == transparent] = _SHORT
         return Picture(pixels.astype(np.uint16), _SHORT)
+    was_palette = image.mode in ("P", "PA")
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
         grey = image.mode in ("LA", "La", "L", "1")
         colours = image.convert("RGBA")
@@ -114,7 +115,6 @@ def _levels(image: Any, Image: Any, path: Path) -> Picture:
     if image.mode == "1":
         image = image.convert("L")
     if image.mode != "L":
-        was_palette = image.mode == "P"
         pixels = np.array(image.convert("RGB"))
         if was_palette and (pixels == pixels[..., :1]).all():
             pixels = np.ascontiguousarray(pixels[..., 0])
@@ -274,7 +274,7 @@ def _parts(root: Path) -> tuple[dict[str, Path], list[str]]:
         found["test"] = found.pop("val")
     if left := found.pop("val", None):
         notes.append(f"{root}: {left.name} is not used, {found['test'].name} is the test data")
-    return found, notes
+    return {part: found[part] for part in ("train", "test") if part in found}, notes
 
 
 def _classes(part: Path) -> tuple[dict[str, _Class], list[str]]:
