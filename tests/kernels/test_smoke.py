@@ -53,6 +53,31 @@ def test_tolerance_is_not_loose():
     assert_as_accurate(overflown, overflown, exact)  # what torch overflows may overflow
 
 
+def test_tolerance_knows_the_terms_of_a_sum():
+    """Terms that cancel leave the rounding of the terms, in any order; a term too few is seen."""
+    terms = torch.cos(torch.arange(64.0))
+    x, ones = torch.cat([terms, -terms.flip(0)])[None], torch.ones(128, 1)
+    exact = lambda: x.double() @ ones.double()  # noqa: E731
+    right = exact().float()  # as a BLAS may be that happens to round nothing
+    ours = functools.reduce(torch.add, x.split(1, 1))
+    assert (ours - right).abs() > 1e-7
+    assert_as_accurate(ours, right, exact)
+    for wrong in (ours + 2e-5, x[:, 1:] @ ones[1:]):
+        with pytest.raises(AssertionError):
+            assert_as_accurate(wrong, right, exact)
+
+
+def test_tolerance_follows_rounding_through_a_computation():
+    """tanh' of a saturated tanh: 1 - y² has lost what rounding took from y."""
+    z = torch.linspace(3, 5, 50)
+    exact = lambda: 1 - z.double().tanh() ** 2  # noqa: E731
+    right, ours = exact().float(), 1 - z.tanh() ** 2
+    assert (ours - right).abs().max() > 3 * torch.finfo(torch.float32).eps * right.max()
+    assert_as_accurate(ours, right, exact)
+    with pytest.raises(AssertionError):
+        assert_as_accurate(ours + 1e-6, right, exact)
+
+
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "expanded"])
 def test_layouts_keep_values(layout):
     for t in (torch.randn(3, 4, 5), torch.randn(3, 4), torch.randn(3)):

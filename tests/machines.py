@@ -1,0 +1,128 @@
+"""Do the tests rest on this processor's rounding? The numerical ones, as other processors run them.
+
+    python -m tests.machines [WORD …] [--triton FOLDER] [--jobs N]
+
+BLAS libraries and torch choose their code by the processor they find, and each adds in an order of
+its own. Environment variables make them choose otherwise: each row of SETTINGS, of those that this
+processor can run, is one run of the tests, in which other random numbers are drawn as well. WORD:
+only the settings with that in their name. --triton: a folder with another version of Triton, as
+`pip install --target FOLDER --no-deps triton==3.6.0` makes it, for one run more.
+
+By hand and in CI, never by pytest. Prints a table of what fails; exits with 1 if anything does.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FILES = [
+    *(
+        f"tests/kernels/test_{name}.py"
+        for name in (
+            "smoke",
+            "linear",
+            "linear_memory",
+            "activations",
+            "mse",
+            "cross_entropy_kernel",
+            "linear_cross_entropy",
+            "conv_memory",
+            "mlp_update",
+            "optim",
+            "properties",
+            "determinism",
+        )
+    ),
+    *(
+        f"tests/mlp/test_{name}.py"
+        for name in ("engines", "loss", "modules", "net", "optim", "replay", "stepwise", "trainer")
+    ),
+]
+# In float64, where rounding decides nothing; and what starts processes, which draw other numbers.
+SKIPPED = "not gradcheck and not in_another_process"
+# Flags of /proc/cpuinfo that the code needs.
+CORES = {
+    "Nehalem": "sse4_2",
+    "Sandybridge": "avx",
+    "Haswell": "avx2",
+    "Zen": "avx2",
+    "SkylakeX": "avx512f",
+}
+TORCH = {"default": "sse4_2", "avx2": "avx2", "avx512": "avx512f"}
+MKL = {"SSE4_2": "sse4_2", "AVX2": "avx2", "AVX512": "avx512f"}
+
+
+def settings() -> dict[str, tuple[str, dict[str, str]]]:
+    """Name -> (the processor's flag it needs, environment). Each with a seed of its own."""
+    found = {f"seed {seed}": ("sse4_2", {}) for seed in range(3)}
+    for core, flag in CORES.items():
+        found[f"BLAS {core}"] = flag, {"OPENBLAS_CORETYPE": core}
+    for capability, flag in TORCH.items():
+        found[f"torch {capability}"] = flag, {"ATEN_CPU_CAPABILITY": capability}
+    for instructions, flag in MKL.items():
+        found[f"MKL {instructions}"] = flag, {"MKL_ENABLE_INSTRUCTIONS": instructions}
+    found["two threads"] = "sse4_2", {"HANDGRAD_TEST_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"}
+    plainest = {"OPENBLAS_CORETYPE": "Nehalem", "ATEN_CPU_CAPABILITY": "default"}
+    found["plainest"] = "sse4_2", plainest | {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}
+    return {
+        name: (flag, {"HANDGRAD_TEST_SEED": str(seed)} | environment)
+        for seed, (name, (flag, environment)) in enumerate(found.items())
+    }
+
+
+def flags() -> set[str]:
+    """What the processor can do, as Linux names it."""
+    text = Path("/proc/cpuinfo").read_text()
+    return set(re.search(r"^flags\s*:(.*)$", text, re.M)[1].split()) if "flags" in text else set()
+
+
+def run(environment: dict[str, str]) -> tuple[str, list[str]]:
+    """(pytest's last line, the tests that failed)."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += ["-q", "--tb=line", "--durations=0", "--durations-min=60", "-k", SKIPPED, *FILES]
+    one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    if "HANDGRAD_TEST_THREADS" in environment:
+        one["OMP_NUM_THREADS"] = environment["HANDGRAD_TEST_THREADS"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **one, **environment}, capture_output=True, text=True
+    )
+    failed = re.findall(r"^(?:FAILED|ERROR) (.*)$", done.stdout, re.M)
+    if done.returncode and not failed:
+        failed = [f"pytest ended with {done.returncode}: {(done.stderr or done.stdout)[-300:]}"]
+    return (done.stdout.strip() or "nothing").splitlines()[-1].strip("= "), failed
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.machines")
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--triton", help="a folder with another version of Triton")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    given = parser.parse_args(arguments)
+    rows, can = settings(), flags()
+    if given.triton:
+        path = os.pathsep.join(filter(None, (given.triton, os.environ.get("PYTHONPATH"))))
+        rows["another Triton"] = "sse4_2", {"PYTHONPATH": path}
+    rows = {
+        n: row for n, row in rows.items() if not given.words or any(w in n for w in given.words)
+    }
+    bad = 0
+    print("| setting | environment | result |\n|---|---|---|", flush=True)
+    with ThreadPoolExecutor(given.jobs) as pool:
+        runs = {n: pool.submit(run, e) for n, (flag, e) in rows.items() if flag in can}
+        for name, (flag, environment) in rows.items():
+            text = " ".join(f"{k}={v}" for k, v in environment.items())
+            last, failed = runs[name].result() if name in runs else (f"no {flag} here", [])
+            print(f"| {name} | {text} | {last} |", flush=True)
+            print(*(f"|  |  | {test} |" for test in failed), sep="\n", end="\n" if failed else "")
+            bad += bool(failed)
+    print(f"\n{bad} of {len(runs)} settings have failures")
+    return bad > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
