@@ -185,6 +185,9 @@ RECIPES: dict[str, Recipe] = {
     ),
 }
 
+# What `handgrad sweep` starts from: no momentum, so that learning rates alone differ.
+PLAIN = Recipe("plain SGD", optimizer_options={})
+
 
 def get(name: str) -> Recipe:
     """The recipe called `name`; a ValueError that lists them if there is none."""

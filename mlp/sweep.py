@@ -17,8 +17,10 @@ from .checkpoint import save
 from .data import permutation
 from .epochwise import spec_of
 from .init import initialise
+from .loss import per_sample
 from .modules import MLP, loss_of
 from .optim import OPTIMIZERS
+from .recipes import Recipe
 from .trainer import as_dataset
 
 
@@ -52,6 +54,14 @@ class Row:
     momentum: float
     train_loss: float
     test_accuracy: float | None = None
+    test_loss: float | None = None  # where the targets are no labels
+    diverged: bool = False  # whether its loss was not finite at some step
+
+    @property
+    def rank(self) -> tuple:
+        """Rows in this order have the best network first, and those that diverged last."""
+        last = self.train_loss if self.test_loss is None else self.test_loss
+        return self.diverged, -(self.test_accuracy or 0), last if math.isfinite(last) else math.inf
 
 
 class Sweep:
@@ -119,6 +129,27 @@ class Sweep:
         self.count = torch.zeros(1, device=self.device)
         self.rows: list[Row] = []
 
+    @classmethod
+    def of(cls, recipe: Recipe, train, replicas: int, lrs, *, seed=0, device=None) -> "Sweep":
+        """A recipe's network `replicas` times, with a learning rate and a seed for each."""
+        network = recipe.network(train)
+        if network.pop("kind") != "mlp":
+            raise ValueError("sweep: trains multilayer perceptrons only, not convolutions")
+        numbers = {name: v for name, v in recipe.optimizer_options.items() if name != "lr"}
+        return cls(
+            network.pop("sizes"),
+            replicas,
+            lrs,
+            numbers.pop("momentum", 0.0),
+            range(seed, seed + replicas),
+            **network,
+            init=recipe.init,
+            optimizer=recipe.optimizer,
+            loss=recipe.make_loss(),
+            device=device,
+            **numbers,
+        )
+
     def _hyper(self) -> torch.Tensor:
         names = ("betas", "eps") if "betas" in self._group else ("dampening",)
         options = {name: self._group[name] for name in ("weight_decay", *names)}
@@ -131,8 +162,8 @@ class Sweep:
     def fit(
         self, train, epochs=10, batch_size=32, evaluate=None, *, drop_last=False, on_epoch=None
     ) -> list[Row]:
-        """Train all networks; returns a row for each, best first: by test accuracy if there is
-        `evaluate`, else by loss.
+        """Train all networks; returns a row for each, best first: by test accuracy (by test loss
+        where the targets are no labels) if there is `evaluate`, else by training loss.
 
         train, evaluate: as `Trainer.fit`. on_epoch(epoch, mean losses of all networks) is called
         after each epoch. A network whose loss stops being finite ends last; the others go on.
@@ -144,7 +175,9 @@ class Sweep:
                 f"has {train.features}"
             )
         count = len(train) // batch_size * batch_size if drop_last else len(train)
-        hyper, losses = self._hyper(), None
+        hyper = self._hyper()
+        losses = torch.full((self.replicas,), math.nan, device=self.device)
+        diverged = torch.zeros(self.replicas, dtype=torch.bool, device=self.device)
         refused = kernels.path(self.parameters[0]) != "triton" or kernels.refusal(
             self.spec, batch_size
         )
@@ -171,21 +204,27 @@ class Sweep:
                 device=self.device,
             )
             losses = (values * sizes).sum(1) / count
+            diverged |= ~losses.isfinite()
             if on_epoch is not None:
                 on_epoch(epoch, losses)
-        accuracies = [None] * self.replicas if evaluate is None else self.accuracies(evaluate)
-        mean = [math.nan] * self.replicas if losses is None else losses.tolist()
-        rows = [
-            Row(i, *numbers)
-            for i, numbers in enumerate(zip(self.seeds, self.lrs, self.momenta, mean, accuracies))
-        ]
+        for stacked in self.parameters:
+            diverged |= ~stacked.flatten(1).isfinite().all(1)
+        return self._ranked(losses.tolist(), diverged.tolist(), evaluate)
+
+    def _ranked(self, losses: list[float], diverged: list[bool], evaluate) -> list[Row]:
+        """A row for each network, best first; one that diverged is behind all others, whatever it
+        classifies rightly by accident.
+        """
+        accuracies = tests = [None] * self.replicas
+        if evaluate is not None:
+            evaluate = as_dataset(evaluate, self.device)
+            if evaluate.is_classification:
+                accuracies = self.accuracies(evaluate)
+            else:
+                tests = self.test_losses(evaluate)
+        numbers = zip(self.seeds, self.lrs, self.momenta, losses, accuracies, tests, diverged)
         self.rows = sorted(
-            rows,
-            key=lambda row: (
-                -(row.test_accuracy or 0),
-                not math.isfinite(row.train_loss),
-                row.train_loss,
-            ),
+            (Row(i, *row) for i, row in enumerate(numbers)), key=lambda row: row.rank
         )
         return self.rows
 
@@ -203,25 +242,40 @@ class Sweep:
             save(self.network(replica), Path(folder) / f"{replica:03d}.safetensors")
 
     @torch.no_grad()
-    def _scores(self, data):
-        """(replicas, rows, classes) probabilities of one piece after another, and its labels."""
+    def _scores(self, data, replicas):
+        """(networks, rows, classes) probabilities of one piece after another, and its labels."""
         data = as_dataset(data, self.device)
-        models = [self.network(replica) for replica in range(self.replicas)]
+        models = [self.network(replica) for replica in replicas]
         for x, y in data.chunks(1024):
             yield torch.stack([self.loss.probabilities(model(x)) for model in models]), y
+
+    @torch.no_grad()
+    def test_losses(self, data) -> list[float]:
+        """The mean loss of each network over the samples."""
+        data = as_dataset(data, self.device)
+        total = [0.0] * self.replicas
+        for x, y in data.chunks(1024):
+            for replica in range(self.replicas):
+                value = float(self.loss(self.network(replica)(x), y))
+                total[replica] += per_sample(self.loss, value, len(x)) * len(x) / len(data)
+        return total
 
     def accuracies(self, data) -> list[float]:
         """The share of samples that each network classifies rightly."""
         right, total = 0, 0
-        for scores, y in self._scores(data):
+        for scores, y in self._scores(data, range(self.replicas)):
             right, total = right + (scores.argmax(2) == y).sum(1), total + len(y)
         return (right / total).tolist()
 
     def ensemble_accuracy(self, data) -> float:
-        """The share of samples that the mean of all networks' probabilities classifies rightly. NaN
-        networks are left out.
+        """The share of samples that the mean of the networks' probabilities classifies rightly.
+        Networks that diverged have no part in it; NaN if all did.
         """
+        diverged = {row.replica for row in self.rows if row.diverged}
+        sound = [replica for replica in range(self.replicas) if replica not in diverged]
+        if not sound:
+            return math.nan
         right, total = 0, 0
-        for scores, y in self._scores(data):
-            right, total = right + int((scores.nanmean(0).argmax(1) == y).sum()), total + len(y)
+        for scores, y in self._scores(data, sound):
+            right, total = right + int((scores.mean(0).argmax(1) == y).sum()), total + len(y)
         return right / total

@@ -70,7 +70,12 @@ NEEDS = {
         "mlp/test_trainer.py",
     ],
     "torchvision": ["mlp/test_fuse.py"],
-    "typer": ["mlp/test_cli.py", "mlp/test_cli_errors.py", "mlp/test_main.py"],
+    "typer": [
+        "mlp/test_cli.py",
+        "mlp/test_cli_errors.py",
+        "mlp/test_cli_sweep.py",
+        "mlp/test_main.py",
+    ],
 }
 MISSING = {
     package: files for package, files in NEEDS.items() if importlib.util.find_spec(package) is None

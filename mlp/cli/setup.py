@@ -151,18 +151,23 @@ def change_of_data(settings: Settings, found: Facts) -> str | None:
 def build(settings: Settings, train: data.Dataset, device: torch.device) -> torch.nn.Module:
     """The network of a run with its initial weights; a ValueError if memory cannot hold it."""
     recipe, dtype = settings.recipe, pick_precision(settings.precision)
+    refuse_too_large(recipe.network(train), dtype=dtype)
+    return recipe.model(train, settings.seed, device, dtype)
+
+
+def refuse_too_large(network: dict, copies: int = 1, dtype: torch.dtype = torch.float32) -> None:
+    """A ValueError if this machine's memory cannot hold the weights of a `config()`."""
     try:
-        empty = modules.build(recipe.network(train), "meta", dtype)
-        count = sum(p.numel() for p in empty.parameters())
+        count = sum(p.numel() for p in modules.build(network, "meta", dtype).parameters())
     except (RuntimeError, OverflowError):  # more elements than torch can count
         count = 2**63
+    needed = count * copies * dtype.itemsize
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if count * dtype.itemsize > memory:
+    if needed > memory:
         raise ValueError(
-            f"a network of {count:.2g} parameters needs {count * dtype.itemsize / 1e9:,.0f} GB, "
-            f"but this machine has {memory / 1e9:,.0f} GB: choose smaller layers with --hidden"
+            f"{count * copies:.2g} parameters need {needed / 1e9:,.0f} GB, but this machine has "
+            f"{memory / 1e9:,.0f} GB: choose smaller layers with --hidden"
         )
-    return recipe.model(train, settings.seed, device, dtype)
 
 
 @contextlib.contextmanager

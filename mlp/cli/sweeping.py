@@ -1,14 +1,23 @@
 """`sweep`: many networks at once."""
 
+import contextlib
 import dataclasses
 import json
+import math
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
+from .. import data, recipes
+from ..disk import write_text
+from ..runs import RunFolder
 from ..sweep import Sweep, spread
-from .options import Values
-from .setup import load, pick_device
+from . import options, setup
+from .options import Values, given
 from .terminal import say
+
+_TABLE = "sweep.jsonl"
 
 
 def _rates(text: str, count: int) -> list[float]:
@@ -22,49 +31,73 @@ def _rates(text: str, count: int) -> list[float]:
         ) from None
 
 
+@contextlib.contextmanager
+def _folder(out: Path | None) -> Iterator[Path | None]:
+    """--out, empty and for this process alone, before anything is trained."""
+    if out is None:
+        yield None
+        return
+    if out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
+        raise FileExistsError(f"{out} is not empty; choose another --out")
+    with RunFolder.writing(out):
+        yield out
+
+
 def sweep(values: Values) -> None:
     """Train many networks at once; prints a table, best first, and the accuracy of their mean."""
+    replicas = values["replicas"]
+    rates = _rates(values["lr"], replicas)
+    changes = {**given(options.RECIPE, values), "momentum": values["momentum"]}
+    recipe = recipes.changed(recipes.PLAIN, **changes)
+    device = setup.pick_device(values["device"])
+    train, test = recipe.prepare(*setup.load(values))
+    setup.refuse_too_large(recipe.network(train), replicas)
+    job = Sweep.of(recipe, train, replicas, rates, seed=values["seed"], device=device)
+    with _folder(values["out"]) as out:
+        say(
+            f"{train.name}: {len(train):,} samples; {replicas} networks "
+            f"{recipe.describe(job.network(0).config())}; learning rate {values['lr']}; "
+            f"{job.device}"
+        )
+        _train(job, recipe, train, test)
+        _print(job, test, values["top"])
+        if out is not None:
+            rows = [json.dumps(dataclasses.asdict(row)) + "\n" for row in job.rows]
+            job.save(out)
+            write_text(out / _TABLE, "".join(rows))
+
+
+def _train(job: Sweep, recipe: recipes.Recipe, train: data.Dataset, test: data.Dataset) -> None:
+    """Train all networks, with a progress bar."""
     from tqdm import tqdm
 
-    replicas, epochs, seed, out = (values[k] for k in ("replicas", "epochs", "seed", "out"))
-    train_set, test_set = load(values)
-    if out is not None and out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} is not empty; choose another --out")
-    sizes = (train_set.features, *values["hidden"], len(train_set.classes))
-    job = Sweep(
-        sizes,
-        replicas,
-        _rates(values["lr"], replicas),
-        values["momentum"] or 0.0,
-        range(seed, seed + replicas),
-        activation=values["activation"],
-        optimizer=values["optimizer"],
-        device=pick_device(values["device"]),
-    )
     started = time.perf_counter()
-    with tqdm(total=epochs, unit="epoch", leave=False, disable=None, file=sys.stderr) as bar:
-        rows = job.fit(
-            train_set,
-            epochs,
-            values["batch_size"],
-            test_set,
+    with tqdm(total=recipe.epochs, unit="epoch", leave=False, disable=None, file=sys.stderr) as bar:
+        job.fit(
+            train,
+            recipe.epochs,
+            recipe.batch_size,
+            test,
             on_epoch=lambda epoch, losses: bar.update(),
         )
     seconds = time.perf_counter() - started
-    say(
-        f"{replicas} networks {' → '.join(map(str, sizes))} on {job.device}: {seconds:.1f} s, "
-        f"{replicas / seconds:.2f} a second"
-    )
-    say(f"{'network':>7} {'seed':>5} {'lr':>9} {'loss':>9} {'test accuracy':>14}")
-    for row in rows[: values["top"]]:
+    say(f"trained {seconds:.1f} s, {job.replicas / seconds:.2f} networks a second")
+
+
+def _print(job: Sweep, test: data.Dataset, top: int) -> None:
+    """The best networks, how many diverged, and what all others do together."""
+    labels = test.is_classification
+    quality = "test accuracy" if labels else "test loss"
+    say(f"{'network':>7} {'seed':>5} {'lr':>9} {'loss':>9} {quality:>14}")
+    for row in job.rows[:top]:
+        result = f"{row.test_accuracy:.2%}" if labels else f"{row.test_loss:.4f}"
         say(
-            f"{row.replica:>7} {row.seed:>5} {row.lr:>9.4g} {row.train_loss:>9.4f} "
-            f"{row.test_accuracy:>14.2%}"
+            f"{row.replica:>7} {row.seed:>5} {row.lr:>9.4g} {row.train_loss:>9.4f} {result:>14}"
+            + ("  diverged" if row.diverged else "")
         )
-    say(f"mean of all networks' probabilities: test accuracy {job.ensemble_accuracy(test_set):.2%}")
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "sweep.jsonl").write_text(
-            "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows)
-        )
-        job.save(out)
+    diverged = sum(row.diverged for row in job.rows)
+    if labels:
+        together = job.ensemble_accuracy(test)
+        share = "none is left" if math.isnan(together) else f"test accuracy {together:.2%}"
+        others = f", without the {diverged} that diverged" if diverged else ""
+        say(f"mean of all networks' probabilities{others}: {share}")

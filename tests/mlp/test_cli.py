@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -222,3 +223,97 @@ def test_help_is_help(argv, handgrad):
 
 def test_version(handgrad):
     assert handgrad("--version") == (0, f"handgrad {version('handgrad')}\n", "")
+
+
+def test_the_first_line_describes_what_is_trained(handgrad):
+    """Whatever the recipe's own words say."""
+    argv = "train digits --activation tanh --optimizer adam --hidden 7,5 --batch-size 64 --epochs 1"
+    status, out, _ = handgrad(*argv.split(), "--device", "cpu", "--engine", "manual")
+    assert status == 0 and out.splitlines()[0] == (
+        "digits (train): 1,438 samples; 64-7-5-10 tanh; cross_entropy by adam (lr 0.05); "
+        "batches of 64; 555 parameters; engine manual; cpu"
+    )
+
+
+def test_resume_takes_what_repeats_the_run(handgrad):
+    """Every option of the first call, and where the data lie now."""
+    argv = ("--lr", "0.02", "--seed", str(2**63), "--recipe", "default", "--batch-size", "64")
+    assert handgrad(*QUICK, *argv, "--epochs", "1", "--out", "run")[0] == 0
+    config = read_json("run/config.json")
+    assert config["seed"] == 2**63
+    status, _, err = handgrad(*QUICK, *argv, "--epochs", "2", "--out", "run", "--resume")
+    assert (status, err) == (0, "") and len(rows("run")) == 2
+    assert read_json("run/config.json") == config
+    status, _, err = handgrad(*QUICK, "--hidden", "17", "--out", "run", "--resume")
+    assert status == 2 and "--hidden cannot be changed by --resume" in err and "(16,)" in err
+    status, _, err = handgrad("train", "--out", "run", "--resume", "--force")
+    assert status == 2 and "give one of the two" in err
+
+
+def arrays(path, seed=0, shift=0):
+    generator = np.random.default_rng(seed)
+    x = generator.integers(0, 256, (60, 4), dtype=np.uint8)
+    np.savez(path, x_train=x + np.uint8(shift), y_train=np.arange(60) % 3)
+
+
+def test_data_are_found_from_another_folder_and_recognised(handgrad, tmp_path, monkeypatch):
+    arrays("mine.npz")
+    argv = ("--hidden", "4", "--device", "cpu", "--engine", "manual")
+    assert handgrad("train", "mine.npz", *argv, "--epochs", "1", "--out", "run")[0] == 0
+    assert read_json("run/config.json")["dataset"] == str(tmp_path / "mine.npz")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    status, _, err = handgrad("train", "--out", "../run", "--resume", "--epochs", "2")
+    assert (status, err) == (0, "") and handgrad("evaluate", "../run")[0] == 0
+    os.rename("../mine.npz", "moved.npz")
+    again = ("train", "moved.npz", "--out", "../run", "--resume", "--epochs", "3")
+    assert handgrad(*again)[0] == 0
+    for change in ({"seed": 1}, {"shift": 1}):
+        arrays("moved.npz", **change)
+        before = contents()
+        status, out, err = handgrad(*again[:-1], "4")
+        assert (status, out) == (2, "") and "data have changed since the run began" in err
+        assert contents() == before
+
+
+def test_a_run_that_diverged_at_once_can_be_started_again(handgrad):
+    """In place, with other options; or with --resume, with its own."""
+    assert handgrad(*QUICK, "--epochs", "1", "--lr", "1e30", "--out", "run")[0] == 2
+    assert os.listdir("run") == ["config.json"]
+    status, _, err = handgrad("train", "--out", "run", "--resume")
+    assert status == 2 and "epoch 1 with learning rate 1e+30" in err
+    assert handgrad(*QUICK, "--epochs", "1", "--lr", "0.1", "--out", "run")[0] == 0
+    assert len(rows("run")) == 1
+
+
+def test_control_characters_are_shown_escaped(handgrad):
+    """In names of files, in class names, in arguments: nothing reaches the terminal raw."""
+    evil = "a\x1b[2J\rb"
+    arrays(f"{evil}.npz")
+    argv = ("--hidden", "4", "--device", "cpu", "--engine", "manual", "--epochs", "1")
+    status, out, err = handgrad("train", f"{evil}.npz", *argv, "--out", evil)
+    assert status == 0
+    config = read_json(f"{evil}/config.json")
+    config["data"]["classes"][0] = evil
+    Path(f"{evil}/config.json").write_text(json.dumps(config))
+    said = [out, err]
+    for argv in (
+        ("evaluate", evil),
+        ("train", evil),
+        ("train", "--activation", evil),
+        ("train", "--recipe", evil, "--device", evil),
+        ("train", f"--{evil}"),
+        ("report", evil),
+        (evil,),
+        ("predict", evil, evil),
+    ):
+        said += handgrad(*argv)[1:]
+    assert "\\x1b[2J\\rb" in "".join(said)
+    assert not [c for c in "".join(said) if not c.isprintable() and c != "\n"]
+
+
+def test_convnet_says_which_images_it_takes(handgrad):
+    status, out, err = handgrad("train", "digits", "--recipe", "convnet")
+    assert (status, out) == (2, "") and re.search(
+        "at least 16 × 16 pixels, but those of digits .* have 8 × 8: train on mnist", err
+    )

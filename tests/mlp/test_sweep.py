@@ -1,6 +1,7 @@
 """Sweep: every network comes out as Trainer makes it alone; the table, the ensemble, the files."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -70,19 +71,38 @@ def test_the_kernel_trains_as_the_batched_products(data):
 
 
 def test_rows_are_best_first_and_a_diverged_network_is_last(data):
-    sweep = Sweep(SIZES, 4, [0.1, 1e30, 0.01, 0.3], seeds=[0] * 4, device="cpu")
-    rows = sweep.fit(data, 2, 16)
-    finite = [row.train_loss for row in rows[:-1]]
-    assert (
-        finite == sorted(finite)
-        and not math.isfinite(rows[-1].train_loss)
-        and rows[-1].replica == 1
+    """Also where it classifies more rightly than the others: all labels are the class that NaN
+    outputs give.
+    """
+    data = replace(data, targets=torch.zeros_like(data.targets))
+    sweep = Sweep(SIZES, 4, [1e-6, 1e30, 1e-5, 1e-4], seeds=[0] * 4, device="cpu")
+    rows = sweep.fit(data, 2, 16, data)
+    assert [row.replica for row in rows if row.diverged] == [1] == [rows[-1].replica]
+    assert rows[-1].test_accuracy == 1.0 > rows[0].test_accuracy
+    finite = [row.rank for row in rows[:-1]]
+    assert finite == sorted(finite) and all(row.train_loss > 0 for row in rows[:-1])
+    sound = Sweep(SIZES, 3, [1e-6, 1e-5, 1e-4], seeds=[0] * 3, device="cpu")
+    sound.fit(data, 2, 16)
+    assert sweep.ensemble_accuracy(data) == sound.ensemble_accuracy(data) < 1
+    again = sweep.fit(data, 0, 16, data)
+    assert again[-1].replica == 1 and again[-1].diverged, "its weights are not finite"
+    lost = Sweep(SIZES, 1, 1e30, device="cpu")
+    lost.fit(data, 2, 16)
+    assert math.isnan(lost.ensemble_accuracy(data))
+
+
+def test_regression_is_ranked_by_test_loss(data):
+    """A float target: mean squared error over the test samples, as Trainer measures it."""
+    x = torch.randn(50, 9, generator=torch.Generator().manual_seed(1))
+    data = mlp.Dataset(x, x[:, :2] * 0.5)
+    sweep = Sweep(
+        (9, 8, 2), 2, [1e-4, 0.05], seeds=[0, 0], loss=mlp.MeanSquaredError(), device="cpu"
     )
-    assert 0 <= sweep.ensemble_accuracy(data) <= 1  # the NaN network does not vote
-    accuracies = sweep.accuracies(data)
-    assert [row.test_accuracy for row in sweep.fit(data, 0, 16, data)] == sorted(
-        accuracies, reverse=True
-    )
+    rows = sweep.fit(data, 5, 16, data)
+    assert [row.replica for row in rows] == [1, 0] and rows[0].test_accuracy is None
+    for row in rows:
+        y = sweep.network(row.replica)(x).detach()
+        assert row.test_loss == pytest.approx(float((y - data.targets).square().mean()), rel=1e-5)
 
 
 def test_every_network_can_be_saved_and_loaded(data, tmp_path):
