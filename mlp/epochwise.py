@@ -70,6 +70,11 @@ class _Fused(Engine):
         """The network's parameters where they lie now."""
         return [p.detach() for p in parameters_of(self.model).values()]
 
+    def targets(self, data) -> torch.Tensor:
+        """The targets as the kernels take them: numbers have a column for each output."""
+        outputs = self.model.config()["sizes"][-1]
+        return self.loss.columns(data.targets, outputs).contiguous()
+
     @classmethod
     def cannot(cls, demands: Demands) -> str | None:
         """Launches of many steps read the numbers once, and count every label."""
@@ -130,7 +135,7 @@ class Epoch(_Fused):
             self.parameters,
             states,
             data.inputs,
-            data.targets,
+            self.targets(data),
             order,
             batch_size,
             self.hyper(),
@@ -201,7 +206,7 @@ class Graph(_Fused):
                 self.parameters,
                 states,
                 data.inputs,
-                data.targets,
+                self.targets(data),
                 order.clone(),
                 batch_size,
                 self.hyper(),

@@ -45,6 +45,10 @@ class _Criterion:
         """Gradient of the latest forward's value with respect to its outputs."""
         return self._backward(self._seed(), *self._saved)
 
+    def columns(self, target: torch.Tensor, outputs: int) -> torch.Tensor:
+        """The targets of a data set as the training kernels take them, for so many outputs."""
+        return target
+
     def predict(self, output: torch.Tensor) -> torch.Tensor:
         """What outputs say, in the targets' units: values, or probabilities."""
         return self.row.predict(output)
@@ -146,14 +150,25 @@ class _Elementwise(_Criterion):
     """
 
     def targets_for(self, output, target, labels_valid=False):
-        """Targets of the output's shape: see `as_numbers`."""
-        target = as_numbers(target, output, self.row.function, labels_valid)
-        return self.columns(target, output.shape[-1]).to(output.dtype)
+        """Targets of the output's shape: labels as one-hot rows, numbers as `columns` says."""
+        op, outputs = self.row.function, output.shape[-1]
+        if target.is_floating_point():
+            return self.columns(target, outputs).to(output.dtype)
+        if target.shape != output.shape[:-1]:
+            raise ValueError(
+                f"{op}: integer targets are labels {tuple(output.shape[:-1])} for outputs "
+                f"{tuple(output.shape)}, got {tuple(target.shape)}; convert numbers with .float()"
+            )
+        if not labels_valid:
+            kernels.check_range(target, outputs, op=op)
+        return one_hot(target, output)
 
     def columns(self, target: torch.Tensor, outputs: int) -> torch.Tensor:
-        """Numbers (N, C) as they are. One column of them serves all outputs of a loss that has a
-        parameter for each, as the quantiles of one value.
+        """Numbers (N,) as the column (N, 1), numbers (N, C) as they are. A column serves all
+        outputs of a loss that has a parameter for each, as the quantiles of one value.
         """
+        if target.is_floating_point() and target.dim() == 1:
+            target = target.unsqueeze(1)
         each = isinstance(self.parameter, Sequence) and target.is_floating_point()
         return target.expand(-1, outputs) if each and target.shape[1:] == (1,) else target
 
@@ -251,24 +266,6 @@ def one_hot(target: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     if target.is_floating_point():
         return target
     return torch.zeros_like(output).scatter(-1, target.long().unsqueeze(-1), 1)
-
-
-def as_numbers(
-    target: torch.Tensor, output: torch.Tensor, op: str, labels_valid: bool = False
-) -> torch.Tensor:
-    """Targets shaped like output (N, C): labels (N,) as one-hot rows, numbers (N,) as the column
-    (N, 1), other numbers as they are. IndexError for a label that is no class.
-    """
-    if not target.is_floating_point():
-        if target.shape != output.shape[:-1]:
-            raise ValueError(
-                f"{op}: integer targets are labels {tuple(output.shape[:-1])} for outputs "
-                f"{tuple(output.shape)}, got {tuple(target.shape)}; convert numbers with .float()"
-            )
-        if not labels_valid:
-            kernels.check_range(target, output.shape[-1], op=op)
-        return one_hot(target, output)
-    return target.unsqueeze(-1) if target.dim() == 1 and output.dim() == 2 else target
 
 
 LOSSES = {

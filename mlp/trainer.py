@@ -386,8 +386,10 @@ class Trainer:
             found = found.argmax(1)
             if self._taken is not None and self._taken.words is not None:
                 return np.array(self._taken.words)[found.cpu().numpy()]
-        elif self._is_column and found[0].numel() == 1:
-            found = found.flatten()
+        else:
+            found = getattr(self.loss, "predict", lambda rows: rows)(found)
+            if self._is_column and found[0].numel() == 1:
+                found = found.flatten()
         return found if isinstance(x, torch.Tensor) else found.cpu().numpy()
 
     def predict_proba(self, x):

@@ -2,11 +2,16 @@
 path does.
 """
 
+from contextlib import nullcontext
+
 import pytest
+import torch
 
 import kernels
+import mlp
 from mlp import ENGINES
 from mlp.loss import LOSSES
+from mlp.modules import loss_of
 from tests.mlp.test_engines import OPTIONS, assert_same_run, problem, train
 
 pytestmark = pytest.mark.interpreter
@@ -33,6 +38,38 @@ def test_every_optimizer(optimizer, engine, device):
     data = problem(count=20)
     run = train(engine, device, data, optimizer=optimizer, epochs=2)
     assert_same_run(run, by_the_reference(data, optimizer=optimizer), tolerance=1e-4)
+
+
+@IN_KERNELS
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda: mlp.PinballLoss((0.1, 0.5, 0.9)),
+        lambda: mlp.BCEWithLogitsLoss(pos_weight=torch.tensor([0.5, 1.0, 2.0])),
+        lambda: torch.nn.HuberLoss(delta=0.2),
+        lambda: "mse",
+    ],
+    ids=["quantiles", "pos_weight", "delta", "by name"],
+)
+def test_losses_with_parameters(loss, engine, device):
+    """Modules and names, in `Trainer`'s hands; one column of targets serves several quantiles."""
+    given = loss()
+    torch.manual_seed(0)
+    x, y = torch.randn(20, 12), torch.rand(20, 3)
+    y = y[:, 0] if isinstance(given, mlp.PinballLoss) else y
+    results = []
+    for name in (engine, "autograd"):
+        torch.manual_seed(1)
+        model = mlp.MLP((12, 7, 3), "tanh").to(device)
+        optimizer = mlp.SGD(model.parameters(), lr=0.1)
+        if ENGINES[name].refuses(model, loss_of(given), optimizer, 8):
+            pytest.skip(f"{name} needs a GPU")
+        with kernels.use("torch") if name == "autograd" else nullcontext():
+            trainer = mlp.Trainer(model, given, optimizer, name, verbose=False)
+            rows = trainer.fit((x.to(device), y.to(device)), 2, 8)
+        losses = [(row["train_loss"], None) for row in rows]
+        results.append((losses, [p.detach() for p in model.parameters()]))
+    assert_same_run(*results)
 
 
 @IN_KERNELS

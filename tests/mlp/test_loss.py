@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import kernels
 import mlp
 from mlp import BinaryCrossEntropy, Huber, MeanSquaredError, Net, Pinball, SoftmaxCrossEntropy
-from mlp.loss import LOSSES, as_numbers, one_hot, per_sample
+from mlp.loss import LOSSES, one_hot, per_sample
 from mlp.modules import loss_of
 from tests.checks import assert_as_accurate, assert_equal, stacked
 
@@ -162,7 +162,7 @@ def test_labels_that_are_no_class(loss):
         with pytest.raises(IndexError, match=message):
             loss().forward(output, target)
     with pytest.raises(ValueError, match=r"labels \(3,\) .*convert numbers with \.float\(\)"):
-        as_numbers(torch.ones(3, 4, dtype=torch.int64), output, "mse_loss")
+        loss().forward(output, torch.ones(3, 4, dtype=torch.int64))
 
 
 def test_weight_of():
@@ -274,3 +274,15 @@ def test_a_net_says_in_what_order_and_shape():
         ValueError, match=r"the gradient must be \(4, 3\) as the output was, got \(5, 3\)"
     ):
         net.backward(torch.zeros(5, 3))
+
+
+def test_predictions_are_in_the_targets_units():
+    """Several yes-or-no targets: a probability of each. Numbers: the outputs."""
+    x, y = torch.randn(20, 4), (torch.randn(20, 2) > 0).float()
+    for name in ("bce", "huber"):
+        model = mlp.MLP((4, 2))
+        trainer = mlp.Trainer(model, name, verbose=False)
+        trainer.fit((x, y), 1, 8)
+        expected = LOSSES[name]().predict(model(x))
+        torch.testing.assert_close(trainer.predict(x), expected, rtol=1e-6, atol=1e-6)
+    assert LOSSES["bce"]().predict(torch.zeros(1, 2)).tolist() == [[0.5, 0.5]]

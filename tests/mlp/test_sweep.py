@@ -8,6 +8,7 @@ import torch
 
 import kernels
 import mlp
+from mlp.loss import LOSSES
 from mlp.sweep import Sweep, spread
 from tests.checks import assert_equal
 
@@ -55,6 +56,21 @@ def test_replicas_are_those_of_the_trainer(data, options, activation):
         assert rows[replica].train_loss == pytest.approx(loss, rel=1e-5)
         for ours, expected in zip(sweep.network(replica).parameters(), model.parameters()):
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss(name, data):
+    """A replica is the network that Trainer makes with that loss."""
+    sweep = Sweep(SIZES, 2, [0.05, 0.1], seeds=[1, 2], loss=name, device="cpu")
+    rows = {row.replica: row for row in sweep.fit(data, 2, 16)}
+    model = mlp.MLP(SIZES)
+    mlp.initialise(dict(model.named_parameters()), None, 2)
+    optimizer = mlp.SGD(model.parameters(), lr=0.1)
+    trainer = mlp.Trainer(model, name, optimizer, "manual", verbose=False)
+    trainer.fit(data, 2, 16, seed=2)
+    assert rows[1].train_loss == pytest.approx(trainer.history[-1]["train_loss"], rel=1e-5)
+    for ours, expected in zip(sweep.network(1).parameters(), model.parameters()):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.interpreter
