@@ -7,6 +7,7 @@ went through, so that `predict` can treat new inputs the same way.
 
 import copy
 import hashlib
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -68,6 +69,19 @@ class Reading:
     std: tuple[float, ...] | None = None
     stored: str = "float32"
 
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.scale) and math.isfinite(self.shift)):
+            raise DataError(f"scale and shift must be finite, got {self.scale} and {self.shift}")
+        if self.image_shape is not None and min(self.image_shape) < 1:
+            raise DataError(f"image_shape must be positive, got {self.image_shape}")
+        if self.levels is not None and not self.levels[0] < self.levels[1] < math.inf:
+            raise DataError(f"levels must be black below white, got {self.levels}")
+        mean, std = self.mean or (), self.std or ()
+        if len(mean) != len(std) or not all(
+            math.isfinite(m) and 0 < s < math.inf for m, s in zip(mean, std)
+        ):
+            raise DataError("mean and std must be finite, as many and std above 0")
+
     def check_same(self, other: "Reading", name: str) -> None:
         """DataError if other data, called `name`, would be read in another way than these were."""
         for what in ("image_shape", "levels", "scale", "shift"):
@@ -82,6 +96,11 @@ class Reading:
         """Inputs (N, features) as they lie in a file, as the numbers that the network takes."""
         raw = raw.double()
         if self.mean is not None:
+            if raw.shape[-1] != len(self.mean):
+                raise DataError(
+                    f"inputs must have {len(self.mean)} features, as in training, got "
+                    f"{raw.shape[-1]}"
+                )
             mean, std = (
                 torch.tensor(values, dtype=torch.float64, device=raw.device)
                 for values in (self.mean, self.std)

@@ -61,7 +61,11 @@ def _dataclass(kind: Any, value: Any, where: str) -> Any:
         )
         if name not in value and not has_default:
             raise CheckpointError(f"{where} lacks the field {name}")
-    return kind(**{name: _read(hints[name], v, f"{where}: {name}") for name, v in value.items()})
+    read = {name: _read(hints[name], v, f"{where}: {name}") for name, v in value.items()}
+    try:
+        return kind(**read)
+    except ValueError as error:  # of a dataclass that checks its values
+        raise CheckpointError(f"{where}: {error}") from None
 
 
 def _union(kind: Any, arguments: tuple, value: Any, where: str) -> Any:
@@ -70,6 +74,8 @@ def _union(kind: Any, arguments: tuple, value: Any, where: str) -> Any:
             if value is None:
                 return None
             continue
+        if dataclasses.is_dataclass(argument) and isinstance(value, dict):
+            return _dataclass(argument, value, where)  # its error names the field
         try:
             return _read(argument, value, where)
         except CheckpointError:

@@ -52,7 +52,7 @@ def samples(data: Dataset, path: Path) -> None:
         for axis in row:
             axis.axis("off")
         for axis, sample in zip(row, chosen):
-            axis.imshow(picture(data.inputs[sample], data), cmap="gray", vmin=0, vmax=1)
+            axis.imshow(picture(data.inputs[sample], data).numpy(), cmap="gray", vmin=0, vmax=1)
         row[0].set_title(name, fontsize=9, loc="left", parse_math=False)
     figure.savefig(path, dpi=120)
 
@@ -90,8 +90,8 @@ def targets(train: Dataset, test: Dataset, path: Path) -> None:
     left = torch.zeros(count)
     for part, data in (("train", train), ("test", test)):
         counts = torch.bincount(data.targets.cpu(), minlength=count).float()
-        axis.barh(range(count), counts, left=left, label=part, height=0.8)
-        left += counts
+        axis.barh(range(count), counts.numpy(), left=left.numpy(), label=part, height=0.8)
+        left = left + counts
     if count <= 60:
         axis.set_yticks(range(count), train.classes)
         for label in axis.get_yticklabels():
