@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import launch
+from kernels import RULES, launch
 from kernels.exchange import EXCHANGES, publish, receive
 from kernels.network import Plan
 
@@ -50,13 +50,15 @@ def plan(programs: int, rows: int, batch: int) -> Plan:
     """What publish and receive ask of a network: the width of layer 1, and how its scratch is laid
     out.
     """
-    width = programs * rows
+    width, rule = programs * rows, RULES["sgd"]
     pitch = max(16, triton.next_power_of_2(width))
     return Plan(
         sizes=(1, width, 1),
         tiles=(16, min(64, pitch), 16),
         bias=0,
-        rule="sgd",
+        columns=rule.columns,
+        at=rule.at,
+        update=rule.update,
         loss="cross_entropy",
         loss_scale=1.0,
         loss_mean=True,
@@ -66,6 +68,7 @@ def plan(programs: int, rows: int, batch: int) -> Plan:
         block_k=16,
         block_r=16,
         pitch=pitch,
+        threads=32 * _WARPS,
     )
 
 

@@ -153,7 +153,7 @@ def _two_launches() -> dict:
         data.targets,
         order,
         BATCH,
-        kernels.hyperparameters(0.1),
+        kernels.hyperparameters(lr=0.1),
         torch.zeros(1),
         torch.zeros(STEPS),
         torch.zeros(STEPS, dtype=torch.int32),

@@ -73,7 +73,7 @@ def trainings(on) -> None:
         make.labels(_SIZES[-1], _ROWS),
         torch.arange(_ROWS, device=on),
     )
-    hyper, count = kernels.hyperparameters(0.1, device=on), torch.zeros(1, device=on)
+    hyper, count = kernels.hyperparameters(lr=0.1, device=on), torch.zeros(1, device=on)
 
     def training():
         return (
@@ -106,7 +106,7 @@ def trainings(on) -> None:
         targets,
         torch.stack([order, order]),
         _BATCH,
-        kernels.hyperparameters(0.1, replicas=2, device=on),
+        kernels.hyperparameters(lr=0.1, replicas=2, device=on),
         torch.zeros(1, device=on),
     )
 

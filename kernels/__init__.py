@@ -48,22 +48,27 @@ from .linear_cross_entropy import (
 from .losses import LOSSES, Loss
 from .mlp import mlp, mlp_bwd, mlp_bwd_ref, mlp_fwd, mlp_fwd_ref
 from .mlp_update import mlp_update, mlp_update_ref
-from .network import Spec, hyperparameters, refusal
+from .network import Spec, refusal
 from .operations import OPERATIONS
-from .optim import adam, adam_ref, sgd, sgd_ref
+from .optim import adam, adam_ref, apply_rule, apply_rule_ref, sgd, sgd_ref
 from .replicas import train_replicas, train_replicas_ref
+from .rules import RULES, Rule, hyperparameters
 from .step import StepState, flush, train_step
 
 __all__ = [
     "ACTIVATIONS",
     "LOSSES",
     "OPERATIONS",
+    "RULES",
     "Activation",
     "Loss",
+    "Rule",
     "Spec",
     "StepState",
     "adam",
     "adam_ref",
+    "apply_rule",
+    "apply_rule_ref",
     "backend",
     "binary_cross_entropy_with_logits",
     "check_labels",

@@ -16,8 +16,9 @@ import triton.language as tl
 
 from . import launch
 from .exchange import train_programs
-from .layers import backward_layer, batch_rows, first_tile, rule_at, top
+from .layers import backward_layer, batch_rows, first_tile, top
 from .network import Spec, check_training, inputs_ref, plan, step_ref, steps_of
+from .optim import Parameters, numbers_at
 
 
 def train_epoch_ref(
@@ -71,9 +72,7 @@ def results(data, steps, losses, correct, dtype=torch.float32):
 def epoch_kernel(
     loss_ptr,
     correct_ptr,
-    p_ptrs,
-    m_ptrs,
-    v_ptrs,
+    net,
     y_ptr,
     dz_ptr,
     x_ptr,
@@ -110,14 +109,12 @@ def epoch_kernel(
     ):  # a deeper pipeline would load across the barriers
         rows_before, mask_before = batch_rows(i_ptr, t - 1, n, batch, NET)
         rows, mask_m = batch_rows(i_ptr, t, n, batch, NET)
-        rule = rule_at(hyper_ptr, count + t, NET)
+        numbers = numbers_at(hyper_ptr, count + t, NET)
         for k in tl.range(0, NET.sizes[1], NET.tiles[1], num_stages=1):
             first_tile(
                 y_ptr,
                 dz_ptr,
-                p_ptrs,
-                m_ptrs,
-                v_ptrs,
+                net,
                 r,
                 x_ptr,
                 rows,
@@ -126,7 +123,7 @@ def epoch_kernel(
                 mask_before,
                 t > 0,
                 k + tl.arange(0, NET.tiles[1]),
-                rule,
+                numbers,
                 scale,
                 shift,
                 ACT,
@@ -135,20 +132,18 @@ def epoch_kernel(
             )
         tl.debug_barrier()
         if t < steps:
-            rule = rule_at(hyper_ptr, count + t + 1, NET)
+            numbers = numbers_at(hyper_ptr, count + t + 1, NET)
             top(
                 y_ptr,
                 dz_ptr,
                 loss_ptr + t,
                 correct_ptr + t,
-                p_ptrs,
-                m_ptrs,
-                v_ptrs,
+                net,
                 r,
                 t_ptr,
                 rows,
                 mask_m,
-                rule,
+                numbers,
                 True,
                 ACT,
                 OUT,
@@ -156,9 +151,7 @@ def epoch_kernel(
                 NET,
             )
             for j in tl.static_range(L - 1):
-                backward_layer(
-                    y_ptr, dz_ptr, p_ptrs, m_ptrs, v_ptrs, r, rule, L - j, True, ACT_BWD, NET
-                )
+                backward_layer(y_ptr, dz_ptr, net, r, numbers, L - j, True, ACT_BWD, NET)
 
 
 def run_epoch_kernel(
@@ -184,15 +177,12 @@ def run_epoch_kernel(
     y, dz = torch.empty(
         (2, replicas, len(spec.sizes) - 1, made.block_m, made.pitch), device=data.device
     )
-    m, v = (*map(tuple, states), (), ())[:2]
     launch.run(
         epoch_kernel,
         (replicas,),
         losses,
         correct,
-        tuple(parameters),
-        m,
-        v,
+        Parameters(tuple(parameters), tuple(map(tuple, states))),
         y,
         dz,
         data,

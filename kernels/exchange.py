@@ -28,11 +28,11 @@ from .layers import (
     first_act,
     input_tile,
     load_columns,
-    rule_at,
     scratch,
     top,
 )
 from .network import Spec, plan
+from .optim import Parameters, numbers_at
 
 EXCHANGES = ("words", "counter")
 
@@ -81,27 +81,21 @@ def receive(
 
 
 @triton.jit
-def own_dz(
-    dz_ptr, p_ptrs, m_ptrs, v_ptrs, g, y, own, rule, ACT_BWD: tl.constexpr, NET: tl.constexpr
-):
+def own_dz(dz_ptr, net, g, y, own, numbers, ACT_BWD: tl.constexpr, NET: tl.constexpr):
     """Columns `own` of dz_1, y being those of y_1: from dz_2 through w_2 as it is, or the loss's
     where layer 1 is the last.
     """
     if len(NET.sizes) == 2:
         return load_columns(dz_ptr, 1, own, NET)
     else:
-        return ACT_BWD(
-            backward_tile(dz_ptr, p_ptrs, m_ptrs, v_ptrs, g, y, own, rule, 2, True, False, NET), y
-        )
+        return ACT_BWD(backward_tile(dz_ptr, net, g, y, own, numbers, 2, True, False, NET), y)
 
 
 @triton.jit
 def exchange_kernel(
     loss_ptr,
     correct_ptr,
-    p_ptrs,
-    m_ptrs,
-    v_ptrs,
+    net,
     y_ptr,
     dz_ptr,
     box_ptr,
@@ -146,11 +140,9 @@ def exchange_kernel(
     ):  # a deeper pipeline would load ahead of the exchange
         rows_before, mask_before = batch_rows(i_ptr, t - 1, n, batch, NET)
         rows, mask_m = batch_rows(i_ptr, t, n, batch, NET)
-        rule = rule_at(hyper_ptr, count + t, NET)
+        numbers = numbers_at(hyper_ptr, count + t, NET)
         z = input_tile(
-            p_ptrs,
-            m_ptrs,
-            v_ptrs,
+            net,
             g * 0,
             x_ptr,
             rows,
@@ -160,7 +152,7 @@ def exchange_kernel(
             dz,
             t > 0,
             own,
-            rule,
+            numbers,
             scale,
             shift,
             NET,
@@ -170,23 +162,21 @@ def exchange_kernel(
             publish(box_ptr, counter_ptr, y, own, t, NET, WORDS)
         tl.debug_barrier()
         if L > 1 and t > 0:
-            backward_layer(y_ptr, dz_ptr, p_ptrs, m_ptrs, v_ptrs, g, rule, 2, False, ACT_BWD, NET)
+            backward_layer(y_ptr, dz_ptr, net, g, numbers, 2, False, ACT_BWD, NET)
         if t < steps:
-            rule = rule_at(hyper_ptr, count + t + 1, NET)
+            numbers = numbers_at(hyper_ptr, count + t + 1, NET)
             receive(y_ptr, box_ptr, counter_ptr, t, PROGRAMS, NET, WORDS)
             top(
                 y_ptr,
                 dz_ptr,
                 loss_ptr + t,
                 correct_ptr + t,
-                p_ptrs,
-                m_ptrs,
-                v_ptrs,
+                net,
                 g,
                 t_ptr,
                 rows,
                 mask_m,
-                rule,
+                numbers,
                 g == 0,
                 ACT,
                 OUT,
@@ -194,10 +184,8 @@ def exchange_kernel(
                 NET,
             )
             for j in tl.static_range(L - 2):
-                backward_layer(
-                    y_ptr, dz_ptr, p_ptrs, m_ptrs, v_ptrs, g, rule, L - j, True, ACT_BWD, NET
-                )
-            dz = own_dz(dz_ptr, p_ptrs, m_ptrs, v_ptrs, g, y, own, rule, ACT_BWD, NET)
+                backward_layer(y_ptr, dz_ptr, net, g, numbers, L - j, True, ACT_BWD, NET)
+            dz = own_dz(dz_ptr, net, g, y, own, numbers, ACT_BWD, NET)
 
 
 def check_programs(spec: Spec, rows: int, programs: int | None, exchange: str, device) -> int:
@@ -269,7 +257,7 @@ def prepare(
     args = (
         losses,
         correct,
-        *(*lists, (), ())[:3],
+        Parameters(lists[0], tuple(lists[1:])),
         y,
         dz,
         box,

@@ -173,6 +173,11 @@ def arch(device: torch.device) -> str:
     return _target[0] if _target else _device_facts(device)[0]
 
 
+def lanes(arch: str) -> int:
+    """Threads of a warp: 64 on AMD's CDNA, 32 elsewhere."""
+    return 64 if arch.startswith("gfx9") else 32
+
+
 def sm_count(device: torch.device) -> int:
     """Streaming multiprocessors (compute units) of a device; 1 in the interpreter, which runs one
     program at a time.

@@ -17,98 +17,26 @@ import triton
 import triton.language as tl
 
 from .objective import loss
-from .optim import adam_update, bias_correction, sgd_update
-from .tiles import Matrix, cast, dot, product_tile
+from .optim import update_tile
+from .tiles import Matrix, dot, product_tile
 
 
 @triton.jit
-def rule_at(hyper_ptr, step, NET: tl.constexpr):
-    """A row of `hyperparameters` for step 1, 2, …: (lr, decay, a, b, eps, 1 - β1ᵗ, 1 - β2ᵗ), a = 1
-    - β1 or momentum, …
-    """
-    step = tl.maximum(step, 1.0)  # before the first step there is no update, but these numbers
-    lr, decay, eps = tl.load(hyper_ptr), tl.load(hyper_ptr + 1), tl.load(hyper_ptr + 4)
-    a, b = tl.load(hyper_ptr + 2), tl.load(hyper_ptr + 3)
-    if NET.rule == "adam" or NET.rule == "adamw":
-        return (
-            lr,
-            decay,
-            a,
-            b,
-            eps,
-            bias_correction(step, tl.load(hyper_ptr + 5)),
-            bias_correction(step, tl.load(hyper_ptr + 6)),
-        )
-    # The first step's v = g is v ← momentum · 0 + (1 - 0) g. Without momentum there is no dampening
-    # either.
-    b = tl.where((step == 1) | (a == 0), 0.0, b)
-    return lr, decay, a, b, eps, 1.0, 1.0
-
-
-@triton.jit
-def update(
-    p_ptrs,
-    m_ptrs,
-    v_ptrs,
-    i: tl.constexpr,
-    base,
-    offs,
-    mask,
-    p,
-    g,
-    rule,
-    NET: tl.constexpr,
-    SHARED: tl.constexpr = False,
-):
-    """A tile of parameter i after its gradient g was applied: its states and itself are stored,
-    itself is returned.
-
-    SHARED: several warps hold the same elements, so all have read p, m and v before one writes.
-    """
-    lr, decay, a, b, eps, correction1, correction2 = rule
-    if NET.rule == "adam" or NET.rule == "adamw":
-        m = tl.load(m_ptrs[i] + base + offs, mask=mask, other=0.0).to(tl.float32)
-        v = tl.load(v_ptrs[i] + base + offs, mask=mask, other=0.0).to(tl.float32)
-        if SHARED:
-            tl.debug_barrier()
-        p, m, v = adam_update(
-            p, g, m, v, lr, correction1, correction2, a, b, eps, decay, NET.rule == "adamw", False
-        )
-        tl.store(m_ptrs[i] + base + offs, cast(m, m_ptrs[i].dtype.element_ty), mask=mask)
-        tl.store(v_ptrs[i] + base + offs, cast(v, v_ptrs[i].dtype.element_ty), mask=mask)
-    elif NET.rule == "sgd":
-        if SHARED:
-            tl.debug_barrier()
-        p, _ = sgd_update(p, g, p, lr, a, b, decay, False, False, False, False)
-    else:
-        m = tl.load(m_ptrs[i] + base + offs, mask=mask, other=0.0).to(tl.float32)
-        if SHARED:
-            tl.debug_barrier()
-        p, m = sgd_update(p, g, m, lr, a, b, decay, True, NET.rule == "nesterov", False, False)
-        tl.store(m_ptrs[i] + base + offs, cast(m, m_ptrs[i].dtype.element_ty), mask=mask)
-    tl.store(p_ptrs[i] + base + offs, cast(p, p_ptrs[i].dtype.element_ty), mask=mask)
-    return p
-
-
-@triton.jit
-def update_bias(
-    p_ptrs, m_ptrs, v_ptrs, r, offs_n, dz, live, rule, l: tl.constexpr, NET: tl.constexpr
-):
+def update_bias(net, r, offs_n, dz, live, numbers, l: tl.constexpr, NET: tl.constexpr):
     """Forward was z_mn = … + b_n, so db_n = Σ_m dz_mn. Returns the columns offs_n of b_l, updated
     where `live`.
     """
     i: tl.constexpr = 2 * l - 1
     base = r * NET.sizes[l]
     mask = offs_n < NET.sizes[l]
-    b = tl.load(p_ptrs[i] + base + offs_n, mask=mask, other=0.0)
+    b = tl.load(net.tensors[i] + base + offs_n, mask=mask, other=0.0)
     mask = offs_n < tl.where(
         live, NET.sizes[l], 0
     )  # the interpreter cannot `&` a tile and one truth value
     return tl.where(
         live,
-        update(
-            p_ptrs, m_ptrs, v_ptrs, i, base, offs_n, mask, b, tl.sum(dz, axis=0), rule, NET, True
-        ),
+        # Several warps hold the same columns.
+        update_tile(net, i, base, offs_n, mask, b, tl.sum(dz, axis=0), numbers, NET, True),
         b,
     )
 
@@ -133,9 +61,7 @@ def inputs(x_ptrs, mask, scale, shift):
 
 @triton.jit
 def input_tile(
-    p_ptrs,
-    m_ptrs,
-    v_ptrs,
+    net,
     r,
     x_ptr,
     rows,
@@ -145,7 +71,7 @@ def input_tile(
     dz,
     live,
     offs_n,
-    rule,
+    numbers,
     scale,
     shift,
     NET: tl.constexpr,
@@ -164,19 +90,19 @@ def input_tile(
     x_ptrs, xt_ptrs = (x_ptr + rows * K)[:, None], (x_ptr + rows_before * K)[None, :]
     z = tl.zeros(dz.shape, dtype=tl.float32)
     if NET.bias:
-        z += update_bias(p_ptrs, m_ptrs, v_ptrs, r, offs_n, dz, live, rule, 1, NET)[None, :]
+        z += update_bias(net, r, offs_n, dz, live, numbers, 1, NET)[None, :]
     for k in tl.range(0, K, NET.block_k):
         offs_k = k + tl.arange(0, NET.block_k)
         mask_k = offs_k < K
         offs_w = offs_n[None, :] * K + offs_k[:, None]
         mask = mask_k[:, None] & mask_n[None, :]
-        w = tl.load(p_ptrs[0] + base + offs_w, mask=mask, other=0.0)
+        w = tl.load(net.tensors[0] + base + offs_w, mask=mask, other=0.0)
         xt = inputs(xt_ptrs + offs_k[:, None], mask_k[:, None] & mask_before[None, :], scale, shift)
         dw = dot(xt, dz, tl.zeros(w.shape, dtype=tl.float32), PRECISION)
         mask = (offs_k < tl.where(live, K, 0))[:, None] & mask_n[None, :]
-        w = tl.where(
-            live, update(p_ptrs, m_ptrs, v_ptrs, 0, base, offs_w, mask, w, dw, rule, NET), w
-        )
+        SHARED: tl.constexpr = offs_w.numel < NET.threads
+        new = update_tile(net, 0, base, offs_w, mask, w, dw, numbers, NET, SHARED)
+        w = tl.where(live, new, w)
         x = inputs(x_ptrs + offs_k[None, :], mask_m[:, None] & mask_k[None, :], scale, shift)
         z = dot(x, w, z, PRECISION)
     return z
@@ -202,9 +128,7 @@ def load_columns(ptr, l: tl.constexpr, offs, NET: tl.constexpr):
 def first_tile(
     y_ptr,
     dz_ptr,
-    p_ptrs,
-    m_ptrs,
-    v_ptrs,
+    net,
     r,
     x_ptr,
     rows,
@@ -213,7 +137,7 @@ def first_tile(
     mask_before,
     live,
     offs_n,
-    rule,
+    numbers,
     scale,
     shift,
     ACT: tl.constexpr,
@@ -226,9 +150,7 @@ def first_tile(
     offs = scratch(1, offs_n, NET)
     dz = tl.load(dz_ptr + offs, mask=(offs_n < tl.where(live, NET.sizes[1], 0))[None, :], other=0.0)
     z = input_tile(
-        p_ptrs,
-        m_ptrs,
-        v_ptrs,
+        net,
         r,
         x_ptr,
         rows,
@@ -238,7 +160,7 @@ def first_tile(
         dz,
         live,
         offs_n,
-        rule,
+        numbers,
         scale,
         shift,
         NET,
@@ -256,32 +178,32 @@ def first_act(z, ACT: tl.constexpr, OUT: tl.constexpr, NET: tl.constexpr):
 
 
 @triton.jit
-def forward_tile(y_ptr, p_ptrs, r, n, l: tl.constexpr, NET: tl.constexpr):
+def forward_tile(y_ptr, net, r, n, l: tl.constexpr, NET: tl.constexpr):
     """Columns n … n + tile of z_l = y_{l-1} w_lᵀ + b_l."""
     K: tl.constexpr = NET.sizes[l - 1]
     N: tl.constexpr = NET.sizes[l]
     PRECISION: tl.constexpr = NET.precision
     offs_n = n + tl.arange(0, NET.tiles[l])
     y = Matrix(y_ptr + (l - 2) * (NET.block_m * NET.pitch), NET.block_m, NET.pitch, 1)
-    w = Matrix(p_ptrs[(l - 1) * (1 + NET.bias)] + r * (N * K), N, K, 1)
+    w = Matrix(net.tensors[(l - 1) * (1 + NET.bias)] + r * (N * K), N, K, 1)
     offs_m = tl.arange(0, NET.block_m)
     z, _ = product_tile(y, w, offs_m, offs_n, 0, K, NET.block_r, PRECISION, False)
     if NET.bias:
-        z += tl.load(p_ptrs[2 * l - 1] + r * N + offs_n, mask=offs_n < N, other=0.0)[None, :]
+        z += tl.load(net.tensors[2 * l - 1] + r * N + offs_n, mask=offs_n < N, other=0.0)[None, :]
     return z
 
 
 @triton.jit
-def forward(y_ptr, p_ptrs, r, ACT: tl.constexpr, OUT: tl.constexpr, NET: tl.constexpr):
+def forward(y_ptr, net, r, ACT: tl.constexpr, OUT: tl.constexpr, NET: tl.constexpr):
     """y_L [block_m, classes' tile], from y_1 in scratch; y_2 … y_{L-1} are left there."""
     L: tl.constexpr = len(NET.sizes) - 1
     for l in tl.static_range(2, L):
         for n in tl.range(0, NET.sizes[l], NET.tiles[l], num_stages=1):
-            y = ACT(forward_tile(y_ptr, p_ptrs, r, n, l, NET))
+            y = ACT(forward_tile(y_ptr, net, r, n, l, NET))
             tl.store(y_ptr + scratch(l, n + tl.arange(0, NET.tiles[l]), NET), y)
         tl.debug_barrier()
     if L > 1:
-        return OUT(forward_tile(y_ptr, p_ptrs, r, 0, L, NET))
+        return OUT(forward_tile(y_ptr, net, r, 0, L, NET))
     else:
         return load_columns(y_ptr, 1, tl.arange(0, NET.tiles[1]), NET)
 
@@ -292,14 +214,12 @@ def top(
     dz_ptr,
     loss_ptr,
     correct_ptr,
-    p_ptrs,
-    m_ptrs,
-    v_ptrs,
+    net,
     r,
     t_ptr,
     rows,
     mask_m,
-    rule,
+    numbers,
     writer,
     ACT: tl.constexpr,
     OUT: tl.constexpr,
@@ -310,7 +230,7 @@ def top(
     `writer`, updates b_L.
     """
     L: tl.constexpr = len(NET.sizes) - 1
-    y = forward(y_ptr, p_ptrs, r, ACT, OUT, NET)
+    y = forward(y_ptr, net, r, ACT, OUT, NET)
     value, correct, dy = loss(y, t_ptr, rows, mask_m, NET)
     tl.store(loss_ptr, value, mask=writer)
     tl.store(correct_ptr, correct, mask=writer)
@@ -318,20 +238,18 @@ def top(
     offs_c = tl.arange(0, NET.tiles[L])
     tl.store(dz_ptr + scratch(L, offs_c, NET), dz)
     if NET.bias and L > 1:
-        update_bias(p_ptrs, m_ptrs, v_ptrs, r, offs_c, dz, True, rule, L, NET)
+        update_bias(net, r, offs_c, dz, True, numbers, L, NET)
     tl.debug_barrier()
 
 
 @triton.jit
 def backward_tile(
     dz_ptr,
-    p_ptrs,
-    m_ptrs,
-    v_ptrs,
+    net,
     r,
     y,
     offs_k,
-    rule,
+    numbers,
     l: tl.constexpr,
     DX: tl.constexpr,
     UPDATE: tl.constexpr,
@@ -354,12 +272,13 @@ def backward_tile(
         dz = load_columns(dz_ptr, l, offs_n, NET)
         offs_w = offs_n[:, None] * K + offs_k[None, :]
         mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
-        w = tl.load(p_ptrs[i] + base + offs_w, mask=mask, other=0.0)
+        w = tl.load(net.tensors[i] + base + offs_w, mask=mask, other=0.0)
         if DX:
             dy = dot(dz, w, dy, PRECISION)
         if UPDATE:
             dw = dot(tl.trans(dz), y, tl.zeros(w.shape, dtype=tl.float32), PRECISION)
-            update(p_ptrs, m_ptrs, v_ptrs, i, base, offs_w, mask, w, dw, rule, NET)
+            SHARED: tl.constexpr = offs_w.numel < NET.threads
+            update_tile(net, i, base, offs_w, mask, w, dw, numbers, NET, SHARED)
     return dy
 
 
@@ -367,11 +286,9 @@ def backward_tile(
 def backward_layer(
     y_ptr,
     dz_ptr,
-    p_ptrs,
-    m_ptrs,
-    v_ptrs,
+    net,
     r,
-    rule,
+    numbers,
     l: tl.constexpr,
     DX: tl.constexpr,
     ACT_BWD: tl.constexpr,
@@ -383,10 +300,10 @@ def backward_layer(
     for k in tl.range(0, NET.sizes[l - 1], NET.tiles[l - 1], num_stages=1):
         offs_k = k + tl.arange(0, NET.tiles[l - 1])
         y = load_columns(y_ptr, l - 1, offs_k, NET)
-        dy = backward_tile(dz_ptr, p_ptrs, m_ptrs, v_ptrs, r, y, offs_k, rule, l, DX, True, NET)
+        dy = backward_tile(dz_ptr, net, r, y, offs_k, numbers, l, DX, True, NET)
         if DX:
             dz = ACT_BWD(dy, y)
             tl.store(dz_ptr + scratch(l - 1, offs_k, NET), dz)
             if NET.bias and l > 2:  # b_1 takes its update with w_1
-                update_bias(p_ptrs, m_ptrs, v_ptrs, r, offs_k, dz, True, rule, l - 1, NET)
+                update_bias(net, r, offs_k, dz, True, numbers, l - 1, NET)
     tl.debug_barrier()

@@ -11,12 +11,13 @@ The gradient is read out of the accumulator: in float32 also where the weights a
 bfloat16.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from . import launch
-from .layers import rule_at, update
+from . import launch, rules
 from .linear import (
     as_matrix,
     dw_parts,
@@ -28,27 +29,21 @@ from .linear import (
     linear_bwd_dz_ref,
     sum_of_splits,
 )
-from .network import HYPER, RULES, Rule, update_ref
-from .optim import scalar
+from .optim import Parameters, number, numbers_at, read, update_tile
 from .tiles import matrix, product_tile
 
 
 def linear_update_ref(dz, x, parameters, states, hyper, step, rule):
     """The reference of `linear_update`."""
-    x, numbers = as_matrix(x), hyper.tolist() if isinstance(hyper, torch.Tensor) else hyper
-    lr, decay, momentum, dampening = numbers[:4]
-    if rule == "sgd":  # w - lr (g + decay w), the sum over the batch included, is one product
-        _add_products(parameters, dz, x, 1 - lr * decay, -lr)
-    elif rule == "momentum" and not decay and step != 1:
-        _add_products(states[0], dz, x, momentum, 1 - dampening)
-        for p, v in zip(parameters, states[0]):
-            p.add_(v, alpha=-lr)
-    else:
+    rule, x = rules.get(rule, "mlp_update"), as_matrix(x)
+    row = hyper.tolist() if isinstance(hyper, torch.Tensor) else hyper
+    add = functools.partial(_add_products, dz, x)
+    if rule.product_ref is None or not rule.product_ref(add, parameters, states, row, step):
         grads = [g for g in linear_bwd_dw_ref(dz, x, len(parameters) == 2) if g is not None]
-        update_ref(rule, parameters, grads, states, numbers, step)
+        rules.apply_ref(rule, parameters, grads, states, row, step)
 
 
-def _add_products(targets, dz, x, beta, alpha):
+def _add_products(dz, x, targets, beta, alpha):
     """t ← beta t + alpha g for w and b, where g is dzᵀ x and Σ_m dz."""
     targets[0].addmm_(dz.t(), x, beta=beta, alpha=alpha)
     if len(targets) == 2:
@@ -57,16 +52,13 @@ def _add_products(targets, dz, x, beta, alpha):
 
 @triton.jit
 def linear_update_kernel(
-    p_ptrs,
-    m_ptrs,
-    v_ptrs,
+    net,  # Parameters: w (N, K), and b (N,) if there is one
     dz,  # Matrix [N, M]: transposed
     x,  # Matrix [K, M]: transposed
     hyper_ptr,
-    step,
+    step,  # Number
     M,
-    STEP_TENSOR: tl.constexpr,
-    NET: tl.constexpr,
+    RULE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -77,77 +69,75 @@ def linear_update_kernel(
     """
     offs_n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rule = rule_at(hyper_ptr, scalar(step, STEP_TENSOR), NET)
+    numbers = numbers_at(hyper_ptr, read(step), RULE)
     N = dz.rows
     K = x.rows
-    dw, db = product_tile(dz, x, offs_n, offs_k, 0, M, BLOCK_K, PRECISION, len(p_ptrs) == 2)
-    if len(p_ptrs) == 2:  # noqa: SIM102  known at compile time, unlike the next
+    BIAS: tl.constexpr = len(net.tensors) == 2
+    dw, db = product_tile(dz, x, offs_n, offs_k, 0, M, BLOCK_K, PRECISION, BIAS)
+    if BIAS:  # noqa: SIM102  known at compile time, unlike the next
         if tl.program_id(1) == 0:
-            b = tl.load(p_ptrs[1] + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
-            update(p_ptrs, m_ptrs, v_ptrs, 1, 0, offs_n, offs_n < N, b, db, rule, NET, True)
+            b = tl.load(net.tensors[1] + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
+            # Several warps hold the same elements of a bias.
+            update_tile(net, 1, 0, offs_n, offs_n < N, b, db, numbers, RULE, True)
     mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
     offs = offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
-    w = tl.load(p_ptrs[0] + offs, mask=mask, other=0.0).to(tl.float32)
-    update(p_ptrs, m_ptrs, v_ptrs, 0, 0, offs, mask, w, dw, rule, NET)
+    w = tl.load(net.tensors[0] + offs, mask=mask, other=0.0).to(tl.float32)
+    update_tile(net, 0, 0, offs, mask, w, dw, numbers, RULE, False)
 
 
 @triton.jit
 def linear_update_reduce_kernel(
-    p_ptrs,
-    m_ptrs,
-    v_ptrs,
+    net,  # Parameters: w, and b if there is one
     parts_ptr,
     hyper_ptr,
-    step,
+    step,  # Number
     SIZE,
     N,
     splits,
     split_stride,
-    STEP_TENSOR: tl.constexpr,
-    NET: tl.constexpr,
+    RULE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """As `linear_bwd_reduce_kernel`, but the sums go into w's step, then into b's."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    rule = rule_at(hyper_ptr, scalar(step, STEP_TENSOR), NET)
+    numbers = numbers_at(hyper_ptr, read(step), RULE)
     g = sum_of_splits(parts_ptr, offs, SIZE + N, splits, split_stride)
-    w = tl.load(p_ptrs[0] + offs, mask=offs < SIZE, other=0.0).to(tl.float32)
-    update(p_ptrs, m_ptrs, v_ptrs, 0, 0, offs, offs < SIZE, w, g, rule, NET)
-    if len(p_ptrs) == 2:
+    w = tl.load(net.tensors[0] + offs, mask=offs < SIZE, other=0.0).to(tl.float32)
+    update_tile(net, 0, 0, offs, offs < SIZE, w, g, numbers, RULE, False)
+    if len(net.tensors) == 2:
         mask = (offs >= SIZE) & (offs < SIZE + N)
-        b = tl.load(p_ptrs[1] + offs - SIZE, mask=mask, other=0.0).to(tl.float32)
-        update(p_ptrs, m_ptrs, v_ptrs, 1, 0, offs - SIZE, mask, b, g, rule, NET)
+        b = tl.load(net.tensors[1] + offs - SIZE, mask=mask, other=0.0).to(tl.float32)
+        update_tile(net, 1, 0, offs - SIZE, mask, b, g, numbers, RULE, False)
 
 
 def linear_update(dz, x, parameters, states, hyper, step, rule):
     """A step of `rule` on one layer in place, from dz (M, N) and the layer's input x (…, K).
     Nothing is returned.
 
-    parameters: [w (N, K)] or [w, b (N,)]; states: RULES[rule] lists of tensors of the same shapes;
-    all contiguous. hyper: a row of `hyperparameters`, or its numbers; step: 1 at the first, a
-    number or a one-element device tensor. Deterministic: where the batch is split as in
+    parameters: [w (N, K)] or [w, b (N,)]; states: for each of the rule's states a list of the same
+    shapes; all contiguous. hyper: a row of `hyperparameters`, or its numbers; step: 1 at the first,
+    a number or a one-element device tensor. Deterministic: where the batch is split as in
     `linear_bwd_dw`, the parts are added in a fixed order before the step.
     """
     if launch.backend(dz, x, *parameters) == "torch":
         return linear_update_ref(dz, x, parameters, states, hyper, step, rule)
-    x = as_matrix(x)
+    rule, x = rules.get(rule, "mlp_update"), as_matrix(x)
     (M, N), K = dz.shape, x.shape[1]
-    lists = (*map(tuple, (parameters, *states)), (), ())[:3]
+    net = Parameters(tuple(parameters), tuple(map(tuple, states)))
     hyper = torch.as_tensor(hyper, dtype=torch.float32, device=dz.device)
-    options = {"STEP_TENSOR": isinstance(step, torch.Tensor), "NET": Rule(rule)}
-    step = step if options["STEP_TENSOR"] else float(step)
-    config, tiles, splits, rows = dw_plan("linear_update", dz, M, N, K, heavy=RULES[rule] == 2)
+    heavy = len(rule.states) > 1
+    config, tiles, splits, rows = dw_plan("linear_update", dz, M, N, K, heavy=heavy)
     if splits == 1:
         return launch.run(
             linear_update_kernel,
             tiles,
-            *lists,
+            net,
             matrix(dz.t()),
             matrix(x.t()),
             hyper,
-            step,
+            number(step),
             M,
-            **options,
+            RULE=rule,
             **config,
         )
     size, bias = N * K, len(parameters) == 2
@@ -155,34 +145,33 @@ def linear_update(dz, x, parameters, states, hyper, step, rule):
     launch.run(
         linear_update_reduce_kernel,
         (triton.cdiv(size + N, 512),),
-        *lists,
+        net,
         parts,
         hyper,
-        step,
+        number(step),
         size,
         N,
         splits,
         size + N,
-        **options,
+        RULE=rule,
         BLOCK=512,
     )
 
 
 def check_mlp_update(saved, parameters, states, hyper, rule) -> None:
-    """A known rule, its lists of states, and contiguous parameters that are the forward's; else a
+    """The rule's row and lists of states, and contiguous parameters that are the forward's; else a
     ValueError.
     """
     layers, bias = len(saved.weights), saved.bias
-    if rule not in RULES:
-        raise ValueError(f"mlp_update: rule must be one of {', '.join(RULES)}, got {rule!r}")
-    if len(hyper) != HYPER:
+    if len(hyper) != len(rule.columns):
         raise ValueError(
-            f"mlp_update: hyper must be a row of {HYPER} numbers, see hyperparameters, got "
-            f"{len(hyper)}"
+            f"mlp_update: hyper must be a row of {len(rule.columns)} numbers "
+            f"({', '.join(rule.columns)}), see hyperparameters, got {len(hyper)}"
         )
-    if len(states) != RULES[rule]:
+    if len(states) != len(rule.states):
         raise ValueError(
-            f"mlp_update: rule {rule!r} needs {RULES[rule]} lists of states, got {len(states)}"
+            f"mlp_update: rule {rule.name!r} needs {len(rule.states)} lists of states, got "
+            f"{len(states)}"
         )
     if len(parameters) != layers + sum(bias) or any(len(s) != len(parameters) for s in states):
         counts = [len(parameters), *map(len, states)]
@@ -235,10 +224,12 @@ def mlp_update(dy, saved, parameters, states, hyper, step, rule, *, out=None):
     gradient in memory.
 
     dy (…, n_L); saved: what `mlp_fwd` returned beside y; parameters: [w_1, b_1, w_2, …], the
-    forward's own, or without biases; states: RULES[rule] lists shaped like them, zeros at first.
+    forward's own, or without biases; states: a list shaped like them for each of the rule's states,
+    zeros at first.
     hyper, step, rule as in `linear_update`. `out`: per layer (M, n_l) buffers for dz. No dx: what
     is below the stack is data. ValueError: see `check_mlp_update`.
     """
+    rule = rules.get(rule, "mlp_update")
     check_mlp_update(saved, parameters, states, hyper, rule)
     if launch.backend(dy, *parameters) == "torch":
         return mlp_update_ref(dy, saved, parameters, states, hyper, step, rule, out=out)

@@ -20,32 +20,26 @@ zeros.
 """
 
 import dataclasses
+import functools
 import math
+from typing import Any
 
 import torch
 import triton
 
-from . import activations, configs, launch, losses
+from . import activations, configs, launch, losses, rules
 from .cross_entropy import check_range
 from .mlp import mlp_bwd_ref, mlp_fwd_ref
-from .optim import adam_ref, sgd_ref
+from .rules import Rule
 
 MAX_WIDTH, MAX_CLASSES, MAX_BATCH = 256, 64, 128
-HYPER = 7  # numbers in a row of hyperparameters
-RULES = {
-    "sgd": 0,
-    "momentum": 1,
-    "nesterov": 1,
-    "adam": 2,
-    "adamw": 2,
-}  # name -> states of a parameter
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """A network, its loss and its optimizer: see the module's formulas. `sizes` = (features, hidden
     …, classes). loss: a row of `losses`, or its name; loss_parameter: its number, or one for each
-    output.
+    output. rule: a row of `rules`, or its name.
     """
 
     sizes: tuple[int, ...]
@@ -55,22 +49,18 @@ class Spec:
     loss: losses.Loss = losses.LOSSES["cross_entropy"]
     loss_scale: float = 1.0
     loss_mean: bool = True
-    rule: str = "sgd"
+    rule: Rule = rules.RULES["sgd"]
     loss_parameter: float | tuple[float, ...] | None = None
 
     def __post_init__(self):
         if isinstance(self.loss, str):
             object.__setattr__(self, "loss", losses.get(self.loss))
+        object.__setattr__(self, "rule", rules.get(self.rule, "Spec"))
 
     @property
     def loss_numbers(self) -> tuple[float, ...]:
         """The loss's parameter, checked: one number or one for each output; (1,) if it has none."""
         return self.loss.numbers(self.loss_parameter) or (1.0,)
-
-    @property
-    def state_lists(self) -> int:
-        """How many lists of states the rule keeps."""
-        return RULES[self.rule]
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -80,24 +70,17 @@ class Spec:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
-    """What a kernel that knows no network knows of a Plan: an attribute, for Triton 3.6 takes no
-    string from one to hand on.
-    """
-
-    rule: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a training kernel knows at compile time: a Spec's facts and the tiles, as one hashable
-    constexpr.
+    """What a training kernel knows at compile time: a Spec's facts, its functions and the tiles, as
+    one hashable constexpr.
     """
 
     sizes: tuple[int, ...]
     tiles: tuple[int, ...]  # columns of a layer that are computed at once
     bias: int
-    rule: str
+    columns: tuple[str, ...]  # of a row of hyperparameters
+    at: Any  # of the rule, as `update`: see `rules`
+    update: Any
     loss: losses.Loss
     loss_numbers: tuple[float, ...]
     loss_scale: float
@@ -108,11 +91,12 @@ class Plan:
     block_k: int  # input features read at once
     block_r: int  # terms of a sum over a hidden layer's units taken at once
     pitch: int  # row length of the scratch that holds y_l and dz_l
+    threads: int  # of a program: several hold an element of a tile that is smaller
 
-    @property
+    @functools.cached_property
     def cache_key(self) -> str:
-        """What Triton's cache on disk knows a constexpr by: also the source of the loss."""
-        return f"{self}-{self.loss.cache_key}"
+        """What Triton's cache on disk knows of it: functions by their source."""
+        return rules.key_of(*(getattr(self, field.name) for field in dataclasses.fields(self)))
 
 
 def plan(spec: Spec, batch: int, targets, kernel: str) -> tuple[Plan, int, dict]:
@@ -121,14 +105,17 @@ def plan(spec: Spec, batch: int, targets, kernel: str) -> tuple[Plan, int, dict]
     """
     block_m = max(16, triton.next_power_of_2(batch))
     precision, arch = launch.dot_precision(), launch.arch(targets.device)
-    config = configs.training(kernel, arch, precision, RULES[spec.rule], spec.sizes, block_m)
+    states = len(spec.rule.states)
+    config = configs.training(kernel, arch, precision, states, spec.sizes, block_m)
     padded = [max(16, triton.next_power_of_2(size)) for size in spec.sizes]
     tiles = (*(min(p, config.columns) for p in padded[:-1]), padded[-1])
     made = Plan(
         tuple(spec.sizes),
         tiles,
         int(spec.bias),
-        spec.rule,
+        spec.rule.columns,
+        spec.rule.at,
+        spec.rule.update,
         spec.loss,
         spec.loss_numbers,
         float(spec.loss_scale),
@@ -139,6 +126,7 @@ def plan(spec: Spec, batch: int, targets, kernel: str) -> tuple[Plan, int, dict]
         config.block_k,
         config.block_r,
         max(padded[1:]),
+        config.num_warps * launch.lanes(arch),
     )
     options = dict(acts(spec), NET=made, num_warps=config.num_warps, num_stages=config.num_stages)
     if arch.startswith("sm_"):
@@ -167,8 +155,6 @@ def refusal(spec: Spec, batch: int, engine: str = "epoch") -> str | None:
                 f"{engine}: the derivative of {name!r} needs the pre-activation, which these "
                 f"kernels do not keep; {instead}"
             )
-    if spec.rule not in RULES:
-        return f"{engine}: rule must be one of {', '.join(RULES)}, got {spec.rule!r}; {instead}"
     if len(spec.sizes) < 2 or min(spec.sizes) < 1 or batch < 1:
         return (
             f"{engine}: sizes must be (features, …, classes), all at least 1, and so the batch, "
@@ -190,43 +176,6 @@ def refusal(spec: Spec, batch: int, engine: str = "epoch") -> str | None:
     return None
 
 
-def hyperparameters(
-    lr,
-    *,
-    momentum=0.0,
-    dampening=0.0,
-    weight_decay=0.0,
-    betas=None,
-    eps=1e-8,
-    replicas=None,
-    device=None,
-    dtype=torch.float32,
-):
-    """The row of numbers that the training kernels read on the device, (HYPER,), or (replicas,
-    HYPER).
-
-    Each argument is a number, or with `replicas` a sequence or tensor of so many; `betas` (Adam)
-    replace momentum and dampening. Column 0 is the learning rate: `hyper[..., 0] = 0.01` changes
-    it, also for a captured graph. Then come weight decay, momentum or 1 - β1, dampening or 1 - β2,
-    eps, log β1, log β2: float32's 0.999 would be off in 1 - β.
-    """
-
-    def as_column(value):
-        return torch.as_tensor(value, dtype=torch.float64).cpu().expand(replicas or 1)
-
-    pair = [as_column(value) for value in (betas if betas is not None else (momentum, dampening))]
-    rates = pair if betas is None else [1 - beta for beta in pair]
-    logs = (
-        [beta.log().clamp_min(-1e30) for beta in pair]
-        if betas is not None
-        else [as_column(0.0)] * 2
-    )
-    hyper = torch.stack(
-        [as_column(lr), as_column(weight_decay), *rates, as_column(eps), *logs], -1
-    ).to(device, dtype)
-    return hyper if replicas else hyper[0]
-
-
 def check_training(
     op: str, spec: Spec, parameters, states, data, targets, batch: int, replicas: int | None = None
 ) -> None:
@@ -234,9 +183,9 @@ def check_training(
     reason = refusal(spec, batch, op)
     if reason:
         raise ValueError(reason)
-    if len(states) != RULES[spec.rule]:
+    if len(states) != (needed := len(spec.rule.states)):
         raise ValueError(
-            f"{op}: rule {spec.rule!r} needs {RULES[spec.rule]} lists of states, got {len(states)}"
+            f"{op}: rule {spec.rule.name!r} needs {needed} lists of states, got {len(states)}"
         )
     lead = () if replicas is None else (replicas,)
     for name, tensors in (
@@ -300,40 +249,8 @@ def step_ref(spec: Spec, parameters, states, x, target, hyper, step: int):
     loss, dy = loss_ref(spec, y, target)
     _, dws, dbs = mlp_bwd_ref(dy, *saved, needs=(False, *(True,) * 2 * len(weights)))
     grads = [g for pair in zip(dws, dbs) for g in pair if g is not None]
-    update_ref(spec.rule, parameters, grads, states, hyper, step)
+    rules.apply_ref(spec.rule, parameters, grads, states, hyper, step)
     return loss, correct_ref(spec, y, target)
-
-
-def update_ref(rule: str, parameters, grads, states, hyper, step) -> None:
-    """One step of a rule in place. hyper: the numbers of a row of `hyperparameters`; step: 1 at the
-    first.
-    """
-    lr, decay, first, second, eps = hyper[:5]
-    if RULES[rule] == 2:
-        adam_ref(
-            parameters,
-            grads,
-            *states,
-            step,
-            lr,
-            (1 - first, 1 - second),
-            eps,
-            decay,
-            rule == "adamw",
-        )
-    else:
-        buffers, momentum = (states[0], first) if states else (parameters, 0.0)
-        sgd_ref(
-            parameters,
-            grads,
-            buffers,
-            lr,
-            momentum,
-            second,
-            decay,
-            rule == "nesterov",
-            first=step == 1,
-        )
 
 
 def inputs_ref(data, rows, scale: float, shift: float, dtype):

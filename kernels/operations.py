@@ -21,8 +21,8 @@ from .linear_cross_entropy import LINEAR_CROSS_ENTROPY, linear_cross_entropy
 from .losses import LOSSES
 from .mlp import MLP, mlp, mlp_fwd, mlp_fwd_ref
 from .mlp_update import mlp_update, mlp_update_ref
-from .network import RULES, hyperparameters
 from .optim import adam, adam_ref, sgd, sgd_ref
+from .rules import RULES, hyperparameters
 from .tape import Differentiable
 
 
@@ -241,29 +241,26 @@ def _mlp_update(fwd, update):
 
 
 def _mlp_update_cases(make, m, k, n):
-    for rule, step, bias, decay in (
-        ("sgd", 1, True, 0.01),
-        ("momentum", 2, True, 0.0),
-        ("momentum", 3, False, 0.01),
-        ("nesterov", 2, True, 0.01),
-        ("adam", 3, True, 0.01),
-        ("adamw", 1, False, 0.01),
-    ):
-        shapes = [shape for shape in ((n, k), (n,), (10, n), (10,)) if bias or len(shape) == 2]
-        states = [[make.positive(*shape) for shape in shapes] for _ in range(RULES[rule])]
-        options = {
-            "adam": {"betas": (0.9, 0.999)},
-            "mome": {"momentum": 0.9, "dampening": 0.2},
-            "nest": {"momentum": 0.9},
-        }
-        hyper = hyperparameters(
-            0.1, weight_decay=decay, **options.get(rule[:4], {}), device=make.device
-        )
-        parameters = [make.real(*shape) for shape in shapes]
-        yield (
-            f"{rule}, decay {decay}",
-            (make.real(m, k), make.real(m, 10), parameters, states, hyper, step, rule, bias),
-        )
+    varied = {"momentum": 0.9, "dampening": 0.2}
+    for i, rule in enumerate(RULES.values()):
+        for step, bias, decay in ((2, True, 0.01), (1 + i % 3, False, 0.0)):
+            shapes = [shape for shape in ((n, k), (n,), (10, n), (10,)) if bias or len(shape) == 2]
+            states = [[make.positive(*shape) for shape in shapes] for _ in rule.states]
+            known = {name: varied[name] for name, _ in rule.hyperparameters if name in varied}
+            hyper = hyperparameters(rule, lr=0.1, weight_decay=decay, **known, device=make.device)
+            yield (
+                f"{rule.name}, decay {decay}",
+                (
+                    make.real(m, k),
+                    make.real(m, 10),
+                    [make.real(*shape) for shape in shapes],
+                    states,
+                    hyper,
+                    step,
+                    rule,
+                    bias,
+                ),
+            )
 
 
 OPERATIONS: dict[str, Operation] = {

@@ -1,292 +1,142 @@
-"""Optimizer updates in place, one launch for all parameters: SGD and Adam as `torch.optim` defines
-them.
-
-    g: the gradient, negated to maximise, plus weight_decay · p
-
-    SGD     v ← momentum v + (1 - dampening) g  (v = g at the first step)      g ← g + momentum v
-        (Nesterov) or v
-            p ← p - lr g
-    Adam    m ← β1 m + (1 - β1) g     v ← β2 v + (1 - β2) g²
-            p ← p - lr / (1 - β1ᵗ) · m / (√v / √(1 - β2ᵗ) + ε)
-    AdamW   as Adam, but the decay is p ← p (1 - lr weight_decay) instead of a term of g
+"""Optimizer updates in place, one launch for all parameters: any rule of the table in `rules`.
 
 A kernel takes the pointers of all tensors as a tuple; each program finds its tensor and its block
-of it. The learning rate, and Adam's step count, may be device tensors: a captured graph then sees
+of it. The learning rate, and the step count, may be device tensors: a captured graph then sees
 their new values.
 """
 
-import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from . import launch
+from . import launch, rules
+from .rules import Rule, adam_ref, sgd_ref
 from .tiles import cast
 
 _BLOCK = 1024
 MAX_TENSORS = 64  # in one launch: the kernel unrolls over them
 
 
-def sgd_ref(
-    params,
-    grads,
-    buffers,
-    lr,
-    momentum=0.0,
-    dampening=0.0,
-    weight_decay=0.0,
-    nesterov=False,
-    maximize=False,
-    first=False,
-):
-    """The reference of `sgd`."""
-    lr, grads = _scalar_ref(lr), _decayed_ref(params, grads, weight_decay, maximize)
-    if momentum:
-        if first:
-            torch._foreach_copy_(buffers, grads)
-        else:
-            torch._foreach_mul_(buffers, momentum)
-            torch._foreach_add_(buffers, grads, alpha=1 - dampening)
-        grads = torch._foreach_add(grads, buffers, alpha=momentum) if nesterov else buffers
-    if isinstance(lr, torch.Tensor):
-        torch._foreach_sub_(params, torch._foreach_mul(grads, lr))
-    else:
-        torch._foreach_add_(params, grads, alpha=-lr)
+class Parameters(NamedTuple):
+    """What a kernel updates: pointers of tensors, and for each state of the rule as many again."""
+
+    tensors: Any
+    states: Any
 
 
-def adam_ref(
-    params,
-    grads,
-    exp_avgs,
-    exp_avg_sqs,
-    step,
-    lr,
-    betas=(0.9, 0.999),
-    eps=1e-8,
-    weight_decay=0.0,
-    decoupled=False,
-    maximize=False,
-):
-    """The reference of `adam`."""
-    (beta1, beta2), step, lr = betas, _scalar_ref(step), _scalar_ref(lr)
-    if decoupled and weight_decay:
-        torch._foreach_mul_(params, 1 - lr * weight_decay)
-    grads = _decayed_ref(params, grads, 0.0 if decoupled else weight_decay, maximize)
-    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
-    torch._foreach_mul_(exp_avg_sqs, beta2)
-    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
-    correction1, correction2 = _correction_ref(beta1, step), _correction_ref(beta2, step)
-    denominators = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_div_(denominators, correction2**0.5)
-    torch._foreach_add_(denominators, eps)
-    torch._foreach_div_(denominators, -lr / correction1)
-    torch._foreach_addcdiv_(params, exp_avgs, denominators)
+class Number(NamedTuple):
+    """A number for a kernel: given at launch, or where it lies in device memory."""
+
+    value: Any
+    pointer: Any
 
 
-def _scalar_ref(value):
-    """A one-element tensor without dimensions, as torch's foreach functions want it."""
-    return value.reshape(()) if isinstance(value, torch.Tensor) else value
-
-
-def _log(beta) -> float:
-    return math.log(beta) if beta else -1e30
-
-
-def _correction_ref(beta, step):
-    """1 - βᵗ; of a step that is a float32 tensor by expm1, since the difference would cancel."""
-    return -torch.expm1(step * _log(beta)) if isinstance(step, torch.Tensor) else 1 - beta**step
-
-
-def _decayed_ref(params, grads, weight_decay, maximize):
-    if maximize:
-        grads = torch._foreach_neg(grads)
-    return torch._foreach_add(grads, params, alpha=weight_decay) if weight_decay else grads
+def number(value) -> Number:
+    """A Python number or a one-element device tensor for a kernel."""
+    if isinstance(value, torch.Tensor):
+        return Number(0.0, value)
+    return Number(float(value), None)
 
 
 @triton.jit
-def scalar(value, IS_TENSOR: tl.constexpr):
-    """A hyperparameter that is a number, or a pointer to one."""
-    if IS_TENSOR:
-        value = tl.load(value).to(tl.float32)
+def read(given):
+    """The value of a `Number`, in float32."""
+    if given.pointer is not None:
+        value = tl.load(given.pointer).to(tl.float32)
+    else:
+        value = tl.full((), given.value, tl.float32)
     return value
 
 
 @triton.jit
-def sgd_update(
+def numbers_at(hyper_ptr, step, RULE: tl.constexpr):
+    """The numbers of step 1, 2, … from a row of `hyperparameters` in device memory."""
+    row = ()
+    for i in tl.static_range(len(RULE.columns)):
+        row += (tl.load(hyper_ptr + i),)
+    # Before the first step there is no update, but these numbers must be some.
+    return RULE.at(row, tl.maximum(step, 1.0))
+
+
+@triton.jit
+def update_tile(
+    net,
+    i: tl.constexpr,
+    base,
+    offs,
+    mask,
     p,
     g,
-    v,
-    lr,
-    momentum,
-    dampening,
-    weight_decay,
-    MOMENTUM: tl.constexpr,
-    NESTEROV: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-    FIRST: tl.constexpr,
+    numbers,
+    RULE: tl.constexpr,
+    SHARED: tl.constexpr,
+    FIRST: tl.constexpr = False,
 ):
-    """(p, v) after one step, elementwise in float32; v is ignored without MOMENTUM."""
-    if MAXIMIZE:
-        g = -g
-    g += weight_decay * p
-    if MOMENTUM:
+    """A tile of parameter i, which is p, after its gradient g was applied: its states and itself
+    are stored, itself is returned.
+
+    SHARED: several warps may hold the same elements, so all have read p and its states before one
+    writes. FIRST: states are zeros, whatever lies in memory.
+    """
+    states = ()
+    for k in tl.static_range(len(net.states)):
         if FIRST:
-            v = g
+            states += (tl.zeros(p.shape, dtype=tl.float32),)
         else:
-            v = momentum * v + (1.0 - dampening) * g
-        if NESTEROV:
-            g += momentum * v
-        else:
-            g = v
-    return p - lr * g, v
+            state = tl.load(net.states[k][i] + base + offs, mask=mask, other=0.0)
+            states += (state.to(tl.float32),)
+    if SHARED:
+        tl.debug_barrier()
+    p, states = RULE.update(p, g, states, numbers)
+    for k in tl.static_range(len(net.states)):
+        ptr = net.states[k][i]
+        tl.store(ptr + base + offs, cast(states[k], ptr.dtype.element_ty), mask=mask)
+    tl.store(net.tensors[i] + base + offs, cast(p, net.tensors[i].dtype.element_ty), mask=mask)
+    return p
 
 
 @triton.jit
-def sgd_kernel(
-    p_ptrs,
+def optimizer_kernel(
+    net,  # Parameters
     g_ptrs,
-    v_ptrs,
     sizes,
-    lr,
-    momentum,
-    dampening,
-    weight_decay,
-    LR_TENSOR: tl.constexpr,
-    MOMENTUM: tl.constexpr,
-    NESTEROV: tl.constexpr,
+    row,  # tuple of Number
+    step,  # Number
+    RULE: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block of one of the tensors: programs count through the blocks of p_ptrs[0], then of
-    p_ptrs[1], …
+    """One block of one of the tensors: programs count through the blocks of the first, then of the
+    second, …
     """
-    lr = scalar(lr, LR_TENSOR)
+    values = ()
+    for i in tl.static_range(len(row)):
+        values += (read(row[i]),)
+    numbers = RULE.at(values, read(step))
     block = tl.program_id(0)
-    for i in tl.static_range(len(p_ptrs)):
+    for i in tl.static_range(len(net.tensors)):
         blocks = tl.cdiv(sizes[i], BLOCK)
         if (block >= 0) & (block < blocks):
             offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
             mask = offs < sizes[i]
-            p = tl.load(p_ptrs[i] + offs, mask=mask, other=0.0).to(tl.float32)
+            p = tl.load(net.tensors[i] + offs, mask=mask, other=0.0).to(tl.float32)
             g = tl.load(g_ptrs[i] + offs, mask=mask, other=0.0).to(tl.float32)
-            v = p
-            if MOMENTUM and not FIRST:
-                v = tl.load(v_ptrs[i] + offs, mask=mask, other=0.0).to(tl.float32)
-            p, v = sgd_update(
-                p, g, v, lr, momentum, dampening, weight_decay, MOMENTUM, NESTEROV, MAXIMIZE, FIRST
-            )
-            if MOMENTUM:
-                tl.store(v_ptrs[i] + offs, cast(v, v_ptrs[i].dtype.element_ty), mask=mask)
-            tl.store(p_ptrs[i] + offs, cast(p, p_ptrs[i].dtype.element_ty), mask=mask)
+            if MAXIMIZE:
+                g = -g
+            update_tile(net, i, 0, offs, mask, p, g, numbers, RULE, False, FIRST)
         block -= blocks
 
 
-@triton.jit
-def bias_correction(step, log_beta):
-    """1 - βᵗ = -expm1(t log β) in float32, by its series near 0, where the difference would
-    cancel.
+def check_update(op: str, params, grads, states=()) -> None:
+    """As many gradients and states as parameters, gradients of the parameters' shapes, dense and
+    real; else a ValueError that names both.
     """
-    u = step * log_beta
-    series = u * (1.0 + u * (0.5 + u * (0.16666666666 + u * (0.04166666666 + u * 0.00833333333))))
-    return -tl.where(u > -0.1, series, tl.exp(u) - 1.0)
-
-
-@triton.jit
-def adam_update(
-    p,
-    g,
-    m,
-    v,
-    lr,
-    correction1,
-    correction2,
-    rate1,
-    rate2,
-    eps,
-    weight_decay,
-    DECOUPLED: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-):
-    """(p, m, v) after one step, elementwise in float32; rates are 1 - β, which float32's β would
-    give to 1e-5 only.
-    """
-    if MAXIMIZE:
-        g = -g
-    if DECOUPLED:
-        p *= 1.0 - lr * weight_decay
-    else:
-        g += weight_decay * p
-    m = (1.0 - rate1) * m + rate1 * g
-    v = (1.0 - rate2) * v + rate2 * g * g
-    denominator = tl.sqrt(v) / tl.sqrt(correction2) + eps
-    return p - lr / correction1 * (m / denominator), m, v
-
-
-@triton.jit
-def adam_kernel(
-    p_ptrs,
-    g_ptrs,
-    m_ptrs,
-    v_ptrs,
-    sizes,
-    step,
-    lr,
-    log_beta1,
-    log_beta2,
-    rate1,
-    rate2,
-    eps,
-    weight_decay,
-    STEP_TENSOR: tl.constexpr,
-    LR_TENSOR: tl.constexpr,
-    DECOUPLED: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One block of one of the tensors, counted as in `sgd_kernel`."""
-    lr = scalar(lr, LR_TENSOR)
-    step = scalar(step, STEP_TENSOR)
-    correction1 = bias_correction(step, log_beta1)
-    correction2 = bias_correction(step, log_beta2)
-    block = tl.program_id(0)
-    for i in tl.static_range(len(p_ptrs)):
-        blocks = tl.cdiv(sizes[i], BLOCK)
-        if (block >= 0) & (block < blocks):
-            offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            mask = offs < sizes[i]
-            p = tl.load(p_ptrs[i] + offs, mask=mask, other=0.0).to(tl.float32)
-            g = tl.load(g_ptrs[i] + offs, mask=mask, other=0.0).to(tl.float32)
-            m = tl.load(m_ptrs[i] + offs, mask=mask, other=0.0).to(tl.float32)
-            v = tl.load(v_ptrs[i] + offs, mask=mask, other=0.0).to(tl.float32)
-            p, m, v = adam_update(
-                p,
-                g,
-                m,
-                v,
-                lr,
-                correction1,
-                correction2,
-                rate1,
-                rate2,
-                eps,
-                weight_decay,
-                DECOUPLED,
-                MAXIMIZE,
-            )
-            tl.store(m_ptrs[i] + offs, cast(m, m_ptrs[i].dtype.element_ty), mask=mask)
-            tl.store(v_ptrs[i] + offs, cast(v, v_ptrs[i].dtype.element_ty), mask=mask)
-            tl.store(p_ptrs[i] + offs, cast(p, p_ptrs[i].dtype.element_ty), mask=mask)
-        block -= blocks
-
-
-def check_update(op: str, params, grads) -> None:
-    """As many gradients as parameters, pairwise of one shape, dense and real; else a ValueError
-    that names both.
-    """
-    if len(params) != len(grads):
-        raise ValueError(f"{op}: {len(params)} parameters but {len(grads)} gradients")
+    for what, tensors in (("gradients", grads), *(("of one state", ts) for ts in states)):
+        if len(params) != len(tensors):
+            raise ValueError(f"{op}: {len(params)} parameters but {len(tensors)} {what}")
     for i, (p, g) in enumerate(zip(params, grads)):
         if p.shape != g.shape:
             raise ValueError(
@@ -308,32 +158,77 @@ def _dense(t) -> bool:
     )
 
 
-def _on_kernels(params, *states) -> bool:
-    return launch.backend(*params, *(t for s in states for t in s)) == "triton" and all(
+def _on_kernels(params, *others) -> bool:
+    return launch.backend(*params, *(t for ts in others for t in ts)) == "triton" and all(
         _dense(p) for p in params
     )
 
 
-def _launch(kernel, lists, *scalars, **constexprs) -> None:
-    """Launch over at most MAX_TENSORS tensors at a time. lists: params, grads, states; copied where
-    not laid out alike.
+def _launch(params, grads, states, numbers, options) -> None:
+    """Launch over at most MAX_TENSORS tensors at a time; tensors are copied where they are not laid
+    out as their parameters.
     """
     laid = [
         [
             t if t.stride() == p.stride() else torch.empty_like(p).copy_(t)
-            for t, p in zip(ts, lists[0])
+            for t, p in zip(ts, params)
         ]
-        for ts in lists
+        for ts in (grads, *states)
     ]
-    for start in range(0, len(lists[0]), MAX_TENSORS):
-        chunk = [tuple(ts[start : start + MAX_TENSORS]) for ts in laid]
-        sizes = tuple(p.numel() for p in chunk[0])
+    for start in range(0, len(params), MAX_TENSORS):
+        chunk, *others = (tuple(ts[start : start + MAX_TENSORS]) for ts in (params, *laid))
+        sizes = tuple(p.numel() for p in chunk)
         grid = (sum(triton.cdiv(size, _BLOCK) for size in sizes),)
-        launch.run(kernel, grid, *chunk, sizes, *scalars, **constexprs, BLOCK=_BLOCK)
-    for given, used in zip(lists[2:], laid[2:]):
+        net = Parameters(chunk, tuple(others[1:]))
+        launch.run(optimizer_kernel, grid, net, others[0], sizes, *numbers, **options, BLOCK=_BLOCK)
+    for given, used in zip(states, laid[1:]):
         for t, copy in zip(given, used):
             if t is not copy:
                 t.copy_(copy)
+
+
+def apply_rule(
+    rule: str | Rule,
+    params: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    states: list[list[torch.Tensor]],
+    row: tuple,
+    step: float | torch.Tensor = 1,
+    *,
+    maximize: bool = False,
+    first: bool = False,
+) -> None:
+    """One step of a rule on lists of tensors, in place, in one launch: formulas in `rules`.
+
+    rule: a name or a row of `kernels.RULES`. states: a list of tensors shaped like params for each
+    of the rule's states, zeros at first. row: the rule's numbers, see `kernels.rules.row_of`; each
+    may be a one-element tensor on the parameters' device, and so may step: the count of this step,
+    1 at the first. first: the states count as zeros, whatever they hold. Arithmetic in float32;
+    reads p, g and the states and writes p and the states once. ValueError: lists that do not fit.
+    """
+    rule = rules.get(rule)
+    check_update(rule.name, params, grads, states)
+    if len(states) != len(rule.states):
+        raise ValueError(f"{rule.name}: needs {len(rule.states)} states, got {len(states)}")
+    if not _on_kernels(params, grads, *states):
+        return apply_rule_ref(
+            rule, params, grads, states, row, step, maximize=maximize, first=first
+        )
+    numbers = tuple(map(number, row)), number(step)
+    options = {"RULE": rule, "MAXIMIZE": maximize, "FIRST": first}
+    return _launch(params, grads, states, numbers, options)
+
+
+def apply_rule_ref(
+    rule: str | Rule, params, grads, states, row, step=1, *, maximize=False, first=False
+) -> None:
+    """The reference of `apply_rule`."""
+    if first:
+        for ts in states:
+            for t in ts:
+                t.zero_()
+    grads = torch._foreach_neg(grads) if maximize else grads
+    rules.apply_ref(rules.get(rule), params, grads, states, row, step)
 
 
 def sgd(
@@ -348,36 +243,22 @@ def sgd(
     maximize=False,
     first=False,
 ):
-    """One SGD step on lists of tensors, in place. See the module's formulas; `torch.optim.SGD` for
-    the arguments.
+    """One SGD step on lists of tensors, in place. See `rules` for the formulas; `torch.optim.SGD`
+    for the arguments.
 
     buffers: momentum buffers shaped like params (ignored without momentum), filled at the first
-    step. lr: a number, or a one-element tensor on the parameters' device. Arithmetic in float32;
-    reads p, g (and v) and writes p (and v) once.
+    step. lr: a number, or a one-element tensor on the parameters' device.
     """
     check_update("sgd", params, grads)
+    options = momentum, dampening, weight_decay, nesterov, maximize, first
     if torch.compiler.is_compiling():
-        options = momentum, dampening, weight_decay, nesterov, maximize, first
         return launch.operators["sgd"](params, grads, buffers, lr, *options)
-    buffers = buffers if momentum else params
-    if not _on_kernels(params, grads, buffers):
-        return sgd_ref(
-            params, grads, buffers, lr, momentum, dampening, weight_decay, nesterov, maximize, first
-        )
-    lr_tensor = isinstance(lr, torch.Tensor)
-    return _launch(
-        sgd_kernel,
-        [params, grads, buffers],
-        lr if lr_tensor else float(lr),
-        float(momentum),
-        float(dampening),
-        float(weight_decay),
-        LR_TENSOR=lr_tensor,
-        MOMENTUM=bool(momentum),
-        NESTEROV=nesterov,
-        MAXIMIZE=maximize,
-        FIRST=first,
-    )
+    if not _on_kernels(params, grads, buffers if momentum else ()):
+        return sgd_ref(params, grads, buffers, lr, *options)
+    row = (lr, weight_decay, momentum, dampening) if momentum else (lr, weight_decay)
+    rule = ("nesterov" if nesterov else "momentum") if momentum else "sgd"
+    states = [buffers] if momentum else []
+    apply_rule(rule, params, grads, states, row, 1 if first else 2, maximize=maximize, first=first)
 
 
 def adam(
@@ -393,7 +274,7 @@ def adam(
     decoupled=False,
     maximize=False,
 ):
-    """One Adam step (AdamW if `decoupled`) on lists of tensors, in place. See the module's
+    """One Adam step (AdamW if `decoupled`) on lists of tensors, in place. See `rules` for the
     formulas.
 
     step: the count of this step, 1 at the first: a number, or a one-element tensor on the
@@ -405,18 +286,6 @@ def adam(
         return launch.operators["adam"](params, grads, exp_avgs, exp_avg_sqs, step, *options)
     if not _on_kernels(params, grads, exp_avgs, exp_avg_sqs):
         return adam_ref(params, grads, exp_avgs, exp_avg_sqs, step, *options)
-    step_tensor, lr_tensor = isinstance(step, torch.Tensor), isinstance(lr, torch.Tensor)
-    return _launch(
-        adam_kernel,
-        [params, grads, exp_avgs, exp_avg_sqs],
-        step if step_tensor else float(step),
-        lr if lr_tensor else float(lr),
-        *map(_log, betas),
-        *(1.0 - b for b in betas),
-        float(eps),
-        float(weight_decay),
-        STEP_TENSOR=step_tensor,
-        LR_TENSOR=lr_tensor,
-        DECOUPLED=decoupled,
-        MAXIMIZE=maximize,
-    )
+    row = rules.row_of("adam", lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)
+    rule = "adamw" if decoupled else "adam"
+    apply_rule(rule, params, grads, [exp_avgs, exp_avg_sqs], row, step, maximize=maximize)

@@ -13,7 +13,7 @@ kernel does not; there, a step of all networks is a few batched products: with t
 
 import torch
 
-from . import activations, launch
+from . import activations, launch, rules
 from .epoch import results, run_epoch_kernel
 from .network import Spec, check_training, correct_ref, inputs_ref, loss_ref, steps_of
 
@@ -43,31 +43,6 @@ def _gradients_ref(spec: Spec, parameters, x, target):
     return loss, correct_ref(spec, ys[-1], target), grads
 
 
-def _update_ref(spec: Spec, parameters, grads, states, hyper, step: int) -> None:
-    """The updates of `optim` in place, with a row of hyperparameters for each network."""
-    for i, (p, g) in enumerate(zip(parameters, grads)):
-        lr, decay, first, second, eps, log1, log2 = (
-            hyper.to(p.dtype).view(-1, 7, *(1,) * (p.dim() - 1)).unbind(1)
-        )
-        if spec.rule == "adamw":
-            p.mul_(1 - lr * decay)
-        else:
-            g = torch.addcmul(g, p, decay)
-        if spec.rule in ("adam", "adamw"):
-            m, v = (state[i] for state in states)
-            m.mul_(1 - first).addcmul_(g, first)
-            v.mul_(1 - second).addcmul_(g * g, second)
-            correction1, correction2 = -torch.expm1(step * log1), -torch.expm1(step * log2)
-            p.addcmul_(m / (v.sqrt().div_(correction2.sqrt()).add_(eps)), -lr / correction1)
-            continue
-        if spec.rule != "sgd":
-            v = states[0][i]
-            kept = (first == 0) | torch.full_like(first, step == 1, dtype=torch.bool)
-            v.mul_(first).addcmul_(g, 1 - second.masked_fill(kept, 0))
-            g = torch.addcmul(g, v, first) if spec.rule == "nesterov" else v
-        p.addcmul_(g, -lr)
-
-
 def train_replicas_ref(
     spec: Spec,
     parameters,
@@ -93,7 +68,7 @@ def train_replicas_ref(
     for t, rows in enumerate(indices.long().split(batch, 1)):
         x = inputs_ref(data, rows, scale, shift, parameters[0].dtype)
         losses[:, t], correct[:, t], grads = _gradients_ref(spec, parameters, x, targets[rows])
-        _update_ref(spec, parameters, grads, states, hyper, step + t + 1)
+        rules.apply_ref(spec.rule, parameters, grads, states, hyper, step + t + 1)
     count += losses.shape[1]
     return losses, correct
 

@@ -20,17 +20,16 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .layers import backward_layer, batch_rows, first_tile, rule_at, top
+from .layers import backward_layer, batch_rows, first_tile, top
 from .network import Spec, check_training, inputs_ref, plan, step_ref
+from .optim import Parameters, numbers_at
 
 
 @triton.jit
 def step_input_kernel(
     y_ptr,
     dz_ptr,
-    p_ptrs,
-    m_ptrs,
-    v_ptrs,
+    net,
     x_ptr,
     i_ptr,
     pending_ptr,
@@ -54,13 +53,11 @@ def step_input_kernel(
     offs_m = tl.arange(0, NET.block_m)
     pending = tl.load(position_ptr + 1)
     rows_before = tl.load(pending_ptr + offs_m, mask=offs_m < pending, other=0)
-    rule = rule_at(hyper_ptr, tl.load(count_ptr).to(tl.float32), NET)
+    numbers = numbers_at(hyper_ptr, tl.load(count_ptr).to(tl.float32), NET)
     first_tile(
         y_ptr,
         dz_ptr,
-        p_ptrs,
-        m_ptrs,
-        v_ptrs,
+        net,
         tl.full((), 0, tl.int64),
         x_ptr,
         rows,
@@ -69,7 +66,7 @@ def step_input_kernel(
         offs_m < pending,
         pending > 0,
         offs_n,
-        rule,
+        numbers,
         scale,
         shift,
         ACT,
@@ -84,9 +81,7 @@ def step_head_kernel(
     correct_ptr,
     y_ptr,
     dz_ptr,
-    p_ptrs,
-    m_ptrs,
-    v_ptrs,
+    net,
     t_ptr,
     i_ptr,
     pending_ptr,
@@ -111,20 +106,18 @@ def step_head_kernel(
     rows, mask_m = batch_rows(i_ptr, t, n, batch, NET)
     taken = tl.sum(mask_m.to(tl.int32), axis=0)
     if taken > 0:
-        rule = rule_at(hyper_ptr, count + 1.0, NET)
+        numbers = numbers_at(hyper_ptr, count + 1.0, NET)
         top(
             y_ptr,
             dz_ptr,
             loss_ptr + t,
             correct_ptr + t,
-            p_ptrs,
-            m_ptrs,
-            v_ptrs,
+            net,
             r,
             t_ptr,
             rows,
             mask_m,
-            rule,
+            numbers,
             True,
             ACT,
             OUT,
@@ -132,9 +125,7 @@ def step_head_kernel(
             NET,
         )
         for j in tl.static_range(L - 1):
-            backward_layer(
-                y_ptr, dz_ptr, p_ptrs, m_ptrs, v_ptrs, r, rule, L - j, True, ACT_BWD, NET
-            )
+            backward_layer(y_ptr, dz_ptr, net, r, numbers, L - j, True, ACT_BWD, NET)
         tl.store(pending_ptr + tl.arange(0, NET.block_m), rows)
         tl.store(position_ptr, t + 1)
         tl.store(count_ptr, count + 1.0)
@@ -216,7 +207,7 @@ def train_step(state: StepState, *, n: int | None = None) -> None:
     n = len(state.indices) if n is None else n
     if launch.backend(*state.parameters) == "torch":
         return train_step_ref(state, n)
-    lists = (*map(tuple, (state.parameters, *state.states)), (), ())[:3]
+    net = Parameters(tuple(state.parameters), tuple(map(tuple, state.states)))
     where = (state.indices, state.pending, state.position, state.hyper, state.count, n, state.batch)
     options = {k: v for k, v in state.input_options.items() if not k.endswith("_BWD")}
     launch.run(
@@ -224,7 +215,7 @@ def train_step(state: StepState, *, n: int | None = None) -> None:
         (triton.cdiv(state.spec.sizes[1], state.rows),),
         state.y,
         state.dz,
-        *lists,
+        net,
         state.data,
         *where,
         float(state.scale),
@@ -239,7 +230,7 @@ def train_step(state: StepState, *, n: int | None = None) -> None:
         state.correct,
         state.y,
         state.dz,
-        *lists,
+        net,
         state.targets,
         *where,
         **state.head_options,

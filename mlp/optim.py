@@ -59,9 +59,9 @@ class _Stepper:
         """
         return None
 
-    def rule(self, parameters) -> str | None:
-        """What the training kernels call this update of just these parameters (see `kernels.Spec`);
-        None if they have none.
+    def rule(self, parameters) -> kernels.Rule | None:
+        """The row of `kernels.RULES` that this update of just these parameters is; None if there is
+        none.
         """
         group, pointers = self.param_groups[0], [p.data_ptr() for p in parameters]
         known = type(self) in OPTIMIZERS.values() and len(self.param_groups) == 1
@@ -77,17 +77,18 @@ class _Stepper:
         same tensor, rewritten.
         """
         (group,) = self.param_groups
-        names = ("betas", "eps") if "betas" in group else ("momentum", "dampening")
-        options = {name: group[name] for name in ("lr", "weight_decay", *names)}
+        rule = self._rule(group)
+        options = {name: group[name] for name, _ in rule.hyperparameters}
         known = self.__dict__.setdefault("_rows", {})
         values, row = known.get(device, (None, None))
-        if values != options:
-            numbers = kernels.hyperparameters(**options, dtype=torch.float64)
+        if values != (rule, options):
+            numbers = kernels.rules.row_of(rule, **options)
             if device.type == "cpu":
-                row = tuple(numbers.tolist())
+                row = numbers
             else:
-                row = numbers.to(device, torch.float32) if row is None else row.copy_(numbers)
-            known[device] = options, row
+                numbers = torch.tensor(numbers, dtype=torch.float32)
+                row = numbers.to(device) if row is None else row.copy_(numbers)
+            known[device] = (rule, options), row
         return row
 
     def inline(self) -> tuple:
@@ -163,7 +164,9 @@ class SGD(_Stepper, torch.optim.SGD):
         """Take note of steps that a training kernel made: SGD counts none."""
 
     def _rule(self, group):
-        return "nesterov" if group["nesterov"] else "momentum" if group["momentum"] else "sgd"
+        if not group["momentum"]:
+            return kernels.RULES["sgd"]
+        return kernels.RULES["nesterov" if group["nesterov"] else "momentum"]
 
     def _inline(self, group):
         states, hyper = (
@@ -232,7 +235,7 @@ class Adam(_Stepper, torch.optim.Adam):
         torch._foreach_add_([state["step"] for state in self.state.values()], steps)
 
     def _rule(self, group):
-        return "adamw" if self._decoupled(group) else "adam"
+        return kernels.RULES["adamw" if self._decoupled(group) else "adam"]
 
     def _inline(self, group):
         self._make_states(group)

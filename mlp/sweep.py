@@ -124,7 +124,7 @@ class Sweep:
                 seed,
             )
         self.states = [
-            [torch.zeros_like(p) for p in self.parameters] for _ in range(self.spec.state_lists)
+            [torch.zeros_like(p) for p in self.parameters] for _ in self.spec.rule.states
         ]
         self.count = torch.zeros(1, device=self.device)
         self.rows: list[Row] = []
@@ -151,12 +151,12 @@ class Sweep:
         )
 
     def _hyper(self) -> torch.Tensor:
-        names = ("betas", "eps") if "betas" in self._group else ("dampening",)
-        options = {name: self._group[name] for name in ("weight_decay", *names)}
-        if "betas" not in self._group:
+        options = {name: self._group[name] for name, _ in self.spec.rule.hyperparameters}
+        if "momentum" in options:
             options["momentum"] = self.momenta
+        options["lr"] = self.lrs
         return kernels.hyperparameters(
-            self.lrs, **options, replicas=self.replicas, device=self.device
+            self.spec.rule, **options, replicas=self.replicas, device=self.device
         )
 
     def fit(

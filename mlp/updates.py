@@ -78,7 +78,7 @@ def choose(net, optimizer, named: dict) -> Separate:
         return Foreign(net, optimizer, grads)
     rule = optimizer.rule(named.values())
     on_kernels = kernels.path(next(iter(net.parameters.values()))) == "triton"
-    # Without kernels only these two gain by it.
-    worth = on_kernels or rule in ("sgd", "momentum")
-    kind = Inline if rule is not None and len(net.stages) == 1 and worth else Separate
+    # Without kernels it gains only where the step is a product.
+    worth = rule is not None and (on_kernels or rule.product_ref is not None)
+    kind = Inline if worth and len(net.stages) == 1 else Separate
     return kind(net, optimizer, grads)

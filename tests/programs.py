@@ -5,8 +5,9 @@ tensors in shared memory.
 import multiprocessing
 import time
 
-import torch
 from triton.runtime.interpreter import InterpreterBuilder
+
+from kernels.operations import flatten
 
 PATIENCE = 60  # seconds for one launch; each takes one or two
 
@@ -30,10 +31,8 @@ def as_processes(kernel, programs: int, args, options, first: float) -> None:
     first: seconds that program 0 sleeps before each look, so that the others are ahead of it as far
     as the exchange lets them.
     """
-    for value in args:
-        for tensor in value if isinstance(value, tuple) else (value,):
-            if isinstance(tensor, torch.Tensor):
-                tensor.share_memory_()
+    for tensor in flatten(args):
+        tensor.share_memory_()
 
     def run(program):
         _wait(0.001 if program else first)

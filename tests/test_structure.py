@@ -154,7 +154,7 @@ def test_names_of_kernels(name):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in KERNELS if name not in ("kernels/selfcheck.py", "kernels/network.py")]
+    "name", [name for name in KERNELS if name not in ("kernels/selfcheck.py", "kernels/rules.py")]
 )
 def test_no_host_synchronisation(name):
     """Nothing waits for the GPU, but the check of labels where it is asked for, and references that

@@ -17,7 +17,7 @@ import torch
 import triton
 
 from kernels import StepState, hyperparameters, launch, train_epoch, train_step
-from kernels.network import RULES, Spec
+from kernels.network import Spec
 from tests.compile import worker
 from tests.compile.test_compile import USUAL
 from tests.test_structure import ROOT
@@ -52,7 +52,7 @@ def launched(arch, rule, precision):
     torch.set_float32_matmul_precision(worker.PRECISIONS[precision][1])
     spec, rows, batch = Spec((784, 100, 50, 10), "sigmoid", rule=rule), 60_000, 32
     empty = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
-    lists = [[empty(*shape) for shape in spec.shapes] for _ in range(1 + RULES[rule])]
+    lists = [[empty(*shape) for shape in spec.shapes] for _ in range(1 + len(spec.rule.states))]
     arguments = (
         spec,
         lists[0],
@@ -61,7 +61,7 @@ def launched(arch, rule, precision):
         empty(rows, dtype=torch.int64),
         empty(rows, dtype=torch.int64),
         batch,
-        hyperparameters(0.1).to("meta"),
+        hyperparameters(rule).to("meta"),
         empty(1),
     )
     found, steps = [], rows // batch

@@ -127,12 +127,16 @@ def test_ignored_labels(mean, whole_batch, device):
             "epoch: the derivative of 'gelu' needs the pre-activation, which these kernels do "
             "not keep",
         ),
-        ({"rule": "rprop"}, 32, "epoch: rule must be one of sgd, momentum, nesterov, adam, adamw"),
     ],
 )
 def test_refusals_name_the_limit_and_what_to_do(change, batch, expected):
     assert refusal(Spec((784, 256, 64)), 128) is None
     assert refusal(Spec(**{"sizes": (784, 100, 10), **change}), batch).startswith(expected)
+
+
+def test_an_unknown_rule_lists_the_known():
+    with pytest.raises(ValueError, match="Spec: unknown rule 'rprop'; known: sgd, momentum, nest"):
+        Spec((784, 10), rule="rprop")
 
 
 @pytest.mark.parametrize(

@@ -132,8 +132,8 @@ def test_bias_correction(step, device):
 
     assert_as_accurate(
         updated(kernels.adam),
-        updated(optim.adam_ref),
-        lambda: updated(optim.adam_ref, double),
+        updated(kernels.adam_ref),
+        lambda: updated(kernels.adam_ref, double),
         f"step {step}",
     )
 
@@ -164,7 +164,7 @@ def test_more_tensors_than_one_launch_takes(count, device, monkeypatch):
     whole = sgd(params, grads, 0.1, momentum=0.9), adam(params, grads, 0.1)
     monkeypatch.setattr(optim, "MAX_TENSORS", count)
     launches = []
-    with launch.observe(lambda kernel, grid, args, options: launches.append(len(args[0]))):
+    with launch.observe(lambda kernel, grid, args, options: launches.append(len(args[1]))):
         parts = sgd(params, grads, 0.1, momentum=0.9), adam(params, grads, 0.1)
     assert_equal(parts, whole)
     assert max(launches) == count

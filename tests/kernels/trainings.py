@@ -5,7 +5,7 @@ references.
 import torch
 
 from kernels import hyperparameters
-from kernels.network import RULES, Spec
+from kernels.network import Spec
 from kernels.operations import flatten
 from tests.checks import assert_as_accurate, assert_equal, double
 
@@ -66,9 +66,7 @@ class Run:
         self.parameters = [
             (torch.randn(*lead, *s, generator=g) / s[-1] ** 0.5).to(device) for s in spec.shapes
         ]
-        self.states = [
-            [torch.zeros_like(p) for p in self.parameters] for _ in range(RULES[spec.rule])
-        ]
+        self.states = [[torch.zeros_like(p) for p in self.parameters] for _ in spec.rule.states]
         features, classes = spec.sizes[0], spec.sizes[-1]
         pixels = torch.randint(0, 256, (n, features), generator=g, dtype=torch.uint8)
         self.data = (pixels if uint8 else pixels / 100 - 1.3).to(device)
@@ -80,7 +78,8 @@ class Run:
             device
         )
         self.indices = order if replicas else order[0]
-        self.hyper = hyperparameters(**{"lr": 0.1, **hyper}, replicas=replicas, device=device)
+        numbers = {"lr": 0.1, **hyper}
+        self.hyper = hyperparameters(spec.rule, **numbers, replicas=replicas, device=device)
         self.count = torch.zeros(1, device=device)
         self.options = {"scale": 1 / 64, "shift": -2.0} if uint8 else {}
 

@@ -1,0 +1,472 @@
+"""The table of update rules: every optimizer's arithmetic of the library, once.
+
+    g: the gradient, negated to maximise        λ: weight_decay
+
+    sgd        g ← g + λ p                                              p ← p - lr g
+    momentum   g ← g + λ p    v ← μ v + (1 - dampening) g  (v ← g at the first step)
+               p ← p - lr v
+    nesterov   as momentum, but p ← p - lr (g + μ v)
+    adam       g ← g + λ p    m ← β1 m + (1 - β1) g    v ← β2 v + (1 - β2) g²
+               p ← p - lr / (1 - β1ᵗ) · m / (√v / √(1 - β2ᵗ) + ε)
+    adamw      as adam, but the decay is p ← p (1 - lr λ) instead of a term of g
+
+A row holds the names of what a rule keeps and needs, and its formula twice: as a scalar
+`@triton.jit` function, which kernels take as a constexpr argument, and in plain torch. Nothing else
+in the library names a rule. To add one: the functions of its formula and one `Rule` at the bottom.
+
+Numbers come in three forms. *Hyperparameters* are what a user gives, by torch's names. A *row*
+holds what is kept of them in device memory, one column each, so that a run may change them:
+`hyperparameters` makes it. The *numbers* of a step follow from a row and the step count.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def bias_correction(step, log_beta):
+    """1 - βᵗ = -expm1(t log β) in float32, by its series near 0, where the difference would
+    cancel.
+    """
+    u = step * log_beta
+    series = u * (1.0 + u * (0.5 + u * (0.16666666666 + u * (0.04166666666 + u * 0.00833333333))))
+    return -tl.where(u > -0.1, series, tl.exp(u) - 1.0)
+
+
+@triton.jit
+def sgd_at(row, step):
+    return row
+
+
+@triton.jit
+def sgd_update(p, g, states, numbers):
+    lr, decay = numbers
+    g += decay * p
+    return p - lr * g, states
+
+
+@triton.jit
+def momentum_at(row, step):
+    # The first step's v = g is v ← μ · 0 + (1 - 0) g. Without momentum there is no dampening.
+    lr, decay, momentum, dampening = row
+    return lr, decay, momentum, tl.where((step == 1) | (momentum == 0), 0.0, dampening)
+
+
+@triton.jit
+def momentum_update(p, g, states, numbers):
+    lr, decay, momentum, dampening = numbers
+    g += decay * p
+    v = momentum * states[0] + (1.0 - dampening) * g
+    return p - lr * v, (v,)
+
+
+@triton.jit
+def nesterov_update(p, g, states, numbers):
+    lr, decay, momentum, dampening = numbers
+    g += decay * p
+    v = momentum * states[0] + (1.0 - dampening) * g
+    g += momentum * v
+    return p - lr * g, (v,)
+
+
+@triton.jit
+def adam_at(row, step):
+    lr, decay, rate1, rate2, eps, log_beta1, log_beta2 = row
+    correction1 = bias_correction(step, log_beta1)
+    return lr, decay, rate1, rate2, eps, correction1, bias_correction(step, log_beta2)
+
+
+@triton.jit
+def adam_moments(p, g, states, numbers):
+    """What adam and adamw share; rates are 1 - β, which float32's β would give to 1e-5 only."""
+    lr, _, rate1, rate2, eps, correction1, correction2 = numbers
+    m = (1.0 - rate1) * states[0] + rate1 * g
+    v = (1.0 - rate2) * states[1] + rate2 * g * g
+    denominator = tl.sqrt(v) / tl.sqrt(correction2) + eps
+    return p - lr / correction1 * (m / denominator), (m, v)
+
+
+@triton.jit
+def adam_update(p, g, states, numbers):
+    g += numbers[1] * p
+    return adam_moments(p, g, states, numbers)
+
+
+@triton.jit
+def adamw_update(p, g, states, numbers):
+    p *= 1.0 - numbers[0] * numbers[1]
+    return adam_moments(p, g, states, numbers)
+
+
+def sgd_ref(
+    params,
+    grads,
+    buffers,
+    lr,
+    momentum=0.0,
+    dampening=0.0,
+    weight_decay=0.0,
+    nesterov=False,
+    maximize=False,
+    first=False,
+):
+    """The reference of `kernels.sgd`: a few torch calls for all tensors."""
+    lr, grads = _without_dimensions(lr), _decayed(params, grads, weight_decay, maximize)
+    if momentum:
+        if first:
+            torch._foreach_copy_(buffers, grads)
+        else:
+            torch._foreach_mul_(buffers, momentum)
+            torch._foreach_add_(buffers, grads, alpha=1 - dampening)
+        grads = torch._foreach_add(grads, buffers, alpha=momentum) if nesterov else buffers
+    if isinstance(lr, torch.Tensor):
+        torch._foreach_sub_(params, torch._foreach_mul(grads, lr))
+    else:
+        torch._foreach_add_(params, grads, alpha=-lr)
+
+
+def adam_ref(
+    params,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    step,
+    lr,
+    betas=(0.9, 0.999),
+    eps=1e-8,
+    weight_decay=0.0,
+    decoupled=False,
+    maximize=False,
+):
+    """The reference of `kernels.adam`."""
+    (beta1, beta2), step, lr = betas, _without_dimensions(step), _without_dimensions(lr)
+    if decoupled and weight_decay:
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
+    grads = _decayed(params, grads, 0.0 if decoupled else weight_decay, maximize)
+    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
+    torch._foreach_mul_(exp_avg_sqs, beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
+    correction1, correction2 = _correction(beta1, step), _correction(beta2, step)
+    denominators = torch._foreach_sqrt(exp_avg_sqs)
+    torch._foreach_div_(denominators, correction2**0.5)
+    torch._foreach_add_(denominators, eps)
+    torch._foreach_div_(denominators, -lr / correction1)
+    torch._foreach_addcdiv_(params, exp_avgs, denominators)
+
+
+def _without_dimensions(value):
+    """A one-element tensor without dimensions, as torch's foreach functions want it."""
+    return value.reshape(()) if isinstance(value, torch.Tensor) else value
+
+
+def _correction(beta, step):
+    """1 - βᵗ; of a step that is a float32 tensor by expm1, since the difference would cancel."""
+    return -torch.expm1(step * _log(beta)) if isinstance(step, torch.Tensor) else 1 - beta**step
+
+
+def _log(beta):
+    """log β of a number or a tensor; of 0 a number so low that βᵗ is 0."""
+    if isinstance(beta, torch.Tensor):
+        return beta.log().clamp_min(-1e30)
+    return math.log(beta) if beta else -1e30
+
+
+def _decayed(params, grads, weight_decay, maximize):
+    if maximize:
+        grads = torch._foreach_neg(grads)
+    return torch._foreach_add(grads, params, alpha=weight_decay) if weight_decay else grads
+
+
+def _sgd_lists(params, grads, states, row, step):
+    lr, decay = row
+    sgd_ref(params, grads, params, lr, weight_decay=decay)
+
+
+def _momentum_lists(params, grads, states, row, step, nesterov=False):
+    lr, decay, momentum, dampening = row
+    sgd_ref(
+        params, grads, states[0], lr, momentum, dampening, decay, nesterov, first=bool(step == 1)
+    )
+
+
+def _adam_lists(params, grads, states, row, step, decoupled=False):
+    lr, decay, rate1, rate2, eps, _, _ = row
+    adam_ref(params, grads, *states, step, lr, (1 - rate1, 1 - rate2), eps, decay, decoupled)
+
+
+def _sgd_product(add, params, states, row, step):
+    lr, decay = row
+    add(params, 1 - lr * decay, -lr)
+    return True
+
+
+def _momentum_product(add, params, states, row, step):
+    lr, decay, momentum, dampening = row
+    if decay or step == 1:
+        return False
+    add(states[0], momentum, 1 - dampening)
+    for p, v in zip(params, states[0]):
+        p.add_(v, alpha=-lr)
+    return True
+
+
+# In place on one tensor; numbers may be tensors that broadcast against it: one for each network.
+
+
+def _plain_numbers(row, step):
+    return row
+
+
+def _momentum_numbers(row, step):
+    lr, decay, momentum, dampening = row
+    return lr, decay, momentum, dampening * ((momentum != 0) * (step != 1))
+
+
+def _adam_numbers(row, step):
+    *numbers, log_beta1, log_beta2 = row
+    return *numbers, -_expm1(step * log_beta1), -_expm1(step * log_beta2)
+
+
+def _expm1(value):
+    return torch.expm1(value) if isinstance(value, torch.Tensor) else math.expm1(value)
+
+
+def _add(t, other, factor):
+    """t ← t + other · factor, which is a number or a tensor that broadcasts."""
+    if isinstance(factor, torch.Tensor):
+        return t.addcmul_(other, factor)
+    return t.add_(other, alpha=factor)
+
+
+def _sgd_tensor(p, g, states, numbers):
+    lr, decay = numbers
+    _add(p, _add(g.clone(), p, decay), -lr)
+
+
+def _momentum_tensor(p, g, states, numbers, nesterov=False):
+    (v,), (lr, decay, momentum, dampening) = states, numbers
+    g = _add(g.clone(), p, decay)
+    _add(v.mul_(momentum), g, 1 - dampening)
+    _add(p, _add(g, v, momentum) if nesterov else v, -lr)
+
+
+def _adam_tensor(p, g, states, numbers, decoupled=False):
+    (m, v), (lr, decay, rate1, rate2, eps, correction1, correction2) = states, numbers
+    if decoupled:
+        p.mul_(1 - lr * decay)
+    else:
+        g = _add(g.clone(), p, decay)
+    _add(m.mul_(1 - rate1), g, rate1)
+    _add(v.mul_(1 - rate2), g * g, rate2)
+    _add(p, m / (v.sqrt().div_(correction2**0.5).add_(eps)), -lr / correction1)
+
+
+def _row_as_given(*hyperparameters):
+    return hyperparameters
+
+
+def _adam_row(lr, weight_decay, beta1, beta2, eps):
+    return lr, weight_decay, 1 - beta1, 1 - beta2, eps, _log(beta1), _log(beta2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One row of the table. States are zeros before the first step, and shaped like the parameter.
+
+    A kernel takes it as a constexpr argument; `update`, `at` and `columns` are what kernels use.
+    """
+
+    name: str
+    hyperparameters: tuple[tuple[str, Any], ...]  # torch's names and defaults; betas are a pair
+    states: tuple[str, ...]  # torch's names of what is kept for a parameter
+    columns: tuple[str, ...]  # of a row
+    row: Callable  # hyperparameters in order, pairs spread -> a row: numbers, or tensors of numbers
+    at: Any  # jit (row, step) -> the step's numbers; step 1 is the first
+    update: Any  # jit (p, g, states, numbers) -> (p, states), elementwise in float32
+    at_ref: Callable  # `at` in torch: of numbers, or of tensors
+    update_ref: Callable  # (p, g, states, numbers): one tensor and its states in place
+    torch: Callable  # () -> (torch's class, options that make it this rule): an independent oracle
+    lists_ref: Callable | None = None  # (params, grads, states, row, step): all tensors at once
+    # (add, params, states, row, step) -> whether it could: the step without a gradient in memory,
+    # where add(targets, beta, alpha) does targets ← beta targets + alpha g in one product
+    product_ref: Callable | None = None
+
+    @functools.cached_property
+    def cache_key(self) -> str:
+        """What Triton's cache on disk knows of a constexpr: here, the source of the functions."""
+        return key_of(self.name, self.at, self.update)
+
+    def __repr__(self) -> str:
+        return f"Rule({self.name})"
+
+
+def key_of(*facts) -> str:
+    """A hash of facts; of jit functions, of their source and of all that they call."""
+    text = "\n".join(f"{fact!r} {getattr(fact, 'cache_key', '')}" for fact in facts)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+_SGD = (("lr", 1e-3), ("weight_decay", 0.0))
+_MOMENTUM = (*_SGD, ("momentum", 0.0), ("dampening", 0.0))
+_ADAM = (("lr", 1e-3), ("weight_decay", 0.0), ("betas", (0.9, 0.999)), ("eps", 1e-8))
+_ADAM_COLUMNS = ("lr", "weight_decay", "rate1", "rate2", "eps", "log_beta1", "log_beta2")
+_AS_GIVEN = ("lr", "weight_decay", "momentum", "dampening")
+_ADAM_STATES = ("exp_avg", "exp_avg_sq")
+
+RULES: dict[str, Rule] = {
+    rule.name: rule
+    for rule in (
+        Rule(
+            "sgd",
+            _SGD,
+            (),
+            ("lr", "weight_decay"),
+            _row_as_given,
+            sgd_at,
+            sgd_update,
+            _plain_numbers,
+            _sgd_tensor,
+            lambda: (torch.optim.SGD, {}),
+            _sgd_lists,
+            _sgd_product,
+        ),
+        Rule(
+            "momentum",
+            _MOMENTUM,
+            ("momentum_buffer",),
+            _AS_GIVEN,
+            _row_as_given,
+            momentum_at,
+            momentum_update,
+            _momentum_numbers,
+            _momentum_tensor,
+            lambda: (torch.optim.SGD, {}),
+            _momentum_lists,
+            _momentum_product,
+        ),
+        Rule(
+            "nesterov",
+            _MOMENTUM,
+            ("momentum_buffer",),
+            _AS_GIVEN,
+            _row_as_given,
+            momentum_at,
+            nesterov_update,
+            _momentum_numbers,
+            functools.partial(_momentum_tensor, nesterov=True),
+            lambda: (torch.optim.SGD, {"nesterov": True}),
+            functools.partial(_momentum_lists, nesterov=True),
+        ),
+        Rule(
+            "adam",
+            _ADAM,
+            _ADAM_STATES,
+            _ADAM_COLUMNS,
+            _adam_row,
+            adam_at,
+            adam_update,
+            _adam_numbers,
+            _adam_tensor,
+            lambda: (torch.optim.Adam, {}),
+            _adam_lists,
+        ),
+        Rule(
+            "adamw",
+            _ADAM,
+            _ADAM_STATES,
+            _ADAM_COLUMNS,
+            _adam_row,
+            adam_at,
+            adamw_update,
+            _adam_numbers,
+            functools.partial(_adam_tensor, decoupled=True),
+            lambda: (torch.optim.AdamW, {}),
+            functools.partial(_adam_lists, decoupled=True),
+        ),
+    )
+}
+
+
+def get(rule: "str | Rule", op: str = "rule") -> Rule:
+    """The row of that name, or the row given; if there is none, a ValueError with the table's."""
+    if isinstance(rule, Rule):
+        return rule
+    if rule not in RULES:
+        raise ValueError(f"{op}: unknown rule {rule!r}; known: {', '.join(RULES)}")
+    return RULES[rule]
+
+
+def row_of(rule: "str | Rule", **hyperparameters) -> tuple:
+    """The row of a rule's hyperparameters as numbers; those not given are the table's.
+
+    A value may also be a tensor (a learning rate in device memory), of which columns then are made.
+    """
+    rule = get(rule)
+    known = dict(rule.hyperparameters)
+    if unknown := hyperparameters.keys() - known:
+        raise ValueError(
+            f"{rule.name}: has no {', '.join(sorted(unknown))}; its hyperparameters are "
+            f"{', '.join(known)}"
+        )
+    spread = []
+    for name, default in known.items():
+        value = hyperparameters.get(name, default)
+        spread += value if isinstance(default, tuple) else [value]
+    return tuple(rule.row(*spread))
+
+
+def hyperparameters(
+    rule: "str | Rule" = "sgd",
+    *,
+    replicas: int | None = None,
+    device=None,
+    dtype: torch.dtype = torch.float32,
+    **values,
+) -> torch.Tensor:
+    """The row of numbers that the training kernels read on the device, (columns,), or (replicas,
+    columns).
+
+    values: the rule's hyperparameters by torch's names, see `Rule`. Each is a number (`betas` two),
+    or with `replicas` a sequence or tensor of so many. Column 0 is the learning rate:
+    `hyper[..., 0] = 0.01` changes it, also for a captured graph. Rates such as 1 - β are made in
+    float64: float32's β would be off in them. ValueError: a name that the rule does not have.
+    """
+
+    def as_column(value):
+        return torch.as_tensor(value, dtype=torch.float64).cpu().expand(replicas or 1)
+
+    rule = get(rule)
+    pairs = {name for name, default in rule.hyperparameters if isinstance(default, tuple)}
+    filled = {**dict(rule.hyperparameters), **values}
+    columns = {
+        name: tuple(map(as_column, value)) if name in pairs else as_column(value)
+        for name, value in filled.items()
+    }
+    row = [column.expand(replicas or 1) for column in row_of(rule, **columns)]
+    hyper = torch.stack(row, -1).to(device, dtype)
+    return hyper if replicas else hyper[0]
+
+
+def apply_ref(rule: Rule, params, grads, states, row, step) -> None:
+    """One step of a rule in place, in plain torch.
+
+    params, grads: lists of tensors; states: a list of such lists for each of rule.states; row: its
+    numbers, as `row_of` gives them, or a tensor (replicas, columns) for parameters that are stacked
+    along a first dimension; step: 1 at the first.
+    """
+    if rule.lists_ref is not None and not isinstance(row, torch.Tensor):
+        return rule.lists_ref(params, grads, states, row, step)
+    for i, (p, g) in enumerate(zip(params, grads)):
+        columns = row
+        if isinstance(row, torch.Tensor):
+            lead = (-1, row.shape[-1], *(1,) * (p.dim() - 1))
+            columns = row.to(p.dtype).view(lead).unbind(1)
+        rule.update_ref(p, g, [state[i] for state in states], rule.at_ref(columns, step))
