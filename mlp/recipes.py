@@ -17,6 +17,7 @@ from .optim import OPTIMIZERS
 
 # numbers of optimizers that a user may know; torch's arguments have others, such as foreach
 _SHOWN = {"lr", "momentum", "nesterov", "dampening", "weight_decay", "betas", "eps", "alpha"}
+_LOSS_OF_NUMBERS = "mse"
 _KERNEL, _POOL = 5, 2  # of every convolution: the side of its kernel, and of the max-pool behind it
 
 
@@ -213,6 +214,20 @@ def changed(recipe: Recipe, **changes) -> Recipe:
     made.make_loss()
     _check_options(made.optimizer, changes)
     return made
+
+
+def suited(recipe: Recipe, train, loss_chosen: bool) -> Recipe:
+    """The recipe with a loss that the targets can train: squared error in place of one of classes
+    where they are numbers. A ValueError where such a loss was chosen, and cannot be.
+    """
+    row = LOSSES[recipe.loss].row
+    if train.is_classification or row.targets != "classes":
+        return recipe
+    if loss_chosen:
+        if reason := row.refusal(train.targets.shape[1], train.targets):
+            raise ValueError(f"{train.name}: {reason}")
+        return recipe
+    return replace(recipe, loss=_LOSS_OF_NUMBERS, loss_options={})
 
 
 def _optimizer(name: str):

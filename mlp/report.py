@@ -9,6 +9,7 @@ from .data import needs_extra
 from .disk import replacing
 
 PICTURES = ("curves.png", "samples.png", "confusion.png", "weights.png")  # of a run folder
+_PARTS = ("train", "test")
 _LOG_FROM = 100  # a loss that falls to this part of itself is drawn on a logarithmic scale
 
 
@@ -38,24 +39,35 @@ def _plain(name: str) -> str:
 def curves(history: list[dict], path: Path) -> None:
     """Loss and accuracy over the epochs, training and test, as a PNG."""
     pyplot = _pyplot()
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    epochs = [row["epoch"] for row in history]
-    for axis, quantity in zip(axes, ("loss", "accuracy")):
-        drawn: list[float] = []
-        for part in ("train", "test"):
-            pairs = [(e, row.get(f"{part}_{quantity}")) for e, row in zip(epochs, history)]
-            points = [(e, v) for e, v in pairs if v is not None and math.isfinite(v)]
-            if points:
-                axis.plot(*zip(*points), marker="o", markersize=3, label=part)
-                drawn += [v for _, v in points]
-        axis.set(xlabel="epoch", ylabel=quantity, xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
-        if quantity == "loss" and drawn and max(drawn) > _LOG_FROM * min(drawn) > 0:
-            axis.set_yscale("log")
+    measured = [
+        quantity
+        for quantity in ("loss", "accuracy")
+        if any(row.get(f"{part}_{quantity}") is not None for row in history for part in _PARTS)
+    ]
+    figure, axes = pyplot.subplots(
+        1, len(measured), figsize=(4.5 * len(measured), 3.5), layout="constrained", squeeze=False
+    )
+    for axis, quantity in zip(axes.flat, measured):
+        _curve(axis, history, quantity)
         axis.xaxis.set_major_locator(pyplot.MaxNLocator(integer=True, min_n_ticks=1))
-        axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend()
     _save(figure, path)
+
+
+def _curve(axis, history: list[dict], quantity: str) -> None:
+    """One quantity over the epochs; on a logarithmic scale where its range asks for it."""
+    epochs, drawn = [row["epoch"] for row in history], []
+    for part in _PARTS:
+        pairs = [(e, row.get(f"{part}_{quantity}")) for e, row in zip(epochs, history)]
+        points = [(e, v) for e, v in pairs if v is not None and math.isfinite(v)]
+        if points:
+            axis.plot(*zip(*points), marker="o", markersize=3, label=part)
+            drawn += [v for _, v in points]
+    axis.set(xlabel="epoch", ylabel=quantity, xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
+    if quantity == "loss" and drawn and max(drawn) > _LOG_FROM * min(drawn) > 0:
+        axis.set_yscale("log")
+    axis.grid(alpha=0.3)
+    if axis.lines:
+        axis.legend()
 
 
 def samples(scores, data, path: Path, count: int = 32) -> None:

@@ -70,6 +70,7 @@ class Settings:
     precision: str = "fp32"
     standardize: str = "auto"
     image: str | None = None  # what the shape of an image was said to be
+    task: str | None = None  # whether the targets were said to be classes or numbers
     versions: dict[str, str] = field(default_factory=dict)
 
 

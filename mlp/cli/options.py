@@ -135,6 +135,7 @@ _READING = (
         str,
         "shape of an image in flat rows, such as 28x28 or 3x32x32; size of the images of a folder",
     ),
+    Option("task", str, "classification or regression; default: what the targets' type says"),
 )
 RUN = (
     Option("seed", str, "of initial weights and sample order; default 0", parse=seed),

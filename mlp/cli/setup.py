@@ -86,6 +86,7 @@ def load(values: Values) -> tuple[data.Dataset, data.Dataset]:
         values["dataset"] or "digits",
         values["data_dir"],
         image=values["image"],
+        task=values["task"],
         standardize=values["standardize"] or "auto",
         verbose=False,
     )
@@ -105,6 +106,7 @@ def load_run(settings: Settings) -> Data:
         settings.dataset,
         settings.data_dir,
         image=settings.image,
+        task=settings.task,
         standardize=settings.standardize if settings.data is None else settings.data.reading,
         verbose=False,
     )

@@ -51,6 +51,7 @@ def sweep(values: Values) -> None:
     recipe = recipes.changed(recipes.PLAIN, **changes)
     device = setup.pick_device(values["device"])
     train, test = recipe.prepare(*setup.load(values))
+    recipe = recipes.suited(recipe, train, values["loss"] is not None)
     setup.refuse_too_large(recipe.network(train), replicas)
     job = Sweep.of(recipe, train, replicas, rates, seed=values["seed"], device=device)
     with _folder(values["out"]) as out:

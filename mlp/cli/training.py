@@ -45,7 +45,7 @@ def _begin(values: Values) -> None:
     settings = _new_settings(values)
     if values["out"] is not None:
         RunFolder(values["out"]).refuse_if_taken(values["force"])
-    job = _job(settings)
+    job = _job(settings, values["loss"] is not None)
     with _new_folder(values["out"], settings.dataset) as run:
         run.begin(setup.located(settings), values["force"])
         _run(job, run, values["plots"])
@@ -63,7 +63,7 @@ def _resume(values: Values) -> None:
         if values[name] is not None:
             setattr(settings, name, values[name])
     with setup.settings_from(values["out"] / CONFIG):
-        job = _job(setup.moved(settings, values))
+        job = _job(setup.moved(settings, values), loss_chosen=True)
     _refuse_other_data(settings, job.data.facts)
     with RunFolder.writing(values["out"]) as run:
         epochs = settings.recipe.epochs
@@ -126,11 +126,14 @@ def _refuse_other_data(settings: Settings, found: Facts) -> None:
         raise ValueError(f"{change}: train into another --out")
 
 
-def _job(settings: Settings) -> Job:
-    """Everything that a training needs, checked."""
-    recipe, on = settings.recipe, setup.pick_device(settings.device)
+def _job(settings: Settings, loss_chosen: bool) -> Job:
+    """Everything that a training needs, checked. A loss that nobody chose is made to fit the
+    targets.
+    """
+    on = setup.pick_device(settings.device)
     setup.pick_precision(settings.precision)
     found = setup.load_run(settings)
+    recipe = settings.recipe = recipes.suited(settings.recipe, found.train, loss_chosen)
     model = setup.build(settings, found.train, on)
     trainer = Trainer(
         model, recipe.make_loss(), recipe.make_optimizer, settings.engine, verbose=False

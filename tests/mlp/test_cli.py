@@ -317,3 +317,26 @@ def test_convnet_says_which_images_it_takes(handgrad):
     assert (status, out) == (2, "") and re.search(
         "at least 16 × 16 pixels, but those of digits .* have 8 × 8: train on mnist", err
     )
+
+
+def test_numbers_are_no_classes(handgrad):
+    """Float targets train by squared error, and what is printed is its mean over the test data."""
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(200, 3)).astype(np.float32)
+    y = (x @ np.array([1.0, -2.0, 0.5]) + 3).astype(np.float32)
+    np.savez("line.npz", x_train=x[:150], y_train=y[:150], x_test=x[150:], y_test=y[150:])
+    argv = ("line.npz", "--hidden", "8", "--device", "cpu", "--engine", "manual")
+    status, out, err = handgrad("train", *argv, "--epochs", "3", "--out", "run")
+    assert status == 0 and "a regression with 1 output" in err
+    assert "3-8-1 relu; mse by sgd" in out and "accuracy" not in out
+    model = checkpoint.load("run")
+    with torch.no_grad():
+        expected = float(
+            (model(torch.from_numpy(x[150:]))[:, 0] - torch.from_numpy(y[150:])).square().mean()
+        )
+    assert rows("run")[-1]["test_loss"] == pytest.approx(expected, rel=1e-5)
+    assert f"loss {expected:.4f}" in handgrad("evaluate", "run")[1]
+    status, out, err = handgrad("train", *argv, "--loss", "cross_entropy")
+    assert (status, out) == (2, "") and "use MeanSquaredError (loss 'mse') for numbers" in err
+    status, out, _ = handgrad("sweep", *argv[:-2], "--replicas", "2", "--epochs", "1")
+    assert status == 0 and re.search("mse by sgd", out) and "test loss" in out
