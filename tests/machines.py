@@ -28,7 +28,7 @@ FILES = [
             "linear",
             "linear_memory",
             "activations",
-            "mse",
+            "elementwise_loss",
             "cross_entropy_kernel",
             "linear_cross_entropy",
             "conv_memory",

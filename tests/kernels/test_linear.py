@@ -70,8 +70,7 @@ def test_second_derivative_through_kernels(activation, device):
 
         return of
 
-    draws = [draw(activation, 17, 16, 17, device, torch.float32, seed) for seed in range(4)]
-    compare(*map(penalty, pair(activation)), *draws)
+    compare(*map(penalty, pair(activation)), draw(activation, 17, 16, 17, device, torch.float32))
 
 
 @pytest.mark.parametrize("shape", [(33,), (2, 5, 33), (2, 1, 4, 33), (2, 0, 33)], ids=str)
