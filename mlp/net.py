@@ -154,7 +154,8 @@ class Net:
         dtype=None,
         seed=0,
     ):
-        config = {"kind": "mlp", "sizes": list(sizes), "activation": activation}
+        sizes = list(check_sizes(sizes, "Net"))
+        config = {"kind": "mlp", "sizes": sizes, "activation": activation}
         self._build({**config, "output_activation": output_activation, "bias": bias}, device, dtype)
         initialise(self.parameters, init, seed)
 

@@ -23,7 +23,7 @@ class Schedule:
                 f"fit: interval must be one of {', '.join(INTERVALS)}, got {interval!r}"
             )
         self.given, self.made = scheduler, None
-        if not hasattr(scheduler, "step"):
+        if isinstance(scheduler, type) or not hasattr(scheduler, "step"):
             if not callable(scheduler):
                 raise TypeError(
                     "fit: scheduler must be a torch scheduler, or a function of the optimizer, "

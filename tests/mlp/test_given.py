@@ -1,0 +1,241 @@
+"""given: what people hand to fit, predict and the constructors is taken as it is meant."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
+
+import mlp
+from mlp import MLP, ConvNet, Net, Trainer
+
+pd = pytest.importorskip("pandas")
+
+
+def tensors(rows=70):
+    x = torch.randn(rows, 6, generator=torch.Generator().manual_seed(0))
+    return x, x[:, :3].argmax(1)
+
+
+class Pairs(Dataset):
+    """A map-style data set of one's own."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return self.x[i], int(self.y[i])
+
+
+X, Y = tensors()
+WORDS = np.array(["ant", "bee", "cat"])[Y.numpy()]
+GIVEN = {
+    "tensors": (X, Y),
+    "arrays": (X.numpy(), Y.numpy()),
+    "a list of two": [X.numpy(), Y.numpy()],
+    "wide arrays": (X.double().numpy(), Y.numpy().astype(np.int32)),
+    "big endian": (X.numpy().astype(">f4"), Y.numpy().astype(">i8")),
+    "frames": (pd.DataFrame(X.numpy()), pd.Series(Y.numpy())),
+    "a column of labels": (X, Y[:, None]),
+    "words": (X.numpy(), WORDS),
+    "a series of words": (pd.DataFrame(X.numpy()), pd.Series(WORDS)),
+    "nested lists": (X.tolist(), Y.tolist()),
+    "TensorDataset": TensorDataset(X, Y),
+    "a torch data set": Pairs(X, Y),
+    "DataLoader": DataLoader(TensorDataset(X, Y), batch_size=16, shuffle=True),
+    "mlp.Dataset": mlp.Dataset(X, Y),
+}
+
+
+def trainer(**options):
+    torch.manual_seed(0)
+    return Trainer(MLP((6, 8, 3)), verbose=False, **options)
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_same_run(name):
+    """Whatever holds them, the numbers are the same, and so is the run."""
+    expected = trainer().fit((X, Y), 2, 16, evaluate=(X, Y))
+    rows = trainer().fit(GIVEN[name], 2, 16, evaluate=GIVEN[name])
+    for key in ("train_loss", "train_accuracy", "test_loss", "test_accuracy"):
+        assert [row[key] for row in rows] == [row[key] for row in expected]
+
+
+def test_a_loaders_batches(capsys):
+    """Its batch size and drop_last, unless fit is given others; one line says what is used."""
+    plain, steps = TensorDataset(X, Y), []
+    count = lambda n=1: steps.append(n)  # noqa: E731
+    for loader, options, expected in (
+        (DataLoader(plain, batch_size=20), {}, 4),
+        (DataLoader(plain, batch_size=20, drop_last=True), {}, 3),
+        (DataLoader(plain, batch_size=20, drop_last=True), {"drop_last": False}, 4),
+        (DataLoader(plain, batch_size=20), {"batch_size": 7}, 10),
+        (plain, {}, 3),
+    ):
+        steps.clear()
+        trainer().fit(loader, 1, on_step=count, **options)
+        assert len(steps) == expected
+    talking = Trainer(MLP((6, 3)), engine="autograd")
+    capsys.readouterr()
+    talking.fit(DataLoader(plain, batch_size=20), 1)
+    assert capsys.readouterr().out == (
+        "the DataLoader's 70 samples are read once and batched in the trainer's own order, "
+        "although the loader does not shuffle, 20 at a time\n"
+    )
+
+
+class Batches:
+    def __len__(self):
+        return 2
+
+    def __iter__(self):
+        return iter([[0, 1], [2, 3]])
+
+
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter([])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            DataLoader(TensorDataset(X, Y), sampler=WeightedRandomSampler([1.0] * 70, 70)),
+            "WeightedRandomSampler draws samples in a way that is not kept",
+        ),
+        (
+            DataLoader(TensorDataset(X, Y), batch_sampler=Batches()),
+            "a DataLoader with a Batches draws batches in a way that is not kept here",
+        ),
+        (DataLoader(Endless()), "no known end|_InfiniteConstantSampler"),
+        (Endless(), "no known end"),
+        ((X,), "needs a pair"),
+        (X, "needs a pair"),
+        ((X, Y, Y), "needs a pair"),
+        ((np.array([["a"] * 6] * 70), Y), "must be arrays of numbers"),
+        ((X, Y[:60]), "need as many labels|60"),
+        ((X, nn.functional.one_hot(Y)), "give argmax"),
+    ],
+    ids=str,
+)
+def test_refusals(given, message):
+    with pytest.raises(ValueError, match=message) as error:
+        trainer().fit(given, 1)
+    assert "\n" not in str(error.value)
+
+
+def test_a_word_that_training_did_not_have():
+    with pytest.raises(ValueError, match="'dog' of sample 69 is not one of"):
+        trainer().fit((X, WORDS), 1, evaluate=(X, np.array([*WORDS[:69], "dog"])))
+
+
+def test_names_classes_and_numpys_integers():
+    """optimizer="adam", loss="mse"; sizes, epochs, batches and seeds of numpy."""
+    model = MLP(tuple(np.array([6, 8, 3])))
+    assert model.config()["sizes"] == [6, 8, 3] and type(model.sizes[0]) is int
+    adam = Trainer(model, "cross_entropy", "adam", verbose=False)
+    assert type(adam.optimizer) is mlp.Adam and type(adam.loss) is mlp.SoftmaxCrossEntropy
+    assert len(adam.fit((X, Y), np.int64(2), np.int32(16), seed=np.int64(3))) == 2
+    by_class = Trainer(model, mlp.MeanSquaredError, torch.optim.RMSprop, verbose=False)
+    assert type(by_class.optimizer) is torch.optim.RMSprop
+    assert type(by_class.loss) is mlp.MeanSquaredError
+    assert type(Net(np.array([6, 3])).config()["sizes"][0]) is int
+    arguments = {"image_shape": np.array([1, 8, 8]), "channels": np.array([2]), "hidden": ()}
+    numbers = {"kernel_size": np.int64(3), "max_pool": np.int64(2), "classes": np.uint8(3)}
+    config = ConvNet(**arguments, **numbers).config()
+    assert config == ConvNet((1, 8, 8), (2,), 3, 2, (), 3).config()
+    assert all(type(n) is int for n in (*config["channels"], config["classes"]))
+    for bad in ((6, 2.5), (6, "3"), (6, 0), (6,), (6, None)):
+        with pytest.raises(ValueError, match="at least two positive integers"):
+            MLP(bad)
+    for options, message in (
+        ({"loss": "l2"}, "unknown loss 'l2'; known: cross_entropy, mse"),
+        ({"optimizer": "rmspropp"}, "unknown optimizer 'rmspropp'; known: sgd, adam"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Trainer(model, **options)
+    with pytest.raises(TypeError, match="the optimizer's function returned list"):
+        Trainer(model, optimizer=list)
+
+
+def test_images_and_sequences_keep_their_shape():
+    """A module of another's gets samples as they were given, in fit, evaluate and predict."""
+    images = torch.randn(40, 2, 5, 4)
+    labels = (images.mean((1, 2, 3)) > 0).long()
+    seen = set()
+
+    class Looks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(40, 2)
+
+        def forward(self, x):
+            seen.add(tuple(x.shape[1:]))
+            return self.layer(x.flatten(1))
+
+    for given in (
+        (images, labels),
+        DataLoader(TensorDataset(images, labels)),
+        Pairs(images, labels),
+    ):
+        looks = Trainer(Looks(), verbose=False)
+        looks.fit(given, 1, 16, evaluate=given)
+        assert looks.predict(images).shape == (40,)
+        assert seen == {(2, 5, 4)}
+    row = Trainer(ConvNet((2, 5, 4), (2,), 3, 1, (), 2), verbose=False).fit((images, labels), 1)[0]
+    assert row["train_loss"] > 0
+
+
+@pytest.mark.parametrize("kind", [MLP, Net])
+def test_predict(kind):
+    """Labels as they were given, arrays for arrays and tensors for tensors; probabilities."""
+    torch.manual_seed(0)
+    made = Trainer(kind((6, 8, 3)), engine="manual", verbose=False)
+    made.fit((X, Y), 30, 16)
+    forward = made.model.predict if kind is Net else made.model
+    with torch.no_grad():
+        logits = forward(X)
+    assert torch.equal(made.predict(X), logits.argmax(1))
+    assert torch.allclose(made.predict_proba(X), logits.softmax(1))
+    for x in (X.numpy(), pd.DataFrame(X.numpy()), X.tolist(), mlp.Dataset(X, Y)):
+        found = made.predict(x)
+        assert isinstance(found, np.ndarray) and (found == logits.argmax(1).numpy()).all()
+    assert np.allclose(made.predict_proba(X.numpy()).sum(1), 1)
+    made.fit((X, WORDS), 40, 16)
+    assert (made.predict(X.numpy()) == WORDS).mean() > 0.8
+    assert made.predict(X.numpy()).dtype.kind == "U"
+
+
+def test_predict_numbers():
+    y = torch.stack([X[:, 0] - X[:, 1], X[:, 2]], 1)
+    made = Trainer(MLP((6, 2)), "mse", verbose=False)
+    made.fit((X.numpy(), y.double().numpy()), 60, 10)
+    assert made.predict(X).shape == (70, 2)
+    assert torch.allclose(made.predict(X), y, atol=0.3)
+    with pytest.raises(ValueError, match="was trained on numbers, which have no probabilities"):
+        made.predict_proba(X)
+
+
+def test_predict_reads_as_training_did():
+    """Pixels are scaled, columns are standardised; what cannot be meant is refused."""
+    pixels = torch.randint(0, 256, (70, 6), dtype=torch.uint8)
+    data = mlp.Dataset(pixels, Y, scale=1 / 255, shift=-0.5)
+    made = trainer()
+    made.fit(data, 1, 16)
+    with torch.no_grad():
+        expected = made.model(pixels / 255 - 0.5).argmax(1)
+    assert torch.equal(made.predict(pixels), expected)
+    assert (made.predict(pixels.numpy()) == expected.numpy()).all()
+    assert (made.predict(data) == expected.numpy()).all()
+    with pytest.raises(ValueError, match="trained on uint8 inputs, which its data set scales, got"):
+        made.predict(pixels / 255)
+    table = X * torch.tensor([1.0, 10, 100, 1, 1, 1]) + 3
+    made = trainer()
+    made.fit(mlp.Dataset(table, Y).standardized(), 1, 16)
+    with torch.no_grad():
+        expected = made.model((table - table.mean(0)) / table.std(0, unbiased=False)).argmax(1)
+    assert torch.equal(made.predict(table), expected)
