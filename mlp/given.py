@@ -2,6 +2,7 @@
 shape of a sample, labels that were words.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,3 +72,16 @@ def _words(given: Any, data: Dataset) -> tuple[str, ...] | None:
         return None
     labels = given[1].to_numpy() if hasattr(given[1], "to_numpy") else np.asarray(given[1])
     return data.classes if labels.dtype.kind in "USO" and data.is_classification else None
+
+
+def fitted(data: Dataset, device: torch.device, dtype: torch.dtype, outputs: int | None) -> Dataset:
+    """A data set on the device. Numbers to be met are of the network's dtype, and a column where it
+    is known to have one output.
+    """
+    data = data.to(device)
+    if data.is_classification:
+        return data
+    targets = data.targets.to(dtype)
+    if targets.dim() == 1 and outputs == 1:
+        targets = targets.unsqueeze(1)
+    return replace(data, targets=targets, _buffers={})

@@ -6,7 +6,7 @@ that sum: it is then the loss that all samples would have as one batch.
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -80,7 +80,7 @@ def weights(loss, targets: torch.Tensor) -> torch.Tensor:
 
 def mean(
     loss,
-    values: Iterable[float],
+    values: Sequence[float],
     targets: torch.Tensor,
     batch_size: int,
     finite: bool = True,
@@ -90,12 +90,7 @@ def mean(
     finite: FloatingPointError names the first batch whose loss is not finite. A batch of ignored
     labels alone has no loss and does not count.
     """
-    weighed, mask = weights(loss, targets), counted(loss, targets)
-    batches = weighed.split(batch_size)
-    sums = torch.stack([batch.sum() for batch in batches]).tolist() if batches else []
-    some = [True] * len(sums)
-    if mask is not None:
-        some = torch.stack([batch.any() for batch in mask.split(batch_size)]).tolist()
+    sums, some = _batches(loss, targets, batch_size)
     total, is_sum = 0.0, reading(loss).reduction == "sum"
     for step, (value, weight, counts) in enumerate(zip(values, sums, some, strict=False)):
         if not counts:
@@ -106,6 +101,19 @@ def mean(
     return total / sum(sums) if sum(sums) else math.nan
 
 
+def _batches(loss, targets: torch.Tensor, batch_size: int) -> tuple[list[float], list[bool]]:
+    """For each batch: the sum of its weights, and whether it has a label that counts."""
+    sizes = [min(batch_size, len(targets) - s) for s in range(0, len(targets), batch_size)]
+    mask = counted(loss, targets)
+    plain = reading(loss).weight is None and (mask is None or bool(mask.all()))
+    if plain or not sizes:
+        return [float(size) for size in sizes], [True] * len(sizes)
+    rows = torch.stack([weights(loss, targets), mask.double()])
+    padded = torch.nn.functional.pad(rows, (0, len(sizes) * batch_size - len(targets)))
+    sums, counts = padded.view(2, len(sizes), batch_size).sum(2).tolist()
+    return sums, [count > 0 for count in counts]
+
+
 def right(loss, predictions: torch.Tensor, targets: torch.Tensor) -> tuple[int, int]:
     """(correct, counted): of the labels (N,) that the loss does not ignore, how many are predicted,
     and how many there are.
@@ -114,3 +122,9 @@ def right(loss, predictions: torch.Tensor, targets: torch.Tensor) -> tuple[int, 
     if mask is None:
         return int(hits.sum()), len(targets)
     return int((hits & mask).sum()), int(mask.sum())
+
+
+def aligned(target: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """Numbers (N,) as a column where the outputs are one: else the loss would pair all with all."""
+    column = (*target.shape, 1)
+    return target.view(column) if target.is_floating_point() and output.shape == column else target

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
+from . import means
 from .data import Dataset, needs_extra
 from .net import Net
 from .state import in_mode, parameters_of
@@ -27,6 +28,21 @@ def outputs(
     with in_mode(model, False):
         for x, y in data.to(first.device).chunks(rows, first.dtype):
             yield forward(x if shape is None else x.view(len(x), *shape)), y
+
+
+def measure(model, loss, data: Dataset, shape: tuple[int, ...] | None = None) -> dict:
+    """{"test_loss", "test_accuracy"} of a data set on the network's device, in evaluation mode;
+    accuracy None where targets are no labels. Labels that the loss ignores do not count.
+    """
+    values, found = [], []
+    for output, y in outputs(model, data, shape=shape):
+        values.append(float(loss(output, means.aligned(y, output))))
+        found.append(output.argmax(1) if data.is_classification else None)
+    result = means.mean(loss, values, data.targets, _ROWS, finite=False)
+    if not data.is_classification:
+        return {"test_loss": result, "test_accuracy": None}
+    correct, counted = means.right(loss, torch.cat(found), data.targets)
+    return {"test_loss": result, "test_accuracy": correct / max(counted, 1)}
 
 
 def probabilities(model, loss, data: Dataset) -> torch.Tensor:

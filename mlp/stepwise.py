@@ -170,16 +170,10 @@ class Autograd(Engine):
     def step(self, x, y):
         with self.precision.context(x.device):
             output = self.model(x if self.shape is None else x.view(len(x), *self.shape))
-            value = self.loss(output, aligned(y, output))
+            value = self.loss(output, means.aligned(y, output))
         self.optimizer.zero_grad()
         self.precision.step(value, self.optimizer)
         return output.detach(), value.detach()
-
-
-def aligned(target: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-    """Numbers (N,) as a column where the outputs are one: else the loss would pair all with all."""
-    column = (*target.shape, 1)
-    return target.view(column) if target.is_floating_point() and output.shape == column else target
 
 
 class Manual(Engine):
@@ -260,7 +254,7 @@ class Manual(Engine):
     def _forward(self, x, y):
         output = self.net.forward(x)
         return output, self.loss.forward(
-            output, aligned(y, output), labels_valid=self._labels_valid
+            output, means.aligned(y, output), labels_valid=self._labels_valid
         )
 
 

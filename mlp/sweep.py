@@ -14,14 +14,14 @@ import torch
 import kernels
 
 from .checkpoint import save
-from .data import permutation
+from .dataset import Dataset, permutation
 from .epochwise import spec_of
+from .given import fitted
 from .init import initialise
-from .loss import per_sample
+from .metrics import measure
 from .modules import MLP, loss_of
 from .optim import OPTIMIZERS
 from .recipes import Recipe
-from .trainer import as_dataset
 
 
 def spread(low: float, high: float, count: int) -> list[float]:
@@ -168,7 +168,7 @@ class Sweep:
         train, evaluate: as `Trainer.fit`. on_epoch(epoch, mean losses of all networks) is called
         after each epoch. A network whose loss stops being finite ends last; the others go on.
         """
-        train = as_dataset(train, self.device)
+        train = self._fitted(train)
         if train.features != self.config["sizes"][0]:
             raise ValueError(
                 f"sweep: the networks take {self.config['sizes'][0]} features, but {train.name} "
@@ -199,11 +199,7 @@ class Sweep:
                 scale=train.scale,
                 shift=train.shift,
             )
-            sizes = torch.tensor(
-                [min(batch_size, count - s) for s in range(0, count, batch_size)],
-                device=self.device,
-            )
-            losses = (values * sizes).sum(1) / count
+            losses = self._means(values, count, batch_size)
             diverged |= ~losses.isfinite()
             if on_epoch is not None:
                 on_epoch(epoch, losses)
@@ -211,13 +207,24 @@ class Sweep:
             diverged |= ~stacked.flatten(1).isfinite().all(1)
         return self._ranked(losses.tolist(), diverged.tolist(), evaluate)
 
+    def _fitted(self, data) -> Dataset:
+        """Anything that `fit` takes, as numbers that these networks can meet."""
+        return fitted(Dataset.of(data), self.device, torch.float32, self.config["sizes"][-1])
+
+    def _means(self, values, count: int, batch_size: int) -> torch.Tensor:
+        """(replicas,) losses of an epoch from those of its steps, (replicas, steps)."""
+        if self.loss.reduction == "sum":
+            return values.sum(1) / count
+        sizes = [min(batch_size, count - s) for s in range(0, count, batch_size)]
+        return (values * torch.tensor(sizes, device=self.device)).sum(1) / count
+
     def _ranked(self, losses: list[float], diverged: list[bool], evaluate) -> list[Row]:
         """A row for each network, best first; one that diverged is behind all others, whatever it
         classifies rightly by accident.
         """
         accuracies = tests = [None] * self.replicas
         if evaluate is not None:
-            evaluate = as_dataset(evaluate, self.device)
+            evaluate = self._fitted(evaluate)
             if evaluate.is_classification:
                 accuracies = self.accuracies(evaluate)
             else:
@@ -244,21 +251,18 @@ class Sweep:
     @torch.no_grad()
     def _scores(self, data, replicas):
         """(networks, rows, classes) probabilities of one piece after another, and its labels."""
-        data = as_dataset(data, self.device)
+        data = self._fitted(data)
+        if not data.is_classification:
+            raise ValueError(f"sweep: accuracy is of labels, but {data.name} has numbers to meet")
         models = [self.network(replica) for replica in replicas]
         for x, y in data.chunks(1024):
             yield torch.stack([self.loss.probabilities(model(x)) for model in models]), y
 
-    @torch.no_grad()
     def test_losses(self, data) -> list[float]:
         """The mean loss of each network over the samples."""
-        data = as_dataset(data, self.device)
-        total = [0.0] * self.replicas
-        for x, y in data.chunks(1024):
-            for replica in range(self.replicas):
-                value = float(self.loss(self.network(replica)(x), y))
-                total[replica] += per_sample(self.loss, value, len(x)) * len(x) / len(data)
-        return total
+        data = self._fitted(data)
+        networks = map(self.network, range(self.replicas))
+        return [measure(network, self.loss, data)["test_loss"] for network in networks]
 
     def accuracies(self, data) -> list[float]:
         """The share of samples that each network classifies rightly."""

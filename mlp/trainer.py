@@ -5,7 +5,6 @@ import math
 import operator
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -13,13 +12,13 @@ import torch
 
 from . import arrays, engines, given, means, takeover
 from .dataset import Dataset, permutation
-from .metrics import outputs
+from .metrics import measure, outputs
 from .modules import ends, loss_of
 from .optim import OPTIMIZERS, SGD
 from .precision import Precision
 from .schedule import Schedule, options_of, restore_options
 from .state import Snapshot, in_mode, load_state, parameters_of, state_of
-from .stepwise import Demands, Diverged, aligned
+from .stepwise import Demands, Diverged
 from .updates import parameters as parameters_in
 
 _BATCH_SIZE = 32
@@ -205,18 +204,11 @@ class Trainer:
         return _Task(train, evaluate, size, count, operator.index(seed))
 
     def _fitted(self, data: Dataset) -> Dataset:
-        """A data set on the network's device; numbers to be met in its dtype, and as a column where
-        it has one output.
-        """
-        data = data.to(self.device)
-        if data.is_classification:
-            return data
-        targets, model = data.targets, self.model
-        is_ours = takeover.description(model) is None
-        if is_ours and targets.dim() == 1 and ends(model.config())[1] == 1:
-            targets = targets.unsqueeze(1)
-        targets = targets.to(next(iter(parameters_of(model).values())).dtype)
-        return replace(data, targets=targets, _buffers={})
+        """A data set as this network can meet it."""
+        is_ours = takeover.description(self.model) is None
+        outputs = ends(self.model.config())[1] if is_ours else None
+        dtype = next(iter(parameters_of(self.model).values())).dtype
+        return given.fitted(data, self.device, dtype, outputs)
 
     def _scheduled(self, scheduler, interval) -> Schedule | None:
         """The schedule of this call: a new one, the one before, or one that goes on where a loaded
@@ -355,7 +347,6 @@ class Trainer:
                 "classes"
             )
 
-    @torch.no_grad()
     def evaluate(self, data) -> dict:
         """{"test_loss", "test_accuracy"} of the whole data set, in evaluation mode and in the
         weights' own precision; accuracy None where targets are not labels.
@@ -365,15 +356,7 @@ class Trainer:
         ignored = means.reading(self.loss).ignore_index
         like = self._like if self._taken is not None and self._taken.words else None
         data = self._fitted(given.take(data, ignored, like).data)
-        rows, values, found = 4096, [], []
-        for output, y in outputs(self.model, data, rows, self._shape):
-            values.append(float(self.loss(output, aligned(y, output))))
-            found.append(output.argmax(1) if data.is_classification else None)
-        loss = means.mean(self.loss, values, data.targets, rows, finite=False)
-        if not data.is_classification:
-            return {"test_loss": loss, "test_accuracy": None}
-        correct, counted = means.right(self.loss, torch.cat(found), data.targets)
-        return {"test_loss": loss, "test_accuracy": correct / max(counted, 1)}
+        return measure(self.model, self.loss, data, self._shape)
 
     def predict(self, x):
         """What the network says of each row of x, in the targets' own units: labels (N,) where it
@@ -414,7 +397,7 @@ class Trainer:
         """The network's outputs for rows that are read as the training data were."""
         if not isinstance(x, Dataset):
             x = self._read(x)
-        rows = [out for out, _ in outputs(self.model, x.to(self.device), 4096, self._shape)]
+        rows = [out for out, _ in outputs(self.model, x.to(self.device), shape=self._shape)]
         return torch.cat(rows)
 
     def _read(self, x) -> Dataset:

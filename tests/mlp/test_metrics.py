@@ -43,7 +43,8 @@ def test_probabilities(kind, loss, device):
     assert (
         scores.shape == (5000, 3) and scores.dtype == torch.float32 and scores.device.type == "cpu"
     )
-    torch.testing.assert_close(scores.sum(1), torch.ones(5000))
+    if loss != "bce":  # there, each class is a question of its own
+        torch.testing.assert_close(scores.sum(1), torch.ones(5000))
     with torch.no_grad():
         outputs = (model.predict if kind is Net else model)(inputs.to(device)).cpu()
     assert torch.equal(scores.argmax(1), outputs.argmax(1))

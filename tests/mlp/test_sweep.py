@@ -161,3 +161,26 @@ def test_a_bad_range_or_data_says_both_values(data):
         spread(1, 0.1, 4)
     with pytest.raises(ValueError, match="take 10 features, but data has 9"):
         Sweep((10, 4), 2, device="cpu").fit(data)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_numbers_to_meet(reduction, device):
+    """Targets (N,) too: best first by the loss of the test data; a replica alone has the same
+    losses.
+    """
+    x = torch.randn(60, 6)
+    y = x[:, 0] - x[:, 1]
+    loss = mlp.MeanSquaredError(reduction)
+    job = Sweep((6, 1), 3, lr=[1e-4, 0.01, 1e30], loss=loss, device=device)
+    rows = job.fit((x, y.double()), 5, 16, evaluate=(x[:20], y[:20]))
+    assert [row.replica for row in rows] == [1, 0, 2]
+    assert rows[0].test_accuracy is None and rows[0].test_loss < rows[1].test_loss
+    model = mlp.MLP((6, 1), device=device)
+    mlp.initialise(dict(model.named_parameters()), seed=1)
+    alone = mlp.Trainer(model, loss, lambda p: mlp.SGD(p, lr=0.01), verbose=False)
+    last = alone.fit((x, y), 5, 16, evaluate=(x[:20], y[:20]), seed=1)[-1]
+    assert rows[0].train_loss == pytest.approx(last["train_loss"], rel=1e-4)
+    assert rows[0].test_loss == pytest.approx(last["test_loss"], rel=1e-4)
+    for measure in (job.accuracies, job.ensemble_accuracy):
+        with pytest.raises(ValueError, match="accuracy is of labels, but data has numbers"):
+            measure((x, y))
