@@ -28,6 +28,13 @@ from .elementwise_loss import (
 )
 from .epoch import train_epoch, train_epoch_ref
 from .launch import backend, path, use
+from .layer_norm import (
+    layer_norm,
+    layer_norm_bwd,
+    layer_norm_bwd_ref,
+    layer_norm_fwd,
+    layer_norm_fwd_ref,
+)
 from .linear import (
     linear,
     linear_bwd,
@@ -91,6 +98,11 @@ __all__ = [
     "flush",
     "huber_loss",
     "hyperparameters",
+    "layer_norm",
+    "layer_norm_bwd",
+    "layer_norm_bwd_ref",
+    "layer_norm_fwd",
+    "layer_norm_fwd_ref",
     "linear",
     "linear_bwd",
     "linear_bwd_dw",

@@ -209,7 +209,7 @@ def dot_precision() -> str:
     ]
 
 
-def check_same(op: str, **tensors) -> None:
+def check_same(op: str, **tensors: torch.Tensor | None) -> None:
     """All tensors (None is skipped) are dense, of one dtype, on one device, else a ValueError that
     names the odd one.
     """
@@ -221,6 +221,16 @@ def check_same(op: str, **tensors) -> None:
                 f"{op}: {name} must be {reference.dtype} as {first} is, got {t.dtype}; convert "
                 "one of them"
             )
+    check_placed(op, **given)
+
+
+def check_placed(op: str, **tensors: torch.Tensor | None) -> None:
+    """All tensors (None is skipped) are dense and on one device, else a ValueError that names the
+    odd one.
+    """
+    given = {name: t for name, t in tensors.items() if t is not None}
+    first, reference = next(iter(given.items()))
+    for name, t in given.items():
         if t.device != reference.device:
             raise ValueError(
                 f"{op}: {name} must be on {reference.device} as {first} is, got {t.device}; move "

@@ -16,6 +16,7 @@ from .activations import ACTIVATIONS
 from .conv import CONV2D, conv2d
 from .cross_entropy import CROSS_ENTROPY, cross_entropy
 from .elementwise_loss import ELEMENTWISE_LOSS, elementwise_loss
+from .layer_norm import LAYER_NORM, layer_norm
 from .linear import LINEAR, linear
 from .linear_cross_entropy import LINEAR_CROSS_ENTROPY, linear_cross_entropy
 from .losses import LOSSES
@@ -57,7 +58,7 @@ class Operation(NamedTuple):
     out.
 
     Differentiable ones have the rest: `function`, which users call with these arguments; `oracle`,
-    the same in torch's functions; `inputs`: so many of the first arguments have gradients.
+    the same in torch's functions; `definition`, what the operation's file says of it.
     """
 
     cases: Callable[[Make, int, int, int], Iterator[tuple[str, tuple]]]
@@ -67,16 +68,14 @@ class Operation(NamedTuple):
     bwd_ref: Callable | None = None
     function: Callable | None = None
     oracle: Callable | None = None
-    inputs: int = 0
-    autocast: torch.dtype | None = None
+    definition: Differentiable | None = None
 
     @classmethod
     def of(
         cls, op: Differentiable, function: Callable, oracle: Callable, cases: Callable
     ) -> "Operation":
         """The row of an operation with a gradient."""
-        parts = op.fwd, op.fwd_ref, op.bwd, op.bwd_ref
-        return cls(cases, *parts, function, oracle, op.inputs, op.autocast)
+        return cls(cases, op.fwd, op.fwd_ref, op.bwd, op.bwd_ref, function, oracle, op)
 
     def results(self, args: tuple, dy=None, *, reference: bool = False) -> list[torch.Tensor]:
         """The forward's output and every gradient, flat, by the kernels' launchers or by the
@@ -190,6 +189,25 @@ def _conv2d_torch(x, w, b, stride, padding, activation, max_pool, *options):
     return F.max_pool2d(ACTIVATIONS[activation].torch(y), max_pool)
 
 
+def _layer_norm_cases(make, m, k, n):
+    yield "rows", (make.real(m, k), make.real(k), make.real(k), (k,), 1e-5)
+    shape = (n, 3)
+    yield "(N, …, S, S)", (make.real(m, 2, *shape), make.real(*shape), make.real(*shape), shape)
+    yield "no bias", (make.real(m, n), make.real(n), None, (n,), 0.1)
+    if make.device.type == "meta":
+        yield "no weight", (make.real(m, n), None, None, (n,))  # its rows' sums have gradient 0
+        # Wider than a tile, which takes the interpreter long.
+        yield "wide", (make.real(m, 4099), make.real(4099), make.real(4099), (4099,))
+
+
+def _layer_norm(x, w, b, normalized_shape, *eps):
+    return layer_norm(x, normalized_shape, w, b, *eps)
+
+
+def _layer_norm_torch(x, w, b, normalized_shape, *eps):
+    return F.layer_norm(x, normalized_shape, w, b, *eps)
+
+
 def _updates(update):
     """An optimizer's update as a forward: on copies, returning everything it changed."""
 
@@ -278,6 +296,7 @@ OPERATIONS: dict[str, Operation] = {
     "elementwise_loss": Operation.of(
         ELEMENTWISE_LOSS, elementwise_loss, _elementwise_loss_torch, _elementwise_loss_cases
     ),
+    "layer_norm": Operation.of(LAYER_NORM, _layer_norm, _layer_norm_torch, _layer_norm_cases),
     "conv2d": Operation.of(CONV2D, conv2d, _conv2d_torch, _conv2d_cases),
     "mlp_update": Operation(
         _mlp_update_cases,

@@ -31,7 +31,8 @@ class Differentiable:
         argument. A field in `derived` is computed from the arguments, by name. Every other field is
         a tensor that the forward made, None, a number, or a tuple of these.
     inputs: so many of the first arguments have gradients.
-    autocast: the dtype under torch.autocast, or None for autocast's own.
+    autocast: the dtype under torch.autocast, or None for autocast's own; on devices of the types
+        `autocast_on`, as torch's own function does.
     fake_fwd, fake_bwd: results of the right shapes, for operations whose references ask fake
         tensors more than their shapes; None for the references.
     """
@@ -47,6 +48,7 @@ class Differentiable:
         default_factory=dict
     )
     autocast: torch.dtype | None = None
+    autocast_on: tuple[str, ...] = launch.AUTOCAST
     fake_fwd: Callable | None = None
     fake_bwd: Callable | None = None
 
@@ -87,7 +89,7 @@ def call(operation: Differentiable, *args) -> torch.Tensor:
             f"{operation.name}: input must be a torch.Tensor, got {type(first).__name__}; convert "
             "it with torch.as_tensor"
         )
-    if autocasting(first):
+    if autocasting(first) and first.device.type in operation.autocast_on:
         device = first.device.type
         dtype = operation.autocast or torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):

@@ -1,7 +1,8 @@
 """fuse: put handgrad's modules in the place of torch's in a model that is already built, sharing
 every parameter.
 
-    nn.Linear, nn.Conv2d, and the losses nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss,
+    nn.Linear, nn.Conv2d, nn.LayerNorm, and the losses
+        nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss,
         nn.HuberLoss                                         become ours where they stand: the same
         object, of our class
     in an nn.Sequential: Linear, activation                  become mlp.Linear with that activation,
@@ -24,11 +25,20 @@ from torch.nn.utils import parametrize
 
 import kernels
 
-from .modules import BCEWithLogitsLoss, Conv2d, CrossEntropyLoss, HuberLoss, Linear, MSELoss
+from .modules import (
+    BCEWithLogitsLoss,
+    Conv2d,
+    CrossEntropyLoss,
+    HuberLoss,
+    LayerNorm,
+    Linear,
+    MSELoss,
+)
 
 TWINS = {
     nn.Linear: Linear,
     nn.Conv2d: Conv2d,
+    nn.LayerNorm: LayerNorm,
     nn.CrossEntropyLoss: CrossEntropyLoss,
     nn.MSELoss: MSELoss,
     nn.BCEWithLogitsLoss: BCEWithLogitsLoss,
@@ -38,6 +48,7 @@ OPTIONS = {
     Linear: {"activation": "identity"},
     Conv2d: {"activation": "identity", "max_pool": 1},
 }  # what ours have besides
+_LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm)  # what has parameters
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ALONE = "it does not directly follow a Linear or Conv2d in an nn.Sequential"
 
@@ -110,7 +121,7 @@ def _obstacle(module) -> str | None:
             f"mlp.Conv2d has groups 1 and padding_mode zeros, this one {module.groups} and "
             f"{module.padding_mode}"
         )
-    return _odd_parameters(module) if isinstance(module, (nn.Linear, nn.Conv2d)) else None
+    return _odd_parameters(module) if isinstance(module, _LAYERS) else None
 
 
 def _odd_parameters(layer) -> str | None:

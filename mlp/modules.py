@@ -303,6 +303,14 @@ def ends(config: dict) -> tuple[int, int]:
     return config["sizes"][0], config["sizes"][-1]
 
 
+class LayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` in one kernel each way. Same arguments, parameters and state_dict."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """See `kernels.layer_norm`."""
+        return kernels.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
 class CrossEntropyLoss(nn.CrossEntropyLoss):
     """`nn.CrossEntropyLoss`, loss and gradient in one pass over the logits."""
 

@@ -8,7 +8,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from kernels.operations import OPERATIONS, Make, flatten
 
 # Operation -> ours, torch's, and how many of the first arguments have gradients.
-PAIRS = {name: (op.function, op.oracle, op.inputs) for name, op in OPERATIONS.items() if op.bwd}
+PAIRS = {
+    name: (op.function, op.oracle, op.definition.inputs)
+    for name, op in OPERATIONS.items()
+    if op.bwd
+}
 
 
 def cases(name, device="cpu", dtype=torch.float32, shape=(7, 17, 5)) -> list[tuple]:
