@@ -11,13 +11,13 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 _PRIME = 1_000_003  # separates the seeds of one run's epochs from those of the next run
 _SEEDS = 2**63  # what a generator takes
-_HASH_ROWS = 8192
+_PIECE = 2**16  # numbers of a large tensor that are worked on at a time
 # Labels are numbers of classes. More classes than this, and than there are samples, are ids.
 _MANY_CLASSES = 1000
 
@@ -272,12 +272,13 @@ class Dataset:
         """
         if self.mean is not None:
             raise DataError(f"{self.name}: is standardised already")
-        raw = self.inputs.double()
+        on = self.inputs.device
         if by is None:
-            mean, std = raw.mean(0), raw.std(0, unbiased=False)
-            constant = raw.amin(0) == raw.amax(0)
+            found = moments(self.inputs)
+            constant = found.low == found.high
             # A mean is rounded: a constant column must become exactly 0.
-            mean, std = torch.where(constant, raw[0], mean), std.masked_fill(constant, 1.0)
+            mean = torch.where(constant, found.low, found.mean)
+            std = found.std.masked_fill(constant, 1.0)
         else:
             reading = by.reading if isinstance(by, Dataset) else by
             if reading.mean is None or len(reading.mean) != self.features:
@@ -286,11 +287,14 @@ class Dataset:
                     f"{'are not standardised' if reading.mean is None else len(reading.mean)}"
                 )
             mean, std = (
-                torch.tensor(values, dtype=torch.float64, device=raw.device)
+                torch.tensor(values, dtype=torch.float64, device=on)
                 for values in (reading.mean, reading.std)
             )
+        inputs = torch.empty(self.inputs.shape, device=on)
+        for piece, rows in zip(_pieces(inputs), _pieces(self.inputs)):
+            piece.copy_(rows.double().sub(mean).div_(std))
         return self._with(
-            inputs=((raw - mean) / std).float(),
+            inputs=inputs,
             scale=1.0,
             shift=0.0,
             mean=mean.cpu(),
@@ -372,10 +376,37 @@ class Dataset:
             )
 
 
+class Moments(NamedTuple):
+    """Of each column, (features,) float64: smallest, largest, mean and standard deviation."""
+
+    low: torch.Tensor
+    high: torch.Tensor
+    mean: torch.Tensor
+    std: torch.Tensor
+
+
+def moments(inputs: torch.Tensor) -> Moments:
+    """Measured in float64, in pieces: a copy of all inputs would take eight times their bytes."""
+    low, high = inputs.amin(0).double(), inputs.amax(0).double()
+    mean = sum(piece.double().sum(0) for piece in _pieces(inputs)) / len(inputs)
+    # Squares of very large or small numbers would not be finite, or 0.
+    size = torch.maximum(high - mean, mean - low)
+    inverse = torch.where(size > 0, 1 / size, 0.0)
+    squares = sum(
+        piece.double().sub(mean).mul_(inverse).square_().sum(0) for piece in _pieces(inputs)
+    )
+    return Moments(low, high, mean, (squares / len(inputs)).sqrt() * size)
+
+
+def _pieces(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Rows of a tensor in pieces that fit into a processor's cache."""
+    return tensor.split(max(1, _PIECE // max(1, tensor[0].numel())))
+
+
 def _digest(tensor: torch.Tensor, *said: str) -> str:
     """A hash of a tensor's bytes, after these words."""
     state = hashlib.blake2b(repr(said).encode(), digest_size=16)
-    for piece in tensor.split(_HASH_ROWS):
+    for piece in _pieces(tensor):
         state.update(piece.cpu().contiguous().view(torch.uint8).numpy())
     return state.hexdigest()
 

@@ -113,7 +113,7 @@ def _classes(train: Dataset, test: Dataset) -> list[str]:
 
 def _odd_columns(train: Dataset) -> list[str]:
     found = columns(train)
-    constant = found.constant.nonzero().flatten().tolist()
+    constant = (found.low == found.high).nonzero().flatten().tolist()
     said = ["missing    none: numbers that are not finite are refused"]
     what = "columns" if train.image_shape is None else "pixels"
     said.append(f"constant   {len(constant)} of {train.features} {what}{_listed(train, constant)}")

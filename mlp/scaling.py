@@ -1,31 +1,17 @@
 """Whether the columns of a table need to be standardised, and what is odd about them."""
 
-from typing import NamedTuple
-
-import torch
-
-from .dataset import Dataset
+from .dataset import Dataset, Moments, moments
 
 # Columns that differ more than this in scale are not trained together at one learning rate.
 _TENFOLD = 10.0
 _EPS = 2.0**-24  # half a step of float32, next to 1
 
 
-class Columns(NamedTuple):
-    """low, high, mean, std: (features,) float64. constant: bool."""
-
-    low: torch.Tensor
-    high: torch.Tensor
-    mean: torch.Tensor
-    std: torch.Tensor
-    constant: torch.Tensor
-
-
-def columns(data: Dataset) -> Columns:
+def columns(data: Dataset) -> Moments:
     """The range, mean and deviation of each feature, of the numbers as they are read."""
-    x = data.inputs.double() * data.scale + data.shift
-    low, high = x.amin(0), x.amax(0)
-    return Columns(low, high, x.mean(0), x.std(0, unbiased=False), low == high)
+    found = moments(data.inputs)
+    low, high, mean = (t * data.scale + data.shift for t in found[:3])
+    return Moments(low, high, mean, found.std * abs(data.scale))
 
 
 def why_standardize(data: Dataset) -> str:
@@ -37,7 +23,7 @@ def why_standardize(data: Dataset) -> str:
     if data.levels is not None or data.image_shape is not None:
         return ""
     found = columns(data)
-    varies = ~found.constant
+    varies = found.low != found.high
     if not bool(varies.any()):
         return ""
     std, size = found.std[varies], (found.mean**2 + found.std**2).sqrt()[varies]
@@ -53,5 +39,5 @@ def why_standardize(data: Dataset) -> str:
 def lost_in_float32(data: Dataset) -> list[int]:
     """Columns whose changes are hardly more than the rounding of float32."""
     found = columns(data)
-    lost = ~found.constant & (found.std < 100 * _EPS * found.mean.abs())
+    lost = (found.low != found.high) & (found.std < 100 * _EPS * found.mean.abs())
     return lost.nonzero().flatten().tolist()
