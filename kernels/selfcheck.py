@@ -7,6 +7,8 @@ On a machine without a GPU the kernels run in Triton's interpreter, in a process
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -59,10 +61,12 @@ def errors(operation, args) -> list[tuple[float, float]]:
     ]
 
 
-def checks(device) -> list[Check]:
-    """One Check for each operation and dtype: of the output that fails, else errs, most."""
-    found = []
-    for name, operation in OPERATIONS.items():
+def checks(device: str, names: Sequence[str] = ()) -> Iterator[Check]:
+    """One Check for each operation (of these names, else all) and dtype, as soon as it is known: of
+    the output that fails, else errs, most.
+    """
+    for name in names or OPERATIONS:
+        operation = OPERATIONS[name]
         for dtype in launch.KERNEL_DTYPES:
             cases = operation.cases(Make(device, dtype), *_SHAPE)
             kind = str(dtype).removeprefix("torch.")
@@ -71,35 +75,59 @@ def checks(device) -> list[Check]:
                 for label, args in cases
                 for pair in errors(operation, args)
             ]
-            found.append(max(rows, key=lambda row: (not row.passed, row.error)))
-    return found
+            yield max(rows, key=lambda row: (not row.passed, row.error))
 
 
-def table(rows: list[Check]) -> str:
-    """The checks for people, a line each."""
-    lines = [f"{'operation':<22}{'dtype':<10}{'error':>9}  {'plain torch':>11}  {'':4}  worst case"]
-    for row in rows:
-        verdict = "ok" if row.passed else "FAIL"
-        lines.append(
-            f"{row.operation:<22}{row.dtype:<10}{row.error:>9.1e}  {row.reference_error:>11.1e}  "
-            f"{verdict:<4}  {row.case}"
-        )
-    return "\n".join(lines)
+HEADER = f"{'operation':<22}{'dtype':<10}{'error':>9}  {'plain torch':>11}  {'':4}  worst case"
 
 
-def run() -> tuple[bool, str]:
-    """(whether all passed, the table), on the GPU if there is one, else in the interpreter."""
-    if torch.cuda.is_available() or launch.INTERPRETED:
-        rows = checks("cuda" if torch.cuda.is_available() else "cpu")
-        return all(row.passed for row in rows), table(rows)
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [sys.executable, "-m", "kernels.selfcheck"], env=environment, capture_output=True, text=True
+def line(row: Check) -> str:
+    """A check for people."""
+    return (
+        f"{row.operation:<22}{row.dtype:<10}{row.error:>9.1e}  {row.reference_error:>11.1e}  "
+        f"{'ok' if row.passed else 'FAIL':<4}  {row.case}"
     )
-    return done.returncode == 0, (done.stdout or done.stderr).rstrip()
+
+
+def run(say: Callable[[str], None] = print, names: Sequence[str] = ()) -> bool:
+    """Whether all checks passed, on the GPU if there is one, else in the interpreter. Each is told
+    to `say` when it is done. The interpreter has a process for each core.
+    """
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu and not launch.INTERPRETED:
+        return _in_processes(say)
+    passed = True
+    for row in checks("cuda" if on_gpu else "cpu", names):
+        say(line(row))
+        passed &= row.passed
+    return passed
+
+
+def _in_processes(say: Callable[[str], None]) -> bool:
+    """All checks, dealt out to as many processes as there are cores."""
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONWARNINGS": "ignore",
+        "OMP_NUM_THREADS": "1",
+    }
+    count = min(os.cpu_count() or 1, len(OPERATIONS))
+
+    def work(names: list[str]) -> bool:
+        command = [sys.executable, "-m", "kernels.selfcheck", *names]
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process:
+            for text in process.stdout or ():
+                say(text.rstrip("\n"))
+        return process.returncode == 0
+
+    parts = [list(OPERATIONS)[i::count] for i in range(count)]
+    with ThreadPoolExecutor(count) as pool:
+        return all(list(pool.map(work, parts)))
 
 
 if __name__ == "__main__":
-    passed, text = run()
-    print(text)
-    sys.exit(not passed)
+    if not sys.argv[1:]:
+        print(HEADER, flush=True)
+    sys.exit(not run(lambda text: print(text, flush=True), sys.argv[1:]))

@@ -80,10 +80,8 @@ def _check(device: torch.device) -> None:
         + ("on the GPU" if device.type == "cuda" else "in Triton's interpreter")
         + " against float64"
     )
-    passed, text = selfcheck.run()
-    for line in text.splitlines():
-        say(line)
-    if not passed:
+    say(selfcheck.HEADER)
+    if not selfcheck.run(say):
         raise ValueError(
             "self-check failed: a kernel errs more than twice as much as plain torch; see the table"
         )

@@ -18,8 +18,8 @@ def shown(text: object) -> str:
 
 
 def say(line: object = "", file: TextIO | None = None) -> None:
-    """Print one line."""
-    print(shown(line), file=file or sys.stdout)
+    """Print one line, at once and in one piece: several threads may print."""
+    print(f"{shown(line)}\n", end="", file=file or sys.stdout, flush=True)
 
 
 def complain(message: object) -> None:
