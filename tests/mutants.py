@@ -46,7 +46,8 @@ TESTS = {
     ),
     **dict.fromkeys(("patches", "conv", "conv_bwd"), ("test_conv.py", "test_conv_memory.py")),
     **dict.fromkeys(("layers", "objective", "network"), ("test_step.py", "test_epoch.py")),
-    "launch": ("test_launch.py", "test_linear.py"),
+    **dict.fromkeys(("launch", "tape"), ("test_launch.py", "test_linear.py")),
+    "rules": ("test_optim.py", "test_mlp_update.py", "test_step.py", "test_epoch.py"),
     "replicas": ("test_epoch.py",),
     "compiled": ("test_compile.py",),
 }
