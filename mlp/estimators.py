@@ -1,0 +1,664 @@
+"""scikit-learn's MLPClassifier and MLPRegressor on handgrad's engines.
+
+Parameters, attributes, initial weights and the order of samples are scikit-learn's for the same
+`random_state`, so the same network comes out, to rounding. What differs: arithmetic is in float32
+(predictions on a CPU in float64), sparse input is made dense, solver "lbfgs" is left to
+scikit-learn, and the penalty `alpha` of a smaller last batch is that of a whole batch.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any, ClassVar
+
+import numpy
+import torch
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import accuracy_score, r2_score
+from sklearn.model_selection import train_test_split
+from sklearn.preprocessing import LabelBinarizer
+from sklearn.utils import check_random_state, column_or_1d, shuffle
+from sklearn.utils._param_validation import Interval, Options, StrOptions
+from sklearn.utils.multiclass import (
+    _check_partial_fit_first_call,
+    type_of_target,
+    unique_labels,
+)
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+
+from . import engines
+from .data import Dataset
+from .loss import BinaryCrossEntropy, MeanSquaredError, SoftmaxCrossEntropy
+from .modules import MLP
+from .optim import SGD, Adam
+
+# scikit-learn's names of activations -> ours.
+ACTIVATIONS = {"identity": "identity", "logistic": "sigmoid", "tanh": "tanh", "relu": "relu"}
+_GLOROT = {"logistic": 2.0}  # what scikit-learn's initial weights are scaled by; else 6
+_AUTO_BATCH = 200
+_ADAPTIVE_DIVISOR, _ADAPTIVE_LEAST = 5.0, 1e-6
+_SOLVERS: dict[str, Callable] = {
+    "sgd": lambda e, groups: SGD(
+        groups,
+        lr=e.learning_rate_init,
+        momentum=e.momentum,
+        nesterov=bool(e.nesterovs_momentum and e.momentum),
+    ),
+    "adam": lambda e, groups: Adam(
+        groups, lr=e.learning_rate_init, betas=(e.beta_1, e.beta_2), eps=e.epsilon
+    ),
+}
+
+
+def _constant(estimator: "_Network", optimizer: torch.optim.Optimizer) -> None:
+    """The learning rate stays."""
+
+
+def _invscaling(estimator: "_Network", optimizer: torch.optim.Optimizer) -> None:
+    _set_rate(optimizer, estimator.learning_rate_init / (estimator.t_ + 1) ** estimator.power_t)
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Another learning rate. scikit-learn's velocities hold the rates of their own steps, torch's
+    buffers do not: they are scaled, so that past gradients go on with the rates they had.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            velocity = optimizer.state[p].get("momentum_buffer")
+            if velocity is not None:
+                velocity.mul_(group["lr"] / rate)
+        group["lr"] = rate
+
+
+# What happens to the rate of sgd after an epoch; "adaptive" acts where training would stop.
+_SCHEDULES = {"constant": _constant, "invscaling": _invscaling, "adaptive": _constant}
+
+
+class _Network(BaseEstimator):
+    """What classifier and regressor share: checks, the training loop, attributes."""
+
+    _parameter_constraints: ClassVar[dict] = {
+        "hidden_layer_sizes": ["array-like", Interval(Integral, 1, None, closed="left")],
+        "activation": [StrOptions(set(ACTIVATIONS))],
+        "solver": [StrOptions({"lbfgs", *_SOLVERS})],
+        "alpha": [Interval(Real, 0, None, closed="left")],
+        "batch_size": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
+        "learning_rate": [StrOptions(set(_SCHEDULES))],
+        "learning_rate_init": [Interval(Real, 0, None, closed="neither")],
+        "power_t": [Interval(Real, 0, None, closed="left")],
+        "max_iter": [Interval(Integral, 1, None, closed="left")],
+        "shuffle": ["boolean"],
+        "random_state": ["random_state"],
+        "tol": [Interval(Real, 0, None, closed="left")],
+        "verbose": ["verbose"],
+        "warm_start": ["boolean"],
+        "momentum": [Interval(Real, 0, 1, closed="both")],
+        "nesterovs_momentum": ["boolean"],
+        "early_stopping": ["boolean"],
+        "validation_fraction": [Interval(Real, 0, 1, closed="left")],
+        "beta_1": [Interval(Real, 0, 1, closed="left")],
+        "beta_2": [Interval(Real, 0, 1, closed="left")],
+        "epsilon": [Interval(Real, 0, None, closed="neither")],
+        "n_iter_no_change": [
+            Interval(Integral, 1, None, closed="left"),
+            Options(Real, {numpy.inf}),
+        ],
+        "max_fun": [Interval(Integral, 1, None, closed="left")],
+        "device": [str, None],
+        "engine": [StrOptions({"auto", *engines.ENGINES})],
+    }
+
+    def __init__(
+        self,
+        hidden_layer_sizes: Any = (100,),
+        activation: str = "relu",
+        *,
+        solver: str = "adam",
+        alpha: float = 0.0001,
+        batch_size: int | str = "auto",
+        learning_rate: str = "constant",
+        learning_rate_init: float = 0.001,
+        power_t: float = 0.5,
+        max_iter: int = 200,
+        shuffle: bool = True,
+        random_state: Any = None,
+        tol: float = 1e-4,
+        verbose: bool = False,
+        warm_start: bool = False,
+        momentum: float = 0.9,
+        nesterovs_momentum: bool = True,
+        early_stopping: bool = False,
+        validation_fraction: float = 0.1,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-8,
+        n_iter_no_change: float = 10,
+        max_fun: int = 15000,
+        device: str | None = None,
+        engine: str = "auto",
+    ) -> None:
+        self.hidden_layer_sizes = hidden_layer_sizes
+        self.activation = activation
+        self.solver = solver
+        self.alpha = alpha
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.learning_rate_init = learning_rate_init
+        self.power_t = power_t
+        self.max_iter = max_iter
+        self.shuffle = shuffle
+        self.random_state = random_state
+        self.tol = tol
+        self.verbose = verbose
+        self.warm_start = warm_start
+        self.momentum = momentum
+        self.nesterovs_momentum = nesterovs_momentum
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.beta_1 = beta_1
+        self.beta_2 = beta_2
+        self.epsilon = epsilon
+        self.n_iter_no_change = n_iter_no_change
+        self.max_fun = max_fun
+        self.device = device
+        self.engine = engine
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "_Network":
+        """Train on X (samples, features) and y. sample_weight: (samples,), of their losses."""
+        return self._fit(X, y, sample_weight, incremental=False)
+
+    def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> "_Network":
+        """One epoch more on these samples."""
+        return self._fit(X, y, sample_weight, incremental=True)
+
+    @property
+    def coefs_(self) -> list[numpy.ndarray]:
+        """Weights of each layer, (inputs, outputs)."""
+        return [layer.weight.detach().cpu().numpy().T for layer in self._layers()]
+
+    @property
+    def intercepts_(self) -> list[numpy.ndarray]:
+        """Biases of each layer, (outputs,)."""
+        return [layer.bias.detach().cpu().numpy() for layer in self._layers()]
+
+    def _layers(self) -> list[torch.nn.Module]:
+        model = self.__dict__.get("_model")
+        if model is None:
+            raise AttributeError(f"this {type(self).__name__} is not fitted yet: call fit")
+        return list(model.children())
+
+    def __getstate__(self) -> dict:
+        state = dict(super().__getstate__())
+        state.pop("_trained", None)  # the engine, which is made again
+        return state
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        return tags
+
+    def _fit(self, X, y, sample_weight, incremental):
+        self._validate_params()
+        if self.solver not in _SOLVERS:
+            raise ValueError(
+                f"{type(self).__name__}: solver {self.solver!r} is not served; use "
+                f"sklearn.neural_network.{type(self).__name__}, or solver 'adam' or 'sgd'"
+            )
+        if incremental and self.early_stopping:
+            raise ValueError("partial_fit does not support early_stopping=True")
+        first = "_model" not in self.__dict__ or not (self.warm_start or incremental)
+        X, targets = self._validate_input(X, y, incremental, first)
+        weights = None if sample_weight is None else _check_sample_weight(sample_weight, X)
+        self._random = check_random_state(self.random_state)
+        if first:
+            self._start([X.shape[1], *self._hidden(), self.n_outputs_])
+        X, targets, weights, held = self._hold_out(X, targets, weights)
+        training = self._training(X, targets, weights, incremental)
+        epochs = 1 if incremental else self.max_iter
+        if self._run(training, held, epochs) and not incremental:
+            warnings.warn(
+                f"Stochastic Optimizer: Maximum iterations ({self.max_iter}) reached and the "
+                "optimization hasn't converged yet.",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
+        if self.early_stopping:
+            self._model.load_state_dict(self._best)
+        if not all(bool(p.isfinite().all()) for p in self._model.parameters()):
+            raise ValueError(
+                "Solver produced non-finite parameter weights. The input data may contain large "
+                "values and need to be preprocessed."
+            )
+        return self
+
+    def _hidden(self) -> list[int]:
+        sizes = self.hidden_layer_sizes
+        sizes = [int(n) for n in (sizes if hasattr(sizes, "__iter__") else [sizes])]
+        if any(n <= 0 for n in sizes):
+            raise ValueError(f"hidden_layer_sizes must be > 0, got {sizes}.")
+        return sizes
+
+    def _start(self, sizes: list[int]) -> None:
+        """Fresh weights, drawn as scikit-learn draws them, and nothing reached yet."""
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._model = MLP(sizes, ACTIVATIONS[self.activation], device=device, dtype=torch.float32)
+        with torch.no_grad():
+            for layer in self._model.children():
+                fan = layer.in_features + layer.out_features
+                bound = math.sqrt(_GLOROT.get(self.activation, 6.0) / fan)
+                shape = (layer.in_features, layer.out_features)
+                weight = self._random.uniform(-bound, bound, shape)
+                layer.weight.copy_(torch.from_numpy(weight.T))
+                bias = self._random.uniform(-bound, bound, layer.out_features)
+                layer.bias.copy_(torch.from_numpy(bias))
+        self.n_layers_, self.n_iter_, self.t_ = len(sizes), 0, 0
+        self._no_improvement = 0
+        self.loss_curve_: list[float] = []
+        self.best_loss_ = None if self.early_stopping else math.inf
+        self.validation_scores_ = [] if self.early_stopping else None
+        self.best_validation_score_ = -math.inf if self.early_stopping else None
+        self._best = self._weights()
+        self._optimizer = None
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach().clone() for name, p in self._model.state_dict().items()}
+
+    def _hold_out(self, X, targets, weights):
+        """Samples to train on, and under early stopping (inputs, targets, weights) to judge by."""
+        if not self.early_stopping:
+            return X, targets, weights, None
+        arrays = [X, targets] if weights is None else [X, targets, weights]
+        parts = train_test_split(
+            *arrays,
+            random_state=self._random,
+            test_size=self.validation_fraction,
+            stratify=targets if self._stratifies() else None,
+        )
+        if parts[1].shape[0] < 2:
+            raise ValueError(
+                "The validation set is too small. Increase 'validation_fraction' or the size of "
+                "your dataset."
+            )
+        held = (parts[1], parts[3], None if weights is None else parts[5])
+        return parts[0], parts[2], None if weights is None else parts[4], held
+
+    def _stratifies(self) -> bool:
+        return False
+
+    def _training(self, X, targets, weights, incremental) -> "_Training":
+        """Data and loss of this call; the optimizer goes on under partial_fit."""
+        device = next(self._model.parameters()).device
+        dense = X.toarray() if hasattr(X, "toarray") else X
+        inputs = torch.from_numpy(numpy.ascontiguousarray(dense, dtype=numpy.float32))
+        data = Dataset(inputs, torch.from_numpy(targets), self._class_names()).to(device)
+        count = len(data)
+        batch = min(_AUTO_BATCH, count) if self.batch_size == "auto" else self.batch_size
+        if batch > count:
+            warnings.warn(
+                "Got `batch_size` less than 1 or larger than sample size. It is going to be "
+                "clipped",
+                stacklevel=4,
+            )
+            batch = count
+        if self._optimizer is None or not incremental:
+            self._optimizer = _SOLVERS[self.solver](self, self._groups())
+        if weights is not None:
+            weights = torch.from_numpy(weights.astype(numpy.float32)).to(device)
+        return _Training(self, data, weights, int(batch))
+
+    def _groups(self) -> list[dict]:
+        """The penalty is on weights alone; without one, all parameters are one group."""
+        if not self.alpha:
+            return [{"params": list(self._model.parameters()), "decays": False}]
+        layers = self._layers()
+        return [
+            {"params": [layer.weight for layer in layers], "decays": True},
+            {"params": [layer.bias for layer in layers], "decays": False},
+        ]
+
+    def _run(self, training: "_Training", held, epochs: int) -> bool:
+        """Train until nothing improves, at most `epochs`; whether the epochs ran out."""
+        order = numpy.arange(len(training.data))
+        self.n_iter_ = 0
+        for _ in range(epochs):
+            if self.shuffle:
+                order = shuffle(order, random_state=self._random)
+            self.loss_ = training.epoch(torch.from_numpy(order))
+            self.n_iter_ += 1
+            self.t_ += len(order)
+            self.loss_curve_.append(self.loss_)
+            if self.verbose:
+                print(f"Iteration {self.n_iter_}, loss = {self.loss_:.8f}")
+            self._note_improvement(held)
+            if self.solver == "sgd":
+                _SCHEDULES[self.learning_rate](self, self._optimizer)
+            if self._no_improvement > self.n_iter_no_change and self._stops():
+                return False
+        return True
+
+    def _note_improvement(self, held) -> None:
+        if held is None:
+            better = self.loss_ <= self.best_loss_ - self.tol
+            self.best_loss_ = min(self.best_loss_, self.loss_)
+        else:
+            score = self._held_out_score(*held)
+            self.validation_scores_.append(score)
+            if self.verbose:
+                print(f"Validation score: {score:f}")
+            better = score >= self.best_validation_score_ + self.tol
+            if score > self.best_validation_score_:
+                self.best_validation_score_ = score
+                self._best = self._weights()
+        self._no_improvement = 0 if better else self._no_improvement + 1
+
+    def _stops(self) -> bool:
+        """Whether training ends here. An adaptive learning rate is divided first."""
+        rate = self._optimizer.param_groups[0]["lr"]
+        if self.learning_rate != "adaptive" or self.solver != "sgd" or rate <= _ADAPTIVE_LEAST:
+            return True
+        _set_rate(self._optimizer, rate / _ADAPTIVE_DIVISOR)
+        self._no_improvement = 0
+        return False
+
+    def _outputs(self, X, check: bool = True) -> torch.Tensor:
+        """The network's outputs, (samples, outputs) float64 on the CPU."""
+        if check:
+            check_is_fitted(self)
+            X = validate_data(self, X, accept_sparse=("csr", "csc"), reset=False)
+        dense = X.toarray() if hasattr(X, "toarray") else X
+        device = next(self._model.parameters()).device
+        # Rows come out the same in any batch, as scikit-learn's do, where a float64 is cheap.
+        dtype = torch.float64 if device.type == "cpu" else torch.float32
+        x = torch.from_numpy(numpy.ascontiguousarray(dense)).to(device, dtype)
+        model = MLP(self._model.sizes, self._model.activation, device=device, dtype=dtype)
+        model.load_state_dict(self._model.state_dict())
+        with torch.no_grad():
+            return model(x).double().cpu()
+
+
+class _Training:
+    """One call of fit: data on the device, the loss, and an engine, or weighted steps."""
+
+    def __init__(self, estimator: _Network, data: Dataset, weights, batch: int) -> None:
+        self.estimator, self.data, self.weights, self.batch = estimator, data, weights, batch
+        self.model, self.optimizer = estimator._model, estimator._optimizer
+        loss, self.per_output = estimator._make_loss("mean" if weights is None else "none")
+        self.loss = loss
+        self.decayed = [p for g in self.optimizer.param_groups if g["decays"] for p in g["params"]]
+        self.decays = bool(self.decayed)
+        if weights is None:
+            chosen = (estimator.engine, self.model, loss, self.optimizer, batch)
+            self.engine, _ = engines.choose(*chosen)
+
+    def epoch(self, order: torch.Tensor) -> float:
+        """Train on all samples once; the mean loss with its penalty, as scikit-learn reports it."""
+        order = order.to(self.data.inputs.device)
+        whole = len(order) // self.batch * self.batch
+        # The penalty of a batch is alpha over its samples: a smaller last one is a part of its own.
+        parts = [p for p in (order[:whole], order[whole:]) if len(p)] if self.decays else [order]
+        before, total = self._penalty(), 0.0
+        for part in parts:
+            try:
+                total += self._part(part) * len(part)
+            except FloatingPointError as error:
+                raise ValueError(
+                    f"{type(self.estimator).__name__}: {error}: Solver produced non-finite "
+                    "parameter weights; scale the inputs or take a smaller learning_rate_init"
+                ) from None
+        batches = -(-len(order) // self.batch)
+        penalty = (before + self._penalty()) / 2 * batches
+        return (total * self.per_output + penalty) / len(order)
+
+    def _part(self, order: torch.Tensor) -> float:
+        if self.weights is not None:
+            return self._weighted(order)
+        self._set_decay(min(self.batch, len(order)))
+        return self.engine.epoch(self.data, order, self.batch).loss
+
+    def _set_decay(self, samples: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = self.estimator.alpha / samples if group["decays"] else 0.0
+
+    def _penalty(self) -> float:
+        """½ alpha Σ w² over the weights, which scikit-learn adds to the summed loss of a batch."""
+        if not self.decays:
+            return 0.0
+        squares = sum(float(p.detach().square().sum()) for p in self.decayed)
+        return 0.5 * self.estimator.alpha * squares
+
+    def _weighted(self, order: torch.Tensor) -> float:
+        total = 0.0
+        for rows in order.split(self.batch):
+            x, y = self.data.batch(rows)
+            losses = self.loss(self.model(x), y)
+            losses = losses if losses.dim() == 1 else losses.sum(1)
+            weights = self.weights[rows]
+            value = (losses * weights).sum() / weights.sum()
+            self._set_decay(float(weights.sum()))
+            self.optimizer.zero_grad()
+            value.backward()
+            self.optimizer.step()
+            if not math.isfinite(value.item()):
+                raise FloatingPointError(f"the loss is {value.item()}")
+            total += value.item() * len(rows)
+        return total / len(order)
+
+
+class MLPClassifier(ClassifierMixin, _Network):
+    """`sklearn.neural_network.MLPClassifier` on handgrad's engines: parameters and attributes as
+    there.
+
+    device: "cpu", "cuda", …; None takes the GPU if there is one. engine: as `mlp.Trainer`'s. Two
+    classes and several labels have logistic outputs, more classes a softmax.
+    """
+
+    def partial_fit(
+        self, X: Any, y: Any, sample_weight: Any = None, classes: Any = None
+    ) -> "MLPClassifier":
+        """One epoch more. classes: all there will be, at the first call."""
+        if _check_partial_fit_first_call(self, classes):
+            self._binarizer = LabelBinarizer()
+            multilabel = type_of_target(y).startswith("multilabel")
+            self._binarizer.fit(y if multilabel else classes)
+        return self._fit(X, y, sample_weight, incremental=True)
+
+    def _validate_input(self, X, y, incremental, reset):
+        X, y = validate_data(
+            self,
+            X,
+            y,
+            accept_sparse=("csr", "csc"),
+            multi_output=True,
+            dtype=(numpy.float64, numpy.float32),
+            reset=reset,
+        )
+        if y.ndim == 2 and y.shape[1] == 1:
+            y = column_or_1d(y, warn=True)
+        if not hasattr(self, "classes_") or not (self.warm_start or incremental):
+            self._binarizer = LabelBinarizer().fit(y)
+            self.classes_ = self._binarizer.classes_
+        else:
+            self._check_classes(unique_labels(y))
+        binary = self._binarizer.transform(y)
+        self.n_outputs_ = binary.shape[1]
+        self.out_activation_ = "softmax" if self._is_softmax() else "logistic"
+        targets = binary.argmax(1) if self._is_softmax() else binary.astype(numpy.float32)
+        return X, targets
+
+    def _is_softmax(self) -> bool:
+        return self._binarizer.y_type_ == "multiclass"
+
+    def _check_classes(self, found) -> None:
+        if self.warm_start and set(found) != set(self.classes_):
+            raise ValueError(
+                "warm_start can only be used where `y` has the same classes as in the previous "
+                f"call to fit. Previously got {self.classes_}, `y` has {found}"
+            )
+        if len(numpy.setdiff1d(found, self.classes_, assume_unique=True)):
+            raise ValueError(
+                f"`y` has classes not in `self.classes_`. `self.classes_` has {self.classes_}. "
+                f"'y' has {found}."
+            )
+
+    def _class_names(self) -> tuple[str, ...]:
+        return tuple(map(str, self.classes_)) if self._is_softmax() else ()
+
+    def _make_loss(self, reduction: str):
+        if self._is_softmax():
+            return SoftmaxCrossEntropy(reduction=reduction), 1.0
+        scale = 1.0 if reduction == "none" else float(self.n_outputs_)  # a sum over outputs
+        return BinaryCrossEntropy(reduction=reduction, scale=scale), 1.0
+
+    def _stratifies(self) -> bool:
+        return self.n_outputs_ == 1
+
+    def _held_out_score(self, X, targets, weights) -> float:
+        predicted = self._answers(self._outputs(X, check=False))
+        expected = targets if self._is_softmax() else self._binarizer.inverse_transform(targets)
+        if self._is_softmax():
+            expected = self.classes_[targets]
+        return float(accuracy_score(expected, predicted, sample_weight=weights))
+
+    def _answers(self, outputs: torch.Tensor) -> numpy.ndarray:
+        """Classes, or rows of 0 and 1 for several labels."""
+        if self._is_softmax():
+            return self.classes_[outputs.argmax(1).numpy()]
+        scores = torch.sigmoid(outputs).numpy()
+        return self._binarizer.inverse_transform(scores.ravel() if self.n_outputs_ == 1 else scores)
+
+    def predict(self, X: Any) -> numpy.ndarray:
+        """The class of each sample, or a row of 0 and 1 for several labels."""
+        return self._answers(self._outputs(X))
+
+    def predict_proba(self, X: Any) -> numpy.ndarray:
+        """(samples, classes): the probability of each class, in the order of `classes_`."""
+        outputs = self._outputs(X)
+        if self._is_softmax():
+            return torch.softmax(outputs, 1).numpy()
+        scores = torch.sigmoid(outputs).numpy()
+        if self.n_outputs_ == 1:
+            return numpy.hstack([1 - scores, scores])
+        return scores
+
+    def predict_log_proba(self, X: Any) -> numpy.ndarray:
+        """The logarithm of `predict_proba`."""
+        probabilities = self.predict_proba(X)
+        return numpy.log(probabilities, out=probabilities)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_label = True
+        return tags
+
+
+class MLPRegressor(RegressorMixin, _Network):
+    """`sklearn.neural_network.MLPRegressor` on handgrad's engines: parameters and attributes as
+    there.
+
+    loss: "squared_error"; "poisson" is left to scikit-learn. device: "cpu", "cuda", …; None takes
+    the GPU if there is one. engine: as `mlp.Trainer`'s.
+    """
+
+    _parameter_constraints: ClassVar[dict] = {
+        **_Network._parameter_constraints,
+        "loss": [StrOptions({"squared_error"})],
+    }
+    out_activation_ = "identity"
+
+    def __init__(
+        self,
+        loss: str = "squared_error",
+        hidden_layer_sizes: Any = (100,),
+        activation: str = "relu",
+        *,
+        solver: str = "adam",
+        alpha: float = 0.0001,
+        batch_size: int | str = "auto",
+        learning_rate: str = "constant",
+        learning_rate_init: float = 0.001,
+        power_t: float = 0.5,
+        max_iter: int = 200,
+        shuffle: bool = True,
+        random_state: Any = None,
+        tol: float = 1e-4,
+        verbose: bool = False,
+        warm_start: bool = False,
+        momentum: float = 0.9,
+        nesterovs_momentum: bool = True,
+        early_stopping: bool = False,
+        validation_fraction: float = 0.1,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-8,
+        n_iter_no_change: float = 10,
+        max_fun: int = 15000,
+        device: str | None = None,
+        engine: str = "auto",
+    ) -> None:
+        super().__init__(
+            hidden_layer_sizes,
+            activation,
+            solver=solver,
+            alpha=alpha,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            learning_rate_init=learning_rate_init,
+            power_t=power_t,
+            max_iter=max_iter,
+            shuffle=shuffle,
+            random_state=random_state,
+            tol=tol,
+            verbose=verbose,
+            warm_start=warm_start,
+            momentum=momentum,
+            nesterovs_momentum=nesterovs_momentum,
+            early_stopping=early_stopping,
+            validation_fraction=validation_fraction,
+            beta_1=beta_1,
+            beta_2=beta_2,
+            epsilon=epsilon,
+            n_iter_no_change=n_iter_no_change,
+            max_fun=max_fun,
+            device=device,
+            engine=engine,
+        )
+        self.loss = loss
+
+    def _validate_input(self, X, y, incremental, reset):
+        X, y = validate_data(
+            self,
+            X,
+            y,
+            accept_sparse=("csr", "csc"),
+            multi_output=True,
+            y_numeric=True,
+            dtype=(numpy.float64, numpy.float32),
+            reset=reset,
+        )
+        if y.ndim == 2 and y.shape[1] == 1:
+            y = column_or_1d(y, warn=True)
+        y = y.reshape(len(y), -1).astype(numpy.float32)
+        self.n_outputs_ = y.shape[1]
+        return X, y
+
+    def _class_names(self) -> tuple[str, ...]:
+        return ()
+
+    def _make_loss(self, reduction: str):
+        # Half the sum over outputs is minimised; the loss that is reported is a mean over them.
+        outputs = float(self.n_outputs_)
+        scale = 0.5 if reduction == "none" else 0.5 * outputs
+        return MeanSquaredError(reduction=reduction, scale=scale), 1.0 / outputs
+
+    def _held_out_score(self, X, targets, weights) -> float:
+        predicted = self._outputs(X, check=False).numpy()
+        if not numpy.isfinite(predicted).all():
+            return math.nan
+        return float(r2_score(targets, predicted, sample_weight=weights))
+
+    def predict(self, X: Any) -> numpy.ndarray:
+        """(samples,) or, of several targets, (samples, outputs)."""
+        outputs = self._outputs(X).numpy()
+        return outputs.ravel() if outputs.shape[1] == 1 else outputs
