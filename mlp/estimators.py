@@ -1,9 +1,8 @@
 """scikit-learn's MLPClassifier and MLPRegressor on handgrad's engines.
 
 Parameters, attributes, initial weights and the order of samples are scikit-learn's for the same
-`random_state`, so the same network comes out, to rounding. What differs: arithmetic is in float32
-(predictions on a CPU in float64), sparse input is made dense, solver "lbfgs" is left to
-scikit-learn, and the penalty `alpha` of a smaller last batch is that of a whole batch.
+`random_state`, so the same network comes out, to rounding. What differs: sparse input is made
+dense, solver "lbfgs" and Poisson loss are left to scikit-learn, and a GPU computes in float32.
 """
 
 import math
@@ -37,6 +36,7 @@ from .optim import SGD, Adam
 # scikit-learn's names of activations -> ours.
 ACTIVATIONS = {"identity": "identity", "logistic": "sigmoid", "tanh": "tanh", "relu": "relu"}
 _GLOROT = {"logistic": 2.0}  # what scikit-learn's initial weights are scaled by; else 6
+_PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
 _AUTO_BATCH = 200
 _ADAPTIVE_DIVISOR, _ADAPTIVE_LEAST = 5.0, 1e-6
 _SOLVERS: dict[str, Callable] = {
@@ -108,6 +108,7 @@ class _Network(BaseEstimator):
         "max_fun": [Interval(Integral, 1, None, closed="left")],
         "device": [str, None],
         "engine": [StrOptions({"auto", *engines.ENGINES})],
+        "precision": [StrOptions({"auto", *_PRECISIONS})],
     }
 
     def __init__(
@@ -138,6 +139,7 @@ class _Network(BaseEstimator):
         max_fun: int = 15000,
         device: str | None = None,
         engine: str = "auto",
+        precision: str = "auto",
     ) -> None:
         self.hidden_layer_sizes = hidden_layer_sizes
         self.activation = activation
@@ -164,6 +166,7 @@ class _Network(BaseEstimator):
         self.max_fun = max_fun
         self.device = device
         self.engine = engine
+        self.precision = precision
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "_Network":
         """Train on X (samples, features) and y. sample_weight: (samples,), of their losses."""
@@ -213,7 +216,7 @@ class _Network(BaseEstimator):
         weights = None if sample_weight is None else _check_sample_weight(sample_weight, X)
         self._random = check_random_state(self.random_state)
         if first:
-            self._start([X.shape[1], *self._hidden(), self.n_outputs_])
+            self._start([X.shape[1], *self._hidden(), self.n_outputs_], X.dtype)
         X, targets, weights, held = self._hold_out(X, targets, weights)
         training = self._training(X, targets, weights, incremental)
         epochs = 1 if incremental else self.max_iter
@@ -240,10 +243,13 @@ class _Network(BaseEstimator):
             raise ValueError(f"hidden_layer_sizes must be > 0, got {sizes}.")
         return sizes
 
-    def _start(self, sizes: list[int]) -> None:
+    def _start(self, sizes: list[int], read: numpy.dtype) -> None:
         """Fresh weights, drawn as scikit-learn draws them, and nothing reached yet."""
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = MLP(sizes, ACTIVATIONS[self.activation], device=device, dtype=torch.float32)
+        # As scikit-learn: float64 inputs are learned from in float64. The kernels have none.
+        auto = torch.float64 if device == "cpu" and read == numpy.float64 else torch.float32
+        dtype = _PRECISIONS.get(self.precision, auto)
+        self._model = MLP(sizes, ACTIVATIONS[self.activation], device=device, dtype=dtype)
         with torch.no_grad():
             for layer in self._model.children():
                 fan = layer.in_features + layer.out_features
@@ -289,10 +295,12 @@ class _Network(BaseEstimator):
 
     def _training(self, X, targets, weights, incremental) -> "_Training":
         """Data and loss of this call; the optimizer goes on under partial_fit."""
-        device = next(self._model.parameters()).device
         dense = X.toarray() if hasattr(X, "toarray") else X
-        inputs = torch.from_numpy(numpy.ascontiguousarray(dense, dtype=numpy.float32))
-        data = Dataset(inputs, torch.from_numpy(targets), self._class_names()).to(device)
+        first = next(self._model.parameters())
+        inputs = torch.from_numpy(numpy.ascontiguousarray(dense)).to(first.dtype)
+        targets = torch.from_numpy(targets)
+        targets = targets.to(first.dtype) if targets.is_floating_point() else targets
+        data = Dataset(inputs, targets, self._class_names()).to(first.device)
         count = len(data)
         batch = min(_AUTO_BATCH, count) if self.batch_size == "auto" else self.batch_size
         if batch > count:
@@ -305,7 +313,7 @@ class _Network(BaseEstimator):
         if self._optimizer is None or not incremental:
             self._optimizer = _SOLVERS[self.solver](self, self._groups())
         if weights is not None:
-            weights = torch.from_numpy(weights.astype(numpy.float32)).to(device)
+            weights = torch.from_numpy(weights).to(first.device, first.dtype)
         return _Training(self, data, weights, int(batch))
 
     def _groups(self) -> list[dict]:
@@ -431,7 +439,7 @@ class _Training:
     def _weighted(self, order: torch.Tensor) -> float:
         total = 0.0
         for rows in order.split(self.batch):
-            x, y = self.data.batch(rows)
+            x, y = self.data.batch(rows, self.weights.dtype)
             losses = self.loss(self.model(x), y)
             losses = losses if losses.dim() == 1 else losses.sum(1)
             weights = self.weights[rows]
@@ -450,8 +458,9 @@ class MLPClassifier(ClassifierMixin, _Network):
     """`sklearn.neural_network.MLPClassifier` on handgrad's engines: parameters and attributes as
     there.
 
-    device: "cpu", "cuda", …; None takes the GPU if there is one. engine: as `mlp.Trainer`'s. Two
-    classes and several labels have logistic outputs, more classes a softmax.
+    device: "cpu", "cuda", …; None takes the GPU if there is one. engine: as `mlp.Trainer`'s.
+    precision: "fp32", "fp64", or "auto": on a CPU that of X, on a GPU fp32. Two classes and several
+    labels have logistic outputs, more classes a softmax.
     """
 
     def partial_fit(
@@ -484,7 +493,7 @@ class MLPClassifier(ClassifierMixin, _Network):
         binary = self._binarizer.transform(y)
         self.n_outputs_ = binary.shape[1]
         self.out_activation_ = "softmax" if self._is_softmax() else "logistic"
-        targets = binary.argmax(1) if self._is_softmax() else binary.astype(numpy.float32)
+        targets = binary.argmax(1) if self._is_softmax() else binary.astype(numpy.float64)
         return X, targets
 
     def _is_softmax(self) -> bool:
@@ -558,7 +567,7 @@ class MLPRegressor(RegressorMixin, _Network):
     there.
 
     loss: "squared_error"; "poisson" is left to scikit-learn. device: "cpu", "cuda", …; None takes
-    the GPU if there is one. engine: as `mlp.Trainer`'s.
+    the GPU if there is one. engine and precision: as `MLPClassifier`'s.
     """
 
     _parameter_constraints: ClassVar[dict] = {
@@ -596,6 +605,7 @@ class MLPRegressor(RegressorMixin, _Network):
         max_fun: int = 15000,
         device: str | None = None,
         engine: str = "auto",
+        precision: str = "auto",
     ) -> None:
         super().__init__(
             hidden_layer_sizes,
@@ -623,6 +633,7 @@ class MLPRegressor(RegressorMixin, _Network):
             max_fun=max_fun,
             device=device,
             engine=engine,
+            precision=precision,
         )
         self.loss = loss
 
@@ -639,7 +650,7 @@ class MLPRegressor(RegressorMixin, _Network):
         )
         if y.ndim == 2 and y.shape[1] == 1:
             y = column_or_1d(y, warn=True)
-        y = y.reshape(len(y), -1).astype(numpy.float32)
+        y = y.reshape(len(y), -1).astype(numpy.float64)
         self.n_outputs_ = y.shape[1]
         return X, y
 

@@ -1,5 +1,8 @@
 """The public names of `mlp`, one by one. `mlp/__init__.py` loads this file at the first use."""
 
+import importlib
+from typing import Any
+
 from . import data, recipes
 from .checkpoint import load, load_weights, save
 from .data import Dataset
@@ -58,3 +61,17 @@ __all__ = [
     "recipes",
     "save",
 ]
+
+# They stand on scikit-learn, which need not be there and takes a second to import.
+ESTIMATORS = ("MLPClassifier", "MLPRegressor")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ESTIMATORS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(".estimators", __package__), name)
+    except ModuleNotFoundError as missing:
+        if not str(missing.name).startswith("sklearn"):
+            raise
+        raise data.needs_extra("scikit-learn", f"mlp.{name}") from None

@@ -65,6 +65,7 @@ NEEDS = {
     "sklearn": [
         "mlp/test_data.py",
         "mlp/test_data_files.py",
+        "mlp/test_estimators.py",
         "mlp/test_metrics.py",
         "mlp/test_readme.py",
         "mlp/test_trainer.py",

@@ -1,0 +1,190 @@
+"""The estimators are scikit-learn's: its own checks pass, and the same network comes out."""
+
+import pickle
+import subprocess
+import sys
+import warnings
+
+import numpy
+import pytest
+from sklearn import datasets, neural_network
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils import estimator_checks
+
+import mlp
+from tests.test_structure import ROOT
+
+pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+NAMES = ("MLPClassifier", "MLPRegressor")
+
+
+def pair(name, **options):
+    # torch adds epsilon to Adam's denominator after the bias correction, scikit-learn before: with
+    # a tiny one both are the same.
+    options = {"random_state": 0, "max_iter": 8, "epsilon": 1e-30, **options}
+    options = {"hidden_layer_sizes": (7, 5), **options}
+    return getattr(mlp, name)(device="cpu", **options), getattr(neural_network, name)(**options)
+
+
+@pytest.fixture(scope="module")
+def wine():
+    x, y = datasets.load_wine(return_X_y=True)
+    return StandardScaler().fit_transform(x), y
+
+
+@pytest.fixture(scope="module")
+def diabetes():
+    x, y = datasets.load_diabetes(return_X_y=True)
+    return x[:150] * 20, numpy.stack([y, -y], 1)[:150] / 100
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_are_scikit_learns(name):
+    ours, theirs = (e().get_params() for e in (getattr(mlp, name), getattr(neural_network, name)))
+    assert {key: ours[key] for key in theirs} == theirs
+    assert set(ours) - set(theirs) == {"device", "engine", "precision"}
+
+
+# The checks that train most often are slow: the whole list runs with --full.
+@pytest.mark.parametrize("name", NAMES)
+def test_scikit_learns_own_checks(name, request):
+    estimator = getattr(mlp, name)(device="cpu", max_iter=100)
+    if request.config.getoption("--full"):
+        rows = estimator_checks.check_estimator(estimator, on_fail=None, on_skip=None)
+        failed = {r["check_name"]: r["exception"] for r in rows if r["status"] == "failed"}
+        assert failed == {} and len(rows) > 50
+        return
+    for check in (
+        estimator_checks.check_no_attributes_set_in_init,
+        estimator_checks.check_fit2d_1feature,
+        estimator_checks.check_estimators_pickle,
+        estimator_checks.check_estimator_sparse_tag,
+        estimator_checks.check_n_features_in,
+        estimator_checks.check_sample_weight_equivalence_on_dense_data,
+    ):
+        check(name, estimator)
+
+
+OPTIONS = {
+    "adam": {},
+    "sgd": {"solver": "sgd", "learning_rate_init": 0.01},
+    "sgd, no momentum": {"solver": "sgd", "momentum": 0.0, "learning_rate_init": 0.1},
+    "invscaling": {"solver": "sgd", "learning_rate": "invscaling", "nesterovs_momentum": False},
+    "adaptive": {
+        "solver": "sgd",
+        "learning_rate": "adaptive",
+        "learning_rate_init": 0.1,
+        "tol": 0.3,
+        "n_iter_no_change": 1,
+    },
+    "early stopping": {"early_stopping": True, "n_iter_no_change": 2, "max_iter": 20},
+    "logistic, small batches, penalty": {"activation": "logistic", "batch_size": 32, "alpha": 1.0},
+    "tanh, no penalty, in order": {"activation": "tanh", "alpha": 0.0, "shuffle": False},
+}
+
+
+def assert_same(ours, theirs, x):
+    """Losses, weights and predictions are those of scikit-learn, in float64."""
+    assert ours.n_iter_ == theirs.n_iter_ and ours.t_ == theirs.t_
+    # The penalty in our loss is the mean of an epoch's two ends.
+    numpy.testing.assert_allclose(ours.loss_curve_, theirs.loss_curve_, rtol=2e-3)
+    for a, b in zip([*ours.coefs_, *ours.intercepts_], [*theirs.coefs_, *theirs.intercepts_]):
+        numpy.testing.assert_allclose(a, b, rtol=0, atol=1e-9)
+    assert ours.out_activation_ == theirs.out_activation_
+    if theirs.validation_scores_ is not None:
+        numpy.testing.assert_allclose(ours.validation_scores_, theirs.validation_scores_, atol=1e-9)
+        assert ours.best_loss_ is None
+    answers = [e.predict(x) for e in (ours, theirs)]
+    if answers[0].dtype.kind == "f":
+        numpy.testing.assert_allclose(*answers, atol=1e-9)
+    else:
+        assert (answers[0] == answers[1]).all() and answers[0].dtype == answers[1].dtype
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_classifier_is_the_same(options, wine):
+    ours, theirs = (e.fit(*wine) for e in pair("MLPClassifier", **options))
+    assert_same(ours, theirs, wine[0])
+    numpy.testing.assert_allclose(
+        ours.predict_proba(wine[0]), theirs.predict_proba(wine[0]), atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("options", [OPTIONS["adam"], OPTIONS["early stopping"]])
+def test_regressor_is_the_same(options, diabetes):
+    ours, theirs = (e.fit(*diabetes) for e in pair("MLPRegressor", **options))
+    assert_same(ours, theirs, diabetes[0])
+
+
+@pytest.mark.parametrize("kind", ["binary texts", "several labels", "weights", "sparse"])
+def test_targets_and_inputs_of_all_kinds(kind, wine):
+    scipy_sparse = pytest.importorskip("scipy.sparse")
+    x, y = wine
+    weights = None
+    if kind == "binary texts":
+        y = numpy.where(y == 0, "no", "yes")
+    elif kind == "several labels":
+        y = numpy.stack([y == 0, y > 0, y == 1], 1).astype(int)
+    elif kind == "weights":
+        weights = numpy.linspace(0, 2, len(x))
+    elif kind == "sparse":
+        x = scipy_sparse.csr_matrix(x)
+    ours, theirs = (e.fit(x, y, sample_weight=weights) for e in pair("MLPClassifier"))
+    assert_same(ours, theirs, x)
+
+
+def test_partial_fit_and_warm_start(wine):
+    x, y = wine
+    ours, theirs = pair("MLPClassifier", warm_start=True)
+    for estimator in (ours, theirs):
+        estimator.partial_fit(x[::2], y[::2], classes=[0, 1, 2])
+        estimator.partial_fit(x, y)
+        estimator.fit(x, y)
+    assert_same(ours, theirs, x)
+
+
+def test_float32_stays(wine):
+    ours, _ = pair("MLPClassifier")
+    ours.fit(wine[0].astype(numpy.float32), wine[1])
+    assert {w.dtype for w in ours.coefs_} == {numpy.dtype("float32")}
+    ours.set_params(precision="fp64").fit(wine[0].astype(numpy.float32), wine[1])
+    assert {w.dtype for w in ours.coefs_} == {numpy.dtype("float64")}
+
+
+def test_search_pipeline_and_pickle(wine):
+    pipeline = make_pipeline(StandardScaler(), pair("MLPClassifier", max_iter=3)[0])
+    search = GridSearchCV(pipeline, {"mlpclassifier__alpha": [1e-4, 1.0]}, cv=2).fit(*wine)
+    again = pickle.loads(pickle.dumps(search.best_estimator_))
+    assert (again.predict(wine[0]) == search.predict(wine[0])).all()
+    again[-1].partial_fit(*wine)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_lbfgs_is_left_to_scikit_learn(name, wine):
+    estimator = getattr(mlp, name)(solver="lbfgs")
+    with pytest.raises(ValueError, match=f"use sklearn.neural_network.{name}"):
+        estimator.fit(*wine)
+
+
+def test_diverging_is_one_line(wine):
+    estimator = mlp.MLPRegressor(solver="sgd", learning_rate_init=1e6, device="cpu")
+    with pytest.raises(ValueError, match="take a smaller learning_rate_init"):
+        estimator.fit(*wine)
+
+
+def test_it_warns_where_epochs_ran_out(wine):
+    with warnings.catch_warnings(), pytest.raises(ConvergenceWarning, match=r"\(8\) reached"):
+        warnings.simplefilter("error")
+        pair("MLPClassifier")[0].fit(*wine)
+
+
+def test_without_scikit_learn_the_extra_is_named():
+    code = (
+        "import sys; sys.modules['sklearn'] = None\nimport mlp\n"
+        "try: mlp.MLPClassifier\nexcept ValueError as e: print(e)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "pip install 'handgrad[train]'" in done.stdout, done.stderr
