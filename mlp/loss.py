@@ -15,7 +15,7 @@ import torch
 import kernels
 
 
-class _Criterion:
+class Criterion:
     """What all losses share. `scale` multiplies the value and the gradient."""
 
     row: kernels.Loss
@@ -91,7 +91,7 @@ class _Criterion:
         return self._seeds[1]
 
 
-class SoftmaxCrossEntropy(_Criterion):
+class SoftmaxCrossEntropy(Criterion):
     """Softmax cross-entropy; arguments as `torch.nn.CrossEntropyLoss`. Targets are labels (N,) or
     probabilities (N, C).
     """
@@ -117,7 +117,7 @@ class SoftmaxCrossEntropy(_Criterion):
 
     def weight_of(self, target: torch.Tensor) -> torch.Tensor:
         """The sum of the labels' weights without those ignored; the rows, for probabilities and for
-        sums. See `_Criterion.weight_of`.
+        sums. See `Criterion.weight_of`.
         """
         weight, ignore_index, reduction, _ = self.options
         if target.is_floating_point() or reduction == "sum":
@@ -144,7 +144,7 @@ class SoftmaxCrossEntropy(_Criterion):
         return kernels.cross_entropy_bwd(dy, *saved, needs=(True, False))[0]
 
 
-class _Elementwise(_Criterion):
+class Elementwise(Criterion):
     """A loss over elements. Targets are numbers (N, C), or labels (N,): then their one-hot rows.
     The mean is over all elements.
     """
@@ -193,7 +193,7 @@ class _Elementwise(_Criterion):
         return kernels.elementwise_loss_bwd(dy, *saved, needs=(True, False))[0]
 
 
-class MeanSquaredError(_Elementwise):
+class MeanSquaredError(Elementwise):
     """Squared error. reduction as `torch.nn.MSELoss`; reduction="sum", scale=0.5 is ½ Σ d²."""
 
     row = kernels.LOSSES["mse"]
@@ -202,7 +202,7 @@ class MeanSquaredError(_Elementwise):
         super().__init__(reduction, scale)
 
 
-class BinaryCrossEntropy(_Elementwise):
+class BinaryCrossEntropy(Elementwise):
     """Binary cross-entropy of logits: several labels a row, each 0 or 1, as
     `torch.nn.BCEWithLogitsLoss`. pos_weight: a number, or one for each output, that multiplies the
     loss of targets that are 1.
@@ -219,7 +219,7 @@ class BinaryCrossEntropy(_Elementwise):
         super().__init__(reduction, scale, _numbers(self.row, pos_weight))
 
 
-class Huber(_Elementwise):
+class Huber(Elementwise):
     """Squared error up to `delta`, a line beyond: `torch.nn.HuberLoss`."""
 
     row = kernels.LOSSES["huber"]
@@ -228,7 +228,7 @@ class Huber(_Elementwise):
         super().__init__(reduction, scale, _numbers(self.row, delta))
 
 
-class Pinball(_Elementwise):
+class Pinball(Elementwise):
     """The loss of quantile regression: the outputs become a quantile of the targets, or with
     several numbers a quantile for each output. A single column of targets then serves all outputs.
     """
@@ -274,7 +274,7 @@ LOSSES = {
 }
 
 
-def get(loss: str) -> _Criterion:
+def get(loss: str) -> Criterion:
     """The loss of that name with its defaults; a ValueError that lists the names if there is
     none.
     """

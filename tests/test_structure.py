@@ -10,6 +10,7 @@ import pytest
 
 import kernels
 from kernels.activations import ACTIVATIONS
+from kernels.losses import LOSSES
 from kernels.operations import OPERATIONS
 
 ROOT = Path(__file__).parent.parent
@@ -74,7 +75,13 @@ def test_imports_run_one_way(name):
 
 
 @pytest.mark.parametrize(
-    ("leaf", "may"), {"launch": set(), "activations": set(), "configs": {"kernels.launch"}}.items()
+    ("leaf", "may"),
+    {
+        "launch": set(),
+        "activations": set(),
+        "losses": {"kernels.activations"},
+        "configs": {"kernels.launch"},
+    }.items(),
 )
 def test_leaves_import_no_operation(leaf, may):
     assert ours(f"kernels/{leaf}.py") <= may
@@ -108,14 +115,22 @@ def test_no_autotuner(name):
 
 @pytest.mark.parametrize("name", [name for name in LIBRARY if name != "kernels/activations.py"])
 def test_nothing_else_decides_by_an_activations_name(name):
-    for node in ast.walk(TREES[name]):
+    # "identity" is how one says that there is none.
+    assert_compares_none_of(set(ACTIVATIONS) - {"identity"}, name, "kernels/activations.py")
+
+
+@pytest.mark.parametrize("name", [name for name in LIBRARY if name != "kernels/losses.py"])
+def test_nothing_else_decides_by_a_losss_name(name):
+    assert_compares_none_of(set(LOSSES), name, "kernels/losses.py")
+
+
+def assert_compares_none_of(names, file, table):
+    """No comparison or match in the file has one of these strings in it."""
+    for node in ast.walk(TREES[file]):
         compared = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
         compared += [node.value] if isinstance(node, ast.MatchValue) else []
         strings = {n.value for c in compared for n in ast.walk(c) if isinstance(n, ast.Constant)}
-        # "identity" is how one says that there is none.
-        assert not strings & (set(ACTIVATIONS) - {"identity"}), (
-            f"line {node.lineno}: ask the table in activations.py"
-        )
+        assert not strings & names, f"line {node.lineno}: ask the table in {table}"
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -72,6 +72,12 @@ OPERATORS = {
     "log_softmax": ("log_softmax", log_softmax, None),
     "log_softmax.with_dtype": ("log_softmax", log_softmax, None),
     "mse_loss": ("nn.functional.mse_loss", kernels.mse_loss, None),
+    "binary_cross_entropy_with_logits": (
+        "nn.functional.binary_cross_entropy_with_logits",
+        kernels.binary_cross_entropy_with_logits,
+        None,
+    ),
+    "huber_loss": ("nn.functional.huber_loss", kernels.huber_loss, None),
     "conv2d": ("nn.functional.conv2d", kernels.conv2d, None),
     "conv2d, relu, max_pool2d": ("nn.functional.conv2d", conv_relu_pool, torchs_conv_relu_pool),
     "max_pool2d": ("nn.functional.max_pool2d", max_pool2d, None),
