@@ -81,7 +81,7 @@ def predict(values: Values) -> None:
         raise ValueError(
             f"{run.path} was trained on rows of numbers, not on images: it cannot read {images[0]}"
         )
-    dtype = setup.pick_precision(settings.precision)
+    dtype = setup.pick_precision(settings.precision).weights
     model = _network(run, setup.pick_device(values["device"]))
     features, outputs = ends(model.config())
     shape = facts.reading.image_shape

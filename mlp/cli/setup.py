@@ -17,14 +17,22 @@ from ..stepwise import Diverged
 from .options import Values
 from .terminal import say
 
-# name -> dtype of weights and data, and torch's name for the precision of float32 products
+
+class Arithmetic(NamedTuple):
+    """What a --precision stands for."""
+
+    weights: torch.dtype  # of weights, their update, and everything that evaluates
+    products: str  # torch's name for the precision of float32 products
+    training: str  # the precision of `Trainer`
+
+
 PRECISIONS = {
-    "fp32": (torch.float32, "highest"),
-    "tf32x3": (torch.float32, "high"),
-    "tf32": (torch.float32, "medium"),
-    "bf16": (torch.bfloat16, "highest"),
-    "fp16": (torch.float16, "highest"),
-    "fp64": (torch.float64, "highest"),
+    "fp32": Arithmetic(torch.float32, "highest", "fp32"),
+    "tf32x3": Arithmetic(torch.float32, "high", "fp32"),
+    "tf32": Arithmetic(torch.float32, "medium", "fp32"),
+    "bf16": Arithmetic(torch.float32, "highest", "bf16"),
+    "fp16": Arithmetic(torch.float32, "highest", "fp16"),
+    "fp64": Arithmetic(torch.float64, "highest", "fp32"),
 }
 
 
@@ -53,13 +61,12 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_precision(name: str) -> torch.dtype:
-    """The dtype of a --precision; sets how float32 products are made."""
+def pick_precision(name: str) -> Arithmetic:
+    """What a --precision stands for; sets how float32 products are made."""
     if name not in PRECISIONS:
         raise ValueError(f"unknown precision {name!r}; known: {', '.join(PRECISIONS)}")
-    dtype, products = PRECISIONS[name]
-    torch.set_float32_matmul_precision(products)
-    return dtype
+    torch.set_float32_matmul_precision(PRECISIONS[name].products)
+    return PRECISIONS[name]
 
 
 def absolute(source: str) -> str:
@@ -152,7 +159,7 @@ def change_of_data(settings: Settings, found: Facts) -> str | None:
 
 def build(settings: Settings, train: data.Dataset, device: torch.device) -> torch.nn.Module:
     """The network of a run with its initial weights; a ValueError if memory cannot hold it."""
-    recipe, dtype = settings.recipe, pick_precision(settings.precision)
+    recipe, dtype = settings.recipe, pick_precision(settings.precision).weights
     refuse_too_large(recipe.network(train), dtype=dtype)
     return recipe.model(train, settings.seed, device, dtype)
 

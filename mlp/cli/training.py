@@ -131,12 +131,17 @@ def _job(settings: Settings, loss_chosen: bool) -> Job:
     targets.
     """
     on = setup.pick_device(settings.device)
-    setup.pick_precision(settings.precision)
+    arithmetic = setup.pick_precision(settings.precision)
     found = setup.load_run(settings)
     recipe = settings.recipe = recipes.suited(settings.recipe, found.train, loss_chosen)
     model = setup.build(settings, found.train, on)
     trainer = Trainer(
-        model, recipe.make_loss(), recipe.make_optimizer, settings.engine, verbose=False
+        model,
+        recipe.make_loss(),
+        recipe.make_optimizer,
+        settings.engine,
+        verbose=False,
+        precision=arithmetic.training,
     )
     trainer.check(
         found.train, recipe.epochs, recipe.batch_size, found.test, drop_last=recipe.drop_last
