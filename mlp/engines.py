@@ -29,10 +29,16 @@ ENGINES: dict[str, type[Engine]] = {
 
 
 def choose(
-    name: str, model, loss, optimizer, batch_size: int = 1, demands: Demands | None = None
+    name: str,
+    model,
+    loss,
+    optimizer,
+    batch_size: int = 1,
+    demands: Demands | None = None,
+    steps: int | None = None,
 ) -> tuple[Engine, str]:
-    """The engine of that name, or under "auto" the last of ENGINES that serves; and one line that
-    says why.
+    """The engine of that name, or under "auto" the last of ENGINES that serves, and that pays for
+    so many steps if their number is known; and one line that says why.
     """
     if name != "auto" and name not in ENGINES:
         raise ValueError(f"unknown engine {name!r}; known: auto, {', '.join(ENGINES)}")
@@ -42,6 +48,8 @@ def choose(
     for candidate in reversed(candidates):
         kind = ENGINES[candidate]
         reason = kind.refuses(model, loss, optimizer, batch_size) or kind.cannot(demands)
+        if reason is None and name == "auto" and steps is not None:
+            reason = kind.costs(model, loss, optimizer, batch_size, steps)
         if reason is None:
             note = f"engine {candidate}" + (f" ({'; '.join(refusals)})" if refusals else "")
             engine = kind(model, loss, optimizer)

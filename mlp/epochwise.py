@@ -3,7 +3,7 @@ one launch.
 
     graph    the two launches of kernels.step where they serve, else the manual step; captured once,
              replayed over the epoch
-    epoch    kernels.train_epoch
+    epoch    kernels.train_epoch; on a CPU mlp.cpu, one call of compiled code
 
 Both read nothing back before the epoch's end, and allocate no gradients where the step or epoch
 kernels serve.
@@ -15,8 +15,8 @@ import torch
 
 import kernels
 
+from . import cpu, takeover
 from . import loss as losses
-from . import takeover
 from .state import parameters_of
 from .stepwise import Demands, Engine, EpochResult, Manual, memory
 
@@ -111,39 +111,50 @@ class _Fused(Engine):
 
 
 class Epoch(_Fused):
-    """One launch trains the whole epoch."""
+    """One launch trains the whole epoch; on a CPU one call of compiled code, which needs numba."""
 
     name = "epoch"
 
     @classmethod
     def refuses(cls, model, loss, optimizer, batch_size=1):
-        first = next(iter(parameters_of(model).values()))
-        if kernels.path(first.detach()) != "triton" and first.dtype == torch.float32:
-            return "epoch: needs a GPU, or TRITON_INTERPRET=1"
+        first = next(iter(parameters_of(model).values())).detach()
+        on_cpu = cpu.serves(first)
+        if not on_cpu and kernels.backend(first) != "triton" and first.dtype == torch.float32:
+            return f"epoch: {cpu.NEEDS if first.device.type == 'cpu' else 'needs a GPU'}"
         spec = cls.differs(model, loss, optimizer) or spec_of(model, loss, optimizer)
-        return (
-            f"epoch: {spec}"
-            if isinstance(spec, str)
-            else kernels.refusal(spec, batch_size, "epoch")
-        )
+        if isinstance(spec, str):
+            return f"epoch: {spec}"
+        return None if on_cpu else kernels.refusal(spec, batch_size, "epoch")
+
+    @classmethod
+    def costs(cls, model, loss, optimizer, batch_size, steps):
+        first = next(iter(parameters_of(model).values())).detach()
+        if not cpu.serves(first):
+            return None
+        reason = cpu.costs(spec_of(model, loss, optimizer).sizes, batch_size, steps)
+        return None if reason is None else f"epoch: {reason}"
 
     @torch.no_grad()
     def epoch(self, data, order, batch_size, on_step=None):
         states, count = self.optimizer.states()
-        values, correct = kernels.train_epoch(
-            self.spec,
-            self.parameters,
-            states,
-            data.inputs,
-            self.targets(data),
-            order,
-            batch_size,
-            self.hyper(),
-            count,
-            scale=data.scale,
-            shift=data.shift,
-        )
-        self.optimizer.advance(len(values))
+        parameters, before = self.parameters, int(count)
+        train = cpu.train_epoch if cpu.serves(parameters[0]) else kernels.train_epoch
+        try:
+            values, correct = train(
+                self.spec,
+                parameters,
+                states,
+                data.inputs,
+                self.targets(data),
+                order,
+                batch_size,
+                self.hyper(),
+                count,
+                scale=data.scale,
+                shift=data.shift,
+            )
+        finally:
+            self.optimizer.advance(int(count) - before)
         return self.measured(values, correct, data, order, batch_size, on_step)
 
 

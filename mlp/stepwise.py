@@ -78,6 +78,11 @@ class Engine:
         raise NotImplementedError
 
     @classmethod
+    def costs(cls, model, loss, optimizer, batch_size: int, steps: int) -> str | None:
+        """Why this engine would not pay for so many steps, though it can train them; or None."""
+        return None
+
+    @classmethod
     def cannot(cls, demands: Demands) -> str | None:
         """Why this engine cannot do what is asked for besides, or None if it can."""
         if demands.precision not in cls.precisions:

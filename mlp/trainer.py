@@ -262,10 +262,13 @@ class Trainer:
             ignored=mask is not None and not bool(mask.all()),
             precision=self.precision.name,
         )
-        self._choose(task.batch_size, demands)
+        left = max(epochs - len(self.history), 0) * math.ceil(task.count / task.batch_size)
+        self._choose(task.batch_size, demands, left)
 
-    def _choose(self, batch_size: int, demands: Demands) -> None:
-        """Keep the engine if it still serves, else take another."""
+    def _choose(self, batch_size: int, demands: Demands, steps: int | None = None) -> None:
+        """Keep the engine if it still serves, and under "auto" pays for so many steps; else take
+        another.
+        """
         arguments = self.model, self.loss, self.optimizer
         engine = getattr(self, "engine", None)
         serves = (
@@ -273,9 +276,11 @@ class Trainer:
             and engine.demands == demands
             and engine.refuses(*arguments, batch_size) is None
         )
+        if serves and self.requested == "auto" and steps is not None:
+            serves = engine.costs(*arguments, batch_size, steps) is None
         if not serves:
             self.engine, self.engine_note = engines.choose(
-                self.requested, *arguments, batch_size, demands
+                self.requested, *arguments, batch_size, demands, steps
             )
         self.engine.precision = self.precision
 

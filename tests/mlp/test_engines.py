@@ -136,8 +136,11 @@ def test_auto_says_why(device, capsys):
     model = MLP((12, 6, 4)).to(device)
     trainer = Trainer(model)
     trainer.fit(problem(), 1, 16)
+    arguments = model, trainer.loss, trainer.optimizer, 16
     serving = [
-        e for e in ENGINES if ENGINES[e].refuses(model, trainer.loss, trainer.optimizer, 16) is None
+        e
+        for e in ENGINES
+        if ENGINES[e].refuses(*arguments) is None and ENGINES[e].costs(*arguments, 5) is None
     ]
     assert trainer.engine.name == serving[-1]
     assert capsys.readouterr().out == f"{trainer.engine_note}\n"

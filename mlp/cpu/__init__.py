@@ -1,0 +1,58 @@
+"""Training on a CPU, a whole epoch in one call of code that numba compiles.
+
+    language   what the tables' scalars call, as a compiler for the CPU needs it
+    rows       the rows of the tables, compiled
+    tiles      register tiles of matrix products
+    waiting    how threads wait for each other
+    loop       the steps of an epoch
+    epoch      the host's side: memory, threads, pieces
+
+numba is optional and slow to import: what needs it is imported where it is used.
+"""
+
+import importlib.util
+import itertools
+
+import torch
+
+import kernels
+
+NEEDS = (
+    "needs a GPU, or on a CPU numba, with which small networks train more than twice as fast: "
+    "pip install 'handgrad[cpu]'"
+)
+# Seconds: to import numba and read what it kept on disk; to compile all. Saved by a step beside
+# engine manual: Python's part, and of each multiply-add of a small network.
+_LOADS, _COMPILES = 1.0, 10.0
+_SAVED, _SAVED_EACH = 2e-4, 1e-11
+
+
+def serves(parameter: torch.Tensor) -> bool:
+    """Whether the compiled epoch trains a network with this parameter."""
+    on_cpu = parameter.device.type == "cpu" and parameter.dtype == torch.float32
+    known = importlib.util.find_spec("numba") is not None
+    return on_cpu and known and kernels.backend(parameter) == "torch"
+
+
+def costs(sizes, batch: int, steps: int) -> str | None:
+    """Why compiling, or reading what was compiled, would take longer than so many steps gain."""
+    products = sum(k * n for k, n in itertools.pairwise(sizes))
+    saved = steps * (_SAVED + 3 * batch * products * _SAVED_EACH)
+    if saved < _LOADS:
+        return f"to load its compiled code takes about {_LOADS:.0f} s, more than it saves here"
+    if saved < _COMPILES:
+        from .epoch import is_compiled
+
+        if not is_compiled():
+            return (
+                f"to compile it once takes about {_COMPILES:.0f} s, more than the {saved:.0f} s "
+                "that it saves here; engine 'epoch' does it, for all later runs"
+            )
+    return None
+
+
+def train_epoch(*arguments, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `epoch.train_epoch`."""
+    from . import epoch
+
+    return epoch.train_epoch(*arguments, **options)

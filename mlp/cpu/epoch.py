@@ -1,0 +1,249 @@
+"""The host's side of the compiled epoch: its memory, its threads, and the pieces that it is cut
+into.
+"""
+
+import concurrent.futures
+import functools
+import math
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from numba import njit
+
+from kernels import activations
+
+from . import loop, rows
+from .tiles import LANES, ROWS
+
+_PIECE = 0.25  # seconds between two looks at whether to stop, about
+_TRIAL = 0.01  # seconds of a piece that measures a number of threads
+_AGAIN = 8  # pieces until the numbers of threads that lost are measured again
+_CHUNKS = 8  # that the first layer's inputs are cut into, at most
+_SPEED, _OVERHEAD = 5e10, 1e-5  # floating-point operations a second, seconds of a step: a guess
+_choices: dict[tuple, "_Choice"] = {}  # by sizes, batch and threads
+
+
+@functools.cache
+def compiled():
+    """`loop.steps`, compiled or read from disk."""
+    return rows.cached(njit, rows.named(loop.steps), nogil=True, error_model="numpy")
+
+
+def is_compiled() -> bool:
+    """Whether the steps are on disk, compiled by this version for this processor."""
+    function = compiled()
+    place = function.stats.cache_path
+    name = function.py_func.__qualname__
+    return bool(function.signatures) or (
+        place is not None and any(Path(place).glob(f"*{name}*.nbi"))
+    )
+
+
+class Memory:
+    """The flat array of a training and where everything lies in it.
+
+    spec: a `kernels.Spec`; batch: the largest; workers: the most that will share it.
+    """
+
+    def __init__(self, spec, batch: int, workers: int):
+        self.spec, self.batch, self.size = spec, batch, 0
+        count, lists = len(spec.sizes) - 1, len(spec.rule.states)
+        acts = [spec.activation] * (count - 1) + [spec.output_activation]
+        layers, places = np.zeros((count, 9), np.int64), np.zeros(loop.PLACES, np.int64)
+        pitches = [_pitch(size) for size in spec.sizes[1:]]
+        for layer, k, n, pitch in zip(layers, spec.sizes, spec.sizes[1:], pitches):
+            layer[:3] = k, n, pitch
+            layer[loop.W] = self._take((k + 1) * pitch)
+            layer[loop.BLOCK] = max(ROWS, loop.SCRATCH_FLOATS // pitch // ROWS * ROWS)
+        places[loop.STATE] = self.size
+        self.size *= 1 + lists
+        for layer, pitch, name in zip(layers, pitches, acts):
+            # y and z apart: a loop that writes where it reads is not made of vectors.
+            for column in (loop.Y, loop.Z, loop.D):
+                layer[column] = self._take(batch * pitch)
+            needs_z = activations.get(name).needs == "z"
+            layer[loop.KEPT] = layer[loop.Z if needs_z else loop.Y]
+        chunks = min(_CHUNKS, max(1, spec.sizes[0] // 32))
+        width = -(-math.ceil(spec.sizes[0] / chunks) // ROWS) * ROWS
+        places[loop.WIDTH] = width
+        places[loop.X] = self._take(batch * spec.sizes[0])
+        places[loop.PARTIAL] = self._take(-(-spec.sizes[0] // width) * batch * pitches[0])
+        places[loop.Q] = self._take(batch * pitches[-1])
+        scratch = max(loop.SCRATCH_FLOATS, max(pitches) * ROWS)
+        places[loop.SCRATCH] = self._take(workers * scratch)
+        places[loop.LOSS], places[loop.RIGHT] = self._take(batch), self._take(batch)
+        places[loop.ONE] = self._take(1)
+        places[loop.BIAS], places[loop.MEAN] = spec.bias, spec.loss_mean
+        places[loop.IGNORED], places[loop.BATCH] = spec.loss.ignored, batch
+        self.layers, self.places = layers, places
+        whole = np.zeros(self.size + LANES, np.float32)
+        start = -whole.ctypes.data % (4 * LANES) // 4  # vectors start on cache lines
+        self.w = whole[start : start + self.size]
+        self.w[places[loop.ONE]] = 1.0
+
+    def _take(self, floats: int) -> int:
+        start = self.size
+        self.size += -(-floats // LANES) * LANES
+        return start
+
+    def matrices(self, tensors, at: int):
+        """(tensor as numpy's, its place in w) of parameters, or of states `at` floats behind."""
+        step = 1 + self.spec.bias
+        for layer, tensor in zip(self.layers, tensors[::step]):
+            k, n, pitch, start = layer[: loop.W + 1]
+            place = self.w[at + start : at + start + k * pitch].reshape(k, pitch)
+            yield tensor.numpy(), place[:, :n].T
+        for layer, tensor in zip(self.layers, tensors[1::2] if self.spec.bias else ()):
+            k, n, pitch, start = layer[: loop.W + 1]
+            start += at + k * pitch
+            yield tensor.numpy(), self.w[start : start + n]
+
+    def copy(self, lists, back: bool = False) -> None:
+        """Parameters and states into w, or back."""
+        for i, tensors in enumerate(lists):
+            for outside, inside in self.matrices(tensors, i * self.places[loop.STATE]):
+                if back:
+                    outside[...] = inside
+                else:
+                    inside[...] = outside
+
+
+def _pitch(size: int) -> int:
+    """Floats of a row of `size`: whole vectors, and rows do not all fall on the same cache sets."""
+    padded = -(-size // LANES) * LANES
+    return padded + LANES if padded % 256 == 0 else padded
+
+
+def train_epoch(
+    spec, parameters, states, data, targets, indices, batch, hyper, count, *, scale=1.0, shift=0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `kernels.train_epoch`, on a CPU: trains in place, (losses, correct) of every step.
+
+    Any width, batch and number of classes. correct counts labels; of targets that are numbers it
+    is 0. KeyboardInterrupt: at most a piece of the epoch later, with parameters as they were after
+    some step.
+    """
+    workers = max(1, torch.get_num_threads())
+    memory = Memory(spec, min(batch, len(indices)), workers)
+    lists = [parameters, *states]
+    memory.copy(lists)
+    steps = -(-len(indices) // batch)
+    numbers = _numbers(spec.rule, hyper, float(count), steps)
+    task = _Task(memory, data, targets, indices, numbers, scale, shift)
+    compiled()(task.run, 0, 1, 0, 0)  # compiles, or reads from disk
+    try:
+        _train(task, steps, _choice(spec, memory.batch, workers))
+    finally:
+        count += task.done
+        memory.copy(lists, back=True)
+    return torch.from_numpy(task.losses), torch.from_numpy(task.correct)
+
+
+def _numbers(rule, hyper, taken: float, steps: int) -> np.ndarray:
+    """(steps, columns) numbers of the rule at each step, from float64."""
+    row = [float(number) for number in hyper]
+    at = torch.arange(taken + 1, taken + steps + 1, dtype=torch.float64)
+    columns = rule.at_ref(tuple(torch.tensor(number, dtype=torch.float64) for number in row), at)
+    return torch.stack([column.expand(steps) for column in columns], 1).float().numpy()
+
+
+class _Task:
+    """A `loop.Run` with the arrays whose addresses it holds, which must live as long."""
+
+    def __init__(self, memory: Memory, data, targets, indices, numbers, scale, shift):
+        spec, steps, self.done = memory.spec, len(numbers), 0
+        soft = targets.is_floating_point()
+        self.losses, self.correct = np.zeros(steps, np.float32), np.zeros(steps, np.int32)
+        self.counter = np.zeros(8, np.int64)
+        self.held = {
+            loop.PIXELS if data.dtype == torch.uint8 else loop.REALS: data.contiguous().numpy(),
+            loop.TARGETS if soft else loop.LABELS: (targets.float() if soft else targets.long())
+            .contiguous()
+            .numpy(),
+            loop.PARAMETERS: np.broadcast_to(np.float32(spec.loss_numbers), spec.sizes[-1]).copy(),
+            loop.ORDER: indices.long().contiguous().numpy(),
+            loop.NUMBERS: numbers,
+            loop.LOSSES: self.losses,
+            loop.CORRECT: self.correct,
+            loop.COUNTER: self.counter,
+        }
+        places = memory.places.copy()
+        places[loop.ROWS_OF_EPOCH], places[loop.COUNT] = len(indices), numbers.shape[1]
+        for place, array in self.held.items():
+            places[place] = array.ctypes.data
+        hidden = rows.activation(activations.get(spec.activation))
+        output = rows.activation(activations.get(spec.output_activation))
+        functions = (*hidden, *output, rows.loss(spec.loss), rows.rule(spec.rule))
+        for place, function in enumerate(functions, loop.FORWARD):
+            places[place] = function.address
+        self.run = loop.Run(
+            memory.w, memory.layers, places, *map(np.float32, (scale, shift, spec.loss_scale))
+        )
+
+
+class _Choice:
+    """How many threads to use: the number that took least when it was last measured.
+
+    A neighbour that needs a core makes threads that wait for each other slow, so the numbers that
+    lost are measured again now and then. The results are the same whatever the number.
+    """
+
+    def __init__(self, workers: int, guess: float):
+        self.counts = [1 << i for i in range(workers.bit_length()) if 1 << i < workers] + [workers]
+        self.seconds: dict[int, float] = {}  # number of threads -> seconds of a step
+        self.guess, self.turn = guess, 0
+
+    def next(self) -> tuple[int, int]:
+        """(threads, steps) of the next piece."""
+        self.turn += 1
+        fresh = [count for count in self.counts if count not in self.seconds]
+        again = self.turn % _AGAIN == 0
+        if fresh or again:
+            workers = fresh[0] if fresh else self.counts[self.turn // _AGAIN % len(self.counts)]
+            known = self.seconds.get(workers, min(self.seconds.values(), default=self.guess))
+            return workers, max(1, int(_TRIAL / known))
+        workers = min(self.seconds, key=self.seconds.get)
+        return workers, max(1, int(_PIECE / self.seconds[workers]))
+
+
+def _choice(spec, batch: int, workers: int) -> _Choice:
+    """What is known of such trainings so far."""
+    key = (spec.sizes, batch, workers)
+    if key not in _choices:
+        products = sum(k * n for k, n in zip(spec.sizes, spec.sizes[1:]))
+        _choices[key] = _Choice(workers, _OVERHEAD + 6 * batch * products / _SPEED)
+    return _choices[key]
+
+
+def _train(task: _Task, steps: int, choice: _Choice) -> None:
+    """All steps in pieces, by threads beside the calling one, which alone Ctrl-C interrupts."""
+    stopped = threading.Event()
+
+    def lead() -> None:
+        while task.done < steps and not stopped.is_set():
+            workers, count = choice.next()
+            count = min(count, steps - task.done)
+            started = time.perf_counter()
+            _piece(pool, task, workers, count)
+            choice.seconds[workers] = (time.perf_counter() - started) / count
+
+    with concurrent.futures.ThreadPoolExecutor(choice.counts[-1]) as pool:
+        leader = pool.submit(lead)
+        try:
+            leader.result()
+        finally:
+            stopped.set()
+
+
+def _piece(pool, task: _Task, workers: int, count: int) -> None:
+    task.counter[:] = 0
+    call, run, begin = compiled(), task.run, task.done
+    end = begin + count
+    others = [pool.submit(call, run, worker, workers, begin, end) for worker in range(1, workers)]
+    call(run, 0, workers, begin, end)
+    for other in others:
+        other.result()
+    task.done = end

@@ -1,0 +1,118 @@
+"""The functions that the tables' scalars call (`tl.exp`, `tl.where`, …), for numba: without
+branches and in float32, so that a loop over them becomes vector instructions.
+"""
+
+import math
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+_f = np.float32
+_LOG2E, _LN2_HIGH, _LN2_LOW = _f(1.44269504), _f(0.693359375), _f(-2.12194440e-4)
+_LARGEST, _SMALLEST = _f(88.8), _f(-104.0)  # beyond, exp is infinite or 0
+
+
+@intrinsic
+def _power_of_two(typing, exponent):
+    """2 ** exponent as float32, of an int32 from -126 to 127, by its bits."""
+
+    def generate(context, builder, signature, args):
+        i32 = ir.IntType(32)
+        bits = builder.shl(builder.add(args[0], i32(127)), i32(23))
+        return builder.bitcast(bits, ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+@intrinsic
+def _nearest(typing, x):
+    """The nearest whole number, as float32."""
+
+    def generate(context, builder, signature, args):
+        return builder.call(
+            builder.module.declare_intrinsic("llvm.rint", [ir.FloatType()]), [args[0]]
+        )
+
+    return types.float32(types.float32), generate
+
+
+@njit(forceinline=True)
+def exp(x):
+    """e ** x to two units in the last place: 2ⁿ · e ** r with |r| <= ln 2 / 2."""
+    x = _f(x)
+    clipped = _LARGEST if x > _LARGEST else x
+    clipped = _SMALLEST if clipped < _SMALLEST else clipped
+    n = _nearest(clipped * _LOG2E)
+    r = clipped - n * _LN2_HIGH - n * _LN2_LOW
+    q = _f(1.9875691500e-4)
+    q = q * r + _f(1.3981999507e-3)
+    q = q * r + _f(8.3334519073e-3)
+    q = q * r + _f(4.1665795894e-2)
+    q = q * r + _f(1.6666665459e-1)
+    q = q * r + _f(5.0000001201e-1)
+    q = q * r * r + r + _f(1.0)
+    whole = n if n == n else _f(0.0)  # NaN has no int
+    half = np.int32(whole) >> np.int32(
+        1
+    )  # in two factors: 2 ** 128 and 2 ** -140 are no normal floats
+    return q * _power_of_two(np.int32(half)) * _power_of_two(np.int32(np.int32(whole) - half))
+
+
+@njit(forceinline=True)
+def abs(x):
+    """|x|."""
+    return math.fabs(x)
+
+
+@njit(forceinline=True)
+def where(condition, a, b):
+    """a where the condition holds, else b."""
+    return a if condition else b
+
+
+@njit(forceinline=True)
+def sqrt(x):
+    """√x."""
+    return math.sqrt(x)
+
+
+@njit(forceinline=True)
+def log(x):
+    """ln x."""
+    return math.log(x)
+
+
+@njit(forceinline=True)
+def maximum(a, b):
+    """The larger of two."""
+    return a if a > b else b
+
+
+@njit(forceinline=True)
+def minimum(a, b):
+    """The smaller of two."""
+    return a if a < b else b
+
+
+@njit(forceinline=True)
+def erf(x):
+    """The error function, by a quotient of polynomials on [-4, 4], beyond which it is ±1."""
+    x = _f(x)
+    c = _f(4.0) if x > _f(4.0) else x
+    c = _f(-4.0) if c < _f(-4.0) else c
+    s = c * c
+    p = _f(-2.72614225801306e-10)
+    p = p * s + _f(2.77068142495902e-08)
+    p = p * s + _f(-2.10102402082508e-06)
+    p = p * s + _f(-5.69250639462346e-05)
+    p = p * s + _f(-7.34990630326855e-04)
+    p = p * s + _f(-2.95459980854025e-03)
+    p = p * s + _f(-1.60960333262415e-02)
+    q = _f(-1.45660718464996e-05)
+    q = q * s + _f(-2.13374055278905e-04)
+    q = q * s + _f(-1.68282697438203e-03)
+    q = q * s + _f(-7.37332916720468e-03)
+    q = q * s + _f(-1.42647390514189e-02)
+    return c * p / q

@@ -1,0 +1,420 @@
+"""The steps of an epoch, compiled by numba: one function for all networks, rules and losses.
+
+Everything lies in one flat float32 array. A layer's weights are kept transposed, w[k, n], with the
+bias as one row more, and each row is padded with zeros to whole vectors. A step has two halves,
+and all workers meet after each:
+
+    1. Each worker owns rows of every w. It applies the update of the step before to them. Of the
+       first layer, it then adds up what its rows give to this step's outputs: the inputs that
+       belong to them are read by nobody else.
+    2. Each worker owns rows of the batch. It takes them through the remaining layers, the loss and
+       the backward pass down to the first layer's dz.
+
+Every number is the sum of the same terms in the same order whatever the number of workers. The
+sums over the first layer's inputs are cut into chunks that depend on the network alone.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from .tiles import COLUMNS, LANES, ROWS, dot_tile, outer_tile
+from .waiting import call, floats, integers, meet, narrow_integers, octets, prefetch
+
+# Columns of `Run.layers`: inputs, outputs, floats in a padded row; where w, y, z, dz and what the
+# backward needs (y or z) begin; rows of w that are updated at a time.
+K, N, PITCH, W, Y, Z, D, KEPT, BLOCK = range(9)
+# Entries of `Run.places`. In w: where inputs, partial sums, targets, gradients, losses of rows and
+# a one begin; floats between a parameter and its state.
+X, PARTIAL, Q, SCRATCH, LOSS, RIGHT, ONE, STATE = range(8)
+# Sizes and choices: inputs of a chunk, rows of a batch, of the epoch; whether there are biases;
+# whether a loss is the mean over rows; the label that counts for nothing; numbers of the rule.
+WIDTH, BATCH, ROWS_OF_EPOCH, BIAS, MEAN, IGNORED, COUNT = range(8, 15)
+# Addresses: of the data, uint8 or float32 (the other is 0), of labels, int64, or targets, float32
+# (the other is 0), of the loss's parameter for each output, the order, int64, the rule's numbers
+# for each step, and of what is returned: losses, float32, and right predictions, int32.
+PIXELS, REALS, LABELS, TARGETS, PARAMETERS, ORDER, NUMBERS, LOSSES, CORRECT = range(15, 24)
+# Addresses of functions, and of the counter by which threads wait.
+FORWARD, BACKWARD, OUT_FORWARD, OUT_BACKWARD, CRITERION, RULE, COUNTER, PLACES = range(24, 32)
+LINE = 64  # bytes of a cache line
+SCRATCH_FLOATS = 4096  # of one worker's gradients, if a block of rows is not longer
+# Typed, because numba compiles a function once more for each Python literal.
+NONE, ONCE = np.int64(0), np.int64(1)
+
+
+class Run(NamedTuple):
+    """All that a worker needs to know of a training. Few arrays, as numba passes each in parts."""
+
+    w: np.ndarray  # (floats,) float32
+    layers: np.ndarray  # (layers, 9) int64
+    places: np.ndarray  # (PLACES,) int64
+    scale: np.float32  # of the data, and its shift
+    shift: np.float32
+    loss_scale: np.float32
+
+
+_full_1, _full_2, _full_3 = (outer_tile(ROWS, columns) for columns in (1, 2, 3))
+_one_1, _one_2, _one_3 = (outer_tile(1, columns) for columns in (1, 2, 3))
+_full_all, _one_all = outer_tile(ROWS, COLUMNS), outer_tile(1, COLUMNS)
+_dot_44, _dot_41, _dot_14, _dot_11 = dot_tile(4, 4), dot_tile(4, 1), dot_tile(1, 4), dot_tile(1, 1)
+
+
+@njit(nogil=True)
+def _rows_full(w, a, b, c, vectors, terms, add):
+    """ROWS rows of `product`."""
+    b_at, c_at = b[0], c[0]
+    while vectors >= COLUMNS:
+        _full_all(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
+        vectors -= COLUMNS
+        b_at += COLUMNS * LANES
+        c_at += COLUMNS * LANES
+    if vectors >= 3:
+        _full_3(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
+        vectors -= 3
+        b_at += 3 * LANES
+        c_at += 3 * LANES
+    if vectors == 2:
+        _full_2(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
+    elif vectors == 1:
+        _full_1(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
+
+
+@njit(nogil=True)
+def _rows_single(w, a, b, c, vectors, terms, add):
+    """One row of `product`."""
+    b_at, c_at = b[0], c[0]
+    while vectors >= COLUMNS:
+        _one_all(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
+        vectors -= COLUMNS
+        b_at += COLUMNS * LANES
+        c_at += COLUMNS * LANES
+    if vectors >= 3:
+        _one_3(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
+        vectors -= 3
+        b_at += 3 * LANES
+        c_at += 3 * LANES
+    if vectors == 2:
+        _one_2(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
+    elif vectors == 1:
+        _one_1(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
+
+
+@njit(nogil=True)
+def product(w, a, b, c, shape, add):
+    """c[r, n] = (c[r, n] if add else 0) + Σ_j a[r, j] b[j, n] for shape = (rows, vectors of n, js).
+
+    a = (offset, stride of r, stride of j), b = (offset, stride of j), c = (offset, stride of r).
+    """
+    rows, vectors, terms = shape
+    r = 0
+    while r + ROWS <= rows:
+        from_row = (a[0] + r * a[1], a[1], a[2])
+        _rows_full(w, from_row, b, (c[0] + r * c[1], c[1]), vectors, terms, add)
+        r += ROWS
+    while r < rows:
+        from_row = (a[0] + r * a[1], a[1], a[2])
+        _rows_single(w, from_row, b, (c[0] + r * c[1], c[1]), vectors, terms, add)
+        r += 1
+
+
+@njit(nogil=True)
+def product_transposed(w, a, b, c, shape):
+    """c[r, k] = Σ_n a[r, n] b[k, n] for shape = (rows, ks, vectors of n); all (offset, stride)."""
+    rows, columns, vectors = shape
+    r = 0
+    while r < rows:
+        tall = r + 4 <= rows
+        a_at, c_at = a[0] + r * a[1], c[0] + r * c[1]
+        k = 0
+        while k < columns:
+            b_at = b[0] + k * b[1]
+            wide = k + 4 <= columns
+            if tall and wide:
+                _dot_44(w, a_at, a[1], b_at, b[1], c_at + k, c[1], vectors)
+            elif tall:
+                _dot_41(w, a_at, a[1], b_at, b[1], c_at + k, c[1], vectors)
+            elif wide:
+                _dot_14(w, a_at, a[1], b_at, b[1], c_at + k, c[1], vectors)
+            else:
+                _dot_11(w, a_at, a[1], b_at, b[1], c_at + k, c[1], vectors)
+            k += 4 if wide else 1
+        r += 4 if tall else 1
+
+
+@njit(nogil=True)
+def _clear(w, start, stop):
+    values = w[start:stop]
+    for i in range(len(values)):
+        values[i] = np.float32(0.0)
+
+
+@njit(nogil=True)
+def _copy(to, source):
+    for i in range(len(to)):
+        to[i] = source[i]
+
+
+@njit(nogil=True)
+def _address(run, offset):
+    return np.int64(run.w.ctypes.data) + 4 * offset
+
+
+@njit(nogil=True)
+def _apply(run, layer, k, rows, gradient, step):
+    """Update `rows` rows of w from row k on by their gradients, with the numbers of a step."""
+    pitch, outputs = layer[PITCH], layer[N]
+    at = layer[W] + k * pitch
+    state = at + run.places[STATE]
+    numbers = run.places[NUMBERS] + 4 * step * run.places[COUNT]
+    addresses = (_address(run, at), _address(run, gradient), _address(run, state))
+    call(run.places[RULE], (*addresses, run.places[STATE], numbers, rows * pitch))
+    if outputs < pitch:  # whatever the rule makes of zeros, the padding stays 0
+        for row in range(rows):
+            _clear(run.w, at + row * pitch + outputs, at + (row + 1) * pitch)
+
+
+@njit(nogil=True)
+def update_rows(run, l, inputs, rows, worker, step):
+    """Apply the update of `step`, a batch of `rows` rows, to some rows of layer l's weights.
+
+    inputs = (first row, row behind the last, offset of their inputs, stride of batch rows). Forward
+    was z = x w + b, so dw = xᵀ dz; the bias is the row behind the last, whose input is 1.
+    """
+    layer = run.layers[l]
+    begin, end, x, stride = inputs
+    pitch, block = layer[PITCH], layer[BLOCK]
+    gradient = run.places[SCRATCH] + worker * max(SCRATCH_FLOATS, pitch * ROWS)
+    right, target, vectors = (layer[D], pitch), (gradient, pitch), pitch // LANES
+    for k in range(begin, end, block):
+        count = np.int64(min(block, end - k))
+        left = (x + k - begin, ONCE, stride)
+        product(run.w, left, right, target, (count, vectors, rows), NONE)
+        _apply(run, layer, k, count, gradient, step)
+    if end == layer[K] and run.places[BIAS]:
+        product(run.w, (run.places[ONE], NONE, NONE), right, target, (ONCE, vectors, rows), NONE)
+        _apply(run, layer, end, ONCE, gradient, step)
+
+
+@njit(nogil=True)
+def read_inputs(run, first, rows, begin, end, to):
+    """Features `begin` to `end` of the batch that starts at order[first], scaled and shifted."""
+    width = end - begin
+    for m in range(rows):
+        at = integers(run.places[ORDER])[first + m] * run.layers[0, K] + begin
+        x = run.w[to + m * width : to + (m + 1) * width]
+        if run.places[PIXELS]:
+            pixels = octets(run.places[PIXELS] + at)
+            for i in range(width):
+                x[i] = np.float32(pixels[i]) * run.scale + run.shift
+        else:
+            reals = floats(run.places[REALS] + 4 * at)
+            for i in range(width):
+                x[i] = reals[i] * run.scale + run.shift
+
+
+@njit(nogil=True)
+def read_ahead(run, first, rows, begin, end):
+    """Start to read what `read_inputs` will want of a batch: its samples lie anywhere."""
+    at, size = run.places[PIXELS], np.int64(1)
+    if at == 0:
+        at, size = run.places[REALS], np.int64(4)
+    order, row = integers(run.places[ORDER]), size * run.layers[0, K]
+    for m in range(rows):
+        start = at + order[first + m] * row
+        for address in range(start + size * begin, start + size * end, LINE):
+            prefetch(address)
+
+
+@njit(nogil=True)
+def first_half(run, worker, workers, step, begin, end):
+    """Update this worker's rows of the weights by step - 1, and start the forward of `step`."""
+    places = run.places
+    batch, samples = places[BATCH], places[ROWS_OF_EPOCH]
+    before = min(batch, samples - (step - 1) * batch)
+    if step > begin:
+        turn = 0
+        for l in range(1, len(run.layers)):
+            width, inputs = run.layers[l, BLOCK], run.layers[l, K]
+            for k in range(0, inputs, width):
+                if turn % workers == worker:
+                    stop = min(k + width, inputs)
+                    at = run.layers[l - 1, Y] + k
+                    update_rows(
+                        run, l, (k, stop, at, run.layers[l - 1, PITCH]), before, worker, step - 1
+                    )
+                turn += 1
+    features, pitch, width = run.layers[0, K], run.layers[0, PITCH], places[WIDTH]
+    chunks = (features + width - 1) // width
+    for chunk in range(chunks * worker // workers, chunks * (worker + 1) // workers):
+        k, stop = chunk * width, min((chunk + 1) * width, features)
+        x = places[X] + k * batch
+        if step > begin:
+            update_rows(run, 0, (k, stop, x, stop - k), before, worker, step - 1)
+        if step < end:
+            rows = min(batch, samples - step * batch)
+            read_inputs(run, step * batch, rows, k, stop, x)
+            following = min(batch, samples - (step + 1) * batch)
+            read_ahead(run, (step + 1) * batch, following, k, stop)
+            weights, to = (run.layers[0, W] + k * pitch, pitch), places[PARTIAL]
+            to += chunk * batch * pitch
+            shape = (rows, pitch // LANES, stop - k)
+            product(run.w, (x, stop - k, ONCE), weights, (to, pitch), shape, NONE)
+
+
+@njit(nogil=True)
+def forward(run, m, stop):
+    """Rows m to stop of the batch, from the first layer's partial sums to the last layer's y."""
+    w, places, count = run.w, run.places, len(run.layers)
+    for l in range(count):
+        layer = run.layers[l]
+        pitch = layer[PITCH]
+        z, bias = layer[Z] + m * pitch, layer[W] + layer[K] * pitch
+        size = (stop - m) * pitch
+        for row in range(stop - m):
+            _copy(w[z + row * pitch : z + (row + 1) * pitch], w[bias : bias + pitch])
+        if l == 0:
+            total = w[z : z + size]
+            width = places[WIDTH]
+            for chunk in range((layer[K] + width - 1) // width):
+                start = places[PARTIAL] + (chunk * places[BATCH] + m) * pitch
+                partial = w[start : start + size]
+                for i in range(size):
+                    total[i] += partial[i]
+        else:
+            below = run.layers[l - 1, PITCH]
+            left = (run.layers[l - 1, Y] + m * below, below, ONCE)
+            shape = (stop - m, pitch // LANES, layer[K])
+            product(w, left, (layer[W], pitch), (z, pitch), shape, ONCE)
+        act = run.places[OUT_FORWARD if l == count - 1 else FORWARD]
+        call(act, (_address(run, z), _address(run, layer[Y] + m * pitch), size))
+
+
+@njit(nogil=True)
+def fill_targets(run, first, m, stop):
+    """The targets of rows m to stop as numbers: given, or one-hot of labels."""
+    pitch, classes = run.layers[-1, PITCH], run.layers[-1, N]
+    for row in range(m, stop):
+        at = run.places[Q] + row * pitch
+        _clear(run.w, at, at + pitch)
+        q = run.w[at : at + classes]
+        sample = integers(run.places[ORDER])[first + row]
+        if run.places[LABELS] == 0:
+            _copy(q, floats(run.places[TARGETS] + 4 * sample * classes))
+        else:
+            label = integers(run.places[LABELS])[sample]
+            if 0 <= label < classes:
+                q[label] = np.float32(1.0)
+
+
+@njit(nogil=True)
+def row_weight(run, row):
+    """1, or 0 for a label that is ignored, or NaN for one that is no class."""
+    if run.places[LABELS] == 0:
+        return np.float32(1.0)
+    label = integers(run.places[LABELS])[integers(run.places[ORDER])[row]]
+    if label == run.places[IGNORED]:
+        return np.float32(0.0)
+    return np.float32(1.0) if 0 <= label < run.layers[-1, N] else np.float32(np.nan)
+
+
+@njit(nogil=True)
+def largest(values):
+    """The first place of the largest value; -1 if all are NaN."""
+    best, place = -np.inf, -1
+    for i in range(len(values)):
+        if values[i] > best:
+            best, place = values[i], i
+    return place
+
+
+@njit(nogil=True)
+def criterion(run, first, rows, m, stop):
+    """Losses and ∂loss/∂y of rows m to stop of a batch of `rows` rows."""
+    w, places, layer = run.w, run.places, run.layers[-1]
+    pitch, classes = layer[PITCH], layer[N]
+    fill_targets(run, first, m, stop)
+    at = m * pitch
+    addresses = (
+        _address(run, layer[Y] + at),
+        _address(run, places[Q] + at),
+        _address(run, layer[D] + at),
+        _address(run, places[LOSS] + m),
+    )
+    parameters = run.places[PARAMETERS]
+    call(run.places[CRITERION], (*addresses, parameters, stop - m, classes, pitch))
+    count = np.float32(0.0)
+    for row in range(rows):
+        count += row_weight(run, first + row)
+    factor = count * np.float32(0.0) + run.loss_scale  # NaN if a label is no class
+    if places[MEAN]:
+        factor = factor / count
+    for row in range(m, stop):
+        y = w[layer[Y] + row * pitch : layer[Y] + row * pitch + classes]
+        d = w[layer[D] + row * pitch : layer[D] + row * pitch + classes]
+        q = w[places[Q] + row * pitch : places[Q] + row * pitch + classes]
+        weight = row_weight(run, first + row)
+        counted = weight != 0
+        w[places[LOSS] + row] = w[places[LOSS] + row] * weight * factor if counted else 0.0
+        for i in range(classes):
+            d[i] = d[i] * factor if counted else np.float32(0.0)
+        _clear(w, layer[D] + row * pitch + classes, layer[D] + (row + 1) * pitch)
+        hit = counted and largest(y) == largest(q) and places[LABELS] != 0
+        w[places[RIGHT] + row] = np.float32(1.0) if hit else np.float32(0.0)
+
+
+@njit(nogil=True)
+def backward(run, m, stop):
+    """dz of every layer, of rows m to stop. Forward was y = act(z), z = y' w + b, so
+    dz = dy · act'(z) and dy' = dz wᵀ.
+    """
+    last = len(run.layers) - 1
+    for l in range(last, -1, -1):
+        layer = run.layers[l]
+        pitch = layer[PITCH]
+        d, kept = layer[D] + m * pitch, layer[KEPT] + m * pitch
+        act = run.places[OUT_BACKWARD if l == last else BACKWARD]
+        call(act, (_address(run, d), _address(run, kept), (stop - m) * pitch))
+        if l > 0:
+            below = run.layers[l - 1, PITCH]
+            to = (run.layers[l - 1, D] + m * below, below)
+            shape = (stop - m, layer[K], pitch // LANES)
+            product_transposed(run.w, (d, pitch), (layer[W], pitch), to, shape)
+
+
+@njit(nogil=True)
+def add_up(run, step):
+    """The loss of a step and how many of its rows were right."""
+    batch = run.places[BATCH]
+    rows = min(batch, run.places[ROWS_OF_EPOCH] - step * batch)
+    loss, right = np.float32(0.0), np.float32(0.0)
+    counted = False
+    for row in range(rows):
+        loss += run.w[run.places[LOSS] + row]
+        right += run.w[run.places[RIGHT] + row]
+        counted = counted or row_weight(run, step * batch + row) != 0
+    # The mean over no rows is 0 / 0, as in torch.
+    is_nan = run.places[MEAN] and not counted
+    floats(run.places[LOSSES])[step] = np.float32(np.nan) if is_nan else loss
+    narrow_integers(run.places[CORRECT])[step] = np.int32(right)
+
+
+def steps(run, worker, workers, begin, end):
+    """Train on the batches `begin` to `end` of the epoch; called by each of the workers."""
+    meetings, batch = 1, run.places[BATCH]
+    for step in range(begin, end + 1):
+        if step > begin and worker == 0:
+            add_up(run, step - 1)
+        first_half(run, worker, workers, step, begin, end)
+        if step < end:
+            meetings = meet(run.places[COUNTER], workers, meetings)
+            first = step * batch
+            rows = min(batch, run.places[ROWS_OF_EPOCH] - first)
+            blocks = (rows + ROWS - 1) // ROWS
+            m = ROWS * (blocks * worker // workers)
+            stop = min(rows, ROWS * (blocks * (worker + 1) // workers))
+            if m < stop:
+                forward(run, m, stop)
+                criterion(run, first, rows, m, stop)
+                backward(run, m, stop)
+            meetings = meet(run.places[COUNTER], workers, meetings)

@@ -1,0 +1,244 @@
+"""Rows of the tables of `kernels`, compiled for the CPU.
+
+A row's scalars are the `@triton.jit` functions that the GPU runs. Here the same Python code is
+given to numba, with `language` in the place of triton's own functions, and becomes a loop over an
+array that the compiled epoch calls by its address. So a formula stands once, and another network
+of the same rows compiles nothing. Numba keeps what it compiled on disk; its file is named after a
+digest of the code, so that an edited row is compiled again.
+"""
+
+import functools
+import hashlib
+import math
+import types as python_types
+
+import numpy as np
+from numba import carray, cfunc, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from . import language
+
+_OPTIONS = {"error_model": "numpy", "nogil": True}  # numpy: a division by zero is no exception
+_FLOATS = types.CPointer(types.float32)
+
+
+def _plain(value):
+    """A constant as numba should see it: Python's floats would make everything float64."""
+    if isinstance(value, float):
+        return np.float32(value)
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    return value
+
+
+class Scalar:
+    """A jit function of a table as numba's; `text` is all that it does, for the digest."""
+
+    def __init__(self, function):
+        plain = getattr(function, "fn", function)
+        code = plain.__code__
+        # co_consts[0] may be the docstring; constants of all kinds keep their places.
+        code = code.replace(co_consts=tuple(map(_plain, code.co_consts)))
+        known, text = {"__builtins__": __builtins__}, [code.co_code.hex(), repr(code.co_consts)]
+        for name in code.co_names:
+            if name not in plain.__globals__:
+                continue  # an attribute
+            value = plain.__globals__[name]
+            if isinstance(value, python_types.ModuleType):
+                value = language  # triton.language, under whatever name
+            elif hasattr(value, "fn"):
+                inner = scalar(value)
+                text.append(inner.text)
+                value = inner.compiled
+            elif hasattr(value, "value"):  # a constexpr
+                value = _plain(value.value)
+            text.append(f"{name}={value!r}" if not callable(value) else name)
+            known[name] = value
+        self.text = "\n".join([*text, *code.co_names])
+        self.compiled = njit(
+            python_types.FunctionType(code, known, plain.__name__), forceinline=True, **_OPTIONS
+        )
+
+
+@functools.cache
+def scalar(function) -> Scalar:
+    """The jit function of a row as numba's, made once."""
+    return Scalar(function)
+
+
+@functools.cache
+def sources() -> str:
+    """A digest of this package's code: what was compiled from other code is not used."""
+    from pathlib import Path
+
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def named(function, *texts: str, **known):
+    """`function` with the globals `known`, under a name that holds the digest of its code."""
+    digest = hashlib.sha256("\n".join((sources(), *texts)).encode()).hexdigest()[:16]
+    made = python_types.FunctionType(
+        function.__code__, {**function.__globals__, **known}, function.__name__
+    )
+    made.__qualname__ = f"{function.__name__}_{digest}"
+    made.__module__ = function.__module__
+    return made
+
+
+def cached(compiler, function, *arguments, **options):
+    """`compiler(…)(function)` with its result kept on disk, where there is a place to write to."""
+    try:
+        return compiler(*arguments, cache=True, **options)(function)
+    except RuntimeError as error:
+        if "no locator" not in str(error):
+            raise
+        return compiler(*arguments, **options)(function)
+
+
+def _address(function, signature, *texts, **known) -> "Compiled":
+    return Compiled(cached(cfunc, named(function, *texts, **known), signature, **_OPTIONS))
+
+
+class Compiled:
+    """A compiled loop and the address to call it by. The function must outlive the address."""
+
+    def __init__(self, function):
+        self.function, self.address = function, function.address
+
+
+SCALAR = None  # the row's function, in each of the loops below
+
+
+def _forward(z_ptr, y_ptr, n):
+    z, y = carray(z_ptr, (n,)), carray(y_ptr, (n,))
+    for i in range(n):
+        y[i] = SCALAR(z[i])
+
+
+def _backward(d_ptr, s_ptr, n):
+    d, s = carray(d_ptr, (n,)), carray(s_ptr, (n,))
+    for i in range(n):
+        d[i] = SCALAR(d[i], s[i])
+
+
+@functools.cache
+def activation(row) -> tuple[Compiled, Compiled]:
+    """y = act(z) and d = act'(d, s), each over n elements: f(z, y, n) and f(d, s, n)."""
+    signature = types.void(_FLOATS, _FLOATS, types.int64)
+    forward, backward = scalar(row.forward), scalar(row.backward)
+    return (
+        _address(_forward, signature, forward.text, SCALAR=forward.compiled),
+        _address(_backward, signature, backward.text, SCALAR=backward.compiled),
+    )
+
+
+@intrinsic
+def _gather(typing, pointer, stride, i, like):
+    """(pointer[i], pointer[i + stride], …), as many as `like` has."""
+
+    def generate(context, builder, signature, args):
+        first, offset, index, _ = args
+        values = []
+        for _ in range(signature.args[3].count):
+            values.append(builder.load(builder.gep(first, [index]), align=4))
+            index = builder.add(index, offset)
+        return cgutils.pack_array(builder, values) if values else context.get_dummy_value()
+
+    return like(pointer, types.int64, types.int64, like), generate
+
+
+@intrinsic
+def _scatter(typing, pointer, stride, i, values):
+    """pointer[i], pointer[i + stride], … = values, as float32."""
+    count = len(values)
+
+    def generate(context, builder, signature, args):
+        first, offset, index, packed = args
+        for position, value in enumerate(cgutils.unpack_tuple(builder, packed, count)):
+            kind = signature.args[3][position]
+            value = context.cast(builder, value, kind, types.float32)
+            builder.store(value, builder.gep(first, [index]), align=4)
+            index = builder.add(index, offset)
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64, types.int64, values), generate
+
+
+STATES = NUMBERS = ()  # zeros, as many as the rule has
+
+
+def _rule(p_ptr, g_ptr, s_ptr, stride, n_ptr, n):
+    p, g = carray(p_ptr, (n,)), carray(g_ptr, (n,))
+    numbers = _gather(n_ptr, 1, 0, NUMBERS)
+    for i in range(n):
+        p[i], states = SCALAR(p[i], g[i], _gather(s_ptr, stride, i, STATES), numbers)
+        _scatter(s_ptr, stride, i, states)
+
+
+@functools.cache
+def rule(row) -> Compiled:
+    """p and its states after one step, over n elements: f(p, g, states, stride of states, numbers,
+    n).
+    """
+    signature = types.void(_FLOATS, _FLOATS, _FLOATS, types.int64, _FLOATS, types.int64)
+    update, zero = scalar(row.update), np.float32(0.0)
+    known = {"STATES": (zero,) * len(row.states), "NUMBERS": (zero,) * len(row.columns)}
+    texts = (update.text, repr(known))
+    return _address(_rule, signature, *texts, SCALAR=update.compiled, **known)
+
+
+def _elementwise(y_ptr, t_ptr, d_ptr, loss_ptr, parameter_ptr, rows, classes, pitch):
+    y, t = carray(y_ptr, (rows, pitch)), carray(t_ptr, (rows, pitch))
+    d, losses = carray(d_ptr, (rows, pitch)), carray(loss_ptr, (rows,))
+    parameters = carray(parameter_ptr, (classes,))
+    for r in range(rows):
+        total = np.float32(0.0)
+        for c in range(classes):
+            loss, d[r, c] = SCALAR(y[r, c], t[r, c], parameters[c])
+            total += np.float32(loss)
+        losses[r] = total
+
+
+def _softmax(y_ptr, t_ptr, d_ptr, loss_ptr, parameter_ptr, rows, classes, pitch):
+    """The one loss without a scalar: -Σ_c t_c log p_c with p = softmax(y), and p Σ t - t."""
+    y, t = carray(y_ptr, (rows, pitch)), carray(t_ptr, (rows, pitch))
+    d, losses = carray(d_ptr, (rows, pitch)), carray(loss_ptr, (rows,))
+    every = carray(d_ptr, (rows * pitch,))
+    for r in range(rows):
+        largest = y[r, 0]
+        for c in range(1, classes):
+            largest = max(largest, y[r, c])
+        for c in range(classes):
+            d[r, c] = y[r, c] - largest
+        for c in range(classes, pitch):
+            d[r, c] = np.float32(0.0)
+    for i in range(rows * pitch):
+        every[i] = language.exp(every[i])
+    for r in range(rows):
+        s, total, given = np.float32(0.0), np.float32(0.0), np.float32(0.0)
+        for c in range(classes):
+            s += d[r, c]
+            given += t[r, c]
+        largest = y[r, 0]
+        for c in range(1, classes):
+            largest = max(largest, y[r, c])
+        high = np.float32(math.log(s)) + largest
+        for c in range(classes):
+            if t[r, c] != 0:  # beside a label, an output may be -inf
+                total += t[r, c] * (high - y[r, c])
+            d[r, c] = d[r, c] / s * given - t[r, c]
+        losses[r] = total
+
+
+@functools.cache
+def loss(row) -> Compiled:
+    """Losses of rows and ∂loss/∂y: f(y, t, d, losses, parameters, rows, classes, pitch)."""
+    signature = types.void(*[_FLOATS] * 5, *[types.int64] * 3)
+    if row.scalar is None:
+        return _address(_softmax, signature)
+    formula = scalar(row.scalar)
+    return _address(_elementwise, signature, formula.text, SCALAR=formula.compiled)

@@ -1,0 +1,125 @@
+"""What the compiled epoch tells the processor: threads wait for each other, functions are called by
+their address, memory is read ahead.
+"""
+
+import platform
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+_I64, _I32 = ir.IntType(64), ir.IntType(32)
+_SPINS = 2000  # rounds before a waiting thread offers its core to others
+# What tells a processor that a thread waits: LLVM's name for it and its arguments.
+_PAUSES = {"x86_64": ("llvm.x86.sse2.pause", ()), "aarch64": ("llvm.aarch64.hint", (1,))}
+
+
+def _pointer_to(kind):
+    @intrinsic
+    def at(typing, address):
+        def generate(context, builder, signature, args):
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(types.int64), generate
+
+    return at
+
+
+# What lies at an address, to be read and written by index.
+octets, floats = _pointer_to(types.uint8), _pointer_to(types.float32)
+integers, narrow_integers = _pointer_to(types.int64), _pointer_to(types.int32)
+
+
+@intrinsic
+def arrive(typing, counter):
+    """Add one to the int64 at an address, seen by all threads."""
+
+    def generate(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], _I64.as_pointer())
+        builder.atomic_rmw("add", pointer, _I64(1), "seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
+def arrivals(typing, counter):
+    """The int64 at an address as it is now."""
+
+    def generate(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], _I64.as_pointer())
+        return builder.load_atomic(pointer, "seq_cst", 8)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def pause(typing):
+    """Tell the processor that this thread waits."""
+
+    def generate(context, builder, signature, args):
+        if platform.machine() in _PAUSES:
+            name, numbers = _PAUSES[platform.machine()]
+            kind = ir.FunctionType(ir.VoidType(), [_I32] * len(numbers))
+            function = cgutils.get_or_insert_function(builder.module, kind, name)
+            builder.call(function, [_I32(number) for number in numbers])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def give_way(typing):
+    """Let another thread run on this core."""
+
+    def generate(context, builder, signature, args):
+        kind = ir.FunctionType(_I32, [])
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, "sched_yield"), [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def prefetch(typing, address):
+    """Start to read the cache line at an address, which will be needed soon."""
+
+    def generate(context, builder, signature, args):
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), *[_I32] * 3])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+        builder.call(function, [pointer, _I32(0), _I32(3), _I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
+def call(typing, address, arguments):
+    """Call the function at `address` with a tuple of int64 and float32 numbers; it returns
+    nothing.
+    """
+
+    def generate(context, builder, signature, args):
+        values = cgutils.unpack_tuple(builder, args[1])
+        kind = ir.FunctionType(ir.VoidType(), [value.type for value in values])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), values)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, arguments), generate
+
+
+@njit
+def meet(counter, workers, meetings):
+    """Return when all workers have called this for the `meetings`th time; the next number."""
+    if workers > 1:
+        arrive(counter)
+        waited = 0
+        while arrivals(counter) < workers * meetings:
+            waited += 1
+            if waited < _SPINS:
+                pause()
+            else:
+                give_way()
+    return meetings + 1

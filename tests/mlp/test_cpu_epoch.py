@@ -1,0 +1,332 @@
+"""The epoch in one compiled call: what it trains is what the references train, in float64, whatever
+the network, the rows of the tables, the batch and the number of threads.
+"""
+
+import ctypes
+import importlib.util
+import itertools
+import signal
+import time
+
+import pytest
+import torch
+
+import kernels
+import mlp
+from kernels.activations import ACTIVATIONS
+from kernels.losses import LOSSES
+from kernels.rules import RULES, hyperparameters
+from mlp import cpu, engines
+
+pytest.importorskip("numba", reason="the compiled epoch needs numba")
+from mlp.cpu import epoch, language, rows
+
+OPTIONS = {"lr": 0.05, "weight_decay": 0.01, "momentum": 0.9, "dampening": 0.3}
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu():
+    with kernels.use("torch"):
+        yield
+
+
+def training(sizes, n=70, *, pixels=True, soft=False, seed=0, **fields):
+    """A Spec with parameters, states, data, targets and an order of n samples."""
+    torch.manual_seed(seed)
+    spec = kernels.Spec(tuple(sizes), **{"activation": "sigmoid", **fields})
+    parameters = []
+    for k, width in itertools.pairwise(sizes):
+        parameters.append(torch.randn(width, k) / k**0.5)
+        parameters += [0.1 * torch.randn(width)] if spec.bias else []
+    states = [[torch.zeros_like(p) for p in parameters] for _ in spec.rule.states]
+    data = torch.randn(n + 5, sizes[0])
+    if pixels:
+        data = torch.randint(0, 256, (n + 5, sizes[0]), dtype=torch.uint8)
+    targets = torch.randint(0, sizes[-1], (n + 5,))
+    if soft:
+        targets = torch.softmax(torch.randn(n + 5, sizes[-1]), 1)
+    return spec, parameters, states, data, targets, torch.randperm(n)
+
+
+def options(rule):
+    return {name: OPTIONS[name] for name, _ in rule.hyperparameters if name in OPTIONS}
+
+
+def check(spec, parameters, states, data, targets, order, batch=32, taken=0):
+    """Train it both ways; losses agree to 1e-6, parameters and states to 1e-5 of their largest."""
+    hyper = hyperparameters(spec.rule, dtype=torch.float64, **options(spec.rule))
+    scale, shift = (1 / 255, -0.3) if data.dtype == torch.uint8 else (1.0, 0.0)
+    exact = [p.double() for p in parameters], [[s.double() for s in lists] for lists in states]
+    count, count_ref = torch.full((1,), float(taken)), torch.full((1,), float(taken))
+    losses, correct = cpu.train_epoch(
+        spec,
+        parameters,
+        states,
+        data,
+        targets,
+        order,
+        batch,
+        hyper,
+        count,
+        scale=scale,
+        shift=shift,
+    )
+    expected, right = kernels.epoch.train_epoch_ref(
+        spec, *exact, data, targets, order, batch, hyper, count_ref, scale=scale, shift=shift
+    )
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=1e-6)
+    for found, wanted in zip([parameters, *states], [exact[0], *exact[1]]):
+        for tensor, reference in zip(found, wanted):
+            largest = max(float(reference.abs().max()), 1e-6)
+            assert float((tensor - reference).abs().max()) <= 1e-5 * largest
+    if not targets.is_floating_point():
+        assert correct.tolist() == right.tolist()
+    assert count == count_ref == taken + len(losses)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation_in_hidden_layers_and_at_the_end(name):
+    check(*training((33, 20, 7, 5), activation=name))
+    check(*training((33, 9, 5), activation="tanh", output_activation=name, loss="mse"))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_of_labels_and_of_numbers(name):
+    check(*training((50, 17, 6), loss=name))
+    check(*training((50, 17, 6), loss=name, soft=True, pixels=False, loss_mean=False))
+
+
+def test_a_loss_with_a_number_for_each_output():
+    fields = {"loss": "pinball", "loss_parameter": (0.1, 0.5, 0.9), "loss_scale": 1 / 3}
+    check(*training((8, 5, 3), soft=True, **fields))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_from_the_first_step_and_later(name):
+    check(*training((50, 17, 6), rule=name, activation="tanh"))
+    check(*training((50, 17, 6), rule=name, activation="tanh", bias=False), taken=3)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch", "n"),
+    [
+        ((784, 100, 50, 10), 32, 70),  # the reference network, and a last batch of 6
+        ((784, 100, 50, 10), 1, 3),
+        ((1, 1), 32, 40),  # nothing but padding
+        ((4, 3), 200, 70),  # one layer, one batch larger than the data
+        ((300, 260, 256, 70), 50, 120),  # wider and more classes than the GPU's kernels take
+        ((20, 9, 9, 9, 9, 4), 3, 10),
+    ],
+)
+def test_any_depth_width_batch_and_number_of_classes(sizes, batch, n):
+    loss = "mse" if sizes[-1] == 1 else "cross_entropy"
+    check(*training(sizes, n, loss=loss), batch=batch)
+
+
+def test_ignored_labels_count_for_nothing():
+    spec, parameters, states, data, targets, order = training((20, 9, 4))
+    targets[::3] = -100
+    check(spec, parameters, states, data, targets, order)
+
+
+def test_a_label_that_is_no_class_shows_in_the_loss():
+    spec, parameters, states, data, targets, order = training((20, 9, 4))
+    targets[order[40]] = 4
+    losses, _ = cpu.train_epoch(
+        spec, parameters, states, data, targets, order, 32, hyperparameters("sgd"), torch.zeros(1)
+    )
+    assert losses.isnan().tolist() == [False, True, True]
+
+
+@pytest.fixture
+def fixed(monkeypatch):
+    """A function that makes every piece so many steps by so many threads."""
+
+    def use(workers, steps):
+        monkeypatch.setattr(epoch._Choice, "next", lambda choice: (workers, steps))
+        monkeypatch.setattr(torch, "get_num_threads", lambda: workers)
+
+    return use
+
+
+def test_the_number_of_threads_and_pieces_changes_no_bit(fixed):
+    results = []
+    for workers, steps in ((1, 100), (2, 3), (3, 1), (5, 4)):
+        spec, parameters, states, data, targets, order = training(
+            (500, 90, 40, 10), 300, activation="gelu", rule="adam"
+        )
+        fixed(workers, steps)
+        losses, _ = cpu.train_epoch(
+            *(spec, parameters, states, data, targets, order, 32),
+            hyperparameters("adam", lr=0.01),
+            torch.zeros(1),
+        )
+        results.append([losses, *parameters, *states[0], *states[1]])
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others))
+
+
+def test_threads_are_measured_and_the_fastest_is_taken():
+    choice = epoch._Choice(6, 1e-3)
+    assert choice.counts == [1, 2, 4, 6]
+    for workers, seconds in ((1, 3e-4), (2, 2e-4), (4, 1e-4), (6, 5e-4)):
+        assert choice.next()[0] == workers
+        choice.seconds[workers] = seconds
+    assert choice.next() == (4, 2500)  # a quarter of a second
+    choice.seconds[4] = 4e-4  # a neighbour came
+    assert choice.next() == (2, 1250)
+    workers, steps = zip(*(choice.next() for _ in range(40)))
+    assert set(workers) == {1, 2, 4, 6}, "those that lost are measured again"
+    assert min(steps) * 2e-4 < 0.011, "but not for long"
+
+
+def test_an_interrupt_is_answered_within_the_epoch(fixed):
+    spec, parameters, states, data, targets, _ = training((50, 17, 6), rule="adam")
+    before = [p.clone() for p in parameters]
+    order, count = torch.randint(0, 70, (3_200_000,)), torch.zeros(1)
+    fixed(1, 50)
+    cpu.train_epoch(
+        spec, parameters, states, data, targets, order[:32], 32, hyperparameters("adam"), count
+    )
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    started = time.perf_counter()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            cpu.train_epoch(
+                spec, parameters, states, data, targets, order, 32, hyperparameters("adam"), count
+            )
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+    assert 1 < int(count) < 100_001 and (int(count) - 1) % 50 == 0
+    assert time.perf_counter() - started < 60
+    assert all(not torch.equal(p, q) and p.isfinite().all() for p, q in zip(parameters, before))
+
+
+def fit(engine, optimizer, epochs=2):
+    torch.manual_seed(3)
+    x, y = torch.rand(100, 12), torch.randint(0, 4, (100,))
+    trainer = mlp.Trainer(mlp.MLP([12, 9, 4]), optimizer=optimizer, engine=engine, verbose=False)
+    return trainer, trainer.fit((x, y), epochs, batch_size=32)
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adamw"])
+def test_as_an_engine_it_trains_what_manual_trains(name):
+    def optimizer(parameters):
+        made = {"sgd": mlp.SGD, "momentum": mlp.SGD, "adamw": mlp.AdamW}[name]
+        return made(parameters, lr=0.01, **({"momentum": 0.9} if name == "momentum" else {}))
+
+    (ours, found), (other, expected) = (fit(name, optimizer) for name in ("epoch", "manual"))
+    assert ours.engine.name == "epoch" and other.engine.name == "manual"
+    for row, reference in zip(found, expected):
+        assert row["train_loss"] == pytest.approx(reference["train_loss"], rel=1e-5)
+        assert row["train_accuracy"] == reference["train_accuracy"]
+    states = [t.optimizer.state_dict()["state"] for t in (ours, other)]
+    for state, reference in zip(*(s.values() for s in states)):
+        for key, value in reference.items():
+            torch.testing.assert_close(state[key], value, rtol=1e-4, atol=1e-7)
+
+
+def test_what_is_not_finite_stops_it_as_the_others():
+    x, y = torch.rand(100, 12), torch.randint(0, 4, (100,))
+    for engine in ("epoch", "manual"):
+        trainer = mlp.Trainer(
+            mlp.MLP([12, 9, 4]),
+            mlp.loss.MeanSquaredError(),
+            lambda p: mlp.SGD(p, lr=1e20),
+            engine=engine,
+            verbose=False,
+        )
+        with pytest.raises(mlp.Diverged, match=r"the loss is (nan|inf) at step"):
+            trainer.fit((x, y), 3, batch_size=32)
+
+
+def test_auto_takes_it_where_it_pays(monkeypatch):
+    model = mlp.MLP([784, 100, 50, 10])
+    arguments = "auto", model, mlp.SoftmaxCrossEntropy(), mlp.SGD(model.parameters(), lr=0.1), 32
+    assert engines.choose(*arguments)[0].name == "epoch"
+    few, note = engines.choose(*arguments, steps=100)
+    assert few.name == "manual" and "more than it saves here" in note
+    monkeypatch.setattr(epoch, "is_compiled", lambda: False)
+    cold, note = engines.choose(*arguments, steps=10_000)
+    assert cold.name == "manual" and "for all later runs" in note
+    assert engines.choose(*arguments, steps=1_000_000)[0].name == "epoch"
+    monkeypatch.setattr(epoch, "is_compiled", lambda: True)
+    assert engines.choose(*arguments, steps=10_000)[0].name == "epoch"
+    assert engines.choose("epoch", *arguments[1:], steps=1)[0].name == "epoch", "as asked for"
+
+
+def test_without_numba_the_note_says_what_would_be_faster(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    model = mlp.MLP([4, 3])
+    made = engines.choose("auto", model, mlp.SoftmaxCrossEntropy(), mlp.SGD(model.parameters()))
+    assert made[0].name == "manual"
+    assert "pip install 'handgrad[cpu]'" in made[1]
+
+
+def call(function, *arguments):
+    kinds = [ctypes.c_int64 if isinstance(a, int) else ctypes.c_void_p for a in arguments]
+    values = [a if isinstance(a, int) else a.data_ptr() for a in arguments]
+    ctypes.CFUNCTYPE(None, *kinds)(function.address)(*values)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_scalars_of_the_table_at_their_ends(name):
+    row = ACTIVATIONS[name]
+    z = torch.cat([torch.linspace(-30, 30, 2001), torch.tensor([0.0, -100, 100, torch.nan])])
+    y = torch.empty_like(z)
+    forward, backward = rows.activation(row)
+    call(forward, z, y, len(z))
+    torch.testing.assert_close(y, row.forward_ref(z), rtol=4e-6, atol=1e-6, equal_nan=True)
+    dy = torch.linspace(1, 2, len(z))
+    dz, kept = dy.clone(), z if row.needs == "z" else y
+    call(backward, dz, kept, len(z))
+    expected = row.backward_ref(dy, kept)
+    torch.testing.assert_close(dz, expected, rtol=4e-6, atol=4e-6, equal_nan=True)
+
+
+def test_exp_and_erf_are_accurate_over_all_they_take():
+    x = torch.cat(
+        [torch.linspace(-103, 88.7, 50_001), torch.tensor([89.0, 1e30, -1e30, torch.inf])]
+    )
+    y = torch.tensor([language.exp(value) for value in x[::50].tolist() + x[-4:].tolist()])
+    exact = torch.cat([x[::50], x[-4:]]).double().exp().float()
+    torch.testing.assert_close(y, exact, rtol=2e-7, atol=2e-45)
+    z = torch.linspace(-6, 6, 501)
+    found = torch.tensor([language.erf(value) for value in z.tolist()])
+    torch.testing.assert_close(found, torch.erf(z), rtol=0, atol=5e-7)
+    assert language.exp(float("nan")) != language.exp(float("nan"))
+
+
+def test_softmax_the_one_formula_written_twice_is_its_row():
+    row = LOSSES["cross_entropy"]
+    y = 20 * torch.randn(9, 16)
+    t = torch.zeros(9, 16)
+    t[:, :11] = torch.softmax(torch.randn(9, 11), 1)
+    d, losses, parameters = torch.empty_like(y), torch.empty(9), torch.ones(16)
+    call(rows.loss(row), y, t, d, losses, parameters, 9, 11, 16)
+    exact = y[:, :11].double(), t[:, :11].double()
+    torch.testing.assert_close(losses.double(), row.value_ref(*exact).sum(1), rtol=1e-6, atol=1e-6)
+    gradient = row.gradient_ref(*exact)
+    torch.testing.assert_close(d[:, :11].double(), gradient, rtol=1e-6, atol=1e-6)
+
+
+def test_code_on_disk_is_found_by_its_digest():
+    assert epoch.is_compiled() or epoch.compiled().stats.cache_path is None
+    one, two = (rows.scalar(ACTIVATIONS[name].forward).text for name in ("silu", "sigmoid"))
+    assert two in one, "what a scalar calls belongs to its digest"
+
+    def other():
+        return 2
+
+    names = {rows.named(other, text).__qualname__ for text in (one, two, one)}
+    assert len(names) == 2
+
+
+def test_a_place_that_cannot_be_written_is_no_error():
+    def compiler(cache=False):
+        if cache:
+            raise RuntimeError("cannot cache function 'f': no locator available for file 'f.py'")
+        return lambda function: function
+
+    assert rows.cached(compiler, check) is check
