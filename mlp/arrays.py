@@ -40,10 +40,12 @@ def dense(value: Any, what: str) -> Any:
 def _from_frame(frame: Any, what: str) -> tuple[Any, tuple[str, ...]]:
     """The numbers of a frame, missing ones as NaN, and its columns' names."""
     names = tuple(str(column) for column in frame.columns)
+    if not hasattr(frame, "iloc"):  # not of pandas
+        return frame.to_numpy(), names
     kinds = [getattr(dtype, "kind", None) for dtype in frame.dtypes]
     if bad := [n for n, kind in zip(names, kinds) if kind not in ("b", "i", "u", "f")]:
         raise DataError(
-            f"{what}: column {bad[0]} holds {frame[frame.columns[names.index(bad[0])]].dtype}, "
+            f"{what}: column {bad[0]} holds {frame.dtypes.iloc[names.index(bad[0])]}, "
             "not numbers: encode it or leave it out"
         )
     return frame.to_numpy(dtype="float64", na_value=np.nan), names
@@ -59,7 +61,7 @@ def numbers(value: Any, what: str) -> tuple[torch.Tensor, tuple[str, ...]]:
     value = dense(value, what)
     if not torch.is_tensor(value):
         try:
-            array = np.asarray(value)
+            array = np.asanyarray(value)
         except (TypeError, ValueError) as error:
             raise DataError(f"{what}: not an array ({error})") from None
         value = _tensor(array, what)
@@ -74,6 +76,10 @@ def numbers(value: Any, what: str) -> tuple[torch.Tensor, tuple[str, ...]]:
 
 
 def _tensor(array: np.ndarray, what: str) -> torch.Tensor:
+    if isinstance(array, np.ma.MaskedArray):
+        array = array.astype(np.float64).filled(np.nan)  # what is masked is missing
+    if array.dtype == np.uint64 and array.size and array.max() >= 2**63:
+        array = array.astype(np.float64)
     if array.dtype.names:
         raise DataError(
             f"{what}: records with the fields {', '.join(array.dtype.names)}: store one array of "
@@ -176,6 +182,8 @@ def _check_lengths(x: torch.Tensor, y: Any, name: str) -> None:
         raise DataError(
             f"{name}: inputs {tuple(x.shape)} need as many labels, got {tuple(y.shape)}"
         )
+    if 0 in x.shape[1:]:
+        raise DataError(f"{name}: inputs {tuple(x.shape)} have no numbers in a sample")
 
 
 def from_arrays(

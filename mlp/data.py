@@ -13,6 +13,7 @@ from . import files, images, scaling
 from .arrays import from_arrays
 from .dataset import DataError, Dataset, Reading, announce, needs_extra, permutation, split
 from .images import open_image
+from .pixels import image_size
 
 __all__ = [
     "NAMES",
@@ -65,23 +66,43 @@ def load(
     return parts
 
 
-def _named_or_read(source: str, data_dir, image, task) -> tuple[Dataset, Dataset]:
-    if source == "digits":
-        return _digits()
-    if source in TORCHVISION:
-        return _torchvision(source, Path(data_dir) if data_dir else default_dir())
-    paths = [Path(source)] if Path(source).exists() else [Path(p) for p in source.split(",")]
-    missing = [str(p) for p in paths if not p.exists()]
+def _named_or_read(
+    source: str,
+    data_dir: str | Path | None,
+    image: str | tuple[int, ...] | None,
+    task: str | None,
+) -> tuple[Dataset, Dataset]:
+    if source in NAMES:
+        parts = (
+            _digits()
+            if source == "digits"
+            else _torchvision(source, Path(data_dir) if data_dir else default_dir())
+        )
+        shape = parts[0].image_shape
+        if image is not None and image_size(image) not in (shape, shape[1:]):
+            raise DataError(f"{source}: its images are {shape}, but {image} was asked for")
+        return _with_task(parts, task)
+    names = [source] if source and Path(source).exists() else source.split(",")
+    paths = [Path(name) for name in names]
+    missing = [name for name in names if not name or not Path(name).exists()]
     if missing:
+        gone = missing[0] or "path"
         raise DataError(
             f"unknown data set {source!r}: known are {', '.join(NAMES)}, or the path of an "
-            f"existing {', '.join(files.READERS)} file or image folder (there is no {missing[0]})"
+            f"existing {', '.join(files.READERS)} file or image folder (there is no {gone})"
         )
     if paths[0].is_dir():
         if len(paths) > 1:
             raise DataError(f"{source}: one folder of images, not {len(paths)} paths")
-        return images.read_folder(paths[0], image)
+        return _with_task(images.read_folder(paths[0], image), task)
     return files.read(paths, image, task)
+
+
+def _with_task(parts: tuple[Dataset, Dataset], task: str | None) -> tuple[Dataset, Dataset]:
+    """Data sets of labels; DataError if a regression was asked for."""
+    if task not in (None, "classification"):
+        raise DataError(f"{parts[0].name}: has classes, but the task is {task!r}")
+    return parts
 
 
 def _standardized(

@@ -17,6 +17,7 @@ import torch
 
 _PRIME = 1_000_003  # separates the seeds of one run's epochs from those of the next run
 _SEEDS = 2**63  # what a generator takes
+_SHOWN = 5  # columns that an error lists
 _PIECE = 2**16  # numbers of a large tensor that are worked on at a time
 # Labels are numbers of classes. More classes than this, and than there are samples, are ids.
 _MANY_CLASSES = 1000
@@ -224,6 +225,11 @@ class Dataset:
         """Whether the targets are labels."""
         return not self.targets.is_floating_point()
 
+    def class_counts(self) -> torch.Tensor:
+        """(classes,) int64 on the CPU: how many samples each class has."""
+        labels = self.targets if self.ignored is None else self._counted()
+        return torch.bincount(labels.flatten().cpu(), minlength=len(self.classes))
+
     @property
     def reading(self) -> Reading:
         """How these inputs are read, to be stored with a network trained on them."""
@@ -421,13 +427,17 @@ def _check_finite(data: Dataset, part: str, columns: tuple[str, ...] = ()) -> No
     if not len(bad):
         return
     row, *column = bad[0].tolist()
-    name = columns[column[0]] if columns and column else None
-    where = f" ({name})" if name is not None else ""
+    where = f"row {row}"
+    more = f", and {len(bad) - 1:,} more" if len(bad) > 1 else ""
+    if column:
+        odd = bad[:, 1].unique().tolist()
+        names = [f"{i} ({columns[i]})" if columns else str(i) for i in (column[0], *odd[:_SHOWN])]
+        where += f", column {names[0]}"
+        if more and len(odd) > 1:
+            more += f" in columns {', '.join(names[1:])}{', …' * (len(odd) > _SHOWN)}"
     raise DataError(
-        f"{data.name}: {part} must be finite, got {float(values[tuple(bad[0])])} in row {row}"
-        + (f", column {column[0]}{where}" if column else "")
-        + (f", and {len(bad) - 1:,} more" if len(bad) > 1 else "")
-        + "; rows and columns count from 0: fill such values in or leave their rows out"
+        f"{data.name}: {part} must be finite, got {float(values[tuple(bad[0])])} in {where}{more}"
+        "; rows and columns count from 0: fill such values in or leave their rows out"
     )
 
 

@@ -1,7 +1,5 @@
 """What a data set holds, in words: one line for `train`, a page for `handgrad data`."""
 
-import torch
-
 from .dataset import Dataset
 from .scaling import columns, lost_in_float32
 
@@ -43,14 +41,10 @@ def stored_range(data: Dataset) -> tuple[float, float]:
     return (0.0 if abs(low) < nothing else low), (0.0 if abs(high) < nothing else high)
 
 
-def _counts(data: Dataset) -> list[int]:
-    return torch.bincount(data.targets.cpu(), minlength=len(data.classes)).tolist()
-
-
 def targets(data: Dataset) -> str:
     """ "10 classes of 139 to 146 samples", or the outputs of a regression and their range."""
     if data.is_classification:
-        counts = _counts(data)
+        counts = data.class_counts().tolist()
         least, most = min(counts), max(counts)
         each = f"{least:,}" if least == most else f"{least:,} to {most:,}"
         return f"{len(counts)} class{'es' * (len(counts) != 1)} of {each} samples"
@@ -95,7 +89,7 @@ def page(train: Dataset, test: Dataset) -> list[str]:
 
 
 def _classes(train: Dataset, test: Dataset) -> list[str]:
-    counts, tested = _counts(train), _counts(test)
+    counts, tested = train.class_counts().tolist(), test.class_counts().tolist()
     present = [n for n in counts if n]
     ratio = max(present) / min(present)
     empty = [name for name, n in zip(train.classes, counts) if not n]

@@ -24,6 +24,8 @@ _MOST_PIXELS = 100_000_000
 _BYTE, _SHORT = 255, 65535
 _FLOAT_MODES, _SHORT_MODES = ("F",), ("I", "I;16", "I;16B", "I;16L", "I;16N")
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
+# Formats of which a file may hold many pictures that are not the same one in other sizes.
+_ANIMATED = ("GIF", "TIFF", "PNG", "WEBP")
 _HIDDEN = ("__macosx", "thumbs.db", "desktop.ini", "@eadir")
 _SPELLINGS = {
     "train": ("train", "training", "trainset", "train_set"),
@@ -75,6 +77,10 @@ def decode(path: Path) -> Picture:
                 width, height = image.size
                 if width * height > _MOST_PIXELS:
                     raise DataError(_too_large(path, f"{width}×{height} pixels"))
+                if image.format in _ANIMATED and getattr(image, "n_frames", 1) > 1:
+                    raise DataError(
+                        f"{path}: holds {image.n_frames} pictures: save the one that is meant"
+                    )
                 image.load()
                 return _levels(ImageOps.exif_transpose(image), Image, path)
     except DataError:

@@ -61,8 +61,6 @@ def image_size(image: str | Sequence[int]) -> tuple[int, ...]:
 def layout(shape: Sequence[int], name: str, image: str | Sequence[int] | None = None) -> Layout:
     """The image in an array of shape (N, H, W), (N, C, H, W) or (N, H, W, C)."""
     axes = tuple(int(n) for n in shape[1:])
-    if 0 in axes:
-        raise DataError(f"{name}: inputs {tuple(shape)} have images without pixels")
     asked = None if image is None else image_size(image)
     if len(axes) == 2:
         if asked not in (None, axes, (1, *axes)):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .data import needs_extra
 from .disk import replacing
+from .sheets import picture
 
 PICTURES = ("curves.png", "samples.png", "confusion.png", "weights.png")  # of a run folder
 _PARTS = ("train", "test")
@@ -86,7 +87,7 @@ def samples(scores, data, path: Path, count: int = 32) -> None:
     ):
         predicted = int(score.argmax())
         right = predicted == target
-        axis.imshow(_picture(pixels, data.image_shape), cmap="gray")
+        axis.imshow(picture(pixels, data).numpy(), cmap="gray", vmin=0, vmax=1)
         title = data.classes[predicted]
         if not right:
             title = f"{title} (is {data.classes[target]})"
@@ -142,12 +143,6 @@ def first_weights(weight, image_shape, path: Path, count: int = 64) -> None:
         axis.imshow(image.numpy(), cmap="RdBu_r", vmin=-bound, vmax=bound)
     figure.suptitle(f"units 1 to {len(images)} of {units}, each on its own scale", fontsize=9)
     _save(figure, path)
-
-
-def _picture(pixels, image_shape):
-    """Flattened pixels as matplotlib wants them: (H, W), or (H, W, C) for colour."""
-    image = pixels.view(image_shape).numpy()
-    return image[0] if image_shape[0] == 1 else image.transpose(1, 2, 0)
 
 
 def write_all(history, model, scores, measured, data, folder: Path) -> list[Path]:

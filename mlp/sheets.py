@@ -89,7 +89,7 @@ def targets(train: Dataset, test: Dataset, path: Path) -> None:
     axis = figure.subplots()
     left = torch.zeros(count)
     for part, data in (("train", train), ("test", test)):
-        counts = torch.bincount(data.targets.cpu(), minlength=count).float()
+        counts = data.class_counts().float()
         axis.barh(range(count), counts.numpy(), left=left.numpy(), label=part, height=0.8)
         left = left + counts
     if count <= 60:

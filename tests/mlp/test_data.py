@@ -138,6 +138,18 @@ def test_data_sets_that_cannot_be():
     assert not Dataset(x, torch.randn(4, 2)).is_classification
 
 
+def test_what_data_by_name_are_not():
+    """A shape or a task that was asked for is never passed over in silence."""
+    assert data.load("digits", image="8x8")[0].image_shape == (1, 8, 8)
+    with pytest.raises(DataError, match=r"digits: its images are \(1, 8, 8\), but 4x16 was asked"):
+        data.load("digits", image="4x16")
+    with pytest.raises(DataError, match=r"digits .*: has classes, but the task is 'regression'"):
+        data.load("digits", task="regression")
+    for source in ("", "digits,", ","):
+        with pytest.raises(DataError, match="unknown data set"):
+            data.load(source)
+
+
 def test_unknown_name():
     with pytest.raises(
         DataError, match=f"unknown data set 'mnits': known are {', '.join(data.NAMES)}"

@@ -62,7 +62,7 @@ def test_the_axes_are_the_images(case):
         ((3, 3, 3), "may have their channels first or last"),
         ((7, 9, 8), r"are no images of 1 to 4 channels: flatten them to \(N, 504\)"),
         ((2, 3, 4, 5), r"have 5 axes: flatten them to \(N, 120\)"),
-        ((0, 4), "images without pixels"),
+        ((0, 4), "have no numbers in a sample"),
     ],
     ids=str,
 )

@@ -409,6 +409,22 @@ BAD = {
         spoiled(lambda d: Image.fromarray(GREY.astype(np.int32) * 10**6).save(d / "ant/9.tif")),
         "9.tif: pixels from 0 to 255000000, of which black and white are not known: save 16 bits",
     ),
+    "an animation": (
+        spoiled(
+            lambda d: Image.fromarray(GREY).save(
+                d / "ant/9.gif", save_all=True, append_images=[Image.fromarray(255 - GREY)]
+            )
+        ),
+        "9.gif: holds 2 pictures: save the one that is meant",
+    ),
+    "many pages": (
+        spoiled(
+            lambda d: Image.fromarray(GREY).save(
+                d / "ant/9.tif", save_all=True, append_images=[Image.fromarray(GREY)]
+            )
+        ),
+        "9.tif: holds 2 pictures",
+    ),
     "not finite": (
         spoiled(lambda d: Image.fromarray(GREY * np.float32("nan")).save(d / "ant/9.tif")),
         "9.tif: has pixels that are not finite",

@@ -31,8 +31,17 @@ class Squares(torch.utils.data.Dataset):
         return torch.from_numpy(X[i]), int(Y[i])
 
 
-def frames(module="pandas"):
-    pandas = pytest.importorskip(module)
+class Frame:
+    """A frame of another library than pandas."""
+
+    columns, dtypes = list("abcde"), ["Float32"] * 5
+
+    def to_numpy(self):
+        return X
+
+
+def frames():
+    pandas = pytest.importorskip("pandas")
     return pandas.DataFrame(X, columns=list("abcde")), pandas.Series(Y)
 
 
@@ -56,6 +65,8 @@ SAME = {
     "Subset": lambda: Subset(PAIR, range(20)),
     "sparse": lambda: (pytest.importorskip("scipy.sparse").csr_matrix(X), Y),
     "sparse tensor": lambda: (torch.from_numpy(X).to_sparse(), Y),
+    "another frame": lambda: (Frame(), Y),
+    "masked nowhere": lambda: (np.ma.masked_array(X, False), Y),
     "needs grad": lambda: (torch.from_numpy(X).requires_grad_(), torch.from_numpy(Y)),
 }
 
@@ -80,6 +91,11 @@ def test_words_are_classes_in_the_training_datas_order():
     pandas = pytest.importorskip("pandas")
     category = Dataset.of(X, pandas.Series(words, dtype="category"))
     assert torch.equal(category.targets, train.targets)
+
+
+def test_large_unsigned_numbers():
+    data = Dataset.of(np.array([[2**63 + 2**40], [1]], np.uint64), [0, 1])
+    assert data.inputs.flatten().tolist() == [2.0**63 + 2.0**40, 1]
 
 
 def test_targets_of_a_regression_stay():
@@ -121,6 +137,15 @@ BAD = {
         lambda: (np.where(np.arange(100).reshape(20, 5) == 13, np.inf, X), Y),
         "inputs must be finite, got inf in row 2, column 3",
     ),
+    "masked": (
+        lambda: (np.ma.masked_array(X, np.arange(100).reshape(20, 5) % 50 == 13), Y),
+        "got nan in row 2, column 3, and 1 more; rows",
+    ),
+    "in many columns": (
+        lambda: (np.where(np.arange(100).reshape(20, 5) > 92, np.nan, X), Y),
+        "got nan in row 18, column 3, and 6 more in columns 0, 1, 2, 3, 4; rows",
+    ),
+    "no columns": (lambda: (X[:, :0], Y), r"inputs \(20, 0\) have no numbers in a sample"),
     "a target that is not finite": (
         lambda: (X, np.where(Y == 2, np.nan, 1.5)),
         "targets must be finite, got nan in row 2, and 5 more",
