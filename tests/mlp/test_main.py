@@ -15,7 +15,7 @@ from mlp.__main__ import main
 def test_help():
     """`python -m mlp --help`, in a process of its own, names the commands."""
     done = subprocess.run(
-        [sys.executable, "-m", "mlp", "--help"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "mlp", "--help"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0 and done.stderr == ""
     assert all(
@@ -33,7 +33,7 @@ def test_help_imports_nothing_heavy():
         "heavy = ('torch', 'triton', 'numpy', 'sklearn', 'matplotlib', 'tqdm')\n"
         "print([name for name in heavy if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr[-2000:]
 
 
@@ -49,7 +49,7 @@ def test_names_are_loaded_when_asked_for():
         "from mlp import *\n"
         "assert MLP is mlp.MLP and not hasattr(mlp, 'nothing') and not hasattr(mlp, '_nothing')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -113,5 +113,5 @@ def test_imports_without_the_extra():
         "import mlp\n"
         "mlp.MLP([4, 3])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
