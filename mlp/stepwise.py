@@ -103,11 +103,11 @@ class Engine:
         On a GPU nothing is read back before the end, so the error comes then, but names the step
         all the same.
         """
-        values = []
+        values, dtype = [], self.dtype
         predictions = _Predictions(order) if data.is_classification else None
         on_cpu = order.device.type == "cpu"
         for indices in order.split(batch_size):
-            x, y = data.batch(indices, self.dtype)
+            x, y = data.batch(indices, dtype)
             output, value = self.step(x, y)
             values.append(value.item() if on_cpu else value.detach().clone())
             if predictions is not None:
