@@ -153,7 +153,8 @@ class Elementwise(Criterion):
         """Targets of the output's shape: labels as one-hot rows, numbers as `columns` says."""
         op, outputs = self.row.function, output.shape[-1]
         if target.is_floating_point():
-            return self.columns(target, outputs).to(output.dtype)
+            fits = target.shape == output.shape  # a single sample too
+            return (target if fits else self.columns(target, outputs)).to(output.dtype)
         if target.shape != output.shape[:-1]:
             raise ValueError(
                 f"{op}: integer targets are labels {tuple(output.shape[:-1])} for outputs "

@@ -7,6 +7,7 @@ it computes just that. Each function here returns None if so, else the reason in
 import inspect
 import itertools
 
+import torch
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
@@ -106,6 +107,8 @@ def _hooks(model) -> str | None:
             return f"{name or type(model).__name__} has a hook"
     if any(getattr(nn.modules.module, f"_global{hooks}") for hooks in _HOOKS):
         return "a hook on all modules is registered"
+    if torch.is_autocast_enabled(next(model.parameters()).device.type):
+        return "autocast is on, under which calling the network computes in fewer bits"
     for name, p in model.named_parameters():
         if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
             return f"{name} has a gradient hook"

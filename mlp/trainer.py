@@ -22,6 +22,8 @@ from .stepwise import Demands, Diverged
 from .updates import parameters as parameters_in
 
 _BATCH_SIZE = 32
+# What these parts of a trainer's state hold.
+_STATES = {"scheduler": {"name", "state", "made"}, "precision": {"name", "skipped", "scaler"}}
 
 
 class History(list):
@@ -154,7 +156,7 @@ class Trainer:
         self.schedule, self._pending = schedule, None
         if self.requested == "auto" and self.verbose:
             print(self.engine_note)
-        with torch.inference_mode(False), in_mode(self.model, True):
+        with torch.inference_mode(False), torch.enable_grad(), in_mode(self.model, True):
             for epoch in range(len(self.history) + 1, epochs + 1):
                 row = self._row(epoch, task, on_step)
                 self.history.append(row)
@@ -295,14 +297,15 @@ class Trainer:
         return takeover.needs_closure(self.optimizer)
 
     def _epoch(self, epoch: int, task: _Task, order, on_step):
-        before = Snapshot(self.model)
+        before = [Snapshot(part) for part in self._parts()]
         state, options = copy.deepcopy(self.optimizer.state_dict()), options_of(self.optimizer)
         scheduled = None if self.schedule is None else self.schedule.state_dict()
         self.engine.shape = self._shape
         try:
             return self.engine.epoch(task.train, order, task.batch_size, self._after_step(on_step))
         except FloatingPointError as error:
-            before.restore()
+            for part in before:
+                part.restore()
             lr = float(self.optimizer.param_groups[0]["lr"])
             self._load_optimizer(state)
             if scheduled is not None:
@@ -318,6 +321,11 @@ class Trainer:
             raise Diverged(
                 f"training stopped: {error} of epoch {epoch} with learning rate {lr:g}; {advice}"
             ) from None
+
+    def _parts(self) -> list:
+        """What is trained: the network, and a loss that has parameters of its own."""
+        has = isinstance(self.loss, torch.nn.Module) and any(True for _ in self.loss.parameters())
+        return [self.model, self.loss] if has else [self.model]
 
     def _after_step(self, on_step):
         """What an engine calls after a step: the scheduler, if it steps then, and the caller's."""
@@ -423,14 +431,15 @@ class Trainer:
         return Dataset(reading.numbers(x.flatten(1)), labels)
 
     def state_dict(self) -> dict:
-        """What resuming needs: weights and buffers, optimizer state, history, the scheduler's state
-        and the precision's.
+        """What resuming needs: weights and buffers, also of a loss that has some, optimizer state,
+        history, the scheduler's state and the precision's.
         """
         scheduled = self.schedule.state_dict() if self.schedule is not None else None
         if self._pending is not None:
             scheduled = self._pending.state
         return {
             "model": state_of(self.model),
+            "loss": [state_of(part) for part in self._parts()[1:]],
             "optimizer": self.optimizer.state_dict(),
             "history": list(self.history),
             "scheduler": scheduled,
@@ -441,7 +450,13 @@ class Trainer:
         """Go on where `state_dict` was taken. If that run had a scheduler, the next `fit` must get
         it again.
         """
+        for name, keys in _STATES.items():
+            part = state.get(name)
+            if part is not None and not (isinstance(part, dict) and keys <= part.keys()):
+                raise ValueError(f"the state of {name} must hold {', '.join(sorted(keys))}")
         load_state(self.model, state["model"])
+        for part, kept in zip(self._parts()[1:], state.get("loss", ()), strict=False):
+            load_state(part, kept)
         self._load_optimizer(state["optimizer"])
         self.history, self.schedule = History(state["history"]), None
         if state.get("precision") is not None:

@@ -306,6 +306,9 @@ def test_refusals():
         with pytest.raises(ValueError, match=message):
             second.fit(data, 3, 16, scheduler=scheduler)
         assert second.state_dict()["scheduler"]["name"] == "StepLR"
+    for hostile in ("StepLR", {"name": "StepLR"}, [1]):
+        with pytest.raises(ValueError, match="the state of scheduler must hold made, name, state"):
+            second.load_state_dict({**state, "scheduler": hostile})
     state["scheduler"] = None
     second.load_state_dict(state)
     assert len(second.fit(data, 3, 16)) == 3

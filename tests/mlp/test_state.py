@@ -285,3 +285,45 @@ def test_networks_without_parameters():
         Trainer(nn.ReLU())
     with pytest.raises(ValueError, match="no weights yet; run a batch through the model first"):
         Trainer(nn.LazyLinear(3))
+
+
+class Tempered(nn.Module):
+    """A loss that learns a number of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.heat = nn.Parameter(torch.ones(()))
+
+    def forward(self, output, target):
+        return nn.functional.cross_entropy(output * self.heat, target)
+
+
+def test_a_loss_that_learns():
+    """Its parameters are part of the state, and of what a divergence restores."""
+
+    def make():
+        loss, model = Tempered(), MLP(SIZES)
+        optimizer = mlp.SGD([*model.parameters(), *loss.parameters()], lr=0.1)
+        return Trainer(model, loss, optimizer, verbose=False)
+
+    trainer, other = make(), make()
+    trainer.fit(tensors(), 2, 16)
+    heat = float(trainer.loss.heat.detach())
+    assert heat != 1.0
+    other.load_state_dict(copy.deepcopy(trainer.state_dict()))
+    assert float(other.loss.heat.detach()) == heat
+    with pytest.raises(mlp.Diverged):
+        trainer.fit((torch.full((40, 6), 3e38), tensors()[1]), 3, 16)
+    assert float(trainer.loss.heat.detach()) == heat
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("engine", ["autograd", "manual"])
+def test_fit_within_another_mode(engine, mode):
+    """Training needs gradients whatever is around it, and leaves nothing of the mode behind."""
+    trainer = Trainer(MLP(SIZES), engine=engine, verbose=False)
+    data = tensors()
+    with mode():
+        rows = trainer.fit(data, 2, 16, evaluate=data)
+    assert rows[1]["train_loss"] < rows[0]["train_loss"]
+    assert len(trainer.fit(data, 3, 16)) == 3

@@ -342,3 +342,13 @@ def test_optimizer_of_another_network():
         layer.weight, layer.bias = (nn.Parameter(p.detach().clone()) for p in layer.parameters())
     with pytest.raises(ValueError, match="fit: the optimizer has none of the network's"):
         trainer.fit(tensors(), 1, 16)
+
+
+def test_autocast_around_a_fit():
+    """It computes as the network does there: by autograd, in fewer bits."""
+    trainer = Trainer(MLP(SIZES), verbose=False)
+    trainer.fit(tensors(), 1, 16)
+    assert trainer.engine.name == "manual"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        trainer.fit(tensors(), 2, 16)
+    assert trainer.engine.name == "autograd" and "autocast is on" in trainer.engine_note
