@@ -349,19 +349,24 @@ class HuberLoss(nn.HuberLoss):
 
 class PinballLoss(nn.Module):
     """The loss of quantile regression. quantile: a number between 0 and 1, or one for each column
-    of input and target (N, C).
+    of input (N, C); then a target of one column serves all of them.
     """
 
     def __init__(self, quantile: float | Sequence[float] = 0.5, reduction: str = "mean"):
         super().__init__()
         self.loss, self.reduction = losses.Pinball(quantile, reduction), reduction
+        self.quantile = self.loss.parameter
+        each = torch.tensor(self.quantile) if isinstance(self.quantile, tuple) else None
+        self.register_buffer("_each", each, persistent=False)
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """See `kernels.pinball_loss`."""
-        return self.loss(input, target)
+        target = self.loss.columns(target, input.shape[-1])
+        quantile = self.quantile if self._each is None else self._each
+        return kernels.pinball_loss(input, target, quantile, self.reduction)
 
     def extra_repr(self) -> str:
-        return f"quantile={self.loss.parameter}, reduction={self.reduction!r}"
+        return f"quantile={self.quantile}, reduction={self.reduction!r}"
 
 
 def _cross_entropy(m):

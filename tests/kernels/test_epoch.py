@@ -120,6 +120,11 @@ def test_ignored_labels(mean, whole_batch, device):
             32,
             "epoch: classes 100 exceeds 64; use engine 'graph' or 'manual'",
         ),
+        (
+            {"loss": "pinball", "loss_parameter": (0.1, 0.9)},
+            32,
+            "epoch: quantile must be one number or one for each of 10 outputs, got 2",
+        ),
         ({}, 129, "epoch: batch 129 exceeds 128; use engine 'graph' or 'manual'"),
         (
             {"activation": "gelu"},
@@ -137,6 +142,18 @@ def test_refusals_name_the_limit_and_what_to_do(change, batch, expected):
 def test_an_unknown_rule_lists_the_known():
     with pytest.raises(ValueError, match="Spec: unknown rule 'rprop'; known: sgd, momentum, nest"):
         Spec((784, 10), rule="rprop")
+
+
+def test_an_unknown_loss_lists_the_known():
+    with pytest.raises(ValueError, match="unknown loss 'mae'; known: cross_entropy, mse, bce, hub"):
+        Spec((784, 10), loss="mae")
+
+
+def test_cross_entropy_of_one_output_is_refused(device):
+    """It would be 0 whatever the network does."""
+    run = Run(Spec((12, 7, 1), "relu"), device, soft=True)
+    with pytest.raises(ValueError, match="use MeanSquaredError"):
+        run.train(train_epoch)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,17 @@ import torch
 from torch._dynamo.utils import counters
 
 from kernels import cross_entropy
-from mlp import MLP, SGD, AdamW, ConvNet, CrossEntropyLoss, MSELoss
+from mlp import (
+    MLP,
+    SGD,
+    AdamW,
+    BCEWithLogitsLoss,
+    ConvNet,
+    CrossEntropyLoss,
+    HuberLoss,
+    MSELoss,
+    PinballLoss,
+)
 from tests.checks import assert_equal
 from tests.pairs import gradients
 
@@ -71,11 +81,20 @@ def test_training(network, optimizer, device):
 
 
 @pytest.mark.parametrize(
-    "loss", [CrossEntropyLoss(reduction="sum"), MSELoss(), MSELoss(reduction="none")], ids=repr
+    "loss",
+    [
+        CrossEntropyLoss(reduction="sum"),
+        MSELoss(),
+        MSELoss(reduction="none"),
+        BCEWithLogitsLoss(pos_weight=torch.tensor(2.0)),
+        HuberLoss(delta=0.5),
+        PinballLoss([(i + 1) / 65 for i in range(64)]),
+    ],
+    ids=lambda loss: repr(loss)[:40],
 )
 def test_losses(loss, device):
     """Of one module for every size of a batch, the gradient of a target with one too."""
-    run = compiled(loss)
+    run = compiled(loss.to(device))
     for x, _ in batches(device):
         tensors = [x.requires_grad_(), x.detach().softmax(1).requires_grad_()]
         assert_equal(gradients([run(*tensors)], tensors), gradients([loss(*tensors)], tensors))
