@@ -1,7 +1,8 @@
 """Many independent networks trained together: other seeds, learning rates, momenta, the same data.
 
-On a GPU one launch an epoch trains all of them, a program a network; on a CPU, and for networks
-that the kernel does not serve, batched products do the same. A replica's initial weights and order
+On a GPU one launch an epoch trains all of them, a program a network; on a CPU with numba every core
+takes a network at a time. Elsewhere, and for networks that the kernel does not serve, batched
+products do the same. A replica's initial weights and order
 of samples are those that `Trainer` takes for its seed, so any of them can be trained again alone.
 """
 
@@ -13,6 +14,7 @@ import torch
 
 import kernels
 
+from . import cpu
 from .checkpoint import save
 from .dataset import Dataset, permutation
 from .epochwise import spec_of
@@ -178,10 +180,8 @@ class Sweep:
         hyper = self._hyper()
         losses = torch.full((self.replicas,), math.nan, device=self.device)
         diverged = torch.zeros(self.replicas, dtype=torch.bool, device=self.device)
-        refused = kernels.path(self.parameters[0]) != "triton" or kernels.refusal(
-            self.spec, batch_size
-        )
-        train_all = kernels.train_replicas_ref if refused else kernels.train_replicas
+        steps = epochs * self.replicas * math.ceil(count / batch_size)
+        train_all = self._backend(batch_size, steps)
         for epoch in range(1, epochs + 1):
             order = torch.stack(
                 [permutation(len(train), seed, epoch, self.device)[:count] for seed in self.seeds]
@@ -206,6 +206,16 @@ class Sweep:
         for stacked in self.parameters:
             diverged |= ~stacked.flatten(1).isfinite().all(1)
         return self._ranked(losses.tolist(), diverged.tolist(), evaluate)
+
+    def _backend(self, batch_size: int, steps: int):
+        """The function that trains all networks for an epoch; steps: of all of them together."""
+        if cpu.serves(self.parameters[0]):
+            costs = cpu.costs(self.spec.sizes, batch_size, steps)
+            return cpu.train_replicas if costs is None else kernels.train_replicas_ref
+        refused = kernels.backend(self.parameters[0]) != "triton" or kernels.refusal(
+            self.spec, batch_size
+        )
+        return kernels.train_replicas_ref if refused else kernels.train_replicas
 
     def _fitted(self, data) -> Dataset:
         """Anything that `fit` takes, as numbers that these networks can meet."""

@@ -56,3 +56,10 @@ def train_epoch(*arguments, **options) -> tuple[torch.Tensor, torch.Tensor]:
     from . import epoch
 
     return epoch.train_epoch(*arguments, **options)
+
+
+def train_replicas(*arguments, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `epoch.train_replicas`."""
+    from . import epoch
+
+    return epoch.train_replicas(*arguments, **options)

@@ -123,23 +123,52 @@ def train_epoch(
     """As `kernels.train_epoch`, on a CPU: trains in place, (losses, correct) of every step.
 
     Any width, batch and number of classes. correct counts labels; of targets that are numbers it
-    is 0. KeyboardInterrupt: at most a piece of the epoch later, with parameters as they were after
-    some step.
+    is 0. The threads are torch's. KeyboardInterrupt: at most a piece of the epoch later, with
+    parameters, states and count as they were after some step.
     """
     workers = max(1, torch.get_num_threads())
     memory = Memory(spec, min(batch, len(indices)), workers)
-    lists = [parameters, *states]
-    memory.copy(lists)
-    steps = -(-len(indices) // batch)
-    numbers = _numbers(spec.rule, hyper, float(count), steps)
+    numbers = _numbers(spec.rule, hyper, float(count), -(-len(indices) // batch))
     task = _Task(memory, data, targets, indices, numbers, scale, shift)
-    compiled()(task.run, 0, 1, 0, 0)  # compiles, or reads from disk
-    try:
-        _train(task, steps, _choice(spec, memory.batch, workers))
-    finally:
-        count += task.done
-        memory.copy(lists, back=True)
+    choice, stopped = _choice(spec, memory.batch, workers), threading.Event()
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        # Beside the calling thread, which alone Ctrl-C interrupts.
+        future = pool.submit(_train, task, [parameters, *states], choice, stopped, pool)
+        try:
+            future.result()
+        finally:
+            stopped.set()
+            concurrent.futures.wait([future])
+            count += task.done
     return torch.from_numpy(task.losses), torch.from_numpy(task.correct)
+
+
+def train_replicas(
+    spec, parameters, states, data, targets, indices, batch, hyper, count, *, scale=1.0, shift=0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `kernels.train_replicas`, on a CPU: each of torch's threads takes a network at a time."""
+    steps, stopped = -(-indices.shape[1] // batch), threading.Event()
+
+    def one(replica: int) -> _Task:
+        memory = Memory(spec, min(batch, indices.shape[1]), 1)
+        numbers = _numbers(spec.rule, hyper[replica], float(count), steps)
+        task = _Task(memory, data, targets, indices[replica], numbers, scale, shift)
+        lists = [[tensor[replica] for tensor in tensors] for tensors in (parameters, *states)]
+        _train(task, lists, _choice(spec, memory.batch, 1), stopped)
+        return task
+
+    compiled(), rows.of(spec)  # once, not by every thread
+    with concurrent.futures.ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+        futures = [pool.submit(one, replica) for replica in range(len(indices))]
+        try:
+            tasks = [future.result() for future in futures]
+        finally:
+            stopped.set()
+    count += steps
+    return (
+        torch.from_numpy(np.stack([task.losses for task in tasks])),
+        torch.from_numpy(np.stack([task.correct for task in tasks])),
+    )
 
 
 def _numbers(rule, hyper, taken: float, steps: int) -> np.ndarray:
@@ -154,7 +183,7 @@ class _Task:
     """A `loop.Run` with the arrays whose addresses it holds, which must live as long."""
 
     def __init__(self, memory: Memory, data, targets, indices, numbers, scale, shift):
-        spec, steps, self.done = memory.spec, len(numbers), 0
+        spec, steps, self.memory, self.done = memory.spec, len(numbers), memory, 0
         soft = targets.is_floating_point()
         self.losses, self.correct = np.zeros(steps, np.float32), np.zeros(steps, np.int32)
         self.counter = np.zeros(8, np.int64)
@@ -174,10 +203,7 @@ class _Task:
         places[loop.ROWS_OF_EPOCH], places[loop.COUNT] = len(indices), numbers.shape[1]
         for place, array in self.held.items():
             places[place] = array.ctypes.data
-        hidden = rows.activation(activations.get(spec.activation))
-        output = rows.activation(activations.get(spec.output_activation))
-        functions = (*hidden, *output, rows.loss(spec.loss), rows.rule(spec.rule))
-        for place, function in enumerate(functions, loop.FORWARD):
+        for place, function in enumerate(rows.of(spec), loop.FORWARD):
             places[place] = function.address
         self.run = loop.Run(
             memory.w, memory.layers, places, *map(np.float32, (scale, shift, spec.loss_scale))
@@ -218,27 +244,21 @@ def _choice(spec, batch: int, workers: int) -> _Choice:
     return _choices[key]
 
 
-def _train(task: _Task, steps: int, choice: _Choice) -> None:
-    """All steps in pieces, by threads beside the calling one, which alone Ctrl-C interrupts."""
-    stopped = threading.Event()
-
-    def lead() -> None:
-        while task.done < steps and not stopped.is_set():
-            workers, count = choice.next()
-            count = min(count, steps - task.done)
-            started = time.perf_counter()
-            _piece(pool, task, workers, count)
-            choice.seconds[workers] = (time.perf_counter() - started) / count
-
-    with concurrent.futures.ThreadPoolExecutor(choice.counts[-1]) as pool:
-        leader = pool.submit(lead)
-        try:
-            leader.result()
-        finally:
-            stopped.set()
+def _train(task: _Task, lists, choice: _Choice, stopped: threading.Event, pool=None) -> None:
+    """All steps in pieces, until stopped; lists: parameters and states, read before, written after."""
+    memory, steps = task.memory, len(task.losses)
+    memory.copy(lists)
+    while task.done < steps and not stopped.is_set():
+        workers, count = choice.next()
+        count = min(count, steps - task.done)
+        started = time.perf_counter()
+        _piece(task, workers, count, pool)
+        choice.seconds[workers] = (time.perf_counter() - started) / count
+    memory.copy(lists, back=True)
 
 
-def _piece(pool, task: _Task, workers: int, count: int) -> None:
+def _piece(task: _Task, workers: int, count: int, pool=None) -> None:
+    """Some steps more by this thread, and others of the pool."""
     task.counter[:] = 0
     call, run, begin = compiled(), task.run, task.done
     end = begin + count

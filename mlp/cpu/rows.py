@@ -17,6 +17,8 @@ from numba import carray, cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from kernels import activations
+
 from . import language
 
 _OPTIONS = {"error_model": "numpy", "nogil": True}  # numpy: a division by zero is no exception
@@ -242,3 +244,9 @@ def loss(row) -> Compiled:
         return _address(_softmax, signature)
     formula = scalar(row.scalar)
     return _address(_elementwise, signature, formula.text, SCALAR=formula.compiled)
+
+
+def of(spec) -> tuple[Compiled, ...]:
+    """All functions of a training: hidden activation, output activation, loss, rule."""
+    acts = activations.get(spec.activation), activations.get(spec.output_activation)
+    return (*activation(acts[0]), *activation(acts[1]), loss(spec.loss), rule(spec.rule))

@@ -264,6 +264,27 @@ def test_without_numba_the_note_says_what_would_be_faster(monkeypatch):
     assert "pip install 'handgrad[cpu]'" in made[1]
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_many_networks_are_trained_as_the_reference_trains_them(monkeypatch, threads):
+    torch.manual_seed(0)
+    x, y = torch.rand(70, 12), torch.randint(0, 4, (70,))
+    results = []
+    for reason in (None, "the reference, then"):
+        monkeypatch.setattr(cpu, "costs", lambda *_, reason=reason: reason)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        sweep = mlp.Sweep([12, 9, 4], 5, [0.01, 0.1, 0.2, 0.3, 0.4], momentum=0.9)
+        assert (sweep._backend(32, 15) is cpu.train_replicas) == (reason is None)
+        means = []
+        rows_ = sweep.fit((x, y), 3, 32, on_epoch=lambda _, m, kept=means: kept.append(m))
+        order = sorted(rows_, key=lambda row: row.replica)
+        results.append((torch.stack(means), [row.train_loss for row in order], sweep.parameters))
+    (found, losses, ours), (expected, wanted, theirs) = results
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    assert losses == pytest.approx(wanted, rel=1e-5)
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
 def call(function, *arguments):
     kinds = [ctypes.c_int64 if isinstance(a, int) else ctypes.c_void_p for a in arguments]
     values = [a if isinstance(a, int) else a.data_ptr() for a in arguments]
