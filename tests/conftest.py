@@ -29,15 +29,9 @@ if not ON_GPU:
 import triton  # noqa: E402
 
 import kernels  # noqa: E402
-from tests import checks, interpreter, running, seeds  # noqa: E402
-from tests.running import (  # noqa: E402, F401
-    pytest_addoption,
-    pytest_cmdline_main,
-    pytest_collection_modifyitems,
-    pytest_configure_node,
-    pytest_runtest_call,
-    pytest_sessionfinish,
-)
+from tests import checks, interpreter, seeds  # noqa: E402
+
+pytest_plugins = ["tests.running"]
 
 if not ON_GPU:
     interpreter.improve()
@@ -84,16 +78,10 @@ MISSING = {
 collect_ignore = [file for files in MISSING.values() for file in files]
 
 
-MARKERS = {
-    "interpreter": "under tests/mlp, run the kernels in the interpreter also on a CPU",
-    "full": "takes minutes: runs only with --full",
-    "long(seconds)": "about how long it takes; the longest start first",
-}
-
-
 def pytest_configure(config):
-    for name, meaning in MARKERS.items():
-        config.addinivalue_line("markers", f"{name}: {meaning}")
+    config.addinivalue_line(
+        "markers", "interpreter: under tests/mlp, run the kernels in the interpreter also on a CPU"
+    )
 
 
 def pytest_report_header():
@@ -102,8 +90,7 @@ def pytest_report_header():
     return f"handgrad: kernels run {where}; {versions}; {seeds.SHIFT} added to every seed"
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    running.report(terminalreporter, config)
+def pytest_terminal_summary(terminalreporter):
     for package, files in MISSING.items():
         terminalreporter.write_line(f"not run: {', '.join(files)}. To run: pip install {package}")
 

@@ -1,5 +1,5 @@
 """How the suite is run and what it reports: the longest tests first, what was skipped and which
-command would run it, and tests that take too long. conftest.py takes pytest's hooks from here.
+command would run it, and tests that take too long. A plugin of pytest, which conftest.py loads.
 """
 
 import collections
@@ -35,6 +35,11 @@ def pytest_addoption(parser):
         action="store_true",
         help=f"fail if a test took more than {BUDGET:.0f} s of processor time",
     )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "full: takes minutes, so it runs only with --full")
+    config.addinivalue_line("markers", "long(seconds): how long it takes; the longest start first")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -115,8 +120,7 @@ def pytest_sessionfinish(session):
         session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
 
 
-def report(terminalreporter, config) -> None:
-    """Lines for the end of a run."""
+def pytest_terminal_summary(terminalreporter, config):
     write, seconds = terminalreporter.write_line, taken(config)
     write(f"{len(seconds)} tests took {sum(seconds.values()):.0f} s of processor time")
     for reason, count in skipped(terminalreporter).most_common():

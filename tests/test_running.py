@@ -1,0 +1,55 @@
+"""The plugin in tests/running.py, on a folder of small tests."""
+
+import os
+import subprocess
+import sys
+
+from tests import machines
+from tests.test_structure import ROOT
+
+SMALL = """
+import time, pytest
+
+def test_short(): pass
+
+@pytest.mark.long(30)
+def test_long(): pass
+
+@pytest.mark.full
+def test_full(): pass
+
+@pytest.mark.skip(reason="this needs a GPU")
+def test_gpu(): pass
+
+def test_busy():
+    end = time.process_time() + 0.3
+    while time.process_time() < end: pass
+"""
+
+
+def run(folder, *arguments, budget):
+    code = "import sys, pytest; from tests import running; running.BUDGET = float(sys.argv[1]); "
+    code += "sys.exit(pytest.main(sys.argv[2:], plugins=[running]))"
+    command = [sys.executable, "-c", code, str(budget), "-v", "--rootdir", str(folder), str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run(
+        [*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    return done.returncode, done.stdout
+
+
+def test_order_skips_and_budget(tmp_path):
+    (tmp_path / "test_small.py").write_text(SMALL)
+    status, text = run(tmp_path, budget=0.2)
+    assert status == 0 and text.index("test_long") < text.index("test_short"), text
+    assert "skipped 1: takes minutes; needs --full. To run: pytest -n auto --full" in text
+    assert "skipped 1: this needs a GPU. To run: on a machine with a GPU: python -m bench" in text
+    assert "over the budget of 0 s of processor time: test_small.py::test_busy" in text
+    status, text = run(tmp_path, "--enforce-budget", "--full", budget=0.2)
+    assert status == 0 and "test_full PASSED" in text and "needs --full" not in text
+    assert run(tmp_path, "--enforce-budget", budget=0.2)[0] == 1
+
+
+def test_machines_are_of_tests_that_exist():
+    assert all((ROOT / file).exists() for file in machines.FILES)
+    assert {"sse4_2"} < {flag for flag, _ in machines.settings().values()}
