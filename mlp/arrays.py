@@ -178,7 +178,7 @@ def _dtype_name(dtype: Any) -> str:
 
 
 def _check_lengths(x: torch.Tensor, y: Any, name: str) -> None:
-    if x.dim() == 0 or len(x) != len(y):
+    if 0 in (x.dim(), y.dim()) or len(x) != len(y):
         raise DataError(
             f"{name}: inputs {tuple(x.shape)} need as many labels, got {tuple(y.shape)}"
         )

@@ -131,6 +131,10 @@ def _rows(array: np.ndarray, samples: int, name: str) -> np.ndarray:
         return array.reshape(-1)
     if array.ndim not in (1, 2):
         raise DataError(f"{name}: targets must be (N,) or (N, outputs), got {array.shape}")
+    if array.size == 0 and (samples or array.ndim == 2):
+        raise DataError(f"{name}: {samples} inputs need as many labels, got {array.shape}")
+    if array.size == 0:
+        raise DataError(f"{name}: empty: it has no samples")
     return array
 
 
@@ -201,15 +205,13 @@ def _is_regression(arrays: Sequence[np.ndarray], name: str, task: str | None) ->
 
 def _regression(arrays: Sequence[np.ndarray], name: str, task: str | None) -> Targets:
     values = [a.astype(np.float64).reshape(len(a), -1) for a in arrays]
-    outputs = values[0].shape[1] if values else 1
+    outputs = values[0].shape[1]
     note = (
         f"{name}: targets are {arrays[0].dtype}, {values[0].min():.6g} to {values[0].max():.6g}: "
         f"a regression with {outputs} output{'s' if outputs > 1 else ''}"
-        if len(values[0])
-        else ""
     )
     tensors = [torch.from_numpy(value).float() for value in values]
-    return Targets(tensors, (), (note,) if note and task is None else ())
+    return Targets(tensors, (), (note,) if task is None else ())
 
 
 def _classes(arrays: Sequence[np.ndarray], name: str) -> Targets:
@@ -221,8 +223,6 @@ def _classes(arrays: Sequence[np.ndarray], name: str) -> Targets:
     if together.dtype.kind == "f" and not (together == np.round(together)).all():
         bad = together[together != np.round(together)][0]
         raise DataError(f"{name}: labels must be whole numbers, got {bad}")
-    if len(together) == 0:
-        return Targets([torch.zeros(0, dtype=torch.int64) for _ in arrays], (), ())
     values, numbers = np.unique(together, return_inverse=True)
     _check_count(len(values), len(together), name)
     if together.dtype.kind == "U" and all(word.isdecimal() for word in values):

@@ -269,6 +269,9 @@ BAD = {
     "records": (np.zeros(20, [("a", "f4")]), "must be numbers or words, got records"),
     "dates": (np.zeros(20, "M8[D]"), r"must be numbers or words, got datetime64\[D\]"),
     "cube": (np.zeros((20, 2, 2)), r"targets must be \(N,\) or \(N, outputs\)"),
+    "none": (LABELS[:0], r"20 inputs need as many labels, got \(0,\)"),
+    "no outputs": (np.zeros((20, 0)), r"20 inputs need as many labels, got \(20, 0\)"),
+    "a number": (np.array(3), r"targets must be \(N,\) or \(N, outputs\), got \(\)"),
     "lengths": (LABELS[:5], r"inputs \(20, 1\) need as many labels, got \(5,\)"),
 }
 
@@ -276,7 +279,7 @@ BAD = {
 @pytest.mark.parametrize("kind", BAD)
 def test_labels_that_are_refused(kind):
     labels, message = BAD[kind]
-    rows = np.zeros((len(labels) if len(labels) > 5 else 20, 1))
+    rows = np.zeros((max(20, labels.shape[0] if labels.ndim else 0), 1))
     with pytest.raises(DataError, match=message) as error:
         from_arrays(rows, labels)
     assert "\n" not in str(error.value)

@@ -155,6 +155,7 @@ BAD = {
     "a huge id": (lambda: (X, Y * 10**9), "label 2000000000 would make 2,000,000,001 classes"),
     "negative": (lambda: (X, -Y), "label -1 of sample 1 is not one of"),
     "lengths": (lambda: (X, Y[:5]), r"inputs \(20, 5\) need as many labels, got \(5,\)"),
+    "a number": (lambda: (X, 3), r"inputs \(20, 5\) need as many labels, got \(\)"),
     "three": (lambda: (X, X, Y), "got tuple of 3"),
     "alone": (lambda: X, "got ndarray"),
     "three tensors": (lambda: TensorDataset(*PAIR.tensors, PAIR.tensors[0]), r"got list of 3|of 3"),
