@@ -6,29 +6,20 @@ from collections.abc import Iterator
 
 import torch
 
-_lock = threading.Lock()
-_inside, _before = 0, 0
-
 
 @contextlib.contextmanager
 def threads(count: int | None) -> Iterator[None]:
     """torch with `count` CPU threads; None leaves them as they are.
 
-    Blocks of several Python threads may overlap. The first one that enters notes the number, and
-    each one that leaves sets it again, so the last one leaves torch as the first one found it.
+    Only Python's main thread changes the number. A new thread takes over the number that another
+    one has set for a while, and keeps it; so threads that overlapped could never put it back.
     """
-    global _inside, _before
-    if count is None:
+    if count is None or threading.current_thread() is not threading.main_thread():
         yield
         return
-    with _lock:
-        if _inside == 0:
-            _before = torch.get_num_threads()
-        _inside += 1
-        torch.set_num_threads(count)
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        with _lock:
-            _inside -= 1
-            torch.set_num_threads(_before)
+        torch.set_num_threads(before)

@@ -17,13 +17,18 @@ from .modules import ends, loss_of
 from .optim import OPTIMIZERS, SGD
 from .precision import Precision
 from .schedule import Schedule, options_of, restore_options
+from .seen import Seen, rows
 from .state import Snapshot, in_mode, load_state, parameters_of, state_of
 from .stepwise import Demands, Diverged
 from .updates import parameters as parameters_in
 
 _BATCH_SIZE = 32
 # What these parts of a trainer's state hold.
-_STATES = {"scheduler": {"name", "state", "made"}, "precision": {"name", "skipped", "scaler"}}
+_STATES = {
+    "scheduler": {"name", "state", "made"},
+    "precision": {"name", "skipped", "scaler"},
+    "seen": set(Seen._fields),
+}
 
 
 class History(list):
@@ -105,15 +110,14 @@ class Trainer:
         if reason is not None:
             raise ValueError(f"Trainer: {reason}")
         self.history, self.schedule = History(), None
-        self._pending = self._like = self._taken = None
-        self._is_column = False
+        self._pending = self._seen = None
         self._choose(1, Demands(precision=precision))
 
     @property
     def _shape(self) -> tuple[int, ...] | None:
         """Of a sample, where the network is not ours and the data came with one."""
         ours = takeover.description(self.model) is None
-        return None if ours or self._taken is None else self._taken.shape
+        return None if ours or self._seen is None else self._seen.shape
 
     @property
     def device(self) -> torch.device:
@@ -200,8 +204,7 @@ class Trainer:
             like = taken.data if taken.words else None
             evaluate = self._fitted(given.take(evaluate, ignored, like).data)
         train = self._fitted(taken.data)
-        self._taken, self._like = taken._replace(data=None), train.take(1)
-        self._is_column = taken.data.targets.dim() == 1
+        self._seen = Seen.of(taken)
         count = len(train) // size * size if drops and size > 0 else len(train)
         return _Task(train, evaluate, size, count, operator.index(seed))
 
@@ -367,7 +370,7 @@ class Trainer:
         data: as for `fit`. Labels that the loss ignores do not count.
         """
         ignored = means.reading(self.loss).ignore_index
-        like = self._like if self._taken is not None and self._taken.words else None
+        like = None if self._seen is None else self._seen.like()
         data = self._fitted(given.take(data, ignored, like).data)
         return measure(self.model, self.loss, data, self._shape)
 
@@ -380,11 +383,11 @@ class Trainer:
         found = self._outputs(x)
         if self._is_classifier():
             found = found.argmax(1)
-            if self._taken is not None and self._taken.words is not None:
-                return np.array(self._taken.words)[found.cpu().numpy()]
+            if self._seen is not None and self._seen.words is not None:
+                return np.array(self._seen.words)[found.cpu().numpy()]
         else:
             found = getattr(self.loss, "predict", lambda rows: rows)(found)
-            if self._is_column and found[0].numel() == 1:
+            if self._seen is not None and self._seen.column and found[0].numel() == 1:
                 found = found.flatten()
         return found if isinstance(x, torch.Tensor) else found.cpu().numpy()
 
@@ -401,38 +404,22 @@ class Trainer:
         return found if isinstance(x, torch.Tensor) else found.cpu().numpy()
 
     def _is_classifier(self) -> bool:
-        if self._like is not None:
-            return self._like.is_classification or means.is_entropy(self.loss)
-        return means.is_entropy(self.loss)
+        labels = self._seen is not None and self._seen.is_labels
+        return labels or means.is_entropy(self.loss)
 
     @torch.no_grad()
     def _outputs(self, x) -> torch.Tensor:
         """The network's outputs for rows that are read as the training data were."""
         if not isinstance(x, Dataset):
-            x = self._read(x)
-        rows = [out for out, _ in outputs(self.model, x.to(self.device), shape=self._shape)]
-        return torch.cat(rows)
-
-    def _read(self, x) -> Dataset:
-        """Rows as a data set of the numbers that the network takes."""
-        x, _ = arrays.numbers(x, "predict: x")
-        labels = torch.zeros(len(x), dtype=torch.int64)
-        if self._like is None:
-            return Dataset(x, labels)
-        reading, stored = self._like.reading, getattr(torch, self._like.stored, None)
-        is_plain = (reading.scale, reading.shift, reading.mean) == (1.0, 0.0, None)
-        as_stored = stored is None or x.is_floating_point() == stored.is_floating_point
-        if not (is_plain or as_stored):
-            raise ValueError(
-                f"predict: the network was trained on {self._like.stored} inputs, which its data "
-                f"set scales, got {x.dtype}; give {self._like.stored}, or a Dataset that says how "
-                "to read them"
-            )
-        return Dataset(reading.numbers(x.flatten(1)), labels)
+            dtype = torch.promote_types(self.engine.dtype, torch.float32)
+            plain = rows(arrays.numbers(x, "predict: x")[0]) if self._seen is None else None
+            x = plain or self._seen.read(x, dtype)
+        found = outputs(self.model, x.to(self.device), shape=self._shape)
+        return torch.cat([out for out, _ in found])
 
     def state_dict(self) -> dict:
         """What resuming needs: weights and buffers, also of a loss that has some, optimizer state,
-        history, the scheduler's state and the precision's.
+        history, the scheduler's state and the precision's, and how the data were read.
         """
         scheduled = self.schedule.state_dict() if self.schedule is not None else None
         if self._pending is not None:
@@ -444,6 +431,7 @@ class Trainer:
             "history": list(self.history),
             "scheduler": scheduled,
             "precision": self.precision.state_dict(),
+            "seen": None if self._seen is None else self._seen.to_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -461,7 +449,9 @@ class Trainer:
         self.history, self.schedule = History(state["history"]), None
         if state.get("precision") is not None:
             self.precision.load_state_dict(state["precision"])
-        self._pending = None
+        self._pending, self._seen = None, None
+        if state.get("seen") is not None:
+            self._seen = Seen.of_dict(state["seen"])
         if state.get("scheduler") is not None:
             self._pending = _Pending(state["scheduler"], options_of(self.optimizer))
 

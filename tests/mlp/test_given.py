@@ -1,5 +1,7 @@
 """given: what people hand to fit, predict and the constructors is taken as it is meant."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -239,3 +241,25 @@ def test_predict_reads_as_training_did():
     with torch.no_grad():
         expected = made.model((table - table.mean(0)) / table.std(0, unbiased=False)).argmax(1)
     assert torch.equal(made.predict(table), expected)
+
+
+def test_a_loaded_trainer_predicts_likewise():
+    """How training read its inputs, and which words its labels were, are part of the state."""
+    pixels = torch.randint(0, 256, (70, 6), dtype=torch.uint8)
+    table = X * 50 + 3
+    numbers = X[:, 0] - X[:, 1]
+    for given, x, loss, outputs in (
+        (mlp.Dataset(pixels, Y, scale=1 / 255, shift=-0.5), pixels.numpy(), None, 3),
+        (mlp.Dataset(table, Y).standardized(), table.numpy(), None, 3),
+        ((X, WORDS), X.numpy(), None, 3),
+        ((X, numbers), X.numpy(), "mse", 1),
+    ):
+        first, second = (Trainer(MLP((6, 8, outputs)), loss, verbose=False) for _ in range(2))
+        first.fit(given, 2, 16)
+        torch.save(first.state_dict(), buffer := io.BytesIO())
+        buffer.seek(0)
+        second.load_state_dict(torch.load(buffer, weights_only=True))
+        assert (second.predict(x) == first.predict(x)).all()
+        assert second.predict(x).shape == (70,)
+    with pytest.raises(ValueError, match="the state of seen must hold column, is_labels"):
+        second.load_state_dict({**first.state_dict(), "seen": {"reading": 1}})

@@ -211,13 +211,9 @@ def test_modes():
     first = trainer.evaluate(tensors(1))
     assert trainer.evaluate(tensors(1)) == first == trainer.evaluate(mlp.Dataset(*tensors(1)))
     assert torch.equal(trainer.predict(tensors(1)[0]), trainer.predict(tensors(1)[0]))
-    scores = mlp.metrics.probabilities(model, trainer.loss, mlp.Dataset(*tensors(1)))
-    assert torch.equal(
-        scores,
-        mlp.metrics.probabilities(
-            model, trainer.loss, trainer._like._with(inputs=tensors(1)[0], targets=tensors(1)[1])
-        ),
-    )
+    data = mlp.Dataset(*tensors(1))
+    scores = mlp.metrics.probabilities(model, trainer.loss, data)
+    assert torch.equal(scores, mlp.metrics.probabilities(model, trainer.loss, data))
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
     assert {name: m.training for name, m in model.named_modules()} == modes
     model.eval()

@@ -1,0 +1,76 @@
+"""What a training was given, so that evaluate and predict read new samples as it did."""
+
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import torch
+
+from . import arrays
+from .dataset import Dataset, Reading
+from .given import Given
+from .schema import typed
+
+
+class Seen(NamedTuple):
+    """reading: how inputs were read. is_labels: whether the targets were labels. words: the
+    classes, if labels were words. column: whether numbers to be met were (N,). shape: of a sample
+    with more than one dimension.
+    """
+
+    reading: Reading
+    is_labels: bool
+    words: tuple[str, ...] | None
+    column: bool
+    shape: tuple[int, ...] | None
+
+    @classmethod
+    def of(cls, given: Given) -> "Seen":
+        """Of what `fit` was given."""
+        data = given.data
+        column = not data.is_classification and data.targets.dim() == 1
+        return cls(data.reading, data.is_classification, given.words, column, given.shape)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for a checkpoint: tuples of the reading are lists, as in JSON."""
+        reading = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self.reading).items()
+        }
+        return {**self._asdict(), "reading": reading}
+
+    @classmethod
+    def of_dict(cls, facts: dict[str, Any]) -> "Seen":
+        """From `to_dict`."""
+        reading = typed(Reading, facts["reading"], "the state of seen: reading")
+        return cls(**{**facts, "reading": reading})
+
+    def like(self) -> Dataset | None:
+        """A data set whose classes are the words, to number those of test data by; None without
+        words.
+        """
+        if self.words is None:
+            return None
+        return Dataset(torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64), self.words)
+
+    def read(self, x: Any, dtype: torch.dtype) -> Dataset:
+        """Rows as they lie in an array or a frame, as the numbers that the network takes.
+
+        ValueError where whole numbers were scaled and x has fractions, or the other way round: what
+        black and white are is then unknown.
+        """
+        raw, _ = arrays.numbers(x, "predict: x")
+        reading, stored = self.reading, getattr(torch, self.reading.stored, None)
+        is_plain = (reading.scale, reading.shift, reading.mean) == (1.0, 0.0, None)
+        as_stored = stored is None or raw.is_floating_point() == stored.is_floating_point
+        if not (is_plain or as_stored):
+            raise ValueError(
+                f"predict: the network was trained on {reading.stored} inputs, which its data set "
+                f"scales, got {raw.dtype}; give {reading.stored}, or a Dataset that says how to "
+                "read them"
+            )
+        return rows(reading.numbers(raw.reshape(len(raw), -1), dtype))
+
+
+def rows(inputs: torch.Tensor) -> Dataset:
+    """Inputs without targets, as a data set."""
+    return Dataset(inputs, torch.zeros(len(inputs), dtype=torch.int64))
