@@ -23,8 +23,8 @@ def conv2d_bwd_dz_ref(dy, s, winner, activation, g, size):
         return dz
     n, o = dz.shape[:2]
     oh, ow = g.conv_size(*size)
-    zeros = dz.new_zeros(n, o, oh * ow)
-    return zeros.scatter_(2, winner.long().flatten(2), dz.flatten(2)).view(n, o, oh, ow)
+    places, dz = (t.reshape(n, o, winner.shape[2] * winner.shape[3]) for t in (winner, dz))
+    return dz.new_zeros(n, o, oh * ow).scatter(2, places.long(), dz).view(n, o, oh, ow)
 
 
 def conv2d_bwd_dx_ref(dz, w, g, size):
@@ -51,7 +51,8 @@ def conv2d_bwd_dw_ref(dz, x, g, bias=True):
         patches = (
             windows[..., :: g.DH, :: g.DW].permute(0, 1, 4, 5, 2, 3).flatten(1, 3).flatten(2)
         )  # (N, K, OH·OW)
-        return torch.bmm(dz.flatten(2), patches.mT).sum(0).view(O, C, g.KH, g.KW), db
+        places = dz.reshape(N, O, dz.shape[2] * dz.shape[3])
+        return torch.bmm(places, patches.mT).sum(0).view(O, C, g.KH, g.KW), db
     # x with batch and channels exchanged, dz as its kernel: the batch is summed, and the outputs'
     # places are the taps.
     x, dz = pad_end(x, g).transpose(0, 1), dz.transpose(0, 1)

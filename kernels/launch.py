@@ -92,21 +92,23 @@ def path(*tensors: torch.Tensor | None) -> str:
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_batched = torch._C._functorch.is_legacy_batchedtensor  # those of is_grads_batched=True
 _NO_DISPATCH = torch.Tensor.__torch_dispatch__
 
 
 def plain(*tensors: torch.Tensor | None) -> bool:
     """Whether all of these are plain memory, which a kernel can take a pointer of.
 
-    Not so: subclasses with a __torch_dispatch__ of their own (DTensor, FakeTensor), and what vmap
-    and other transforms wrap. None and non-tensors are ignored.
+    Not so: subclasses with a __torch_dispatch__ of their own (DTensor, FakeTensor), and the batched
+    gradients of is_grads_batched=True. For torch.func's see `watched`. None and non-tensors are
+    ignored.
     """
     for t in tensors:
         if not isinstance(t, torch.Tensor):
             continue
         if type(t) not in _PLAIN and type(t).__torch_dispatch__ is not _NO_DISPATCH:
             return False
-        if torch._C._functorch.is_functorch_wrapped_tensor(t):
+        if _batched(t):
             return False
     return True
 
@@ -122,9 +124,13 @@ def _has_kernels(device: torch.device) -> bool:
 def run(kernel, grid: tuple[int, ...], *args, **options) -> None:
     """Launch `kernel[grid](*args, **options)` on the device of the first tensor among `args`;
     nothing for an empty grid.
+
+    Tensors whose minus sign is still to be applied, as `z.conj().imag` gives them, are inputs: the
+    kernel gets a copy that has it.
     """
     if 0 in grid:
         return
+    args = tuple(_signed(a) for a in args)
     for observer in _observers:
         observer(kernel, grid, args, options)
     if _target is not None:
@@ -139,6 +145,22 @@ def run(kernel, grid: tuple[int, ...], *args, **options) -> None:
     other = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if other else contextlib.nullcontext():
         kernel[grid](*args, enable_fp_fusion=True, **options)
+
+
+def _signed(value):
+    """Tensors, however nested, without torch's lazy minus sign: pointers do not carry it. Strides
+    are kept, as they have been read already.
+    """
+    if isinstance(value, torch.Tensor) and value.is_neg():
+        raw = torch._neg_view(value)  # the memory as it is
+        spans = ((size - 1) * stride for size, stride in zip(raw.shape, raw.stride()))
+        length = 1 + sum(spans) if raw.numel() else 0
+        stretch = raw.as_strided((length,), (1,)).neg()
+        return stretch.as_strided(raw.shape, raw.stride(), 0)
+    if isinstance(value, tuple) and any(isinstance(v, (torch.Tensor, tuple)) for v in value):
+        items = map(_signed, value)
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return value
 
 
 @contextlib.contextmanager

@@ -116,6 +116,7 @@ def test_derivatives(device):
         ((torch.ones(2, 3), 3, torch.ones(2)), r"weight must be \(3,\) .*got \(2,\)"),
         ((torch.ones(2, 3), 3, None, torch.ones(1, 3)), r"bias must be \(3,\) .*got \(1, 3\)"),
         ((torch.ones(2, 3), 3, torch.ones(3).half()), "weight must be torch.float32 as input"),
+        ((torch.ones(2, 3).double(), 3, torch.ones(3)), "weight must be torch.float64 as input"),
         ((torch.ones(2, 3).int(), 3), "must be floating point, got torch.int32"),
     ],
 )
