@@ -76,7 +76,9 @@ def check_range(target, classes, ignore_index=NEVER.value, op="cross_entropy") -
     """True if all labels were checked and are classes. False where they cannot be read (on a GPU,
     traced), or if some are ignored. An IndexError names the first that is neither.
     """
-    if not launch.plain(target) or launch.watched() or (target.device.type != "cpu" and not _check_labels_on_device):
+    if launch.watched() or not launch.plain(target):
+        return False
+    if target.device.type != "cpu" and not _check_labels_on_device:
         return False
     if target.numel() == 0:
         return True

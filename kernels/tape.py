@@ -102,6 +102,11 @@ def call(operation: Differentiable, *args) -> torch.Tensor:
         len(a) if isinstance(a, (list, tuple)) else None for a in args[: operation.inputs]
     )
     flat = _spread(args, operation.inputs)
+    if any(isinstance(a, torch.Tensor) and a.is_nested for a in flat):
+        raise ValueError(
+            f"{operation.name}: nested tensors are not served; pad them with "
+            "torch.nested.to_padded_tensor(input, 0.0)"
+        )
     if launch.watched() or not launch.plain(*flat):
         return operation.fwd(*args)[0]
     return Function.apply(operation, lengths, *flat)

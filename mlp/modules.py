@@ -17,12 +17,18 @@ from .init import initialise
 
 class Linear(nn.Linear):
     """`nn.Linear` with its activation fused in: act(x weightᵀ + bias). Same parameters, initial
-    weights and state_dict.
+    weights and state_dict. The arguments are nn.Linear's, then ours.
     """
 
     def __init__(
-        self, in_features, out_features, bias=True, activation="identity", device=None, dtype=None
-    ):
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        activation: str = "identity",
+    ) -> None:
         activations.get(activation, "Linear")
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.activation = activation
@@ -80,9 +86,9 @@ class MLP(nn.Module):
                 k,
                 n,
                 bias,
+                device,
+                dtype,
                 output_activation if i == last else activation,
-                device=device,
-                dtype=dtype,
             )
             self.add_module(str(i), layer)
         if init is not None:

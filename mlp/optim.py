@@ -9,6 +9,7 @@ schedulers are torch's own. Only the update differs. `foreach` and `fused` have 
 import torch
 
 import kernels
+from kernels import launch
 
 
 def _refuse(name, **options):
@@ -250,7 +251,9 @@ class Adam(_Stepper, torch.optim.Adam):
         states = [self.state[p] for p in params]
         steps = [s["step"] for s in states]
         torch._foreach_add_(steps, 1)
-        if group["capturable"]:  # no host read: parameters of a group advance together
+        # No host read on a device, nor of fake tensors: parameters of a group advance together.
+        together = group["capturable"] or not launch.plain(*steps)
+        if together:
             groups = {0: range(len(params))}
         else:
             groups = {}
@@ -262,7 +265,7 @@ class Adam(_Stepper, torch.optim.Adam):
                 [grads[i] for i in members],
                 [states[i]["exp_avg"] for i in members],
                 [states[i]["exp_avg_sq"] for i in members],
-                steps[members[0]] if group["capturable"] else count,
+                steps[members[0]] if together else count,
                 group["lr"],
                 group["betas"],
                 group["eps"],
