@@ -39,7 +39,7 @@ def test_linear_is_nn_linear(activation, bias, device):
     by the activation.
     """
     torch.manual_seed(0)
-    ours = Linear(33, 16, bias, activation, device=device)
+    ours = Linear(33, 16, bias, device, activation=activation)
     torch.manual_seed(0)
     theirs = nn.Linear(33, 16, bias, device=device)
     assert list(ours.state_dict()) == list(theirs.state_dict())
