@@ -112,7 +112,7 @@ def _standardized(
     train, test = parts
     if isinstance(standardize, Reading):
         if standardize.mean is None:
-            return tuple(part.narrowed() for part in parts)
+            return _narrowed(train, test)
         return train.standardized(standardize), test.standardized(standardize)
     if standardize not in STANDARDIZE:
         raise DataError(f"unknown standardize {standardize!r}; known: {', '.join(STANDARDIZE)}")
@@ -120,10 +120,20 @@ def _standardized(
     if standardize == "auto":
         reason = scaling.why_standardize(train)
     if not reason:
-        return tuple(part.narrowed() for part in parts)
+        return _narrowed(train, test)
     done = train.standardized()
     note = f"{train.name}: every column is standardised ({reason}), by the training data"
     return done._with(notes=(*done.notes, note)), test.standardized(done)
+
+
+def _narrowed(train: Dataset, test: Dataset) -> tuple[Dataset, Dataset]:
+    """Both parts in float32, with a note of columns whose changes that hides."""
+    lost = scaling.lost_in_float32(train) if train.inputs.dtype == torch.float64 else []
+    notes = train.notes
+    if lost:
+        shown = ", ".join(train.columns[i] if train.columns else str(i) for i in lost[:5])
+        notes += (f"{train.name}: columns {shown} change less than float32 resolves: standardise",)
+    return train.narrowed()._with(notes=notes), test.narrowed()
 
 
 def _digits() -> tuple[Dataset, Dataset]:

@@ -31,8 +31,9 @@ def why_standardize(data: Dataset) -> str:
         low, high = float(values.min()), float(values.max())
         if high > _TENFOLD * low:
             return f"their {what} are {low:.3g} to {high:.3g}"
-    if float(size.max()) > _TENFOLD:
-        return f"their sizes are up to {float(size.max()):.3g}"
+    largest = float(size.max())
+    if not 1 / _TENFOLD <= largest <= _TENFOLD:
+        return f"their sizes are at most {largest:.3g}"
     return ""
 
 

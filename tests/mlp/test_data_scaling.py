@@ -41,6 +41,15 @@ def test_standardized_before_it_is_rounded():
     assert train.standardized().inputs.unique().numel() == 40
 
 
+def test_what_float32_hides_is_said(tmp_path):
+    seconds = 1.7e9 + 60 * np.arange(40.0)
+    np.savez(tmp_path / "t.npz", X=np.stack([seconds, np.arange(40.0)], 1), y=LABELS.numpy())
+    note = "t (train): columns 0 change less than float32 resolves: standardise"
+    assert data.load(str(tmp_path / "t.npz"))[0].notes == (note,)
+    train, _ = data.load(str(tmp_path / "t.npz"), standardize="auto", verbose=False)
+    assert train.inputs[:, 0].unique().numel() == len(train) and note not in train.notes
+
+
 def test_standardized_constant_columns():
     """A column that never changes becomes 0, whatever its value; nothing is divided by 0."""
     x = torch.randn(40, 3, dtype=torch.float64)
@@ -77,8 +86,8 @@ WHY = {
     "alike": (table([1.0, 2.0, 5.0]), ""),
     "deviations": (table([1.0, 30.0]), "their deviations are"),
     "far from 0": (table([1.0, 1.0], torch.tensor([0.0, 100.0])), "their sizes are"),
-    "all large": (table([100.0, 100.0]), "their sizes are up to"),
-    "all small": (table([1e-3, 1e-3]), ""),
+    "all large": (table([100.0, 100.0]), "their sizes are at most"),
+    "all small": (table([1e-3, 1e-3]), "their sizes are at most 0.00"),
     "constant column": (Dataset(torch.tensor([[1.0, 500.0], [2, 500]] * 20), LABELS), ""),
     "all constant": (Dataset(torch.full((40, 2), 500.0), LABELS), ""),
     "pixels": (table([1.0, 30.0], image_shape=(1, 1, 2)), ""),
