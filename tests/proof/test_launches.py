@@ -1,0 +1,40 @@
+"""Nothing that we launch is refused, by Triton's own launcher on a stub of the driver."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.test_structure import ROOT
+
+
+def launched(*options):
+    """What `tests.proof.worker` said."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.proof.worker", *options]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(
+    shutil.which(os.environ.get("CC", "cc")) is None, reason="needs a C compiler: apt install gcc"
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param((), marks=pytest.mark.long(15)),
+        pytest.param(("--full",), marks=[pytest.mark.full, pytest.mark.long(90)]),
+    ],
+    ids=["one case each", "every case"],
+)
+def test_no_launch_is_refused(options):
+    seen = launched(*options)
+    assert seen["refused"] == []
+    assert seen["launches"] == sum(seen["kernels"].values()) - len(seen["host tensor"])
+    assert seen["launches"] >= (300 if options else 25)
+    # The stub does refuse: a number in the host's memory has no pointer that a kernel can follow.
+    assert seen["refused by the driver"] == len(seen["host tensor"])
