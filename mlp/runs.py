@@ -210,8 +210,10 @@ class RunFolder:
         CheckpointError if there is no good checkpoint; nothing is changed then.
         """
         state, path, note = self._state()
+        groups = [dict(group) for group in trainer.optimizer.param_groups]
         try:
             trainer.load_state_dict(state.trainer)
+            _check_optimizer(state.trainer["optimizer"], groups)
         except Exception as error:  # what torch and we raise for states of other networks
             raise CheckpointError(
                 f"{path}: not the state of this run: {' '.join(str(error).split())}"
@@ -289,6 +291,42 @@ def _history(rows: list[Any], where: str) -> list[dict[str, Any]]:
         if epoch != i:
             raise CheckpointError(f"{here} must be that of epoch {i}, got {epoch}")
     return rows
+
+
+def _check_optimizer(state: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+    """A ValueError where a state has other kinds of values than an optimizer with these groups
+    works with: torch takes anything, and fails at the first step.
+    """
+    if not isinstance(state["param_groups"], list) or len(state["param_groups"]) != len(groups):
+        raise ValueError(f"the optimizer has {len(groups)} groups of parameters")
+    for ours, theirs in zip(groups, state["param_groups"]):
+        for name in ours.keys() & theirs.keys() - {"params"}:
+            if not _same_kind(ours[name], theirs[name]):
+                raise ValueError(
+                    f"the optimizer's {name} must be like {ours[name]}, got {theirs[name]!s:.60}"
+                )
+    parameters = [p for group in groups for p in group["params"]]
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            shape = getattr(value, "shape", None)
+            if value is not None and shape not in (torch.Size(), parameters[index].shape):
+                raise ValueError(
+                    f"{name} of parameter {index} must have the shape "
+                    f"{tuple(parameters[index].shape)}, got {value!s:.60}"
+                )
+
+
+def _same_kind(ours: Any, theirs: Any) -> bool:
+    """Whether a value can stand where an optimizer has another one."""
+    if ours is None or isinstance(ours, bool):
+        return theirs is None or isinstance(theirs, bool)
+    if isinstance(ours, (tuple, list)):
+        are_lists = isinstance(theirs, (tuple, list)) and len(theirs) == len(ours)
+        return are_lists and all(map(_same_kind, ours, theirs))
+    if isinstance(ours, (int, float, torch.Tensor)):
+        is_scalar = isinstance(theirs, torch.Tensor) and theirs.dim() == 0
+        return is_scalar or (isinstance(theirs, (int, float)) and not isinstance(theirs, bool))
+    return type(ours) is type(theirs)
 
 
 def _read_state(path: Path) -> _State:

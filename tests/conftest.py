@@ -70,6 +70,7 @@ NEEDS = {
         "mlp/test_cli_errors.py",
         "mlp/test_cli_sweep.py",
         "mlp/test_data_cli.py",
+        "mlp/test_hostile.py",
         "mlp/test_main.py",
     ],
 }

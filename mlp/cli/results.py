@@ -42,8 +42,7 @@ def _network(run: RunFolder, device: torch.device) -> torch.nn.Module:
 def evaluate(values: Values) -> None:
     """Loss and accuracy of a trained network on its test data: top-1, top-k and by class."""
     settings, test_set, model = _open(values)
-    recipe = settings.recipe
-    trainer = Trainer(model, recipe.make_loss(), recipe.make_optimizer, "autograd", verbose=False)
+    trainer = Trainer(model, settings.recipe.make_loss(), engine="autograd", verbose=False)
     result = trainer.evaluate(test_set)
     say(f"{test_set.name}: {len(test_set):,} samples, loss {result['test_loss']:.4f}")
     if test_set.is_classification:
