@@ -2,13 +2,14 @@
 others', step after step.
 """
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
 
-from kernels import RULES, launch
-from kernels.exchange import EXCHANGES, publish, receive
-from kernels.network import Plan
+from kernels import launch
+from kernels.training.exchange import EXCHANGES, Box, publish, receive
 
 from . import harness
 from .table import Table, device, one_line
@@ -25,8 +26,7 @@ _WARPS = 8  # as in the epoch kernel
 @triton.jit
 def exchange_alone_kernel(
     y_ptr,
-    box_ptr,
-    counter_ptr,
+    box,  # Box
     steps,
     first,
     NET: tl.constexpr,
@@ -42,41 +42,32 @@ def exchange_alone_kernel(
     y_ptr += g.to(tl.int64) * (NET.block_m * NET.pitch)
     y = (tl.arange(0, NET.block_m)[:, None] + own[None, :]).to(tl.float32)
     for t in tl.range(0, steps, num_stages=1, disable_licm=True):  # as in the epoch kernel
-        publish(box_ptr, counter_ptr, y + t, own, t, NET, WORDS)
-        receive(y_ptr, box_ptr, counter_ptr, t, PROGRAMS, NET, WORDS)
+        publish(box, y + t, own, t, NET, WORDS)
+        receive(y_ptr, box, t, NET, PROGRAMS, WORDS)
 
 
-def plan(programs: int, rows: int, batch: int) -> Plan:
-    """What publish and receive ask of a network: the width of layer 1, and how its scratch is laid
-    out.
-    """
-    width, rule = programs * rows, RULES["sgd"]
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What publish and receive ask of a network's Plan: how its scratch is laid out."""
+
+    sizes: tuple[int, ...]
+    tiles: tuple[int, ...]
+    block_m: int
+    pitch: int
+
+
+def layout(programs: int, rows: int, batch: int) -> Layout:
+    """Of a network whose layer 1 has `rows` outputs for each program."""
+    width = programs * rows
     pitch = max(16, triton.next_power_of_2(width))
-    return Plan(
-        sizes=(1, width, 1),
-        tiles=(16, min(64, pitch), 16),
-        bias=0,
-        columns=rule.columns,
-        at=rule.at,
-        update=rule.update,
-        loss="cross_entropy",
-        loss_scale=1.0,
-        loss_mean=True,
-        soft=False,
-        precision="ieee",
-        block_m=batch,
-        block_k=16,
-        block_r=16,
-        pitch=pitch,
-        threads=32 * _WARPS,
-    )
+    return Layout((1, width, 1), (16, min(64, pitch), 16), batch, pitch)
 
 
 def prepare(
     exchange: str, programs: int, steps: int, on, rows: int = ROWS, batch: int = BATCH
 ) -> tuple[tuple, dict]:
     """The kernel's arguments before `first`, with y (programs, batch, pitch), and its constants."""
-    net = plan(programs, rows, batch)
+    net = layout(programs, rows, batch)
     y = torch.full((programs, batch, net.pitch), float("nan"), device=on)
     box = torch.zeros(
         (2, batch, net.pitch),
@@ -84,7 +75,7 @@ def prepare(
         device=on,
     )
     counter = torch.zeros(1, dtype=torch.int32, device=on)
-    return (y, box, counter, steps), {
+    return (y, Box(box, counter), steps), {
         "NET": net,
         "ROWS": rows,
         "PROGRAMS": programs,
@@ -104,11 +95,11 @@ def microseconds(exchange: str, programs: int, on) -> float:
     published.
     """
     args, options = prepare(exchange, programs, STEPS, on)
-    y, box, counter, _ = args
+    y, box, _ = args
 
     def provider():
-        box.zero_()
-        counter.zero_()
+        box.columns.zero_()
+        box.counter.zero_()
         launch.run(
             exchange_alone_kernel,
             (programs,),
@@ -146,7 +137,7 @@ def run() -> Table:
         table.rows.append(row)
         for exchange in (
             EXCHANGES if arch.startswith("sm_") else ("counter",)
-        ):  # see kernels.exchange.check_programs
+        ):  # see kernels.training.exchange.check_programs
             try:
                 row[f"{exchange} µs"] = microseconds(exchange, programs, on)
             except Exception as error:  # the other counts are timed all the same

@@ -145,7 +145,7 @@ def _two_launches() -> dict:
     model = mlp.MLP(SIZES, activation="sigmoid")
     spec = kernels.Spec(SIZES, "sigmoid")
     parameters = [p.detach() for p in model.parameters()]
-    state = kernels.StepState(
+    run = kernels.Run(
         spec,
         parameters,
         [],
@@ -155,10 +155,9 @@ def _two_launches() -> dict:
         BATCH,
         kernels.hyperparameters(lr=0.1),
         torch.zeros(1),
-        torch.zeros(STEPS),
-        torch.zeros(STEPS, dtype=torch.int32),
-        1 / 255,
+        scale=1 / 255,
     )
+    state = kernels.StepState(run)
     with Accesses() as counted:
         for _ in range(STEPS):
             kernels.train_step(state)

@@ -15,8 +15,8 @@ import triton
 
 import kernels
 from kernels import launch
-from kernels.exchange import EXCHANGES
 from kernels.operations import OPERATIONS, Make
+from kernels.training.exchange import EXCHANGES
 
 from .table import device
 
@@ -34,8 +34,8 @@ _NEED_PROCESSORS = re.compile(
 def names() -> set[str]:
     """Every function called …_kernel that a module of kernels defines with triton.jit."""
     modules = [
-        importlib.import_module(f"kernels.{module.name}")
-        for module in pkgutil.iter_modules(kernels.__path__)
+        importlib.import_module(module.name)
+        for module in pkgutil.walk_packages(kernels.__path__, "kernels.")
     ]
     found = {
         name: value
@@ -73,42 +73,19 @@ def trainings(on) -> None:
         make.labels(_SIZES[-1], _ROWS),
         torch.arange(_ROWS, device=on),
     )
-    hyper, count = kernels.hyperparameters(lr=0.1, device=on), torch.zeros(1, device=on)
 
-    def training():
-        return (
-            spec,
-            [make.real(*shape) for shape in spec.shapes],
-            [],
-            data,
-            targets,
-            order,
-            _BATCH,
-            hyper,
-            count,
-        )
+    def training(order, hyper, *lead):
+        parameters = [make.real(*lead, *shape) for shape in spec.shapes]
+        count = torch.zeros(1, device=on)
+        return kernels.Run(spec, parameters, [], data, targets, order, _BATCH, hyper, count)
 
-    steps = -(-_ROWS // _BATCH)
-    losses, correct = (
-        torch.zeros(steps, device=on),
-        torch.zeros(steps, dtype=torch.int32, device=on),
-    )
-    kernels.train_step(kernels.StepState(*training(), losses, correct))
-    kernels.train_epoch(*training(), programs=1)
+    hyper = kernels.hyperparameters(lr=0.1, device=on)
+    kernels.train_step(kernels.StepState(training(order, hyper)))
+    kernels.train_epoch(training(order, hyper), programs=1)
     for exchange in EXCHANGES if on.type == "cuda" and launch.arch(on).startswith("sm_") else ():
-        kernels.train_epoch(*training(), exchange=exchange)
-    stacked = [make.real(2, *shape) for shape in spec.shapes]
-    kernels.train_replicas(
-        spec,
-        stacked,
-        [],
-        data,
-        targets,
-        torch.stack([order, order]),
-        _BATCH,
-        kernels.hyperparameters(lr=0.1, replicas=2, device=on),
-        torch.zeros(1, device=on),
-    )
+        kernels.train_epoch(training(order, hyper), exchange=exchange)
+    hyper = kernels.hyperparameters(lr=0.1, replicas=2, device=on)
+    kernels.train_replicas(training(torch.stack([order, order]), hyper, 2))
 
 
 def main() -> int:

@@ -26,7 +26,6 @@ from .elementwise_loss import (
     mse_loss,
     pinball_loss,
 )
-from .epoch import train_epoch, train_epoch_ref
 from .launch import backend, path, use
 from .layer_norm import (
     layer_norm,
@@ -55,12 +54,21 @@ from .linear_cross_entropy import (
 from .losses import LOSSES, Loss
 from .mlp import mlp, mlp_bwd, mlp_bwd_ref, mlp_fwd, mlp_fwd_ref
 from .mlp_update import mlp_update, mlp_update_ref
-from .network import Spec, refusal
 from .operations import OPERATIONS
 from .optim import adam, adam_ref, apply_rule, apply_rule_ref, sgd, sgd_ref
-from .replicas import train_replicas, train_replicas_ref
 from .rules import RULES, Rule, hyperparameters
-from .step import StepState, flush, train_step
+from .training import (
+    Run,
+    Spec,
+    StepState,
+    flush,
+    refusal,
+    train_epoch,
+    train_epoch_ref,
+    train_replicas,
+    train_replicas_ref,
+    train_step,
+)
 
 __all__ = [
     "ACTIVATIONS",
@@ -70,6 +78,7 @@ __all__ = [
     "Activation",
     "Loss",
     "Rule",
+    "Run",
     "Spec",
     "StepState",
     "adam",

@@ -226,6 +226,11 @@ class Activation(NamedTuple):
         None  # () -> the torch.nn module that computes it: what `mlp.fuse` recognises
     )
 
+    @property
+    def needs_z(self) -> bool:
+        """Whether the backward needs the pre-activation."""
+        return self.needs == "z"
+
 
 ACTIVATIONS: dict[str, Activation] = {
     "identity": Activation(

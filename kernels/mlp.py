@@ -48,7 +48,8 @@ def _layer_out(out, layer):
     return None if out is None else out[layer]
 
 
-def _forward(x, weights, biases, activation, output_activation, out, fwd):
+def stack_forward(x, weights, biases, activation, output_activation, out, fwd):
+    """`mlp_fwd` by one implementation of `linear_fwd`."""
     hidden, kept = [], []
     y = x
     last = len(weights) - 1
@@ -62,7 +63,11 @@ def _forward(x, weights, biases, activation, output_activation, out, fwd):
     return y, MLPSaved(x, *layers, bias, activation, output_activation)
 
 
-def _backward(dy, saved, needs, out, bwd_dz, bwd_dx, bwd_dw):
+def stack_backward(dy, saved, needs, out, bwd_dz, bwd_dx, bwd_dw):
+    """The gradient of a stack, `mlp_bwd`, by one implementation of each of its parts.
+
+    A layer's dx is taken before `bwd_dw` is called, which may therefore change the weights.
+    """
     weights, kept, bias = saved.weights, saved.kept, saved.bias
     layers, inputs = len(weights), (saved.x, *saved.hidden)
     needs = needs or (True,) * (2 * layers + 1)
@@ -71,28 +76,31 @@ def _backward(dy, saved, needs, out, bwd_dz, bwd_dx, bwd_dw):
     dz_out, grads_out = (None, None) if out is None else out
     dz = bwd_dz(dy, kept[-1], saved.output_activation, out=_layer_out(dz_out, layers - 1))
     for layer in reversed(range(layers)):
+        below = None
+        if layer:
+            kind = kept[layer - 1], saved.activation
+            below = bwd_dx(dz, weights[layer], *kind, out=_layer_out(dz_out, layer - 1))
+        elif needs_dx:
+            below = bwd_dx(dz, weights[0]).view(inputs[0].shape)
         if needs_dw[layer] or needs_db[layer]:
             grads = bwd_dw(dz, inputs[layer], bias[layer], out=_layer_out(grads_out, layer))
             dws[layer], dbs[layer] = (
                 g if needed else None
                 for g, needed in zip(grads, (needs_dw[layer], needs_db[layer]))
             )
-        if layer:
-            below = kept[layer - 1], saved.activation
-            dz = bwd_dx(dz, weights[layer], *below, out=_layer_out(dz_out, layer - 1))
-    dx = bwd_dx(dz, weights[0]).view(inputs[0].shape) if needs_dx else None
-    return dx, dws, dbs
+        dz = below
+    return dz, dws, dbs
 
 
 def mlp_fwd_ref(x, weights, biases, activation="relu", output_activation="identity", *, out=None):
     """The reference of `mlp_fwd`."""
-    return _forward(x, weights, biases, activation, output_activation, out, linear_fwd_ref)
+    return stack_forward(x, weights, biases, activation, output_activation, out, linear_fwd_ref)
 
 
 def mlp_bwd_ref(dy, *saved, needs=None, out=None):
     """The reference of `mlp_bwd`."""
     parts = linear_bwd_dz_ref, linear_bwd_dx_ref, linear_bwd_dw_ref
-    return _backward(dy, MLPSaved(*saved), needs, out, *parts)
+    return stack_backward(dy, MLPSaved(*saved), needs, out, *parts)
 
 
 def check_mlp(x, weights, biases) -> None:
@@ -125,7 +133,7 @@ def mlp_fwd(x, weights, biases, activation="relu", output_activation="identity",
     if launch.backend(x, *weights) == "torch":
         check_linear(x, weights[0], biases[0], "mlp")
         return mlp_fwd_ref(x, weights, biases, activation, output_activation, out=out)
-    return _forward(x, weights, biases, activation, output_activation, out, linear_fwd)
+    return stack_forward(x, weights, biases, activation, output_activation, out, linear_fwd)
 
 
 def mlp_bwd(dy, *saved, needs=None, out=None):
@@ -138,7 +146,7 @@ def mlp_bwd(dy, *saved, needs=None, out=None):
     saved = MLPSaved(*saved)
     if launch.backend(dy, saved.x, *saved.weights) == "torch":
         return mlp_bwd_ref(dy, *saved, needs=needs, out=out)
-    return _backward(dy, saved, needs, out, linear_bwd_dz, linear_bwd_dx, linear_bwd_dw)
+    return stack_backward(dy, saved, needs, out, linear_bwd_dz, linear_bwd_dx, linear_bwd_dw)
 
 
 MLP = tape.Differentiable(

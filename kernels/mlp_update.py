@@ -12,6 +12,7 @@ bfloat16.
 """
 
 import functools
+import itertools
 
 import torch
 import triton
@@ -29,6 +30,7 @@ from .linear import (
     linear_bwd_dz_ref,
     sum_of_splits,
 )
+from .mlp import stack_backward
 from .optim import Parameters, number, numbers_at, read, update_tile
 from .tiles import matrix, product_tile
 
@@ -185,38 +187,26 @@ def check_mlp_update(saved, parameters, states, hyper, rule) -> None:
         )
 
 
-def _update(dy, saved, parameters, states, hyper, step, rule, out, bwd_dz, bwd_dx, update_layer):
-    layers, weights, kept = len(saved.weights), saved.weights, saved.kept
-    inputs, bias, activation = (saved.x, *saved.hidden), saved.bias, saved.activation
-    buffers = [None] * layers if out is None else out
-    dz, end = bwd_dz(dy, kept[-1], saved.output_activation, out=buffers[-1]), len(parameters)
-    for layer in reversed(range(layers)):
-        start = end - 1 - bias[layer]
-        own = [ts[start:end] for ts in (parameters, *states)]
-        below = (
-            bwd_dx(dz, weights[layer], kept[layer - 1], activation, out=buffers[layer - 1])
-            if layer
-            else None
-        )
-        update_layer(dz, inputs[layer], own[0], own[1:], hyper, step, rule)
-        dz, end = below, start
+def _update(dy, saved, lists, numbers, out, bwd_dz, bwd_dx, update_layer):
+    """`stack_backward` with a layer's update in the place of its dw."""
+    counts = [1 + bias for bias in saved.bias]
+    ends = list(itertools.accumulate(counts))
+    layers = [[ts[end - n : end] for ts in lists] for n, end in zip(counts, ends)]
+
+    def update(dz, x, bias, *, out):
+        update_layer(dz, x, out[0], out[1:], *numbers)
+        return None, None
+
+    needs = (False, *(True,) * 2 * len(layers))
+    buffers = [None] * len(layers) if out is None else out
+    stack_backward(dy, saved, needs, (buffers, layers), bwd_dz, bwd_dx, update)
 
 
 def mlp_update_ref(dy, saved, parameters, states, hyper, step, rule, *, out=None):
     """The reference of `mlp_update`."""
-    _update(
-        dy,
-        saved,
-        parameters,
-        states,
-        hyper,
-        step,
-        rule,
-        out,
-        linear_bwd_dz_ref,
-        linear_bwd_dx_ref,
-        linear_update_ref,
-    )
+    lists, numbers = (parameters, *states), (hyper, step, rule)
+    parts = linear_bwd_dz_ref, linear_bwd_dx_ref, linear_update_ref
+    _update(dy, saved, lists, numbers, out, *parts)
 
 
 def mlp_update(dy, saved, parameters, states, hyper, step, rule, *, out=None):
@@ -224,25 +214,13 @@ def mlp_update(dy, saved, parameters, states, hyper, step, rule, *, out=None):
     gradient in memory.
 
     dy (…, n_L); saved: what `mlp_fwd` returned beside y; parameters: [w_1, b_1, w_2, …], the
-    forward's own, or without biases; states: a list shaped like them for each of the rule's states,
-    zeros at first.
-    hyper, step, rule as in `linear_update`. `out`: per layer (M, n_l) buffers for dz. No dx: what
-    is below the stack is data. ValueError: see `check_mlp_update`.
+    forward's own, or without biases; states: for each of the rule's states a list shaped like them,
+    zeros at first. hyper, step, rule as in `linear_update`. `out`: per layer (M, n_l) buffers for
+    dz. No dx: what is below the stack is data. ValueError: see `check_mlp_update`.
     """
     rule = rules.get(rule, "mlp_update")
     check_mlp_update(saved, parameters, states, hyper, rule)
     if launch.backend(dy, *parameters) == "torch":
         return mlp_update_ref(dy, saved, parameters, states, hyper, step, rule, out=out)
-    _update(
-        dy,
-        saved,
-        parameters,
-        states,
-        hyper,
-        step,
-        rule,
-        out,
-        linear_bwd_dz,
-        linear_bwd_dx,
-        linear_update,
-    )
+    lists, numbers = (parameters, *states), (hyper, step, rule)
+    _update(dy, saved, lists, numbers, out, linear_bwd_dz, linear_bwd_dx, linear_update)

@@ -1,8 +1,8 @@
 """Engines that run many steps without Python between: `graph` replays captured launches, `epoch` is
 one launch.
 
-    graph    the two launches of kernels.step where they serve, else the manual step; captured once,
-             replayed over the epoch
+    graph    the two launches of `kernels.train_step` where they serve, else the manual step;
+             captured once, replayed over the epoch
     epoch    kernels.train_epoch; on a CPU mlp.cpu, one call of compiled code
 
 Both read nothing back before the epoch's end, and allocate no gradients where the step or epoch
@@ -97,6 +97,22 @@ class _Fused(Engine):
         device = self.parameters[0].device
         return torch.as_tensor(self.optimizer.hyper(device), dtype=torch.float32, device=device)
 
+    def run(self, data, order, batch_size, states, count) -> kernels.Run:
+        """This training as the kernels take it."""
+        return kernels.Run(
+            self.spec,
+            self.parameters,
+            states,
+            data.inputs,
+            self.targets(data),
+            order,
+            batch_size,
+            self.hyper(),
+            count,
+            data.scale,
+            data.shift,
+        )
+
     def measured(self, values, correct, data, order, batch_size, on_step) -> EpochResult:
         """The epoch's losses and counts, read back once; FloatingPointError names the first step
         that is not finite.
@@ -137,22 +153,10 @@ class Epoch(_Fused):
     @torch.no_grad()
     def epoch(self, data, order, batch_size, on_step=None):
         states, count = self.optimizer.states()
-        parameters, before = self.parameters, int(count)
-        train = cpu.train_epoch if cpu.serves(parameters[0]) else kernels.train_epoch
+        before, run = int(count), self.run(data, order, batch_size, states, count)
+        train = cpu.train_epoch if cpu.serves(self.parameters[0]) else kernels.train_epoch
         try:
-            values, correct = train(
-                self.spec,
-                parameters,
-                states,
-                data.inputs,
-                self.targets(data),
-                order,
-                batch_size,
-                self.hyper(),
-                count,
-                scale=data.scale,
-                shift=data.shift,
-            )
+            values, correct = train(run)
         finally:
             self.optimizer.advance(int(count) - before)
         return self.measured(values, correct, data, order, batch_size, on_step)
@@ -212,34 +216,22 @@ class Graph(_Fused):
         states, count = self.optimizer.states()
         key = self._bound(data, order, batch_size)[:-1]  # the numbers are read from the device
         if self._steps is None or self._steps[0] != key:
-            state = kernels.StepState(
-                self.spec,
-                self.parameters,
-                states,
-                data.inputs,
-                self.targets(data),
-                order.clone(),
-                batch_size,
-                self.hyper(),
-                count.clone(),
-                order.new_empty(steps, dtype=torch.float32),
-                order.new_empty(steps, dtype=torch.int32),
-                data.scale,
-                data.shift,
-            )
+            run = self.run(data, order.clone(), batch_size, states, count.clone())
+            state = kernels.StepState(run)
             state.position[0] = steps  # past the end: compiles the kernels and trains nothing
             self._steps = key, state, _captured(lambda: kernels.train_step(state), _CAPTURED)
         _, state, replay = self._steps
-        state.indices.copy_(order)
-        state.hyper.copy_(self.hyper())
-        state.count.copy_(count)
+        run = state.run
+        run.order.copy_(order)
+        run.hyper.copy_(self.hyper())
+        run.count.copy_(count)
         state.position.zero_()
         for _ in range(
             math.ceil((steps + 1) / _CAPTURED)
         ):  # the step past the last applies its pending update
             replay()
         self.optimizer.advance(steps)
-        return state.losses, state.correct
+        return run.losses, run.correct
 
     def _chain_epoch(self, data, order, batch_size):
         """Losses of every step and correct predictions, by the manual step."""

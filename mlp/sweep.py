@@ -186,7 +186,7 @@ class Sweep:
             order = torch.stack(
                 [permutation(len(train), seed, epoch, self.device)[:count] for seed in self.seeds]
             )
-            values, _ = train_all(
+            run = kernels.Run(
                 self.spec,
                 self.parameters,
                 self.states,
@@ -196,9 +196,10 @@ class Sweep:
                 batch_size,
                 hyper,
                 self.count,
-                scale=train.scale,
-                shift=train.shift,
+                train.scale,
+                train.shift,
             )
+            values, _ = train_all(run)
             losses = self._means(values, count, batch_size)
             diverged |= ~losses.isfinite()
             if on_epoch is not None:

@@ -51,15 +51,15 @@ def costs(sizes, batch: int, steps: int) -> str | None:
     return None
 
 
-def train_epoch(*arguments, **options) -> tuple[torch.Tensor, torch.Tensor]:
+def train_epoch(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:
     """See `epoch.train_epoch`."""
     from . import epoch
 
-    return epoch.train_epoch(*arguments, **options)
+    return epoch.train_epoch(run)
 
 
-def train_replicas(*arguments, **options) -> tuple[torch.Tensor, torch.Tensor]:
+def train_replicas(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:
     """See `epoch.train_replicas`."""
     from . import epoch
 
-    return epoch.train_replicas(*arguments, **options)
+    return epoch.train_replicas(run)

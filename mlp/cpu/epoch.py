@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numba import njit
 
+import kernels
 from kernels import activations
 
 from . import loop, rows
@@ -117,54 +118,51 @@ def _pitch(size: int) -> int:
     return padded + LANES if padded % 256 == 0 else padded
 
 
-def train_epoch(
-    spec, parameters, states, data, targets, indices, batch, hyper, count, *, scale=1.0, shift=0.0
-) -> tuple[torch.Tensor, torch.Tensor]:
+def train_epoch(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:
     """As `kernels.train_epoch`, on a CPU: trains in place, (losses, correct) of every step.
 
     Any width, batch and number of classes. correct counts labels; of targets that are numbers it
     is 0. The threads are torch's. KeyboardInterrupt: at most a piece of the epoch later, with
     parameters, states and count as they were after some step.
     """
-    workers = max(1, torch.get_num_threads())
-    memory = Memory(spec, min(batch, len(indices)), workers)
-    numbers = _numbers(spec.rule, hyper, float(count), -(-len(indices) // batch))
-    task = _Task(memory, data, targets, indices, numbers, scale, shift)
+    spec, workers = run.spec, max(1, torch.get_num_threads())
+    memory = Memory(spec, min(run.batch, len(run.order)), workers)
+    numbers = _numbers(spec.rule, run.hyper, float(run.count), run.steps)
+    task = _Task(memory, run.data, run.targets, run.order, numbers, run.scale, run.shift)
     choice, stopped = _choice(spec, memory.batch, workers), threading.Event()
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         # Beside the calling thread, which alone Ctrl-C interrupts.
-        future = pool.submit(_train, task, [parameters, *states], choice, stopped, pool)
+        future = pool.submit(_train, task, [run.parameters, *run.states], choice, stopped, pool)
         try:
             future.result()
         finally:
             stopped.set()
             concurrent.futures.wait([future])
-            count += task.done
+            run.count += task.done
     return torch.from_numpy(task.losses), torch.from_numpy(task.correct)
 
 
-def train_replicas(
-    spec, parameters, states, data, targets, indices, batch, hyper, count, *, scale=1.0, shift=0.0
-) -> tuple[torch.Tensor, torch.Tensor]:
+def train_replicas(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:
     """As `kernels.train_replicas`, on a CPU: each of torch's threads takes a network at a time."""
-    steps, stopped = -(-indices.shape[1] // batch), threading.Event()
+    spec, batch, stopped = run.spec, min(run.batch, run.order.shape[1]), threading.Event()
 
     def one(replica: int) -> _Task:
-        memory = Memory(spec, min(batch, indices.shape[1]), 1)
-        numbers = _numbers(spec.rule, hyper[replica], float(count), steps)
-        task = _Task(memory, data, targets, indices[replica], numbers, scale, shift)
-        lists = [[tensor[replica] for tensor in tensors] for tensors in (parameters, *states)]
+        memory = Memory(spec, batch, 1)
+        numbers = _numbers(spec.rule, run.hyper[replica], float(run.count), run.steps)
+        order = run.order[replica]
+        task = _Task(memory, run.data, run.targets, order, numbers, run.scale, run.shift)
+        lists = [[t[replica] for t in tensors] for tensors in (run.parameters, *run.states)]
         _train(task, lists, _choice(spec, memory.batch, 1), stopped)
         return task
 
     compiled(), rows.of(spec)  # once, not by every thread
     with concurrent.futures.ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-        futures = [pool.submit(one, replica) for replica in range(len(indices))]
+        futures = [pool.submit(one, replica) for replica in range(run.replicas)]
         try:
             tasks = [future.result() for future in futures]
         finally:
             stopped.set()
-    count += steps
+    run.count += run.steps
     return (
         torch.from_numpy(np.stack([task.losses for task in tasks])),
         torch.from_numpy(np.stack([task.correct for task in tasks])),

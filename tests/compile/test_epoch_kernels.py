@@ -16,8 +16,7 @@ import pytest
 import torch
 import triton
 
-from kernels import StepState, hyperparameters, launch, train_epoch, train_step
-from kernels.network import Spec
+from kernels import Run, Spec, StepState, hyperparameters, launch, train_epoch, train_step
 from tests.compile import worker
 from tests.compile.test_compile import USUAL
 from tests.test_structure import ROOT
@@ -53,7 +52,7 @@ def launched(arch, rule, precision):
     spec, rows, batch = Spec((784, 100, 50, 10), "sigmoid", rule=rule), 60_000, 32
     empty = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
     lists = [[empty(*shape) for shape in spec.shapes] for _ in range(1 + len(spec.rule.states))]
-    arguments = (
+    run = Run(
         spec,
         lists[0],
         lists[1:],
@@ -63,18 +62,17 @@ def launched(arch, rule, precision):
         batch,
         hyperparameters(rule).to("meta"),
         empty(1),
+        scale=1 / 255,
     )
-    found, steps = [], rows // batch
+    found = []
     with (
         launch.dry_run(arch, worker.SMS[arch]),
         launch.observe(lambda kernel, _, a, o: found.append((kernel, a, o))),
     ):
-        train_epoch(*arguments, programs=1, scale=1 / 255)
+        train_epoch(run, programs=1)
         for exchange, programs in exchanges(arch):
-            train_epoch(*arguments, programs=programs, exchange=exchange, scale=1 / 255)
-        train_step(
-            StepState(*arguments, empty(steps), empty(steps, dtype=torch.int32), scale=1 / 255)
-        )
+            train_epoch(run, programs=programs, exchange=exchange)
+        train_step(StepState(run))
     return found
 
 
@@ -93,7 +91,9 @@ def describe(arch, rule, precision):
             ).asm  # from the cache
             before, after = accesses(asm["ttir"]), accesses(asm["ttgir"])
             row["moved"] = sorted(map(str, before ^ after))
-            row["polls"] = sum(kind == "load" and root == "box_ptr" for kind, root, _ in before)
+            row["polls"] = sum(
+                kind == "load" and root.startswith("box") for kind, root, _ in before
+            )
             row["waits"] = asm["ttgir"].count("scf.while")
         yield row
 

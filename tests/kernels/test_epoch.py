@@ -1,9 +1,12 @@
 """One-program epochs and replicas: whole short trainings against the references in float64."""
 
+import functools
+
 import pytest
 import torch
 
 from kernels import (
+    Spec,
     launch,
     refusal,
     train_epoch,
@@ -11,16 +14,15 @@ from kernels import (
     train_replicas,
     train_replicas_ref,
 )
-from kernels.network import Spec
 from tests.checks import assert_equal, snapshot
-from tests.kernels.trainings import CASES, SOFT, Run, assert_agrees
+from tests.kernels.trainings import CASES, SOFT, Training, assert_agrees
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_epoch_agrees_with_reference(name, device):
     spec, hyper = CASES[name]
     assert_agrees(
-        Run(spec, device, soft=name in SOFT, **hyper),
+        Training(spec, device, soft=name in SOFT, **hyper),
         train_epoch,
         train_epoch_ref,
         lrs=(None, 0.02),
@@ -28,8 +30,8 @@ def test_epoch_agrees_with_reference(name, device):
 
 
 def test_uint8_pixels_int32_indices_and_full_batches(device):
-    run = Run(Spec((18, 5, 3), "sigmoid"), device, uint8=True, n=32, batch=16)
-    run.indices = run.indices.int()
+    run = Training(Spec((18, 5, 3), "sigmoid"), device, uint8=True, n=32, batch=16)
+    run.order = run.order.int()
     assert_agrees(run, train_epoch, train_epoch_ref)
 
 
@@ -41,28 +43,28 @@ def test_replicas_agree_with_reference_and_with_single_trainings(name, device):
     varied = {"lr": [0.02, 0.01, 0.1]} | (
         {"momentum": [0.9, 0.0, 0.5]} if "momentum" in hyper else {}
     )
-    run = Run(spec, device, replicas=3, **{**hyper, **varied})
+    run = Training(spec, device, replicas=3, **{**hyper, **varied})
     assert_agrees(run, train_replicas, train_replicas_ref, lrs=(None, 0.02))
     (parameters, (losses,)), _ = run.train(train_replicas)
     for r in range(3):
-        single = Run(spec, device, **hyper)
+        single = Training(spec, device, **hyper)
         single.parameters, single.states = (
             [p[r] for p in run.parameters],
             [[s[r] for s in ss] for ss in run.states],
         )
-        single.data, single.targets, single.indices, single.hyper = (
+        single.data, single.targets, single.order, single.hyper = (
             run.data,
             run.targets,
-            run.indices[r],
+            run.order[r],
             run.hyper[r],
         )
-        (alone, (values,)), _ = single.train(lambda *a, **k: train_epoch(*a, **k, programs=1))
+        (alone, (values,)), _ = single.train(lambda run: train_epoch(run, programs=1))
         assert_equal([[p[r] for p in parameters], losses[r]], [alone, values], f"network {r}")
 
 
 def test_repeats_are_bitwise_equal_and_leave_inputs_alone(device):
-    run = Run(CASES["three layers"][0], device)
-    given = [run.data, run.targets, run.indices, run.hyper]
+    run = Training(CASES["three layers"][0], device)
+    given = [run.data, run.targets, run.order, run.hyper]
     before = snapshot(given)
     assert_equal(run.train(train_epoch), run.train(train_epoch))
     assert_equal(given, before)
@@ -70,8 +72,8 @@ def test_repeats_are_bitwise_equal_and_leave_inputs_alone(device):
 
 @pytest.mark.parametrize("mean", [True, False])
 def test_label_that_is_no_class_shows_in_the_loss(mean, device):
-    run = Run(Spec((6, 5, 3), loss_mean=mean), device)
-    run.targets[run.indices[7]] = 3
+    run = Training(Spec((6, 5, 3), loss_mean=mean), device)
+    run.targets[run.order[7]] = 3
     (_, (losses,)), _ = run.train(train_epoch)
     assert losses.isnan().tolist() == [False, True, True, True, True]
 
@@ -87,9 +89,9 @@ def test_ignored_labels(mean, whole_batch, device):
         (None, train_epoch, train_epoch_ref),
         (3, train_replicas, train_replicas_ref),
     ):
-        run = Run(spec, device, replicas=replicas)
+        run = Training(spec, device, replicas=replicas)
         run.targets[
-            run.indices[..., 5 if whole_batch else 6 : 10]
+            run.order[..., 5 if whole_batch else 6 : 10]
         ] = -100  # of the second batch, its rows 5 to 9
         (parameters, (losses,)), (correct,) = run.train(ours)
         (weights, (values,)), (right,) = run.train(reference, torch.float64)
@@ -126,12 +128,6 @@ def test_ignored_labels(mean, whole_batch, device):
             "epoch: quantile must be one number or one for each of 10 outputs, got 2",
         ),
         ({}, 129, "epoch: batch 129 exceeds 128; use engine 'graph' or 'manual'"),
-        (
-            {"activation": "gelu"},
-            32,
-            "epoch: the derivative of 'gelu' needs the pre-activation, which these kernels do "
-            "not keep",
-        ),
     ],
 )
 def test_refusals_name_the_limit_and_what_to_do(change, batch, expected):
@@ -169,39 +165,36 @@ def test_cross_entropy_of_one_output_is_refused(device):
         ),
         (lambda r: r.parameters.pop(), "parameters must have shapes"),
         (
-            lambda r: r.options.update(programs=7),
-            "rows of w_1 a program make . programs, or 1; got 7",
-        ),
-        (
-            lambda r: r.options.update(programs=2, exchange="mail"),
-            "exchange must be one of words, counter, got 'mail'",
-        ),
-        (
             lambda r: r.options.update(losses=torch.empty(4)),
             r"losses must be contiguous \(5,\), one for each step, got \(4,\)",
         ),
     ],
 )
 def test_bad_arguments(wrong, message, device):
-    run = Run(CASES["three layers"][0], device)
+    run = Training(CASES["three layers"][0], device)
     wrong(run)
     with pytest.raises(ValueError, match=message):
         run.train(train_epoch)
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"programs": 7}, "rows of w_1 a program make . programs, or 1; got 7"),
+        (
+            {"programs": 2, "exchange": "mail"},
+            "exchange must be one of words, counter, got 'mail'",
+        ),
+    ],
+)
+def test_programs_and_exchanges_that_are_none(options, message, device):
+    run = Training(CASES["three layers"][0], device)
+    with pytest.raises(ValueError, match=message):
+        run.train(functools.partial(train_epoch, **options))
+
+
 def test_more_programs_than_processors_are_refused_before_the_launch():
-    run = Run(Spec((20, 70, 4)), "meta")
-    arguments = (
-        run.spec,
-        run.parameters,
-        run.states,
-        run.data,
-        run.targets,
-        run.indices,
-        run.batch,
-        run.hyper,
-        run.count,
-    )
+    run = Training(Spec((20, 70, 4)), "meta").run()
     launched = []
     with (
         launch.dry_run("sm_90", 8),
@@ -210,11 +203,11 @@ def test_more_programs_than_processors_are_refused_before_the_launch():
         with pytest.raises(
             ValueError, match="9 programs must run at once, but meta runs 8; pass programs=1"
         ):
-            train_epoch(*arguments, programs=9)
-        train_epoch(*arguments)
+            train_epoch(run, programs=9)
+        train_epoch(run)
     assert launched == [("epoch_kernel", (1,))]
     with (
         launch.dry_run("gfx942", 304),
         pytest.raises(ValueError, match="would wait for ever on AMD; pass programs=1"),
     ):
-        train_epoch(*arguments, programs=5)
+        train_epoch(run, programs=5)

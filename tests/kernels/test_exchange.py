@@ -1,6 +1,7 @@
 """Programs that share one network. The interpreter runs a grid one program at a time, which would
 wait for ever: here every program is an operating-system process, on tensors in shared memory."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -9,59 +10,41 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import exchange as module
-from kernels import network, train_epoch, train_epoch_ref
+from kernels import Spec, train_epoch, train_epoch_ref
+from kernels.training import exchange as module
+from kernels.training.network import plan
 from tests import interpreter
 from tests.checks import assert_equal
-from tests.kernels.trainings import CASES, Run, assert_agrees, assert_near
+from tests.kernels.trainings import CASES, Training, assert_agrees, assert_near
 from tests.programs import PATIENCE, as_processes
 
 SPECS = {
     "momentum, 5 programs": CASES["wider than a tile, momentum"],
-    "single layer, 2 programs": (network.Spec((12, 20)), {}),
+    "single layer, 2 programs": (Spec((12, 20)), {}),
     "four layers, Adam, 3 programs": (
-        network.Spec((12, 37, 26, 8, 3), "tanh", rule="adam"),
+        Spec((12, 37, 26, 8, 3), "tanh", rule="adam"),
         {"lr": 0.01, "betas": (0.9, 0.999)},
     ),
+    "z kept, 2 programs": (Spec((12, 20, 3), "gelu"), {}),
+    "z of a single layer, 2 programs": CASES["z of a single layer"],
 }
 
 
 def by_processes(kind):
     """`train_epoch` with a process for each program of `module.exchange_kernel`."""
 
-    def train(
-        spec, parameters, states, data, targets, indices, batch, hyper, count, scale=1.0, shift=0.0
-    ):
-        steps = network.steps_of(len(indices), batch)
-        losses, correct = torch.full((steps,), float("nan")), torch.zeros(steps, dtype=torch.int32)
-        made, rows, options = network.plan(spec, batch, targets, "exchange")
-        programs = -(-spec.sizes[1] // rows)
-        args, copied = module.prepare(
-            spec,
-            parameters,
-            states,
-            data,
-            targets,
-            indices,
-            batch,
-            hyper,
-            count,
-            scale,
-            shift,
-            losses,
-            correct,
-            programs,
-            rows,
-            kind,
-            made,
-        )
+    def train(run):
+        run.losses.fill_(float("nan"))
+        planned, rows, options = plan(run, "exchange")
+        programs = -(-run.spec.sizes[1] // rows)
+        args, copied = module.prepare(run, planned, programs, kind)
         options |= {"ROWS": rows, "PROGRAMS": programs, "WORDS": kind == "words"}
         as_processes(module.exchange_kernel, programs, args, options, first=0.3)
         for tensor, copies in copied:
             assert_equal(list(copies), [copies[0]] * programs, "copies of the programs")
             tensor.copy_(copies[0])
-        count += steps
-        return losses, correct
+        run.count += run.steps
+        return run.losses, run.correct
 
     return train
 
@@ -69,7 +52,7 @@ def by_processes(kind):
 def check(name):
     """One case by both exchanges, against the reference and each other."""
     spec, hyper = SPECS[name]
-    run = Run(spec, "cpu", n=13, **hyper)  # three steps: the third writes where the first was
+    run = Training(spec, "cpu", n=13, **hyper)  # three steps: the third writes where the first was
     results = {kind: run.train(by_processes(kind)) for kind in module.EXCHANGES}
     assert_equal(results["counter"], results["words"], "counter and words")
     assert_near(results["words"], run, train_epoch_ref)
@@ -96,8 +79,8 @@ def test_programs_agree_with_reference():
 @pytest.mark.parametrize("name", SPECS)
 def test_programs_on_a_gpu(name, kind):
     spec, hyper = SPECS[name]
-    run = Run(spec, "cuda", **hyper)
-    together = lambda *a, **k: train_epoch(*a, **k, exchange=kind)  # noqa: E731
+    run = Training(spec, "cuda", **hyper)
+    together = functools.partial(train_epoch, exchange=kind)
     assert_agrees(run, together, train_epoch_ref)
     first = run.train(together)
     for _ in range(100):

@@ -4,8 +4,8 @@ references.
 
 import torch
 
-from kernels import hyperparameters
-from kernels.network import Spec
+import kernels
+from kernels import Spec, hyperparameters
 from kernels.operations import flatten
 from tests.checks import assert_as_accurate, assert_equal, double
 
@@ -49,10 +49,16 @@ CASES = {
     ),
     "quantiles": (Spec((12, 7, 3), "tanh", loss="pinball", loss_parameter=(0.1, 0.5, 0.9)), {}),
 }
+# What only a derivative written in z needs: z of the hidden layers kept, z of the outputs.
+CASES |= {
+    "z kept, wide": (Spec((20, 70, 5, 4), "gelu", "silu", rule="momentum"), {"momentum": 0.9}),
+    "z of a single layer": (Spec((12, 20), output_activation="gelu_tanh", loss="mse"), {}),
+    "z of squares": (Spec((12, 9, 8, 3), "relu_squared", rule="adam"), ADAM),
+}
 SOFT = ("float targets", "probabilities", "several labels, weights", "quantiles")
 
 
-class Run:
+class Training:
     """Everything a training takes, seeded, on one device: n rows of data in batches of 5, the last
     of 3.
     """
@@ -77,11 +83,18 @@ class Run:
         order = torch.stack([torch.randperm(n, generator=g) for _ in range(replicas or 1)]).to(
             device
         )
-        self.indices = order if replicas else order[0]
+        self.order = order if replicas else order[0]
         numbers = {"lr": 0.1, **hyper}
         self.hyper = hyperparameters(spec.rule, **numbers, replicas=replicas, device=device)
         self.count = torch.zeros(1, device=device)
         self.options = {"scale": 1 / 64, "shift": -2.0} if uint8 else {}
+
+    def run(self, n=None) -> kernels.Run:
+        """What a kernel takes, on copies of what it changes. n: the first samples of the order."""
+        parameters, *states = ([t.clone() for t in ts] for ts in (self.parameters, *self.states))
+        samples = self.data, self.targets, self.order[..., :n], self.batch
+        numbers = self.hyper.clone(), self.count.clone()
+        return kernels.Run(self.spec, parameters, states, *samples, *numbers, **self.options)
 
     def train(self, implementation, dtype=torch.float32, lrs=(None,)):
         """(parameters, losses) and correct predictions after an epoch at each learning rate, from
@@ -95,20 +108,19 @@ class Run:
         for lr in lrs:
             if lr is not None:
                 hyper[..., 0] = lr
-            outcomes.append(
-                implementation(
-                    self.spec,
-                    parameters,
-                    states,
-                    keep(self.data),
-                    keep(self.targets),
-                    self.indices,
-                    self.batch,
-                    hyper,
-                    count,
-                    **self.options,
-                )
+            run = kernels.Run(
+                self.spec,
+                parameters,
+                states,
+                keep(self.data),
+                keep(self.targets),
+                self.order,
+                self.batch,
+                hyper,
+                count,
+                **self.options,
             )
+            outcomes.append(implementation(run))
         assert count.item() == sum(losses.shape[-1] for losses, _ in outcomes)
         return (parameters, [losses for losses, _ in outcomes]), [
             correct for _, correct in outcomes

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bench import bench_exchange as bench
-from kernels import exchange
+from kernels.training import exchange
 from tests import interpreter
 from tests.checks import assert_equal
 from tests.test_structure import ROOT

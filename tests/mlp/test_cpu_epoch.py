@@ -59,20 +59,24 @@ def check(spec, parameters, states, data, targets, order, batch=32, taken=0):
     exact = [p.double() for p in parameters], [[s.double() for s in lists] for lists in states]
     count, count_ref = torch.full((1,), float(taken)), torch.full((1,), float(taken))
     losses, correct = cpu.train_epoch(
-        spec,
-        parameters,
-        states,
-        data,
-        targets,
-        order,
-        batch,
-        hyper,
-        count,
-        scale=scale,
-        shift=shift,
+        kernels.Run(
+            spec,
+            parameters,
+            states,
+            data,
+            targets,
+            order,
+            batch,
+            hyper,
+            count,
+            scale=scale,
+            shift=shift,
+        )
     )
-    expected, right = kernels.epoch.train_epoch_ref(
-        spec, *exact, data, targets, order, batch, hyper, count_ref, scale=scale, shift=shift
+    expected, right = kernels.train_epoch_ref(
+        kernels.Run(
+            spec, *exact, data, targets, order, batch, hyper, count_ref, scale=scale, shift=shift
+        )
     )
     torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=1e-6)
     for found, wanted in zip([parameters, *states], [exact[0], *exact[1]]):
@@ -133,7 +137,17 @@ def test_a_label_that_is_no_class_shows_in_the_loss():
     spec, parameters, states, data, targets, order = training((20, 9, 4))
     targets[order[40]] = 4
     losses, _ = cpu.train_epoch(
-        spec, parameters, states, data, targets, order, 32, hyperparameters("sgd"), torch.zeros(1)
+        kernels.Run(
+            spec,
+            parameters,
+            states,
+            data,
+            targets,
+            order,
+            32,
+            hyperparameters("sgd"),
+            torch.zeros(1),
+        )
     )
     assert losses.isnan().tolist() == [False, True, True]
 
@@ -157,9 +171,11 @@ def test_the_number_of_threads_and_pieces_changes_no_bit(fixed):
         )
         fixed(workers, steps)
         losses, _ = cpu.train_epoch(
-            *(spec, parameters, states, data, targets, order, 32),
-            hyperparameters("adam", lr=0.01),
-            torch.zeros(1),
+            kernels.Run(
+                *(spec, parameters, states, data, targets, order, 32),
+                hyperparameters("adam", lr=0.01),
+                torch.zeros(1),
+            )
         )
         results.append([losses, *parameters, *states[0], *states[1]])
     for others in results[1:]:
@@ -186,7 +202,9 @@ def test_an_interrupt_is_answered_within_the_epoch(fixed):
     order, count = torch.randint(0, 70, (3_200_000,)), torch.zeros(1)
     fixed(1, 50)
     cpu.train_epoch(
-        spec, parameters, states, data, targets, order[:32], 32, hyperparameters("adam"), count
+        kernels.Run(
+            spec, parameters, states, data, targets, order[:32], 32, hyperparameters("adam"), count
+        )
     )
     signal.setitimer(signal.ITIMER_REAL, 0.2)
     handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
@@ -194,7 +212,17 @@ def test_an_interrupt_is_answered_within_the_epoch(fixed):
     try:
         with pytest.raises(KeyboardInterrupt):
             cpu.train_epoch(
-                spec, parameters, states, data, targets, order, 32, hyperparameters("adam"), count
+                kernels.Run(
+                    spec,
+                    parameters,
+                    states,
+                    data,
+                    targets,
+                    order,
+                    32,
+                    hyperparameters("adam"),
+                    count,
+                )
             )
     finally:
         signal.signal(signal.SIGALRM, handler)

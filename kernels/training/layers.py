@@ -6,19 +6,49 @@ dx, dw and the update of a layer in one reading of its weights. The formulas are
 counts from 1.
 
 A program works alone on its network. What one phase leaves for the next is in scratch, which stays
-in the processor's cache: y_l and dz_l of every layer, each NET.block_m rows of NET.pitch. A value
-stored by one thread is read by others only behind `tl.debug_barrier()`. Arrays of several networks,
-or of private copies, are stacked: `r` selects one. Tiles are bounded by the configuration, not by
-the network. Rows beyond the batch have dz = 0, columns beyond a layer's width meet weights that
-were loaded as 0.
+in the processor's cache: y_l and dz_l of every layer, each NET.block_m rows of NET.pitch, and z_l
+of the hidden layers where act' is written in z. Of a network of one layer, the place of y_1 holds
+z_1: the output's activation is applied where the outputs are read.
+
+A value stored by one thread is read by others only behind `tl.debug_barrier()`. Arrays of several
+networks, or of private copies, are stacked: `r` selects one. Tiles are bounded by the
+configuration, not by the network. Rows beyond the batch have dz = 0, columns beyond a layer's width
+meet weights that were loaded as 0.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
+from ..optim import update_tile
+from ..tiles import Matrix, dot, product_tile
 from .objective import loss
-from .optim import update_tile
-from .tiles import Matrix, dot, product_tile
+from .run import Results, Scratch
+
+
+class Rows(NamedTuple):
+    """Rows of the data that make a batch, [block_m], and which of them exist."""
+
+    index: Any
+    mask: Any
+
+
+@triton.jit
+def scratch_of(scratch, r, NET: tl.constexpr):
+    """Program r's part of the scratch."""
+    size: tl.constexpr = (len(NET.sizes) - 1) * NET.block_m * NET.pitch
+    if NET.keeps_z:
+        part = Scratch(scratch.y + r * size, scratch.dz + r * size, scratch.z + r * size)
+    else:
+        part = Scratch(scratch.y + r * size, scratch.dz + r * size, None)
+    return part
+
+
+@triton.jit
+def results_at(results, t):
+    """Where the results of step t go."""
+    return Results(results.loss + t, results.correct + t)
 
 
 @triton.jit
@@ -42,52 +72,51 @@ def update_bias(net, r, offs_n, dz, live, numbers, l: tl.constexpr, NET: tl.cons
 
 
 @triton.jit
-def batch_rows(i_ptr, t, n, batch, NET: tl.constexpr):
-    """The data rows of batch t of the permutation, [block_m], and which of them exist: none for t =
-    -1 or past the end.
-    """
+def batch_rows(order, t, NET: tl.constexpr):
+    """The Rows of batch t of the permutation: none exist for t = -1 or past the end."""
     offs_m = tl.arange(0, NET.block_m)
-    mask = offs_m < tl.where(t >= 0, tl.minimum(batch, n - t * batch), 0)
-    return tl.load(i_ptr + t * batch + offs_m, mask=mask, other=0).to(tl.int64), mask
+    mask = offs_m < tl.where(t >= 0, tl.minimum(order.batch, order.n - t * order.batch), 0)
+    index = tl.load(order.indices + t * order.batch + offs_m, mask=mask, other=0).to(tl.int64)
+    return Rows(index, mask)
 
 
 @triton.jit
-def inputs(x_ptrs, mask, scale, shift):
+def inputs(x_ptrs, mask, samples):
     """A tile of the data, data · scale + shift in float32; 0 outside the mask, where the shift must
     not reach either.
     """
-    return tl.where(mask, tl.load(x_ptrs, mask=mask, other=0).to(tl.float32) * scale + shift, 0.0)
+    x = tl.load(x_ptrs, mask=mask, other=0).to(tl.float32)
+    return tl.where(mask, x * samples.scale + samples.shift, 0.0)
 
 
 @triton.jit
 def input_tile(
-    net,
+    net,  # Parameters
     r,
-    x_ptr,
-    rows,
-    mask_m,
-    rows_before,
-    mask_before,
-    dz,
+    samples,  # Samples
+    rows,  # Rows
+    before,  # Rows of the step before
+    dz,  # [block_m, columns], of that step
     live,
-    offs_n,
+    offs_n,  # [columns]
     numbers,
-    scale,
-    shift,
     NET: tl.constexpr,
 ):
     """Columns offs_n of z_1 = x w_1ᵀ + b_1, after w_1 and b_1 took the update of the step before:
     one reading of w_1.
 
-    That step's forward was z_mn = Σ_k x_mk w_nk, so dw_nk = Σ_m dz_mn x_mk, with its rows x and dz
-    [block_m, columns]. Before the first step (`live` is false) there is nothing to apply. Tiles of
-    w lie transposed: [block_k, columns].
+    That step's forward was z_mn = Σ_k x_mk w_nk, so dw_nk = Σ_m dz_mn x_mk, with its rows x and dz.
+    Before the first step (`live` is false) there is nothing to apply. Tiles of w lie transposed:
+    [block_k, columns].
     """
     K: tl.constexpr = NET.sizes[0]
     PRECISION: tl.constexpr = NET.precision
     base = r * (NET.sizes[1] * K)
     mask_n = offs_n < NET.sizes[1]
-    x_ptrs, xt_ptrs = (x_ptr + rows * K)[:, None], (x_ptr + rows_before * K)[None, :]
+    x_ptrs, xt_ptrs = (
+        (samples.x + rows.index * K)[:, None],
+        (samples.x + before.index * K)[None, :],
+    )
     z = tl.zeros(dz.shape, dtype=tl.float32)
     if NET.bias:
         z += update_bias(net, r, offs_n, dz, live, numbers, 1, NET)[None, :]
@@ -97,20 +126,20 @@ def input_tile(
         offs_w = offs_n[None, :] * K + offs_k[:, None]
         mask = mask_k[:, None] & mask_n[None, :]
         w = tl.load(net.tensors[0] + base + offs_w, mask=mask, other=0.0)
-        xt = inputs(xt_ptrs + offs_k[:, None], mask_k[:, None] & mask_before[None, :], scale, shift)
+        xt = inputs(xt_ptrs + offs_k[:, None], mask_k[:, None] & before.mask[None, :], samples)
         dw = dot(xt, dz, tl.zeros(w.shape, dtype=tl.float32), PRECISION)
         mask = (offs_k < tl.where(live, K, 0))[:, None] & mask_n[None, :]
         SHARED: tl.constexpr = offs_w.numel < NET.threads
         new = update_tile(net, 0, base, offs_w, mask, w, dw, numbers, NET, SHARED)
         w = tl.where(live, new, w)
-        x = inputs(x_ptrs + offs_k[None, :], mask_m[:, None] & mask_k[None, :], scale, shift)
+        x = inputs(x_ptrs + offs_k[None, :], rows.mask[:, None] & mask_k[None, :], samples)
         z = dot(x, w, z, PRECISION)
     return z
 
 
 @triton.jit
-def scratch(l: tl.constexpr, offs, NET: tl.constexpr):
-    """Offsets of columns offs of layer l in the scratch of y or dz, [block_m, columns]."""
+def offsets(l: tl.constexpr, offs, NET: tl.constexpr):
+    """Offsets of columns offs of layer l in the scratch of y, dz or z, [block_m, columns]."""
     return (
         (l - 1) * (NET.block_m * NET.pitch)
         + tl.arange(0, NET.block_m)[:, None] * NET.pitch
@@ -120,71 +149,59 @@ def scratch(l: tl.constexpr, offs, NET: tl.constexpr):
 
 @triton.jit
 def load_columns(ptr, l: tl.constexpr, offs, NET: tl.constexpr):
-    """Columns offs of y_l or dz_l from scratch, 0 beyond the layer's width."""
-    return tl.load(ptr + scratch(l, offs, NET), mask=(offs < NET.sizes[l])[None, :], other=0.0)
+    """Columns offs of y_l, dz_l or z_l from scratch, 0 beyond the layer's width."""
+    return tl.load(ptr + offsets(l, offs, NET), mask=(offs < NET.sizes[l])[None, :], other=0.0)
 
 
 @triton.jit
 def first_tile(
-    y_ptr,
-    dz_ptr,
-    net,
+    scratch,  # Scratch
+    net,  # Parameters
     r,
-    x_ptr,
-    rows,
-    mask_m,
-    rows_before,
-    mask_before,
+    samples,  # Samples
+    rows,  # Rows
+    before,  # Rows of the step before
     live,
-    offs_n,
+    offs_n,  # [columns]
     numbers,
-    scale,
-    shift,
-    ACT: tl.constexpr,
-    OUT: tl.constexpr,
     NET: tl.constexpr,
 ):
     """`input_tile` from dz_1 of the step before to y_1 of this step, both columns offs_n in
     scratch.
     """
-    offs = scratch(1, offs_n, NET)
-    dz = tl.load(dz_ptr + offs, mask=(offs_n < tl.where(live, NET.sizes[1], 0))[None, :], other=0.0)
-    z = input_tile(
-        net,
-        r,
-        x_ptr,
-        rows,
-        mask_m,
-        rows_before,
-        mask_before,
-        dz,
-        live,
-        offs_n,
-        numbers,
-        scale,
-        shift,
-        NET,
-    )
-    tl.store(y_ptr + offs, first_act(z, ACT, OUT, NET))
+    offs = offsets(1, offs_n, NET)
+    mask = (offs_n < tl.where(live, NET.sizes[1], 0))[None, :]
+    dz = tl.load(scratch.dz + offs, mask=mask, other=0.0)
+    z = input_tile(net, r, samples, rows, before, dz, live, offs_n, numbers, NET)
+    keep(scratch, 1, offs_n, z, NET)
 
 
 @triton.jit
-def first_act(z, ACT: tl.constexpr, OUT: tl.constexpr, NET: tl.constexpr):
-    """y_1 = act(z_1): the output's activation where layer 1 is the last."""
+def first_act(z, NET: tl.constexpr):
+    """y_1 = act(z_1), or z_1 itself where layer 1 is the last."""
     if len(NET.sizes) == 2:
-        return OUT(z)
+        return z
     else:
-        return ACT(z)
+        return NET.act(z)
 
 
 @triton.jit
-def forward_tile(y_ptr, net, r, n, l: tl.constexpr, NET: tl.constexpr):
+def keep(scratch, l: tl.constexpr, offs_n, z, NET: tl.constexpr):
+    """Store columns offs_n of y_l, and of z_l where the backward needs it, from those of z_l."""
+    offs = offsets(l, offs_n, NET)
+    tl.store(scratch.y + offs, first_act(z, NET))
+    if NET.keeps_z:
+        tl.store(scratch.z + offs, z)
+
+
+@triton.jit
+def forward_tile(scratch, net, r, n, l: tl.constexpr, NET: tl.constexpr):
     """Columns n … n + tile of z_l = y_{l-1} w_lᵀ + b_l."""
     K: tl.constexpr = NET.sizes[l - 1]
     N: tl.constexpr = NET.sizes[l]
     PRECISION: tl.constexpr = NET.precision
     offs_n = n + tl.arange(0, NET.tiles[l])
-    y = Matrix(y_ptr + (l - 2) * (NET.block_m * NET.pitch), NET.block_m, NET.pitch, 1)
+    y = Matrix(scratch.y + (l - 2) * (NET.block_m * NET.pitch), NET.block_m, NET.pitch, 1)
     w = Matrix(net.tensors[(l - 1) * (1 + NET.bias)] + r * (N * K), N, K, 1)
     offs_m = tl.arange(0, NET.block_m)
     z, _ = product_tile(y, w, offs_m, offs_n, 0, K, NET.block_r, PRECISION, False)
@@ -194,49 +211,47 @@ def forward_tile(y_ptr, net, r, n, l: tl.constexpr, NET: tl.constexpr):
 
 
 @triton.jit
-def forward(y_ptr, net, r, ACT: tl.constexpr, OUT: tl.constexpr, NET: tl.constexpr):
-    """y_L [block_m, classes' tile], from y_1 in scratch; y_2 … y_{L-1} are left there."""
+def forward(scratch, net, r, NET: tl.constexpr):
+    """z_L [block_m, classes' tile], from y_1 in scratch; y_2 … y_{L-1} are left there."""
     L: tl.constexpr = len(NET.sizes) - 1
     for l in tl.static_range(2, L):
         for n in tl.range(0, NET.sizes[l], NET.tiles[l], num_stages=1):
-            y = ACT(forward_tile(y_ptr, net, r, n, l, NET))
-            tl.store(y_ptr + scratch(l, n + tl.arange(0, NET.tiles[l]), NET), y)
+            z = forward_tile(scratch, net, r, n, l, NET)
+            keep(scratch, l, n + tl.arange(0, NET.tiles[l]), z, NET)
         tl.debug_barrier()
     if L > 1:
-        return OUT(forward_tile(y_ptr, net, r, 0, L, NET))
+        return forward_tile(scratch, net, r, 0, L, NET)
     else:
-        return load_columns(y_ptr, 1, tl.arange(0, NET.tiles[1]), NET)
+        return load_columns(scratch.y, 1, tl.arange(0, NET.tiles[1]), NET)
 
 
 @triton.jit
 def top(
-    y_ptr,
-    dz_ptr,
-    loss_ptr,
-    correct_ptr,
-    net,
+    scratch,  # Scratch
+    results,  # Results of this step
+    net,  # Parameters
     r,
-    t_ptr,
-    rows,
-    mask_m,
+    samples,  # Samples
+    rows,  # Rows
     numbers,
     writer,
-    ACT: tl.constexpr,
-    OUT: tl.constexpr,
-    OUT_BWD: tl.constexpr,
     NET: tl.constexpr,
 ):
     """From y_1 up to the loss and down to dz_L, both in scratch; stores loss and count where
     `writer`, updates b_L.
     """
     L: tl.constexpr = len(NET.sizes) - 1
-    y = forward(y_ptr, net, r, ACT, OUT, NET)
-    value, correct, dy = loss(y, t_ptr, rows, mask_m, NET)
-    tl.store(loss_ptr, value, mask=writer)
-    tl.store(correct_ptr, correct, mask=writer)
-    dz = OUT_BWD(dy, y)
+    z = forward(scratch, net, r, NET)
+    y = NET.out(z)
+    value, correct, dy = loss(y, samples.targets, rows.index, rows.mask, NET)
+    tl.store(results.loss, value, mask=writer)
+    tl.store(results.correct, correct, mask=writer)
+    if NET.out_needs_z:
+        dz = NET.out_bwd(dy, z)
+    else:
+        dz = NET.out_bwd(dy, y)
     offs_c = tl.arange(0, NET.tiles[L])
-    tl.store(dz_ptr + scratch(L, offs_c, NET), dz)
+    tl.store(scratch.dz + offsets(L, offs_c, NET), dz)
     if NET.bias and L > 1:
         update_bias(net, r, offs_c, dz, True, numbers, L, NET)
     tl.debug_barrier()
@@ -245,10 +260,10 @@ def top(
 @triton.jit
 def backward_tile(
     dz_ptr,
-    net,
+    net,  # Parameters
     r,
-    y,
-    offs_k,
+    y,  # [block_m, columns]
+    offs_k,  # [columns]
     numbers,
     l: tl.constexpr,
     DX: tl.constexpr,
@@ -256,7 +271,7 @@ def backward_tile(
     NET: tl.constexpr,
 ):
     """Columns offs_k of dy_{l-1} = dz_l w_l, and the update of those columns of w_l: one reading of
-    them does both.
+    them does both. y: those columns of y_{l-1}.
 
     Forward was z_mn = Σ_k y_mk w_nk, so dy_mk = Σ_n dz_mn w_nk with w as it was, and dw_nk = Σ_m
     dz_mn y_mk.
@@ -284,14 +299,12 @@ def backward_tile(
 
 @triton.jit
 def backward_layer(
-    y_ptr,
-    dz_ptr,
-    net,
+    scratch,  # Scratch
+    net,  # Parameters
     r,
     numbers,
     l: tl.constexpr,
     DX: tl.constexpr,
-    ACT_BWD: tl.constexpr,
     NET: tl.constexpr,
 ):
     """Updates w_l from dz_l and y_{l-1} in scratch; with DX stores dz_{l-1} = dy_{l-1} ⊙ act' there
@@ -299,11 +312,14 @@ def backward_layer(
     """
     for k in tl.range(0, NET.sizes[l - 1], NET.tiles[l - 1], num_stages=1):
         offs_k = k + tl.arange(0, NET.tiles[l - 1])
-        y = load_columns(y_ptr, l - 1, offs_k, NET)
-        dy = backward_tile(dz_ptr, net, r, y, offs_k, numbers, l, DX, True, NET)
+        y = load_columns(scratch.y, l - 1, offs_k, NET)
+        dy = backward_tile(scratch.dz, net, r, y, offs_k, numbers, l, DX, True, NET)
         if DX:
-            dz = ACT_BWD(dy, y)
-            tl.store(dz_ptr + scratch(l - 1, offs_k, NET), dz)
+            s = y
+            if NET.keeps_z:
+                s = load_columns(scratch.z, l - 1, offs_k, NET)
+            dz = NET.act_bwd(dy, s)
+            tl.store(scratch.dz + offsets(l - 1, offs_k, NET), dz)
             if NET.bias and l > 2:  # b_1 takes its update with w_1
                 update_bias(net, r, offs_k, dz, True, numbers, l - 1, NET)
     tl.debug_barrier()

@@ -21,16 +21,26 @@ zeros.
 
 import dataclasses
 import functools
-import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 
-from . import activations, configs, launch, losses, rules
-from .cross_entropy import check_range
-from .mlp import mlp_bwd_ref, mlp_fwd_ref
-from .rules import Rule
+from .. import activations, configs, launch, losses, rules
+from ..cross_entropy import check_range
+from ..linear import (
+    LinearSaved,
+    kept,
+    linear_bwd_dw_ref,
+    linear_bwd_dx_ref,
+    linear_bwd_dz_ref,
+    linear_fwd_ref,
+)
+from ..mlp import stack_backward, stack_forward
+from ..rules import Rule
+
+if TYPE_CHECKING:
+    from .run import Run
 
 MAX_WIDTH, MAX_CLASSES, MAX_BATCH = 256, 64, 128
 
@@ -78,6 +88,12 @@ class Plan:
     sizes: tuple[int, ...]
     tiles: tuple[int, ...]  # columns of a layer that are computed at once
     bias: int
+    act: Any  # jit scalars, see `activations`: of the hidden layers
+    act_bwd: Any
+    out: Any  # and of the last
+    out_bwd: Any
+    keeps_z: bool  # whether act_bwd needs z, and out_bwd
+    out_needs_z: bool
     columns: tuple[str, ...]  # of a row of hyperparameters
     at: Any  # of the rule, as `update`: see `rules`
     update: Any
@@ -99,49 +115,46 @@ class Plan:
         return rules.key_of(*(getattr(self, field.name) for field in dataclasses.fields(self)))
 
 
-def plan(spec: Spec, batch: int, targets, kernel: str) -> tuple[Plan, int, dict]:
-    """For `kernel` on the targets' device: its Plan, the rows of w_1 that a program owns, and its
+def plan(run: "Run", kernel: str) -> tuple[Plan, int, dict]:
+    """For `kernel` on the run's device: its Plan, the rows of w_1 that a program owns, and its
     options and constexprs.
     """
-    block_m = max(16, triton.next_power_of_2(batch))
-    precision, arch = launch.dot_precision(), launch.arch(targets.device)
+    spec, block_m = run.spec, max(16, triton.next_power_of_2(run.batch))
+    precision, arch = launch.dot_precision(), launch.arch(run.device)
+    hidden, output = activations.get(spec.activation), activations.get(spec.output_activation)
     states = len(spec.rule.states)
     config = configs.training(kernel, arch, precision, states, spec.sizes, block_m)
     padded = [max(16, triton.next_power_of_2(size)) for size in spec.sizes]
-    tiles = (*(min(p, config.columns) for p in padded[:-1]), padded[-1])
     made = Plan(
-        tuple(spec.sizes),
-        tiles,
-        int(spec.bias),
-        spec.rule.columns,
-        spec.rule.at,
-        spec.rule.update,
-        spec.loss,
-        spec.loss_numbers,
-        float(spec.loss_scale),
-        spec.loss_mean,
-        targets.is_floating_point(),
-        precision,
-        block_m,
-        config.block_k,
-        config.block_r,
-        max(padded[1:]),
-        config.num_warps * launch.lanes(arch),
+        sizes=tuple(spec.sizes),
+        tiles=(*(min(p, config.columns) for p in padded[:-1]), padded[-1]),
+        bias=int(spec.bias),
+        act=hidden.forward,
+        act_bwd=hidden.backward,
+        out=output.forward,
+        out_bwd=output.backward,
+        keeps_z=hidden.needs_z and len(spec.sizes) > 2,
+        out_needs_z=output.needs_z,
+        columns=spec.rule.columns,
+        at=spec.rule.at,
+        update=spec.rule.update,
+        loss=spec.loss,
+        loss_numbers=spec.loss_numbers,
+        loss_scale=float(spec.loss_scale),
+        loss_mean=spec.loss_mean,
+        soft=run.targets.is_floating_point(),
+        precision=precision,
+        block_m=block_m,
+        block_k=config.block_k,
+        block_r=config.block_r,
+        pitch=max(padded[1:]),
+        threads=config.num_warps * launch.lanes(arch),
     )
-    options = dict(acts(spec), NET=made, num_warps=config.num_warps, num_stages=config.num_stages)
+    options = dict(NET=made, num_warps=config.num_warps, num_stages=config.num_stages)
     if arch.startswith("sm_"):
-        options["maxnreg"] = min(
-            255, 2048 // config.num_warps
-        )  # else ptxas may stop at 128 for a second block, and spill
+        # Else ptxas may stop at 128 registers, for a second block, and spill.
+        options["maxnreg"] = min(255, 2048 // config.num_warps)
     return made, min(config.rows, padded[1]), options
-
-
-def acts(spec: Spec) -> dict:
-    """The jit scalars of hidden and output activation, as the kernels' constexpr arguments."""
-    hidden, output = activations.get(spec.activation), activations.get(spec.output_activation)
-    return dict(
-        ACT=hidden.forward, ACT_BWD=hidden.backward, OUT=output.forward, OUT_BWD=output.backward
-    )
 
 
 def refusal(spec: Spec, batch: int, engine: str = "epoch") -> str | None:
@@ -149,12 +162,6 @@ def refusal(spec: Spec, batch: int, engine: str = "epoch") -> str | None:
     and what would do it.
     """
     instead = "use engine 'graph' or 'manual'" if engine == "epoch" else "use engine 'manual'"
-    for name in (spec.activation, spec.output_activation):
-        if activations.get(name, engine).needs == "z":
-            return (
-                f"{engine}: the derivative of {name!r} needs the pre-activation, which these "
-                f"kernels do not keep; {instead}"
-            )
     if len(spec.sizes) < 2 or min(spec.sizes) < 1 or batch < 1:
         return (
             f"{engine}: sizes must be (features, …, classes), all at least 1, and so the batch, "
@@ -176,41 +183,10 @@ def refusal(spec: Spec, batch: int, engine: str = "epoch") -> str | None:
     return None
 
 
-def check_training(
-    op: str, spec: Spec, parameters, states, data, targets, batch: int, replicas: int | None = None
-) -> None:
-    """Limits, shapes and dtypes of a training run; a ValueError that names both values."""
-    reason = refusal(spec, batch, op)
-    if reason:
+def refuse(run: "Run", engine: str) -> None:
+    """A ValueError where `refusal` has a reason."""
+    if reason := refusal(run.spec, run.batch, engine):
         raise ValueError(reason)
-    if len(states) != (needed := len(spec.rule.states)):
-        raise ValueError(
-            f"{op}: rule {spec.rule.name!r} needs {needed} lists of states, got {len(states)}"
-        )
-    lead = () if replicas is None else (replicas,)
-    for name, tensors in (
-        ("parameters", parameters),
-        *((f"states[{i}]", s) for i, s in enumerate(states)),
-    ):
-        got = [tuple(t.shape) for t in tensors]
-        if got != (want := [(*lead, *shape) for shape in spec.shapes]):
-            raise ValueError(
-                f"{op}: {name} must have shapes {want} for sizes {spec.sizes}, got {got}"
-            )
-        if bad := [i for i, t in enumerate(tensors) if not t.is_contiguous()]:
-            raise ValueError(
-                f"{op}: {name}[{bad[0]}] must be contiguous; pass .contiguous() and copy back"
-            )
-    if data.dim() != 2 or data.shape[1] != spec.sizes[0] or not data.is_contiguous():
-        raise ValueError(
-            f"{op}: data must be contiguous (n, {spec.sizes[0]}), got {tuple(data.shape)}; "
-            "flatten it"
-        )
-    if reason := spec.loss.refusal(spec.sizes[-1], targets):
-        raise ValueError(reason)
-    want = (len(data), spec.sizes[-1]) if targets.is_floating_point() else (len(data),)
-    if tuple(targets.shape) != want or not targets.is_contiguous():
-        raise ValueError(f"{op}: targets must be contiguous {want}, got {tuple(targets.shape)}")
 
 
 def loss_ref(spec: Spec, y, target):
@@ -239,26 +215,52 @@ def correct_ref(spec: Spec, y, target):
     return (y.argmax(-1) == target).sum(-1)
 
 
-def step_ref(spec: Spec, parameters, states, x, target, hyper, step: int):
-    """One training step in place, by the references: (loss, correct). hyper: a row's numbers; step:
-    1 at the first.
+def gradients_ref(spec: Spec, parameters, x, target):
+    """(loss, correct, gradients in the parameters' order) of inputs (M, features); of R networks
+    that are stacked, of inputs (R, M, features) and with R losses and counts.
     """
     weights = parameters[:: 1 + spec.bias]
     biases = parameters[1::2] if spec.bias else [None] * len(weights)
-    y, saved = mlp_fwd_ref(x, weights, biases, spec.activation, spec.output_activation)
+    fwd, *bwd = _ALONE if x.dim() == 2 else _STACKED
+    acts = spec.activation, spec.output_activation
+    y, saved = stack_forward(x, weights, biases, *acts, None, fwd)
     loss, dy = loss_ref(spec, y, target)
-    _, dws, dbs = mlp_bwd_ref(dy, *saved, needs=(False, *(True,) * 2 * len(weights)))
+    needs = (False, *(True,) * 2 * len(weights))
+    _, dws, dbs = stack_backward(dy, saved, needs, None, *bwd)
     grads = [g for pair in zip(dws, dbs) for g in pair if g is not None]
-    rules.apply_ref(spec.rule, parameters, grads, states, hyper, step)
-    return loss, correct_ref(spec, y, target)
+    return loss, correct_ref(spec, y, target), grads
 
 
-def inputs_ref(data, rows, scale: float, shift: float, dtype):
-    """Rows of the data as the kernels see them: data · scale + shift, in the parameters' dtype."""
-    x = data[rows].to(dtype)
-    return x if (scale, shift) == (1.0, 0.0) else x * scale + shift
+def step_ref(run: "Run", rows, row, step: int):
+    """One training step in place, by the references: (loss, correct). rows: of the data, (M,) or
+    (R, M); row: the numbers of run.hyper, or of several networks the tensor; step: 1 at the first.
+    """
+    x, target = run.inputs(rows), run.targets[rows]
+    loss, correct, grads = gradients_ref(run.spec, run.parameters, x, target)
+    rules.apply_ref(run.spec.rule, run.parameters, grads, run.states, row, step)
+    return loss, correct
 
 
-def steps_of(n: int, batch: int) -> int:
-    """Steps of an epoch over n rows; the last may be smaller."""
-    return math.ceil(n / batch)
+def _stacked_fwd(x, w, b, activation, *, out=None):
+    """`linear_fwd_ref` of R networks: x (R, M, K), w (R, N, K), b (R, N)."""
+    act = activations.get(activation)
+    z = torch.bmm(x, w.mT) if b is None else torch.baddbmm(b.unsqueeze(1), x, w.mT)
+    y = act.forward_ref(z)
+    return y, LinearSaved(x, w, kept(act, y, z), b is not None, activation)
+
+
+def _stacked_bwd_dz(dy, s, activation, *, out=None):
+    return dy if s is None else activations.get(activation).backward_ref(dy, s)
+
+
+def _stacked_bwd_dx(dz, w, s_below=None, activation_below="identity", *, out=None):
+    return _stacked_bwd_dz(torch.bmm(dz, w), s_below, activation_below)
+
+
+def _stacked_bwd_dw(dz, x, bias=True, *, out=None):
+    return torch.bmm(dz.mT, x), dz.sum(1) if bias else None
+
+
+# How a stack of layers computes: forward, and the three parts of the backward.
+_ALONE = linear_fwd_ref, linear_bwd_dz_ref, linear_bwd_dx_ref, linear_bwd_dw_ref
+_STACKED = _stacked_fwd, _stacked_bwd_dz, _stacked_bwd_dx, _stacked_bwd_dw

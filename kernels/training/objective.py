@@ -8,7 +8,7 @@ that is no class makes loss and gradient NaN.
 import triton
 import triton.language as tl
 
-from .losses import label_weight, same_class, target_tile
+from ..losses import label_weight, same_class, target_tile
 
 
 @triton.jit

@@ -1,0 +1,113 @@
+"""A whole epoch of training in one launch: forward, loss, backward and update of every step,
+formulas in `network`.
+
+Two kernels. `epoch_kernel`: one program trains one network alone, so that one launch trains as many
+networks as it has programs (`train_replicas` in `replicas`). `exchange_kernel` in `exchange`:
+programs share one network, each owns rows of w_1. In both, the update of w_1 by step t and the
+forward of step t + 1 share one reading of it: w_1 is most of the network, and nothing else is read
+from beyond the processor's own cache.
+
+The loop runs to step n + 1, whose first layer only applies the last update.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import launch
+from ..optim import numbers_at
+from .exchange import train_programs
+from .layers import backward_layer, batch_rows, first_tile, results_at, scratch_of, top
+from .network import plan, refuse, step_ref
+from .run import Order, Run
+from .step import new_scratch
+
+
+def train_epoch_ref(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference of `train_epoch`: a loop of the operations' references."""
+    row, step = run.hyper.tolist(), int(run.count)
+    for t, rows in enumerate(run.order.long().split(run.batch)):
+        run.losses[t], run.correct[t] = step_ref(run, rows, row, step + t + 1)
+    run.count += run.steps
+    return run.losses, run.correct
+
+
+@triton.jit
+def epoch_kernel(
+    results,  # Results [networks, steps]
+    net,  # Parameters, [networks, …] each
+    scratch,  # Scratch
+    samples,  # Samples
+    order,  # Order [networks, n]
+    hyper_ptr,  # [networks, columns]
+    count_ptr,
+    NET: tl.constexpr,
+):
+    """Program r trains network r on the n rows of its permutation: everything but data, targets and
+    count is stacked.
+    """
+    L: tl.constexpr = len(NET.sizes) - 1
+    r = tl.program_id(0).to(tl.int64)
+    steps = tl.cdiv(order.n, order.batch)
+    results = results_at(results, r * steps)
+    scratch = scratch_of(scratch, r, NET)
+    order = Order(order.indices + r * order.n, order.n, order.batch)
+    hyper_ptr += r * len(NET.columns)
+    count = tl.load(count_ptr).to(tl.float32)
+    for t in tl.range(
+        0, steps + 1, num_stages=1, disable_licm=True
+    ):  # a deeper pipeline would load across the barriers
+        before = batch_rows(order, t - 1, NET)
+        rows = batch_rows(order, t, NET)
+        numbers = numbers_at(hyper_ptr, count + t, NET)
+        for k in tl.range(0, NET.sizes[1], NET.tiles[1], num_stages=1):
+            offs_n = k + tl.arange(0, NET.tiles[1])
+            first_tile(scratch, net, r, samples, rows, before, t > 0, offs_n, numbers, NET)
+        tl.debug_barrier()
+        if t < steps:
+            numbers = numbers_at(hyper_ptr, count + t + 1, NET)
+            top(scratch, results_at(results, t), net, r, samples, rows, numbers, True, NET)
+            for j in tl.static_range(L - 1):
+                backward_layer(scratch, net, r, numbers, L - j, True, NET)
+
+
+def run_epoch_kernel(run: Run) -> None:
+    """Launch `epoch_kernel` for the networks of a run and advance its count."""
+    planned, _, options = plan(run, "epoch")
+    results, net, samples, order = run.bundles()
+    scratch = new_scratch(run, planned, run.replicas)
+    numbers = run.hyper, run.count
+    launch.run(
+        epoch_kernel, (run.replicas,), results, net, scratch, samples, order, *numbers, **options
+    )
+    run.count += run.steps
+
+
+def train_epoch(
+    run: Run, *, programs: int | None = None, exchange: str = "words"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Train one network in place on the batches of one permutation, in one launch: (losses,
+    correct), a value for each step, which are the run's buffers.
+
+    programs: how many share the work: 1, or as many as own the rows of w_1 (None: the latter where
+    the device can); exchange: their means, "words" or "counter". Sums in a fixed order:
+    deterministic, whatever the means. ValueError: limits passed (`refusal`), more programs than the
+    device runs at once.
+    """
+    refuse(run, "epoch")
+    if launch.backend(*run.parameters) == "torch":
+        return train_epoch_ref(run)
+    if programs == 1 or (programs is None and not shareable(run)):
+        run_epoch_kernel(run)
+    else:
+        train_programs(run, programs, exchange)
+    return run.losses, run.correct
+
+
+def shareable(run: Run) -> bool:
+    """Whether the device can run at once all the programs that would share the network, and waits
+    as `words` need it.
+    """
+    rows = plan(run, "exchange")[1]
+    nvidia = launch.arch(run.device).startswith("sm_")
+    return nvidia and 1 < triton.cdiv(run.spec.sizes[1], rows) <= launch.sm_count(run.device)

@@ -1,0 +1,232 @@
+"""An epoch by several programs that share one network and exchange y_1 once a step.
+
+Program g owns rows of w_1, which nobody else touches, and computes their columns of y_1 and of
+dz_1. Layers 2 … L are small: every program computes them, on copies of its own, and all come to the
+same numbers. So what has to travel is y_1: each program publishes its columns of step t + 1, then
+updates w_2 while the others' columns are on their way.
+
+`words`: every element is one 64-bit word (step, value), stored at once by a relaxed atomic
+exchange, so that a reader who sees the step has the value: no fence. Two buffers suffice: a program
+writes step t + 2 only after all others published t + 1, so they have finished reading t. A buffer
+is read once, into scratch; after publishing, it may be overwritten. `counter`: plain values, then
+one atomic count of arrivals with release, awaited with acquire. Slower, but it assumes nothing of
+64-bit stores.
+
+All programs must run at once: a cooperative launch fails where they cannot, and the launcher has
+refused before.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import launch
+from ..optim import numbers_at
+from .layers import (
+    backward_layer,
+    backward_tile,
+    batch_rows,
+    first_act,
+    input_tile,
+    load_columns,
+    offsets,
+    results_at,
+    scratch_of,
+    top,
+)
+from .network import Plan, plan
+from .run import Run
+from .step import new_scratch
+
+EXCHANGES = ("words", "counter")
+
+
+class Box(NamedTuple):
+    """Where programs leave their columns of y_1: two buffers, and a count of arrivals."""
+
+    columns: Any  # [2, block_m, pitch] int64 words, or float32
+    counter: Any
+
+
+@triton.jit
+def publish(box, y, offs_n, t, NET: tl.constexpr, WORDS: tl.constexpr):
+    """Put columns offs_n of y_1 of step t where every program finds them."""
+    ptrs = box.columns + (t & 1) * (NET.block_m * NET.pitch) + offsets(1, offs_n, NET)
+    mask = (offs_n < NET.sizes[1])[None, :]
+    if WORDS:
+        tag = tl.full((), 1, tl.int64) + t
+        bits = y.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+        tl.atomic_xchg(ptrs, (tag << 32) | bits, mask=mask, sem="relaxed", scope="gpu")
+    else:
+        tl.store(ptrs, y, mask=mask, cache_modifier=".cg")
+        tl.debug_barrier()
+        tl.atomic_add(box.counter, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def receive(y_ptr, box, t, NET: tl.constexpr, PROGRAMS: tl.constexpr, WORDS: tl.constexpr):
+    """Wait for all columns of y_1 of step t and keep them in scratch."""
+    box_ptr = box.columns + (t & 1) * (NET.block_m * NET.pitch)
+    if not WORDS:
+        while tl.atomic_add(box.counter, 0, sem="acquire", scope="gpu") < (t + 1) * PROGRAMS:
+            pass
+        tl.debug_barrier()
+    for n in tl.range(0, NET.sizes[1], NET.tiles[1], num_stages=1):
+        offs_n = n + tl.arange(0, NET.tiles[1])
+        offs = offsets(1, offs_n, NET)
+        mask = (offs_n < NET.sizes[1])[None, :]
+        if WORDS:
+            tag = tl.full((), 1, tl.int64) + t
+            word = tl.load(box_ptr + offs, mask=mask, other=tag << 32, volatile=True)
+            while tl.max(tl.max(((word >> 32) != tag).to(tl.int32), 1), 0) != 0:
+                word = tl.load(box_ptr + offs, mask=mask, other=tag << 32, volatile=True)
+            y = word.to(tl.int32).to(tl.float32, bitcast=True)
+        else:
+            y = tl.load(box_ptr + offs, mask=mask, other=0.0, cache_modifier=".cg")
+        tl.store(y_ptr + offs, y)
+    tl.debug_barrier()
+
+
+@triton.jit
+def own_dz(scratch, net, g, y, z, own, numbers, NET: tl.constexpr):
+    """Columns `own` of dz_1, y and z being those of layer 1: from dz_2 through w_2 as it is, or the
+    loss's where layer 1 is the last.
+    """
+    if len(NET.sizes) == 2:
+        dz = load_columns(scratch.dz, 1, own, NET)
+    else:
+        dy = backward_tile(scratch.dz, net, g, y, own, numbers, 2, True, False, NET)
+        if NET.keeps_z:
+            dz = NET.act_bwd(dy, z)
+        else:
+            dz = NET.act_bwd(dy, y)
+    return dz
+
+
+@triton.jit
+def exchange_kernel(
+    results,  # Results
+    net,  # Parameters; of layers 2 … L a copy for each program
+    scratch,  # Scratch
+    box,  # Box
+    samples,  # Samples
+    order,  # Order
+    hyper_ptr,
+    count_ptr,
+    first,
+    NET: tl.constexpr,
+    ROWS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """Program g = first + program_id of PROGRAMS: rows g·ROWS … of w_1, and copy g of everything of
+    layers 2 … L.
+
+    Step t: receive y_1; layers 2 … L forward, loss, backward to w_3's update; own columns of dz_1,
+    before w_2 changes. Then, as the beginning of step t + 1: update own rows of w_1 and compute own
+    columns of y_1; publish; update w_2.
+    """
+    L: tl.constexpr = len(NET.sizes) - 1
+    M: tl.constexpr = NET.block_m
+    g = (tl.program_id(0) + first).to(tl.int64)
+    own = (tl.program_id(0) + first) * ROWS + tl.arange(0, ROWS)
+    scratch = scratch_of(scratch, g, NET)
+    steps = tl.cdiv(order.n, order.batch)
+    count = tl.load(count_ptr).to(tl.float32)
+    dz = tl.zeros((M, ROWS), dtype=tl.float32)
+    for t in tl.range(
+        0, steps + 1, num_stages=1, disable_licm=True
+    ):  # a deeper pipeline would load ahead of the exchange
+        before = batch_rows(order, t - 1, NET)
+        rows = batch_rows(order, t, NET)
+        numbers = numbers_at(hyper_ptr, count + t, NET)
+        z = input_tile(net, g * 0, samples, rows, before, dz, t > 0, own, numbers, NET)
+        y = first_act(z, NET)
+        if t < steps:
+            publish(box, y, own, t, NET, WORDS)
+        tl.debug_barrier()
+        if L > 1 and t > 0:
+            backward_layer(scratch, net, g, numbers, 2, False, NET)
+        if t < steps:
+            numbers = numbers_at(hyper_ptr, count + t + 1, NET)
+            receive(scratch.y, box, t, NET, PROGRAMS, WORDS)
+            top(scratch, results_at(results, t), net, g, samples, rows, numbers, g == 0, NET)
+            for j in tl.static_range(L - 2):
+                backward_layer(scratch, net, g, numbers, L - j, True, NET)
+            dz = own_dz(scratch, net, g, y, z, own, numbers, NET)
+
+
+def check_programs(run: Run, rows: int, programs: int | None, exchange: str) -> int:
+    """How many programs share w_1, if the device runs that many at once; else a ValueError that
+    names both.
+    """
+    device, needed = run.device, triton.cdiv(run.spec.sizes[1], rows)
+    most = launch.sm_count(device)
+    if exchange not in EXCHANGES:
+        raise ValueError(f"epoch: exchange must be one of {', '.join(EXCHANGES)}, got {exchange!r}")
+    if exchange == "words" and launch.arch(device).startswith("gfx"):
+        # Triton 3.6 to 3.9 turn the volatile load into a plain buffer load there, which may go on
+        # seeing an old word.
+        raise ValueError(
+            "epoch: exchange 'words' would wait for ever on AMD; pass programs=1, or "
+            "exchange='counter'"
+        )
+    if programs not in (None, needed):
+        raise ValueError(
+            f"epoch: {rows} rows of w_1 a program make {needed} programs, or 1; got {programs}"
+        )
+    if needed > most:
+        raise ValueError(
+            f"epoch: {needed} programs must run at once, but {device} runs {most}; pass programs=1"
+        )
+    return needed
+
+
+def prepare(run: Run, planned: Plan, programs: int, exchange: str) -> tuple[tuple, list]:
+    """The kernel's arguments before `first`, with the programs' own copies of layers 2 … L: (args,
+    [(tensor, copies)]).
+    """
+    results, net, samples, order = run.bundles()
+    shared = 1 + run.spec.bias  # parameters of layer 1
+    lists, copied = [], []
+    for tensors in (net.tensors, *net.states):
+        copies = [
+            t.new_empty((programs, *t.shape)).copy_(t.expand(programs, *t.shape))
+            for t in tensors[shared:]
+        ]
+        lists.append((*tensors[:shared], *copies))
+        copied += zip(tensors[shared:], copies)
+    net = net._replace(tensors=lists[0], states=tuple(lists[1:]))
+    kind = torch.int64 if exchange == "words" else torch.float32
+    columns = torch.zeros((2, planned.block_m, planned.pitch), dtype=kind, device=run.device)
+    box = Box(columns, torch.zeros(1, dtype=torch.int32, device=run.device))
+    scratch = new_scratch(run, planned, programs)
+    return (results, net, scratch, box, samples, order, run.hyper, run.count), copied
+
+
+def train_programs(run: Run, programs: int | None = None, exchange: str = "words") -> None:
+    """`train_epoch` by as many programs as own the rows of w_1; arguments as checked there.
+
+    Memory a step: w_1 read and written once, by all programs together; (L - 1) small layers in each
+    one's own cache; y_1 once through L2. Copies of layers 2 … L are made before the launch and the
+    first one's brought back after it.
+    """
+    planned, rows, options = plan(run, "exchange")
+    programs = check_programs(run, rows, programs, exchange)
+    args, copied = prepare(run, planned, programs, exchange)
+    launch.run(
+        exchange_kernel,
+        (programs,),
+        *args,
+        0,
+        ROWS=rows,
+        PROGRAMS=programs,
+        WORDS=exchange == "words",
+        launch_cooperative_grid=True,
+        **options,
+    )
+    for tensor, copies in copied:
+        tensor.copy_(copies[0])
+    run.count += run.steps

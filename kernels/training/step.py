@@ -1,0 +1,159 @@
+"""A training step in two launches that a CUDA graph can replay: formulas in `network`.
+
+    input pass   programs own rows of w_1: they apply the update of the step before, from its dz_1,
+                 and compute this step's y_1, in one reading of w_1
+    head         one program: layers 2 … L, loss, backward, their updates; leaves dz_1 for the next
+                 pass
+
+The update of w_1 is thus one step behind the rest until `flush`. Everything that changes from step
+to step is in device memory: which batch is next, whether an update is pending and on which rows of
+the data, the learning rate, Adam's count. So the same two launches serve every step. Past the end
+of the permutation a step takes no batch and only applies what is pending: a captured sequence may
+overrun the epoch, and one step more than there are batches completes it.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import launch
+from ..optim import numbers_at
+from .layers import Rows, backward_layer, batch_rows, first_tile, results_at, top
+from .network import plan, refuse, step_ref
+from .run import Run, Scratch
+
+
+class Progress(NamedTuple):
+    """Where a step finds what the one before left: the next batch and the rows whose update of w_1
+    is pending (position, two numbers), those rows, and how many steps were taken.
+    """
+
+    position: Any
+    pending: Any
+    count: Any
+
+
+@triton.jit
+def step_input_kernel(
+    scratch,  # Scratch
+    net,  # Parameters
+    samples,  # Samples
+    order,  # Order
+    progress,  # Progress
+    hyper_ptr,
+    NET: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Program g: rows g·ROWS … of w_1."""
+    offs_n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    rows = batch_rows(order, tl.load(progress.position), NET)
+    offs_m = tl.arange(0, NET.block_m)
+    pending = tl.load(progress.position + 1)
+    before = Rows(
+        tl.load(progress.pending + offs_m, mask=offs_m < pending, other=0), offs_m < pending
+    )
+    numbers = numbers_at(hyper_ptr, tl.load(progress.count).to(tl.float32), NET)
+    r = tl.full((), 0, tl.int64)
+    first_tile(scratch, net, r, samples, rows, before, pending > 0, offs_n, numbers, NET)
+
+
+@triton.jit
+def step_head_kernel(
+    results,  # Results
+    scratch,  # Scratch
+    net,  # Parameters
+    samples,  # Samples
+    order,  # Order
+    progress,  # Progress
+    hyper_ptr,
+    NET: tl.constexpr,
+):
+    """The rest of the step, by one program, which also moves on to the next batch, if this one had
+    any rows.
+    """
+    L: tl.constexpr = len(NET.sizes) - 1
+    r = tl.full((), 0, tl.int64)
+    t = tl.load(progress.position)
+    count = tl.load(progress.count).to(tl.float32)
+    rows = batch_rows(order, t, NET)
+    taken = tl.sum(rows.mask.to(tl.int32), axis=0)
+    if taken > 0:
+        numbers = numbers_at(hyper_ptr, count + 1.0, NET)
+        top(scratch, results_at(results, t), net, r, samples, rows, numbers, True, NET)
+        for j in tl.static_range(L - 1):
+            backward_layer(scratch, net, r, numbers, L - j, True, NET)
+        tl.store(progress.pending + tl.arange(0, NET.block_m), rows.index)
+        tl.store(progress.position, t + 1)
+        tl.store(progress.count, count + 1.0)
+    tl.store(progress.position + 1, taken)
+
+
+class StepState:
+    """What the two launches of a step read and write, in memory that stays where it is.
+
+    To go on with another epoch: `flush`, write the new permutation into `run.order`, and
+    `position.zero_()`. `run.hyper` and `run.count` may be written at any time. ValueError where the
+    kernels do not serve the network (`refusal`).
+    """
+
+    def __init__(self, run: Run):
+        refuse(run, "graph")
+        self.run = run
+        self.planned, self.rows, self.input_options = plan(run, "step_input")
+        _, _, self.head_options = plan(run, "step_head")
+        self.scratch = new_scratch(run, self.planned, 1)
+        self.pending = torch.zeros(self.planned.block_m, dtype=torch.int64, device=run.device)
+        self.position = torch.zeros(2, dtype=torch.int32, device=run.device)
+
+
+def new_scratch(run: Run, planned, programs: int) -> Scratch:
+    """Scratch for so many programs: see `layers`."""
+    shape = (programs, len(run.spec.sizes) - 1, planned.block_m, planned.pitch)
+    y, dz = torch.empty((2, *shape), device=run.device)
+    z = torch.empty(shape, device=run.device) if planned.keeps_z else None
+    return Scratch(y, dz, z)
+
+
+def train_step_ref(state: StepState, n: int) -> None:
+    """The reference of `train_step`: nothing is left pending."""
+    run, t = state.run, int(state.position[0])
+    rows = run.order[:n][t * run.batch : (t + 1) * run.batch].long()
+    if len(rows):
+        run.count += 1
+        row, count = run.hyper.tolist(), int(run.count)
+        run.losses[t], run.correct[t] = step_ref(run, rows, row, count)
+        state.position[0] += 1
+
+
+def train_step(state: StepState, *, n: int | None = None) -> None:
+    """One step in two launches: the next batch's forward, loss, backward and updates, w_1's update
+    being the pending one.
+
+    Writes losses[t], correct[t] of the run and moves on; past the end it only applies the pending
+    update. n: how many of the order's rows there are, all if None. No host synchronisation.
+    """
+    run = state.run
+    n = len(run.order) if n is None else n
+    if launch.backend(*run.parameters) == "torch":
+        return train_step_ref(state, n)
+    results, net, samples, order = run.bundles()
+    progress = Progress(state.position, state.pending, run.count)
+    shared = net, samples, order._replace(n=n), progress, run.hyper
+    launch.run(
+        step_input_kernel,
+        (triton.cdiv(run.spec.sizes[1], state.rows),),
+        state.scratch,
+        *shared,
+        ROWS=state.rows,
+        **state.input_options,
+    )
+    launch.run(step_head_kernel, (1,), results, state.scratch, *shared, **state.head_options)
+
+
+def flush(state: StepState) -> None:
+    """Apply the pending update of w_1, if there is one: before weights are read, saved or
+    evaluated. May be repeated.
+    """
+    train_step(state, n=0)
