@@ -147,7 +147,7 @@ def test_an_unknown_loss_lists_the_known():
 
 def test_cross_entropy_of_one_output_is_refused(device):
     """It would be 0 whatever the network does."""
-    run = Run(Spec((12, 7, 1), "relu"), device, soft=True)
+    run = Training(Spec((12, 7, 1), "relu"), device, soft=True)
     with pytest.raises(ValueError, match="use MeanSquaredError"):
         run.train(train_epoch)
 
