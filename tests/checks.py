@@ -5,10 +5,9 @@ import functools
 import torch
 
 from kernels.operations import Make, flatten
-from tests.rounding import Rounding
+from kernels.rounding import errors, worst, worst_errors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SIMULATIONS = 8
 
 
 class Draw(Make):
@@ -28,8 +27,8 @@ def assert_as_accurate(ours, torchs, exact, what=""):
     For torch's own error is one draw of a game of chance: another processor, BLAS or number of
     threads adds in another order. It may be 0, and a result may cancel while the terms of its sums
     do not. So where we are off further than torch's error allows, `exact` is computed again under
-    simulated rounding (tests/rounding.py, with its sources), SIMULATIONS times, and the worst error
-    of those counts.
+    simulated rounding (kernels/rounding.py, with its sources), and the worst error of several draws
+    counts.
 
     exact: a function of no arguments that computes the results in float64. Or the results, where
     each is a single step from its arguments, and torch's error says all. Where torch overflows or
@@ -41,43 +40,22 @@ def assert_as_accurate(ours, torchs, exact, what=""):
     assert len(ours) == len(torchs) == len(exact), (
         f"{what}: {len(ours)}, {len(torchs)}, {len(exact)} results"
     )
-    simulated = functools.cache(lambda dtype: simulated_errors(again, dtype))
+    simulated = functools.cache(lambda dtype: worst_errors(again, dtype))
     for i, (a, b, c) in enumerate(zip(ours, torchs, exact)):
         a, b, c = a.detach(), b.detach(), c.detach()
         assert a.shape == b.shape == c.shape, f"{what}[{i}]: {a.shape} {b.shape} {c.shape}"
         assert a.dtype == b.dtype, f"{what}[{i}]: {a.dtype}, torch {b.dtype}"
         info = torch.finfo(a.dtype)
-        allowed = 2 * _worst(b, c) + max(info.eps * _scale(c), info.smallest_normal * info.eps)
+        allowed = 2 * worst(b, c) + max(info.eps * _scale(c), info.smallest_normal * info.eps)
         if callable(again) and (_wrong(a, b, c) > allowed).any():
-            allowed = max(allowed, *(2 * worst[i] for worst in simulated(a.dtype)))
+            allowed = max(allowed, 2 * simulated(a.dtype)[i])
         _assert_within(allowed, a, b, c, f"{what}[{i}]")
-
-
-def simulated_errors(compute, dtype: torch.dtype) -> list[list[float]]:
-    """The worst error of each of `compute()`'s results, in SIMULATIONS computations that round to
-    `dtype`.
-    """
-    choices = []
-    with Rounding(dtype, choices, seed=None):
-        exact = flatten(compute())
-    found = []
-    for seed in range(SIMULATIONS):
-        with Rounding(dtype, choices, seed):
-            results = flatten(compute())
-        found.append([_worst(a.detach(), b.detach()) for a, b in zip(results, exact)])
-    return found
 
 
 def _wrong(ours, torchs, exact):
     """Our errors, 0 where torch overflows or has NaN and we have the same."""
     same = (ours == torchs) | (ours.isnan() & torchs.isnan())
-    return _error(ours, exact).masked_fill(same & ~torchs.isfinite(), 0)
-
-
-def _worst(result, exact) -> float:
-    """The largest error among the finite results."""
-    finite = result.isfinite()
-    return _error(result, exact)[finite].amax().item() if finite.any() else 0.0
+    return errors(ours, exact).masked_fill(same & ~torchs.isfinite(), 0)
 
 
 def _scale(exact) -> float:
@@ -93,19 +71,10 @@ def _assert_within(allowed, ours, torchs, exact, what):
         index = tuple(bad.nonzero()[error[bad].argmax()].tolist())
         raise AssertionError(
             f"{what}: {int(bad.sum())} of {bad.numel()} elements are off by more than "
-            f"{allowed:.3g} (torch by {_worst(torchs, exact):.3g}, scale {_scale(exact):.3g}); "
+            f"{allowed:.3g} (torch by {worst(torchs, exact):.3g}, scale {_scale(exact):.3g}); "
             f"worst at {index}, off by {error[index].item():.3g}: {ours[index].item():.9g}, torch "
             f"{torchs[index].item():.9g}, exact {exact[index].item():.9g}"
         )
-
-
-def _error(result, exact):
-    """|result - exact|; 0 for the same infinity or NaN twice, infinite for NaN or an infinity on
-    one side.
-    """
-    result, exact = result.double(), exact.double()
-    error = (result - exact).abs().nan_to_num(nan=float("inf"))
-    return torch.where((result == exact) | (result.isnan() & exact.isnan()), 0.0, error)
 
 
 def compare(ours, torchs, *draws, what=""):

@@ -75,7 +75,7 @@ def test_info(monkeypatch, capsys):
 
 def test_failed_self_check(monkeypatch, capsys):
     """Prints the table all the same, then says so and exits with 2."""
-    row = selfcheck.Check("linear", "float32", "a case", 1.0, 1e-7)
+    row = selfcheck.Check("linear", "float32", "a case", 1.0, 1e-7, 3e-7)
     monkeypatch.setattr(selfcheck, "checks", lambda device, names: [row])
     assert main(["info", "--check"]) == 2
     out, err = capsys.readouterr()

@@ -1,4 +1,5 @@
-"""Simulated rounding: what a computation in a given precision may give, drawn at random.
+"""Simulated rounding: what a computation in a given precision may give, drawn at random. For
+`selfcheck` and the tests, to say which error is still rounding.
 
 Each operation of torch is computed in float64, then disturbed as a computer of less precision may
 disturb it, and all that follows uses the disturbed numbers. So an error is carried on as a real
@@ -24,9 +25,10 @@ from torch._decomp import get_decompositions
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from kernels.operations import flatten
+from .operations import flatten
 
 aten = torch.ops.aten
+SIMULATIONS = 8
 
 
 def _mean(x, *args, **kwargs):
@@ -152,3 +154,36 @@ def written(func, args) -> list:
         for value, argument in zip(args, func._schema.arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
+
+
+def errors(result: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """|result - exact| in float64; 0 for the same infinity or NaN twice, infinite for NaN or an
+    infinity on one side.
+    """
+    result, exact = result.detach().double(), exact.detach().double()
+    difference = (result - exact).abs().nan_to_num(nan=float("inf"))
+    return torch.where((result == exact) | (result.isnan() & exact.isnan()), 0.0, difference)
+
+
+def worst(result: torch.Tensor, exact: torch.Tensor) -> float:
+    """The largest error among the finite results; 0.0 if there are none."""
+    finite = result.isfinite()
+    return errors(result, exact)[finite].amax().item() if finite.any() else 0.0
+
+
+def worst_errors(compute, dtype: torch.dtype) -> list[float]:
+    """How far each of `compute()`'s results may be off if computed in `dtype`: the worst error of
+    SIMULATIONS draws.
+
+    compute: a function of no arguments that computes in float64, the same every time; its results
+    may be in nested lists and tuples.
+    """
+    choices = []
+    with Rounding(dtype, choices, seed=None):
+        exact = flatten(compute())
+    draws = []
+    for seed in range(SIMULATIONS):
+        with Rounding(dtype, choices, seed):
+            results = flatten(compute())
+        draws.append([worst(a, b) for a, b in zip(results, exact)])
+    return [max(found) for found in zip(*draws)]
