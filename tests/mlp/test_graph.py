@@ -12,6 +12,7 @@ import torch
 
 import mlp
 from mlp import engines, epochwise
+from mlp.loss import LOSSES
 from tests.mlp.test_engines import OPTIONS
 
 pytestmark = pytest.mark.interpreter
@@ -38,10 +39,10 @@ def repeated(monkeypatch):
     monkeypatch.setattr(epochwise, "_CAPTURED", 3)
 
 
-def in_turn(engine, model, data, kind, options):
+def in_turn(engine, model, data, kind, options, loss=mlp.SoftmaxCrossEntropy):
     """Results of three epochs, the last at another learning rate, and the weights after them."""
     optimizer = kind(model.parameters(), **options)
-    trained, results = engine(model, mlp.SoftmaxCrossEntropy(), optimizer), []
+    trained, results = engine(model, loss(), optimizer), []
     for epoch in range(3):
         optimizer.param_groups[0]["lr"] = options["lr"] / (1 + epoch // 2)
         results.append(trained.epoch(data, mlp.data.permutation(len(data), 0, epoch), 5))
@@ -58,9 +59,26 @@ def test_trains_as_manual(kind, optimizer, count, repeated):
     pixels = torch.randint(0, 256, (count, 36), dtype=torch.uint8)
     data = mlp.Dataset(pixels, pixels.float()[:, :3].argmax(1), scale=1 / 255, shift=-0.5)
     model = MODELS[kind]()
+    assert_as_manual(model, data, OPTIONS[optimizer])
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss"),
+    [*(("two launches", loss) for loss in LOSSES.values()), ("chain", LOSSES["bce"])],
+)
+def test_every_loss_trains_as_manual(kind, loss, repeated):
+    """On numbers; labels are what all the others here have."""
+    torch.manual_seed(0)
+    pixels = torch.randint(0, 256, (8, 36), dtype=torch.uint8)
+    data = mlp.Dataset(pixels, pixels.float()[:, :3].softmax(1), scale=1 / 255, shift=-0.5)
+    assert_as_manual(MODELS[kind](), data, (mlp.SGD, {"lr": 0.1}), loss)
+
+
+def assert_as_manual(model, data, optimizer, loss=mlp.SoftmaxCrossEntropy):
+    """Losses, accuracies and weights of a few epochs are the manual engine's."""
     other = copy.deepcopy(model)
-    theirs, expected = in_turn(engines.Manual, other, data, *OPTIONS[optimizer])
-    ours, weights = in_turn(epochwise.Graph, model, data, *OPTIONS[optimizer])
+    theirs, expected = in_turn(engines.Manual, other, data, *optimizer, loss)
+    ours, weights = in_turn(epochwise.Graph, model, data, *optimizer, loss)
     for a, b in zip(ours, theirs):
         assert (a.accuracy, a.samples) == (b.accuracy, b.samples)
         assert a.loss == pytest.approx(b.loss, rel=1e-5)
