@@ -6,7 +6,12 @@ once an epoch. To add one: a class with `name`, `refuses` and `epoch`, and its p
 "auto" takes the last that serves.
 """
 
+from typing import Any
+
+import torch
+
 from .epochwise import Epoch, Graph
+from .net import Net
 from .stepwise import Autograd, Demands, Diverged, Engine, EpochResult, Manual, parameters_of
 
 __all__ = [
@@ -30,9 +35,9 @@ ENGINES: dict[str, type[Engine]] = {
 
 def choose(
     name: str,
-    model,
-    loss,
-    optimizer,
+    model: Net | torch.nn.Module,
+    loss: Any,
+    optimizer: torch.optim.Optimizer,
     batch_size: int = 1,
     demands: Demands | None = None,
     steps: int | None = None,

@@ -7,7 +7,7 @@ that sum: it is then the loss that all samples would have as one batch.
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ class Reading(NamedTuple):
     reduction: str = "mean"
 
 
-def reading(loss) -> Reading:
+def reading(loss: Any) -> Reading:
     """The reading of one of our losses, of torch's, or of torch's functions, also as a partial.
 
     Any other function is taken for a mean over the samples.
@@ -48,13 +48,13 @@ def reading(loss) -> Reading:
     return Reading(reduction=reduction)
 
 
-def is_entropy(loss) -> bool:
+def is_entropy(loss: Any) -> bool:
     """Whether the loss reads outputs as logits of classes."""
     function = loss.func if isinstance(loss, functools.partial) else loss
     return isinstance(loss, _ENTROPIES) or function in _FUNCTIONS
 
 
-def counted(loss, targets: torch.Tensor) -> torch.Tensor | None:
+def counted(loss: Any, targets: torch.Tensor) -> torch.Tensor | None:
     """(N,) bool: the labels that the loss does not ignore. None if it ignores none."""
     ignored = reading(loss).ignore_index
     if ignored is None or targets.is_floating_point():
@@ -62,7 +62,7 @@ def counted(loss, targets: torch.Tensor) -> torch.Tensor | None:
     return targets != ignored
 
 
-def weights(loss, targets: torch.Tensor) -> torch.Tensor:
+def weights(loss: Any, targets: torch.Tensor) -> torch.Tensor:
     """(N,) float64: what each sample adds to the number that a batch's loss was divided by.
 
     targets: labels (N,), or numbers (N, …), of which every sample weighs 1. A sum divides by
@@ -79,7 +79,7 @@ def weights(loss, targets: torch.Tensor) -> torch.Tensor:
 
 
 def mean(
-    loss,
+    loss: Any,
     values: Sequence[float],
     targets: torch.Tensor,
     batch_size: int,
@@ -105,8 +105,8 @@ def _batches(loss, targets: torch.Tensor, batch_size: int) -> tuple[list[float],
     """For each batch: the sum of its weights, and whether it has a label that counts."""
     sizes = [min(batch_size, len(targets) - s) for s in range(0, len(targets), batch_size)]
     mask = counted(loss, targets)
-    plain = reading(loss).weight is None and (mask is None or bool(mask.all()))
-    if plain or not sizes:
+    plain = mask is None or (reading(loss).weight is None and bool(mask.all()))
+    if mask is None or plain or not sizes:
         return [float(size) for size in sizes], [True] * len(sizes)
     rows = torch.stack([weights(loss, targets), mask.double()])
     padded = torch.nn.functional.pad(rows, (0, len(sizes) * batch_size - len(targets)))
@@ -114,7 +114,7 @@ def _batches(loss, targets: torch.Tensor, batch_size: int) -> tuple[list[float],
     return sums, [count > 0 for count in counts]
 
 
-def right(loss, predictions: torch.Tensor, targets: torch.Tensor) -> tuple[int, int]:
+def right(loss: Any, predictions: torch.Tensor, targets: torch.Tensor) -> tuple[int, int]:
     """(correct, counted): of the labels (N,) that the loss does not ignore, how many are predicted,
     and how many there are.
     """

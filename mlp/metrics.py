@@ -4,6 +4,7 @@ by scikit-learn.
 
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -17,7 +18,10 @@ _ROWS = 4096
 
 @torch.no_grad()
 def outputs(
-    model, data: Dataset, rows: int = _ROWS, shape: tuple[int, ...] | None = None
+    model: Net | torch.nn.Module,
+    data: Dataset,
+    rows: int = _ROWS,
+    shape: tuple[int, ...] | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(outputs, targets) of consecutive pieces of `rows` samples, in evaluation mode.
 
@@ -30,7 +34,9 @@ def outputs(
             yield forward(x if shape is None else x.view(len(x), *shape)), y
 
 
-def measure(model, loss, data: Dataset, shape: tuple[int, ...] | None = None) -> dict:
+def measure(
+    model: Net | torch.nn.Module, loss: Any, data: Dataset, shape: tuple[int, ...] | None = None
+) -> dict:
     """{"test_loss", "test_accuracy"} of a data set on the network's device, in evaluation mode;
     accuracy None where targets are no labels. Labels that the loss ignores do not count.
     """
@@ -45,7 +51,7 @@ def measure(model, loss, data: Dataset, shape: tuple[int, ...] | None = None) ->
     return {"test_loss": result, "test_accuracy": correct / max(counted, 1)}
 
 
-def probabilities(model, loss, data: Dataset) -> torch.Tensor:
+def probabilities(model: Net | torch.nn.Module, loss: Any, data: Dataset) -> torch.Tensor:
     """(N, classes) float32 on the CPU: what the network gives each class, by its loss's reading of
     the outputs.
     """

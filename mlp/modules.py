@@ -4,6 +4,7 @@ import itertools
 import math
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,11 +34,11 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.activation = activation
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(…, in_features) -> (…, out_features)."""
         return kernels.linear(input, self.weight, self.bias, self.activation)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"
 
 
@@ -69,13 +70,13 @@ class MLP(nn.Module):
 
     def __init__(
         self,
-        sizes,
-        activation="relu",
-        output_activation="identity",
-        bias=True,
-        init=None,
-        device=None,
-        dtype=None,
+        sizes: Sequence[int],
+        activation: str = "relu",
+        output_activation: str = "identity",
+        bias: bool = True,
+        init: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.sizes = check_sizes(sizes)
@@ -109,7 +110,7 @@ class MLP(nn.Module):
             raise AttributeError(f"MLP: layer {len(found)} is missing; it was made with {count}")
         return found
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(…, sizes[0]) -> (…, sizes[-1])."""
         layers = self.layers()
         hidden, last = layers[:-1], layers[-1]
@@ -158,19 +159,19 @@ class Conv2d(nn.Conv2d):
 
     def __init__(
         self,
-        in_channels,
-        out_channels,
-        kernel_size,
-        stride=1,
-        padding=0,
-        dilation=1,
-        groups=1,
-        bias=True,
-        padding_mode="zeros",
-        device=None,
-        dtype=None,
-        activation="identity",
-        max_pool=1,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int | tuple[int, int] = 1,
+        padding: Any = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        activation: str = "identity",
+        max_pool: int = 1,
     ):
         activations.get(activation, "Conv2d")
         if (groups, padding_mode) != (1, "zeros"):
@@ -191,7 +192,7 @@ class Conv2d(nn.Conv2d):
         )
         self.activation, self.max_pool = activation, max_pool
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(N, in, H, W) or (in, H, W) -> images of the convolution's size over max_pool."""
         return kernels.conv2d(
             input,
@@ -204,7 +205,7 @@ class Conv2d(nn.Conv2d):
             self.dilation,
         )
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}, max_pool={self.max_pool}"
 
 
@@ -220,16 +221,16 @@ class ConvNet(nn.Module):
 
     def __init__(
         self,
-        image_shape=(1, 28, 28),
-        channels=(6, 12),
-        kernel_size=5,
-        max_pool=2,
-        hidden=(120, 60),
-        classes=10,
-        activation="relu",
-        init=None,
-        device=None,
-        dtype=None,
+        image_shape: Sequence[int] = (1, 28, 28),
+        channels: Sequence[int] = (6, 12),
+        kernel_size: int = 5,
+        max_pool: int = 2,
+        hidden: Sequence[int] = (120, 60),
+        classes: int = 10,
+        activation: str = "relu",
+        init: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.arguments = {
@@ -258,7 +259,7 @@ class ConvNet(nn.Module):
         if init is not None:
             initialise(dict(self.named_parameters()), init)
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W), or flattened (N, C·H·W), -> (N, classes)."""
         y = input.reshape(-1, *self.arguments["image_shape"])
         for layer in self.conv:
@@ -320,7 +321,7 @@ class LayerNorm(nn.LayerNorm):
 class CrossEntropyLoss(nn.CrossEntropyLoss):
     """`nn.CrossEntropyLoss`, loss and gradient in one pass over the logits."""
 
-    def forward(self, input, target):
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """See `kernels.cross_entropy`."""
         return kernels.cross_entropy(
             input, target, self.weight, self.ignore_index, self.reduction, self.label_smoothing
@@ -406,7 +407,7 @@ _MANUAL = {
 }
 
 
-def loss_of(loss):
+def loss_of(loss: Any) -> Any:
     """The loss of `mlp.loss` that this one stands for, which every engine knows: a name, a module
     of ours or of torch's, None for softmax cross-entropy. Whatever else it is, such as a subclass
     or a module with hooks, comes back as it is.
@@ -423,7 +424,9 @@ def _has_hooks(module):
     return any(getattr(module, name) for name in hooks)
 
 
-def build(config: dict, device=None, dtype=None) -> torch.nn.Module:
+def build(
+    config: dict, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> torch.nn.Module:
     """The network that a `config()` describes, with fresh weights."""
     arguments = {key: value for key, value in config.items() if key != "kind"}
     kinds = {"mlp": MLP, "convnet": ConvNet}

@@ -11,6 +11,8 @@ All parameters are views of one flat tensor, all gradients of another.
 """
 
 import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -27,7 +29,12 @@ class Stack:
     """The linear layers of a network as one operation: what Net runs forward and backward."""
 
     def __init__(
-        self, sizes, activation="relu", output_activation="identity", bias=True, prefix=""
+        self,
+        sizes: Sequence[int],
+        activation: str = "relu",
+        output_activation: str = "identity",
+        bias: bool = True,
+        prefix: str = "",
     ):
         self.sizes = check_sizes(sizes, "Net")
         self.activation, self.output_activation = activation, output_activation
@@ -42,7 +49,7 @@ class Stack:
         self.bias = bias
         self._buffers = {}
 
-    def bind(self, parameters, grads):
+    def bind(self, parameters: list[torch.Tensor], grads: list) -> None:
         """Take the tensors to work on: this stack's own views, in the order of `shapes`."""
         step = 2 if self.bias else 1
         self.bound, self.weights = parameters, parameters[::step]
@@ -74,7 +81,7 @@ class Stack:
             self._buffers[rows] = outputs, [like.new_empty(rows, n) for n in self.sizes[1:]]
         return self._buffers[rows]
 
-    def forward(self, x, keep=True):
+    def forward(self, x: torch.Tensor, keep: bool = True) -> torch.Tensor:
         """(rows, sizes[0]) -> (rows, sizes[-1]); with keep, into this stack's buffers and ready for
         `backward`.
         """
@@ -86,13 +93,15 @@ class Stack:
             self._saved = saved
         return y
 
-    def backward(self, dy, input_grad=False):
+    def backward(self, dy: torch.Tensor, input_grad: bool = False) -> torch.Tensor | None:
         """Fill the gradients from dy (rows, sizes[-1]); dx (rows, sizes[0]) if asked for."""
         out = self._buffers_for(dy.shape[0])[1], self.grads
         needs = (input_grad, *(True,) * self.layers, *(self.bias,) * self.layers)
         return kernels.mlp_bwd(dy, *self._saved, needs=needs, out=out)[0]
 
-    def update(self, dy, states, hyper, step, rule):
+    def update(
+        self, dy: torch.Tensor, states: list, hyper: Any, step: Any, rule: kernels.Rule
+    ) -> None:
         """The backward and an optimizer's step on the parameters, see `kernels.mlp_update`."""
         out = self._buffers_for(dy.shape[0])[1]
         kernels.mlp_update(dy, self._saved, self.bound, states, hyper, step, rule, out=out)
@@ -101,7 +110,15 @@ class Stack:
 class Convolution:
     """A convolution with its activation and max-pool. Rows in and out are flattened images."""
 
-    def __init__(self, image_shape, channels, kernel_size, max_pool, activation, prefix):
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        channels: int,
+        kernel_size: int,
+        max_pool: int,
+        activation: str,
+        prefix: str,
+    ):
         self.image_shape, self.options = image_shape, (1, 0, activation, max_pool)
         self.shapes = {
             f"{prefix}weight": (channels, image_shape[0], kernel_size, kernel_size),
@@ -112,12 +129,12 @@ class Convolution:
             *((side - kernel_size + 1) // max_pool for side in image_shape[1:]),
         )
 
-    def bind(self, parameters, grads):
+    def bind(self, parameters: list[torch.Tensor], grads: list) -> None:
         """Take the tensors to work on, in the order of `shapes`."""
         self.bound, self.grads = parameters, grads
         self.weight, self.bias = parameters
 
-    def forward(self, x, keep=True):
+    def forward(self, x: torch.Tensor, keep: bool = True) -> torch.Tensor:
         """(rows, C·H·W) -> (rows, features of the pooled result)."""
         y, saved = kernels.conv2d_fwd(
             x.view(-1, *self.image_shape), self.weight, self.bias, *self.options
@@ -126,7 +143,7 @@ class Convolution:
             self._saved = saved
         return y.flatten(1)
 
-    def backward(self, dy, input_grad=False):
+    def backward(self, dy: torch.Tensor, input_grad: bool = False) -> torch.Tensor | None:
         """Fill the gradients from dy; dx (rows, C·H·W) if asked for."""
         dy = dy.view(-1, *self.out_shape)
         dx, *grads = kernels.conv2d_bwd(dy, *self._saved, needs=(input_grad, True, True))
@@ -145,14 +162,14 @@ class Net:
 
     def __init__(
         self,
-        sizes,
-        activation="relu",
-        output_activation="identity",
-        bias=True,
-        init=None,
-        device=None,
-        dtype=None,
-        seed=0,
+        sizes: Sequence[int],
+        activation: str = "relu",
+        output_activation: str = "identity",
+        bias: bool = True,
+        init: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        seed: int | None = 0,
     ):
         sizes = list(check_sizes(sizes, "Net"))
         config = {"kind": "mlp", "sizes": sizes, "activation": activation}
@@ -160,7 +177,7 @@ class Net:
         initialise(self.parameters, init, seed)
 
     @classmethod
-    def of(cls, module) -> "Net":
+    def of(cls, module: Any) -> "Net":
         """A net that shares its parameters with an `mlp.MLP` or `mlp.ConvNet`, which are made views
         of the net's flat tensor.
         """
@@ -173,7 +190,7 @@ class Net:
         return net
 
     @classmethod
-    def over(cls, module) -> "Net":
+    def over(cls, module: Any) -> "Net":
         """A net that works on the memory of a module's parameters where it is: the module stays as
         it was. Such a net has no flat tensor of parameters: `flat` is None.
         """
@@ -238,7 +255,7 @@ class Net:
             made.update(kept)
         self._bind()
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Outputs for x (…, features), kept for `backward`. They lie in a buffer that the next
         forward overwrites.
         """
@@ -249,14 +266,14 @@ class Net:
         self._shape = (*self._lead, y.shape[-1])
         return y if x.dim() == 2 else y.view(*self._lead, y.shape[-1])
 
-    def predict(self, x):
+    def predict(self, x: torch.Tensor) -> torch.Tensor:
         """As `forward`, into fresh memory and without keeping anything."""
         y = x.reshape(-1, x.shape[-1])
         for stage in self.stages:
             y = stage.forward(y, keep=False)
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def backward(self, doutput, input_grad=False):
+    def backward(self, doutput: torch.Tensor, input_grad: bool = False) -> torch.Tensor | None:
         """Overwrite `grads` from the gradient of the latest forward's output; returns dx if
         `input_grad`, else None.
         """
@@ -265,7 +282,9 @@ class Net:
             dy = stage.backward(dy, input_grad=input_grad or i > 0)
         return None if dy is None else dy.view(*self._lead, dy.shape[-1])
 
-    def update(self, doutput, states, hyper, step, rule):
+    def update(
+        self, doutput: torch.Tensor, states: list, hyper: Any, step: Any, rule: kernels.Rule
+    ) -> None:
         """`backward` and a step of an optimizer in one, see `kernels.mlp_update`: `grads` stay as
         they were.
 
@@ -294,7 +313,7 @@ class Net:
         """The parameters, copied."""
         return {name: p.clone() for name, p in self.parameters.items()}
 
-    def load_state_dict(self, state) -> None:
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Copy parameters in, from `state_dict` or from that of an `mlp.MLP` of the same sizes;
         else a ValueError.
         """
@@ -315,7 +334,8 @@ def stages(config: dict) -> list:
             )
         ]
     layers, features = conv_layers(config)
-    found, shape = [], tuple(config["image_shape"])
+    found: list = []
+    shape = tuple(config["image_shape"])
     for i, (_, channels) in enumerate(layers):
         stage = Convolution(
             shape,

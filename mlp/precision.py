@@ -37,7 +37,7 @@ class Precision:
             "'fp32'"
         )
 
-    def context(self, device: torch.device):
+    def context(self, device: torch.device) -> contextlib.AbstractContextManager:
         """What forward and loss run under."""
         if self.dtype is None:
             return contextlib.nullcontext()

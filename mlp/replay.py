@@ -8,6 +8,8 @@ repeated as they are, the others write where their first result lies.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -139,7 +141,7 @@ class Recordings:
         """Forget them: they work on tensors that are no longer used."""
         self._known.clear()
 
-    def run(self, key, function):
+    def run(self, key: tuple, function: Callable[[], Any]) -> Any:
         """The result of `function`, by a replay if it was recorded under this key."""
         if key in self._known:
             replay, result = self._known[key]

@@ -3,7 +3,9 @@
 import copy
 import inspect
 import math
+from typing import Any
 
+import torch
 from torch.optim import lr_scheduler
 
 INTERVALS = ("epoch", "step")
@@ -17,7 +19,9 @@ class Schedule:
     "step" (after each batch), or None: "step" for OneCycleLR and CyclicLR, else "epoch".
     """
 
-    def __init__(self, scheduler, optimizer, interval: str | None = None):
+    def __init__(
+        self, scheduler: Any, optimizer: torch.optim.Optimizer, interval: str | None = None
+    ):
         if interval not in (None, *INTERVALS):
             raise ValueError(
                 f"fit: interval must be one of {', '.join(INTERVALS)}, got {interval!r}"
@@ -53,7 +57,7 @@ class Schedule:
         """The scheduler's class."""
         return type(self.scheduler).__name__
 
-    def is_of(self, scheduler, interval: str | None) -> bool:
+    def is_of(self, scheduler: Any, interval: str | None) -> bool:
         """Whether this schedule was made of just this scheduler or function."""
         return self.interval == interval and (
             scheduler is self.given or scheduler is self.scheduler
@@ -133,7 +137,7 @@ def _settings(state: dict) -> dict[str, str]:
     return {key: repr(value) for key, value in kept.items()}
 
 
-def options_of(optimizer) -> list[dict]:
+def options_of(optimizer: torch.optim.Optimizer) -> list[dict]:
     """The numbers of each parameter group, which schedulers move: all but the parameters."""
     return [
         {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
@@ -141,7 +145,7 @@ def options_of(optimizer) -> list[dict]:
     ]
 
 
-def restore_options(optimizer, options: list[dict]) -> None:
+def restore_options(optimizer: torch.optim.Optimizer, options: list[dict]) -> None:
     """Put `options_of` back, after a new scheduler has written its first values."""
     for group, numbers in zip(optimizer.param_groups, options, strict=True):
         group.update(copy.deepcopy(numbers))

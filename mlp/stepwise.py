@@ -5,13 +5,15 @@ manual     Net with preallocated buffers, no tape: the networks whose backward w
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
 import kernels
 
 from . import means, takeover, updates
+from .dataset import Dataset
 from .net import Net
 from .precision import Precision
 from .replay import Recordings
@@ -63,7 +65,7 @@ class Engine:
     demands = Demands()
     shape: tuple[int, ...] | None = None
 
-    def __init__(self, model, loss, optimizer):
+    def __init__(self, model: Net | torch.nn.Module, loss: Any, optimizer: torch.optim.Optimizer):
         self.model, self.loss, self.optimizer = model, loss, optimizer
         self.precision = Precision("fp32")
 
@@ -73,12 +75,25 @@ class Engine:
         return next(iter(parameters_of(self.model).values())).dtype
 
     @classmethod
-    def refuses(cls, model, loss, optimizer, batch_size: int = 1) -> str | None:
+    def refuses(
+        cls,
+        model: Net | torch.nn.Module,
+        loss: Any,
+        optimizer: torch.optim.Optimizer,
+        batch_size: int = 1,
+    ) -> str | None:
         """Why this engine cannot train that, or None if it can."""
         raise NotImplementedError
 
     @classmethod
-    def costs(cls, model, loss, optimizer, batch_size: int, steps: int) -> str | None:
+    def costs(
+        cls,
+        model: Net | torch.nn.Module,
+        loss: Any,
+        optimizer: torch.optim.Optimizer,
+        batch_size: int,
+        steps: int,
+    ) -> str | None:
         """Why this engine would not pay for so many steps, though it can train them; or None."""
         return None
 
@@ -92,18 +107,25 @@ class Engine:
             )
         return None
 
-    def step(self, x, y) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Train on one batch; returns the network's outputs and the loss before the update."""
         raise NotImplementedError
 
-    def epoch(self, data, order, batch_size: int, on_step=None) -> EpochResult:
+    def epoch(
+        self,
+        data: Dataset,
+        order: torch.Tensor,
+        batch_size: int,
+        on_step: Callable[..., object] | None = None,
+    ) -> EpochResult:
         """Train on the samples of `order`, `batch_size` at a time. FloatingPointError at the first
         loss that is not finite.
 
         On a GPU nothing is read back before the end, so the error comes then, but names the step
         all the same.
         """
-        values, dtype = [], self.dtype
+        values: list = []
+        dtype = self.dtype
         predictions = _Predictions(order) if data.is_classification else None
         on_cpu = order.device.type == "cpu"
         for indices in order.split(batch_size):
@@ -120,7 +142,14 @@ class Engine:
             values = torch.stack(values).tolist()
         return self.result(values, predictions, data, order, batch_size)
 
-    def result(self, values, predictions, data, order, batch_size: int) -> EpochResult:
+    def result(
+        self,
+        values: list[float],
+        predictions: Any,
+        data: Dataset,
+        order: torch.Tensor,
+        batch_size: int,
+    ) -> EpochResult:
         """The epoch's means from the losses of its batches and the predictions."""
         targets = data.targets[order]
         loss = means.mean(self.loss, values, targets, batch_size)
@@ -133,10 +162,10 @@ class Engine:
 class _Predictions:
     """The predicted labels of an epoch, read off the outputs of many steps at once."""
 
-    def __init__(self, order):
+    def __init__(self, order: torch.Tensor):
         self.found, self.outputs, self.end = torch.empty_like(order), [], 0
 
-    def add(self, output):
+    def add(self, output: torch.Tensor) -> None:
         """Keep a copy of a batch's outputs (rows, classes)."""
         self.outputs.append(output.clone())
         if len(self.outputs) == _OUTPUTS:
@@ -165,14 +194,20 @@ class Autograd(Engine):
     precisions = ("fp32", "bf16", "fp16")
 
     @classmethod
-    def refuses(cls, model, loss, optimizer, batch_size=1):
+    def refuses(
+        cls,
+        model: Net | torch.nn.Module,
+        loss: Any,
+        optimizer: torch.optim.Optimizer,
+        batch_size: int = 1,
+    ) -> str | None:
         return (
             None
             if isinstance(model, torch.nn.Module)
             else f"autograd: needs an nn.Module, got {type(model).__name__}"
         )
 
-    def step(self, x, y):
+    def step(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with self.precision.context(x.device):
             output = self.model(x if self.shape is None else x.view(len(x), *self.shape))
             value = self.loss(output, means.aligned(y, output))
@@ -187,11 +222,17 @@ class Manual(Engine):
     name = "manual"
 
     @classmethod
-    def refuses(cls, model, loss, optimizer, batch_size=1):
+    def refuses(
+        cls,
+        model: Net | torch.nn.Module,
+        loss: Any,
+        optimizer: torch.optim.Optimizer,
+        batch_size: int = 1,
+    ) -> str | None:
         reason = takeover.network(model) or takeover.criterion(loss)
         return None if reason is None else f"manual: {reason}"
 
-    def __init__(self, model, loss, optimizer):
+    def __init__(self, model: Net | torch.nn.Module, loss: Any, optimizer: torch.optim.Optimizer):
         super().__init__(model, loss, optimizer)
         self._recordings, self._labels_valid, self._bound = Recordings(), False, None
         self.net = model if isinstance(model, Net) else Net.over(model)
@@ -215,7 +256,13 @@ class Manual(Engine):
             self._bound = bound
         self.update = updates.choose(self.net, self.optimizer, named)
 
-    def epoch(self, data, order, batch_size, on_step=None):
+    def epoch(
+        self,
+        data: Dataset,
+        order: torch.Tensor,
+        batch_size: int,
+        on_step: Callable[..., object] | None = None,
+    ) -> EpochResult:
         self._bind()
         self.trust(data)
         largest = max((batch_size * p.numel() for p in self.net.parameters.values()), default=0)
@@ -225,7 +272,7 @@ class Manual(Engine):
         self._bound = memory(self.model, self.optimizer)  # with the states that were made
         return result
 
-    def step(self, x, y):
+    def step(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not (self._labels_valid and x.device.type == "cpu" and kernels.path(x) == "torch"):
             return self._train(x, y)
         numbers = None if self.demands.per_step else self.update.numbers()
@@ -238,7 +285,7 @@ class Manual(Engine):
             self.update.apply()
         return result
 
-    def trust(self, data):
+    def trust(self, data: Dataset) -> None:
         """Skip checks of labels where each one is a class, as the data set has checked."""
         ignored = means.reading(self.loss).ignore_index
         may_ignore = ignored is not None and 0 <= ignored < len(data.classes)
@@ -263,7 +310,7 @@ class Manual(Engine):
         )
 
 
-def memory(model, optimizer) -> tuple[int, ...]:
+def memory(model: Net | torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, ...]:
     """Where parameters and optimizer states lie: what a recording or a capture is bound to."""
     states = [
         t

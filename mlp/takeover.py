@@ -6,6 +6,7 @@ it computes just that. Each function here returns None if so, else the reason in
 
 import inspect
 import itertools
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,12 +23,12 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 _STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
-def network(model) -> str | None:
+def network(model: Net | torch.nn.Module) -> str | None:
     """Why calling `model` may compute or train something else than its description says."""
     return description(model) or _hooks(model) or _parameters(model)
 
 
-def description(model) -> str | None:
+def description(model: Net | torch.nn.Module) -> str | None:
     """Why `model.config()` may not describe what the model computes."""
     if isinstance(model, Net):
         return _net(model)
@@ -54,15 +55,16 @@ def _net(net: Net) -> str | None:
 
 def _layers(model) -> str | None:
     """The first submodule that is none of those that the class makes."""
+    lists: list[tuple[Any, str, type]]
     if type(model) is ConvNet:
         if model._modules.keys() != {"conv", "mlp"}:
             return f"its submodules are {', '.join(model._modules) or 'none'}, not conv and mlp"
-        lists = ((model.conv, "conv.", Conv2d), (model.mlp, "mlp.", Linear))
-        for module, kind, name in ((model.conv, nn.ModuleList, "conv"), (model.mlp, MLP, "mlp")):
-            if type(module) is not kind:
-                return f"{name} is a {type(module).__name__}, not the {kind.__name__} it was"
+        lists = [(model.conv, "conv.", Conv2d), (model.mlp, "mlp.", Linear)]
+        for module, made, name in ((model.conv, nn.ModuleList, "conv"), (model.mlp, MLP, "mlp")):
+            if type(module) is not made:
+                return f"{name} is a {type(module).__name__}, not the {made.__name__} it was"
     else:
-        lists = ((model, "", Linear),)
+        lists = [(model, "", Linear)]
     for parent, prefix, kind in lists:
         count = len(model.arguments["channels"]) if kind is Conv2d else len(parent.sizes) - 1
         if list(parent._modules) != [str(i) for i in range(count)]:
@@ -144,7 +146,7 @@ def _parameters(model) -> str | None:
     return None
 
 
-def criterion(loss) -> str | None:
+def criterion(loss: Any) -> str | None:
     """Why the loss may be something else than its class computes, or has no gradient written."""
     if type(loss) in losses.LOSSES.values():
         changed = [name for name in vars(loss) if hasattr(type(loss), name)]
@@ -160,7 +162,7 @@ def criterion(loss) -> str | None:
     return f"needs one of the losses {', '.join(losses.LOSSES)}, got {type(loss).__name__}"
 
 
-def optimizer(optimizer) -> str | None:
+def optimizer(optimizer: torch.optim.Optimizer) -> str | None:
     """Why a step of the optimizer may be something else than the update of its class."""
     kind = type(optimizer)
     if kind not in OPTIMIZERS.values():
@@ -176,7 +178,7 @@ def optimizer(optimizer) -> str | None:
     return None
 
 
-def needs_closure(optimizer) -> str | None:
+def needs_closure(optimizer: torch.optim.Optimizer) -> str | None:
     """Why an optimizer cannot be stepped after one backward, or None: LBFGS and its like."""
     for name, parameter in inspect.signature(type(optimizer).step).parameters.items():
         if name == "closure" and parameter.default is parameter.empty:

@@ -5,7 +5,7 @@ import math
 import operator
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from . import arrays, engines, given, means, takeover
 from .dataset import Dataset, permutation
 from .metrics import measure, outputs
 from .modules import ends, loss_of
+from .net import Net
 from .optim import OPTIMIZERS, SGD
 from .precision import Precision
 from .schedule import Schedule, options_of, restore_options
@@ -55,7 +56,7 @@ def line(row: dict) -> str:
     return "  ".join([*parts, f"{row['samples_per_second']:,.0f} samples/s"])
 
 
-def as_dataset(data, device) -> Dataset:
+def as_dataset(data: Any, device: torch.device | str) -> Dataset:
     """What `fit` takes, as a data set on the device."""
     return Dataset.of(data).to(device)
 
@@ -84,9 +85,9 @@ class Trainer:
 
     def __init__(
         self,
-        model,
-        loss=None,
-        optimizer=None,
+        model: Net | torch.nn.Module,
+        loss: Any = None,
+        optimizer: Any = None,
         engine: str = "auto",
         verbose: bool = True,
         precision: str = "fp32",
@@ -109,8 +110,10 @@ class Trainer:
         reason = self._mismatch() or self.precision.refuses(parameters)
         if reason is not None:
             raise ValueError(f"Trainer: {reason}")
-        self.history, self.schedule = History(), None
-        self._pending = self._seen = None
+        self.history = History()
+        self.schedule: Schedule | None = None
+        self._pending: _Pending | None = None
+        self._seen: Seen | None = None
         self._choose(1, Demands(precision=precision))
 
     @property
@@ -126,14 +129,14 @@ class Trainer:
 
     def fit(
         self,
-        train,
+        train: Any,
         epochs: int = 10,
         batch_size: int | None = None,
-        evaluate=None,
+        evaluate: Any = None,
         seed: int = 0,
         *,
         drop_last: bool | None = None,
-        scheduler=None,
+        scheduler: Any = None,
         interval: str | None = None,
         on_epoch: Callable[[dict], object] | None = None,
         on_step: Callable[..., object] | None = None,
@@ -170,7 +173,15 @@ class Trainer:
                     on_epoch(row)
         return self.history
 
-    def check(self, train, epochs=1, batch_size=None, evaluate=None, *, drop_last=None) -> None:
+    def check(
+        self,
+        train: Any,
+        epochs: int = 1,
+        batch_size: int | None = None,
+        evaluate: Any = None,
+        *,
+        drop_last: bool | None = None,
+    ) -> None:
         """Raise what `fit` would, before anything is trained; takes another engine, if this one
         does not serve such batches.
         """
@@ -275,7 +286,7 @@ class Trainer:
         another.
         """
         arguments = self.model, self.loss, self.optimizer
-        engine = getattr(self, "engine", None)
+        engine: Any = getattr(self, "engine", None)
         serves = (
             engine is not None
             and engine.demands == demands
@@ -363,7 +374,7 @@ class Trainer:
                 "classes"
             )
 
-    def evaluate(self, data) -> dict:
+    def evaluate(self, data: Any) -> dict:
         """{"test_loss", "test_accuracy"} of the whole data set, in evaluation mode and in the
         weights' own precision; accuracy None where targets are not labels.
 
@@ -374,7 +385,7 @@ class Trainer:
         data = self._fitted(given.take(data, ignored, like).data)
         return measure(self.model, self.loss, data, self._shape)
 
-    def predict(self, x):
+    def predict(self, x: Any) -> torch.Tensor | np.ndarray:
         """What the network says of each row of x, in the targets' own units: labels (N,) where it
         was trained on labels, words if those were words, else numbers, (N,) if the targets were.
 
@@ -391,7 +402,7 @@ class Trainer:
                 found = found.flatten()
         return found if isinstance(x, torch.Tensor) else found.cpu().numpy()
 
-    def predict_proba(self, x):
+    def predict_proba(self, x: Any) -> torch.Tensor | np.ndarray:
         """(N, classes): what the network gives each class. x: as for `predict`."""
         if not self._is_classifier():
             raise ValueError(

@@ -5,18 +5,23 @@ what a recording of that would freeze, or None if a recording must stop before t
 then `apply()`.
 """
 
+from typing import Any
+
+import torch
+
 import kernels
 
 from . import takeover
+from .net import Net
 
 
 class Separate:
     """Gradients into the net, then one of our optimizers updates from them."""
 
-    def __init__(self, net, optimizer, grads):
+    def __init__(self, net: Net, optimizer: Any, grads: list):
         self.net, self.optimizer, self.grads = net, optimizer, grads
 
-    def finish(self, gradient) -> None:
+    def finish(self, gradient: torch.Tensor) -> None:
         """Backward from the gradient of the outputs, and the update."""
         self.net.backward(gradient)
         self.apply()
@@ -36,11 +41,11 @@ class Separate:
 class Inline(Separate):
     """The update in the epilogue of the backward: gradients are not stored."""
 
-    def finish(self, gradient):
+    def finish(self, gradient: torch.Tensor) -> None:
         """Backward and update in one."""
         self.net.update(gradient, *self.optimizer.inline())
 
-    def prepare(self):
+    def prepare(self) -> None:
         """Make the optimizer's row of numbers, which reads tensors on the host."""
         self.optimizer.hyper(next(iter(self.net.parameters.values())).device)
 
@@ -48,27 +53,27 @@ class Inline(Separate):
 class Foreign(Separate):
     """An optimizer that reads .grad: torch's own, and ours where its step was changed."""
 
-    def __init__(self, net, optimizer, grads):
+    def __init__(self, net: Net, optimizer: Any, grads: list):
         super().__init__(net, optimizer, grads)
         self.parameters = parameters(optimizer)
 
-    def apply(self):
+    def apply(self) -> None:
         """Hand the gradients to .grad and step."""
         for p, gradient in zip(self.parameters, self.grads):
             p.grad = gradient
         self.optimizer.step()
 
-    def numbers(self):
+    def numbers(self) -> tuple | None:
         """Never frozen: what another optimizer does is not ours to know."""
         return None
 
 
-def parameters(optimizer) -> list:
+def parameters(optimizer: Any) -> list:
     """All parameters of an optimizer, group after group."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def choose(net, optimizer, named: dict) -> Separate:
+def choose(net: Net, optimizer: Any, named: dict) -> Separate:
     """The update of this net by this optimizer. named: name -> parameter, as the optimizer holds
     them.
     """

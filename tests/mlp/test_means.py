@@ -205,3 +205,13 @@ def test_fused_losses_use_the_same_means(monkeypatch):
         assert result == (pytest.approx(expected), 0.5, 10)
     with pytest.raises(FloatingPointError, match="the loss is nan at step 1"):
         engine.measured(torch.tensor([1, math.nan, 4]), correct, data, torch.arange(10), 4, None)
+
+
+def test_class_weights_of_probabilities():
+    """The mean is over the rows, whatever the classes weigh, as in torch."""
+    x, _ = sorted_by_class(80)
+    shares = torch.randn(80, 3).softmax(1)
+    model = MLP((6, 8, 3))
+    found = Trainer(model, SoftmaxCrossEntropy(WEIGHT), verbose=False).evaluate((x, shares))
+    expected = F.cross_entropy(model(x).detach(), shares, WEIGHT)
+    assert found == {"test_loss": pytest.approx(float(expected), rel=1e-5), "test_accuracy": None}
