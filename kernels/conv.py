@@ -29,8 +29,8 @@ import triton.language as tl
 from . import activations, configs, launch, tape
 from .conv_bwd import conv2d_bwd, conv2d_bwd_ref, pad_end
 from .linear import kept
-from .patches import Geometry, check_conv, geometry, load_patches, locate, unravel
-from .tiles import cast, dot
+from .patches import Geometry, Sizes, as_images, check_conv, geometry, load_patches, locate, unravel
+from .tiles import cast, dot, load_tile, matrix
 
 
 class Conv2dSaved(NamedTuple):
@@ -88,28 +88,41 @@ def _max_pool_ref(y, pool):
 
 
 @triton.jit
+def convolution_tile(
+    x,  # Images (N, C, H, W)
+    w,  # Matrix [O, K]
+    n,  # [BLOCK_M], with oh and ow: the outputs' places
+    oh,
+    ow,
+    o,  # [BLOCK_N]
+    mask_m,
+    K,
+    G: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """z without bias, [BLOCK_M, BLOCK_N]: the product of these outputs' patches with w."""
+    z = tl.zeros((oh.shape[0], o.shape[0]), dtype=tl.float32)
+    for first in range(0, K, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        patches = load_patches(x, n, oh, ow, k, mask_m, k < K, G)
+        w_ptrs = w.ptr + o.to(tl.int64)[None, :] * w.stride_row
+        w_ptrs += k.to(tl.int64)[:, None] * w.stride_col
+        mask = (k < K)[:, None] & (o < w.rows)[None, :]
+        weights = tl.load(w_ptrs, mask=mask, other=0.0)  # [BLOCK_K, BLOCK_N]
+        z = dot(patches, weights, z, PRECISION)
+    return z
+
+
+@triton.jit
 def conv2d_fwd_kernel(
     y_ptr,
     s_ptr,
     winner_ptr,
-    x_ptr,
-    w_ptr,
-    b_ptr,
-    M,
-    O,
-    K,
-    H,
-    W,
-    height,
-    width,
-    OW,
-    stride_xn,
-    stride_xc,
-    stride_xh,
-    stride_xw,
-    stride_wo,
-    stride_wk,
-    stride_b,
+    x,  # Images (N, C, H, W)
+    w,  # Matrix [O, K]
+    b,  # Matrix [O, 1], or None
+    sizes,  # Sizes, of y
     G: tl.constexpr,
     ACT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -123,46 +136,23 @@ def conv2d_fwd_kernel(
     stays in registers, with its place where winner_ptr and its z where s_ptr is not None. Compared
     before rounding to y's type.
     """
+    height = sizes.height
+    width = sizes.width
     image, start = locate(tl.program_id(0).to(tl.int64) * BLOCK_M, height, width)
     flat = start + tl.arange(0, BLOCK_M)
-    mask_m = flat < M - image * height * width
+    mask_m = flat < sizes.M - image * height * width
     n, i, j = unravel(image, flat, height, width)
     o = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     bias = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    if b_ptr is not None:
-        bias = tl.load(b_ptr + o * stride_b, mask=o < O, other=0.0).to(tl.float32)
+    if b is not None:
+        bias = load_tile(b, o, 0, o < w.rows)
     best = tl.full((BLOCK_M, BLOCK_N), float("-inf"), dtype=tl.float32)
     best_z = best
     winner = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
     for element in range(G.PH * G.PW):
         oh = i * G.PH + element // G.PW
         ow = j * G.PW + element % G.PW
-        z = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for first in range(0, K, BLOCK_K):
-            k = first + tl.arange(0, BLOCK_K)
-            patches = load_patches(
-                x_ptr,
-                n,
-                oh,
-                ow,
-                k,
-                mask_m,
-                k < K,
-                H,
-                W,
-                stride_xn,
-                stride_xc,
-                stride_xh,
-                stride_xw,
-                G,
-            )
-            w_ptrs = (
-                w_ptr + o.to(tl.int64)[None, :] * stride_wo + k.to(tl.int64)[:, None] * stride_wk
-            )
-            weights = tl.load(
-                w_ptrs, mask=(k < K)[:, None] & (o < O)[None, :], other=0.0
-            )  # [BLOCK_K, BLOCK_N]
-            z = dot(patches, weights, z, PRECISION)
+        z = convolution_tile(x, w, n, oh, ow, o, mask_m, sizes.K, G, PRECISION, BLOCK_K)
         z += bias[None, :]
         y = ACT(z)
         higher = (
@@ -172,11 +162,11 @@ def conv2d_fwd_kernel(
         if s_ptr is not None:
             best_z = tl.where(higher, z, best_z)
         if winner_ptr is not None:
-            winner = tl.where(higher, (oh * OW + ow)[:, None], winner)
-    offs = (n * O * (height * width) + (i * width + j))[:, None] + (
-        o.to(tl.int64) * (height * width)
-    )[None, :]
-    mask = mask_m[:, None] & (o < O)[None, :]
+            winner = tl.where(higher, (oh * sizes.OW + ow)[:, None], winner)
+    plane = height * width
+    offs_m = n * w.rows * plane + (i * width + j)
+    offs = offs_m[:, None] + (o.to(tl.int64) * plane)[None, :]
+    mask = mask_m[:, None] & (o < w.rows)[None, :]
     tl.store(y_ptr + offs, cast(best, y_ptr.dtype.element_ty), mask=mask)
     if s_ptr is not None:
         tl.store(s_ptr + offs, cast(best_z, s_ptr.dtype.element_ty), mask=mask)
@@ -216,19 +206,10 @@ def conv2d_fwd(
         y,
         z,
         winner,
-        images,
-        flat,
-        b,
-        M,
-        O,
-        flat.shape[1],
-        H,
-        W,
-        *shape[2:],
-        OW,
-        *images.stride(),
-        *flat.stride(),
-        0 if b is None else b.stride(0),
+        as_images(images),
+        matrix(flat),
+        None if b is None else matrix(b.unsqueeze(1)),
+        Sizes(M, flat.shape[1], *shape[2:], OH, OW),
         G=g,
         ACT=act.forward,
         **config,

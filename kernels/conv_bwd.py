@@ -7,8 +7,8 @@ import triton.language as tl
 
 from . import activations, configs, launch
 from .linear import linear_bwd_reduce_kernel
-from .patches import Geometry, load_patches, locate, unravel
-from .tiles import cast, dot
+from .patches import Geometry, Sizes, as_images, load_patches, locate, unravel
+from .tiles import cast, dot, matrix
 
 # columns of patches: up to here the reference's dw is faster by a product than by a convolution
 # with dz
@@ -92,19 +92,13 @@ def _backward(dy, x, w, s, winner, bias, activation, g, needs, bwd_dz, bwd_dx, b
 @triton.jit
 def conv2d_bwd_dz_kernel(
     dz_ptr,
-    dy_ptr,
+    dy,  # Images (N, O, height, width)
     s_ptr,
     winner_ptr,
     rows,
     O,
     OH,
     OW,
-    height,
-    width,
-    stride_dyn,
-    stride_dyo,
-    stride_dyh,
-    stride_dyw,
     ACT_BWD: tl.constexpr,
     G: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -117,14 +111,17 @@ def conv2d_bwd_dz_kernel(
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     place = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    height = dy.H
+    width = dy.W
     h = place // OW // G.PH
     w = place % OW // G.PW
     mask = (row < rows) & (place < OH * OW)
     inside = (
         mask & (h < height) & (w < width)
     )  # a window that does not fit at the end pools nothing
-    dy_ptrs = dy_ptr + row // O * stride_dyn + row % O * stride_dyo + h.to(tl.int64) * stride_dyh
-    dz = tl.load(dy_ptrs + w.to(tl.int64) * stride_dyw, mask=inside, other=0.0).to(tl.float32)
+    dy_ptrs = dy.ptr + row // O * dy.stride_n + row % O * dy.stride_c
+    dy_ptrs += h.to(tl.int64) * dy.stride_h + w.to(tl.int64) * dy.stride_w
+    dz = tl.load(dy_ptrs, mask=inside, other=0.0).to(tl.float32)
     pooled = row * height * width + h * width + w
     if s_ptr is not None:
         dz = ACT_BWD(dz, tl.load(s_ptr + pooled, mask=inside, other=0.0).to(tl.float32))
@@ -137,16 +134,9 @@ def conv2d_bwd_dz_kernel(
 def conv2d_bwd_dx_kernel(
     dx_ptr,
     dz_ptr,
-    w_ptr,
-    M,
+    w,  # Matrix [O, C·KH·KW]
     C,
-    K,
-    H,
-    W,
-    OH,
-    OW,
-    stride_wn,
-    stride_wk,
+    sizes,  # Sizes, of dx
     G: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -160,10 +150,15 @@ def conv2d_bwd_dx_kernel(
     - kh·DH) / SH where that is a whole number in range. A tile's rows are pixels (n, h, w), its
     columns c: every pixel gathers, nothing is added in memory.
     """
+    H = sizes.height
+    W = sizes.width
+    OH = sizes.OH
+    OW = sizes.OW
+    K = sizes.K
     image, start = locate(tl.program_id(0).to(tl.int64) * BLOCK_M, H, W)
     flat = start + tl.arange(0, BLOCK_M)
-    mask_m = flat < M - image * H * W
-    n, h, w = unravel(image, flat, H, W)
+    mask_m = flat < sizes.M - image * H * W
+    n, down_to, right_to = unravel(image, flat, H, W)  # place of the pixel: row and column
     offs_c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_c = offs_c < C
     TAPS: tl.constexpr = G.KH * G.KW
@@ -172,8 +167,8 @@ def conv2d_bwd_dx_kernel(
     for first in range(0, K, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         o = (k // TAPS).to(tl.int64)
-        down = (h + G.TOP)[:, None] - (k // G.KW % G.KH * G.DH)[None, :]  # [BLOCK_M, BLOCK_K]
-        right = (w + G.LEFT)[:, None] - (k % G.KW * G.DW)[None, :]
+        down = (down_to + G.TOP)[:, None] - (k // G.KW % G.KH * G.DH)[None, :]  # [BLOCK_M, BLOCK_K]
+        right = (right_to + G.LEFT)[:, None] - (k % G.KW * G.DW)[None, :]
         inside = (
             (down >= 0)
             & (down < OH * G.SH)
@@ -191,16 +186,18 @@ def conv2d_bwd_dx_kernel(
         )
         dz = tl.load(dz_ptrs, mask=inside, other=0.0)
         w_ptrs = (
-            w_ptr
-            + (o * stride_wn + k % TAPS * stride_wk)[:, None]
-            + offs_c.to(tl.int64)[None, :] * TAPS * stride_wk
+            w.ptr
+            + (o * w.stride_row + k % TAPS * w.stride_col)[:, None]
+            + offs_c.to(tl.int64)[None, :] * TAPS * w.stride_col
         )
         weights = tl.load(
             w_ptrs, mask=(k < K)[:, None] & mask_c[None, :], other=0.0
         )  # [BLOCK_K, BLOCK_N]
         dx = dot(dz, weights, dx, PRECISION)
     dx_ptrs = (
-        dx_ptr + (n * C * (H * W) + (h * W + w))[:, None] + (offs_c.to(tl.int64) * (H * W))[None, :]
+        dx_ptr
+        + (n * C * (H * W) + (down_to * W + right_to))[:, None]
+        + (offs_c.to(tl.int64) * (H * W))[None, :]
     )
     tl.store(dx_ptrs, cast(dx, dx_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_c[None, :])
 
@@ -210,20 +207,11 @@ def conv2d_bwd_dw_kernel(
     dw_ptr,
     db_ptr,
     dz_ptr,
-    x_ptr,
-    M,
+    x,  # Images (N, C, H, W)
     O,
-    K,
+    sizes,  # Sizes, of dz; K are the columns of dw
     rows,
     split_stride,
-    H,
-    W,
-    OH,
-    OW,
-    stride_xn,
-    stride_xc,
-    stride_xh,
-    stride_xw,
     G: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -240,8 +228,11 @@ def conv2d_bwd_dw_kernel(
     o = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(2).to(tl.int64)
+    OH = sizes.OH
+    OW = sizes.OW
+    K = sizes.K
     image, start = locate(split * rows, OH, OW)
-    count = tl.minimum(M - split * rows, rows).to(tl.int32)
+    count = tl.minimum(sizes.M - split * rows, rows).to(tl.int32)
     dw = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     db = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for first in range(0, count, BLOCK_K):
@@ -255,22 +246,7 @@ def conv2d_bwd_dw_kernel(
         dz = tl.load(
             dz_ptrs, mask=(o < O)[:, None] & (offs < count)[None, :], other=0.0
         )  # [BLOCK_M, BLOCK_K]
-        patches = load_patches(
-            x_ptr,
-            n,
-            oh,
-            ow,
-            k,
-            offs < count,
-            k < K,
-            H,
-            W,
-            stride_xn,
-            stride_xc,
-            stride_xh,
-            stride_xw,
-            G,
-        )
+        patches = load_patches(x, n, oh, ow, k, offs < count, k < K, G)
         dw = dot(dz, patches, dw, PRECISION)
         if db_ptr is not None:
             db += tl.sum(dz.to(tl.float32), axis=1)
@@ -294,7 +270,7 @@ def conv2d_bwd_dz(dy, s, winner, activation, g, size):
         return conv2d_bwd_dz_ref(dy, s, winner, activation, g, size)
     if s is None and winner is None:
         return dy.contiguous()
-    (N, O, height, width), (OH, OW) = dy.shape, g.conv_size(*size)
+    (N, O), (OH, OW) = dy.shape[:2], g.conv_size(*size)
     dz = dy.new_empty(N, O, OH, OW)
     s, winner = (None if t is None else t.contiguous() for t in (s, winner))
     block_n = min(512, triton.next_power_of_2(OH * OW))
@@ -303,16 +279,13 @@ def conv2d_bwd_dz(dy, s, winner, activation, g, size):
         conv2d_bwd_dz_kernel,
         (triton.cdiv(N * O, block_m), triton.cdiv(OH * OW, block_n)),
         dz,
-        dy,
+        as_images(dy),
         s,
         winner,
         N * O,
         O,
         OH,
         OW,
-        height,
-        width,
-        *dy.stride(),
         ACT_BWD=activations.get(activation).backward,
         G=g,
         BLOCK_M=block_m,
@@ -340,15 +313,9 @@ def conv2d_bwd_dx(dz, w, g, size):
         grid,
         dx,
         dz,
-        w,
-        M,
+        matrix(w),
         C,
-        O * g.KH * g.KW,
-        H,
-        W,
-        OH,
-        OW,
-        *w.stride(),
+        Sizes(M, O * g.KH * g.KW, H, W, OH, OW),
         G=g,
         **config,
     )
@@ -364,49 +331,31 @@ def conv2d_bwd_dw(dz, x, g, bias=True):
     """
     if launch.backend(dz, x) == "torch":
         return conv2d_bwd_dw_ref(dz, x, g, bias)
-    (N, O, OH, OW), (_, C, H, W) = dz.shape, x.shape
+    (N, O, OH, OW), C = dz.shape, x.shape[1]
     M, K = N * OH * OW, C * g.KH * g.KW
     dw, db = dz.new_empty(O, C, g.KH, g.KW), dz.new_empty(O) if bias else None
     config = configs.convolution("conv2d_bwd_dw", dz, O, K)
     tiles = triton.cdiv(O, config["BLOCK_M"]), triton.cdiv(K, config["BLOCK_N"])
     splits, rows = _split(M, tiles[0] * tiles[1], dz.device)
-    sizes = H, W, OH, OW, *x.stride()
-    if splits == 1:
-        launch.run(
-            conv2d_bwd_dw_kernel,
-            (*tiles, 1),
-            dw,
-            db,
-            dz,
-            x,
-            M,
-            O,
-            K,
-            rows,
-            0,
-            *sizes,
-            G=g,
-            **config,
-        )
-        return dw, db
     size = O * K
-    parts = dz.new_empty(splits, size + O, dtype=torch.float32)
+    # Splits write their parts side by side; a single one writes dw and db themselves.
+    parts = dz.new_empty(splits, size + O, dtype=torch.float32) if splits > 1 else None
     launch.run(
         conv2d_bwd_dw_kernel,
         (*tiles, splits),
-        parts,
-        parts[:, size:] if bias else None,
+        dw if parts is None else parts,
+        (db if parts is None else parts[:, size:]) if bias else None,
         dz,
-        x,
-        M,
+        as_images(x),
         O,
-        K,
+        Sizes(M, K, OH, OW, OH, OW),
         rows,
-        size + O,
-        *sizes,
+        0 if parts is None else size + O,
         G=g,
         **config,
     )
+    if parts is None:
+        return dw, db
     launch.run(
         linear_bwd_reduce_kernel,
         (triton.cdiv(size + O, 512),),

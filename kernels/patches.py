@@ -7,8 +7,9 @@ tap (c, kh, kw):
     patch[m, k] = x[n, c, oh·SH - TOP + kh·DH, ow·SW - LEFT + kw·DW]        0 outside the image
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
@@ -54,6 +55,36 @@ class Geometry(NamedTuple):
             (oh - 1) * self.SH + self.DH * (self.KH - 1) + 1 - 2 * self.TOP,
             (ow - 1) * self.SW + self.DW * (self.KW - 1) + 1 - 2 * self.LEFT,
         )
+
+
+class Images(NamedTuple):
+    """Images (N, C, H, W) as a kernel takes them: address, height, width, strides."""
+
+    ptr: Any
+    H: Any
+    W: Any
+    stride_n: Any
+    stride_c: Any
+    stride_h: Any
+    stride_w: Any
+
+
+class Sizes(NamedTuple):
+    """Sizes of a convolution's product: rows, columns summed over, height and width of what the
+    rows are, and of the convolution before pooling.
+    """
+
+    M: Any
+    K: Any
+    height: Any
+    width: Any
+    OH: Any
+    OW: Any
+
+
+def as_images(x: torch.Tensor) -> Images:
+    """x (N, C, H, W), of any strides, as a kernel takes it."""
+    return Images(x, *x.shape[2:], *x.stride())
 
 
 def _pair(value, name: str, least: int, op: str) -> tuple[int, int]:
@@ -156,19 +187,13 @@ def unravel(image, flat, height, width):
 
 @triton.jit
 def load_patches(
-    x_ptr,
+    x,  # Images (N, C, H, W)
     n,
     oh,
     ow,
     k,
     mask_m,
     mask_k,
-    H,
-    W,
-    stride_xn,
-    stride_xc,
-    stride_xh,
-    stride_xw,
     G: tl.constexpr,
 ):
     """The patches of output positions (n, oh, ow) at taps k: [BLOCK_M, BLOCK_K], 0 outside the
@@ -178,13 +203,13 @@ def load_patches(
     left = ow * G.SW - G.LEFT
     down = k // G.KW % G.KH * G.DH
     right = k % G.KW * G.DW
-    corners = n * stride_xn + top.to(tl.int64) * stride_xh + left.to(tl.int64) * stride_xw
+    corners = n * x.stride_n + top.to(tl.int64) * x.stride_h + left.to(tl.int64) * x.stride_w
     taps = (
-        (k // (G.KH * G.KW)).to(tl.int64) * stride_xc
-        + down.to(tl.int64) * stride_xh
-        + right.to(tl.int64) * stride_xw
+        (k // (G.KH * G.KW)).to(tl.int64) * x.stride_c
+        + down.to(tl.int64) * x.stride_h
+        + right.to(tl.int64) * x.stride_w
     )
     h = top[:, None] + down[None, :]
     w = left[:, None] + right[None, :]
-    inside = (h >= 0) & (h < H) & (w >= 0) & (w < W) & mask_m[:, None] & mask_k[None, :]
-    return tl.load(x_ptr + corners[:, None] + taps[None, :], mask=inside, other=0.0)
+    inside = (h >= 0) & (h < x.H) & (w >= 0) & (w < x.W) & mask_m[:, None] & mask_k[None, :]
+    return tl.load(x.ptr + corners[:, None] + taps[None, :], mask=inside, other=0.0)
