@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ from .modules import build
 from .net import Net
 
 WEIGHTS = "model.safetensors"  # its name in a run folder
+_Parts = tuple[str | int, ...]  # the words and numbers of a name
 # what the metadata calls the network's config(): the second, in files that have no checksum yet
 _DESCRIPTIONS = (SEALED, "handgrad")
 
@@ -35,14 +37,19 @@ def tensors_of(model: torch.nn.Module | Net) -> dict[str, torch.Tensor]:
     return {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
 
 
+def config_of(model: torch.nn.Module | Net) -> dict[str, Any] | None:
+    """The description of one of our networks, which builds it again; None for another module."""
+    describe = getattr(model, "config", None)
+    return describe() if callable(describe) else None
+
+
 def save(model: torch.nn.Module | Net, path: str | os.PathLike) -> None:
     """Write the weights of a network, and what builds it again, to a .safetensors file."""
     from safetensors.torch import save_file  # here, so that a machine without it can train
 
     path = Path(path)
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors_of(model).items()}
-    config = model.config() if hasattr(model, "config") else None
-    metadata = {CHECKSUM: BLANK, SEALED: json.dumps(config)}
+    metadata = {CHECKSUM: BLANK, SEALED: json.dumps(config_of(model))}
     if not path.parent.is_dir():
         raise CheckpointError(f"{path}: cannot be written, there is no folder {path.parent}")
     with replacing(path) as part:
@@ -103,8 +110,9 @@ def network(
     dtypes = [t.dtype for t in state.values() if t.is_floating_point()] or [torch.float32]
     try:
         empty = build(config, "meta", dtypes[0])
-        if json.dumps(empty.config(), sort_keys=True) != json.dumps(config, sort_keys=True):
-            raise ValueError(f"it would be {_short(empty.config())}")
+        found = config_of(empty)
+        if json.dumps(found, sort_keys=True) != json.dumps(config, sort_keys=True):
+            raise ValueError(f"it would be {_short(found)}")
         _match(tensors_of(empty), state, where)
     except CheckpointError:
         raise
@@ -212,7 +220,7 @@ def _names(tensors: dict[str, torch.Tensor]) -> str:
     return ", ".join(shown) + (f" and {len(tensors) - 8} more" if len(tensors) > 8 else "")
 
 
-def _canonical(names: Iterable[str]) -> list[tuple[tuple, str]]:
+def _canonical(names: Iterable[str]) -> list[tuple[_Parts, str]]:
     """(key, name): keys of two networks are equal where their names differ in a prefix and in how
     layers are counted only.
 
@@ -225,20 +233,27 @@ def _canonical(names: Iterable[str]) -> list[tuple[tuple, str]]:
             break
         cut = {name: parts[1:] for name, parts in cut.items()}
     for place in range(max(map(len, cut.values()), default=0)):
-        numbers: dict[tuple, set[int]] = {}
-        for parts in cut.values():
-            if place < len(parts) and isinstance(parts[place], int):
-                numbers.setdefault(parts[:place], set()).add(parts[place])
-        ranks = {before: sorted(found) for before, found in numbers.items()}
-        cut = {
-            name: (*parts[:place], ranks[parts[:place]].index(parts[place]), *parts[place + 1 :])
-            if place < len(parts) and isinstance(parts[place], int)
-            else parts
-            for name, parts in cut.items()
-        }
+        cut = _ranked(cut, place)
     return [(parts, name) for name, parts in cut.items()]
 
 
-def _parts(name: str) -> tuple[str | int, ...]:
+def _ranked(cut: dict[str, _Parts], place: int) -> dict[str, _Parts]:
+    """The numbers at one place of names, each as its rank among those behind the same words."""
+    numbers: dict[_Parts, set[int]] = {}
+    for parts in cut.values():
+        part = parts[place] if place < len(parts) else None
+        if isinstance(part, int):
+            numbers.setdefault(parts[:place], set()).add(part)
+    ranked = {}
+    for name, parts in cut.items():
+        part = parts[place] if place < len(parts) else None
+        if isinstance(part, int):
+            rank = sorted(numbers[parts[:place]]).index(part)
+            parts = (*parts[:place], rank, *parts[place + 1 :])
+        ranked[name] = parts
+    return ranked
+
+
+def _parts(name: str) -> _Parts:
     """ "conv.10.weight" -> ("conv", 10, "weight")."""
     return tuple(int(p) if p.isdecimal() else p for p in re.findall(r"\d+|[^\d.]+", name))

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from . import report
-from .checkpoint import WEIGHTS, load_file, network, save
+from .checkpoint import WEIGHTS, config_of, load_file, network, save
 from .dataset import Fingerprint, Reading
 from .disk import (
     CheckpointError,
@@ -190,8 +190,7 @@ class RunFolder:
         if self._pending is None:
             return
         (trainer, epochs), self._pending = self._pending, None
-        has_config = hasattr(trainer.model, "config")
-        state = _State(trainer.state_dict(), trainer.model.config() if has_config else None, epochs)
+        state = _State(trainer.state_dict(), config_of(trainer.model), epochs)
         with replacing(self.path / LAST) as part:
             torch.save(dict(vars(state)), part)
             seal_zip(part)

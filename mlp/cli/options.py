@@ -97,7 +97,8 @@ def command(app: typer.Typer, name: str, *rows: Option) -> Callable:
             function({row.name: row.read(given[row.name]) for row in rows})
 
         call.__doc__ = function.__doc__
-        call.__signature__ = inspect.Signature([row.parameter() for row in rows])
+        # typer reads the options from the signature
+        vars(call)["__signature__"] = inspect.Signature([row.parameter() for row in rows])
         call.__annotations__ = {}
         app.command(name)(call)
         return function

@@ -7,6 +7,7 @@ import torch
 
 from .. import data, metrics, recipes
 from .. import report as pictures
+from ..checkpoint import config_of
 from ..disk import CheckpointError
 from ..modules import ends
 from ..runs import CONFIG, RunFolder, Settings
@@ -26,7 +27,7 @@ def _open(values: Values) -> tuple[Settings, data.Dataset, torch.nn.Module]:
         found = setup.load_run(settings)
         settings.recipe.make_loss()
     change = setup.change_of_data(settings, found.facts)
-    if change:
+    if change and settings.data is not None:
         complain(f"note: {change}")
         settings.data.reading.check_same(found.facts.reading, settings.dataset)
     return settings, found.test, _network(run, on)
@@ -82,7 +83,7 @@ def predict(values: Values) -> None:
         )
     dtype = setup.pick_precision(settings.precision).weights
     model = _network(run, setup.pick_device(values["device"]))
-    features, outputs = ends(model.config())
+    features, outputs = ends(config_of(model) or {})
     shape = facts.reading.image_shape
     if (features, outputs) != (math.prod(shape), len(facts.classes)):
         raise CheckpointError(
