@@ -49,7 +49,7 @@ def _value(value: object) -> str:
         return ", ".join(map(str, value)) or "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return "default" if value is None else str(value)
+    return "not set" if value is None else str(value)
 
 
 def info(values: Values) -> None:
