@@ -25,6 +25,7 @@ NAMES = {
     "linear": "a linear layer with activation, forward and backward",
     "cross_entropy": "softmax cross-entropy, forward and backward",
     "train": "a training step with SGD: every engine, eager, compiled, captured",
+    "cpu": "a training step on a CPU: ours, eager, compiled, JAX, scikit-learn, numpy; minutes",
     "adam": "a training step with Adam: every engine, torch's variants",
     "sweep": "many networks at once",
     "memory": "peak memory of a step of wide layers (GPU)",

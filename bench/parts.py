@@ -31,6 +31,7 @@ TABLES = {
     "cross_entropy": 15,
     "recipes": 25,
     "launches": 20,
+    "cpu": 60,
 }
 
 

@@ -1,0 +1,119 @@
+"""Training steps of the small reference network on a CPU: ours, PyTorch's, JAX's, scikit-learn's
+and numpy's, on one core and on all, each in a process of its own, in turns.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+from .cpu_rivals import GROUPS, NETWORKS, STEPS
+from .rivals import BATCH, SIZES
+from .table import Table
+
+_ROUNDS = 9
+_PAUSE = 0.3  # seconds before a turn, in which the threads of the one before come to rest
+_TOLERANCE = 1e-3  # of the first epoch's loss, relative
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+_RATIOS = (
+    ("epoch", "eager"),
+    ("epoch", "JAX scan"),
+    ("scikit-learn", "epoch"),
+    ("manual loop", "eager"),
+    ("epoch, Adam", "eager, fused Adam"),
+    ("manual, Adam", "eager, fused Adam"),
+    ("autograd", "eager"),
+    (f"{NETWORKS} networks", "epoch"),
+)
+_OURS = ("epoch", "manual", "autograd")  # how the names of ours begin
+
+
+class _Rival:
+    """A process that trains an epoch when it is told to."""
+
+    def __init__(self, name: str, cores: list[int]):
+        threads = str(len(cores))
+        environment = {**os.environ, **dict.fromkeys(_THREADS, threads), "JAX_PLATFORMS": "cpu"}
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "bench.cpu_rivals", name],
+            cwd=Path(__file__).parent.parent,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        )
+        self.name, self.seconds = name, []
+        line = self.process.stdout.readline()
+        self.ready = json.loads(line) if line else {"wrong": "the process ended"}
+
+    def turn(self) -> None:
+        time.sleep(_PAUSE)
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.seconds.append(float(self.process.stdout.readline()))
+
+    def end(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def run() -> Table:
+    """µs a step, best and median, on one core and on all; and ratios of medians."""
+    cores = sorted(os.sched_getaffinity(0))
+    made = Table(
+        f"CPU: training steps of {'-'.join(map(str, SIZES))} sigmoid, batch {BATCH}",
+        "python -m bench cpu",
+        note=f"Each in a process of its own, {_ROUNDS} turns of {STEPS} steps, a pause before each."
+        f" `{NETWORKS} networks`: a step of all of them.",
+    )
+    rows = {name: {"": name} for group in GROUPS.values() for name in group}
+    rows |= {ratio: {"": " / ".join(ratio)} for ratio in _RATIOS}
+    for label, used in {"one core": cores[-1:], f"{len(cores)} cores": cores}.items():
+        times, wrong = _times(used)
+        for what, statistic in (("best", min), ("median", median)):
+            micros = {name: statistic(each) / STEPS * 1e6 for name, each in times.items()}
+            micros |= {
+                (over, under): micros[over] / micros[under]
+                for over, under in _RATIOS
+                if over in micros and under in micros
+            }
+            for name, value in micros.items():
+                rows[name][f"{label}, {what} µs"] = value
+        for name, reason in wrong.items():
+            rows[name][f"{label}: why not"] = reason
+            made.failed = made.failed or (f"{name}: {reason}" if name.startswith(_OURS) else "")
+    made.rows = list(rows.values())
+    if ("epoch", "eager") in micros:
+        made.headline = f"epoch {micros['epoch', 'eager']:.2f} of eager on {label}"
+    return made
+
+
+def _times(cores: list[int]) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds of every turn of those that train right, and why the others have none."""
+    times, wrong = {}, {}
+    for group in GROUPS.values():
+        alive, first = [], None
+        for name in group:
+            rival = _Rival(name, cores)
+            loss = rival.ready.get("loss")
+            first = loss if first is None else first
+            reason = rival.ready.get("missing") or rival.ready.get("wrong")
+            if reason is None and loss is not None and abs(loss - first) > _TOLERANCE * first:
+                reason = f"its loss is {loss:.5f}, that of {next(iter(group))} {first:.5f}"
+            if reason is not None:
+                wrong[name] = reason
+                rival.end()
+            else:
+                alive.append(rival)
+        for _ in range(_ROUNDS):
+            for rival in alive:
+                rival.turn()
+        for rival in alive:
+            rival.end()
+            times[rival.name] = rival.seconds
+    return times, wrong
