@@ -2,6 +2,7 @@
 what --force may do.
 """
 
+import ast
 import json
 import os
 import re
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from kernels.activations import ACTIVATIONS
-from mlp import checkpoint, disk
+from mlp import checkpoint, cli, disk
 from mlp.__main__ import main
 from mlp.cli.versions import version
 from mlp.recipes import LOSSES, OPTIMIZERS, RECIPES
@@ -342,6 +343,14 @@ def test_control_characters_are_shown_escaped(handgrad):
         said += handgrad(*argv)[1:]
     assert "\\x1b[2J\\rb" in "".join(said)
     assert not [c for c in "".join(said) if not c.isprintable() and c != "\n"]
+
+
+def test_all_printing_goes_through_one_function():
+    """`say` escapes; only the help, which is our own text, is printed as it is."""
+    for path in Path(cli.__file__).parent.glob("*.py"):
+        calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        printed = [ast.unparse(call) for call in calls if ast.unparse(call.func) == "print"]
+        assert path.name == "terminal.py" or set(printed) <= {"print(context.get_help())"}, path
 
 
 def test_convnet_says_which_images_it_takes(handgrad):
