@@ -1,5 +1,10 @@
 """handgrad's operations: forward and backward written by hand, as Triton kernels, each with its
 reference in plain torch.
+
+A function and its file have one name: `kernels.linear` is the function, as in
+`kernels.linear(x, w)`, also after `import kernels.linear`. What else the file holds is imported
+from it by name, as in `from kernels.linear import LINEAR, linear_fwd`; the module itself is
+`importlib.import_module("kernels.linear")`.
 """
 
 from . import compiled_optim  # noqa: F401  it registers the operators that torch.compile sees

@@ -215,6 +215,64 @@ def store_loss(loss_ptr, rows, mask, loss, weight, counted, REDUCE: tl.constexpr
 
 
 @triton.jit
+def labels(t_ptrs, mask_r, w_ptr, C, stride_w, ignore_index, SOFT: tl.constexpr):
+    """(label, weight in the mean) of each row; for probabilities (0, 1)."""
+    label = tl.zeros(mask_r.shape, tl.int64)
+    weight = tl.where(mask_r, 1.0, 0.0)
+    if not SOFT:
+        label = tl.load(t_ptrs, mask=mask_r, other=ignore_index).to(tl.int64)
+        weight = label_weight(label, mask_r, w_ptr, C, stride_w, ignore_index)
+    return label, weight
+
+
+@triton.jit
+def softmax_rows(
+    z_ptrs,  # [BLOCK_R]
+    stride_zc,
+    mask_r,
+    t_ptrs,  # [BLOCK_R]
+    label,
+    w_ptr,
+    C,
+    stride_tc,
+    stride_w,
+    smoothing,
+    ignore_index,
+    SOFT: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """(maximum m, Σ exp(z - m), Q) of each row, tile by tile: an online softmax."""
+    m = tl.full(mask_r.shape, float("-inf"), tl.float32)
+    s = tl.zeros(mask_r.shape, tl.float32)
+    total = tl.zeros(mask_r.shape, tl.float32)
+    for c in range(0, C, BLOCK_C):
+        offs_c = c + tl.arange(0, BLOCK_C).to(tl.int64)
+        mask = mask_r[:, None] & (offs_c < C)[None, :]
+        z = tl.load(
+            z_ptrs[:, None] + offs_c[None, :] * stride_zc, mask=mask, other=float("-inf")
+        ).to(tl.float32)
+        higher = tl.maximum(m, tl.max(z, axis=1))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        s = s * tl.exp(m - shift) + tl.sum(tl.exp(z - shift[:, None]), axis=1)
+        m = higher
+        q, _ = target_tile(
+            t_ptrs,
+            label,
+            offs_c,
+            mask,
+            w_ptr,
+            C,
+            stride_tc,
+            stride_w,
+            smoothing,
+            ignore_index,
+            SOFT,
+        )
+        total += tl.sum(q, axis=1)
+    return m, s, total
+
+
+@triton.jit
 def cross_entropy_fwd_kernel(
     loss_ptr,
     grad_ptr,
@@ -248,45 +306,28 @@ def cross_entropy_fwd_kernel(
     z_ptrs = z_ptr + n * stride_zn + d * stride_zd
     t_ptrs = t_ptr + n * stride_tn + d * stride_td
     grad_ptrs = grad_ptr + n * C * D + d
-    label = rows * 0
-    weight = tl.where(mask_r, 1.0, 0.0)
-    if not SOFT:
-        label = tl.load(t_ptrs, mask=mask_r, other=ignore_index).to(tl.int64)
-        weight = label_weight(label, mask_r, w_ptr, C, stride_w, ignore_index)
-    m = tl.full((BLOCK_R,), float("-inf"), tl.float32)
-    s = tl.zeros((BLOCK_R,), tl.float32)
-    total = tl.zeros((BLOCK_R,), tl.float32)
-    for c in range(0, C, BLOCK_C):
-        offs_c = c + tl.arange(0, BLOCK_C).to(tl.int64)
-        mask = mask_r[:, None] & (offs_c < C)[None, :]
-        z = tl.load(
-            z_ptrs[:, None] + offs_c[None, :] * stride_zc, mask=mask, other=float("-inf")
-        ).to(tl.float32)
-        higher = tl.maximum(m, tl.max(z, axis=1))
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        s = s * tl.exp(m - shift) + tl.sum(tl.exp(z - shift[:, None]), axis=1)
-        m = higher
-        q, _ = target_tile(
-            t_ptrs,
-            label,
-            offs_c,
-            mask,
-            w_ptr,
-            C,
-            stride_tc,
-            stride_w,
-            smoothing,
-            ignore_index,
-            SOFT,
-        )
-        total += tl.sum(q, axis=1)
+    label, weight = labels(t_ptrs, mask_r, w_ptr, C, stride_w, ignore_index, SOFT)
+    m, s, total = softmax_rows(
+        z_ptrs,
+        stride_zc,
+        mask_r,
+        t_ptrs,
+        label,
+        w_ptr,
+        C,
+        stride_tc,
+        stride_w,
+        smoothing,
+        ignore_index,
+        SOFT,
+        BLOCK_C,
+    )
     loss = tl.zeros((BLOCK_R,), tl.float32)
     for c in range(0, C, BLOCK_C):
         offs_c = c + tl.arange(0, BLOCK_C).to(tl.int64)
         mask = mask_r[:, None] & (offs_c < C)[None, :]
-        z = tl.load(
-            z_ptrs[:, None] + offs_c[None, :] * stride_zc, mask=mask, other=float("-inf")
-        ).to(tl.float32)
+        tile_ptrs = z_ptrs[:, None] + offs_c[None, :] * stride_zc
+        z = tl.load(tile_ptrs, mask=mask, other=float("-inf")).to(tl.float32)
         q, counted = target_tile(
             t_ptrs,
             label,
@@ -302,11 +343,8 @@ def cross_entropy_fwd_kernel(
         )
         tile_loss, grad = softmax_loss_tile(z, m, s, q, counted, total)
         loss += tile_loss
-        tl.store(
-            grad_ptrs[:, None] + offs_c[None, :] * D,
-            cast(grad, grad_ptr.dtype.element_ty),
-            mask=mask,
-        )
+        grad = cast(grad, grad_ptr.dtype.element_ty)
+        tl.store(grad_ptrs[:, None] + offs_c[None, :] * D, grad, mask=mask)
     store_loss(loss_ptr, rows, mask_r, loss, weight, label != ignore_index, REDUCE)
 
 

@@ -23,10 +23,11 @@ from .cross_entropy import (
     cross_entropy_fwd,
     cross_entropy_fwd_ref,
     finish,
+    labels,
     store_loss,
 )
 from .linear import check_linear, linear, linear_bwd, linear_bwd_ref, linear_fwd, linear_fwd_ref
-from .losses import label_weight, softmax_loss_tile, target_tile
+from .losses import softmax_loss_tile, target_tile
 from .tiles import cast, matrix, product_tile
 
 FUSED_CLASSES = 128
@@ -96,11 +97,7 @@ def linear_cross_entropy_fwd_kernel(
     mask_r = rows < M
     mask = mask_r[:, None] & (offs_c < C)[None, :]
     t_ptrs = t_ptr + rows * stride_tm
-    label = rows * 0
-    weight = tl.where(mask_r, 1.0, 0.0)
-    if not SOFT:
-        label = tl.load(t_ptrs, mask=mask_r, other=ignore_index).to(tl.int64)
-        weight = label_weight(label, mask_r, class_weight_ptr, C, stride_cw, ignore_index)
+    label, weight = labels(t_ptrs, mask_r, class_weight_ptr, C, stride_cw, ignore_index, SOFT)
     q, counted = target_tile(
         t_ptrs,
         label,

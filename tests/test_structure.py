@@ -3,6 +3,7 @@ not hold.
 """
 
 import ast
+import importlib
 import sys
 from pathlib import Path
 
@@ -188,6 +189,29 @@ def test_no_host_synchronisation(name):
                 node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute)
             }
             assert not found or "_ref(" in ast.unparse(function), f"{function.name}: {found}"
+
+
+def test_functions_have_the_names_of_their_files():
+    """`kernels.linear` is the function, and its module is still there to import from."""
+    both = [name for name in kernels.__all__ if f"kernels/{name}.py" in FILES]
+    assert {"linear", "mlp", "cross_entropy", "layer_norm"} <= set(both)
+    for name in both:
+        module = importlib.import_module(f"kernels.{name}")
+        assert callable(getattr(kernels, name)) and getattr(module, name) is getattr(kernels, name)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_operation_has_a_row(name):
+    """A file with launchers of a forward and its backward defines a Differentiable, and the table
+    in kernels/operations.py has its row.
+    """
+    functions = {n.name for n in TREES[name].body if isinstance(n, ast.FunctionDef)}
+    for function in functions:
+        base = function.removesuffix("_fwd")
+        if base != function and f"{base}_fwd_ref" in functions:
+            assert base in OPERATIONS, f"{name}: {base} has no row in kernels/operations.py"
+            definition = OPERATIONS[base].definition
+            assert definition is not None and definition.fwd.__name__ == function
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
