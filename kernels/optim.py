@@ -113,7 +113,7 @@ def optimizer_kernel(
     second, …
     """
     values = ()
-    for i in tl.static_range(len(row)):
+    for i in tl.static_range(len(RULE.columns)):
         values += (read(row[i]),)
     numbers = RULE.at(values, read(step))
     block = tl.program_id(0)

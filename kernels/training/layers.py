@@ -38,11 +38,7 @@ class Rows(NamedTuple):
 def scratch_of(scratch, r, NET: tl.constexpr):
     """Program r's part of the scratch."""
     size: tl.constexpr = (len(NET.sizes) - 1) * NET.block_m * NET.pitch
-    if NET.keeps_z:
-        part = Scratch(scratch.y + r * size, scratch.dz + r * size, scratch.z + r * size)
-    else:
-        part = Scratch(scratch.y + r * size, scratch.dz + r * size, None)
-    return part
+    return Scratch(scratch.y + r * size, scratch.dz + r * size, scratch.z + r * size)
 
 
 @triton.jit

@@ -112,7 +112,8 @@ def new_scratch(run: Run, planned, programs: int) -> Scratch:
     """Scratch for so many programs: see `layers`."""
     shape = (programs, len(run.spec.sizes) - 1, planned.block_m, planned.pitch)
     y, dz = torch.empty((2, *shape), device=run.device)
-    z = torch.empty(shape, device=run.device) if planned.keeps_z else None
+    # Triton 3.6 cannot return a None in a tuple, so a pointer that nobody follows stands for it.
+    z = torch.empty(shape, device=run.device) if planned.keeps_z else y
     return Scratch(y, dz, z)
 
 

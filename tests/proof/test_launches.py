@@ -10,6 +10,9 @@ import pytest
 
 from tests.test_structure import ROOT
 
+# Of an H100: 32-bit registers and bytes of shared memory of a multiprocessor, and how many it has.
+REGISTERS, SHARED, PROCESSORS = 65_536, 232_448, 132
+
 
 def launched(*options):
     """What `tests.proof.worker` said."""
@@ -36,5 +39,10 @@ def test_no_launch_is_refused(options):
     assert seen["refused"] == []
     assert seen["launches"] == sum(seen["kernels"].values()) - len(seen["host tensor"])
     assert seen["launches"] >= (300 if options else 25)
+    # Programs that wait for each other are resident together: one on each multiprocessor at least.
+    assert {row["kernel"] for row in seen["together"]} == {"exchange_kernel"}
+    for row in seen["together"]:
+        assert row["registers"] * row["threads"] <= REGISTERS and row["programs"] <= PROCESSORS, row
+        assert row["shared"] <= SHARED, row
     # The stub does refuse: a number in the host's memory has no pointer that a kernel can follow.
     assert seen["refused by the driver"] == len(seen["host tensor"])

@@ -9,7 +9,9 @@ memory, too large a grid, more programs than run at once, an argument of a type 
 """
 
 import ctypes
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,7 +24,11 @@ from triton.backends.nvidia import driver as nvidia
 
 import kernels
 from kernels import launch
+from kernels.mlp_update import linear_update
 from kernels.operations import OPERATIONS, Make
+from kernels.optim import apply_rule
+from kernels.rules import RULES, hyperparameters, row_of
+from tests.compile.worker import resources
 
 SOURCE = Path(__file__).with_name("driver.c")
 INCLUDE = Path(nvidia.__file__).parent / "include"
@@ -67,6 +73,19 @@ class Driver(nvidia.CudaDriver):
         return torch.cuda
 
 
+def together(name: str, grid, compiled) -> dict:
+    """What programs that wait for each other need, which the driver would hold against its device:
+    all must be resident at once.
+    """
+    return {
+        "kernel": name,
+        "programs": math.prod(grid),
+        "threads": 32 * compiled.metadata.num_warps,
+        "registers": resources(compiled.asm["cubin"])["registers"],
+        "shared": compiled.metadata.shared,
+    }
+
+
 def launched(seen: dict):
     """An observer that launches for real, counts kernels and keeps what was refused."""
 
@@ -74,7 +93,9 @@ def launched(seen: dict):
         name = kernel.fn.__name__
         seen["kernels"][name] = seen["kernels"].get(name, 0) + 1
         try:
-            kernel[grid](*args, enable_fp_fusion=True, **options)
+            compiled = kernel[grid](*args, enable_fp_fusion=True, **options)
+            if options.get("launch_cooperative_grid"):
+                seen["together"].append(together(name, grid, compiled))
         except Exception as error:  # whatever it is, it is the test's to judge
             seen["refused"].append(f"{name}: {type(error).__name__}: {str(error)[-300:]}")
 
@@ -91,14 +112,54 @@ def operations(full: bool) -> None:
                     operation.results(arguments)
 
 
+def updates(full: bool) -> None:
+    """A layer's step in its backward and a step on tensors, of every rule, with a bias and without;
+    if full also of a batch that is split.
+    """
+    make = Make("cpu", torch.float32)
+    for rule, bias in itertools.product(RULES.values(), (True, False)):
+        for M, K, N in SHAPES if full else SHAPES[:1]:
+            parameters = [make.real(N, K), make.real(N)][: 1 + bias]
+            states = [[torch.zeros_like(p) for p in parameters] for _ in rule.states]
+            hyper = hyperparameters(rule)
+            linear_update(make.real(M, N), make.real(M, K), parameters, states, hyper, 1, rule)
+        apply_rule(rule, parameters, parameters, states, row_of(rule), 1)
+
+
+def trainings(full: bool) -> None:
+    """Step, epoch, exchange and replicas: of one rule, or of all rules."""
+    for rule in RULES.values() if full else (RULES["adamw"],):
+        run = training(kernels.Spec((36, 20, 10, 4), "sigmoid", rule=rule))
+        kernels.train_epoch(run, programs=1)
+        for exchange in ("words", "counter") if full else ("words",):
+            kernels.train_epoch(run, exchange=exchange)
+        kernels.train_step(kernels.StepState(run))
+        kernels.train_replicas(training(run.spec, 3))
+
+
+def training(spec: kernels.Spec, replicas: int | None = None) -> kernels.Run:
+    """23 samples in batches of 5."""
+    make, lead = Make("cpu", torch.float32), () if replicas is None else (replicas,)
+    lists = [
+        [torch.zeros(*lead, *shape) for shape in spec.shapes]
+        for _ in range(1 + len(spec.rule.states))
+    ]
+    order = torch.arange(23).expand(*lead, 23)
+    data, targets = make.real(23, spec.sizes[0]), make.labels(spec.sizes[-1], 23)
+    numbers = hyperparameters(spec.rule, replicas=replicas), torch.zeros(1)
+    return kernels.Run(spec, lists[0], lists[1:], data, targets, order, 5, *numbers)
+
+
 def main() -> None:
     """Launch, and say what was refused."""
-    seen = {"kernels": {}, "refused": [], "triton": triton.__version__}
+    seen = {"kernels": {}, "refused": [], "together": [], "triton": triton.__version__}
     with tempfile.TemporaryDirectory() as folder:
         stub = build(Path(folder))
         triton.runtime.driver.set_active(Driver())
         with launch.dry_run(ARCH, PROCESSORS), launch.observe(launched(seen)):
             operations("--full" in sys.argv)
+            updates("--full" in sys.argv)
+            trainings("--full" in sys.argv)
             parameter, host = torch.ones(4), torch.tensor(0.1)
             stub.stub_on_host(ctypes.c_ulonglong(host.data_ptr()))
             before = len(seen["refused"])
