@@ -60,8 +60,8 @@ from .losses import LOSSES, Loss
 from .mlp import mlp, mlp_bwd, mlp_bwd_ref, mlp_fwd, mlp_fwd_ref
 from .mlp_update import mlp_update, mlp_update_ref
 from .operations import OPERATIONS
-from .optim import adam, adam_ref, apply_rule, apply_rule_ref, sgd, sgd_ref
-from .rules import RULES, Rule, hyperparameters
+from .optim import adam, adam_ref, apply_rule, apply_rule_ref, check_update, sgd, sgd_ref
+from .rules import RULES, Rule, hyperparameters, row_of
 from .training import (
     Run,
     Spec,
@@ -94,6 +94,7 @@ __all__ = [
     "binary_cross_entropy_with_logits",
     "check_labels",
     "check_range",
+    "check_update",
     "conv2d",
     "conv2d_bwd",
     "conv2d_bwd_ref",
@@ -141,6 +142,7 @@ __all__ = [
     "path",
     "pinball_loss",
     "refusal",
+    "row_of",
     "sgd",
     "sgd_ref",
     "train_epoch",

@@ -3,7 +3,7 @@
 import torch
 
 from . import launch
-from .optim import adam, sgd
+from .optim import adam, apply_rule, apply_rule_ref, sgd
 
 ops = torch.ops.handgrad
 
@@ -48,6 +48,19 @@ def adam_op(params, grads, exp_avgs, exp_avg_sqs, step_tensor, step, lr_tensor, 
     adam(params, grads, exp_avgs, exp_avg_sqs, step, lr, *options)
 
 
+@mutating(
+    "apply_rule(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, str rule, Tensor? "
+    "lr_tensor, float[] row, Tensor? step_tensor, float step, bool maximize, bool first) -> ()"
+)
+def apply_rule_op(params, grads, states, rule, lr_tensor, row, step_tensor, step, *flags):
+    row = row if lr_tensor is None else (lr_tensor, *row[1:])
+    step = step if step_tensor is None else step_tensor
+    count = len(params)
+    lists = [states[i : i + count] for i in range(0, len(states), count)]
+    maximize, first = flags
+    apply_rule(rule, params, grads, lists, row, step, maximize=maximize, first=first)
+
+
 def _number(value) -> tuple[torch.Tensor | None, float]:
     return (value, 0.0) if isinstance(value, torch.Tensor) else (None, float(value))
 
@@ -62,4 +75,14 @@ def _adam(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, *options):
     )
 
 
-launch.operators.update(sgd=_sgd, adam=_adam)
+def _apply_rule(rule, params, grads, states, row, *, step, maximize, first):
+    if any(isinstance(number, torch.Tensor) for number in row[1:]):
+        flags = {"maximize": maximize, "first": first}
+        return apply_rule_ref(rule, params, grads, states, row, step, **flags)
+    lr, rate = _number(row[0])
+    flat = [t for tensors in states for t in tensors]
+    numbers = lr, [rate, *row[1:]], *_number(step)
+    return ops.apply_rule(params, grads, flat, rule.name, *numbers, maximize, first)
+
+
+launch.operators.update(sgd=_sgd, adam=_adam, apply_rule=_apply_rule)

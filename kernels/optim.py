@@ -208,6 +208,9 @@ def apply_rule(
     """
     rule = rules.get(rule)
     check_update(rule.name, params, grads, states)
+    if torch.compiler.is_compiling():
+        options = {"step": step, "maximize": maximize, "first": first}
+        return launch.operators["apply_rule"](rule, params, grads, states, row, **options)
     if len(states) != len(rule.states):
         raise ValueError(f"{rule.name}: needs {len(rule.states)} states, got {len(states)}")
     if not _on_kernels(params, grads, *states):

@@ -9,6 +9,13 @@
     adam       g ← g + λ p    m ← β1 m + (1 - β1) g    v ← β2 v + (1 - β2) g²
                p ← p - lr / (1 - β1ᵗ) · m / (√v / √(1 - β2ᵗ) + ε)
     adamw      as adam, but the decay is p ← p (1 - lr λ) instead of a term of g
+    lion       p ← p (1 - lr λ) - lr sign(β1 m + (1 - β1) g)    m ← β2 m + (1 - β2) g
+               (Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", algorithm 2)
+    rmsprop    g ← g + λ p    v ← α v + (1 - α) g²    u ← g / (√v + ε)
+               p ← p - lr u
+    rmsprop_momentum   as rmsprop, but b ← μ b + u    p ← p - lr b
+    adagrad    g ← g + λ p    s ← s + g²
+               p ← p - lr / (1 + (t - 1) lr_decay) · g / (√s + ε)
 
 A row holds the names of what a rule keeps and needs, and its formula twice: as a scalar
 `@triton.jit` function, which kernels take as a constexpr argument, and in plain torch. Nothing else
@@ -39,11 +46,6 @@ def bias_correction(step, log_beta):
     u = step * log_beta
     series = u * (1.0 + u * (0.5 + u * (0.16666666666 + u * (0.04166666666 + u * 0.00833333333))))
     return -tl.where(u > -0.1, series, tl.exp(u) - 1.0)
-
-
-@triton.jit
-def sgd_at(row, step):
-    return row
 
 
 @triton.jit
@@ -104,6 +106,51 @@ def adam_update(p, g, states, numbers):
 def adamw_update(p, g, states, numbers):
     p *= 1.0 - numbers[0] * numbers[1]
     return adam_moments(p, g, states, numbers)
+
+
+@triton.jit
+def plain_at(row, step):
+    return row
+
+
+@triton.jit
+def lion_update(p, g, states, numbers):
+    lr, decay, rate1, rate2 = numbers
+    u = (1.0 - rate1) * states[0] + rate1 * g
+    sign = tl.where(u > 0, 1.0, tl.where(u < 0, -1.0, u))  # 0 and NaN stay what they are
+    m = (1.0 - rate2) * states[0] + rate2 * g
+    return p * (1.0 - lr * decay) - lr * sign, (m,)
+
+
+@triton.jit
+def rmsprop_update(p, g, states, numbers):
+    lr, decay, rate, eps = numbers
+    g += decay * p
+    v = (1.0 - rate) * states[0] + rate * g * g
+    return p - lr * (g / (tl.sqrt(v) + eps)), (v,)
+
+
+@triton.jit
+def rmsprop_momentum_update(p, g, states, numbers):
+    lr, decay, rate, eps, momentum = numbers
+    g += decay * p
+    v = (1.0 - rate) * states[0] + rate * g * g
+    b = momentum * states[1] + g / (tl.sqrt(v) + eps)
+    return p - lr * b, (v, b)
+
+
+@triton.jit
+def adagrad_at(row, step):
+    lr, decay, lr_decay, eps = row
+    return lr / (1.0 + (step - 1.0) * lr_decay), decay, eps
+
+
+@triton.jit
+def adagrad_update(p, g, states, numbers):
+    lr, decay, eps = numbers
+    g += decay * p
+    total = states[0] + g * g
+    return p - lr * (g / (tl.sqrt(total) + eps)), (total,)
 
 
 def sgd_ref(
@@ -269,6 +316,36 @@ def _adam_tensor(p, g, states, numbers, decoupled=False):
     _add(p, m / (v.sqrt().div_(correction2**0.5).add_(eps)), -lr / correction1)
 
 
+def _lion_tensor(p, g, states, numbers):
+    (m,), (lr, decay, rate1, rate2) = states, numbers
+    u = _add(m * (1 - rate1), g, rate1)
+    p.mul_(1 - lr * decay)
+    _add(p, torch.where(u == u, u.sign(), u), -lr)
+    _add(m.mul_(1 - rate2), g, rate2)
+
+
+def _rmsprop_tensor(p, g, states, numbers):
+    (v, *buffers), (lr, decay, rate, eps, *momentum) = states, numbers
+    g = _add(g.clone(), p, decay)
+    _add(v.mul_(1 - rate), g * g, rate)
+    u = g / (v.sqrt().add_(eps))
+    for b, factor in zip(buffers, momentum):
+        u = b.mul_(factor).add_(u)
+    _add(p, u, -lr)
+
+
+def _adagrad_numbers(row, step):
+    lr, decay, lr_decay, eps = row
+    return lr / (1 + (step - 1) * lr_decay), decay, eps
+
+
+def _adagrad_tensor(p, g, states, numbers):
+    (total,), (lr, decay, eps) = states, numbers
+    g = _add(g.clone(), p, decay)
+    total.add_(g * g)
+    _add(p, g / (total.sqrt().add_(eps)), -lr)
+
+
 def _row_as_given(*hyperparameters):
     return hyperparameters
 
@@ -277,7 +354,15 @@ def _adam_row(lr, weight_decay, beta1, beta2, eps):
     return lr, weight_decay, 1 - beta1, 1 - beta2, eps, _log(beta1), _log(beta2)
 
 
-@dataclasses.dataclass(frozen=True)
+def _lion_row(lr, weight_decay, beta1, beta2):
+    return lr, weight_decay, 1 - beta1, 1 - beta2
+
+
+def _rmsprop_row(lr, weight_decay, alpha, eps, *momentum):
+    return lr, weight_decay, 1 - alpha, eps, *momentum
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Rule:
     """One row of the table. States are zeros before the first step, and shaped like the parameter.
 
@@ -293,7 +378,7 @@ class Rule:
     update: Any  # jit (p, g, states, numbers) -> (p, states), elementwise in float32
     at_ref: Callable  # `at` in torch: of numbers, or of tensors
     update_ref: Callable  # (p, g, states, numbers): one tensor and its states in place
-    torch: Callable  # () -> (torch's class, options that make it this rule): an independent oracle
+    torch: Callable | None  # () -> (torch's class, options that make it this rule): an oracle
     lists_ref: Callable | None = None  # (params, grads, states, row, step): all tensors at once
     # (add, params, states, row, step) -> whether it could: the step without a gradient in memory,
     # where add(targets, beta, alpha) does targets ← beta targets + alpha g in one product
@@ -321,6 +406,9 @@ _ADAM_COLUMNS = ("lr", "weight_decay", "rate1", "rate2", "eps", "log_beta1", "lo
 _AS_GIVEN = ("lr", "weight_decay", "momentum", "dampening")
 _ADAM_STATES = ("exp_avg", "exp_avg_sq")
 
+_RMSPROP = (("lr", 1e-2), ("weight_decay", 0.0), ("alpha", 0.99), ("eps", 1e-8))
+_ADAGRAD = (("lr", 1e-2), ("weight_decay", 0.0), ("lr_decay", 0.0), ("eps", 1e-10))
+
 RULES: dict[str, Rule] = {
     rule.name: rule
     for rule in (
@@ -330,7 +418,7 @@ RULES: dict[str, Rule] = {
             (),
             ("lr", "weight_decay"),
             _row_as_given,
-            sgd_at,
+            plain_at,
             sgd_update,
             _plain_numbers,
             _sgd_tensor,
@@ -390,6 +478,54 @@ RULES: dict[str, Rule] = {
             functools.partial(_adam_tensor, decoupled=True),
             lambda: (torch.optim.AdamW, {}),
             functools.partial(_adam_lists, decoupled=True),
+        ),
+        Rule(
+            "lion",
+            (("lr", 1e-4), ("weight_decay", 0.0), ("betas", (0.9, 0.99))),
+            ("exp_avg",),
+            ("lr", "weight_decay", "rate1", "rate2"),
+            _lion_row,
+            plain_at,
+            lion_update,
+            _plain_numbers,
+            _lion_tensor,
+            None,
+        ),
+        Rule(
+            "rmsprop",
+            _RMSPROP,
+            ("square_avg",),
+            ("lr", "weight_decay", "rate", "eps"),
+            _rmsprop_row,
+            plain_at,
+            rmsprop_update,
+            _plain_numbers,
+            _rmsprop_tensor,
+            lambda: (torch.optim.RMSprop, {}),
+        ),
+        Rule(
+            "rmsprop_momentum",
+            (*_RMSPROP, ("momentum", 0.0)),
+            ("square_avg", "momentum_buffer"),
+            ("lr", "weight_decay", "rate", "eps", "momentum"),
+            _rmsprop_row,
+            plain_at,
+            rmsprop_momentum_update,
+            _plain_numbers,
+            _rmsprop_tensor,
+            lambda: (torch.optim.RMSprop, {"momentum": 0.9}),
+        ),
+        Rule(
+            "adagrad",
+            _ADAGRAD,
+            ("sum",),
+            ("lr", "weight_decay", "lr_decay", "eps"),
+            _row_as_given,
+            adagrad_at,
+            adagrad_update,
+            _adagrad_numbers,
+            _adagrad_tensor,
+            lambda: (torch.optim.Adagrad, {}),
         ),
     )
 }

@@ -1,9 +1,11 @@
-"""SGD, Adam and AdamW: torch's optimizers with one launch a step, and gradients that may be handed
-in.
+"""torch's optimizers with one launch a step, and gradients that may be handed in; and Lion.
 
 They are torch's classes: arguments, defaults, parameter groups, state_dict and learning-rate
-schedulers are torch's own. Only the update differs. `foreach` and `fused` have no effect;
-`differentiable` and `amsgrad` are refused.
+schedulers are torch's own. Only the update differs: it is a row of `kernels.RULES`. `foreach` and
+`fused` have no effect; `differentiable`, `amsgrad` and `centered` are refused.
+
+To add one: its row in kernels/rules.py, and a class here that says which row serves a parameter
+group. The row's names of states and hyperparameters are torch's.
 """
 
 import torch
@@ -11,15 +13,31 @@ import torch
 import kernels
 from kernels import launch
 
-
-def _refuse(name, **options):
-    for option, value in options.items():
-        if value:
-            raise ValueError(f"{name}: {option}=True is not supported; use torch.optim.{name}")
+_REFUSED = ("differentiable", "amsgrad", "centered")
 
 
-class _Stepper:
-    """What the three share: which gradients a step uses."""
+class _Ruled:
+    """A torch optimizer whose update is a row of `kernels.RULES`: what its classes share."""
+
+    counted = True  # whether the state of a parameter has a "step", as torch's class keeps it
+
+    def row(self, group: dict) -> kernels.Rule:
+        """The row of `kernels.RULES` that updates this parameter group."""
+        raise NotImplementedError
+
+    def initial(self, group: dict) -> float:
+        """What states are filled with before the first step."""
+        return 0.0
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # torch's classes announce it under fused=True, and GradScaler then leaves it to the step to
+        # unscale gradients and to skip infinite ones. Ours leaves that to GradScaler.
+        return False
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        pass
 
     def step(self, closure=None, *, grads=None):
         """Update every parameter from its .grad, or from `grads`: a sequence or dict in the
@@ -35,62 +53,92 @@ class _Stepper:
         self.update(grads)
         return loss
 
-    def add_param_group(self, param_group):
-        """As torch's; a group of its own with a refused option is refused."""
-        _refuse(
-            type(self).__name__,
-            differentiable=param_group.get("differentiable"),
-            amsgrad=param_group.get("amsgrad"),
-        )
+    def add_param_group(self, param_group: dict) -> None:
+        """As torch's; a refused option is a ValueError."""
+        self._refuse({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
-    def load_state_dict(self, state_dict):
-        """As torch's; the state of an optimizer with a refused option is refused."""
-        for group in state_dict["param_groups"]:
-            _refuse(
-                type(self).__name__,
-                differentiable=group.get("differentiable"),
-                amsgrad=group.get("amsgrad"),
-            )
-        super().load_state_dict(state_dict)
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As torch's; the state of an optimizer with a refused option is a ValueError.
 
-    def constants(self) -> tuple | None:
-        """What an update depends on besides parameters, gradients and states; None while that
-        changes from step to step.
+        Step counts that are not for CUDA graphs go to the CPU: reading one on a GPU would wait.
         """
-        return None
+        for group in state_dict["param_groups"]:
+            self._refuse(group)
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            for state in (self.state[p] for p in group["params"] if p in self.state):
+                if isinstance(state.get("step"), torch.Tensor) and not group.get("capturable"):
+                    state["step"] = state["step"].cpu()
+
+    def _refuse(self, group: dict) -> None:
+        name = type(self).__name__
+        for option in _REFUSED:
+            if group.get(option):
+                raise ValueError(f"{name}: {option}=True is not supported; use torch.optim.{name}")
 
     def rule(self, parameters) -> kernels.Rule | None:
         """The row of `kernels.RULES` that this update of just these parameters is; None if there is
-        none.
+        none, or if a number of it lies in device memory.
         """
-        group, pointers = self.param_groups[0], [p.data_ptr() for p in parameters]
-        known = type(self) in OPTIMIZERS.values() and len(self.param_groups) == 1
-        numbers = not (group["maximize"] or isinstance(group["lr"], torch.Tensor))
-        return (
-            self._rule(group)
-            if known and numbers and [p.data_ptr() for p in group["params"]] == pointers
-            else None
-        )
+        group = self.param_groups[0]
+        if type(self) not in OPTIMIZERS.values() or len(self.param_groups) > 1:
+            return None
+        if group["maximize"] or not self._on_host(group):
+            return None
+        same = [p.data_ptr() for p in group["params"]] == [p.data_ptr() for p in parameters]
+        return self.row(group) if same else None
 
-    def hyper(self, device) -> torch.Tensor | tuple:
-        """The numbers of `rule` as they are now, see `kernels.hyperparameters`: on a GPU always the
+    def constants(self) -> tuple | None:
+        """What an update depends on besides parameters, gradients and states; None while that
+        changes from step to step, or may change unseen.
+        """
+        groups = self.param_groups
+        if self.counted or not all(self._on_host(group) for group in groups):
+            return None
+        if any(self._fresh(group, p) for group in groups for p in group["params"]):
+            return None
+        return tuple((self.row(group), self._numbers(group), group["maximize"]) for group in groups)
+
+    def hyper(self, device: torch.device) -> torch.Tensor | tuple:
+        """The row's numbers as they are now, see `kernels.hyperparameters`: on a GPU always the
         same tensor, rewritten.
         """
         (group,) = self.param_groups
-        rule = self._rule(group)
-        options = {name: group[name] for name, _ in rule.hyperparameters}
+        rule, numbers = self.row(group), self._numbers(group)
+        if device.type == "cpu":
+            return numbers
         known = self.__dict__.setdefault("_rows", {})
-        values, row = known.get(device, (None, None))
-        if values != (rule, options):
-            numbers = kernels.rules.row_of(rule, **options)
-            if device.type == "cpu":
-                row = numbers
-            else:
-                numbers = torch.tensor(numbers, dtype=torch.float32)
-                row = numbers.to(device) if row is None else row.copy_(numbers)
-            known[device] = (rule, options), row
+        made, row = known.get((rule, device), (None, None))
+        if made != numbers:
+            values = torch.tensor(numbers, dtype=torch.float32)
+            row = values.to(device) if row is None else row.copy_(values)
+            known[rule, device] = numbers, row
         return row
+
+    def states(self, capturable: bool = False) -> tuple[list, torch.Tensor]:
+        """(lists of states as the training kernels take them, count of steps taken), made if there
+        are none. capturable: step counts go to the parameters' device.
+        """
+        (group, *_), params = self.param_groups, self._params()
+        fresh = any(self._fresh(g, p) for g in self.param_groups for p in g["params"])
+        for g in self.param_groups:
+            if self.counted:
+                g["capturable"] = g.get("capturable", False) or capturable
+            self._make(g, g["params"])
+        count = torch.full((1,), 0.0 if fresh else 1.0, device=params[0].device)
+        if self.counted:
+            if capturable:
+                for p in params:
+                    self.state[p]["step"] = self.state[p]["step"].to(p.device)
+            step = self.state[params[0]]["step"].detach()
+            count = step.to(params[0].device).reshape(1).clone()
+        return [[self.state[p][name] for p in params] for name in self.row(group).states], count
+
+    def advance(self, steps: int) -> None:
+        """Take note of steps that a training kernel made."""
+        if self.counted:
+            torch._foreach_add_([state["step"] for state in self.state.values()], steps)
 
     def inline(self) -> tuple:
         """Count a step that the backward takes itself, see `Net.update`: (states, hyper, step,
@@ -98,16 +146,19 @@ class _Stepper:
         """
         self._opt_called = True  # torch's schedulers ask whether a step was taken
         (group,) = self.param_groups
-        return *self._inline(group), self._rule(group)
+        params = group["params"]
+        step = self._next_steps(group, params)[0]
+        lists = [[self.state[p][name] for p in params] for name in self.row(group).states]
+        return lists, self.hyper(params[0].device), step, self.row(group)
 
     @torch.no_grad()
-    def update(self, grads=None):
+    def update(self, grads=None) -> None:
         """`step` without torch's hooks and profiler record around it: what the engines call."""
         if isinstance(grads, dict):
             grads = grads.values()
         grads = None if grads is None else list(grads)
         self._opt_called = True  # torch's schedulers ask whether a step was taken
-        count = sum(len(group["params"]) for group in self.param_groups)
+        count = len(self._params())
         if grads is not None and len(grads) != count:
             raise ValueError(
                 f"{type(self).__name__}: {count} parameters but {len(grads)} gradients"
@@ -125,164 +176,180 @@ class _Stepper:
             if params:
                 self._update(group, params, given)
 
+    def _update(self, group, params, grads):
+        """One launch for the parameters that take the same step."""
+        rule, numbers, together = self.row(group), self._numbers(group), {}
+        kernels.check_update(type(self).__name__, params, grads)
+        steps = self._next_steps(group, params)
+        for i, step in enumerate(steps):
+            # Of counts in device memory one serves all: they advance together.
+            key = None if isinstance(step, torch.Tensor) else step
+            together.setdefault(key, []).append(i)
+        for members in together.values():
+            chosen = [params[i] for i in members]
+            kernels.apply_rule(
+                rule,
+                chosen,
+                [grads[i] for i in members],
+                [[self.state[p][name] for p in chosen] for name in rule.states],
+                numbers,
+                steps[members[0]],
+                maximize=group["maximize"],
+            )
 
-class SGD(_Stepper, torch.optim.SGD):
+    def _next_steps(self, group, params) -> list:
+        """The count of this step for each parameter, taken note of: numbers, or device tensors.
+
+        Where torch's class counts none, 1 for a first step, else 2.
+        """
+        fresh = [self._fresh(group, p) for p in params]
+        self._make(group, params)
+        if not self.counted:
+            return [1 if first else 2 for first in fresh]
+        counts = [self.state[p]["step"] for p in params]
+        torch._foreach_add_(counts, 1)
+        # No host read on a device, nor of fake tensors.
+        if group.get("capturable") or not launch.plain(*counts):
+            return counts
+        return [int(count) for count in counts]
+
+    def _fresh(self, group, p) -> bool:
+        """Whether a state of this parameter is missing, or None as older torch saved it."""
+        state = self.state.get(p, {})
+        return any(state.get(name) is None for name in self.row(group).states)
+
+    def _make(self, group, params) -> None:
+        for p in params:
+            state = self.state[p] if self.counted or self.row(group).states else {}
+            if self.counted and "step" not in state:
+                on = p.device if group.get("capturable") else "cpu"
+                state["step"] = torch.zeros((), dtype=torch.float32, device=on)
+            for name in self.row(group).states:
+                if state.get(name) is None:
+                    like = torch.preserve_format
+                    state[name] = torch.full_like(p, self.initial(group), memory_format=like)
+
+    def _params(self) -> list:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _hyperparameters(self, group) -> dict:
+        """The rule's hyperparameters; those in CPU memory as numbers, so that kernels may have
+        them.
+        """
+        given = {name: group[name] for name, _ in self.row(group).hyperparameters}
+        return {name: _number(value) for name, value in given.items()}
+
+    def _on_host(self, group) -> bool:
+        values = self._hyperparameters(group).values()
+        return not any(isinstance(v, torch.Tensor) for value in values for v in _spread(value))
+
+    def _numbers(self, group) -> tuple:
+        """The row's numbers; what lies in device memory stays there."""
+        return kernels.row_of(self.row(group), **self._hyperparameters(group))
+
+
+def _spread(value) -> tuple:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _number(value):
+    """A hyperparameter that is a tensor on the CPU as a number, a pair element by element."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_number, value))
+    on_host = isinstance(value, torch.Tensor) and value.device.type == "cpu"
+    return float(value) if on_host and launch.plain(value) else value
+
+
+class SGD(_Ruled, torch.optim.SGD):
     """`torch.optim.SGD`: momentum, dampening, weight decay, Nesterov, maximize; lr a number or a
     device tensor.
     """
 
-    def __init__(self, params, lr=1e-3, momentum=0, **options):
-        _refuse("SGD", differentiable=options.get("differentiable"))
-        super().__init__(params, lr=lr, momentum=momentum, **options)
+    counted = False
 
-    def constants(self):
-        """The hyperparameters, once momentum buffers exist and unless the learning rate is a
-        tensor.
-        """
-        if any(
-            g["momentum"] and not all(self.state[p] for p in g["params"]) for g in self.param_groups
-        ):
-            return None
-        names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
-        values = tuple(group[name] for group in self.param_groups for name in names)
-        return None if any(isinstance(value, torch.Tensor) for value in values) else values
-
-    def states(self, capturable=False):
-        """(lists of states as the training kernels take them, count of steps): momentum buffers,
-        made if there are none.
-        """
-        params = [p for group in self.param_groups for p in group["params"]]
-        fresh = any(self.state[p].get("momentum_buffer") is None for p in params)
-        count = torch.full((1,), 0.0 if fresh else 1.0, device=params[0].device)
-        if not self.param_groups[0]["momentum"]:
-            return [], count
-        for p in params:
-            if self.state[p].get("momentum_buffer") is None:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        return [[self.state[p]["momentum_buffer"] for p in params]], count
-
-    def advance(self, steps: int) -> None:
-        """Take note of steps that a training kernel made: SGD counts none."""
-
-    def _rule(self, group):
+    def row(self, group):
+        """Plain, momentum or Nesterov."""
         if not group["momentum"]:
             return kernels.RULES["sgd"]
         return kernels.RULES["nesterov" if group["nesterov"] else "momentum"]
 
-    def _inline(self, group):
-        states, hyper = (
-            [self.state[p] for p in group["params"]],
-            self.hyper(group["params"][0].device),
-        )
-        if not group["momentum"]:
-            return [], hyper, 1
-        fresh = any(s.get("momentum_buffer") is None for s in states)
-        if fresh:
-            self.states()
-        return [[s["momentum_buffer"] for s in states]], hyper, 1 if fresh else 2
 
-    def _update(self, group, params, grads):
-        options = (group["dampening"], group["weight_decay"], group["nesterov"], group["maximize"])
-        momentum = group["momentum"]
-        if not momentum:
-            return kernels.sgd(params, grads, params, group["lr"], 0.0, *options)
-        fresh = [self.state[p].get("momentum_buffer") is None for p in params]
-        for first in set(fresh):
-            members = [i for i, is_fresh in enumerate(fresh) if is_fresh == first]
-            for i in members:
-                if first:
-                    self.state[params[i]]["momentum_buffer"] = torch.empty_like(params[i])
-            buffers = [self.state[params[i]]["momentum_buffer"] for i in members]
-            subset, given = [params[i] for i in members], [grads[i] for i in members]
-            kernels.sgd(subset, given, buffers, group["lr"], momentum, *options, first)
-
-
-class Adam(_Stepper, torch.optim.Adam):
+class Adam(_Ruled, torch.optim.Adam):
     """`torch.optim.Adam`; with capturable=True the step counts live on the device, for CUDA
     graphs.
     """
 
-    def __init__(self, params, lr=1e-3, **options):
-        _refuse(
-            type(self).__name__,
-            differentiable=options.get("differentiable"),
-            amsgrad=options.get("amsgrad"),
-        )
-        super().__init__(params, lr=lr, **options)
-
-    def _make_states(self, group):
-        for p in group["params"]:
-            if not self.state[p]:
-                on = p.device if group["capturable"] else "cpu"
-                self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=on)
-                self.state[p]["exp_avg"] = torch.zeros_like(p)
-                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
-
-    def states(self, capturable=False):
-        """(lists of states as the training kernels take them, count of steps); step counts go to
-        the device if capturable.
-        """
-        for group in self.param_groups:
-            group["capturable"] = group["capturable"] or capturable
-            self._make_states(group)
-        params = [p for group in self.param_groups for p in group["params"]]
-        for p in params if capturable else ():
-            self.state[p]["step"] = self.state[p]["step"].to(p.device)
-        count = self.state[params[0]]["step"].detach().to(params[0].device).reshape(1).clone()
-        return [[self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq")], count
-
-    def advance(self, steps: int) -> None:
-        """Take note of steps that a training kernel made."""
-        torch._foreach_add_([state["step"] for state in self.state.values()], steps)
-
-    def _rule(self, group):
-        return kernels.RULES["adamw" if self._decoupled(group) else "adam"]
-
-    def _inline(self, group):
-        self._make_states(group)
-        states = [self.state[p] for p in group["params"]]
-        self.advance(1)
-        step = states[0]["step"] if group["capturable"] else int(states[0]["step"])
-        lists = [[s[name] for s in states] for name in ("exp_avg", "exp_avg_sq")]
-        return lists, self.hyper(group["params"][0].device), step
-
-    def _update(self, group, params, grads):
-        self._make_states(group)
-        states = [self.state[p] for p in params]
-        steps = [s["step"] for s in states]
-        torch._foreach_add_(steps, 1)
-        # No host read on a device, nor of fake tensors: parameters of a group advance together.
-        together = group["capturable"] or not launch.plain(*steps)
-        if together:
-            groups = {0: range(len(params))}
-        else:
-            groups = {}
-            for i, step in enumerate(steps):
-                groups.setdefault(int(step), []).append(i)
-        for count, members in groups.items():
-            kernels.adam(
-                [params[i] for i in members],
-                [grads[i] for i in members],
-                [states[i]["exp_avg"] for i in members],
-                [states[i]["exp_avg_sq"] for i in members],
-                steps[members[0]] if together else count,
-                group["lr"],
-                group["betas"],
-                group["eps"],
-                group["weight_decay"],
-                self._decoupled(group),
-                group["maximize"],
-            )
-
-    def _decoupled(self, group):
-        return group.get("decoupled_weight_decay", False)
+    def row(self, group):
+        """Adam, or AdamW where decoupled_weight_decay is set."""
+        return kernels.RULES["adamw" if group.get("decoupled_weight_decay") else "adam"]
 
 
 class AdamW(Adam, torch.optim.AdamW):
     """`torch.optim.AdamW`: Adam whose weight decay does not pass through the moments."""
 
-    def _decoupled(self, group):
-        return True
+    def row(self, group):
+        """AdamW."""
+        return kernels.RULES["adamw"]
 
 
-OPTIMIZERS = {"sgd": SGD, "adam": Adam, "adamw": AdamW}
+class RMSprop(_Ruled, torch.optim.RMSprop):
+    """`torch.optim.RMSprop`, with momentum or without; `centered` is refused."""
+
+    def row(self, group):
+        """With momentum or without."""
+        return kernels.RULES["rmsprop_momentum" if group["momentum"] else "rmsprop"]
+
+
+class Adagrad(_Ruled, torch.optim.Adagrad):
+    """`torch.optim.Adagrad`: lr_decay, weight decay, initial_accumulator_value, maximize."""
+
+    def row(self, group):
+        """Adagrad."""
+        return kernels.RULES["adagrad"]
+
+    def initial(self, group):
+        """The sums' initial value."""
+        return group["initial_accumulator_value"]
+
+
+class Lion(_Ruled, torch.optim.Optimizer):
+    """Lion (Chen et al. 2023): steps of one size, in the direction of the sign of an average.
+
+    lr is usually 3 to 10 times smaller than Adam's, weight_decay as many times larger. betas: of
+    the average that is stepped along, and of the one that is kept. ValueError: lr, a beta or
+    weight_decay out of range.
+    """
+
+    counted = False
+
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+    ):
+        if not lr >= 0:
+            raise ValueError(f"Lion: the learning rate must be at least 0, got {lr}")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"Lion: betas must be in [0, 1), got {betas}")
+        if not weight_decay >= 0:
+            raise ValueError(f"Lion: weight_decay must be at least 0, got {weight_decay}")
+        options = {"betas": betas, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, {"lr": lr, **options})
+
+    def row(self, group):
+        """Lion."""
+        return kernels.RULES["lion"]
+
+
+OPTIMIZERS = {
+    "sgd": SGD,
+    "adam": Adam,
+    "adamw": AdamW,
+    "lion": Lion,
+    "rmsprop": RMSprop,
+    "adagrad": Adagrad,
+}

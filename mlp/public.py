@@ -23,7 +23,7 @@ from .modules import (
     PinballLoss,
 )
 from .net import Net
-from .optim import SGD, Adam, AdamW
+from .optim import SGD, Adagrad, Adam, AdamW, Lion, RMSprop
 from .sweep import Sweep
 from .trainer import History, Trainer
 
@@ -31,6 +31,7 @@ __all__ = [
     "ENGINES",
     "MLP",
     "SGD",
+    "Adagrad",
     "Adam",
     "AdamW",
     "BCEWithLogitsLoss",
@@ -45,11 +46,13 @@ __all__ = [
     "HuberLoss",
     "LayerNorm",
     "Linear",
+    "Lion",
     "MSELoss",
     "MeanSquaredError",
     "Net",
     "Pinball",
     "PinballLoss",
+    "RMSprop",
     "SoftmaxCrossEntropy",
     "Sweep",
     "Trainer",

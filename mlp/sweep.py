@@ -108,10 +108,9 @@ class Sweep:
         }
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model = MLP(**self.config)
-        momentum = (
-            {"momentum": max(self.momenta)} if optimizer == "sgd" and max(self.momenta) else {}
-        )
-        made = OPTIMIZERS[optimizer](model.parameters(), lr=self.lrs[0], **momentum, **options)
+        if max(self.momenta):
+            options["momentum"] = max(self.momenta)
+        made = OPTIMIZERS[optimizer](model.parameters(), lr=self.lrs[0], **options)
         self.spec = spec_of(model, self.loss, made)
         if isinstance(self.spec, str):
             raise ValueError(f"sweep: {self.spec}")
@@ -126,7 +125,8 @@ class Sweep:
                 seed,
             )
         self.states = [
-            [torch.zeros_like(p) for p in self.parameters] for _ in self.spec.rule.states
+            [t.to(self.device).expand(replicas, *t.shape).clone() for t in state]
+            for state in made.states()[0]
         ]
         self.count = torch.zeros(1, device=self.device)
         self.rows: list[Row] = []

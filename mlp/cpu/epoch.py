@@ -243,7 +243,7 @@ def _choice(spec, batch: int, workers: int) -> _Choice:
 
 
 def _train(task: _Task, lists, choice: _Choice, stopped: threading.Event, pool=None) -> None:
-    """All steps in pieces, until stopped. lists: parameters and states, read first, then written."""
+    """All steps in pieces, until stopped. lists: parameters and states, read, then written."""
     memory, steps = task.memory, len(task.losses)
     memory.copy(lists)
     while task.done < steps and not stopped.is_set():

@@ -3,6 +3,7 @@ the same weights.
 """
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -11,10 +12,17 @@ import kernels
 import mlp
 from tests.databases import torchs
 
-OPTIMIZERS = {torch.optim.SGD: mlp.SGD, torch.optim.Adam: mlp.Adam, torch.optim.AdamW: mlp.AdamW}
+OPTIMIZERS = {
+    torch.optim.SGD: mlp.SGD,
+    torch.optim.Adam: mlp.Adam,
+    torch.optim.AdamW: mlp.AdamW,
+    torch.optim.RMSprop: mlp.RMSprop,
+    torch.optim.Adagrad: mlp.Adagrad,
+}
 REFUSED = {
     "amsgrad": "Adam's maxima of its second moments",
     "differentiable": "steps that are part of a graph",
+    "centered": "RMSprop's variance of the gradient",
 }
 EACH = pytest.mark.parametrize(
     "info",
@@ -52,8 +60,10 @@ def samples(info):
     """The database's keywords, and each again with the flags that choose an implementation in
     torch.
     """
+    known = inspect.signature(info.optim_cls.__init__).parameters
+    flags = [{}, *({name: True} for name in ("foreach", "fused") if name in known)]
     for sample in info.optim_inputs_func("cpu"):
-        for flag in ({}, {"foreach": True}, {"fused": True}):
+        for flag in flags:
             if not (
                 flag and isinstance(sample.kwargs.get("lr"), torch.Tensor)
             ):  # torch refuses a tensor with foreach
@@ -79,9 +89,9 @@ def compare(info, device, dtype):
         *refused,
         sep="\n  ",
     )
-    assert len(refused) == (
-        0 if info.optim_cls is torch.optim.SGD else 3
-    )  # amsgrad, with each of torch's flags
+    # amsgrad, with each of torch's flags; centered, in three samples with each of two.
+    expected = {torch.optim.Adam: 3, torch.optim.AdamW: 3, torch.optim.RMSprop: 6}
+    assert len(refused) == expected.get(info.optim_cls, 0)
 
 
 @EACH

@@ -11,6 +11,7 @@ import torch
 from kernels import RULES, hyperparameters, launch, mlp_fwd, mlp_update
 from kernels.operations import OPERATIONS, flatten
 from tests.checks import Draw, assert_as_accurate, double
+from tests.lion import Lion
 
 SIZES = (17, 9, 12, 5)
 # rule -> torch's optimizer, its options, and ours.
@@ -31,6 +32,18 @@ TORCH = {
         torch.optim.AdamW,
         {"betas": (0.5, 0.7)},
         {"betas": (0.5, 0.7), "weight_decay": 0.01},
+    ),
+    "lion": (Lion, {"weight_decay": 0.1}, {"weight_decay": 0.1}),
+    "rmsprop": (torch.optim.RMSprop, {"alpha": 0.9}, {"alpha": 0.9}),
+    "rmsprop_momentum": (
+        torch.optim.RMSprop,
+        {"momentum": 0.5, "alpha": 0.5, "eps": 1e-3, "weight_decay": 0.1},
+        {"momentum": 0.5, "alpha": 0.5, "eps": 1e-3, "weight_decay": 0.1},
+    ),
+    "adagrad": (
+        torch.optim.Adagrad,
+        {"lr_decay": 0.1, "weight_decay": 0.1},
+        {"lr_decay": 0.1, "weight_decay": 0.1},
     ),
 }
 
@@ -59,6 +72,10 @@ def train_by_us(parameters, batches, rule, hyper, bias, step_of=int):
     for step, (x, t) in enumerate(batches, 1):
         y, saved = mlp_fwd(x, weights, biases, "tanh")
         mlp_update(y - t, saved, parameters, states, hyper, step_of(step), rule)
+
+
+def test_every_rule_is_compared():
+    assert list(TORCH) == list(RULES)
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])

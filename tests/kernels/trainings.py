@@ -55,6 +55,15 @@ CASES |= {
     "z of a single layer": (Spec((12, 20), output_activation="gelu_tanh", loss="mse"), {}),
     "z of squares": (Spec((12, 9, 8, 3), "relu_squared", rule="adam"), ADAM),
 }
+CASES |= {
+    "Lion": (Spec((12, 7, 3), "tanh", rule="lion"), {"lr": 0.01, "weight_decay": 0.1}),
+    "RMSprop": (Spec((12, 7, 3), "tanh", bias=False, rule="rmsprop"), {"lr": 0.01}),
+    "RMSprop, momentum": (
+        Spec((12, 7, 3), "tanh", rule="rmsprop_momentum"),
+        {"lr": 0.01, "alpha": 0.9, "momentum": 0.5, "weight_decay": 0.1},
+    ),
+    "Adagrad": (Spec((12, 7, 3), "tanh", rule="adagrad"), {"lr_decay": 0.1, "weight_decay": 0.1}),
+}
 SOFT = ("float targets", "probabilities", "several labels, weights", "quantiles")
 
 

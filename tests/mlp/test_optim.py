@@ -11,6 +11,7 @@ import torch
 
 from mlp.optim import OPTIMIZERS
 from tests.checks import assert_equal
+from tests.lion import oracle
 
 VARIANTS = {
     "sgd": [
@@ -29,6 +30,20 @@ VARIANTS = {
         {"lr": 0.01},
         {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.2, "maximize": True},
     ],
+    "lion": [
+        {"lr": 0.01},
+        {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.2, "maximize": True},
+    ],
+    "rmsprop": [
+        {"lr": 0.01},
+        {"lr": 0.003, "alpha": 0.9, "eps": 1e-4, "weight_decay": 0.1},
+        {"lr": 0.001, "momentum": 0.5, "weight_decay": 0.1, "maximize": True},
+    ],
+    "adagrad": [
+        {"lr": 0.1},
+        {"lr": 0.1, "lr_decay": 0.1, "initial_accumulator_value": 0.5, "weight_decay": 0.1},
+        {"lr": 0.1, "eps": 1e-4, "maximize": True},
+    ],
 }
 CASES = [
     pytest.param(n, o, id=f"{n} {i}: {' '.join(o)}")
@@ -39,7 +54,7 @@ EACH = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
 def torchs(name):
-    return getattr(torch.optim, OPTIMIZERS[name].__name__)
+    return oracle(OPTIMIZERS[name])
 
 
 def problem(device="cpu", dtype=torch.float32):

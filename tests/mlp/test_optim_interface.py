@@ -2,6 +2,7 @@
 rates, hooks, refusals.
 """
 
+import inspect
 import warnings
 
 import pytest
@@ -9,12 +10,13 @@ import torch
 
 from mlp.optim import OPTIMIZERS, SGD, Adam
 from tests.checks import assert_equal
+from tests.lion import oracle
 
 EACH = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
 def torchs(name):
-    return getattr(torch.optim, OPTIMIZERS[name].__name__)
+    return oracle(OPTIMIZERS[name])
 
 
 def parameter(device="cpu"):
@@ -44,7 +46,8 @@ def test_closure(name, device):
 @EACH
 def test_learning_rate_as_a_tensor(name, device):
     """Updated in place between steps, as a captured graph would see it: the same as the number."""
-    options = {} if name == "sgd" else {"capturable": device != "cpu"}
+    known = inspect.signature(torchs(name).__init__).parameters
+    options = {"capturable": device != "cpu"} if "capturable" in known else {}
     results = []
     for lr in (torch.tensor(0.1, device=device), 0.1):
         p = parameter(device)
@@ -97,7 +100,7 @@ def test_gradients_are_only_read(name, device):
         {"weight_decay": 0.1, "maximize": True},
         {"momentum": 0.9, "nesterov": True},
     ):
-        if "momentum" in options and name != "sgd":
+        if not options.keys() <= inspect.signature(OPTIMIZERS[name].__mro__[2]).parameters.keys():
             continue
         p, grad = parameter(device), torch.ones(5, device=device)
         optimizer = OPTIMIZERS[name]([p], lr=0.1, **options)
@@ -109,7 +112,8 @@ def test_gradients_are_only_read(name, device):
 @EACH
 def test_refusals(name):
     kind = OPTIMIZERS[name]
-    for option in ("differentiable",) if name == "sgd" else ("differentiable", "amsgrad"):
+    known = inspect.signature(torchs(name).__init__).parameters
+    for option in known.keys() & {"differentiable", "amsgrad", "centered"}:
         with pytest.raises(
             ValueError,
             match=f"{kind.__name__}: {option}=True is not supported; use "
@@ -150,3 +154,77 @@ def test_momentum_switched_on_later(device):
             optimizer.step()
         results.append(p.detach())
     torch.testing.assert_close(*results)
+
+
+@EACH
+def test_infinite_gradients_under_a_scaler_are_skipped(name):
+    """Under fused=True torch announces a step that does it; for ours GradScaler does."""
+    known = inspect.signature(torchs(name).__init__).parameters
+    for options in ({}, {"fused": True}) if "fused" in known else ({},):
+        p, plain = parameter(), parameter()
+        optimizer, other = (OPTIMIZERS[name]([q], lr=0.1, **options) for q in (p, plain))
+        scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+        scaler.scale(p.sin().sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        other.step(grads=[plain.detach().cos()])
+        torch.testing.assert_close(p.detach(), plain.detach())
+        before = p.detach().clone()
+        p.grad = torch.full_like(p, float("inf"))
+        scaler.scale(p.sum())
+        scaler.step(optimizer)
+        assert torch.equal(p, before)
+
+
+@EACH
+def test_numbers_as_tensors_on_the_cpu(name):
+    """As torch takes them: every number that is one is read on the host."""
+    runs = []
+    for wrap in (lambda value: value, torch.tensor):
+        p = parameter()
+        optimizer = OPTIMIZERS[name]([p], lr=wrap(0.1))
+        group = optimizer.param_groups[0]
+        for key, value in group.items():
+            if isinstance(value, float) and key != "lr":
+                group[key] = wrap(value)
+            elif isinstance(value, tuple):
+                group[key] = tuple(map(wrap, value))
+        for _ in range(2):
+            optimizer.step(grads=[p.detach().cos()])
+        assert optimizer.rule([p]) is not None
+        runs.append(p.detach())
+    torch.testing.assert_close(*runs)
+
+
+def test_a_momentum_buffer_that_is_none_begins():
+    """As older torch saved the state of a run without momentum."""
+    runs = []
+    for kind in (SGD, torch.optim.SGD):
+        p = parameter()
+        optimizer = kind([p], lr=0.1, momentum=0.9)
+        optimizer.state[p]["momentum_buffer"] = None
+        for _ in range(3):
+            p.grad = p.detach().cos()
+            optimizer.step()
+        runs.append(p.detach())
+    torch.testing.assert_close(*runs)
+
+
+@EACH
+def test_loaded_step_counts_are_on_the_cpu(name):
+    """Where a checkpoint left them on another device, reading one would wait for it."""
+    p = parameter()
+    optimizer = OPTIMIZERS[name]([p])
+    optimizer.step(grads=[torch.ones_like(p)])
+    state = optimizer.state_dict()
+    for entry in state["state"].values():
+        if "step" in entry:
+            entry["step"] = entry["step"].to("meta")
+    if not optimizer.counted:
+        return
+    moved = []
+    kept = torch.Tensor.cpu
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "cpu", lambda t: moved.append(t) or kept(torch.zeros(())))
+        OPTIMIZERS[name]([p]).load_state_dict(state)
+    assert [t.device.type for t in moved] == ["meta"]

@@ -18,6 +18,9 @@ OPTIMIZERS = {
     "momentum": {"momentum": 0.9},
     "adam": {"optimizer": "adam"},
     "adamw": {"optimizer": "adamw", "weight_decay": 0.1},
+    "lion": {"optimizer": "lion", "weight_decay": 0.1},
+    "rmsprop": {"optimizer": "rmsprop", "momentum": 0.5},
+    "adagrad": {"optimizer": "adagrad", "initial_accumulator_value": 0.1},
 }
 
 
