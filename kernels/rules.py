@@ -142,12 +142,12 @@ def rmsprop_momentum_update(p, g, states, numbers):
 @triton.jit
 def adagrad_at(row, step):
     lr, decay, lr_decay, eps = row
-    return lr / (1.0 + (step - 1.0) * lr_decay), decay, eps
+    return lr / (1.0 + (step - 1.0) * lr_decay), decay, lr_decay, eps
 
 
 @triton.jit
 def adagrad_update(p, g, states, numbers):
-    lr, decay, eps = numbers
+    lr, decay, _, eps = numbers
     g += decay * p
     total = states[0] + g * g
     return p - lr * (g / (tl.sqrt(total) + eps)), (total,)
@@ -336,11 +336,11 @@ def _rmsprop_tensor(p, g, states, numbers):
 
 def _adagrad_numbers(row, step):
     lr, decay, lr_decay, eps = row
-    return lr / (1 + (step - 1) * lr_decay), decay, eps
+    return lr / (1 + (step - 1) * lr_decay), decay, lr_decay, eps
 
 
 def _adagrad_tensor(p, g, states, numbers):
-    (total,), (lr, decay, eps) = states, numbers
+    (total,), (lr, decay, _, eps) = states, numbers
     g = _add(g.clone(), p, decay)
     total.add_(g * g)
     _add(p, g / (total.sqrt().add_(eps)), -lr)
@@ -374,7 +374,7 @@ class Rule:
     states: tuple[str, ...]  # torch's names of what is kept for a parameter
     columns: tuple[str, ...]  # of a row
     row: Callable  # hyperparameters in order, pairs spread -> a row: numbers, or tensors of numbers
-    at: Any  # jit (row, step) -> the step's numbers; step 1 is the first
+    at: Any  # jit (row, step) -> the step's numbers, one for each column; step 1 is the first
     update: Any  # jit (p, g, states, numbers) -> (p, states), elementwise in float32
     at_ref: Callable  # `at` in torch: of numbers, or of tensors
     update_ref: Callable  # (p, g, states, numbers): one tensor and its states in place
