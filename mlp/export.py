@@ -12,9 +12,9 @@ from torch import nn
 from kernels import activations
 
 from .data import needs_extra
-from .disk import replacing
 from .modules import MLP, Conv2d, ConvNet, Linear, build
 from .net import Net
+from .runs.disk import replacing
 
 OPSET = 18
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from . import means
 from .data import Dataset, needs_extra
+from .engines import means
 from .net import Net
 from .state import in_mode, parameters_of
 

@@ -4,7 +4,6 @@ import importlib
 from typing import Any
 
 from . import data, recipes
-from .checkpoint import load, load_weights, save
 from .data import Dataset
 from .engines import ENGINES, Diverged
 from .fusing import fuse
@@ -24,6 +23,7 @@ from .modules import (
 )
 from .net import Net
 from .optim import SGD, Adagrad, Adam, AdamW, Lion, RMSprop
+from .runs.checkpoint import load, load_weights, save
 from .sweep import Sweep
 from .trainer import History, Trainer
 

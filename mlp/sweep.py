@@ -15,15 +15,15 @@ import torch
 import kernels
 
 from . import cpu
-from .checkpoint import save
-from .dataset import Dataset, permutation
-from .epochwise import spec_of
-from .given import fitted
+from .data.dataset import Dataset, permutation
+from .data.given import fitted
+from .engines.epochwise import spec_of
 from .init import initialise
 from .metrics import measure
 from .modules import MLP, loss_of
 from .optim import OPTIMIZERS
 from .recipes import Recipe
+from .runs.checkpoint import save
 
 
 def spread(low: float, high: float, count: int) -> list[float]:

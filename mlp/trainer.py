@@ -10,18 +10,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from . import arrays, engines, given, means, takeover
-from .dataset import Dataset, permutation
+from . import engines
+from .data import arrays, given
+from .data.dataset import Dataset, permutation
+from .data.seen import Seen, rows
+from .engines import means, takeover
+from .engines.precision import Precision
+from .engines.stepwise import Demands, Diverged
+from .engines.updates import parameters as parameters_in
 from .metrics import measure, outputs
 from .modules import ends, loss_of
 from .net import Net
 from .optim import OPTIMIZERS, SGD
-from .precision import Precision
 from .schedule import Schedule, options_of, restore_options
-from .seen import Seen, rows
 from .state import Snapshot, in_mode, load_state, parameters_of, state_of
-from .stepwise import Demands, Diverged
-from .updates import parameters as parameters_in
 
 _BATCH_SIZE = 32
 # What these parts of a trainer's state hold.
@@ -80,7 +82,7 @@ class Trainer:
     of them, a class, or a name of `mlp.optim.OPTIMIZERS` (with torch's defaults); SGD with lr 0.1
     if None. engine: "auto" takes the fastest that serves and prints which and why (unless verbose
     is False). precision: "fp32" computes in the network's own dtype; "bf16" and "fp16" keep float32
-    weights and compute products in half the bits, see `mlp.precision`.
+    weights and compute products in half the bits, see `mlp.engines.precision`.
     """
 
     def __init__(

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from mlp import disk
 from mlp.__main__ import main
+from mlp.runs import disk
 
 WRONG: tuple[Any, ...] = (
     *("abc", "", {}, None, [], [None], {"a": 1}, -1, 0, 1.5, 10**30, -(10**30), 1e308, True),

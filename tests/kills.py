@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-from mlp import checkpoint, runs
+from mlp import runs
 from mlp.__main__ import main
-from mlp.runs import RunFolder
+from mlp.runs import RunFolder, checkpoint
 
 EPOCHS = 30
 ARGUMENTS = (

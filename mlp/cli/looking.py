@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .. import describe
+from ..data import describe
 from .options import Values
 from .setup import load
 from .terminal import say
@@ -15,7 +15,7 @@ def data(values: Values) -> None:
         say(line)
     if not values["plots"]:
         return
-    from .. import sheets
+    from ..data import sheets
 
     folder = values["out"] or Path()
     if not folder.is_dir():

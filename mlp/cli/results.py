@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 
 from .. import data, metrics, recipes
-from .. import report as pictures
-from ..checkpoint import config_of
-from ..disk import CheckpointError
 from ..modules import ends
 from ..runs import CONFIG, RunFolder, Settings
+from ..runs import report as pictures
+from ..runs.checkpoint import config_of
+from ..runs.disk import CheckpointError
 from ..trainer import Trainer
 from . import setup
 from .options import Values

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 
 from .. import data, modules
-from ..disk import CheckpointError
+from ..engines.stepwise import Diverged
 from ..runs import Facts, Settings
-from ..stepwise import Diverged
+from ..runs.disk import CheckpointError
 from .options import Values
 from .terminal import say
 

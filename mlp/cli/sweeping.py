@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .. import data, recipes
-from ..disk import write_text
 from ..runs import RunFolder
+from ..runs.disk import write_text
 from ..sweep import Sweep, spread
 from . import options, setup
 from .options import Values, given

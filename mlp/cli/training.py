@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from .. import recipes, report
-from ..describe import describe
-from ..disk import BusyError
-from ..runs import CONFIG, Facts, RunFolder, Settings
-from ..stepwise import Diverged
+from .. import recipes
+from ..data.describe import describe
+from ..engines.stepwise import Diverged
+from ..runs import CONFIG, Facts, RunFolder, Settings, report
+from ..runs.disk import BusyError
 from ..trainer import Trainer, line
 from . import options, results, setup
 from .options import Values, given

@@ -14,7 +14,7 @@ from torch import nn
 
 import mlp
 from mlp import MLP, ConvNet, Net
-from mlp.disk import CheckpointError
+from mlp.runs.disk import CheckpointError
 from tests.checks import assert_equal
 
 SIZES = (6, 5, 3)

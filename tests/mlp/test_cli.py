@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from kernels.activations import ACTIVATIONS
-from mlp import checkpoint, cli, disk
+from mlp import cli
 from mlp.__main__ import main
 from mlp.cli.versions import version
 from mlp.recipes import LOSSES, OPTIMIZERS, RECIPES
+from mlp.runs import checkpoint, disk
 
 METRICS = [
     "epoch",

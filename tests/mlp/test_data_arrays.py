@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mlp.data import DataError, Dataset, Reading, from_arrays
-from mlp.schema import typed
+from mlp.runs.schema import typed
 
 RNG = np.random.default_rng(0)
 LABELS = np.arange(20) % 3

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from mlp import data, files
-from mlp.data import DataError
-from mlp.files import KEYS
+from mlp import data
+from mlp.data import DataError, files
+from mlp.data.files import KEYS
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (20, 4, 4), dtype=np.uint8)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from mlp import data, images
-from mlp.data import DataError, Reading, from_arrays, open_image
-from mlp.images import decode
+from mlp import data
+from mlp.data import DataError, Reading, from_arrays, images, open_image
+from mlp.data.images import decode
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -464,7 +464,7 @@ def test_one_clear_line(case, tmp_path):
 
 def test_more_images_than_memory_holds(tmp_path, monkeypatch):
     write_images(tmp_path / "d")
-    monkeypatch.setattr("mlp.files.memory", lambda: 16 * 12)
+    monkeypatch.setattr("mlp.data.files.memory", lambda: 16 * 12)
     with pytest.raises(DataError, match=r"GiB, and this machine has .* store fewer samples"):
         data.load(str(tmp_path / "d"))
 

@@ -6,8 +6,8 @@ import torch
 
 from mlp import data
 from mlp.data import DataError, Dataset
-from mlp.describe import describe, page
-from mlp.scaling import lost_in_float32, why_standardize
+from mlp.data.describe import describe, page
+from mlp.data.scaling import lost_in_float32, why_standardize
 
 RNG = np.random.default_rng(0)
 LABELS = torch.arange(40) % 2

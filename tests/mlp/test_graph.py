@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import mlp
-from mlp import engines, epochwise
+from mlp import engines
+from mlp.engines import epochwise
 from mlp.loss import LOSSES
 from tests.mlp.test_engines import OPTIONS
 

@@ -194,7 +194,7 @@ def test_regression_of_any_module(loss):
 
 def test_fused_losses_use_the_same_means(monkeypatch):
     """What the engines of whole epochs return from the losses of the steps."""
-    from mlp.epochwise import Epoch
+    from mlp.engines.epochwise import Epoch
 
     data = Dataset(*sorted_by_class(10))
     for reduction, expected in (("mean", (4 * 1.0 + 4 * 2.0 + 2 * 4.0) / 10), ("sum", 0.7)):

@@ -11,8 +11,8 @@ from torch.optim import lr_scheduler
 
 import mlp
 from mlp import ENGINES, MLP, Net, Trainer
+from mlp.engines.precision import PRECISIONS
 from mlp.optim import OPTIMIZERS
-from mlp.precision import PRECISIONS
 
 
 def tensors(rows=96):

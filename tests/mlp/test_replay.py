@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from mlp import SGD, Net
+from mlp.engines.replay import NotReplayable, Replay
 from mlp.loss import LOSSES
 from mlp.optim import OPTIMIZERS
-from mlp.replay import NotReplayable, Replay
 from tests.checks import assert_equal, snapshot
 
 OPTIONS = {

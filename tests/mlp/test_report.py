@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mlp
-from mlp import report
+from mlp.runs import report
 
 pyplot = pytest.importorskip("matplotlib.pyplot")
 

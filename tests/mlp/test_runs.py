@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import mlp
-from mlp import MLP, report, runs
-from mlp.disk import BusyError, CheckpointError, locked, replacing
+from mlp import MLP, runs
 from mlp.recipes import RECIPES
-from mlp.runs import RunFolder, Settings
+from mlp.runs import RunFolder, Settings, report
+from mlp.runs.disk import BusyError, CheckpointError, locked, replacing
 from tests.checks import assert_equal
 
 SIZES = (6, 5, 3)
@@ -103,7 +103,7 @@ def test_one_writer(tmp_path):
     code = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from mlp.disk import locked\n"
+        "from mlp.runs.disk import locked\n"
         "with locked(Path(sys.argv[1])):\n"
         "    print('locked', flush=True)\n"
         "    time.sleep(60)\n"
@@ -260,7 +260,7 @@ def test_states_of_the_wrong_kind(history, tmp_path, every_epoch):
 
 def sealed(state, path):
     torch.save(state, path)
-    mlp.disk.seal_zip(path)
+    mlp.runs.disk.seal_zip(path)
 
 
 def test_states_of_another_network(tmp_path):

@@ -11,8 +11,8 @@ from torch import nn
 
 import mlp
 from mlp import MLP, ConvNet, Net, Trainer
+from mlp.engines.threads import threads
 from mlp.state import Snapshot, in_mode, load_state, state_of
-from mlp.threads import threads
 
 SIZES = (6, 8, 3)
 OPTIMIZERS = {

@@ -5,8 +5,8 @@ import torch
 
 import mlp
 from mlp import ENGINES, MLP, Dataset, Trainer
+from mlp.engines.replay import Replay
 from mlp.loss import LOSSES
-from mlp.replay import Replay
 from tests.mlp.test_engines import assert_same_run, problem
 
 

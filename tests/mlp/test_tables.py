@@ -6,8 +6,7 @@ import math
 import pytest
 import torch
 
-from mlp import tables
-from mlp.data import DataError
+from mlp.data import DataError, tables
 
 pandas = pytest.importorskip("pandas")
 

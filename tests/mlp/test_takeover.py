@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 import mlp
-from mlp import MLP, ConvNet, Net, Trainer, takeover
+from mlp import MLP, ConvNet, Net, Trainer
 from mlp.data import permutation
+from mlp.engines import takeover
 
 SIZES = (6, 8, 8, 3)
 

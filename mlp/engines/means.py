@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .loss import SoftmaxCrossEntropy
+from ..loss import SoftmaxCrossEntropy
 
 _ENTROPIES = (SoftmaxCrossEntropy, nn.CrossEntropyLoss, nn.NLLLoss)
 _FUNCTIONS = (F.cross_entropy, F.nll_loss)

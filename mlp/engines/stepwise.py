@@ -12,12 +12,12 @@ import torch
 
 import kernels
 
+from ..data.dataset import Dataset
+from ..net import Net
+from ..state import parameters_of
 from . import means, takeover, updates
-from .dataset import Dataset
-from .net import Net
 from .precision import Precision
 from .replay import Recordings
-from .state import parameters_of
 from .threads import threads
 
 _OUTPUTS = 64  # steps whose outputs are kept before their predictions are read off
@@ -46,7 +46,7 @@ class Demands(NamedTuple):
     """What a training asks of an engine besides network, loss and optimizer.
 
     per_step: the optimizer's numbers change from step to step. ignored: some labels are the loss's
-    ignore_index. precision: a name of `mlp.precision`.
+    ignore_index. precision: a name of `mlp.engines.precision`.
     """
 
     per_step: bool = False

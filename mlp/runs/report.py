@@ -5,9 +5,9 @@ first-layer weights.
 import math
 from pathlib import Path
 
-from .data import needs_extra
+from ..data import needs_extra
+from ..data.sheets import picture
 from .disk import replacing
-from .sheets import picture
 
 PICTURES = ("curves.png", "samples.png", "confusion.png", "weights.png")  # of a run folder
 _PARTS = ("train", "test")

@@ -11,8 +11,8 @@ import torch
 
 import kernels
 
+from ..net import Net
 from . import takeover
-from .net import Net
 
 
 class Separate:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import torch
 
-from .data import DataError, Dataset, needs_extra
+from . import DataError, Dataset, needs_extra
 
 if TYPE_CHECKING:
     import pandas

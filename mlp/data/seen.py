@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..runs.schema import typed
 from . import arrays
 from .dataset import Dataset, Reading
 from .given import Given
-from .schema import typed
 
 
 class Seen(NamedTuple):

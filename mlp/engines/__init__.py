@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from ..net import Net
 from .epochwise import Epoch, Graph
-from .net import Net
 from .stepwise import Autograd, Demands, Diverged, Engine, EpochResult, Manual, parameters_of
 
 __all__ = [

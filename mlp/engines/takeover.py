@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from . import loss as losses
-from .modules import MLP, Conv2d, ConvNet, Linear, build
-from .net import Net
-from .optim import OPTIMIZERS
+from .. import loss as losses
+from ..modules import MLP, Conv2d, ConvNet, Linear, build
+from ..net import Net
+from ..optim import OPTIMIZERS
 
 # What each class computed when it was defined: a forward put into the class later is noticed.
 _FORWARD = {kind: kind.forward for kind in (MLP, ConvNet, Linear, Conv2d)}

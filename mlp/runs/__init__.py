@@ -24,9 +24,10 @@ from typing import Any
 
 import torch
 
+from ..data.dataset import Fingerprint, Reading
+from ..recipes import Recipe
 from . import report
 from .checkpoint import WEIGHTS, config_of, load_file, network, save
-from .dataset import Fingerprint, Reading
 from .disk import (
     CheckpointError,
     locked,
@@ -36,7 +37,6 @@ from .disk import (
     seal_zip,
     write_text,
 )
-from .recipes import Recipe
 from .schema import typed
 
 CONFIG, METRICS, LAST, PREVIOUS = "config.json", "metrics.jsonl", "last.ckpt", "previous.ckpt"

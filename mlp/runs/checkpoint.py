@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ..modules import build
+from ..net import Net
 from .disk import (
     BLANK,
     CHECKSUM,
@@ -20,8 +22,6 @@ from .disk import (
     replacing,
     seal_safetensors,
 )
-from .modules import build
-from .net import Net
 
 WEIGHTS = "model.safetensors"  # its name in a run folder
 _Parts = tuple[str | int, ...]  # the words and numbers of a name
@@ -65,7 +65,7 @@ def load(path: str | os.PathLike, device: torch.device | str | None = None) -> t
     """
     path = Path(path)
     if path.is_dir():
-        from .runs import load_run  # a run is read with the functions of this file
+        from . import load_run  # a run is read with the functions of this file
 
         return load_run(path, device)
     return load_file(path, device)

@@ -15,9 +15,10 @@ import torch
 
 import kernels
 
-from . import cpu, takeover
-from . import loss as losses
-from .state import parameters_of
+from .. import cpu
+from .. import loss as losses
+from ..state import parameters_of
+from . import takeover
 from .stepwise import Demands, Engine, EpochResult, Manual, memory
 
 _CAPTURED = 25  # steps in one CUDA graph
