@@ -25,6 +25,8 @@ NEEDS = (
 # engine manual: Python's part, and of each multiply-add of a small network.
 _LOADS, _COMPILES = 1.0, 10.0
 _SAVED, _SAVED_EACH = 2e-4, 1e-11
+# Weights that caches hold: beyond, BLAS, which packs what it reads, is faster than tiles.
+_WEIGHTS = 1_500_000
 
 
 def serves(parameter: torch.Tensor) -> bool:
@@ -35,8 +37,12 @@ def serves(parameter: torch.Tensor) -> bool:
 
 
 def costs(sizes, batch: int, steps: int) -> str | None:
-    """Why compiling, or reading what was compiled, would take longer than so many steps gain."""
+    """Why the compiled epoch would not gain anything in so many steps, or less than to compile it,
+    or to read what was compiled, takes; None if it pays.
+    """
     products = sum(k * n for k, n in itertools.pairwise(sizes))
+    if products > _WEIGHTS:
+        return f"of {products:,} weights, which no cache holds, products by BLAS are faster"
     saved = steps * (_SAVED + 3 * batch * products * _SAVED_EACH)
     if saved < _LOADS:
         return f"to load its compiled code takes about {_LOADS:.0f} s, more than it saves here"

@@ -273,6 +273,10 @@ def test_auto_takes_it_where_it_pays(monkeypatch):
     model = mlp.MLP([784, 100, 50, 10])
     arguments = "auto", model, mlp.SoftmaxCrossEntropy(), mlp.SGD(model.parameters(), lr=0.1), 32
     assert engines.choose(*arguments)[0].name == "epoch"
+    large = mlp.MLP([784, 2048, 2048, 10])
+    others = arguments[2], mlp.SGD(large.parameters(), lr=0.1), 32
+    chosen, note = engines.choose("auto", large, *others, steps=1_000_000)
+    assert chosen.name == "manual" and "5,820,416 weights" in note
     few, note = engines.choose(*arguments, steps=100)
     assert few.name == "manual" and "more than it saves here" in note
     monkeypatch.setattr(epoch, "is_compiled", lambda: False)
