@@ -133,6 +133,17 @@ def relu_squared_bwd(dy, z):
     return dy * 2.0 * relu(z)
 
 
+@triton.jit
+def elu(z):
+    t = tanh(0.5 * z)
+    return tl.where(z > 0, z, 2.0 * t / (1.0 - t))  # eᶻ - 1, which near 0 would cancel
+
+
+@triton.jit
+def elu_bwd(dy, y):
+    return tl.where(y <= 0, dy * (y + 1.0), dy)  # (eᶻ - 1)' = eᶻ
+
+
 def identity_ref(z, out=None):
     return z if out is None else out.copy_(z)
 
@@ -210,6 +221,14 @@ def relu_squared_bwd_ref(dy, z, out=None):
     return torch.mul(dy, 2 * torch.relu(z), out=out)
 
 
+def elu_ref(z, out=None):
+    return torch.where(z > 0, z, torch.expm1(z), out=out)
+
+
+def elu_bwd_ref(dy, y, out=None):
+    return torch.where(y <= 0, dy * (y + 1), dy, out=out)
+
+
 class Activation(NamedTuple):
     """One row: `forward(z) -> y` and `backward(dy, s) -> dz` as jit scalars and in torch, with s
     the output or z.
@@ -279,6 +298,7 @@ ACTIVATIONS: dict[str, Activation] = {
         "z",
         (0.0,),
     ),
+    "elu": Activation(elu, elu_bwd, elu_ref, elu_bwd_ref, F.elu, "y", (0.0,), nn.ELU),
 }
 
 

@@ -229,3 +229,39 @@ def test_operation_is_whole(name):
             and f"{name}_{part}" in kernels.__all__
         )
     assert name in kernels.__all__ or f"{name}_loss" in kernels.__all__
+
+
+ROWS = set(kernels.RULES) | set(kernels.LOSSES)
+TABLES = ("kernels/rules.py", "kernels/losses.py")
+
+
+@pytest.mark.parametrize("name", [name for name in LIBRARY if name not in TABLES])
+def test_rules_and_losses_are_rows_that_are_handed_on(name):
+    """Nothing is chosen by comparing a rule's or a loss's name, or by counting a rule's states."""
+    for node in ast.walk(TREES[name]):
+        if not isinstance(node, ast.Compare):
+            continue
+        equal = all(isinstance(op, ast.Eq | ast.NotEq) for op in node.ops)
+        # `"momentum" in options` asks for a key; `rule in ("sgd", "adam")` compares names.
+        compared = [*node.comparators, *([node.left] if equal else [])]
+        strings = {n.value for c in compared for n in ast.walk(c) if isinstance(n, ast.Constant)}
+        text = ast.unparse(node)
+        # scikit-learn has a solver of its own called so.
+        assert not strings & ROWS or "solver" in text, f"line {node.lineno}: {text}: ask the row"
+        counts = equal and "states)" in text and "len(" in text
+        assert not (counts and strings), f"line {node.lineno}: {text}: ask the row"
+
+
+# torch.optim's own arguments.
+WIDE = ("sgd_ref", "adam_ref")
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in KERNELS if n.startswith("kernels/training/") or n in TABLES[:1]]
+)
+def test_what_travels_together_is_one_argument(name):
+    """A kernel has at most 13 parameters, a function of the host 8."""
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.FunctionDef) and node.name not in WIDE:
+            count = sum(map(len, (node.args.posonlyargs, node.args.args, node.args.kwonlyargs)))
+            assert count <= (13 if is_jit(node) else 8), f"{node.name}: {count} parameters"
