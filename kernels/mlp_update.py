@@ -61,6 +61,7 @@ def linear_update_kernel(
     step,  # Number
     M,
     RULE: tl.constexpr,
+    SHARED: tl.constexpr,  # whether a tile has fewer elements than the program has threads
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -84,7 +85,7 @@ def linear_update_kernel(
     mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
     offs = offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
     w = tl.load(net.tensors[0] + offs, mask=mask, other=0.0).to(tl.float32)
-    update_tile(net, 0, 0, offs, mask, w, dw, numbers, RULE, False)
+    update_tile(net, 0, 0, offs, mask, w, dw, numbers, RULE, SHARED)
 
 
 @triton.jit
@@ -130,6 +131,7 @@ def linear_update(dz, x, parameters, states, hyper, step, rule):
     heavy = len(rule.states) > 1
     config, tiles, splits, rows = dw_plan("linear_update", dz, M, N, K, heavy=heavy)
     if splits == 1:
+        threads = config["num_warps"] * launch.lanes(launch.arch(dz.device))
         return launch.run(
             linear_update_kernel,
             tiles,
@@ -140,6 +142,7 @@ def linear_update(dz, x, parameters, states, hyper, step, rule):
             number(step),
             M,
             RULE=rule,
+            SHARED=config["BLOCK_M"] * config["BLOCK_N"] < threads,
             **config,
         )
     size, bias = N * K, len(parameters) == 2

@@ -4,11 +4,13 @@ torch.optim do.
 
 import functools
 import itertools
+import sys
 
 import pytest
 import torch
 
 from kernels import RULES, hyperparameters, launch, mlp_fwd, mlp_update
+from kernels.mlp_update import linear_update
 from kernels.operations import OPERATIONS, flatten
 from tests.checks import Draw, assert_as_accurate, double
 from tests.lion import Lion
@@ -200,3 +202,20 @@ def test_bad_arguments(wrong, message):
     } | wrong
     with pytest.raises(ValueError, match=message):
         mlp_update(y, saved, **given)
+
+
+@pytest.mark.parametrize(("tile", "shared"), [((16, 16), False), ((8, 8), True)])
+def test_small_tiles_are_read_whole_before_one_writes(tile, shared, monkeypatch):
+    """Of a tile with fewer elements than a program has threads, several warps hold the same."""
+    sizes = dict(zip(("BLOCK_M", "BLOCK_N"), tile))
+    config = {**sizes, "BLOCK_K": 16, "PRECISION": "ieee", "num_warps": 8, "num_stages": 2}
+    monkeypatch.setattr(
+        sys.modules[linear_update.__module__], "dw_plan", lambda *a, **k: (config, (1, 1), 1, 9)
+    )
+    seen = []
+    x, w = torch.empty(9, 5, device="meta"), torch.empty(7, 5, device="meta")
+    with launch.dry_run("sm_90", 132), launch.observe(lambda *launched: seen.append(launched[3])):
+        linear_update(
+            torch.empty(9, 7, device="meta"), x, [w], [], hyperparameters().to("meta"), 1, "sgd"
+        )
+    assert [options["SHARED"] for options in seen] == [shared]
