@@ -20,6 +20,7 @@ what stands there. A backward returns only the gradients that `needs` asks for.
 
 import ast
 import functools
+from typing import Any
 
 import torch
 
@@ -97,9 +98,8 @@ def register(operation) -> None:
         ),
     }
     for operator, (schema, function, fake) in schemas.items():
-        registered = torch.library.custom_op(
-            f"handgrad::{operator}", function, mutates_args=(), schema=schema
-        )
+        make: Any = torch.library.custom_op  # its stubs know no schema of a plain function
+        registered = make(f"handgrad::{operator}", function, mutates_args=[], schema=schema)
         registered.register_fake(fake)
         if operator == name:
             setup_context, differentiate = _autograd(operation)

@@ -68,16 +68,17 @@ def backend(*tensors: torch.Tensor | None) -> str:
         and _target is None
         and not INTERPRETED
         and tensors
+        and tensors[0] is not None
         and tensors[0].device.type == "cpu"
     ):
         return "torch"  # the short way, for the CPU's training loop
     if watched() or not plain(*tensors):
         return "torch"
-    tensors = [t for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()]
-    if all(t.dtype in KERNEL_DTYPES and _has_kernels(t.device) for t in tensors):
+    real = [t for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    if all(t.dtype in KERNEL_DTYPES and _has_kernels(t.device) for t in real):
         return "triton"
     if _forced == "triton":
-        got = ", ".join(sorted({f"{t.dtype} on {t.device.type}" for t in tensors}))
+        got = ", ".join(sorted({f"{t.dtype} on {t.device.type}" for t in real}))
         raise ValueError(
             f'use("triton"): no kernel takes {got}; kernels take float32, float16 and bfloat16 on '
             "a GPU, "

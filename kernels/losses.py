@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .activations import sigmoid
 
@@ -323,7 +324,7 @@ class Loss:
         """Whether the mean is over all elements, as of losses with a scalar; else over rows."""
         return self.scalar is not None
 
-    def refusal(self, outputs: int, target: torch.Tensor) -> str | None:
+    def refusal(self, outputs: int, target: Tensor) -> str | None:
         """In words, why these targets cannot train so many outputs; None if they can."""
         if outputs > 1 or not target.is_floating_point() or self.targets != "classes":
             return None

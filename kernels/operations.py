@@ -83,7 +83,7 @@ class Operation(NamedTuple):
         """
         y, saved = (self.fwd_ref if reference else self.fwd)(*args)
         outputs = flatten(y)
-        if self.bwd is not None:
+        if self.bwd is not None and self.bwd_ref is not None:
             dy = torch.ones_like(y) if dy is None else dy
             outputs += flatten((self.bwd_ref if reference else self.bwd)(dy, *saved))
         return outputs

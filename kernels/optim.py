@@ -218,8 +218,8 @@ def apply_rule(
             rule, params, grads, states, row, step, maximize=maximize, first=first
         )
     numbers = tuple(map(number, row)), number(step)
-    options = {"RULE": rule, "MAXIMIZE": maximize, "FIRST": first}
-    return _launch(params, grads, states, numbers, options)
+    constants = {"RULE": rule, "MAXIMIZE": maximize, "FIRST": first}
+    return _launch(params, grads, states, numbers, constants)
 
 
 def apply_rule_ref(

@@ -100,7 +100,8 @@ def _pair(value, name: str, least: int, op: str) -> tuple[int, int]:
             f"{op}: {name} must be an integer of at least {least}, or two (height, width), got "
             f"{value!r}"
         )
-    return pair
+    height, width = pair
+    return height, width
 
 
 def geometry(kernel, stride=1, padding=0, dilation=1, max_pool=1, op="conv2d") -> Geometry:
@@ -114,13 +115,12 @@ def geometry(kernel, stride=1, padding=0, dilation=1, max_pool=1, op="conv2d") -
                 f'{op}: padding "same" needs stride 1, as in torch, got stride {stride}'
             )
         total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilation)]
-        before = [t // 2 for t in total]
-        after = [t - b for t, b in zip(total, before)]
+        before = total[0] // 2, total[1] // 2
+        after = total[0] - before[0], total[1] - before[1]
     else:
         before = after = _pair(padding, "padding", 0, op)
-    return Geometry(
-        *kernel, *stride, *before, *after, *dilation, *_pair(max_pool, "max_pool", 1, op)
-    )
+    sizes = (*kernel, *stride, *before, *after, *dilation, *_pair(max_pool, "max_pool", 1, op))
+    return Geometry._make(sizes)
 
 
 def check_conv(x, w, b, stride, padding, dilation, max_pool, groups, op="conv2d") -> Geometry:

@@ -178,7 +178,7 @@ def worst_errors(compute, dtype: torch.dtype) -> list[float]:
     compute: a function of no arguments that computes in float64, the same every time; its results
     may be in nested lists and tuples.
     """
-    choices = []
+    choices: list = []
     with Rounding(dtype, choices, seed=None):
         exact = flatten(compute())
     draws = []

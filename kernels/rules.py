@@ -552,7 +552,7 @@ def row_of(rule: "str | Rule", **hyperparameters) -> tuple:
             f"{rule.name}: has no {', '.join(sorted(unknown))}; its hyperparameters are "
             f"{', '.join(known)}"
         )
-    spread = []
+    spread: list = []
     for name, default in known.items():
         value = hyperparameters.get(name, default)
         spread += value if isinstance(default, tuple) else [value]

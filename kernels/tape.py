@@ -173,7 +173,8 @@ def remember(ctx, inputs: tuple, saved: tuple) -> None:
     """Keep a Function's inputs and what its forward saved: tensors through save_for_backward, each
     once, the rest on ctx.
     """
-    tensors, places = [], {}
+    tensors: list[torch.Tensor] = []
+    places: dict[int, int] = {}
 
     def place(value):
         if isinstance(value, torch.Tensor):

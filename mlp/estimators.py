@@ -186,7 +186,7 @@ class _Network(BaseEstimator):
         """Biases of each layer, (outputs,)."""
         return [layer.bias.detach().cpu().numpy() for layer in self._layers()]
 
-    def _layers(self) -> list[torch.nn.Module]:
+    def _layers(self) -> list[Any]:
         model = self.__dict__.get("_model")
         if model is None:
             raise AttributeError(f"this {type(self).__name__} is not fitted yet: call fit")
@@ -251,7 +251,7 @@ class _Network(BaseEstimator):
         dtype = _PRECISIONS.get(self.precision, auto)
         self._model = MLP(sizes, ACTIVATIONS[self.activation], device=device, dtype=dtype)
         with torch.no_grad():
-            for layer in self._model.children():
+            for layer in self._layers():
                 fan = layer.in_features + layer.out_features
                 bound = math.sqrt(_GLOROT.get(self.activation, 6.0) / fan)
                 shape = (layer.in_features, layer.out_features)
@@ -262,11 +262,11 @@ class _Network(BaseEstimator):
         self.n_layers_, self.n_iter_, self.t_ = len(sizes), 0, 0
         self._no_improvement = 0
         self.loss_curve_: list[float] = []
-        self.best_loss_ = None if self.early_stopping else math.inf
-        self.validation_scores_ = [] if self.early_stopping else None
-        self.best_validation_score_ = -math.inf if self.early_stopping else None
+        self.best_loss_: Any = None if self.early_stopping else math.inf
+        self.validation_scores_: Any = [] if self.early_stopping else None
+        self.best_validation_score_: Any = -math.inf if self.early_stopping else None
         self._best = self._weights()
-        self._optimizer = None
+        self._optimizer: Any = None
 
     def _weights(self) -> dict[str, torch.Tensor]:
         return {name: p.detach().clone() for name, p in self._model.state_dict().items()}
@@ -302,7 +302,7 @@ class _Network(BaseEstimator):
         targets = targets.to(first.dtype) if targets.is_floating_point() else targets
         data = Dataset(inputs, targets, self._class_names()).to(first.device)
         count = len(data)
-        batch = min(_AUTO_BATCH, count) if self.batch_size == "auto" else self.batch_size
+        batch: Any = min(_AUTO_BATCH, count) if self.batch_size == "auto" else self.batch_size
         if batch > count:
             warnings.warn(
                 "Got `batch_size` less than 1 or larger than sample size. It is going to be "

@@ -5,6 +5,7 @@ Both hold what the network computes and nothing of handgrad: whoever loads them 
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,14 +44,14 @@ def _copied(layer: nn.Module, plain: nn.Module) -> nn.Module:
     return plain
 
 
-def _linear(layer: Linear) -> list[nn.Module]:
+def _linear(layer: Any) -> list[nn.Module]:
     plain = nn.Linear(
         layer.in_features, layer.out_features, layer.bias is not None, dtype=layer.weight.dtype
     )
     return [_copied(layer, plain), *_activation(layer.activation)]
 
 
-def _conv2d(layer: Conv2d) -> list[nn.Module]:
+def _conv2d(layer: Any) -> list[nn.Module]:
     plain = nn.Conv2d(
         layer.in_channels,
         layer.out_channels,
@@ -121,6 +122,8 @@ class Pipeline(nn.Module):
     ) -> None:
         super().__init__()
         self.network, self.head = plain(model), head
+        self.scale: torch.Tensor
+        self.shift: torch.Tensor
         dtype = next(self.network.parameters()).dtype
         self.register_buffer("scale", torch.as_tensor(scale, dtype=dtype))
         self.register_buffer("shift", torch.as_tensor(shift, dtype=dtype))
@@ -156,6 +159,7 @@ def to_onnx(pipeline: Pipeline, path: str | Path, example: torch.Tensor) -> None
         verbose=False,
     )
     with replacing(Path(path)) as part:
+        assert program is not None  # only without dynamo=True
         program.save(part)
 
 

@@ -18,6 +18,7 @@ stay as they are.
 import copy
 import logging
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -44,7 +45,7 @@ TWINS = {
     nn.BCEWithLogitsLoss: BCEWithLogitsLoss,
     nn.HuberLoss: HuberLoss,
 }
-OPTIONS = {
+OPTIONS: dict[type, dict[str, Any]] = {
     Linear: {"activation": "identity"},
     Conv2d: {"activation": "identity", "max_pool": 1},
 }  # what ours have besides
@@ -71,7 +72,8 @@ def fuse(module: nn.Module, report: Callable[[str], object] | None = None) -> nn
     if not isinstance(module, nn.Module):
         raise TypeError(f"fuse: module must be an nn.Module, got {type(module).__name__}")
     report = report or logging.getLogger("handgrad").info
-    copies, reasons = {}, {}
+    copies: dict[tuple, tuple] = {}
+    reasons: dict[int, str] = {}
     for (
         path,
         child,
@@ -100,11 +102,11 @@ def _make_ours(layer, options=()):
     return layer
 
 
-def _obstacle(module) -> str | None:
+def _obstacle(module: nn.Module) -> str | None:
     """Why this layer or loss cannot be swapped; None if it can be, and for modules of other
     kinds.
     """
-    if not isinstance(module, tuple(TWINS)):
+    if not any(isinstance(module, kind) for kind in TWINS):
         return None
     if parametrize.is_parametrized(module):
         return "it is parametrized"

@@ -4,10 +4,11 @@ the same weights.
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 
-_INITIALISERS = {
+_INITIALISERS: dict[str, Callable[..., torch.Tensor]] = {
     "normal": torch.nn.init.normal_,
     "xavier_normal": torch.nn.init.xavier_normal_,
     "xavier_uniform": torch.nn.init.xavier_uniform_,
@@ -22,7 +23,7 @@ def _draw(init: str, weight: torch.Tensor, generator) -> None:
     try:
         options = {"std": float(std)} if std else {}
     except ValueError:
-        name = None
+        name = ""
     if name not in _INITIALISERS or (options and (name != "normal" or not options["std"] >= 0)):
         raise ValueError(
             f"init: unknown initialiser {init!r}; known: {', '.join(NAMES)}, and normal:STD, such "

@@ -9,6 +9,7 @@ To add one: its row in kernels/losses.py, a class below with `row` and its argum
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -23,7 +24,8 @@ class Criterion:
     def __init__(self, reduction: str = "mean", scale: float = 1.0, parameter=None):
         self.reduction, self.scale = reduction, scale
         self.parameter = parameter  # a number, one number for each output, or None
-        self._value = self._seeds = None
+        self._value: torch.Tensor | None = None
+        self._seeds: tuple[tuple, torch.Tensor] | None = None
 
     def __call__(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss as part of an autograd graph."""
@@ -44,6 +46,23 @@ class Criterion:
     def backward(self) -> torch.Tensor:
         """Gradient of the latest forward's value with respect to its outputs."""
         return self._backward(self._seed(), *self._saved)
+
+    def targets_for(
+        self, output: torch.Tensor, target: torch.Tensor, labels_valid: bool = False
+    ) -> torch.Tensor:
+        """The targets as the operation takes them for these outputs."""
+        raise NotImplementedError
+
+    def _on_tape(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _forward(
+        self, output: torch.Tensor, target: torch.Tensor, labels_valid: bool
+    ) -> tuple[torch.Tensor, tuple]:
+        raise NotImplementedError
+
+    def _backward(self, dy: torch.Tensor, *saved: Any) -> torch.Tensor:
+        raise NotImplementedError
 
     def columns(self, target: torch.Tensor, outputs: int) -> torch.Tensor:
         """The targets of a data set as the training kernels take them, for so many outputs."""
@@ -109,7 +128,9 @@ class SoftmaxCrossEntropy(Criterion):
         super().__init__(reduction, scale)
         self.options = (weight, ignore_index, reduction, label_smoothing)
 
-    def targets_for(self, output, target, labels_valid=False):
+    def targets_for(
+        self, output: torch.Tensor, target: torch.Tensor, labels_valid: bool = False
+    ) -> torch.Tensor:
         """The targets as they are; a ValueError where a single output cannot learn them."""
         if output.shape[-1] == 1 and (reason := self.row.refusal(1, target)):
             raise ValueError(reason)
@@ -149,7 +170,9 @@ class Elementwise(Criterion):
     The mean is over all elements.
     """
 
-    def targets_for(self, output, target, labels_valid=False):
+    def targets_for(
+        self, output: torch.Tensor, target: torch.Tensor, labels_valid: bool = False
+    ) -> torch.Tensor:
         """Targets of the output's shape: labels as one-hot rows, numbers as `columns` says."""
         op, outputs = self.row.function, output.shape[-1]
         if target.is_floating_point():

@@ -43,7 +43,8 @@ def measure(
     values, found = [], []
     for output, y in outputs(model, data, shape=shape):
         values.append(float(loss(output, means.aligned(y, output))))
-        found.append(output.argmax(1) if data.is_classification else None)
+        if data.is_classification:
+            found.append(output.argmax(1))
     result = means.mean(loss, values, data.targets, _ROWS, finite=False)
     if not data.is_classification:
         return {"test_loss": result, "test_accuracy": None}

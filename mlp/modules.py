@@ -103,7 +103,8 @@ class MLP(nn.Module):
 
     def layers(self) -> list[nn.Module]:
         """The layers in order: the submodules "0", "1", … Others are a subclass's own business."""
-        found, count = [], len(self.sizes) - 1
+        found: list[nn.Module] = []
+        count = len(self.sizes) - 1
         while (layer := self._modules.get(str(len(found)))) is not None:
             found.append(layer)
         if len(found) < count:
@@ -233,7 +234,7 @@ class ConvNet(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.arguments = {
+        self.arguments: dict[str, Any] = {
             "image_shape": [_whole("image_shape", size) for size in image_shape],
             "channels": [_whole("channels", size) for size in channels],
             "kernel_size": _whole("kernel_size", kernel_size, "one whole number for both sides"),

@@ -41,13 +41,13 @@ class Stack:
         for name in (activation, output_activation):
             activations.get(name, "Net")
         self.layers = len(self.sizes) - 1
-        self.shapes = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
         for i, (k, n) in enumerate(itertools.pairwise(self.sizes)):
             self.shapes[f"{prefix}{i}.weight"] = (n, k)
             if bias:
                 self.shapes[f"{prefix}{i}.bias"] = (n,)
         self.bias = bias
-        self._buffers = {}
+        self._buffers: dict = {}
 
     def bind(self, parameters: list[torch.Tensor], grads: list) -> None:
         """Take the tensors to work on: this stack's own views, in the order of `shapes`."""

@@ -8,15 +8,26 @@ To add one: its row in kernels/rules.py, and a class here that says which row se
 group. The row's names of states and hyperparameters are torch's.
 """
 
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
 import torch
 
 import kernels
 from kernels import launch
 
+Gradients = Sequence[torch.Tensor | None] | dict[str, torch.Tensor | None]
 _REFUSED = ("differentiable", "amsgrad", "centered")
 
 
-class _Ruled:
+# Its classes are torch's as well; at run time each of them brings its own.
+if TYPE_CHECKING:
+    from torch.optim import Optimizer as _Torch
+else:
+    _Torch = object
+
+
+class _Ruled(_Torch):
     """A torch optimizer whose update is a row of `kernels.RULES`: what its classes share."""
 
     counted = True  # whether the state of a parameter has a "step", as torch's class keeps it
@@ -39,7 +50,12 @@ class _Ruled:
     def _step_supports_amp_scaling(self, value: bool) -> None:
         pass
 
-    def step(self, closure=None, *, grads=None):
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        grads: Gradients | None = None,
+    ) -> Any:
         """Update every parameter from its .grad, or from `grads`: a sequence or dict in the
         parameters' order.
 
@@ -77,7 +93,7 @@ class _Ruled:
             if group.get(option):
                 raise ValueError(f"{name}: {option}=True is not supported; use torch.optim.{name}")
 
-    def rule(self, parameters) -> kernels.Rule | None:
+    def rule(self, parameters: Iterable[torch.Tensor]) -> kernels.Rule | None:
         """The row of `kernels.RULES` that this update of just these parameters is; None if there is
         none, or if a number of it lies in device memory.
         """
@@ -152,22 +168,23 @@ class _Ruled:
         return lists, self.hyper(params[0].device), step, self.row(group)
 
     @torch.no_grad()
-    def update(self, grads=None) -> None:
+    def update(self, grads: Gradients | None = None) -> None:
         """`step` without torch's hooks and profiler record around it: what the engines call."""
-        if isinstance(grads, dict):
-            grads = grads.values()
-        grads = None if grads is None else list(grads)
+        handed = grads.values() if isinstance(grads, dict) else grads
+        given_all = None if handed is None else list(handed)
         self._opt_called = True  # torch's schedulers ask whether a step was taken
         count = len(self._params())
-        if grads is not None and len(grads) != count:
+        if given_all is not None and len(given_all) != count:
             raise ValueError(
-                f"{type(self).__name__}: {count} parameters but {len(grads)} gradients"
+                f"{type(self).__name__}: {count} parameters but {len(given_all)} gradients"
             )
         start = 0
         for group in self.param_groups:
             params = group["params"]
             given = (
-                [p.grad for p in params] if grads is None else grads[start : start + len(params)]
+                [p.grad for p in params]
+                if given_all is None
+                else given_all[start : start + len(params)]
             )
             start += len(params)
             if any(g is None for g in given):
@@ -267,7 +284,7 @@ class SGD(_Ruled, torch.optim.SGD):
 
     counted = False
 
-    def row(self, group):
+    def row(self, group: dict) -> kernels.Rule:
         """Plain, momentum or Nesterov."""
         if not group["momentum"]:
             return kernels.RULES["sgd"]
@@ -279,7 +296,7 @@ class Adam(_Ruled, torch.optim.Adam):
     graphs.
     """
 
-    def row(self, group):
+    def row(self, group: dict) -> kernels.Rule:
         """Adam, or AdamW where decoupled_weight_decay is set."""
         return kernels.RULES["adamw" if group.get("decoupled_weight_decay") else "adam"]
 
@@ -287,7 +304,7 @@ class Adam(_Ruled, torch.optim.Adam):
 class AdamW(Adam, torch.optim.AdamW):
     """`torch.optim.AdamW`: Adam whose weight decay does not pass through the moments."""
 
-    def row(self, group):
+    def row(self, group: dict) -> kernels.Rule:
         """AdamW."""
         return kernels.RULES["adamw"]
 
@@ -295,7 +312,7 @@ class AdamW(Adam, torch.optim.AdamW):
 class RMSprop(_Ruled, torch.optim.RMSprop):
     """`torch.optim.RMSprop`, with momentum or without; `centered` is refused."""
 
-    def row(self, group):
+    def row(self, group: dict) -> kernels.Rule:
         """With momentum or without."""
         return kernels.RULES["rmsprop_momentum" if group["momentum"] else "rmsprop"]
 
@@ -303,11 +320,11 @@ class RMSprop(_Ruled, torch.optim.RMSprop):
 class Adagrad(_Ruled, torch.optim.Adagrad):
     """`torch.optim.Adagrad`: lr_decay, weight decay, initial_accumulator_value, maximize."""
 
-    def row(self, group):
+    def row(self, group: dict) -> kernels.Rule:
         """Adagrad."""
         return kernels.RULES["adagrad"]
 
-    def initial(self, group):
+    def initial(self, group: dict) -> float:
         """The sums' initial value."""
         return group["initial_accumulator_value"]
 
@@ -340,7 +357,7 @@ class Lion(_Ruled, torch.optim.Optimizer):
         options = {"betas": betas, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, {"lr": lr, **options})
 
-    def row(self, group):
+    def row(self, group: dict) -> kernels.Rule:
         """Lion."""
         return kernels.RULES["lion"]
 

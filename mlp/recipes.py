@@ -242,7 +242,7 @@ def _options_of(optimizer: str) -> set[str]:
     names = {
         name
         for kind in kinds
-        for name, p in inspect.signature(kind.__init__).parameters.items()
+        for name, p in inspect.signature(vars(kind)["__init__"]).parameters.items()
         if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     }
     return names - {"self", "params", "defaults"}

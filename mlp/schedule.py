@@ -26,7 +26,8 @@ class Schedule:
             raise ValueError(
                 f"fit: interval must be one of {', '.join(INTERVALS)}, got {interval!r}"
             )
-        self.given, self.made = scheduler, None
+        self.given = scheduler
+        self.made: dict[str, str] | None = None
         if isinstance(scheduler, type) or not hasattr(scheduler, "step"):
             if not callable(scheduler):
                 raise TypeError(
@@ -119,8 +120,9 @@ class Schedule:
             raise ValueError(
                 f"fit: the state is of a {state['name']}, but the scheduler given is a {self.name}"
             )
-        if None not in (self.made, state["made"]) and self.made != state["made"]:
-            pairs = [(key, state["made"].get(key), value) for key, value in self.made.items()]
+        before = state["made"]
+        if self.made is not None and before is not None and self.made != before:
+            pairs = [(key, before.get(key), value) for key, value in self.made.items()]
             key, was, now = next(pair for pair in pairs if pair[1] != pair[2])
             raise ValueError(
                 f"fit: the state is of a {self.name} with {key} {was}, but the scheduler given has "

@@ -7,8 +7,10 @@ of samples are those that `Trainer` takes for its seed, so any of them can be tr
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -233,7 +235,8 @@ class Sweep:
         """A row for each network, best first; one that diverged is behind all others, whatever it
         classifies rightly by accident.
         """
-        accuracies = tests = [None] * self.replicas
+        accuracies: Sequence[float | None] = [None] * self.replicas
+        tests = accuracies
         if evaluate is not None:
             evaluate = self._fitted(evaluate)
             if evaluate.is_classification:
@@ -277,7 +280,8 @@ class Sweep:
 
     def accuracies(self, data) -> list[float]:
         """The share of samples that each network classifies rightly."""
-        right, total = 0, 0
+        right: Any = 0
+        total = 0
         for scores, y in self._scores(data, range(self.replicas)):
             right, total = right + (scores.argmax(2) == y).sum(1), total + len(y)
         return (right / total).tolist()

@@ -64,12 +64,12 @@ def as_dataset(data: Any, device: torch.device | str) -> Dataset:
 
 
 class _Task(NamedTuple):
-    """What a call of `fit` trains on. count: the samples of an epoch."""
+    """What a call of `fit` trains on. samples: how many an epoch has."""
 
     train: Dataset
     evaluate: Dataset | None
     batch_size: int
-    count: int
+    samples: int
     seed: int
 
 
@@ -94,7 +94,8 @@ class Trainer:
         verbose: bool = True,
         precision: str = "fp32",
     ):
-        self.model, self.loss = model, _made_loss(loss)
+        self.model: Any = model
+        self.loss = _made_loss(loss)
         if means.reading(self.loss).reduction == "none":
             raise ValueError(
                 "Trainer: the loss must be one number, its reduction mean or sum, got none"
@@ -191,7 +192,7 @@ class Trainer:
 
     def _row(self, epoch: int, task: _Task, on_step) -> dict:
         """Train an epoch and measure."""
-        order = permutation(len(task.train), task.seed, epoch, self.device)[: task.count]
+        order = permutation(len(task.train), task.seed, epoch, self.device)[: task.samples]
         started = time.perf_counter()
         result = self._epoch(epoch, task, order, on_step)
         seconds = time.perf_counter() - started
@@ -260,7 +261,7 @@ class Trainer:
                 f"fit: batch_size must be positive and epochs not negative, got {task.batch_size} "
                 f"and {epochs}"
             )
-        if task.count == 0:
+        if task.samples == 0:
             raise ValueError(
                 f"fit: drop_last leaves nothing of {len(task.train)} samples in batches of "
                 f"{task.batch_size}"
@@ -272,7 +273,7 @@ class Trainer:
             self._check_data(data)
         if schedule is not None:
             left = max(epochs - len(self.history), 0)
-            steps = math.ceil(task.count / task.batch_size) if schedule.per_step else 1
+            steps = math.ceil(task.samples / task.batch_size) if schedule.per_step else 1
             schedule.check(left * steps)
         mask = means.counted(self.loss, task.train.targets)
         demands = Demands(
@@ -280,7 +281,7 @@ class Trainer:
             ignored=mask is not None and not bool(mask.all()),
             precision=self.precision.name,
         )
-        left = max(epochs - len(self.history), 0) * math.ceil(task.count / task.batch_size)
+        left = max(epochs - len(self.history), 0) * math.ceil(task.samples / task.batch_size)
         self._choose(task.batch_size, demands, left)
 
     def _choose(self, batch_size: int, demands: Demands, steps: int | None = None) -> None:
@@ -324,7 +325,7 @@ class Trainer:
                 part.restore()
             lr = float(self.optimizer.param_groups[0]["lr"])
             self._load_optimizer(state)
-            if scheduled is not None:
+            if self.schedule is not None and scheduled is not None:
                 self.schedule.load_state_dict(scheduled)
                 restore_options(self.optimizer, options)
             untrained = epoch == 1 and str(error).endswith("at step 0")
@@ -425,8 +426,9 @@ class Trainer:
         """The network's outputs for rows that are read as the training data were."""
         if not isinstance(x, Dataset):
             dtype = torch.promote_types(self.engine.dtype, torch.float32)
-            plain = rows(arrays.numbers(x, "predict: x")[0]) if self._seen is None else None
-            x = plain or self._seen.read(x, dtype)
+            seen = self._seen
+            plain = rows(arrays.numbers(x, "predict: x")[0]) if seen is None else None
+            x = seen.read(x, dtype) if seen is not None else plain
         found = outputs(self.model, x.to(self.device), shape=self._shape)
         return torch.cat([out for out, _ in found])
 

@@ -26,10 +26,11 @@ from .step import new_scratch
 def train_epoch_ref(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     """The reference of `train_epoch`: a loop of the operations' references."""
     row, step = run.hyper.tolist(), int(run.count)
+    losses, correct = run.results()
     for t, rows in enumerate(run.order.long().split(run.batch)):
-        run.losses[t], run.correct[t] = step_ref(run, rows, row, step + t + 1)
+        losses[t], correct[t] = step_ref(run, rows, row, step + t + 1)
     run.count += run.steps
-    return run.losses, run.correct
+    return run.results()
 
 
 @triton.jit
@@ -101,7 +102,7 @@ def train_epoch(
         run_epoch_kernel(run)
     else:
         train_programs(run, programs, exchange)
-    return run.losses, run.correct
+    return run.results()
 
 
 def shareable(run: Run) -> bool:

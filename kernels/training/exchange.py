@@ -190,7 +190,8 @@ def prepare(run: Run, planned: Plan, programs: int, exchange: str) -> tuple[tupl
     """
     results, net, samples, order = run.bundles()
     shared = 1 + run.spec.bias  # parameters of layer 1
-    lists, copied = [], []
+    lists: list = []
+    copied: list = []
     for tensors in (net.tensors, *net.states):
         copies = [
             t.new_empty((programs, *t.shape)).copy_(t.expand(programs, *t.shape))

@@ -21,11 +21,11 @@ from .run import Run
 
 def train_replicas_ref(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     """The reference of `train_replicas`, by batched products: any width, batch and activation."""
-    step = int(run.count)
+    step, (losses, correct) = int(run.count), run.results()
     for t, rows in enumerate(run.order.long().split(run.batch, 1)):
-        run.losses[:, t], run.correct[:, t] = step_ref(run, rows, run.hyper, step + t + 1)
+        losses[:, t], correct[:, t] = step_ref(run, rows, run.hyper, step + t + 1)
     run.count += run.steps
-    return run.losses, run.correct
+    return losses, correct
 
 
 def train_replicas(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,4 +40,4 @@ def train_replicas(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     if launch.backend(*run.parameters) == "torch":
         return train_replicas_ref(run)
     run_epoch_kernel(run)
-    return run.losses, run.correct
+    return run.results()

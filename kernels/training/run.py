@@ -111,6 +111,11 @@ class Run:
         """Where everything is."""
         return self.data.device
 
+    def results(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(losses, correct): the buffers for the results."""
+        assert self.losses is not None and self.correct is not None  # __post_init__ made them
+        return self.losses, self.correct
+
     def bundles(self) -> tuple[Results, Parameters, Samples, Order]:
         """The kernels' arguments that are the same in all kernels."""
         net = Parameters(tuple(self.parameters), tuple(map(tuple, self.states)))

@@ -124,7 +124,8 @@ def train_step_ref(state: StepState, n: int) -> None:
     if len(rows):
         run.count += 1
         row, count = run.hyper.tolist(), int(run.count)
-        run.losses[t], run.correct[t] = step_ref(run, rows, row, count)
+        losses, correct = run.results()
+        losses[t], correct[t] = step_ref(run, rows, row, count)
         state.position[0] += 1
 
 

@@ -229,7 +229,7 @@ class _Choice:
             workers = fresh[0] if fresh else self.counts[self.turn // _AGAIN % len(self.counts)]
             known = self.seconds.get(workers, min(self.seconds.values(), default=self.guess))
             return workers, max(1, int(_TRIAL / known))
-        workers = min(self.seconds, key=self.seconds.get)
+        workers = min(self.seconds, key=self.seconds.__getitem__)
         return workers, max(1, int(_PIECE / self.seconds[workers]))
 
 

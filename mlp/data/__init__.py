@@ -79,7 +79,7 @@ def _named_or_read(
             else _torchvision(source, Path(data_dir) if data_dir else default_dir())
         )
         shape = parts[0].image_shape
-        if image is not None and image_size(image) not in (shape, shape[1:]):
+        if image is not None and shape and image_size(image) not in (shape, shape[1:]):
             raise DataError(f"{source}: its images are {shape}, but {image} was asked for")
         return _with_task(parts, task)
     names = [source] if source and Path(source).exists() else source.split(",")
@@ -171,9 +171,9 @@ def _torchvision(name: str, root: Path) -> tuple[Dataset, Dataset]:
             "--data-dir"
         ) from None
     parts = []
-    for train in (True, False):
+    for training in (True, False):
         try:
-            part = kind(root, train=train)
+            part = kind(root, train=training)
         except (RuntimeError, ValueError, OSError, AssertionError) as error:
             if not str(error).startswith(
                 "Dataset not found"
@@ -183,7 +183,7 @@ def _torchvision(name: str, root: Path) -> tuple[Dataset, Dataset]:
                     f"{name}: a file in {root / kind.__name__ / 'raw'} is damaged ({reason}); "
                     "remove it"
                 ) from None
-            part = _download(kind, root, train, name)
+            part = _download(kind, root, training, name)
         parts.append(
             Dataset(
                 part.data.unsqueeze(1),
@@ -191,11 +191,12 @@ def _torchvision(name: str, root: Path) -> tuple[Dataset, Dataset]:
                 tuple(part.classes),
                 (1, *part.data.shape[1:]),
                 1 / 255,
-                name=f"{name} ({'train' if train else 'test'})",
+                name=f"{name} ({'train' if training else 'test'})",
                 levels=(0.0, 255.0),
             )
         )
-    return tuple(parts)
+    train, test = parts
+    return train, test
 
 
 def _download(kind, root: Path, train: bool, name: str):

@@ -77,7 +77,7 @@ def numbers(value: Any, what: str) -> tuple[torch.Tensor, tuple[str, ...]]:
 
 def _tensor(array: np.ndarray, what: str) -> torch.Tensor:
     if isinstance(array, np.ma.MaskedArray):
-        array = array.astype(np.float64).filled(np.nan)  # what is masked is missing
+        array = np.ma.filled(array.astype(np.float64), np.nan)  # what is masked is missing
     if array.dtype == np.uint64 and array.size and array.max() >= 2**63:
         array = array.astype(np.float64)
     if array.dtype.names:
@@ -114,7 +114,8 @@ def _gathered(dataset: Any, collate: Any, name: str) -> tuple[Any, Any]:
         batches.append(batch)
     if not batches:
         raise DataError(f"{name}: empty: it has no samples")
-    return tuple(torch.cat([torch.as_tensor(part) for part in parts]) for parts in zip(*batches))
+    inputs, targets = (torch.cat([torch.as_tensor(p) for p in parts]) for parts in zip(*batches))
+    return inputs, targets
 
 
 def _taken_apart(source: Any, name: str) -> tuple[Any, Any]:

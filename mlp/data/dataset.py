@@ -64,7 +64,7 @@ class Reading:
 
     scale: float = 1.0
     shift: float = 0.0
-    image_shape: tuple[int, int, int] | None = None
+    image_shape: tuple[int, ...] | None = None
     levels: tuple[float, float] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -126,7 +126,7 @@ class Dataset:
     inputs: torch.Tensor
     targets: torch.Tensor
     classes: tuple[str, ...] = ()
-    image_shape: tuple[int, int, int] | None = None
+    image_shape: tuple[int, ...] | None = None
     scale: float = 1.0
     shift: float = 0.0
     name: str = "data"
@@ -394,12 +394,13 @@ class Moments(NamedTuple):
 def moments(inputs: torch.Tensor) -> Moments:
     """Measured in float64, in pieces: a copy of all inputs would take eight times their bytes."""
     low, high = inputs.amin(0).double(), inputs.amax(0).double()
-    mean = sum(piece.double().sum(0) for piece in _pieces(inputs)) / len(inputs)
+    zero = torch.zeros_like(inputs[0], dtype=torch.float64)
+    mean = sum((piece.double().sum(0) for piece in _pieces(inputs)), zero) / len(inputs)
     # Squares of very large or small numbers would not be finite, or 0.
     size = torch.maximum(high - mean, mean - low)
     inverse = torch.where(size > 0, 1 / size, 0.0)
     squares = sum(
-        piece.double().sub(mean).mul_(inverse).square_().sum(0) for piece in _pieces(inputs)
+        (piece.double().sub(mean).mul_(inverse).square_().sum(0) for piece in _pieces(inputs)), zero
     )
     return Moments(low, high, mean, (squares / len(inputs)).sqrt() * size)
 
@@ -413,7 +414,7 @@ def _digest(tensor: torch.Tensor, *said: str) -> str:
     """A hash of a tensor's bytes, after these words."""
     state = hashlib.blake2b(repr(said).encode(), digest_size=16)
     for piece in _pieces(tensor):
-        state.update(piece.cpu().contiguous().view(torch.uint8).numpy())
+        state.update(piece.cpu().contiguous().view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 

@@ -32,7 +32,7 @@ def scale(data: Dataset) -> str:
 def stored_range(data: Dataset) -> tuple[float, float]:
     """Smallest and largest input as it was stored in the file."""
     x = data.inputs
-    if data.mean is not None:
+    if data.mean is not None and data.std is not None:
         mean, std = data.mean.to(x.device), data.std.to(x.device)
         x = x * std + mean
     low, high = float(x.min()), float(x.max())

@@ -210,15 +210,15 @@ def read(
         if key is not None:
             _check_kind(arrays[key], f"{where}: {key}")
     has_test = None not in keys[2:]
-    used = keys if has_test else keys[:2]
+    used = [key for key in keys if key is not None][: None if has_test else 2]
     train, test = from_arrays(
         *(arrays[key] for key in used),
         name=name,
         image=image,
         task=task,
-        named_image=any(word in keys[0].lower() for word in ("image", "pixel")),
+        named_image=any(word in used[0].lower() for word in ("image", "pixel")),
     )
-    notes = ()
+    notes: tuple[str, ...] = ()
     if left := sorted(arrays.keys() - set(used)):
         held = "" if has_test else "; a fifth of the training data is held out for testing"
         notes = (f"{name}: not used: {', '.join(left)}{held}",)

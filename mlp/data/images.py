@@ -136,7 +136,7 @@ def _resized(channel: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return pixels.clip(channel.min(), channel.max())
 
 
-def as_array(picture: Picture, shape: tuple[int, int, int]) -> np.ndarray:
+def as_array(picture: Picture, shape: tuple[int, ...]) -> np.ndarray:
     """(C, H, W) of this shape, in the picture's own levels: grey or RGB, resized if need be."""
     Image, _ = _pillow()
     pixels = picture.pixels
@@ -269,7 +269,7 @@ def _parts(root: Path) -> tuple[dict[str, Path], list[str]]:
         )
     found: dict[str, Path] = {}
     for name in sorted(named):
-        kind = kinds[name]
+        kind = _SPLITS[name.lower()]
         if kind in found:
             raise DataError(f"{root}: {found[kind].name} and {name} both are {kind} data")
         found[kind] = folders[name]
@@ -311,7 +311,7 @@ def _classes(part: Path) -> tuple[dict[str, _Class], list[str]]:
 
 
 def _decoded(
-    paths: Sequence[Path], size: tuple[int, int] | None, root: Path
+    paths: Sequence[Path], size: tuple[int, ...] | None, root: Path
 ) -> tuple[list[Picture], int]:
     """(all images, how many were resized), of one size; the whole must fit into memory."""
     pictures: list[Picture] = []
@@ -345,7 +345,7 @@ def _common_white(pictures: Sequence[Picture], paths: Sequence[Path]) -> int | N
             f"{paths[odd]}: floating-point and whole pixels have no common black and white, and "
             f"{paths[0]} is of the other kind"
         )
-    return max(picture.white for picture in pictures)
+    return max(picture.white or 0 for picture in pictures)
 
 
 def _stacked(
@@ -362,15 +362,16 @@ def _stacked(
     pixels = np.empty((len(pictures), *shape), np.uint8 if white == _BYTE else np.float32)
     for row, picture in zip(pixels, pictures):
         row[...] = as_array(picture, shape)
-        if white is not None and picture.white != white:
+        if white is not None and picture.white is not None and picture.white != white:
             row *= white // picture.white
     if white is not None and any(picture.white != white for picture in pictures):
         notes.append(f"{root}: 8-bit and 16-bit images are mixed: all are taken as 16-bit")
     levels, said = (0.0, float(white or 0)), ""
     if white is None:
-        levels, said = levels_of([torch.from_numpy(pixels)], "float32")
-        if levels is None:
+        measured, said = levels_of([torch.from_numpy(pixels)], "float32")
+        if measured is None:
             raise DataError(f"{root}: {said}: save pixels from 0 to 1 or 0 to 255")
+        levels = measured
     return torch.from_numpy(pixels), levels, [*notes, *([f"{root}: {said}"] if said else [])]
 
 
@@ -405,7 +406,7 @@ def read_folder(root: Path, image: str | tuple[int, ...] | None = None) -> tuple
     paths, targets = _labelled([classes for classes, _ in found.values()])
     pictures, resized = _decoded(paths, asked, root)
     pixels, levels, said = _stacked(pictures, paths, root)
-    if resized:
+    if resized and asked is not None:
         notes.append(f"{root}: {resized} images are resized to {asked[1]}×{asked[0]}")
     sets = [
         Dataset(

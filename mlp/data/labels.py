@@ -182,9 +182,10 @@ def read(
 def _check_finite(arrays: Sequence[np.ndarray], name: str) -> None:
     for array, part in zip(arrays, ("training", "test")):
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            row, *column = np.argwhere(~np.isfinite(array))[0].tolist()
+            place = np.argwhere(~np.isfinite(array))[0].tolist()
+            row, *column = place
             raise DataError(
-                f"{name}: {part} targets must be finite, got {array[(row, *column)]} in row {row}"
+                f"{name}: {part} targets must be finite, got {array[tuple(place)]} in row {row}"
                 + (f", column {column[0]}" if column else "")
                 + "; rows and columns count from 0: leave such rows out"
             )

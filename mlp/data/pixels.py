@@ -28,7 +28,7 @@ _SMALL = 10.0
 class Layout(NamedTuple):
     """shape: (C, H, W). moved: the axes are (H, W, C) and must be moved. note: or ""."""
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     moved: bool = False
     note: str = ""
 
@@ -36,7 +36,7 @@ class Layout(NamedTuple):
 class Look(NamedTuple):
     """How inputs are seen: fields of a Dataset."""
 
-    shape: tuple[int, int, int] | None
+    shape: tuple[int, ...] | None
     levels: tuple[float, float] | None
     scale: float
     shift: float

@@ -28,10 +28,10 @@ def picture(row: torch.Tensor, data: Dataset) -> torch.Tensor:
     Images of other than 1 or 3 channels become the mean of their channels.
     """
     x = row.cpu().double()
-    if data.mean is not None:
+    if data.mean is not None and data.std is not None:
         x = x * data.std.double() + data.mean.double()
     black, white = data.levels or (float(x.min()), float(x.max()))
-    image = ((x - black) / ((white - black) or 1.0)).clamp(0, 1).view(data.image_shape)
+    image = ((x - black) / ((white - black) or 1.0)).clamp(0, 1).view(data.image_shape or ())
     return image.permute(1, 2, 0) if len(image) == 3 else image.mean(0)
 
 

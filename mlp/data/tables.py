@@ -201,7 +201,7 @@ class _Category:
         return numpy.stack([(texts == text).astype(float) for text in column.categories], axis=1)
 
 
-_KINDS = {_NUMBER: _Number, _CATEGORY: _Category}
+_KINDS: dict[str, Any] = {_NUMBER: _Number, _CATEGORY: _Category}
 
 
 def _mean_std(values: numpy.ndarray) -> tuple[float, float]:

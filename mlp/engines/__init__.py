@@ -49,7 +49,7 @@ def choose(
         raise ValueError(f"unknown engine {name!r}; known: auto, {', '.join(ENGINES)}")
     demands = demands or Demands()
     candidates = list(ENGINES) if name == "auto" else [name]
-    refusals = []
+    refusals: list[str] = []
     for candidate in reversed(candidates):
         kind = ENGINES[candidate]
         reason = kind.refuses(model, loss, optimizer, batch_size) or kind.cannot(demands)

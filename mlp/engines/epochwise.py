@@ -10,6 +10,7 @@ kernels serve.
 """
 
 import math
+from typing import Any
 
 import torch
 
@@ -28,7 +29,9 @@ def spec_of(model, loss, optimizer) -> kernels.Spec | str:
     """What the training kernels call this network, loss and optimizer; or, in words, why they have
     no name for it.
     """
-    config = model.config() if hasattr(model, "config") else {"kind": type(model).__name__}
+    config: dict[str, Any] = (
+        model.config() if hasattr(model, "config") else {"kind": type(model).__name__}
+    )
     if config["kind"] != "mlp":
         return f"trains multilayer perceptrons, got {config['kind']}"
     if any(p.dtype != torch.float32 for p in parameters_of(model).values()):
@@ -100,8 +103,10 @@ class _Fused(Engine):
 
     def run(self, data, order, batch_size, states, count) -> kernels.Run:
         """This training as the kernels take it."""
+        spec = self.spec
+        assert not isinstance(spec, str)  # `refuses` would have said so
         return kernels.Run(
-            self.spec,
+            spec,
             self.parameters,
             states,
             data.inputs,

@@ -55,7 +55,7 @@ class Precision:
         self.scaler.update()
         if self.scaler.get_scale() < scale:
             self.skipped += 1
-            optimizer._opt_called = True  # torch's schedulers ask whether a step was taken
+            vars(optimizer)["_opt_called"] = True  # torch's schedulers ask whether a step was taken
 
     def state_dict(self) -> dict:
         """The scale of the loss and the count of skipped steps."""

@@ -66,7 +66,10 @@ class Engine:
     shape: tuple[int, ...] | None = None
 
     def __init__(self, model: Net | torch.nn.Module, loss: Any, optimizer: torch.optim.Optimizer):
-        self.model, self.loss, self.optimizer = model, loss, optimizer
+        # Any: what each engine calls on them is what its `refuses` asked for.
+        self.model: Any = model
+        self.loss: Any = loss
+        self.optimizer: Any = optimizer
         self.precision = Precision("fp32")
 
     @property
@@ -163,7 +166,8 @@ class _Predictions:
     """The predicted labels of an epoch, read off the outputs of many steps at once."""
 
     def __init__(self, order: torch.Tensor):
-        self.found, self.outputs, self.end = torch.empty_like(order), [], 0
+        self.found, self.end = torch.empty_like(order), 0
+        self.outputs: list[torch.Tensor] = []
 
     def add(self, output: torch.Tensor) -> None:
         """Keep a copy of a batch's outputs (rows, classes)."""
@@ -234,7 +238,8 @@ class Manual(Engine):
 
     def __init__(self, model: Net | torch.nn.Module, loss: Any, optimizer: torch.optim.Optimizer):
         super().__init__(model, loss, optimizer)
-        self._recordings, self._labels_valid, self._bound = Recordings(), False, None
+        self._recordings, self._labels_valid = Recordings(), False
+        self._bound: tuple[int, ...] | None = None
         self.net = model if isinstance(model, Net) else Net.over(model)
         self._bind()
 
