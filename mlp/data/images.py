@@ -128,7 +128,7 @@ def _levels(image: Any, Image: Any, path: Path) -> Picture:
     return Picture(np.array(image), _BYTE)
 
 
-def _resized(channel: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _resized(channel: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     """(H, W) of `size`; floats, for levels beyond 255 must be kept."""
     Image, _ = _pillow()
     image = Image.fromarray(channel.astype(np.float32))
