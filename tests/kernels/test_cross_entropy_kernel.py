@@ -53,18 +53,18 @@ def test_50000_classes_in_one_row(device):
 
 @PRECISIONS
 def test_sum_over_programs(dtype, device):
-    """More partial losses and weights than the reducing program adds at a time, and with the last
-    lanes empty.
+    """More partial losses, weights and counts than the reducing program adds at a time, and with
+    the last lanes empty.
     """
-    parts = torch.rand(2 * 2500, device=device)
+    parts = torch.rand(3 * 2500, device=device)
     loss, (_, _, denominator, _) = module.finish(parts, 2500, parts.to(dtype), (), "mean", None)
 
     def by_torch(parts):
-        total, count = parts.view(2, 2500).sum(1)
-        return total / count, count
+        total, weight, _ = parts.view(3, 2500).sum(1)
+        return total / weight, weight
 
-    total, count = by_torch(parts)
-    torchs = [total.to(dtype), count]
+    mean, weight = by_torch(parts)
+    torchs = [mean.to(dtype), weight]
     assert_as_accurate([loss, denominator], torchs, lambda: by_torch(double(parts)))
 
 

@@ -67,7 +67,8 @@ def problem(device="cpu", dtype=torch.float32):
 
     def gradients(i):
         module.zero_grad()
-        module(x[i % 100]).sin().square().sum().backward()
+        # bounded, and flat far out: no seed and no rate lets it grow without end
+        module(x[i % 100]).tanh().square().sum().backward()
 
     return list(module.parameters()), gradients
 
@@ -82,12 +83,14 @@ def trajectory(make, device, dtype=torch.float32, steps=100):
 
 
 def assert_same_place(ours, theirs, exact):
-    """As near to the float64 trajectory as torch's float32 one, but for a factor: both only
-    round.
+    """As near to the float64 trajectory as torch's float32 one, but for a factor: both only round,
+    and later steps carry that on. In float64 they carry on as many times what that rounds.
     """
     for a, b, c in zip(ours, theirs, exact):
         error, allowed = (a.double() - c).abs().max(), (b.double() - c).abs().max()
-        assert error <= 4 * allowed + 64 * torch.finfo(a.dtype).eps * c.abs().max()
+        ulp = torch.finfo(a.dtype).eps
+        carried = allowed * ulp / torch.finfo(b.dtype).eps
+        assert error <= 4 * carried + 64 * ulp * c.abs().max()
 
 
 @pytest.mark.parametrize("name, options", CASES)
@@ -99,7 +102,7 @@ def test_hundred_steps_as_torch(name, options, device):
         functools.partial(OPTIMIZERS[name], **options), device, torch.float64
     )
     assert_same_place(ours, theirs, exact)
-    assert_same_place(exact_ours, exact, exact)
+    assert_same_place(exact_ours, theirs, exact)
     start = problem(device)[0]
     assert max((a - b.detach()).abs().max() for a, b in zip(ours, start)) > 0.1, (
         "it must have gone somewhere"
