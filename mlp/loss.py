@@ -119,13 +119,15 @@ class SoftmaxCrossEntropy(Criterion):
 
     def __init__(
         self,
-        weight: torch.Tensor | None = None,
+        weight: torch.Tensor | Sequence[float] | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         scale: float = 1.0,
     ):
         super().__init__(reduction, scale)
+        if weight is not None and not isinstance(weight, torch.Tensor):
+            weight = torch.tensor(weight, dtype=torch.float32)
         self.options = (weight, ignore_index, reduction, label_smoothing)
 
     def targets_for(
@@ -155,11 +157,19 @@ class SoftmaxCrossEntropy(Criterion):
             return "takes cross-entropy without class weights, smoothing or an ignored class"
         return super().criterion(outputs)
 
+    def _options(self, output: torch.Tensor) -> tuple:
+        """The arguments of the operation, with the weights where the output is."""
+        weight = self.options[0]
+        if weight is not None and weight.device != output.device:
+            self.options = (weight.to(output.device), *self.options[1:])
+        return self.options
+
     def _on_tape(self, output, target):
-        return kernels.cross_entropy(output, target, *self.options)
+        return kernels.cross_entropy(output, target, *self._options(output))
 
     def _forward(self, output, target, labels_valid):
-        return kernels.cross_entropy_fwd(output, target, *self.options, labels_valid=labels_valid)
+        options = self._options(output)
+        return kernels.cross_entropy_fwd(output, target, *options, labels_valid=labels_valid)
 
     def _backward(self, dy, *saved):
         return kernels.cross_entropy_bwd(dy, *saved, needs=(True, False))[0]

@@ -6,8 +6,10 @@
 import inspect
 from dataclasses import dataclass, field, replace
 from dataclasses import fields as fields_of
+from typing import Any
 
 from kernels import activations
+from kernels.losses import unchanged
 
 from .init import initialise
 from .loss import LOSSES
@@ -116,6 +118,11 @@ class Recipe:
             ]
         )
 
+    @property
+    def reads_values(self) -> bool:
+        """Whether the loss reads outputs as values of the targets, not as logits."""
+        return LOSSES[self.loss].row.predict is unchanged
+
     def make_loss(self):
         """The loss, as `mlp.Trainer` takes it."""
         if self.loss not in LOSSES:
@@ -216,8 +223,10 @@ def changed(recipe: Recipe, **changes) -> Recipe:
     return made
 
 
-def suited(recipe: Recipe, train, loss_chosen: bool) -> Recipe:
-    """The recipe with a loss that the targets can train: squared error in place of one of classes
+def suited(
+    recipe: Recipe, train: Any, loss_chosen: bool, default: str = _LOSS_OF_NUMBERS
+) -> Recipe:
+    """The recipe with a loss that the targets can train: `default` in place of one of classes
     where they are numbers. A ValueError where such a loss was chosen, and cannot be.
     """
     row = LOSSES[recipe.loss].row
@@ -227,7 +236,7 @@ def suited(recipe: Recipe, train, loss_chosen: bool) -> Recipe:
         if reason := row.refusal(train.targets.shape[1], train.targets):
             raise ValueError(f"{train.name}: {reason}")
         return recipe
-    return replace(recipe, loss=_LOSS_OF_NUMBERS, loss_options={})
+    return replace(recipe, loss=default, loss_options={})
 
 
 def _optimizer(name: str):

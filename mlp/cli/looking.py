@@ -10,7 +10,8 @@ from .terminal import say
 
 def data(values: Values) -> None:
     """Print what a data set holds, and draw it on request."""
-    train, test = load(values)
+    read = load(values)
+    train, test = read.train, read.test
     for line in describe.page(train, test):
         say(line)
     if not values["plots"]:

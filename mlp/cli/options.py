@@ -136,7 +136,17 @@ _READING = (
         str,
         "shape of an image in flat rows, such as 28x28 or 3x32x32; size of the images of a folder",
     ),
-    Option("task", str, "classification or regression; default: what the targets' type says"),
+    Option(
+        "task",
+        str,
+        "classification, regression or multilabel; default: what the targets' type says",
+    ),
+    Option("target", str, "of a table: the column to predict, or several with commas"),
+    Option("drop", str, "of a table: columns to leave out, with commas"),
+)
+_HELD = (
+    Option("validation", float, "share of the rows to measure on besides the test rows", least=0),
+    Option("class_weight", str, "balanced: rare classes weigh as much as frequent ones"),
 )
 RUN = (
     Option("seed", str, "of initial weights and sample order; default 0", parse=seed),
@@ -150,6 +160,7 @@ RUN = (
         may_change=True,
     ),
     *_READING,
+    *_HELD,
 )
 CALL = (
     Option("out", Path, "run folder; default runs/DATASET, numbered"),
@@ -160,7 +171,8 @@ CALL = (
 DATASET = Option(
     "dataset",
     str,
-    "digits (the default), mnist, fashion-mnist, kmnist, or a path: .npz, .npy, .mat, image folder",
+    "digits (the default), mnist, fashion-mnist, kmnist, or a path: .csv, .tsv, .parquet, .npz, "
+    ".npy, .mat, image folder",
     is_argument=True,
 )
 NAMED_RECIPE = Option("recipe", str, "settings by name; see `handgrad recipes`")
@@ -178,8 +190,9 @@ EVALUATE = (
 REPORT = (RUN_FOLDER, RUN_DATA, DEVICE)
 PREDICT = (
     RUN_FOLDER,
-    Option("images", list[Path], "PNG or JPEG files", ..., is_argument=True),
+    Option("images", list[Path], "PNG or JPEG files, or a table", ..., is_argument=True),
     DEVICE,
+    Option("out", Path, "CSV file for the predictions of a table; default: print them"),
 )
 SWEEP = (
     DATASET,

@@ -12,7 +12,7 @@ from ..runs import report as pictures
 from ..runs.checkpoint import config_of
 from ..runs.disk import CheckpointError
 from ..trainer import Trainer
-from . import setup
+from . import setup, tables
 from .options import Values
 from .terminal import complain, say
 
@@ -24,7 +24,7 @@ def _open(values: Values) -> tuple[Settings, data.Dataset, torch.nn.Module]:
     on = setup.pick_device(values["device"])
     with setup.settings_from(run.path / CONFIG):
         setup.pick_precision(settings.precision)
-        found = setup.load_run(settings)
+        found = setup.suited(settings, setup.load_run(settings), loss_chosen=True)
         settings.recipe.make_loss()
     change = setup.change_of_data(settings, found.facts)
     if change and settings.data is not None:
@@ -53,6 +53,8 @@ def evaluate(values: Values) -> None:
         say(f"accuracy {measured['accuracy']:.2%}, top-{measured['k']} {measured['top_k']:.2%}")
         for name, share in measured["per_class"].items():
             say(f"  {name:<20} {'no samples' if share is None else f'{share:.2%}'}")
+    for line in tables.quality_lines(settings, trainer, test_set):
+        say(line)
 
 
 def report(values: Values) -> None:
@@ -68,7 +70,8 @@ def draw(run: RunFolder, recipe: recipes.Recipe, test_set: data.Dataset, model) 
     if test_set.is_classification:
         scores = metrics.probabilities(model, recipe.make_loss(), test_set)
         measured = metrics.classification(scores, test_set, 1)
-    return pictures.write_all(run.history, model, scores, measured, test_set, run.path)
+    paths = pictures.write_all(run.history, model, scores, measured, test_set, run.path)
+    return paths + tables.draw(run, recipe, test_set, model)
 
 
 def predict(values: Values) -> None:
@@ -77,6 +80,11 @@ def predict(values: Values) -> None:
     """
     run, images = RunFolder(values["run"]), values["images"]
     settings, facts = run.settings, run.settings.data
+    if facts is not None and facts.table is not None:
+        tables.predict(values)
+        return
+    if values["out"] is not None:
+        raise ValueError(f"--out is for the predictions of a table; {run.path} reads images")
     if facts is None or facts.reading.image_shape is None:
         raise ValueError(
             f"{run.path} was trained on rows of numbers, not on images: it cannot read {images[0]}"

@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 import torch
 
-from .. import data, modules
+from .. import data, modules, recipes, scoring
+from ..data import tables, units
+from ..data.describe import describe, targets
 from ..engines.stepwise import Diverged
 from ..runs import Facts, Settings
 from ..runs.disk import CheckpointError
@@ -42,6 +44,17 @@ class Data(NamedTuple):
     train: data.Dataset
     test: data.Dataset
     facts: Facts
+    validation: data.Dataset | None = None
+    said: str = ""  # what was read, in one line
+
+
+class Read(NamedTuple):
+    """What was read, before a recipe or units of the targets change how it is taken."""
+
+    train: data.Dataset
+    test: data.Dataset
+    validation: data.Dataset | None = None
+    table: tables.Table | None = None
 
 
 def pick_device(name: str) -> torch.device:
@@ -87,18 +100,69 @@ def located(settings: Settings) -> Settings:
     )
 
 
-def load(values: Values) -> tuple[data.Dataset, data.Dataset]:
-    """(train, test) of what a command's options name. What was decided is said on stderr."""
-    train, test = data.load(
+def load(values: Values) -> Read:
+    """What a command's options name. What was decided is said on stderr."""
+    read = _read(_settings(values, recipes.PLAIN))
+    say_notes(read.train)
+    return read
+
+
+def _settings(values: Values, recipe: recipes.Recipe) -> Settings:
+    """Settings of a command that writes no run."""
+    return Settings(
         values["dataset"] or "digits",
-        values["data_dir"],
+        recipe,
+        "",
+        data_dir=values["data_dir"],
         image=values["image"],
         task=values["task"],
         standardize=values["standardize"] or "auto",
+        target=values["target"],
+        drop=values["drop"],
+    )
+
+
+def for_sweep(
+    values: Values, recipe: recipes.Recipe
+) -> tuple[data.Dataset, data.Dataset, units.Units | None, recipes.Recipe]:
+    """(train, test, units of the targets, recipe) of a sweep, as `suited` has them for a run."""
+    settings = _settings(values, recipe)
+    found = suited(settings, load_run(settings), values["loss"] is not None)
+    say_notes(found.train)
+    return found.train, found.test, found.facts.units, settings.recipe
+
+
+def _read(settings: Settings) -> Read:
+    """The data of a run, before its recipe."""
+    facts, path = settings.data, Path(settings.dataset)
+    if path.suffix.lower() in tables.SUFFIXES and (path.exists() or settings.target):
+        if settings.image is not None:
+            raise ValueError(f"{path}: --image is for images, but this is a table")
+        if settings.target is None:
+            raise ValueError(f"{path}: say which column to predict with --target")
+        choice = tables.Choice(
+            _names(settings.target),
+            _names(settings.drop or ""),
+            settings.task or "auto",
+            settings.validation or 0.0,
+        )
+        return Read(*tables.load(path, choice, None if facts is None else facts.table))
+    for name in ("target", "drop"):
+        if getattr(settings, name) is not None:
+            raise ValueError(f"--{name} is for tables ({', '.join(tables.SUFFIXES)}), not {path}")
+    raw = data.load(
+        settings.dataset,
+        settings.data_dir,
+        image=settings.image,
+        task=settings.task,
+        standardize=settings.standardize if facts is None else facts.reading,
         verbose=False,
     )
-    say_notes(train)
-    return train, test
+    return Read(*raw)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def say_notes(train: data.Dataset) -> None:
@@ -109,17 +173,77 @@ def say_notes(train: data.Dataset) -> None:
 
 def load_run(settings: Settings) -> Data:
     """The data set of a run, prepared for its recipe and read as in its training."""
-    raw = data.load(
-        settings.dataset,
-        settings.data_dir,
-        image=settings.image,
-        task=settings.task,
-        standardize=settings.standardize if settings.data is None else settings.data.reading,
-        verbose=False,
+    read = _read(settings)
+    train, test = settings.recipe.prepare(read.train, read.test)
+    validation, share = read.validation, settings.validation or 0.0
+    if share and read.table is None:
+        train, validation = held_out(train, share, len(train) + len(test))
+    prints = [part.fingerprint() for part in (read.train, read.test)]
+    facts = Facts(list(train.classes), train.reading, *prints, table=read.table)
+    if read.table is not None:
+        said = about_table(read.table, train, test, validation)
+        if read.table.mean:
+            facts.units = units.Units(read.table.mean, read.table.std)
+        return Data(train, test, facts, validation, said)
+    said = describe(train, test)
+    if validation is not None:
+        said += f"; {len(validation):,} validation samples"
+    return Data(train, test, facts, validation, said)
+
+
+def held_out(train: data.Dataset, share: float, count: int) -> tuple[data.Dataset, data.Dataset]:
+    """(train, validation) of training data; share: of all `count` samples, test data included."""
+    inner = share * count / len(train)
+    if not inner < 1:
+        raise ValueError(f"--validation {share:g}: nothing is left to train on")
+    train, validation = data.split(train, inner)
+    name = train.name.removesuffix(" (train)")
+    return train._with(name=name), validation._with(name=f"{name} (validation)")
+
+
+def about_table(
+    table: tables.Table,
+    train: data.Dataset,
+    test: data.Dataset,
+    validation: data.Dataset | None = None,
+) -> str:
+    """What is learned from a table, in one line."""
+    features, columns = len(table.features), len(table.columns)
+    parts = [
+        f"{train.name}: {table.task} of {', '.join(table.targets)}",
+        f"{columns} column{'s' * (columns > 1)} as {features} feature{'s' * (features > 1)}",
+        f"{len(train):,} rows to train, {len(test):,} to test",
+    ]
+    if validation is not None:
+        parts[-1] += f", {len(validation):,} to validate"
+    if train.is_classification:
+        parts.append(targets(train))
+    return "; ".join(parts)
+
+
+def suited(settings: Settings, found: Data, loss_chosen: bool) -> Data:
+    """The data as this run learns them: its recipe gets a loss that fits, the targets their units.
+
+    A run that is stored keeps what it has.
+    """
+    table, stored = found.facts.table, settings.data
+    default = tables.LOSSES["regression" if table is None else table.task]
+    recipe = recipes.suited(settings.recipe, found.train, loss_chosen, default)
+    recipe = settings.recipe = scoring.weighted(recipe, found.train, settings.class_weight)
+    if stored is not None:
+        found.facts.units = stored.units
+    elif table is None and recipe.output_activation == "identity" and recipe.reads_values:
+        found.facts.units = units.of(found.train, settings.standardize)
+        if found.facts.units is not None:
+            note = f"{found.train.name}: the targets are standardised by the training data"
+            found = found._replace(train=found.train._with(notes=(*found.train.notes, note)))
+    if table is not None:
+        return found
+    train, test, validation = (
+        None if part is None else units.learned(part, found.facts.units)
+        for part in (found.train, found.test, found.validation)
     )
-    train, test = settings.recipe.prepare(*raw)
-    prints = [part.fingerprint() for part in raw]
-    return Data(train, test, Facts(list(train.classes), train.reading, *prints))
+    return found._replace(train=train, test=test, validation=validation)
 
 
 def moved(settings: Settings, values: Values) -> Settings:

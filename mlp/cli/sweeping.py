@@ -9,11 +9,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .. import data, recipes
+from .. import data, recipes, scoring
+from ..data.units import Units
 from ..runs import RunFolder
 from ..runs.disk import write_text
 from ..sweep import Sweep, spread
-from . import options, setup
+from . import options, setup, tables
 from .options import Values, given
 from .terminal import say
 
@@ -50,8 +51,7 @@ def sweep(values: Values) -> None:
     changes = {**given(options.RECIPE, values), "momentum": values["momentum"]}
     recipe = recipes.changed(recipes.PLAIN, **changes)
     device = setup.pick_device(values["device"])
-    train, test = recipe.prepare(*setup.load(values))
-    recipe = recipes.suited(recipe, train, values["loss"] is not None)
+    train, test, units, recipe = setup.for_sweep(values, recipe)
     setup.refuse_too_large(recipe.network(train), replicas)
     job = Sweep.of(recipe, train, replicas, rates, seed=values["seed"], device=device)
     with _folder(values["out"]) as out:
@@ -61,7 +61,7 @@ def sweep(values: Values) -> None:
             f"{job.device}"
         )
         _train(job, recipe, train, test)
-        _print(job, test, values["top"])
+        _print(job, test, values["top"], units)
         if out is not None:
             rows = [json.dumps(dataclasses.asdict(row)) + "\n" for row in job.rows]
             job.save(out)
@@ -85,7 +85,7 @@ def _train(job: Sweep, recipe: recipes.Recipe, train: data.Dataset, test: data.D
     say(f"trained {seconds:.1f} s, {job.replicas / seconds:.2f} networks a second")
 
 
-def _print(job: Sweep, test: data.Dataset, top: int) -> None:
+def _print(job: Sweep, test: data.Dataset, top: int, units: Units | None) -> None:
     """The best networks, how many diverged, and what all others do together."""
     labels = test.is_classification
     quality = "test accuracy" if labels else "test loss"
@@ -94,6 +94,11 @@ def _print(job: Sweep, test: data.Dataset, top: int) -> None:
         result = f"{row.test_accuracy:.2%}" if labels else f"{row.test_loss:.4f}"
         say(
             f"{row.replica:>7} {row.seed:>5} {row.lr:>9.4g} {row.train_loss:>9.4f} {result:>14}"
+            + (
+                ""
+                if labels
+                else scoring.line(tables.quality(job.network(row.replica), job.loss, test, units))
+            )
             + ("  diverged" if row.diverged else "")
         )
     diverged = sum(row.diverged for row in job.rows)

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from .. import recipes
-from ..data.describe import describe
+from .. import recipes, scoring
 from ..engines.stepwise import Diverged
 from ..runs import CONFIG, Facts, RunFolder, Settings, report
 from ..runs.disk import BusyError
 from ..trainer import Trainer, line
-from . import options, results, setup
+from . import options, results, setup, tables
 from .options import Values, given
 from .terminal import complain, say
 from .versions import versions
@@ -132,8 +131,8 @@ def _job(settings: Settings, loss_chosen: bool) -> Job:
     """
     on = setup.pick_device(settings.device)
     arithmetic = setup.pick_precision(settings.precision)
-    found = setup.load_run(settings)
-    recipe = settings.recipe = recipes.suited(settings.recipe, found.train, loss_chosen)
+    found = setup.suited(settings, setup.load_run(settings), loss_chosen)
+    recipe = settings.recipe
     model = setup.build(settings, found.train, on)
     trainer = Trainer(
         model,
@@ -179,7 +178,7 @@ def _run(job: Job, run: RunFolder, plots: bool) -> None:
     model = trainer.model
     count = sum(p.numel() for p in model.parameters())
     setup.say_notes(found.train)
-    say(describe(found.train, found.test))
+    say(found.said)
     say(
         f"{recipe.describe(model.config())}; {count:,} parameters; {trainer.engine_note}; "
         f"{trainer.device}"
@@ -205,9 +204,11 @@ def _fit(job: Job, run: RunFolder) -> None:
     ) as bar:
 
         def on_epoch(row):
+            quality = tables.epoch_quality(trainer, job.data)
+            row.update(quality)
             run.record(trainer, job.epochs)
             with bar.external_write_mode(file=sys.stdout):
-                say(line(row))
+                say(line(row) + scoring.line(quality))
 
         try:
             trainer.fit(

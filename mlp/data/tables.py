@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 import torch
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     import pandas
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
-TASKS = ("classification", "regression", "multilabel")
+# Task -> the loss that it is trained with where no other is chosen.
+LOSSES = {"classification": "cross_entropy", "regression": "mse", "multilabel": "bce"}
+TASKS = tuple(LOSSES)
+TEST_SHARE = 0.2  # of the rows
 MAX_CATEGORIES = 100  # of a text column: more are names or ids, of which nothing can be learned
 MAX_INTEGER_CLASSES = 20  # of a whole-number target: more are quantities
 _NUMBER, _CATEGORY = "number", "category"
@@ -66,6 +69,12 @@ class Table:
     classes: tuple[str, ...] = ()
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        known = self.task in TASKS and all(c.kind in _KINDS for c in self.columns)
+        numbers = [n for c in self.columns for n in (c.mean, c.std, c.fill)]
+        if not known or not all(math.isfinite(n) for n in (*numbers, *self.mean, *self.std)):
+            raise DataError("not the description of a table: unknown kinds or numbers not finite")
 
     @property
     def features(self) -> list[str]:
@@ -113,8 +122,16 @@ class Table:
 
     def dataset(self, frame: "pandas.DataFrame", name: str) -> Dataset:
         """Features and targets of these rows."""
-        classes = self.classes if self.task == "classification" else ()
-        return Dataset(self.inputs(frame), self.outputs(frame), classes=classes, name=name)
+        said: list[str] = []
+        inputs, outputs = self.inputs(frame, said.append), self.outputs(frame)
+        return Dataset(
+            inputs,
+            outputs,
+            classes=() if outputs.is_floating_point() else self.classes,
+            name=name,
+            columns=tuple(self.features),
+            notes=tuple(f"{name}: {line}" for line in said),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, texts and lists."""
@@ -129,15 +146,9 @@ class Table:
                 for column in value["columns"]
             )
             lists = {key: tuple(value[key]) for key in ("targets", "classes", "mean", "std")}
-            table = cls(columns, task=value["task"], **lists)
-            known = table.task in TASKS and all(c.kind in _KINDS for c in columns)
-            numbers = [n for c in columns for n in (c.mean, c.std, c.fill)]
-            good = known and all(math.isfinite(n) for n in (*numbers, *table.mean, *table.std))
+            return cls(columns, task=value["task"], **lists)
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"not the description of a table ({error})") from None
-        if not good:
-            raise DataError("not the description of a table: unknown kinds or numbers not finite")
-        return table
 
 
 class _Number:
@@ -333,13 +344,25 @@ def fit(frame: "pandas.DataFrame", targets: Sequence[str], task: str = "auto") -
     targets: names of the columns to predict; all others are features. task: one of TASKS, or
     "auto" for `guess_task`'s.
     """
+    task = checked_task(frame, targets, task)
+    columns = _columns(frame, targets)
+    if task == "regression":
+        statistics = [_mean_std(_as_numbers(name, frame[name])) for name in targets]
+        mean, std = zip(*statistics)
+        return Table(columns, tuple(targets), task, mean=mean, std=std)
+    classes = _classes(frame[targets[0]]) if task == "classification" else tuple(targets)
+    return Table(columns, tuple(targets), task, classes)
+
+
+def checked_task(frame: "pandas.DataFrame", targets: Sequence[str], task: str = "auto") -> str:
+    """The task of these targets. DataError if one cannot be learned."""
+    _check_columns(frame, targets)
     for name in targets:
-        if name not in frame.columns:
-            raise DataError(f"there is no column {name!r}; the table has {_listed(frame.columns)}")
         _check_target(frame, name)
         if frame[name].nunique() < 2:
             only = frame[name].iloc[0]
-            raise DataError(f"the target {name!r} is {only!r} in every row: nothing to learn")
+            only = repr(only) if isinstance(only, str) else only
+            raise DataError(f"the target {name!r} is {only} in every row: nothing to learn")
     task = guess_task(frame, targets) if task == "auto" else task
     if task not in TASKS:
         raise DataError(f"unknown task {task!r}; known: auto, {', '.join(TASKS)}")
@@ -348,13 +371,13 @@ def fit(frame: "pandas.DataFrame", targets: Sequence[str], task: str = "auto") -
             f"a classification has one target, got {_listed(targets)}; several columns of 0 and 1 "
             "are task multilabel"
         )
-    columns = _columns(frame, targets)
-    if task == "regression":
-        statistics = [_mean_std(_as_numbers(name, frame[name])) for name in targets]
-        mean, std = zip(*statistics)
-        return Table(columns, tuple(targets), task, mean=mean, std=std)
-    classes = _classes(frame[targets[0]]) if task == "classification" else tuple(targets)
-    return Table(columns, tuple(targets), task, classes)
+    return task
+
+
+def _check_columns(frame: "pandas.DataFrame", names: Sequence[str]) -> None:
+    for name in names:
+        if name not in frame.columns:
+            raise DataError(f"there is no column {name!r}; the table has {_listed(frame.columns)}")
 
 
 def _columns(frame: "pandas.DataFrame", targets: Sequence[str]) -> tuple[Column, ...]:
@@ -386,3 +409,87 @@ def _classes(series: "pandas.Series") -> tuple[str, ...]:
     except TypeError:  # texts and numbers in one column
         values = sorted(values, key=str)
     return tuple(dict.fromkeys(_class_name(value) for value in values))
+
+
+class Choice(NamedTuple):
+    """What to learn from a file, and what of it. validation: the share of rows that is held out
+    besides the test rows, which are TEST_SHARE of all.
+    """
+
+    targets: tuple[str, ...]
+    drop: tuple[str, ...] = ()
+    task: str = "auto"
+    validation: float = 0.0
+
+
+class Parts(NamedTuple):
+    """A file's rows, each in one part, and the table that was fitted on the training rows."""
+
+    train: Dataset
+    test: Dataset
+    validation: Dataset | None
+    table: Table
+
+
+def load(path: str | Path, choice: Choice, table: Table | None = None) -> Parts:
+    """Read a file and split its rows at random, the same way each time; classes keep their shares.
+
+    table: what an earlier training fitted; else one is fitted on the training rows. DataError in
+    one line.
+    """
+    path, frame = Path(path), read(path)
+    if table is None:
+        _check_columns(frame, (*choice.targets, *choice.drop))
+        if twice := set(choice.targets) & set(choice.drop):
+            raise DataError(f"{path}: {_listed(sorted(twice))} is a target and cannot be dropped")
+        frame = frame.drop(columns=list(choice.drop))
+        task = checked_task(frame, choice.targets, choice.task)
+    else:
+        task = table.task
+    targets = choice.targets if table is None else table.targets
+    _check_columns(frame, targets)
+    labels = frame[targets[0]].map(_class_name).to_numpy() if task == "classification" else None
+    rows = split_rows(len(frame), choice.validation, labels, str(path))
+    train, test, held = (frame.iloc[chosen].reset_index(drop=True) for chosen in rows)
+    table = table or fit(train, targets, task)
+    return Parts(
+        table.dataset(train, f"{path.name} (train)"),
+        table.dataset(test, f"{path.name} (test)"),
+        table.dataset(held, f"{path.name} (validation)") if len(held) else None,
+        table,
+    )
+
+
+def split_rows(
+    count: int, validation: float, labels: numpy.ndarray | None, name: str
+) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+    """Numbers of the rows to train, to test and to validate on, by scikit-learn. labels: the class
+    of each row, whose shares are kept.
+    """
+    try:
+        from sklearn.model_selection import train_test_split
+    except ImportError:
+        raise needs_extra("scikit-learn", "splitting tables") from None
+    if not 0 <= validation < 1 - TEST_SHARE:
+        raise DataError(
+            f"the validation share must be 0 to below {1 - TEST_SHARE:g}, got {validation:g}"
+        )
+    if count < 3:
+        raise DataError(f"{name}: {count} row{'s' * (count > 1)} cannot be split; give 3 at least")
+    rows = numpy.arange(count)
+
+    def part(rows: numpy.ndarray, share: float) -> tuple[numpy.ndarray, numpy.ndarray]:
+        stratify = None if labels is None else labels[rows]
+        try:
+            left, out = train_test_split(rows, test_size=share, random_state=0, stratify=stratify)
+        except ValueError as error:
+            raise DataError(
+                f"{name}: cannot be split with all classes in each part: {error}"
+            ) from None
+        return numpy.sort(left), numpy.sort(out)
+
+    train, test = part(rows, TEST_SHARE)
+    if not validation:
+        return train, test, rows[:0]
+    train, held = part(train, validation / (1 - TEST_SHARE))
+    return train, test, held

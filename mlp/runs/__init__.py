@@ -25,6 +25,8 @@ from typing import Any
 import torch
 
 from ..data.dataset import Fingerprint, Reading
+from ..data.tables import Table
+from ..data.units import Units
 from ..recipes import Recipe
 from . import report
 from .checkpoint import WEIGHTS, config_of, load_file, network, save
@@ -53,6 +55,8 @@ class Facts:
     reading: Reading
     train: Fingerprint
     test: Fingerprint
+    table: Table | None = None  # how rows of a table become features and targets
+    units: Units | None = None  # of a regression whose targets are learned standardised
 
 
 @dataclass
@@ -71,6 +75,10 @@ class Settings:
     standardize: str = "auto"
     image: str | None = None  # what the shape of an image was said to be
     task: str | None = None  # whether the targets were said to be classes or numbers
+    target: str | None = None  # of a table: columns to predict, with commas
+    drop: str | None = None  # of a table: columns that are left out, with commas
+    validation: float | None = None  # share of the rows that is held out besides the test rows
+    class_weight: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
 

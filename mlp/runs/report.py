@@ -3,13 +3,21 @@ first-layer weights.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..data import needs_extra
 from ..data.sheets import picture
 from .disk import replacing
 
-PICTURES = ("curves.png", "samples.png", "confusion.png", "weights.png")  # of a run folder
+PICTURES = (
+    "curves.png",
+    "samples.png",
+    "confusion.png",
+    "weights.png",
+    "predicted.png",
+)  # of a run folder
 _PARTS = ("train", "test")
 _LOG_FROM = 100  # a loss that falls to this part of itself is drawn on a logarithmic scale
 
@@ -121,6 +129,27 @@ def confusion(matrix: list[list[int]], classes, path: Path) -> None:
         )
         axis.set_yticks(range(len(classes)), classes)
     axis.set(xlabel="predicted", ylabel="true")
+    _save(figure, path)
+
+
+def predicted(values: Any, true: Any, names: Sequence[str], path: Path) -> None:
+    """Predicted against true values of each target, both (rows, targets), with the line on which
+    they are equal.
+    """
+    pyplot = _pyplot()
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(4 * columns, 4 * rows), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat[len(names) :]:
+        axis.axis("off")
+    for axis, name, x, y in zip(axes.flat, names, true.T, values.T):
+        low, high = min(x.min(), y.min()), max(x.max(), y.max())
+        axis.plot([low, high], [low, high], color="grey", linewidth=1, zorder=1)
+        axis.scatter(x, y, s=8, alpha=0.6, zorder=2)
+        axis.set(xlabel="true", ylabel="predicted", title=_plain(name), aspect="equal")
+        axis.grid(alpha=0.3)
     _save(figure, path)
 
 

@@ -1,0 +1,169 @@
+"""What the command line does with tables and regressions: scores, `predict` of rows, pictures."""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from .. import data, metrics, scoring
+from ..data import tables
+from ..data.units import Units
+from ..runs import CONFIG, RunFolder, Settings, report
+from ..runs.checkpoint import config_of
+from ..runs.disk import CheckpointError, write_text
+from ..trainer import Trainer
+from . import setup
+from .options import Values
+from .terminal import complain, say
+
+
+_LESS = ("mae", "auc")  # measures that `evaluate` says, and the line of an epoch does not
+
+
+def own(found: torch.Tensor, units: Units | None) -> numpy.ndarray:
+    """Outputs or targets (rows, targets) in the targets' own units, as a float64 array."""
+    found = found.detach().double().cpu()
+    return (found if units is None else units.own(found)).numpy()
+
+
+def quality(
+    model: torch.nn.Module, loss: Any, part: data.Dataset, units: Units | None
+) -> dict[str, float]:
+    """What `scoring` says of a network on samples: see `numbers`, `classes` and `several`."""
+    found, true = zip(*metrics.outputs(model, part))
+    outputs, targets = torch.cat(found), torch.cat(true)
+    if part.is_classification:
+        shares = loss.probabilities(outputs).double().cpu().numpy()
+        return scoring.classes(shares, targets.cpu().numpy())
+    said = loss.predict(outputs)
+    targets = targets.reshape(len(targets), -1)
+    if said.shape != targets.shape:
+        return {}  # several quantiles of one target
+    if said is not outputs:
+        return scoring.several(own(said, None), own(targets, None))
+    return scoring.numbers(own(said, units), own(targets, units))
+
+
+def epoch_quality(trainer: Trainer, found: setup.Data) -> dict[str, float]:
+    """What the line of an epoch says besides losses: the quality of a regression, and all of the
+    validation samples.
+    """
+    loss, said = trainer.loss, {}
+    if not found.test.is_classification:
+        said = quality(trainer.model, loss, found.test, found.facts.units)
+        said = {f"test_{key}": value for key, value in said.items() if key not in _LESS}
+    if found.validation is not None:
+        measured = trainer.evaluate(found.validation)
+        said["validation_loss"] = measured["test_loss"]
+        if measured["test_accuracy"] is not None:
+            said["validation_accuracy"] = measured["test_accuracy"]
+        else:
+            more = quality(trainer.model, loss, found.validation, found.facts.units)
+            said |= {f"validation_{key}": v for key, v in more.items() if key not in _LESS}
+    return said
+
+
+def quality_lines(settings: Settings, trainer: Trainer, part: data.Dataset) -> list[str]:
+    """Lines of `evaluate`."""
+    facts = settings.data
+    units = None if facts is None else facts.units
+    found = quality(trainer.model, trainer.loss, part, units)
+    lines = [scoring.line(found).strip()] if found else []
+    if facts is None or facts.table is None or part.is_classification or len(found) == 0:
+        return lines
+    names = facts.table.targets
+    if len(names) > 1 and units is not None:
+        outputs, true = zip(*metrics.outputs(trainer.model, part))
+        said, true = own(torch.cat(outputs), units), own(torch.cat(true), units)
+        for i, name in enumerate(names):
+            one = scoring.numbers(said[:, i : i + 1], true[:, i : i + 1])
+            lines.append(f"  {name:<20}{scoring.line(one)}")
+    return lines
+
+
+def draw(run: RunFolder, recipe: Any, part: data.Dataset, model: torch.nn.Module) -> list[Path]:
+    """predicted.png of a regression; the paths written."""
+    facts, loss = run.settings.data, recipe.make_loss()
+    if part.is_classification or not recipe.reads_values or facts is None:
+        return []
+    outputs, true = zip(*metrics.outputs(model, part))
+    said, targets = own(torch.cat(outputs), facts.units), own(torch.cat(true), facts.units)
+    targets = targets.reshape(len(targets), -1)
+    if loss.predict(outputs[0]).shape[1:] != targets.shape[1:]:
+        return []
+    count = targets.shape[1]
+    names = facts.table.targets if facts.table else [f"target {i + 1}" for i in range(count)]
+    path = run.path / "predicted.png"
+    report.predicted(said, targets, names if count > 1 or facts.table else ["test samples"], path)
+    return [path]
+
+
+def predict(values: Values) -> None:
+    """A CSV with the class and the probability of each, or the values, of the rows of a table."""
+    run, paths = RunFolder(values["run"]), values["images"]
+    settings, facts = run.settings, run.settings.data
+    assert facts is not None and facts.table is not None
+    table, (path, *more) = facts.table, paths
+    if more or path.suffix.lower() not in tables.SUFFIXES:
+        raise ValueError(
+            f"{run.path} was trained on a table: give it one {' or '.join(tables.SUFFIXES)} file, "
+            f"got {', '.join(map(str, paths))}"
+        )
+    x = table.inputs(tables.read(path), lambda line: complain(f"note: {path}: {line}"))
+    dtype = setup.pick_precision(settings.precision).weights
+    model, note = run.network(setup.pick_device(values["device"]))
+    if note:
+        complain(f"note: {note}")
+    features = (config_of(model) or {}).get("sizes", [0])[0]
+    if features != len(table.features):
+        raise CheckpointError(
+            f"{run.path / CONFIG}: a table of {len(table.features)} features does not fit the "
+            f"network, which takes {features}"
+        )
+    with torch.no_grad():
+        outputs = model(x.to(next(model.parameters()).device, dtype))
+    lines = _csv(*_answers(table, settings.recipe.make_loss(), outputs, facts.units))
+    if values["out"] is None:
+        for text in lines:
+            say(text)
+        return
+    write_text(values["out"], "\n".join(lines) + "\n")
+    complain(f"{len(lines) - 1:,} predictions written to {values['out']}")
+
+
+def _answers(
+    table: tables.Table, loss: Any, outputs: torch.Tensor, units: Units | None
+) -> tuple[list[str], list[list[Any]]]:
+    """Header and rows of what outputs say."""
+    if table.task == "classification":
+        (target,) = table.targets
+        shares = loss.probabilities(outputs).double().cpu().numpy()
+        header = [target, *(f"p({name})" for name in table.classes)]
+        return header, [[table.classes[row.argmax()], *map(_short, row)] for row in shares]
+    said = loss.predict(outputs)
+    if said is not outputs:
+        shares = own(said, None)
+        header = [*table.targets, *(f"p({name})" for name in table.targets)]
+        return header, [[*(row > 0.5).astype(int), *map(_short, row)] for row in shares]
+    found = own(said, units)
+    names = list(table.targets)
+    if found.shape[1] > len(names):  # quantiles of one target
+        names = [f"{names[0]} {i + 1}" for i in range(found.shape[1])]
+    return names, [list(map(_short, row)) for row in found]
+
+
+def _short(value: float) -> str:
+    return f"{value:.7g}"
+
+
+def _csv(header: list[str], rows: list[list[Any]]) -> list[str]:
+    """Lines of a CSV file."""
+    lines = []
+    for row in (header, *rows):
+        text = io.StringIO()
+        csv.writer(text, lineterminator="").writerow(row)
+        lines.append(text.getvalue())
+    return lines

@@ -1,0 +1,131 @@
+"""How good predictions are, by scikit-learn: R², MAE and RMSE of numbers; F1, AUC and log loss of
+classes and of several labels. And the weights that make rare classes count.
+"""
+
+import math
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import numpy
+
+from .data import Dataset, needs_extra
+
+# Key of a measure -> how people know it, and its format.
+NAMES = {
+    "r2": ("R²", ".4f"),
+    "mae": ("MAE", ".5g"),
+    "rmse": ("RMSE", ".5g"),
+    "f1": ("F1", ".4f"),
+    "auc": ("AUC", ".4f"),
+    "log_loss": ("log loss", ".4f"),
+    "exact": ("all labels right", ".2%"),
+}
+CLASS_WEIGHTS = ("balanced",)
+
+
+def _sklearn() -> Any:
+    try:
+        from sklearn import metrics
+    except ImportError:
+        raise needs_extra("scikit-learn", "measuring predictions") from None
+    return metrics
+
+
+def numbers(predicted: numpy.ndarray, true: numpy.ndarray) -> dict[str, float]:
+    """{"r2", "mae", "rmse"} of (rows, targets) arrays, means over the targets. R² of one row, or of
+    targets that are all the same, is NaN.
+    """
+    metrics = _sklearn()
+    if not numpy.isfinite(predicted).all():
+        return dict.fromkeys(("r2", "mae", "rmse"), math.nan)
+    varies = len(true) > 1 and bool((true.std(0) > 0).all())
+    return {
+        "r2": float(metrics.r2_score(true, predicted)) if varies else math.nan,
+        "mae": float(metrics.mean_absolute_error(true, predicted)),
+        "rmse": float(numpy.sqrt(((true - predicted) ** 2).mean(0)).mean()),
+    }
+
+
+def classes(probabilities: numpy.ndarray, labels: numpy.ndarray) -> dict[str, float]:
+    """{"f1", "auc", "log_loss"} of (rows, classes) and (rows,). F1 and AUC are means over the
+    classes, each against all others; AUC is NaN where a class has no row.
+    """
+    metrics, count = _sklearn(), probabilities.shape[1]
+    if not numpy.isfinite(probabilities).all():
+        return dict.fromkeys(("f1", "auc", "log_loss"), math.nan)
+    # Float64 rows that sum to 1, as scikit-learn wants them.
+    shares = probabilities.astype(numpy.float64)
+    shares = shares / shares.sum(1, keepdims=True)
+    known = range(count)
+    f1 = metrics.f1_score(labels, shares.argmax(1), labels=known, average="macro", zero_division=0)
+    auc = math.nan
+    if count > 1 and len(set(labels.tolist())) == count:
+        scores = shares[:, 1] if count == 2 else shares
+        auc = float(metrics.roc_auc_score(labels, scores, multi_class="ovr", labels=known))
+    loss = metrics.log_loss(labels, shares, labels=known) if count > 1 else 0.0
+    return {"f1": float(f1), "auc": auc, "log_loss": float(loss)}
+
+
+def several(probabilities: numpy.ndarray, truths: numpy.ndarray) -> dict[str, float]:
+    """{"exact", "f1", "auc"} of (rows, labels), each 0 or 1: the share of rows whose labels are all
+    right, and means over the labels. AUC is NaN where a label never changes.
+    """
+    metrics = _sklearn()
+    if not numpy.isfinite(probabilities).all():
+        return dict.fromkeys(("exact", "f1", "auc"), math.nan)
+    said, truths = (probabilities > 0.5).astype(int), truths.astype(int)
+    varies = bool((truths.min(0) != truths.max(0)).all())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of a single label
+        f1 = metrics.f1_score(truths, said, average="macro", zero_division=0)
+    return {
+        "exact": float((said == truths).all(1).mean()),
+        "f1": float(f1),
+        "auc": float(metrics.roc_auc_score(truths, probabilities)) if varies else math.nan,
+    }
+
+
+def line(found: dict[str, float]) -> str:
+    """Measures for people, each after two spaces; a word before the key, as in validation_r2, is
+    kept.
+    """
+    said = []
+    for key, value in found.items():
+        part, _, short = key.partition("_")
+        if key in NAMES:
+            part, short = "", key
+        name, form = NAMES.get(short, (short, ".4f"))
+        said.append(f"  {part} {name} {value:{form}}" if part else f"  {name} {value:{form}}")
+    return "".join(said)
+
+
+def weighted(recipe: Any, train: Dataset, class_weight: str | None) -> Any:
+    """The recipe with a loss that weighs classes. ValueError where there are none, or for a loss
+    without such weights.
+    """
+    if class_weight is None or "weight" in recipe.loss_options:
+        return recipe
+    if class_weight not in CLASS_WEIGHTS:
+        raise ValueError(
+            f"unknown class weight {class_weight!r}; known: {', '.join(CLASS_WEIGHTS)}"
+        )
+    if not train.is_classification:
+        raise ValueError(
+            f"{train.name}: --class-weight is for classes, but its targets are numbers"
+        )
+    counts = train.class_counts().double()
+    if not bool(counts.all()):
+        raise ValueError(
+            f"{train.name}: class {train.classes[int(counts.argmin())]} has no training rows, so "
+            "it has no balanced weight"
+        )
+    weight = (len(train) / (len(counts) * counts)).tolist()
+    made = replace(recipe, loss_options={**recipe.loss_options, "weight": weight})
+    try:
+        made.make_loss()
+    except TypeError:
+        raise ValueError(
+            f"--class-weight is for the loss cross_entropy, not for {recipe.loss}"
+        ) from None
+    return made
