@@ -153,6 +153,7 @@ class _Ruled(_Torch):
 
     def advance(self, steps: int) -> None:
         """Take note of steps that a training kernel made."""
+        self._opt_called = True  # torch's schedulers ask whether a step was taken
         if self.counted:
             torch._foreach_add_([state["step"] for state in self.state.values()], steps)
 

@@ -4,13 +4,17 @@
 """
 
 import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from dataclasses import fields as fields_of
 from typing import Any
 
+from torch.optim import Optimizer
+
 from kernels import activations
 from kernels.losses import unchanged
 
+from . import schedule
 from .init import initialise
 from .loss import LOSSES
 from .modules import build
@@ -47,6 +51,10 @@ class Recipe:
         None  # (mean, std) subtracted from and dividing pixels in [0, 1]
     )
     train_samples: int | None = None  # only the first so many
+    schedule: str = "constant"  # of the learning rate, by its name in mlp.schedule
+    warmup: int = 0  # epochs that the rate takes to rise
+    early_stopping: int | None = None  # epochs without a lower loss that end the training
+    clip_norm: float | None = None  # the largest norm of all gradients together
 
     def prepare(self, train, test):
         """The data as this recipe reads it."""
@@ -115,6 +123,7 @@ class Recipe:
                 + (f", {ends} at the end" * (ends != "identity")),
                 f"{self.loss} by {self.optimizer}" + (f" ({options})" if options else ""),
                 f"batches of {self.batch_size}",
+                *self._rules(),
             ]
         )
 
@@ -122,6 +131,38 @@ class Recipe:
     def reads_values(self) -> bool:
         """Whether the loss reads outputs as values of the targets, not as logits."""
         return LOSSES[self.loss].row.predict is unchanged
+
+    def _rules(self) -> Iterator[str]:
+        """What this recipe does to the rate and the gradients, in words."""
+        if self.schedule != "constant" or self.warmup:
+            warmup = f" after {self.warmup} epochs of warm-up" if self.warmup else ""
+            yield f"schedule {self.schedule}{warmup}"
+        if self.clip_norm is not None:
+            yield f"gradients clipped to norm {self.clip_norm:g}"
+        if self.early_stopping is not None:
+            yield f"early stopping after {self.early_stopping} epochs"
+        if smoothing := self.loss_options.get("label_smoothing"):
+            yield f"label smoothing {smoothing:g}"
+
+    def beyond_pack(self) -> str | None:
+        """What of this recipe many networks in one launch cannot have, or None."""
+        asked = {
+            "a schedule": self.schedule != "constant" or self.warmup > 0,
+            "clipped gradients": self.clip_norm is not None,
+            "early stopping": self.early_stopping is not None,
+        }
+        found = [name for name, is_asked in asked.items() if is_asked]
+        if not found:
+            return None
+        return (
+            f"trains networks together, each with its own constant rate, without {found[0]}; use "
+            "`handgrad train` for one network"
+        )
+
+    def scheduler(self, samples: int) -> Callable[[Optimizer], Any] | None:
+        """The schedule for so many samples an epoch, as `Trainer.fit` takes it."""
+        count = samples // self.batch_size if self.drop_last else -(-samples // self.batch_size)
+        return schedule.named(self.schedule, schedule.Plan(self.epochs, count, self.warmup))
 
     def make_loss(self):
         """The loss, as `mlp.Trainer` takes it."""
@@ -216,9 +257,16 @@ def changed(recipe: Recipe, **changes) -> Recipe:
     kept = recipe.optimizer_options
     if fields.get("optimizer", recipe.optimizer) != recipe.optimizer:
         kept = {"lr": kept["lr"]} if "lr" in kept else {}
-    made = replace(recipe, **fields, optimizer_options={**kept, **changes})
-    activations.get(made.activation, "recipe")
+    made = replace(recipe, **fields)
     made.make_loss()
+    of_loss = {k: changes.pop(k) for k in [*changes] if k in _arguments(LOSSES[made.loss])}
+    made = replace(
+        made,
+        loss_options={**made.loss_options, **of_loss},
+        optimizer_options={**kept, **changes},
+    )
+    activations.get(made.activation, "recipe")
+    schedule.known(made.schedule)
     _check_options(made.optimizer, changes)
     return made
 
@@ -248,19 +296,26 @@ def _optimizer(name: str):
 def _options_of(optimizer: str) -> set[str]:
     """The names of an optimizer's arguments, torch's own among them."""
     kinds = [kind for kind in OPTIMIZERS[optimizer].__mro__ if "__init__" in vars(kind)]
-    names = {
-        name
-        for kind in kinds
-        for name, p in inspect.signature(vars(kind)["__init__"]).parameters.items()
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    }
-    return names - {"self", "params", "defaults"}
+    names = set().union(*(_arguments(vars(kind)["__init__"]) for kind in kinds))
+    return names - {"params", "defaults"}
+
+
+def _arguments(kind: Callable) -> set[str]:
+    """The names of what a class or function takes."""
+    rows = inspect.signature(kind).parameters.items()
+    return {n for n, p in rows if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - {"self"}
 
 
 def _check_options(optimizer: str, options: dict) -> None:
     """A ValueError that says to which optimizers an option belongs, if not to this one."""
     _optimizer(optimizer)
     for option in options.keys() - _options_of(optimizer):
+        losses = [name for name in LOSSES if option in _arguments(LOSSES[name])]
+        if losses:
+            raise ValueError(
+                f"--{option.replace('_', '-')} belongs to the loss {' or '.join(losses)}: choose "
+                "it with --loss, or leave the option out"
+            )
         owners = [name for name in OPTIMIZERS if option in _options_of(name)]
         raise ValueError(
             f"--{option.replace('_', '-')} belongs to the optimizer "

@@ -3,13 +3,111 @@
 import copy
 import inspect
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from torch.optim import lr_scheduler
+from torch.optim import Optimizer, lr_scheduler
 
 INTERVALS = ("epoch", "step")
 _PER_STEP = (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR)  # by their definition
+
+
+class Plan(NamedTuple):
+    """What a named schedule is made for: epochs of the whole training, steps of an epoch, and the
+    epochs that the rate takes to rise to its full value.
+    """
+
+    epochs: int
+    steps: int
+    warmup: int = 0
+
+    def warmed(self, make: Callable[[Optimizer, int], Any]) -> Callable[[Optimizer], Any]:
+        """Rises in equal parts, then the scheduler of make(optimizer, the other epochs)."""
+
+        def both(optimizer: Optimizer) -> Any:
+            if not self.warmup:
+                return make(optimizer, self.epochs)
+            start = 1 / (self.warmup + 1)
+            rise = lr_scheduler.LinearLR(optimizer, start, 1.0, self.warmup)
+            after = make(optimizer, self.epochs - self.warmup)
+            return lr_scheduler.SequentialLR(optimizer, [rise, after], [self.warmup])
+
+        return both
+
+
+def _constant(plan: Plan) -> Callable[[Optimizer], Any] | None:
+    def make(optimizer, epochs):
+        return lr_scheduler.ConstantLR(optimizer, 1.0, epochs)
+
+    return plan.warmed(make) if plan.warmup else None
+
+
+def _cosine(plan: Plan) -> Callable[[Optimizer], Any]:
+    return plan.warmed(lr_scheduler.CosineAnnealingLR)
+
+
+def _step(plan: Plan) -> Callable[[Optimizer], Any]:
+    return plan.warmed(lambda o, epochs: lr_scheduler.StepLR(o, max(1, epochs // 3), 0.1))
+
+
+def _plateau(plan: Plan) -> Callable[[Optimizer], Any]:
+    if plan.warmup:
+        raise ValueError("schedule plateau has no warm-up: leave one of the two out")
+    return lambda optimizer: lr_scheduler.ReduceLROnPlateau(optimizer, patience=_PATIENCE)
+
+
+def _one_cycle(plan: Plan) -> Callable[[Optimizer], Any]:
+    def make(optimizer):
+        return lr_scheduler.OneCycleLR(
+            optimizer,
+            [group["lr"] for group in optimizer.param_groups],
+            total_steps=plan.epochs * plan.steps,
+            pct_start=plan.warmup / plan.epochs or _RISE,
+            cycle_momentum=False,
+        )
+
+    return make
+
+
+class Named(NamedTuple):
+    """A schedule by name. make(plan) -> a function of the optimizer as `Trainer.fit` takes it, or
+    None where the rate stays. ends: whether it has a last epoch.
+    """
+
+    about: str
+    make: Callable[[Plan], Callable[[Optimizer], Any] | None]
+    ends: bool = False
+
+
+SCHEDULES: dict[str, Named] = {
+    "constant": Named("the same rate", _constant),
+    "cosine": Named("down to 0 along a cosine", _cosine, ends=True),
+    "step": Named("a tenth after each third of the epochs", _step),
+    "plateau": Named("a tenth when the loss has not fallen for 3 epochs", _plateau),
+    "onecycle": Named("up to the rate and down to almost 0, step by step", _one_cycle, ends=True),
+}
+_PATIENCE = 3  # epochs that `plateau` waits
+_RISE = 0.3  # the share of `onecycle` that rises, as in torch
+
+
+def known(name: str) -> Named:
+    """The row of SCHEDULES; a ValueError that lists them if there is none."""
+    if name not in SCHEDULES:
+        raise ValueError(f"unknown schedule {name!r}; known: {', '.join(SCHEDULES)}")
+    return SCHEDULES[name]
+
+
+def named(name: str, plan: Plan) -> Callable[[Optimizer], Any] | None:
+    """A schedule of SCHEDULES for `Trainer.fit`: a function of the optimizer, or None where the
+    rate stays as it is. ValueError: an unknown name, a warm-up that is not shorter than the
+    training, or that the schedule cannot have.
+    """
+    if not 0 <= plan.warmup < max(plan.epochs, 1):
+        raise ValueError(
+            f"the warm-up must be shorter than the {plan.epochs} epochs, got {plan.warmup}"
+        )
+    return known(name).make(plan)
 
 
 class Schedule:

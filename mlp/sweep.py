@@ -136,6 +136,8 @@ class Sweep:
     @classmethod
     def of(cls, recipe: Recipe, train, replicas: int, lrs, *, seed=0, device=None) -> "Sweep":
         """A recipe's network `replicas` times, with a learning rate and a seed for each."""
+        if reason := recipe.beyond_pack():
+            raise ValueError(f"sweep: {reason}")
         network = recipe.network(train)
         if network.pop("kind") != "mlp":
             raise ValueError("sweep: trains multilayer perceptrons only, not convolutions")

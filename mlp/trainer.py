@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from . import engines
+from . import cpu, engines
 from .data import arrays, given
 from .data.dataset import Dataset, permutation
 from .data.seen import Seen, rows
@@ -24,6 +24,7 @@ from .net import Net
 from .optim import OPTIMIZERS, SGD
 from .schedule import Schedule, options_of, restore_options
 from .state import Snapshot, in_mode, load_state, parameters_of, state_of
+from .stopping import EarlyStopping, resumed
 
 _BATCH_SIZE = 32
 # What these parts of a trainer's state hold.
@@ -31,6 +32,7 @@ _STATES = {
     "scheduler": {"name", "state", "made"},
     "precision": {"name", "skipped", "scaler"},
     "seen": set(Seen._fields),
+    "stopping": set(EarlyStopping.FIELDS),
 }
 
 
@@ -82,7 +84,9 @@ class Trainer:
     of them, a class, or a name of `mlp.optim.OPTIMIZERS` (with torch's defaults); SGD with lr 0.1
     if None. engine: "auto" takes the fastest that serves and prints which and why (unless verbose
     is False). precision: "fp32" computes in the network's own dtype; "bf16" and "fp16" keep float32
-    weights and compute products in half the bits, see `mlp.engines.precision`.
+    weights and compute products in half the bits, see `mlp.engines.precision`. clip_norm: the
+    largest norm that all gradients of a step together may have, as
+    `torch.nn.utils.clip_grad_norm_`.
     """
 
     def __init__(
@@ -93,6 +97,7 @@ class Trainer:
         engine: str = "auto",
         verbose: bool = True,
         precision: str = "fp32",
+        clip_norm: float | None = None,
     ):
         self.model: Any = model
         self.loss = _made_loss(loss)
@@ -108,7 +113,9 @@ class Trainer:
                 "Trainer: the network has no weights yet; run a batch through the model first"
             )
         self.optimizer = _made_optimizer(optimizer, list(parameters.values()))
-        self.requested, self.verbose = engine, verbose
+        if clip_norm is not None and not 0 < clip_norm < math.inf:
+            raise ValueError(f"Trainer: clip_norm must be positive and finite, got {clip_norm}")
+        self.requested, self.verbose, self.clip_norm = engine, verbose, clip_norm
         self.precision = Precision(precision, self.device.type)
         reason = self._mismatch() or self.precision.refuses(parameters)
         if reason is not None:
@@ -117,7 +124,8 @@ class Trainer:
         self.schedule: Schedule | None = None
         self._pending: _Pending | None = None
         self._seen: Seen | None = None
-        self._choose(1, Demands(precision=precision))
+        self.stopping: EarlyStopping | None = None
+        self._choose(1, Demands(precision=precision, clip_norm=clip_norm))
 
     @property
     def _shape(self) -> tuple[int, ...] | None:
@@ -143,6 +151,7 @@ class Trainer:
         interval: str | None = None,
         on_epoch: Callable[[dict], object] | None = None,
         on_step: Callable[..., object] | None = None,
+        early_stopping: int | None = None,
     ) -> History:
         """Train until `epochs` epochs are done, counting those of a resumed run; returns the
         history of all.
@@ -153,7 +162,10 @@ class Trainer:
         of samples. scheduler: a torch scheduler of `self.optimizer`, or a function that makes one
         of it; a function given again goes on with its schedule. interval: "epoch" or "step", how
         often it steps; None is "step" for OneCycleLR and CyclicLR, else "epoch". on_epoch(row) and
-        on_step() are called after each.
+        on_step() are called after each; what returns False ends the training there. An epoch that
+        on_step ends early has a row of the samples it saw. (An engine that takes an epoch in one
+        launch calls on_step(steps) after it.) early_stopping: end after so many epochs without a
+        lower loss, of `evaluate` if given, and keep the best epoch's weights: see `mlp.stopping`.
 
         The network trains in train mode and is measured in evaluation mode; afterwards it has the
         modes it had. Diverged if the loss is not finite: weights, buffers, optimizer and scheduler
@@ -164,16 +176,25 @@ class Trainer:
         schedule = self._scheduled(scheduler, interval)
         self._check(task, epochs, schedule)
         self.schedule, self._pending = schedule, None
+        self.stopping = resumed(self.stopping, early_stopping, self._parts())
         if self.requested == "auto" and self.verbose:
             print(self.engine_note)
         with torch.inference_mode(False), torch.enable_grad(), in_mode(self.model, True):
             for epoch in range(len(self.history) + 1, epochs + 1):
-                row = self._row(epoch, task, on_step)
+                if self.stopping is not None and self.stopping.is_over:
+                    break
+                row, goes_on = self._row(epoch, task, on_step)
                 self.history.append(row)
                 if schedule is not None:
                     schedule.after_epoch(row)
-                if on_epoch is not None:
-                    on_epoch(row)
+                if self.stopping is not None:
+                    self.stopping.after_epoch(row, self._parts())
+                if on_epoch is not None and on_epoch(row) is False:
+                    break
+                if not goes_on:
+                    break
+        if self.stopping is not None:
+            self.stopping.take_best(self._parts())
         return self.history
 
     def check(
@@ -190,13 +211,14 @@ class Trainer:
         """
         self._check(self._task(train, batch_size, evaluate, 0, drop_last), epochs, None)
 
-    def _row(self, epoch: int, task: _Task, on_step) -> dict:
-        """Train an epoch and measure."""
+    def _row(self, epoch: int, task: _Task, on_step) -> tuple[dict, bool]:
+        """Train an epoch and measure; whether the training goes on."""
         order = permutation(len(task.train), task.seed, epoch, self.device)[: task.samples]
         started = time.perf_counter()
-        result = self._epoch(epoch, task, order, on_step)
+        after = self._after_step(on_step)
+        result = self._epoch(epoch, task, order, after)
         seconds = time.perf_counter() - started
-        return {
+        row = {
             "epoch": epoch,
             "train_loss": result.loss,
             "train_accuracy": result.accuracy,
@@ -204,6 +226,7 @@ class Trainer:
             "seconds": seconds,
             "samples_per_second": result.samples / seconds,
         }
+        return row, after is None or not after.stopped
 
     def _task(self, train, batch_size, evaluate, seed, drop_last) -> _Task:
         """What was given to `fit`, as data sets on the device and plain numbers."""
@@ -280,6 +303,8 @@ class Trainer:
             per_step=schedule is not None and schedule.per_step,
             ignored=mask is not None and not bool(mask.all()),
             precision=self.precision.name,
+            clip_norm=self.clip_norm,
+            compiled=cpu.serves(next(iter(parameters_of(self.model).values()))),
         )
         left = max(epochs - len(self.history), 0) * math.ceil(task.samples / task.batch_size)
         self._choose(task.batch_size, demands, left)
@@ -313,13 +338,14 @@ class Trainer:
             )
         return takeover.needs_closure(self.optimizer)
 
-    def _epoch(self, epoch: int, task: _Task, order, on_step):
+    def _epoch(self, epoch: int, task: _Task, order, after_step):
         before = [Snapshot(part) for part in self._parts()]
         state, options = copy.deepcopy(self.optimizer.state_dict()), options_of(self.optimizer)
         scheduled = None if self.schedule is None else self.schedule.state_dict()
         self.engine.shape = self._shape
+        self.engine.moves = None if self.schedule is None else self.schedule.after_step
         try:
-            return self.engine.epoch(task.train, order, task.batch_size, self._after_step(on_step))
+            return self.engine.epoch(task.train, order, task.batch_size, after_step)
         except FloatingPointError as error:
             for part in before:
                 part.restore()
@@ -346,15 +372,10 @@ class Trainer:
 
     def _after_step(self, on_step):
         """What an engine calls after a step: the scheduler, if it steps then, and the caller's."""
-        if self.schedule is None or not self.schedule.per_step:
-            return on_step
-
-        def both(*count):
-            self.schedule.after_step()
-            if on_step is not None:
-                on_step(*count)
-
-        return both
+        moves = self.schedule is not None and self.schedule.per_step and not self.engine.reads_ahead
+        if not moves and on_step is None:
+            return None
+        return _AfterStep(self.schedule if moves else None, on_step)
 
     def _check_data(self, data: Dataset) -> None:
         is_numbers = not data.is_classification and data.targets.shape[1:] in ((), (1,))
@@ -447,6 +468,7 @@ class Trainer:
             "scheduler": scheduled,
             "precision": self.precision.state_dict(),
             "seen": None if self._seen is None else self._seen.to_dict(),
+            "stopping": None if self.stopping is None else self.stopping.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -464,7 +486,9 @@ class Trainer:
         self.history, self.schedule = History(state["history"]), None
         if state.get("precision") is not None:
             self.precision.load_state_dict(state["precision"])
-        self._pending, self._seen = None, None
+        self._pending, self._seen, self.stopping = None, None, None
+        if state.get("stopping") is not None:
+            self.stopping = EarlyStopping.of(state["stopping"])
         if state.get("seen") is not None:
             self._seen = Seen.of_dict(state["seen"])
         if state.get("scheduler") is not None:
@@ -476,6 +500,20 @@ class Trainer:
         engine = type(self.engine)(self.model, self.loss, self.optimizer)
         engine.demands, engine.precision = self.engine.demands, self.precision
         self.engine = engine
+
+
+class _AfterStep:
+    """What an engine calls after a step. `stopped`: the caller's function returned False."""
+
+    def __init__(self, schedule: Schedule | None, on_step: Callable[..., object] | None):
+        self.schedule, self.on_step, self.stopped = schedule, on_step, False
+
+    def __call__(self, *count: int) -> bool:
+        if self.schedule is not None:
+            self.schedule.after_step()
+        if self.on_step is not None and self.on_step(*count) is False:
+            self.stopped = True
+        return not self.stopped
 
 
 class _Pending(NamedTuple):

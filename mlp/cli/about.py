@@ -10,6 +10,7 @@ import kernels
 
 from ..engines import ENGINES
 from ..recipes import LOSSES, OPTIMIZERS, RECIPES, Recipe
+from ..schedule import SCHEDULES
 from .options import Values
 from .setup import PRECISIONS, pick_device
 from .terminal import say
@@ -26,6 +27,7 @@ def recipes() -> None:
         "activation": kernels.ACTIVATIONS,
         "loss": LOSSES,
         "optimizer": OPTIMIZERS,
+        "schedule": SCHEDULES,
         "engine": ["auto", *ENGINES],
         "precision": PRECISIONS,
     }

@@ -3,6 +3,7 @@
 Its group says where the value goes:
 
     RECIPE      replaces the recipe's field of the same name
+    LOSS        goes to the loss, by its own name
     OPTIMIZER   goes to the optimizer, by its own name
     RUN         is stored in the run's config.json
     CALL        holds for this call alone
@@ -120,10 +121,18 @@ RECIPE = (
     Option("optimizer", str, f"such as sgd or adam; {_NAMES}"),
     Option("batch_size", int, "samples in a step", least=1),
     Option("epochs", int, "passes over the training data", least=1, may_change=True),
+    Option("schedule", str, f"of the learning rate, such as cosine; {_NAMES}"),
+    Option("warmup", int, "epochs in which the learning rate rises to its value", least=0),
+    Option("early_stopping", int, "end after so many epochs without a lower test loss", least=1),
+    Option("clip_norm", float, "largest norm of all gradients of a step together", least=0),
+)
+LOSS = (
+    Option("label_smoothing", float, "share of each label given to all classes alike", least=0),
 )
 OPTIMIZER = (
     Option("lr", float, "learning rate", least=0),
     Option("momentum", float, "momentum, for the optimizers that have one", least=0),
+    Option("weight_decay", float, "pull of weights towards 0, as the optimizer has it", least=0),
 )
 _READING = (
     Option(
@@ -176,7 +185,7 @@ DATASET = Option(
     is_argument=True,
 )
 NAMED_RECIPE = Option("recipe", str, "settings by name; see `handgrad recipes`")
-TRAIN = (DATASET, NAMED_RECIPE, *RECIPE, *OPTIMIZER, *RUN, *CALL)
+TRAIN = (DATASET, NAMED_RECIPE, *RECIPE, *LOSS, *OPTIMIZER, *RUN, *CALL)
 
 RUN_FOLDER = Option("run", Path, "a run folder", ..., is_argument=True)
 RUN_DATA = Option("data_dir", Path, "as for train; default: the run's")
@@ -204,6 +213,7 @@ SWEEP = (
         "0.01:1.0",
     ),
     Option("momentum", float, "momentum, for the optimizers that have one", least=0),
+    Option("weight_decay", float, "as for train", least=0),
     Option("hidden", str, "widths of the hidden layers", "100,50", parse=widths),
     Option("activation", str, "as for train", "relu"),
     Option("loss", str, "as for train"),

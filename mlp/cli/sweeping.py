@@ -48,7 +48,8 @@ def sweep(values: Values) -> None:
     """Train many networks at once; prints a table, best first, and the accuracy of their mean."""
     replicas = values["replicas"]
     rates = _rates(values["lr"], replicas)
-    changes = {**given(options.RECIPE, values), "momentum": values["momentum"]}
+    numbers = {name: values[name] for name in ("momentum", "weight_decay")}
+    changes = {**given(options.RECIPE, values), **numbers}
     recipe = recipes.changed(recipes.PLAIN, **changes)
     device = setup.pick_device(values["device"])
     train, test, units, recipe = setup.for_sweep(values, recipe)

@@ -19,7 +19,6 @@ from . import setup
 from .options import Values
 from .terminal import complain, say
 
-
 _LESS = ("mae", "auc")  # measures that `evaluate` says, and the line of an epoch does not
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from .. import recipes, scoring
+from .. import recipes, schedule, scoring
 from ..engines.stepwise import Diverged
 from ..runs import CONFIG, Facts, RunFolder, Settings, report
 from ..runs.disk import BusyError
@@ -44,7 +44,8 @@ def _begin(values: Values) -> None:
     settings = _new_settings(values)
     if values["out"] is not None:
         RunFolder(values["out"]).refuse_if_taken(values["force"])
-    job = _job(settings, values["loss"] is not None)
+    chosen = given((*options.LOSS,), values) or values["loss"] is not None
+    job = _job(settings, bool(chosen))
     with _new_folder(values["out"], settings.dataset) as run:
         run.begin(setup.located(settings), values["force"])
         _run(job, run, values["plots"])
@@ -72,6 +73,7 @@ def _resume(values: Values) -> None:
             if note:
                 complain(f"note: {note}")
         job = job._replace(epochs=values["epochs"] or epochs)
+        _refuse_longer(job)
         if len(job.trainer.history) >= job.epochs:
             say(
                 f"nothing to do: {run.path} has {len(job.trainer.history)} epochs; for more give "
@@ -81,10 +83,21 @@ def _resume(values: Values) -> None:
         _run(job, run, values["plots"])
 
 
+def _refuse_longer(job: Job) -> None:
+    """A ValueError if the run would go on after the end of its schedule."""
+    recipe = job.recipe
+    if job.epochs > recipe.epochs and schedule.known(recipe.schedule).ends:
+        raise ValueError(
+            f"schedule {recipe.schedule} of this run ends at epoch {recipe.epochs}, got --epochs "
+            f"{job.epochs}: train into another --out"
+        )
+
+
 def _new_settings(values: Values) -> Settings:
     """The settings of a run that begins."""
     name = values["recipe"] or "default"
-    changes = {**given(options.RECIPE, values), **given(options.OPTIMIZER, values)}
+    rows = (*options.RECIPE, *options.LOSS, *options.OPTIMIZER)
+    changes = given(rows, values)
     stored = given(options.RUN, values)
     if "data_dir" in stored:
         stored["data_dir"] = str(stored["data_dir"])
@@ -105,10 +118,17 @@ def _refuse_changes(values: Values, settings: Settings, path: Path) -> None:
     stored = {
         "recipe": settings.recipe_name,
         **{row.name: getattr(recipe, row.name) for row in options.RECIPE},
+        **{row.name: recipe.loss_options.get(row.name) for row in options.LOSS},
         **{row.name: recipe.optimizer_options.get(row.name) for row in options.OPTIMIZER},
         **{row.name: getattr(settings, row.name) for row in options.RUN},
     }
-    rows = (options.NAMED_RECIPE, *options.RECIPE, *options.OPTIMIZER, *options.RUN)
+    rows = (
+        options.NAMED_RECIPE,
+        *options.RECIPE,
+        *options.LOSS,
+        *options.OPTIMIZER,
+        *options.RUN,
+    )
     for row in rows:
         value = values[row.name]
         if value is not None and value != stored[row.name] and not row.may_change:
@@ -141,7 +161,9 @@ def _job(settings: Settings, loss_chosen: bool) -> Job:
         settings.engine,
         verbose=False,
         precision=arithmetic.training,
+        clip_norm=recipe.clip_norm,
     )
+    recipe.scheduler(len(found.train))  # says now what it cannot do
     trainer.check(
         found.train, recipe.epochs, recipe.batch_size, found.test, drop_last=recipe.drop_last
     )
@@ -218,10 +240,18 @@ def _fit(job: Job, run: RunFolder) -> None:
                 job.data.test,
                 job.settings.seed,
                 drop_last=recipe.drop_last,
+                scheduler=recipe.scheduler(len(job.data.train)),
+                early_stopping=recipe.early_stopping,
                 on_epoch=on_epoch,
                 on_step=None if bar.disable else bar.update,
             )
         except Diverged:  # the trainer went back to the end of the epoch before
             run.flush()
             raise
+    if trainer.stopping is not None:
+        run.record(trainer, job.epochs)  # with the best weights
+        say(
+            f"best loss {trainer.stopping.best:.4f} at epoch {trainer.stopping.epoch}: its weights "
+            "are kept"
+        )
     run.flush()

@@ -57,11 +57,13 @@ def costs(sizes, batch: int, steps: int) -> str | None:
     return None
 
 
-def train_epoch(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:
+def train_epoch(
+    run: kernels.Run, numbers: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See `epoch.train_epoch`."""
     from . import epoch
 
-    return epoch.train_epoch(run)
+    return epoch.train_epoch(run, numbers)
 
 
 def train_replicas(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:

@@ -118,16 +118,20 @@ def _pitch(size: int) -> int:
     return padded + LANES if padded % 256 == 0 else padded
 
 
-def train_epoch(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:
+def train_epoch(
+    run: kernels.Run, numbers: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """As `kernels.train_epoch`, on a CPU: trains in place, (losses, correct) of every step.
 
     Any width, batch and number of classes. correct counts labels; of targets that are numbers it
     is 0. The threads are torch's. KeyboardInterrupt: at most a piece of the epoch later, with
-    parameters, states and count as they were after some step.
+    parameters, states and count as they were after some step. numbers: (steps, columns), those
+    of the rule at each step, in place of run.hyper.
     """
     spec, workers = run.spec, max(1, torch.get_num_threads())
     memory = Memory(spec, min(run.batch, len(run.order)), workers)
-    numbers = _numbers(spec.rule, run.hyper, float(run.count), run.steps)
+    hyper = run.hyper if numbers is None else numbers
+    numbers = _numbers(spec.rule, hyper, float(run.count), run.steps)
     task = _Task(memory, run.data, run.targets, run.order, numbers, run.scale, run.shift)
     choice, stopped = _choice(spec, memory.batch, workers), threading.Event()
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
@@ -170,10 +174,11 @@ def train_replicas(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _numbers(rule, hyper, taken: float, steps: int) -> np.ndarray:
-    """(steps, columns) numbers of the rule at each step, from float64."""
-    row = [float(number) for number in hyper]
+    """(steps, columns) numbers of the rule at each step, from float64. hyper: a row, or one for
+    each step.
+    """
     at = torch.arange(taken + 1, taken + steps + 1, dtype=torch.float64)
-    columns = rule.at_ref(tuple(torch.tensor(number, dtype=torch.float64) for number in row), at)
+    columns = rule.at_ref(torch.as_tensor(hyper, dtype=torch.float64).unbind(-1), at)
     return torch.stack([column.expand(steps) for column in columns], 1).float().numpy()
 
 

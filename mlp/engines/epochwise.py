@@ -82,10 +82,15 @@ class _Fused(Engine):
     @classmethod
     def cannot(cls, demands: Demands) -> str | None:
         """Launches of many steps read the numbers once, and count every label."""
-        if demands.per_step:
+        if demands.per_step and not (cls.reads_ahead and demands.compiled):
             return (
                 f"{cls.name}: reads the optimizer's numbers once an epoch, but the scheduler moves "
                 "them every step"
+            )
+        if demands.clip_norm is not None:
+            return (
+                f"{cls.name}: updates a layer before the others have gradients, so it cannot clip "
+                "the norm of them all"
             )
         if demands.ignored:
             return f"{cls.name}: counts every label, but the loss ignores some of them"
@@ -100,6 +105,17 @@ class _Fused(Engine):
         """The optimizer's numbers as they are now, for the kernels to read."""
         device = self.parameters[0].device
         return torch.as_tensor(self.optimizer.hyper(device), dtype=torch.float32, device=device)
+
+    def ahead(self, steps: int) -> torch.Tensor:
+        """(steps, columns) on the CPU: the optimizer's numbers at each step, as the scheduler moves
+        them.
+        """
+        rows = []
+        self.optimizer._opt_called = True  # torch's schedulers ask whether a step was taken
+        for _ in range(steps):
+            rows.append(self.optimizer.hyper(torch.device("cpu")))
+            self.moves()
+        return torch.tensor(rows, dtype=torch.float64)
 
     def run(self, data, order, batch_size, states, count) -> kernels.Run:
         """This training as the kernels take it."""
@@ -136,6 +152,7 @@ class Epoch(_Fused):
     """One launch trains the whole epoch; on a CPU one call of compiled code, which needs numba."""
 
     name = "epoch"
+    reads_ahead = True  # in the compiled epoch of a CPU: see `cannot`
 
     @classmethod
     def refuses(cls, model, loss, optimizer, batch_size=1):
@@ -160,9 +177,12 @@ class Epoch(_Fused):
     def epoch(self, data, order, batch_size, on_step=None):
         states, count = self.optimizer.states()
         before, run = int(count), self.run(data, order, batch_size, states, count)
-        train = cpu.train_epoch if cpu.serves(self.parameters[0]) else kernels.train_epoch
         try:
-            values, correct = train(run)
+            if cpu.serves(self.parameters[0]):
+                ahead = self.ahead(run.steps) if self.demands.per_step else None
+                values, correct = cpu.train_epoch(run, ahead)
+            else:
+                values, correct = kernels.train_epoch(run)
         finally:
             self.optimizer.advance(int(count) - before)
         return self.measured(values, correct, data, order, batch_size, on_step)

@@ -7,10 +7,29 @@ fp16    the same with float16, and the loss is scaled so that small gradients do
 """
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 
+_TINY = 1e-6  # added to a norm, as torch does, so that 0 divides nothing
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def clip(grads: Sequence[torch.Tensor | None], limit: float) -> None:
+    """Scale gradients in place so that their norm, all together, is at most `limit`, as
+    `torch.nn.utils.clip_grad_norm_`.
+    """
+    given = [grad for grad in grads if grad is not None]
+    if not given:
+        return
+    norm = torch.nn.utils.get_total_norm(given)
+    torch._foreach_mul_(given, (limit / (norm + _TINY)).clamp(max=1.0))
+
+
+def _clip_of(optimizer: torch.optim.Optimizer, limit: float | None) -> None:
+    """Clip what the optimizer's parameters have in .grad, if there is a limit."""
+    if limit is not None:
+        clip([p.grad for group in optimizer.param_groups for p in group["params"]], limit)
 
 
 class Precision:
@@ -43,13 +62,24 @@ class Precision:
             return contextlib.nullcontext()
         return torch.autocast(device.type, dtype=self.dtype)
 
-    def step(self, value: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """Backward from the loss, and the optimizer's step unless a gradient overflowed."""
+    def step(
+        self,
+        value: torch.Tensor,
+        optimizer: torch.optim.Optimizer,
+        clip_norm: float | None = None,
+    ) -> None:
+        """Backward from the loss, and the optimizer's step unless a gradient overflowed. clip_norm:
+        the largest norm that all gradients together may have.
+        """
         if self.scaler is None:
             value.backward()
+            _clip_of(optimizer, clip_norm)
             optimizer.step()
             return
         self.scaler.scale(value).backward()
+        if clip_norm is not None:
+            self.scaler.unscale_(optimizer)
+            _clip_of(optimizer, clip_norm)
         scale = self.scaler.get_scale()
         self.scaler.step(optimizer)
         self.scaler.update()

@@ -46,24 +46,30 @@ class Demands(NamedTuple):
     """What a training asks of an engine besides network, loss and optimizer.
 
     per_step: the optimizer's numbers change from step to step. ignored: some labels are the loss's
-    ignore_index. precision: a name of `mlp.engines.precision`.
+    ignore_index. precision: a name of `mlp.engines.precision`. clip_norm: the largest norm that all
+    gradients together may have. compiled: the network lies where `mlp.cpu` serves.
     """
 
     per_step: bool = False
     ignored: bool = False
     precision: str = "fp32"
+    clip_norm: float | None = None
+    compiled: bool = False
 
 
 class Engine:
     """The loop that engines of one step at a time share: batches, losses, predictions.
 
     demands: what this training asks for. shape: of a sample as the module takes it, if not a row.
+    moves: steps the scheduler before a step is taken, for engines that read numbers ahead.
     """
 
     name: str
     precisions: tuple[str, ...] = ("fp32",)
     demands = Demands()
     shape: tuple[int, ...] | None = None
+    reads_ahead = False  # whether it reads the numbers of all steps before the first
+    moves: Callable[[], None] | None = None
 
     def __init__(self, model: Net | torch.nn.Module, loss: Any, optimizer: torch.optim.Optimizer):
         # Any: what each engine calls on them is what its `refuses` asked for.
@@ -122,7 +128,8 @@ class Engine:
         on_step: Callable[..., object] | None = None,
     ) -> EpochResult:
         """Train on the samples of `order`, `batch_size` at a time. FloatingPointError at the first
-        loss that is not finite.
+        loss that is not finite. on_step returning False ends the epoch after that step: the result
+        is then of the samples seen.
 
         On a GPU nothing is read back before the end, so the error comes then, but names the step
         all the same.
@@ -139,8 +146,9 @@ class Engine:
                 predictions.add(output)
             if on_cpu and not math.isfinite(values[-1]) and _counts(self.loss, y):
                 break
-            if on_step is not None:
-                on_step()
+            if on_step is not None and on_step() is False:
+                order = order[: len(values) * batch_size]
+                break
         if values and isinstance(values[0], torch.Tensor):
             values = torch.stack(values).tolist()
         return self.result(values, predictions, data, order, batch_size)
@@ -182,7 +190,7 @@ class _Predictions:
             torch.argmax(rows, 1, out=self.found[self.end : self.end + len(rows)])
             self.end += len(rows)
             self.outputs.clear()
-        return self.found
+        return self.found[: self.end]
 
 
 def _counts(loss, y) -> bool:
@@ -216,7 +224,7 @@ class Autograd(Engine):
             output = self.model(x if self.shape is None else x.view(len(x), *self.shape))
             value = self.loss(output, means.aligned(y, output))
         self.optimizer.zero_grad()
-        self.precision.step(value, self.optimizer)
+        self.precision.step(value, self.optimizer, self.demands.clip_norm)
         return output.detach(), value.detach()
 
 
@@ -259,7 +267,7 @@ class Manual(Engine):
         if bound != self._bound:
             self._recordings.clear()
             self._bound = bound
-        self.update = updates.choose(self.net, self.optimizer, named)
+        self.update = updates.choose(self.net, self.optimizer, named, self.demands.clip_norm)
 
     def epoch(
         self,

@@ -13,6 +13,7 @@ import kernels
 
 from ..net import Net
 from . import takeover
+from .precision import clip
 
 
 class Separate:
@@ -68,18 +69,38 @@ class Foreign(Separate):
         return None
 
 
+class Clipped(Separate):
+    """Another update, of gradients whose norm is brought down to a limit before."""
+
+    def __init__(self, update: Separate, limit: float):
+        super().__init__(update.net, update.optimizer, update.grads)
+        self.update, self.limit = update, limit
+
+    def apply(self) -> None:
+        """Clip what is in the net, and update from it."""
+        clip(self.grads, self.limit)
+        self.update.apply()
+
+    def numbers(self) -> tuple | None:
+        """Never frozen: a recording stops at the gradients."""
+        return None
+
+
 def parameters(optimizer: Any) -> list:
     """All parameters of an optimizer, group after group."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def choose(net: Net, optimizer: Any, named: dict) -> Separate:
+def choose(net: Net, optimizer: Any, named: dict, clip_norm: float | None = None) -> Separate:
     """The update of this net by this optimizer. named: name -> parameter, as the optimizer holds
-    them.
+    them. clip_norm: the largest norm of all gradients together; they are stored then.
     """
     names = {id(p): name for name, p in named.items()}
     grads = [net.grads.get(names.get(id(p))) for p in parameters(optimizer)]
-    if takeover.optimizer(optimizer) is not None:
+    is_foreign = takeover.optimizer(optimizer) is not None
+    if clip_norm is not None:
+        return Clipped((Foreign if is_foreign else Separate)(net, optimizer, grads), clip_norm)
+    if is_foreign:
         return Foreign(net, optimizer, grads)
     rule = optimizer.rule(named.values())
     on_kernels = kernels.path(next(iter(net.parameters.values()))) == "triton"

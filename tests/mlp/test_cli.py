@@ -65,6 +65,33 @@ def read_json(path):
     return json.loads(Path(path).read_text())
 
 
+def test_schedules_are_stored_and_refused_past_their_end(handgrad):
+    rules = (
+        "--schedule",
+        "cosine",
+        "--warmup",
+        "1",
+        "--clip-norm",
+        "0.5",
+        "--weight-decay",
+        "0.01",
+    )
+    whole = (*QUICK, *rules, "--label-smoothing", "0.1", "--early-stopping", "2", "--epochs", "4")
+    status, out, err = handgrad(*whole, "--out", "whole")
+    assert (status, err) == (0, "") and "cosine after 1 epochs of warm-up" in out
+    assert re.search(r"^best loss [\d.]+ at epoch \d: its weights are kept$", out, re.M)
+    recipe = read_json("whole/config.json")["recipe"]
+    assert (recipe["schedule"], recipe["warmup"], recipe["clip_norm"]) == ("cosine", 1, 0.5)
+    assert recipe["loss_options"] == {"label_smoothing": 0.1}
+    assert recipe["optimizer_options"]["weight_decay"] == 0.01
+    status, out, err = handgrad("train", "--out", "whole", "--resume", "--epochs", "6")
+    assert status == 2 and "schedule cosine of this run ends at epoch 4, got --epochs 6" in err
+    status, out, err = handgrad("train", "--out", "whole", "--resume", "--clip-norm", "1")
+    assert status == 2 and "--clip-norm cannot be changed by --resume" in err
+    status, out, err = handgrad(*QUICK, "--loss", "mse", "--label-smoothing", "0.1")
+    assert status == 2 and "--label-smoothing belongs to the loss cross_entropy" in err
+
+
 def weights(run):
     return list(checkpoint.read_weights(f"{run}/model.safetensors").values())
 

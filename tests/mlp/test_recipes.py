@@ -140,9 +140,9 @@ def test_unknown_names(images):
     with pytest.raises(ValueError, match=f"unknown loss 'hinge'; known: {', '.join(LOSSES)}"):
         changed(recipes.get("default"), loss="hinge").make_loss()
     with pytest.raises(
-        ValueError, match=f"unknown optimizer 'lion'; known: {', '.join(OPTIMIZERS)}"
+        ValueError, match=f"unknown optimizer 'lamb'; known: {', '.join(OPTIMIZERS)}"
     ):
-        changed(recipes.get("default"), optimizer="lion").make_optimizer([])
+        changed(recipes.get("default"), optimizer="lamb").make_optimizer([])
     rows = Dataset(torch.zeros(20, 4), torch.arange(20) % 2, name="rows")
     with pytest.raises(
         ValueError, match="a network with convolutions needs images, but rows has rows of 4 numbers"

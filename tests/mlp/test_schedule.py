@@ -201,6 +201,8 @@ def test_engines_of_whole_epochs_refuse_steps(device):
             "every step"
         )
         assert ENGINES[engine].cannot(mlp.engines.Demands()) is None
+        reason = ENGINES[engine].cannot(mlp.engines.Demands(clip_norm=1.0))
+        assert "cannot clip the norm of them all" in reason
 
 
 @pytest.mark.interpreter
