@@ -131,8 +131,8 @@ def train_epoch(
     spec, workers = run.spec, max(1, torch.get_num_threads())
     memory = Memory(spec, min(run.batch, len(run.order)), workers)
     hyper = run.hyper if numbers is None else numbers
-    numbers = _numbers(spec.rule, hyper, float(run.count), run.steps)
-    task = _Task(memory, run.data, run.targets, run.order, numbers, run.scale, run.shift)
+    table = _numbers(spec.rule, hyper, float(run.count), run.steps)
+    task = _Task(memory, run.data, run.targets, run.order, table, run.scale, run.shift)
     choice, stopped = _choice(spec, memory.batch, workers), threading.Event()
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         # Beside the calling thread, which alone Ctrl-C interrupts.

@@ -114,7 +114,8 @@ class _Fused(Engine):
         self.optimizer._opt_called = True  # torch's schedulers ask whether a step was taken
         for _ in range(steps):
             rows.append(self.optimizer.hyper(torch.device("cpu")))
-            self.moves()
+            if self.moves is not None:
+                self.moves()
         return torch.tensor(rows, dtype=torch.float64)
 
     def run(self, data, order, batch_size, states, count) -> kernels.Run:
