@@ -87,6 +87,7 @@ def _manual_loop(job: Job) -> Callable:
 
 
 def _networks(job: Job) -> Callable:
+    _engine("epoch", _SGD, job)()  # so that nothing is left to load, which few steps would not pay
     sweep = mlp.Sweep(SIZES, NETWORKS, _LR, activation="sigmoid")
     data = job.data.take(STEPS * BATCH)
     return lambda wants_loss=False: sweep.fit(data, 1, BATCH) and None

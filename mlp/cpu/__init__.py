@@ -12,6 +12,7 @@ numba is optional and slow to import: what needs it is imported where it is used
 
 import importlib.util
 import itertools
+import sys
 
 import torch
 
@@ -36,6 +37,12 @@ def serves(parameter: torch.Tensor) -> bool:
     return on_cpu and known and kernels.backend(parameter) == "torch"
 
 
+def is_loaded() -> bool:
+    """Whether this process has trained by compiled steps before."""
+    epoch = sys.modules.get(f"{__name__}.epoch")
+    return epoch is not None and bool(epoch.compiled().signatures)
+
+
 def costs(sizes, batch: int, steps: int) -> str | None:
     """Why the compiled epoch would not gain anything in so many steps, or less than to compile it,
     or to read what was compiled, takes; None if it pays.
@@ -43,6 +50,8 @@ def costs(sizes, batch: int, steps: int) -> str | None:
     products = sum(k * n for k, n in itertools.pairwise(sizes))
     if products > _WEIGHTS:
         return f"of {products:,} weights, which no cache holds, products by BLAS are faster"
+    if is_loaded():
+        return None
     saved = steps * (_SAVED + 3 * batch * products * _SAVED_EACH)
     if saved < _LOADS:
         return f"to load its compiled code takes about {_LOADS:.0f} s, more than it saves here"

@@ -270,6 +270,7 @@ def test_what_is_not_finite_stops_it_as_the_others():
 
 
 def test_auto_takes_it_where_it_pays(monkeypatch):
+    monkeypatch.setattr(cpu, "is_loaded", lambda: False)
     model = mlp.MLP([784, 100, 50, 10])
     arguments = "auto", model, mlp.SoftmaxCrossEntropy(), mlp.SGD(model.parameters(), lr=0.1), 32
     assert engines.choose(*arguments)[0].name == "epoch"
@@ -286,6 +287,8 @@ def test_auto_takes_it_where_it_pays(monkeypatch):
     monkeypatch.setattr(epoch, "is_compiled", lambda: True)
     assert engines.choose(*arguments, steps=10_000)[0].name == "epoch"
     assert engines.choose("epoch", *arguments[1:], steps=1)[0].name == "epoch", "as asked for"
+    monkeypatch.setattr(cpu, "is_loaded", lambda: True)
+    assert engines.choose(*arguments, steps=1)[0].name == "epoch", "nothing is left to load"
 
 
 def test_without_numba_the_note_says_what_would_be_faster(monkeypatch):
