@@ -66,14 +66,14 @@ __all__ = [
 ]
 
 # They stand on scikit-learn, which need not be there and takes a second to import.
-ESTIMATORS = ("MLPClassifier", "MLPRegressor")
+ESTIMATORS = {"MLPClassifier": "estimators", "MLPRegressor": "estimators", "SearchCV": "search"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in ESTIMATORS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        return getattr(importlib.import_module(".estimators", __package__), name)
+        return getattr(importlib.import_module(f".{ESTIMATORS[name]}", __package__), name)
     except ModuleNotFoundError as missing:
         if not str(missing.name).startswith("sklearn"):
             raise

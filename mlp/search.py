@@ -1,0 +1,244 @@
+"""Search for settings by cross-validation: scikit-learn's GridSearchCV and RandomizedSearchCV, with
+all trials and folds as one pack on a pool of threads.
+
+scikit-learn's BaseSearchCV makes folds, scores, ranks and refits. What differs is how networks are
+trained: a compiled epoch holds no lock of Python, so threads of one process train side by side,
+and none of them loads torch or copies the data. Successive halving gives all settings a few epochs
+and only the best more.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import joblib
+import numpy
+import torch
+from sklearn.model_selection import ParameterGrid, ParameterSampler
+from sklearn.model_selection._search import BaseSearchCV
+
+FACTOR = 3  # of halving: each rung keeps a third and trains three times as long
+_CHUNKS = 20  # at most, of a rung: progress is told after each
+_RESOURCE = "max_iter"
+
+
+class SearchCV(BaseSearchCV):
+    """Cross-validated search over the parameters of an estimator.
+
+    estimator: `MLPClassifier`, `MLPRegressor`, a pipeline of one, or any of scikit-learn's.
+    parameters: lists by name, or distributions. trials: how many settings are drawn; None takes
+    the whole grid. cv, scoring, refit: as GridSearchCV's. halving: successive halving over
+    `max_iter`. random_state: of the draw. jobs: threads; None takes all cores. verbose: show
+    progress with the time that is left.
+
+    After `fit`: cv_results_, best_params_, best_score_, best_index_, best_estimator_, n_splits_,
+    as GridSearchCV has them. Under halving cv_results_ has a column "iter", the rung, and the best
+    is one of the last rung. ValueError in one line for what cannot be searched.
+    """
+
+    pre_dispatch = "2*n_jobs"
+    error_score = numpy.nan
+    return_train_score = False
+
+    def __init__(
+        self,
+        estimator: Any,
+        parameters: Any,
+        cv: Any = 5,
+        trials: int | None = None,
+        scoring: Any = None,
+        refit: bool | str | Callable = True,
+        halving: bool = False,
+        random_state: Any = None,
+        jobs: int | None = None,
+        verbose: int = 0,
+    ) -> None:
+        self.estimator = estimator
+        self.parameters = parameters
+        self.cv = cv
+        self.trials = trials
+        self.scoring = scoring
+        self.refit = refit
+        self.halving = halving
+        self.random_state = random_state
+        self.jobs = jobs
+        self.verbose = verbose
+
+    @property
+    def n_jobs(self) -> int:
+        """Threads that train."""
+        if self.jobs is not None:
+            return self.jobs
+        affinity = getattr(os, "sched_getaffinity", None)
+        return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+    def fit(self, X: Any, y: Any = None, **params: Any) -> "SearchCV":
+        """Search on X (samples, features) and y, then train the best on all of them."""
+        self._candidates = self._drawn()  # an error comes before any training
+        self._bar, self.verbose, shown = bool(self.verbose), 0, self.verbose
+        try:
+            with _one_thread_each(), joblib.parallel_config(backend="threading"):
+                return super().fit(X, y, **params)
+        finally:
+            self.verbose = shown
+            del self._candidates, self._bar
+            self.__dict__.pop("_folds", None)
+
+    def _drawn(self) -> list[dict[str, Any]]:
+        """All settings to try."""
+        if self.trials is None:
+            candidates = list(ParameterGrid(self.parameters))
+        elif self.trials < 1:
+            raise ValueError(f"SearchCV: trials must be at least 1, got {self.trials}")
+        else:
+            drawn = ParameterSampler(self.parameters, self.trials, random_state=self.random_state)
+            candidates = list(drawn)
+        known = self.estimator.get_params()
+        unknown = sorted({name for one in candidates for name in one} - known.keys())
+        if unknown:
+            raise ValueError(
+                f"SearchCV: {type(self.estimator).__name__} has no parameter {unknown[0]!r}"
+            )
+        if self.halving and self._resource() is None:
+            raise ValueError(
+                f"SearchCV: halving gives more {_RESOURCE}, which "
+                f"{type(self.estimator).__name__} does not have"
+            )
+        return candidates
+
+    def _resource(self) -> str | None:
+        names = [
+            name
+            for name in self.estimator.get_params()
+            if name == _RESOURCE or name.endswith(f"__{_RESOURCE}")
+        ]
+        return names[0] if names else None
+
+    def _check_input_parameters(self, X: Any, y: Any, split_params: dict) -> None:
+        # The same folds for all settings, also where a splitter draws new ones at each call.
+        self._folds = _Folds(list(self._checked_cv_orig.split(X, y, **split_params)))
+
+    def _run_search(self, evaluate_candidates: Callable) -> None:
+        plan = self._rungs() if self.halving else [(len(self._candidates), {})]
+        alive, metric = self._candidates, None
+        total = sum(count for count, _ in plan) * len(self._folds.pairs)
+        with _progress(total, self._bar) as advance:
+            for rung, (count, resources) in enumerate(plan):
+                if metric is not None:
+                    alive = self._best(alive, metric, count)
+                metric = self._rung(evaluate_candidates, alive, resources, rung, advance)
+
+    def _rung(
+        self,
+        evaluate: Callable,
+        candidates: list[dict[str, Any]],
+        resources: dict[str, int],
+        rung: int,
+        advance: Callable[[int], Any],
+    ) -> numpy.ndarray:
+        """Train and score these settings; their mean scores."""
+        size = max(self.n_jobs, -(-len(candidates) // _CHUNKS))
+        results: dict[str, Any] = {}
+        for start in range(0, len(candidates), size):
+            chunk = [{**one, **resources} for one in candidates[start : start + size]]
+            more = {"iter": [rung] * len(chunk)} if self.halving else None
+            results = evaluate(chunk, self._folds, more_results=more)
+            advance(len(chunk) * len(self._folds.pairs))
+        name = self.refit if isinstance(self.refit, str) else "score"
+        if f"mean_test_{name}" not in results:
+            name = next(key for key in results if key.startswith("mean_test_"))[10:]
+        return results[f"mean_test_{name}"][-len(candidates) :]
+
+    def _rungs(self) -> list[tuple[int, dict[str, int]]]:
+        """(how many settings, their epochs) of each rung; the last has all epochs."""
+        resource = self._resource()
+        assert resource is not None
+        most, count = self.estimator.get_params()[resource], len(self._candidates)
+        plan = [(count, most)]
+        while plan[0][1] >= FACTOR and plan[-1][0] >= FACTOR:
+            plan = [(count, max(1, most // FACTOR ** len(plan))), *_shrunk(plan)]
+        return [(n, {resource: epochs}) for n, epochs in plan]
+
+    @staticmethod
+    def _best(
+        candidates: list[dict[str, Any]], scores: numpy.ndarray, count: int
+    ) -> list[dict[str, Any]]:
+        """The `count` settings with the highest scores, in their order; NaN is the lowest."""
+        ranked = numpy.argsort(-numpy.nan_to_num(scores, nan=-numpy.inf), kind="stable")[:count]
+        return [candidates[i] for i in sorted(ranked)]
+
+    @staticmethod
+    def _select_best_index(refit: Any, refit_metric: str, results: dict[str, Any]) -> int:
+        if callable(refit) or "iter" not in results:
+            return BaseSearchCV._select_best_index(refit, refit_metric, results)
+        rungs = numpy.asarray(results["iter"])
+        scores = numpy.nan_to_num(results[f"mean_test_{refit_metric}"], nan=-numpy.inf)
+        return int(numpy.where(rungs == rungs.max(), scores, -numpy.inf).argmax())
+
+
+def _shrunk(plan: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same rungs for a third of the settings."""
+    return [(max(1, n // FACTOR), epochs) for n, epochs in plan]
+
+
+class _Folds:
+    """Folds that were drawn once, as a splitter of scikit-learn."""
+
+    def __init__(self, pairs: Sequence[tuple[Any, Any]]) -> None:
+        self.pairs = pairs
+
+    def split(self, *args: Any, **kwargs: Any) -> Iterator[tuple[Any, Any]]:
+        """The pairs of training and test rows."""
+        return iter(self.pairs)
+
+    def get_n_splits(self, *args: Any, **kwargs: Any) -> int:
+        """How many there are."""
+        return len(self.pairs)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """torch computes in the thread that calls it: the trials are what runs side by side."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _progress(total: int, shown: bool) -> Iterator[Callable[[int], Any]]:
+    """A function that takes note of fits; a bar with the time left, if it is shown."""
+    if not shown:
+        yield lambda count: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="fit", leave=False) as bar:
+        yield bar.update
+
+
+def ensemble(
+    outputs: Sequence[numpy.ndarray],
+    score: Callable[[numpy.ndarray], float],
+    most: int = 10,
+) -> tuple[list[int], float]:
+    """Greedy selection: add, again and again, the member whose part in the mean of the outputs
+    raises the score most, and stop where none does. (members, one may be there twice; the score of
+    their mean).
+
+    outputs: of each candidate, on rows that it was not trained on.
+    """
+    chosen: list[int] = []
+    total, best = numpy.zeros_like(outputs[0]), -numpy.inf
+    while len(chosen) < most:
+        scores = [score((total + one) / (len(chosen) + 1)) for one in outputs]
+        member = int(numpy.argmax(scores))
+        if not scores[member] > best:
+            break
+        best = scores[member]
+        total = total + outputs[member]
+        chosen.append(member)
+    return chosen, best

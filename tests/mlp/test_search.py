@@ -1,0 +1,94 @@
+"""SearchCV: scikit-learn's results, halving, and what cannot be searched."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sklearn")
+
+from sklearn.datasets import load_iris
+from sklearn.dummy import DummyClassifier
+from sklearn.model_selection import GridSearchCV, RandomizedSearchCV, ShuffleSplit
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import mlp
+from mlp.search import ensemble
+
+pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+GRID = {"hidden_layer_sizes": [(3,), (5,)], "learning_rate_init": [0.001, 0.1]}
+
+
+@pytest.fixture(scope="module")
+def iris():
+    return load_iris(return_X_y=True)
+
+
+def network(**changes):
+    return mlp.MLPClassifier(**{"max_iter": 9, "random_state": 0, "device": "cpu", **changes})
+
+
+def test_the_results_of_gridsearchcv(iris):
+    ours = mlp.SearchCV(network(), GRID, cv=3, jobs=2).fit(*iris)
+    theirs = GridSearchCV(network(), GRID, cv=3).fit(*iris)
+    assert ours.best_params_ == theirs.best_params_ and ours.best_index_ == theirs.best_index_
+    assert ours.cv_results_["params"] == theirs.cv_results_["params"]
+    for key in ("mean_test_score", "std_test_score", "rank_test_score", "split2_test_score"):
+        np.testing.assert_allclose(ours.cv_results_[key], theirs.cv_results_[key])
+    assert ours.score(*iris) == theirs.score(*iris)
+    assert ours.verbose == 0 and ours.n_splits_ == 3
+
+
+def test_the_draws_of_randomizedsearchcv(iris):
+    pipeline = make_pipeline(StandardScaler(), network())
+    grid = {f"mlpclassifier__{name}": values for name, values in GRID.items()}
+    ours = mlp.SearchCV(pipeline, grid, cv=2, trials=3, random_state=1, refit=False).fit(*iris)
+    theirs = RandomizedSearchCV(pipeline, grid, cv=2, n_iter=3, random_state=1, refit=False)
+    assert ours.cv_results_["params"] == theirs.fit(*iris).cv_results_["params"]
+    assert not hasattr(ours, "best_estimator_")
+
+
+def test_halving_gives_the_best_all_epochs(iris):
+    grid = {"learning_rate_init": np.logspace(-4, -1, 9).tolist()}
+    search = mlp.SearchCV(network(), grid, cv=2, halving=True, jobs=2).fit(*iris)
+    found = search.cv_results_
+    assert list(found["iter"]) == [0] * 9 + [1] * 3 + [2]
+    assert list(found["param_max_iter"]) == [1] * 9 + [3] * 3 + [9]
+    first, second = found["mean_test_score"][:9], found["mean_test_score"][9:12]
+    kept = sorted(np.argsort(-first, kind="stable")[:3])
+    rates = found["param_learning_rate_init"]
+    assert list(rates[9:12]) == [grid["learning_rate_init"][i] for i in kept]
+    assert rates[12] == rates[9 + int(second.argmax())]
+    assert search.best_index_ == 12 and search.best_estimator_.n_iter_ == 9
+
+
+def test_folds_are_drawn_once(iris):
+    """Else settings of different chunks would be compared on different rows."""
+    grid = {"strategy": ["most_frequent"], "constant": list(range(6))}
+    cv = ShuffleSplit(2, test_size=0.1)
+    search = mlp.SearchCV(DummyClassifier(), grid, cv=cv, jobs=1).fit(*iris)
+    assert len(set(search.cv_results_["mean_test_score"])) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parameters": {"depth": [1]}}, "MLPClassifier has no parameter 'depth'"),
+        ({"trials": 0}, "trials must be at least 1, got 0"),
+        ({"cv": 151}, "cannot be greater|greater than the number"),
+        (
+            {"estimator": DummyClassifier(), "parameters": {"constant": [1]}, "halving": True},
+            "halving gives more max_iter, which DummyClassifier does not have",
+        ),
+    ],
+)
+def test_what_cannot_be_searched(changes, message, iris):
+    search = mlp.SearchCV(**{"estimator": network(), "parameters": GRID, **changes})
+    with pytest.raises(ValueError, match=message):
+        search.fit(*iris)
+
+
+def test_an_ensemble_adds_what_helps():
+    target = np.array([0.0, 1.0, 0.0])
+    outputs = [target + 0.5, target - 0.5, target + 3]
+    chosen, score = ensemble(outputs, lambda mean: -float(np.square(mean - target).mean()))
+    assert (sorted(chosen), score) == ([0, 1], 0.0)
