@@ -118,6 +118,11 @@ def all_registers(device) -> dict:
     return {"maxnreg": 255} if launch.arch(device).startswith("sm_") else {}
 
 
+# Multiply-adds of a step in layers 2 … L, forward and backward, beyond which a chain of products
+# is taken: each program of the training kernels would repeat them. Reasoned, not yet measured.
+MOST_REPEATED = 2_000_000
+
+
 class Training(NamedTuple):
     """Tiles of the kernels that hold a whole training step, see `layers`: they bound registers
     whatever the network.

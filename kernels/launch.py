@@ -222,14 +222,16 @@ def _device_facts(device: torch.device) -> tuple[str, int]:
 
 
 def dot_precision() -> str:
-    """`input_precision` of float32 products: torch.get_float32_matmul_precision() in Triton's
-    words.
+    """`input_precision` of float32 products in Triton's words: that of
+    torch.get_float32_matmul_precision(), or of torch's newer setting where that is in force.
     """
     if _target[0].startswith("gfx") if _target else torch.version.hip:
         return "ieee"
-    return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[
-        torch.get_float32_matmul_precision()
-    ]
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch refuses to say where the newer setting contradicts it
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[older]
 
 
 def check_same(op: str, **tensors: torch.Tensor | None) -> None:

@@ -9,7 +9,7 @@ group. The row's names of states and hyperparameters are torch's.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -17,6 +17,23 @@ import kernels
 from kernels import launch
 
 Gradients = Sequence[torch.Tensor | None] | dict[str, torch.Tensor | None]
+
+
+class Part(NamedTuple):
+    """Parameters of one group that have taken as many steps: what a launch can update.
+
+    taken: that many, a number or a one-element tensor; 1 where torch's class counts none. numbers:
+    the rule's row as it is now.
+    """
+
+    rule: kernels.Rule
+    maximize: bool
+    parameters: list
+    states: list
+    taken: Any
+    numbers: tuple
+
+
 _REFUSED = ("differentiable", "amsgrad", "centered")
 
 
@@ -95,7 +112,7 @@ class _Ruled(_Torch):
 
     def rule(self, parameters: Iterable[torch.Tensor]) -> kernels.Rule | None:
         """The row of `kernels.RULES` that this update of just these parameters is; None if there is
-        none, or if a number of it lies in device memory.
+        none, if a number of it lies in device memory, or if some have taken more steps than others.
         """
         group = self.param_groups[0]
         if type(self) not in OPTIMIZERS.values() or len(self.param_groups) > 1:
@@ -103,7 +120,8 @@ class _Ruled(_Torch):
         if group["maximize"] or not self._on_host(group):
             return None
         same = [p.data_ptr() for p in group["params"]] == [p.data_ptr() for p in parameters]
-        return self.row(group) if same else None
+        together = len({self._taken(p)[0] for p in group["params"]}) == 1
+        return self.row(group) if same and together else None
 
     def constants(self) -> tuple | None:
         """What an update depends on besides parameters, gradients and states; None while that
@@ -151,11 +169,41 @@ class _Ruled(_Torch):
             count = step.to(params[0].device).reshape(1).clone()
         return [[self.state[p][name] for p in params] for name in self.row(group).states], count
 
-    def advance(self, steps: int) -> None:
-        """Take note of steps that a training kernel made."""
+    def parts(self, parameters: list | None = None) -> list[Part]:
+        """All parameters, or these, in parts that are updated together; states are made, if there
+        are none.
+        """
+        chosen = None if parameters is None else {id(p) for p in parameters}
+        found = []
+        for group in self.param_groups:
+            params = [p for p in group["params"] if chosen is None or id(p) in chosen]
+            self._make(group, params)
+            rule, numbers = self.row(group), self._numbers(group)
+            together: dict[int | None, tuple[Any, list]] = {}
+            for p in params:
+                key, taken = self._taken(p)
+                together.setdefault(key, (taken, []))[1].append(p)
+            for taken, members in together.values():
+                states = [[self.state[p][name] for p in members] for name in rule.states]
+                found.append(Part(rule, group["maximize"], members, states, taken, numbers))
+        return found
+
+    def _taken(self, p):
+        """(what parameters with as many steps share, that many); of counts in device memory one
+        serves all: they advance together.
+        """
+        if not self.counted:
+            return 1, 1
+        count = self.state.get(p, {}).get("step", 0)
+        on_device = isinstance(count, torch.Tensor) and count.device.type != "cpu"
+        return (None, count) if on_device else (int(count), int(count))
+
+    def advance(self, steps: int, parameters: list | None = None) -> None:
+        """Take note of steps that a training kernel made, of all parameters, or of these."""
         self._opt_called = True  # torch's schedulers ask whether a step was taken
         if self.counted:
-            torch._foreach_add_([state["step"] for state in self.state.values()], steps)
+            states = [self.state[p] for p in parameters or self.state]
+            torch._foreach_add_([state["step"] for state in states], steps)
 
     def inline(self) -> tuple:
         """Count a step that the backward takes itself, see `Net.update`: (states, hyper, step,

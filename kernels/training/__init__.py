@@ -7,7 +7,7 @@ step epoch exchange replicas      the kernels and what launches them
 """
 
 from .epoch import train_epoch, train_epoch_ref
-from .network import Spec, refusal
+from .network import Spec, outgrown, refusal
 from .replicas import train_replicas, train_replicas_ref
 from .run import Run
 from .step import StepState, flush, train_step, train_step_ref
@@ -17,6 +17,7 @@ __all__ = [
     "Spec",
     "StepState",
     "flush",
+    "outgrown",
     "refusal",
     "train_epoch",
     "train_epoch_ref",

@@ -183,6 +183,20 @@ def refusal(spec: Spec, batch: int, engine: str = "epoch") -> str | None:
     return None
 
 
+def outgrown(spec: Spec, batch: int, engine: str = "epoch") -> str | None:
+    """Why a chain of products would be faster than the training kernels, though they serve: each of
+    their programs repeats the layers above the first. None where it would not.
+    """
+    widths = spec.sizes[1:]
+    products = 3 * batch * sum(n * k for n, k in zip(widths[1:], widths))
+    if products <= configs.MOST_REPEATED:
+        return None
+    return (
+        f"{engine}: {products:,} multiply-adds a step above the first layer exceed "
+        f"{configs.MOST_REPEATED:,}, so separate products are faster"
+    )
+
+
 def refuse(run: "Run", engine: str) -> None:
     """A ValueError where `refusal` has a reason."""
     if reason := refusal(run.spec, run.batch, engine):

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from ..net import Net
-from .epochwise import Epoch, Graph
+from .epochwise import Epoch
+from .graphs import Graph
 from .stepwise import Autograd, Demands, Diverged, Engine, EpochResult, Manual, parameters_of
 
 __all__ = [

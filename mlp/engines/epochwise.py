@@ -1,15 +1,9 @@
-"""Engines that run many steps without Python between: `graph` replays captured launches, `epoch` is
-one launch.
+"""The engine `epoch`: kernels.train_epoch, one launch; on a CPU mlp.cpu, one call of compiled code.
+And what it shares with `graph`: the kernels' view of a training.
 
-    graph    the two launches of `kernels.train_step` where they serve, else the manual step;
-             captured once, replayed over the epoch
-    epoch    kernels.train_epoch; on a CPU mlp.cpu, one call of compiled code
-
-Both read nothing back before the epoch's end, and allocate no gradients where the step or epoch
-kernels serve.
+Nothing is read back before the epoch's end, and no gradients are stored.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -20,9 +14,7 @@ from .. import cpu
 from .. import loss as losses
 from ..state import parameters_of
 from . import takeover
-from .stepwise import Demands, Engine, EpochResult, Manual, memory
-
-_CAPTURED = 25  # steps in one CUDA graph
+from .stepwise import Demands, Engine, EpochResult
 
 
 def spec_of(model, loss, optimizer) -> kernels.Spec | str:
@@ -42,7 +34,7 @@ def spec_of(model, loss, optimizer) -> kernels.Spec | str:
         return (
             criterion
             if isinstance(criterion, str)
-            else "trains with one parameter group of mlp's SGD, Adam or AdamW"
+            else "trains with one parameter group of mlp's optimizers, all of it with as many steps"
         )
     return kernels.Spec(
         tuple(config["sizes"]),
@@ -61,8 +53,8 @@ def _criterion(loss, classes: int) -> dict | str:
     return f"takes the losses {', '.join(losses.LOSSES)}, got {type(loss).__name__}"
 
 
-class _Fused(Engine):
-    """What the two engines share: the kernels' view of model, optimizer and data."""
+class Fused(Engine):
+    """What `epoch` and `graph` share: the kernels' view of model, optimizer and data."""
 
     @property
     def spec(self) -> kernels.Spec | str:
@@ -85,7 +77,7 @@ class _Fused(Engine):
         if demands.per_step and not (cls.reads_ahead and demands.compiled):
             return (
                 f"{cls.name}: reads the optimizer's numbers once an epoch, but the scheduler moves "
-                "them every step"
+                "them every step; use engine 'manual'"
             )
         if demands.clip_norm is not None:
             return (
@@ -149,7 +141,7 @@ class _Fused(Engine):
         return result._replace(accuracy=int(correct.sum()) / len(order))
 
 
-class Epoch(_Fused):
+class Epoch(Fused):
     """One launch trains the whole epoch; on a CPU one call of compiled code, which needs numba."""
 
     name = "epoch"
@@ -169,9 +161,10 @@ class Epoch(_Fused):
     @classmethod
     def costs(cls, model, loss, optimizer, batch_size, steps):
         first = next(iter(parameters_of(model).values())).detach()
+        spec = spec_of(model, loss, optimizer)
         if not cpu.serves(first):
-            return None
-        reason = cpu.costs(spec_of(model, loss, optimizer).sizes, batch_size, steps)
+            return kernels.outgrown(spec, batch_size, "epoch")
+        reason = cpu.costs(spec.sizes, batch_size, steps)
         return None if reason is None else f"epoch: {reason}"
 
     @torch.no_grad()
@@ -187,187 +180,3 @@ class Epoch(_Fused):
         finally:
             self.optimizer.advance(int(count) - before)
         return self.measured(values, correct, data, order, batch_size, on_step)
-
-
-class Graph(_Fused):
-    """Launches of many steps captured in CUDA graphs and replayed; needs CUDA and one of mlp's
-    optimizers.
-    """
-
-    name = "graph"
-
-    def __init__(self, model, loss, optimizer):
-        super().__init__(model, loss, optimizer)
-        self._steps = self._chain = None
-
-    @classmethod
-    def refuses(cls, model, loss, optimizer, batch_size=1):
-        if next(iter(parameters_of(model).values())).device.type != "cuda":
-            return "graph: needs a CUDA GPU"
-        reason = cls.differs(model, loss, optimizer)
-        if reason is not None:
-            return f"graph: {reason}"
-        if any(group.get("dampening") for group in optimizer.param_groups):
-            return (
-                "graph: a first step with dampening differs from the others; use engine 'manual' "
-                "or 'epoch'"
-            )
-        return None
-
-    @torch.no_grad()
-    def epoch(self, data, order, batch_size, on_step=None):
-        spec = self.spec
-        served = (
-            isinstance(spec, kernels.Spec) and kernels.refusal(spec, batch_size, "graph") is None
-        )
-        run = self._fused_epoch if served else self._chain_epoch
-        values, correct = run(data, order, batch_size)
-        return self.measured(values, correct, data, order, batch_size, on_step)
-
-    def _bound(self, data, order, batch_size) -> tuple:
-        """What a capture depends on besides the contents of the tensors that it reads."""
-        numbers = [
-            (name, value)
-            for group in self.optimizer.param_groups
-            for name, value in group.items()
-            if name not in ("params", "lr", "initial_lr", "max_lr", "min_lr")
-        ]
-        spec, where = self.spec, memory(self.model, self.optimizer)
-        return spec, data.inputs.data_ptr(), len(order), batch_size, where, str(numbers)
-
-    def _fused_epoch(self, data, order, batch_size):
-        """Losses and correct predictions of every step, by the two launches of
-        `kernels.train_step`.
-        """
-        steps = math.ceil(len(order) / batch_size)
-        states, count = self.optimizer.states()
-        key = self._bound(data, order, batch_size)[:-1]  # the numbers are read from the device
-        if self._steps is None or self._steps[0] != key:
-            run = self.run(data, order.clone(), batch_size, states, count.clone())
-            state = kernels.StepState(run)
-            state.position[0] = steps  # past the end: compiles the kernels and trains nothing
-            self._steps = key, state, _captured(lambda: kernels.train_step(state), _CAPTURED)
-        _, state, replay = self._steps
-        run = state.run
-        run.order.copy_(order)
-        run.hyper.copy_(self.hyper())
-        run.count.copy_(count)
-        state.position.zero_()
-        for _ in range(
-            math.ceil((steps + 1) / _CAPTURED)
-        ):  # the step past the last applies its pending update
-            replay()
-        self.optimizer.advance(steps)
-        return run.losses, run.correct
-
-    def _chain_epoch(self, data, order, batch_size):
-        """Losses of every step and correct predictions, by the manual step."""
-        full, rest = divmod(len(order), batch_size)
-        self.optimizer.states(capturable=True)
-        key = self._bound(data, order, batch_size)
-        if self._chain is None or self._chain[0] != key:
-            self._chain = (
-                key,
-                _Chain(self.model, self.loss, self.optimizer, data, len(order), batch_size),
-            )
-        return self._chain[1].run(order, full, rest)
-
-
-class _Chain:
-    """The manual step with everything that changes in device memory: position, batch, learning
-    rate, losses.
-    """
-
-    def __init__(self, model, loss, optimizer, data, count, batch_size):
-        self.engine, self.data, self.batch_size = Manual(model, loss, optimizer), data, batch_size
-        self.optimizer, device = optimizer, data.inputs.device
-        self.engine.trust(data)
-        self.order = torch.zeros(count, dtype=torch.int64, device=device)
-        self.offsets = torch.arange(batch_size, device=device)
-        self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        self.losses = torch.zeros(math.ceil(count / batch_size), device=device)
-        self.correct = torch.zeros((), dtype=torch.int64, device=device)
-        self.rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
-        self.replays, self._held = {}, []
-
-    def step(self):
-        """Train on the batch at `position` and move on; every host value in here is frozen at
-        capture.
-        """
-        indices = self.order.index_select(0, self.position * self.batch_size + self.offsets)
-        self._train(indices)
-        self.position += 1
-
-    def _train(self, indices):
-        x, y = self.data.batch(indices, self.engine.dtype)
-        output, value = self.engine.step(x, y)
-        self.losses.index_copy_(0, self.position, value.float().view(1))
-        if self.data.is_classification:
-            self.correct += (output.argmax(1) == y).sum()
-
-    def run(self, order, full, rest):
-        """Replay `full` whole batches, then train on the `rest` samples."""
-        groups = self.optimizer.param_groups
-        numbers = [group["lr"] for group in groups]
-        self.order.copy_(order)
-        if self.engine.inlines:
-            self.optimizer.hyper(order.device)  # rewrites the row that the captured updates read
-        else:
-            for group, rate, number in zip(groups, self.rates, numbers):
-                rate.fill_(number)
-                group["lr"] = rate
-        try:
-            for steps in (_CAPTURED, 1):
-                if steps not in self.replays and full:
-                    self.replays[steps] = self._capture(steps)
-            self.position.zero_()
-            self.correct.zero_()
-            for steps in [_CAPTURED] * (full // _CAPTURED) + [1] * (full % _CAPTURED):
-                self.replays[steps]()
-            if rest:
-                self._train(self.order[-rest:])
-        finally:
-            for group, number in zip(groups, numbers):
-                group["lr"] = number
-        return self.losses, self.correct
-
-    def _capture(self, steps):
-        """Capture after one step that compiles every kernel, and put back what that step
-        changed.
-        """
-        self.optimizer.states(capturable=True)
-        tensors = [*parameters_of(self.engine.model).values(), *_state_tensors(self.optimizer)]
-        before = [t.detach().clone() for t in tensors]
-        self.position.zero_()
-        replay = _captured(self.step, steps)
-        for t, good in zip(tensors, before):
-            t.copy_(good)
-        # The graph writes into the net's and the data set's buffers: keep them when these make
-        # others.
-        self._held += [
-            dict(getattr(owner, "_buffers", {})) for owner in (self.data, *self.engine.net.stages)
-        ]
-        return replay
-
-
-def _state_tensors(optimizer) -> list[torch.Tensor]:
-    return [
-        t
-        for state in optimizer.state.values()
-        for t in state.values()
-        if isinstance(t, torch.Tensor)
-    ]
-
-
-def _captured(step, times: int):
-    """A function that repeats `times` calls of step by replaying a CUDA graph of their launches."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()  # compiles what it launches
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(times):
-            step()
-    return graph.replay

@@ -86,6 +86,56 @@ class Clipped(Separate):
         return None
 
 
+class InMemory(Separate):
+    """The update with every number and count of the optimizer in device memory, for a CUDA graph:
+    `write` brings them up to date, and `advance` takes note of the steps that replays made.
+    """
+
+    def __init__(self, update: Separate):
+        super().__init__(update.net, update.optimizer, update.grads)
+        self.inline = isinstance(update, Inline)
+        pairs = zip(parameters(self.optimizer), update.grads, strict=True)
+        given = {id(p): (p, g) for p, g in pairs if g is not None}
+        self.trained = [p for p, _ in given.values()]
+        self.parts = self.optimizer.parts(self.trained)
+        self.grads = [[given[id(p)][1] for p in part.parameters] for part in self.parts]
+        device = self.trained[0].device
+        self.rows = [torch.zeros(len(part.rule.columns), device=device) for part in self.parts]
+        self.counts = [torch.zeros(1, device=device) for _ in self.parts]
+
+    def write(self) -> None:
+        """Numbers and counts as they are now."""
+        self.parts = self.optimizer.parts(self.trained)
+        for part, row, count in zip(self.parts, self.rows, self.counts, strict=True):
+            row.copy_(torch.tensor([float(number) for number in part.numbers]))
+            count.fill_(part.taken)
+
+    def finish(self, gradient: torch.Tensor) -> None:
+        """Backward and update, in one where it was."""
+        for count in self.counts:
+            count += 1
+        if self.inline:
+            (part,) = self.parts
+            self.net.update(gradient, part.states, self.rows[0], self.counts[0], part.rule)
+            return
+        self.net.backward(gradient)
+        for part, grads, row, count in zip(self.parts, self.grads, self.rows, self.counts):
+            parameters = [p.detach() for p in part.parameters]
+            kernels.apply_rule(
+                part.rule,
+                parameters,
+                grads,
+                part.states,
+                row.unbind(),
+                count,
+                maximize=part.maximize,
+            )
+
+    def advance(self, steps: int) -> None:
+        """Take note of so many steps."""
+        self.optimizer.advance(steps, self.trained)
+
+
 def parameters(optimizer: Any) -> list:
     """All parameters of an optimizer, group after group."""
     return [p for group in optimizer.param_groups for p in group["params"]]

@@ -8,6 +8,7 @@ import torch
 from kernels import (
     Spec,
     launch,
+    outgrown,
     refusal,
     train_epoch,
     train_epoch_ref,
@@ -133,6 +134,16 @@ def test_ignored_labels(mean, whole_batch, device):
 def test_refusals_name_the_limit_and_what_to_do(change, batch, expected):
     assert refusal(Spec((784, 256, 64)), 128) is None
     assert refusal(Spec(**{"sizes": (784, 100, 10), **change}), batch).startswith(expected)
+
+
+def test_large_layers_above_the_first_are_left_to_products():
+    """Each program repeats them. The first layer, whose rows are shared, may be of any size."""
+    assert outgrown(Spec((784, 100, 50, 10)), 32) is None
+    assert outgrown(Spec((100_000, 256, 10)), 128) is None
+    assert outgrown(Spec((784, 256, 256, 10)), 128, "graph") == (
+        "graph: 26,148,864 multiply-adds a step above the first layer exceed 2,000,000, so "
+        "separate products are faster"
+    )
 
 
 def test_an_unknown_rule_lists_the_known():

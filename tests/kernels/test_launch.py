@@ -136,6 +136,23 @@ def test_precision_of_float32_products(setting, precision, monkeypatch):
             assert options["PRECISION"] == launch.dot_precision()
 
 
+@pytest.mark.parametrize(("setting", "precision"), [("tf32", "tf32"), ("ieee", "ieee")])
+def test_torchs_newer_precision_setting(setting, precision):
+    """Where it contradicts the older one, torch raises at a look at the older."""
+    backends = torch.backends
+    if not hasattr(backends, "fp32_precision"):
+        pytest.skip("torch has one setting only before 2.9")
+    before = backends.fp32_precision, backends.cuda.matmul.fp32_precision
+    try:
+        backends.fp32_precision = "tf32" if setting == "ieee" else "ieee"
+        backends.cuda.matmul.fp32_precision = setting
+        with launch.dry_run("sm_90", 132):
+            assert launch.dot_precision() == precision
+    finally:
+        backends.fp32_precision, backends.cuda.matmul.fp32_precision = before
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 @pytest.mark.parametrize(
     ("m", "n", "sms", "size"),
     [

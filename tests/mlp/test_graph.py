@@ -12,7 +12,7 @@ import torch
 
 import mlp
 from mlp import engines
-from mlp.engines import epochwise
+from mlp.engines import graphs
 from mlp.loss import LOSSES
 from tests.mlp.test_engines import OPTIONS
 
@@ -32,12 +32,12 @@ def repeated(monkeypatch):
     compiles.
     """
 
-    def repeat(step, times):
+    def repeat(step, times, device):
         step()
         return lambda: [step() for _ in range(times)]
 
-    monkeypatch.setattr(epochwise, "_captured", repeat)
-    monkeypatch.setattr(epochwise, "_CAPTURED", 3)
+    monkeypatch.setattr(graphs, "_captured", repeat)
+    monkeypatch.setattr(graphs, "_CAPTURED", 3)
 
 
 def in_turn(engine, model, data, kind, options, loss=mlp.SoftmaxCrossEntropy):
@@ -79,7 +79,7 @@ def assert_as_manual(model, data, optimizer, loss=mlp.SoftmaxCrossEntropy):
     """Losses, accuracies and weights of a few epochs are the manual engine's."""
     other = copy.deepcopy(model)
     theirs, expected = in_turn(engines.Manual, other, data, *optimizer, loss)
-    ours, weights = in_turn(epochwise.Graph, model, data, *optimizer, loss)
+    ours, weights = in_turn(graphs.Graph, model, data, *optimizer, loss)
     for a, b in zip(ours, theirs):
         assert (a.accuracy, a.samples) == (b.accuracy, b.samples)
         assert a.loss == pytest.approx(b.loss, rel=1e-5)

@@ -9,6 +9,8 @@ import io
 import pytest
 import torch
 
+import kernels
+import mlp
 from mlp.optim import OPTIMIZERS
 from tests.checks import assert_equal
 from tests.lion import oracle
@@ -193,3 +195,17 @@ def test_state_moves_between_ours_and_torchs(name, options, device):
         for a, b in zip(params, straight):
             torch.testing.assert_close(a.detach(), b)
     assert copy.deepcopy(after).state_dict()["param_groups"] == after.state_dict()["param_groups"]
+
+
+def test_parts_have_taken_as_many_steps():
+    """No kernel takes parameters with other counts as one."""
+    first, second = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))
+    optimizer = mlp.Adam([first, second])
+    assert optimizer.rule([first, second]) is kernels.RULES["adam"]
+    optimizer.update([torch.ones(2), None])
+    one, other = optimizer.parts()
+    assert (one.parameters, one.taken) == ([first], 1)
+    assert (other.parameters, other.taken) == ([second], 0)
+    assert optimizer.rule([first, second]) is None
+    optimizer.advance(3, [second])
+    assert [part.taken for part in optimizer.parts()] == [1, 3]

@@ -198,7 +198,7 @@ def test_engines_of_whole_epochs_refuse_steps(device):
         reason = ENGINES[engine].cannot(mlp.engines.Demands(per_step=True))
         assert reason == (
             f"{engine}: reads the optimizer's numbers once an epoch, but the scheduler moves them "
-            "every step"
+            "every step; use engine 'manual'"
         )
         assert ENGINES[engine].cannot(mlp.engines.Demands()) is None
         reason = ENGINES[engine].cannot(mlp.engines.Demands(clip_norm=1.0))

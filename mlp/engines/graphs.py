@@ -1,0 +1,269 @@
+"""The engine `graph`: launches of many steps, captured in CUDA graphs and replayed over an epoch.
+
+Captured are the two launches of `kernels.train_step` where they serve, else the manual step. A
+replay reads the memory that the capture read, and repeats the numbers that the host had then. So
+everything that changes from step to step, or that a run may change, lies in device memory; and all
+else is compared before each epoch (`Bound`), and captured anew where it differs.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+import kernels
+from kernels import launch
+
+from .. import loss as losses
+from ..data import Dataset
+from ..net import Net
+from ..state import parameters_of
+from . import updates
+from .epochwise import Fused
+from .stepwise import EpochResult, Manual
+
+_CAPTURED = 25  # steps in one CUDA graph
+
+
+class Bound(NamedTuple):
+    """What a capture depends on, besides the contents of the tensors that it reads.
+
+    spec: of `spec_of`. parts: the rule, and what else is compiled in, of each part of the
+    optimizer's parameters. memory: of everything that is read. loss: its arguments. reading: scale,
+    shift and kind of the data. length, batch: of the epoch. precision: of float32 products.
+    """
+
+    spec: Any
+    parts: tuple
+    memory: tuple
+    loss: tuple
+    reading: tuple
+    length: int
+    batch: int
+    precision: str
+
+    @classmethod
+    def of(cls, engine: "Graph", data: Dataset, length: int, batch: int) -> "Bound":
+        """As things are now; makes the optimizer's states, if there are none."""
+        parts = engine.optimizer.parts()
+        states = [t for state in engine.optimizer.state.values() for t in state.values()]
+        tensors = (*engine.parameters, *states, data.inputs, data.targets)
+        facts = {k: _fact(v) for k, v in vars(engine.loss).items() if not k.startswith("_")}
+        return cls(
+            engine.spec,
+            tuple((part.rule, part.maximize, *map(id, part.parameters)) for part in parts),
+            tuple(_fact(t) for t in tensors),
+            (type(engine.loss), *sorted(facts.items())),
+            (data.scale, data.shift, data.is_classification, len(data.classes)),
+            length,
+            batch,
+            launch.dot_precision(),
+        )
+
+
+def _fact(value: Any) -> Any:
+    """A value to compare; of a tensor, where it lies and how."""
+    if isinstance(value, torch.Tensor):
+        # A count on the CPU is read before the epoch: its place does not matter.
+        on_host = value.device.type == "cpu" and value.numel() == 1
+        place = None if on_host else value.data_ptr()
+        return place, tuple(value.shape), value.stride(), value.dtype, value.device
+    return tuple(map(_fact, value)) if isinstance(value, (tuple, list)) else value
+
+
+class Graph(Fused):
+    """Launches of many steps captured in CUDA graphs and replayed; needs CUDA, the kernels, and
+    losses and optimizers of mlp.
+    """
+
+    name = "graph"
+
+    def __init__(self, model: Net | torch.nn.Module, loss: Any, optimizer: torch.optim.Optimizer):
+        super().__init__(model, loss, optimizer)
+        self._bound: Bound | None = None
+        self._steps: _TwoLaunches | _Chain | None = None
+
+    @classmethod
+    def refuses(
+        cls,
+        model: Net | torch.nn.Module,
+        loss: Any,
+        optimizer: torch.optim.Optimizer,
+        batch_size: int = 1,
+    ) -> str | None:
+        first = next(iter(parameters_of(model).values())).detach()
+        if not _has_graphs(first.device):
+            return "graph: needs a CUDA GPU"
+        if kernels.backend(first) != "triton":
+            return (
+                f"graph: captures kernels, but the reference serves here ({first.dtype}, or "
+                "kernels.use(\"torch\")); use engine 'manual'"
+            )
+        reason = cls.differs(model, loss, optimizer)
+        if reason is not None:
+            return f"graph: {reason}"
+        if type(loss) not in losses.LOSSES.values():
+            return (
+                f"graph: takes the losses {', '.join(losses.LOSSES)}, got {type(loss).__name__}, "
+                "which may read the device; use engine 'manual'"
+            )
+        if any(group.get("dampening") for group in optimizer.param_groups):
+            return (
+                "graph: a first step with dampening differs from the others; use engine 'manual' "
+                "or 'epoch'"
+            )
+        return None
+
+    @torch.no_grad()
+    def epoch(
+        self,
+        data: Dataset,
+        order: torch.Tensor,
+        batch_size: int,
+        on_step: Callable[..., object] | None = None,
+    ) -> EpochResult:
+        with _current(data.inputs.device):
+            bound = Bound.of(self, data, len(order), batch_size)
+            if self._steps is None or bound != self._bound:
+                self._bound = self._steps = None  # gives their memory back first
+                kind = _TwoLaunches if _served(bound.spec, batch_size) else _Chain
+                self._steps = kind(self, data, order, batch_size)
+                self._bound = bound
+            values, correct = self._steps.run(data, order)
+        return self.measured(values, correct, data, order, batch_size, on_step)
+
+
+def _served(spec: kernels.Spec | str, batch: int) -> bool:
+    """Whether the two launches of a step serve, and are the faster way."""
+    if not isinstance(spec, kernels.Spec):
+        return False
+    return not (kernels.refusal(spec, batch, "graph") or kernels.outgrown(spec, batch, "graph"))
+
+
+class _TwoLaunches:
+    """`kernels.train_step`: order, numbers and count are written before each epoch."""
+
+    def __init__(self, engine: Graph, data: Dataset, order: torch.Tensor, batch_size: int):
+        self.engine = engine
+        states, count = engine.optimizer.states()
+        run = engine.run(data, order.clone(), batch_size, states, count.clone())
+        run.hyper = run.hyper.clone()  # the optimizer may drop its own
+        self.state = kernels.StepState(run)
+        self.state.position[0] = run.steps  # past the end: compiles the kernels and trains nothing
+        step = lambda: kernels.train_step(self.state)  # noqa: E731
+        self.replay = _captured(step, _CAPTURED, run.device)
+
+    def run(self, data: Dataset, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses and correct predictions of every step."""
+        run, optimizer = self.state.run, self.engine.optimizer
+        run.order.copy_(order)
+        run.hyper.copy_(self.engine.hyper())
+        run.count.copy_(optimizer.states()[1])
+        if run.targets.data_ptr() != data.targets.data_ptr():
+            run.targets.copy_(self.engine.targets(data))  # columns made of the targets
+        self.state.position.zero_()
+        # The step past the last applies its pending update.
+        for _ in range(math.ceil((run.steps + 1) / _CAPTURED)):
+            self.replay()
+        optimizer.advance(run.steps)
+        assert run.losses is not None and run.correct is not None  # made with the run
+        return run.losses, run.correct
+
+
+class _Chain:
+    """The manual step with everything that changes in device memory: position, batch, numbers and
+    counts of the optimizer, losses.
+    """
+
+    def __init__(self, engine: Graph, data: Dataset, order: torch.Tensor, batch_size: int):
+        self.optimizer, self.data, self.batch_size = engine.optimizer, data, batch_size
+        self.engine = Manual(engine.model, engine.loss, engine.optimizer)
+        self.engine.demands = engine.demands
+        self.engine.trust(data)
+        self.engine.update = self.update = updates.InMemory(self.engine.update)
+        count, device = len(order), data.inputs.device
+        self.order = torch.zeros(count, dtype=torch.int64, device=device)
+        self.offsets = torch.arange(batch_size, device=device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.losses = torch.zeros(math.ceil(count / batch_size), device=device)
+        self.correct = torch.zeros((), dtype=torch.int64, device=device)
+        self.replays: dict[int, Callable[[], None]] = {}
+        self._held: list[dict] = []
+
+    def step(self) -> None:
+        """Train on the batch at `position` and move on; every host value in here is frozen at
+        capture.
+        """
+        indices = self.order.index_select(0, self.position * self.batch_size + self.offsets)
+        self._train(indices)
+        self.position += 1
+
+    def _train(self, indices):
+        x, y = self.data.batch(indices, self.engine.dtype)
+        output, value = self.engine.step(x, y)
+        self.losses.index_copy_(0, self.position, value.float().view(1))
+        if self.data.is_classification:
+            self.correct += (output.argmax(1) == y).sum()
+
+    def run(self, data: Dataset, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses of every step and correct predictions: whole batches by replays, then the rest."""
+        full, rest = divmod(len(order), self.batch_size)
+        self.order.copy_(order)
+        wanted = [_CAPTURED] * (full // _CAPTURED) + [1] * (full % _CAPTURED)
+        for steps in dict.fromkeys(wanted):
+            if steps not in self.replays:
+                self.replays[steps] = self._capture(steps)
+        self.update.write()
+        self.position.zero_()
+        self.correct.zero_()
+        for steps in wanted:
+            self.replays[steps]()
+        if rest:
+            self._train(self.order[-rest:])
+        self.update.advance(full + (rest > 0))
+        return self.losses, self.correct
+
+    def _capture(self, steps):
+        """Capture after one step that compiles every kernel, and put back what that step
+        changed.
+        """
+        states = [t for part in self.update.parts for ts in part.states for t in ts]
+        tensors = [*parameters_of(self.engine.model).values(), *states]
+        before = [t.detach().clone() for t in tensors]
+        self.update.write()
+        self.position.zero_()
+        replay = _captured(self.step, steps, self.order.device)
+        for t, good in zip(tensors, before, strict=True):
+            t.copy_(good)
+        # The graph reads and writes buffers of the net, the data set and the loss: keep them when
+        # these make others.
+        owners = (self.data, *self.engine.net.stages)
+        self._held += [dict(owner._buffers) for owner in owners if hasattr(owner, "_buffers")]
+        self._held.append(dict(vars(self.engine.loss)))
+        return replay
+
+
+def _has_graphs(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager:
+    """The device as the current one: streams, graphs and launches are made on that."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _captured(step: Callable[[], None], times: int, device: torch.device) -> Callable[[], None]:
+    """A function that repeats `times` calls of step by replaying a CUDA graph of their launches."""
+    stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        step()  # compiles what it launches
+    current.wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # Without a stream of its own, torch takes one of the device that captured first.
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(times):
+            step()
+    return graph.replay
