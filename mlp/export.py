@@ -107,10 +107,12 @@ def plain(model: nn.Module | Net) -> nn.Sequential:
 
 
 class Pipeline(nn.Module):
-    """Raw inputs to answers: `inputs · scale + shift`, the network, then what the loss reads off.
+    """Raw inputs to answers: `(inputs - mean) · scale + shift`, the network, then what the loss
+    reads off.
 
-    scale, shift: numbers, or one for each feature. head: outputs -> answers, such as the loss's
-    `probabilities`; None leaves the outputs as they are.
+    mean, scale, shift: numbers, or one for each feature. With a mean all of it is computed in
+    float64, for a difference of large numbers leaves few digits. head: outputs -> answers, such as
+    the loss's `probabilities`; None leaves the outputs as they are.
     """
 
     def __init__(
@@ -119,19 +121,27 @@ class Pipeline(nn.Module):
         scale: float | torch.Tensor = 1.0,
         shift: float | torch.Tensor = 0.0,
         head: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        mean: float | torch.Tensor = 0.0,
     ) -> None:
         super().__init__()
         self.network, self.head = plain(model), head
+        self.mean: torch.Tensor
         self.scale: torch.Tensor
         self.shift: torch.Tensor
-        dtype = next(self.network.parameters()).dtype
+        self.dtype = next(self.network.parameters()).dtype
+        self.centres = isinstance(mean, torch.Tensor) or mean != 0
+        dtype = torch.float64 if self.centres else self.dtype
+        self.register_buffer("mean", torch.as_tensor(mean, dtype=dtype))
         self.register_buffer("scale", torch.as_tensor(scale, dtype=dtype))
         self.register_buffer("shift", torch.as_tensor(shift, dtype=dtype))
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """(N, features) or (N, C, H, W), any dtype -> (N, outputs)."""
-        x = inputs.to(self.scale.dtype) * self.scale + self.shift
-        outputs = self.network(x.flatten(1))
+        x = inputs.to(self.scale.dtype)
+        if self.centres:
+            x = x - self.mean
+        x = x * self.scale + self.shift
+        outputs = self.network(x.flatten(1).to(self.dtype))
         return outputs if self.head is None else self.head(outputs)
 
 

@@ -67,6 +67,14 @@ def predict(values: Values) -> None:
     results.predict(values)
 
 
+@command(app, "export", *options.EXPORT)
+def export(values: Values) -> None:
+    """Write a trained network as an ONNX file, or as the weights of plain torch modules."""
+    from . import exporting
+
+    exporting.run(values)
+
+
 @command(app, "sweep", *options.SWEEP)
 def sweep(values: Values) -> None:
     """Train many networks at once; prints a table, best first, and the accuracy of their mean."""

@@ -203,6 +203,11 @@ PREDICT = (
     DEVICE,
     Option("out", Path, "CSV file for the predictions of a table; default: print them"),
 )
+EXPORT = (
+    RUN_FOLDER,
+    Option("file", Path, "the file to write, such as model.onnx", ..., is_argument=True),
+    Option("format", str, "onnx or torch; default: torch for .pt and .pth, else onnx"),
+)
 SWEEP = (
     DATASET,
     Option("replicas", int, "how many networks", 16, least=1),

@@ -1,0 +1,77 @@
+"""`export`: a trained network for other programs, as an ONNX file or as plain torch weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .. import export
+from ..modules import ends
+from ..runs import Facts, RunFolder, Settings
+from ..runs.checkpoint import config_of
+from .options import Values
+from .terminal import complain, say
+
+
+def run(values: Values) -> None:
+    """Write the network of a run folder as another program reads it."""
+    path = values["file"]
+    name = values["format"] or ("torch" if path.suffix in (".pt", ".pth") else "onnx")
+    if name not in FORMATS:
+        raise ValueError(f"unknown format {name!r}; known: {', '.join(FORMATS)}")
+    settings = RunFolder(values["run"]).settings
+    model, note = RunFolder(values["run"]).network("cpu")
+    if note:
+        complain(f"note: {note}")
+    say(f"{path}: {FORMATS[name](settings, model, path)}")
+
+
+def pipeline(settings: Settings, model: torch.nn.Module) -> export.Pipeline:
+    """Inputs as the run's data stored them -> probabilities, or values in the targets' own units.
+
+    A table's inputs are its features, as `handgrad predict` makes them.
+    """
+    facts, loss = settings.data, settings.recipe.make_loss()
+    if facts is None:
+        raise ValueError("the run says nothing of its data: train it again to export it")
+    reading = facts.reading
+    mean: float | torch.Tensor = 0.0
+    scale: float | torch.Tensor = reading.scale
+    if reading.mean is not None and reading.std is not None:
+        mean = torch.tensor(reading.mean, dtype=torch.float64)
+        scale = reading.scale / torch.tensor(reading.std, dtype=torch.float64)
+    head = loss.probabilities if facts.classes else _values(loss, facts)
+    return export.Pipeline(model, scale, reading.shift, head, mean)
+
+
+def _values(loss, facts: Facts) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What reads the targets' values off the outputs."""
+
+    def read(outputs: torch.Tensor) -> torch.Tensor:
+        found = loss.predict(outputs)
+        return found if facts.units is None else facts.units.own(found)
+
+    return read
+
+
+def _onnx(settings: Settings, model: torch.nn.Module, path: Path) -> str:
+    made, facts = pipeline(settings, model), settings.data
+    features, _ = ends(config_of(model) or {})
+    stored = "float32" if facts is None or facts.table is not None else facts.reading.stored
+    dtype = getattr(torch, stored)
+    export.to_onnx(made, path, torch.zeros(1, features, dtype=dtype))
+    says = "probabilities" if facts is not None and facts.classes else "values"
+    rows = f"inputs (rows, {features}) {stored}"
+    if facts is not None and facts.table is not None:
+        rows += ", the features of its table,"
+    return f"{rows} -> outputs: {says}"
+
+
+def _torch(settings: Settings, model: torch.nn.Module, path: Path) -> str:
+    export.to_torch(model, path)
+    layers = ", ".join(type(layer).__name__ for layer in export.plain(model))
+    return f"the state_dict of nn.Sequential({layers})"
+
+
+# Name -> what writes such a file, and says in a line what it holds.
+FORMATS = {"onnx": _onnx, "torch": _torch}
