@@ -19,7 +19,7 @@ so the forward keeps the winner's place and its y or z, and neither z nor act(z)
 Its kernels stand in `conv_bwd`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,8 +46,16 @@ class Conv2dSaved(NamedTuple):
 
 
 def conv2d_fwd_ref(
-    x, w, b=None, stride=1, padding=0, activation="identity", max_pool=1, dilation=1, groups=1
-):
+    x: torch.Tensor,
+    w: torch.Tensor,
+    b: torch.Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    activation: str = "identity",
+    max_pool: Any = 1,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> tuple[torch.Tensor, tuple]:
     """The reference of `conv2d_fwd`: same arguments, same results, plain torch."""
     act = activations.get(activation, "conv2d")
     g = check_conv(x, w, b, stride, padding, dilation, max_pool, groups)
@@ -59,11 +67,8 @@ def conv2d_fwd_ref(
     winner = None
     if g.pooled:
         y, winner = _max_pool_ref(y, (g.PH, g.PW))
-        z = (
-            z.flatten(2).gather(2, winner.long().flatten(2)).view_as(y)
-            if act.needs == "z"
-            else None
-        )
+        if act.needs == "z":
+            z = z.flatten(2).gather(2, winner.long().flatten(2)).view_as(y)
     y = y if x.dim() == 4 else y.squeeze(0)
     return y, Conv2dSaved(x, w, kept(act, y, z), winner, b is not None, activation, g)
 
@@ -175,8 +180,16 @@ def conv2d_fwd_kernel(
 
 
 def conv2d_fwd(
-    x, w, b=None, stride=1, padding=0, activation="identity", max_pool=1, dilation=1, groups=1
-):
+    x: torch.Tensor,
+    w: torch.Tensor,
+    b: torch.Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    activation: str = "identity",
+    max_pool: Any = 1,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> tuple[torch.Tensor, tuple]:
     """y = max_pool(act(conv(x, w) + b)) in one kernel, and what `conv2d_bwd` takes after dy.
 
     x (N, C, H, W) or (C, H, W), w (O, C, KH, KW), b (O,) or None, of one dtype; any strides (w is

@@ -1,5 +1,8 @@
 """The backward of `conv2d`; its formulas stand in `conv`."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -16,7 +19,14 @@ NARROW = 64
 MAX_SPLITS = 128  # of the batch in dw: a convolution has many positions and few weights
 
 
-def conv2d_bwd_dz_ref(dy, s, winner, activation, g, size):
+def conv2d_bwd_dz_ref(
+    dy: torch.Tensor,
+    s: torch.Tensor,
+    winner: torch.Tensor | None,
+    activation: str,
+    g: Geometry,
+    size: Any,
+) -> Any:
     """The reference of `conv2d_bwd_dz`."""
     dz = dy if s is None else activations.get(activation).backward_ref(dy, s)
     if winner is None:
@@ -27,7 +37,7 @@ def conv2d_bwd_dz_ref(dy, s, winner, activation, g, size):
     return dz.new_zeros(n, o, oh * ow).scatter(2, places.long(), dz).view(n, o, oh, ow)
 
 
-def conv2d_bwd_dx_ref(dz, w, g, size):
+def conv2d_bwd_dx_ref(dz: torch.Tensor, w: torch.Tensor, g: Geometry, size: Any) -> Any:
     """The reference of `conv2d_bwd_dx`: the transposed convolution, as wide as the image."""
     # What the stride left over at the end; where the padding is longer there, it gives one too
     # many, cut off below.
@@ -37,7 +47,7 @@ def conv2d_bwd_dx_ref(dz, w, g, size):
     return dx if dx.shape[2:] == size else dx[:, :, : size[0], : size[1]]
 
 
-def conv2d_bwd_dw_ref(dz, x, g, bias=True):
+def conv2d_bwd_dw_ref(dz: torch.Tensor, x: torch.Tensor, g: Geometry, bias: bool = True) -> Any:
     """The reference of `conv2d_bwd_dw`: a product with the unfolded patches where they are narrow,
     else a correlation.
     """
@@ -71,7 +81,18 @@ def pad_end(x, g):
     )
 
 
-def conv2d_bwd_ref(dy, x, w, s, winner, bias, activation, g, *, needs=(True, True, True)):
+def conv2d_bwd_ref(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    s: torch.Tensor,
+    winner: torch.Tensor | None,
+    bias: bool,
+    activation: str,
+    g: Geometry,
+    *,
+    needs: Sequence[bool] = (True, True, True),
+) -> tuple[torch.Tensor | None, ...]:
     """The reference of `conv2d_bwd`."""
     parts = conv2d_bwd_dz_ref, conv2d_bwd_dx_ref, conv2d_bwd_dw_ref
     return _backward(dy, x, w, s, winner, bias, activation, g, needs, *parts)
@@ -380,7 +401,18 @@ def _split(M: int, tiles: int, device) -> tuple[int, int]:
     return (triton.cdiv(M, rows), rows) if M else (1, 1)
 
 
-def conv2d_bwd(dy, x, w, s, winner, bias, activation, g, *, needs=(True, True, True)):
+def conv2d_bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    s: torch.Tensor,
+    winner: torch.Tensor | None,
+    bias: bool,
+    activation: str,
+    g: Geometry,
+    *,
+    needs: Sequence[bool] = (True, True, True),
+) -> tuple[torch.Tensor | None, ...]:
     """(dx, dw, db) from dy of y's shape and what `conv2d_fwd` saved; None for each that `needs`
     says is not wanted.
     """

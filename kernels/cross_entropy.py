@@ -14,7 +14,8 @@ not underflow; the backward only scales it.
 """
 
 import contextlib
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,7 @@ class CrossEntropySaved(NamedTuple):
 
 
 @contextlib.contextmanager
-def check_labels():
+def check_labels() -> Iterator[None]:
     """While open, labels on a GPU are checked as they are on the CPU. Costs a host synchronisation
     a call.
     """
@@ -72,7 +73,9 @@ def _rows(logits, target):
     return z, target.reshape(z.shape if target.is_floating_point() else (n, z.shape[2]))
 
 
-def check_range(target, classes, ignore_index=NEVER.value, op="cross_entropy") -> bool:
+def check_range(
+    target: torch.Tensor, classes: int, ignore_index: int = NEVER.value, op: str = "cross_entropy"
+) -> bool:
     """True if all labels were checked and are classes. False where they cannot be read (on a GPU,
     traced), or if some are ignored. An IndexError names the first that is neither.
     """
@@ -101,16 +104,16 @@ def check_range(target, classes, ignore_index=NEVER.value, op="cross_entropy") -
 
 
 def cross_entropy_fwd_ref(
-    logits,
-    target,
-    weight=None,
-    ignore_index=-100,
-    reduction="mean",
-    label_smoothing=0.0,
-    target_grad=False,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    target_grad: bool = False,
     *,
-    labels_valid=False,
-):
+    labels_valid: bool = False,
+) -> tuple[torch.Tensor, tuple]:
     """The reference of `cross_entropy_fwd`; with `target_grad`, the gradient of probability targets
     is kept too.
     """
@@ -142,9 +145,11 @@ def cross_entropy_fwd_ref(
         loss = loss.sum()
     else:
         loss = loss.sum() / denominator if isinstance(denominator, torch.Tensor) else loss.mean()
-    denominator = denominator if reduction == "mean" else None
     grad = grad.to(logits.dtype).view(logits.shape)
-    return loss.to(logits.dtype), CrossEntropySaved(grad, dtarget, denominator, reduction)
+    saved = CrossEntropySaved(
+        grad, dtarget, denominator if reduction == "mean" else None, reduction
+    )
+    return loss.to(logits.dtype), saved
 
 
 def _plain_ref(logits, logp, t, reduction):
@@ -183,7 +188,15 @@ def _denominator_ref(w_label, valid):
     return torch.where((total == 0) & valid.any(), float("nan"), total)
 
 
-def cross_entropy_bwd_ref(dy, grad, dtarget, denominator, reduction, *, needs=(True, True)):
+def cross_entropy_bwd_ref(
+    dy: torch.Tensor,
+    grad: torch.Tensor,
+    dtarget: torch.Tensor | None,
+    denominator: Any,
+    reduction: str,
+    *,
+    needs: Sequence[bool] = (True, True),
+) -> tuple[torch.Tensor | None, ...]:
     """The reference of `cross_entropy_bwd`."""
     if reduction == "none":
         scale = dy if grad.dim() == 1 else dy.unsqueeze(1)
@@ -455,16 +468,16 @@ def check_cross_entropy(
 
 
 def cross_entropy_fwd(
-    logits,
-    target,
-    weight=None,
-    ignore_index=-100,
-    reduction="mean",
-    label_smoothing=0.0,
-    target_grad=False,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    target_grad: bool = False,
     *,
-    labels_valid=False,
-):
+    labels_valid: bool = False,
+) -> tuple[torch.Tensor, tuple]:
     """The loss, and what `cross_entropy_bwd` takes after dy, in one reading of the logits and one
     writing of their gradient.
 
@@ -540,7 +553,15 @@ def finish(rows, programs, like, shape, reduction, grad):
     return loss, CrossEntropySaved(grad, None, denominator, reduction)
 
 
-def cross_entropy_bwd(dy, grad, dtarget, denominator, reduction, *, needs=(True, True)):
+def cross_entropy_bwd(
+    dy: torch.Tensor,
+    grad: torch.Tensor,
+    dtarget: torch.Tensor | None,
+    denominator: Any,
+    reduction: str,
+    *,
+    needs: Sequence[bool] = (True, True),
+) -> tuple[torch.Tensor | None, ...]:
     """(dlogits, dtarget or None) from dy, a scalar or one number a row, and what the forward saved:
     one scaling pass.
     """

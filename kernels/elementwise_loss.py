@@ -10,6 +10,7 @@ Backward, from dy (a scalar, or of the shape of ℓ): dx = w ∂f/∂x dy / n fo
 elements, w ∂f/∂x dy otherwise. dt = -dx where f depends on x - t alone, else the row says it.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -65,7 +66,14 @@ def _wide(*values):
     return [v.float() if isinstance(v, torch.Tensor) and v.dtype in half else v for v in values]
 
 
-def elementwise_loss_fwd_ref(x, t, loss="mse", parameter=None, weight=None, reduction="mean"):
+def elementwise_loss_fwd_ref(
+    x: torch.Tensor,
+    t: torch.Tensor,
+    loss: str = "mse",
+    parameter: Any = None,
+    weight: torch.Tensor | None = None,
+    reduction: str = "mean",
+) -> tuple[torch.Tensor, tuple]:
     """The reference of `elementwise_loss_fwd`."""
     row = losses.get(loss)
     wide_x, wide_t, p, w = _wide(x, t, row.default if parameter is None else parameter, weight)
@@ -78,18 +86,29 @@ def elementwise_loss_fwd_ref(x, t, loss="mse", parameter=None, weight=None, redu
     return value.to(x.dtype), saved
 
 
-def elementwise_loss_bwd_ref(dy, x, t, loss, parameter, weight, reduction, *, needs=(True, True)):
+def elementwise_loss_bwd_ref(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    t: torch.Tensor,
+    loss: str,
+    parameter: Any,
+    weight: torch.Tensor | None,
+    reduction: str,
+    *,
+    needs: Sequence[bool] = (True, True),
+) -> tuple[torch.Tensor | None, ...]:
     """The reference of `elementwise_loss_bwd`."""
     row = losses.get(loss)
     wide_x, wide_t, p, w = _wide(x, t, row.default if parameter is None else parameter, weight)
     scale = dy * _factor(x.numel(), reduction)
     scale = scale if w is None else scale * w
-    dx = dt = None
+    dx: Any = None
+    dt = None
     if needs[0] or row.target_gradient_ref is None:
         dx = (row.gradient_ref(wide_x, wide_t, p) * scale).to(x.dtype)
     if needs[1] and row.target_gradient_ref is None:
         dt = -dx
-    elif needs[1]:
+    elif needs[1] and row.target_gradient_ref is not None:
         dt = (row.target_gradient_ref(wide_x, wide_t, p) * scale).to(x.dtype)
     return dx if needs[0] else None, dt
 
@@ -224,7 +243,14 @@ def _elements(x, t, row, parameter, weight):
     return Elements(x, t, float(number), *_operand(parameter, x), *_operand(weight, x))
 
 
-def elementwise_loss_fwd(x, t, loss="mse", parameter=None, weight=None, reduction="mean"):
+def elementwise_loss_fwd(
+    x: torch.Tensor,
+    t: torch.Tensor,
+    loss: str = "mse",
+    parameter: Any = None,
+    weight: torch.Tensor | None = None,
+    reduction: str = "mean",
+) -> tuple[torch.Tensor, tuple]:
     """Σ w f(x, t, parameter) · factor as a scalar, or w f of x's shape, and what
     `elementwise_loss_bwd` takes after dy.
 
@@ -264,7 +290,17 @@ def elementwise_loss_fwd(x, t, loss="mse", parameter=None, weight=None, reductio
     return value, saved
 
 
-def elementwise_loss_bwd(dy, x, t, loss, parameter, weight, reduction, *, needs=(True, True)):
+def elementwise_loss_bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    t: torch.Tensor,
+    loss: str,
+    parameter: Any,
+    weight: torch.Tensor | None,
+    reduction: str,
+    *,
+    needs: Sequence[bool] = (True, True),
+) -> tuple[torch.Tensor | None, ...]:
     """(dx, dt) from dy, a scalar or of the shape of an unreduced loss; one pass. None where not
     needed. dt of a loss that does not take x - t is the reference's.
     """

@@ -40,7 +40,13 @@ class LayerNormSaved(NamedTuple):
     normalized_shape: tuple[int, ...]
 
 
-def layer_norm_fwd_ref(x, w, b, normalized_shape, eps=1e-5):
+def layer_norm_fwd_ref(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    b: torch.Tensor | None,
+    normalized_shape: Sequence[int],
+    eps: float = 1e-5,
+) -> tuple[torch.Tensor, tuple]:
     """The reference of `layer_norm_fwd`."""
     rows = _rows(x, normalized_shape)
     centred = rows - rows.mean(1, keepdim=True)
@@ -53,7 +59,17 @@ def layer_norm_fwd_ref(x, w, b, normalized_shape, eps=1e-5):
     return y, LayerNormSaved(*saved)
 
 
-def layer_norm_bwd_ref(dy, x, w, b, mean, rstd, normalized_shape, *, needs=(True, True, True)):
+def layer_norm_bwd_ref(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    b: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    normalized_shape: Sequence[int],
+    *,
+    needs: Sequence[bool] = (True, True, True),
+) -> tuple[torch.Tensor | None, ...]:
     """The reference of `layer_norm_bwd`."""
     rows, dy = _rows(x, normalized_shape), _rows(dy, normalized_shape)
     xhat = (rows - mean.unsqueeze(1)) * rstd.unsqueeze(1)
@@ -246,7 +262,13 @@ def _contiguous(parameter):
     return None if parameter is None else parameter.contiguous()
 
 
-def layer_norm_fwd(x, w, b, normalized_shape, eps=1e-5):
+def layer_norm_fwd(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    b: torch.Tensor | None,
+    normalized_shape: Sequence[int],
+    eps: float = 1e-5,
+) -> tuple[torch.Tensor, tuple]:
     """y = x̂ w + b of x's shape, and what `layer_norm_bwd` takes after dy.
 
     x (…, *S) of any strides; w and b of shape S or None, of x's dtype, or float32 beside half
@@ -279,7 +301,17 @@ def layer_norm_fwd(x, w, b, normalized_shape, eps=1e-5):
     return y, LayerNormSaved(x, w, b, mean, rstd, tuple(normalized_shape))
 
 
-def layer_norm_bwd(dy, x, w, b, mean, rstd, normalized_shape, *, needs=(True, True, True)):
+def layer_norm_bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    b: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    normalized_shape: Sequence[int],
+    *,
+    needs: Sequence[bool] = (True, True, True),
+) -> tuple[torch.Tensor | None, ...]:
     """(dx, dw, db) from dy of x's shape and what `layer_norm_fwd` saved; None where not needed, or
     where there is no w or b.
 

@@ -13,7 +13,8 @@ act' before it stores.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -45,7 +46,14 @@ def as_matrix(t: torch.Tensor) -> torch.Tensor:
     return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
-def linear_fwd_ref(x, w, b=None, activation="identity", *, out=None):
+def linear_fwd_ref(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    b: torch.Tensor | None = None,
+    activation: str = "identity",
+    *,
+    out: Any = None,
+) -> tuple[torch.Tensor, tuple]:
     """The reference of `linear_fwd`: same arguments, same results, plain torch."""
     act = activations.get(activation, "linear")
     y, z = out or (None, None)
@@ -64,7 +72,9 @@ def linear_fwd_ref(x, w, b=None, activation="identity", *, out=None):
     return y, LinearSaved(x, w, kept(act, y, z), b is not None, activation)
 
 
-def linear_bwd_dz_ref(dy, s, activation, *, out=None):
+def linear_bwd_dz_ref(
+    dy: torch.Tensor, s: torch.Tensor | None, activation: str, *, out: Any = None
+) -> Any:
     """The reference of `linear_bwd_dz`."""
     dy = as_matrix(dy)
     if s is None:
@@ -72,7 +82,14 @@ def linear_bwd_dz_ref(dy, s, activation, *, out=None):
     return activations.get(activation).backward_ref(dy, as_matrix(s), out=out)
 
 
-def linear_bwd_dx_ref(dz, w, s_below=None, activation_below="identity", *, out=None):
+def linear_bwd_dx_ref(
+    dz: torch.Tensor,
+    w: torch.Tensor,
+    s_below: torch.Tensor | None = None,
+    activation_below: str = "identity",
+    *,
+    out: Any = None,
+) -> Any:
     """The reference of `linear_bwd_dx`."""
     dx = torch.mm(dz, w, out=out)
     if s_below is None:
@@ -80,14 +97,25 @@ def linear_bwd_dx_ref(dz, w, s_below=None, activation_below="identity", *, out=N
     return activations.get(activation_below).backward_ref(dx, as_matrix(s_below), out=out)
 
 
-def linear_bwd_dw_ref(dz, x, bias=True, *, out=None):
+def linear_bwd_dw_ref(
+    dz: torch.Tensor, x: torch.Tensor, bias: bool = True, *, out: Any = None
+) -> Any:
     """The reference of `linear_bwd_dw`."""
     dw, db = out or (None, None)
     dw = torch.mm(dz.t(), as_matrix(x), out=dw)
     return dw, torch.sum(dz, 0, out=db) if bias else None
 
 
-def linear_bwd_ref(dy, x, w, s, bias, activation, *, needs=(True, True, True)):
+def linear_bwd_ref(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    s: torch.Tensor | None,
+    bias: bool,
+    activation: str,
+    *,
+    needs: Sequence[bool] = (True, True, True),
+) -> tuple[torch.Tensor | None, ...]:
     """The reference of `linear_bwd`."""
     return _backward(
         dy,
@@ -280,7 +308,14 @@ def check_linear(x, w, b, op="linear") -> None:
         )
 
 
-def linear_fwd(x, w, b=None, activation="identity", *, out=None):
+def linear_fwd(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    b: torch.Tensor | None = None,
+    activation: str = "identity",
+    *,
+    out: Any = None,
+) -> tuple[torch.Tensor, tuple]:
     """y = act(x wᵀ + b), bias and activation in the product's epilogue.
 
     x (…, K), w (N, K), b (N,) or None, of one dtype; any strides. `out`: a pair (y, z) of
@@ -315,7 +350,9 @@ def linear_fwd(x, w, b=None, activation="identity", *, out=None):
     return y, LinearSaved(x, w, kept(act, y, z), b is not None, activation)
 
 
-def linear_bwd_dz(dy, s, activation, *, out=None):
+def linear_bwd_dz(
+    dy: torch.Tensor, s: torch.Tensor | None, activation: str, *, out: Any = None
+) -> Any:
     """dz = dy ⊙ act', (M, N), from dy (…, N) of any strides and s as saved; dy itself where act is
     the identity.
 
@@ -343,7 +380,14 @@ def linear_bwd_dz(dy, s, activation, *, out=None):
     return dz
 
 
-def linear_bwd_dx(dz, w, s_below=None, activation_below="identity", *, out=None):
+def linear_bwd_dx(
+    dz: torch.Tensor,
+    w: torch.Tensor,
+    s_below: torch.Tensor | None = None,
+    activation_below: str = "identity",
+    *,
+    out: Any = None,
+) -> Any:
     """dx = dz w, (M, K), from dz (M, N) and w (N, K); times act' of the layer beneath where s_below
     (M, K) is given.
 
@@ -372,7 +416,7 @@ def linear_bwd_dx(dz, w, s_below=None, activation_below="identity", *, out=None)
     return dx
 
 
-def linear_bwd_dw(dz, x, bias=True, *, out=None):
+def linear_bwd_dw(dz: torch.Tensor, x: torch.Tensor, bias: bool = True, *, out: Any = None) -> Any:
     """dw = dzᵀ x, (N, K), and db = Σ_m dz, (N,) or None without bias, from dz (M, N) and x (…, K).
 
     Where dw has fewer tiles than the device has processors the batch is split: each split writes
@@ -457,7 +501,16 @@ def _split_batch(M: int, tiles: int, device) -> tuple[int, int]:
     return (triton.cdiv(M, rows), rows) if M else (1, 1)
 
 
-def linear_bwd(dy, x, w, s, bias, activation, *, needs=(True, True, True)):
+def linear_bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    s: torch.Tensor | None,
+    bias: bool,
+    activation: str,
+    *,
+    needs: Sequence[bool] = (True, True, True),
+) -> tuple[torch.Tensor | None, ...]:
     """(dx, dw, db) from dy (…, N) and what `linear_fwd` saved; None for each that `needs` says is
     not wanted.
     """

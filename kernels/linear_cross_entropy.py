@@ -7,7 +7,8 @@ Up to FUSED_CLASSES classes one kernel holds a row of logits in one tile: produc
 Backward: ∂ℓ/∂z scaled as in `cross_entropy`, then dx, dw and db of `linear`.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -45,16 +46,25 @@ class LinearCrossEntropySaved(NamedTuple):
     reduction: str
 
 
-def linear_cross_entropy_fwd_ref(x, w, b, target, *options):
+def linear_cross_entropy_fwd_ref(
+    x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, target: torch.Tensor, *options: Any
+) -> tuple[torch.Tensor, tuple]:
     """The reference of `linear_cross_entropy_fwd`."""
     logits, _ = linear_fwd_ref(x, w, b)
     loss, saved = cross_entropy_fwd_ref(logits, target, *options)
     return loss, LinearCrossEntropySaved(x, w, b is not None, *saved)
 
 
-def linear_cross_entropy_bwd_ref(dy, x, w, bias, *saved, needs=(True, True, True)):
+def linear_cross_entropy_bwd_ref(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: bool,
+    *saved: Any,
+    needs: Sequence[bool] = (True, True, True),
+) -> tuple[torch.Tensor | None, ...]:
     """The reference of `linear_cross_entropy_bwd`."""
-    dz, _ = cross_entropy_bwd_ref(dy, *saved)
+    dz: Any = cross_entropy_bwd_ref(dy, *saved)[0]
     return linear_bwd_ref(dz, x, w, None, bias, "identity", needs=needs)
 
 
@@ -123,8 +133,15 @@ def linear_cross_entropy_fwd_kernel(
 
 
 def linear_cross_entropy_fwd(
-    x, w, b, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0
-):
+    x: torch.Tensor,
+    w: torch.Tensor,
+    b: torch.Tensor | None,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> tuple[torch.Tensor, tuple]:
     """The last layer and its loss: up to 128 classes in one kernel that never stores the logits,
     else through the two.
 
@@ -179,11 +196,18 @@ def linear_cross_entropy_fwd(
     return loss, LinearCrossEntropySaved(x, w, b is not None, *saved)
 
 
-def linear_cross_entropy_bwd(dy, x, w, bias, *saved, needs=(True, True, True)):
+def linear_cross_entropy_bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: bool,
+    *saved: Any,
+    needs: Sequence[bool] = (True, True, True),
+) -> tuple[torch.Tensor | None, ...]:
     """(dx, dw, db) from dy and what the forward saved: the loss's gradient scaled, then the layer's
     backward.
     """
-    dz, _ = cross_entropy_bwd(dy, *saved)
+    dz: Any = cross_entropy_bwd(dy, *saved)[0]
     return linear_bwd(dz, x, w, None, bias, "identity", needs=needs)
 
 

@@ -14,7 +14,7 @@ The kernels are those of `linear`.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -92,12 +92,22 @@ def stack_backward(dy, saved, needs, out, bwd_dz, bwd_dx, bwd_dw):
     return dz, dws, dbs
 
 
-def mlp_fwd_ref(x, weights, biases, activation="relu", output_activation="identity", *, out=None):
+def mlp_fwd_ref(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    activation: str = "relu",
+    output_activation: str = "identity",
+    *,
+    out: Any = None,
+) -> tuple[torch.Tensor, tuple]:
     """The reference of `mlp_fwd`."""
     return stack_forward(x, weights, biases, activation, output_activation, out, linear_fwd_ref)
 
 
-def mlp_bwd_ref(dy, *saved, needs=None, out=None):
+def mlp_bwd_ref(
+    dy: torch.Tensor, *saved: Any, needs: Sequence[bool] | None = None, out: Any = None
+) -> tuple[torch.Tensor | None, ...]:
     """The reference of `mlp_bwd`."""
     parts = linear_bwd_dz_ref, linear_bwd_dx_ref, linear_bwd_dw_ref
     return stack_backward(dy, MLPSaved(*saved), needs, out, *parts)
@@ -122,7 +132,15 @@ def check_mlp(x, weights, biases) -> None:
             )
 
 
-def mlp_fwd(x, weights, biases, activation="relu", output_activation="identity", *, out=None):
+def mlp_fwd(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    activation: str = "relu",
+    output_activation: str = "identity",
+    *,
+    out: Any = None,
+) -> tuple[torch.Tensor, tuple]:
     """y_L (…, n_L) of the stack, one launch a layer, and what `mlp_bwd` takes after dy.
 
     x (…, n_0); weights: (n_l, n_{l-1}) each; biases: (n_l,) or None each. Saved: the inputs of
@@ -136,7 +154,9 @@ def mlp_fwd(x, weights, biases, activation="relu", output_activation="identity",
     return stack_forward(x, weights, biases, activation, output_activation, out, linear_fwd)
 
 
-def mlp_bwd(dy, *saved, needs=None, out=None):
+def mlp_bwd(
+    dy: torch.Tensor, *saved: Any, needs: Sequence[bool] | None = None, out: Any = None
+) -> tuple[torch.Tensor | None, ...]:
     """(dx, [dw_1 … dw_L], [db_1 … db_L]) from dy (…, n_L) and what `mlp_fwd` saved: two launches a
     layer.
 

@@ -13,6 +13,8 @@ bfloat16.
 
 import functools
 import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -32,10 +34,19 @@ from .linear import (
 )
 from .mlp import stack_backward
 from .optim import Parameters, number, numbers_at, read, update_tile
+from .rules import Rule
 from .tiles import matrix, product_tile
 
 
-def linear_update_ref(dz, x, parameters, states, hyper, step, rule):
+def linear_update_ref(
+    dz: torch.Tensor,
+    x: torch.Tensor,
+    parameters: list[torch.Tensor],
+    states: list[list[torch.Tensor]],
+    hyper: torch.Tensor | Sequence[float],
+    step: float | torch.Tensor,
+    rule: str | Rule,
+) -> None:
     """The reference of `linear_update`."""
     rule, x = rules.get(rule, "mlp_update"), as_matrix(x)
     row = hyper.tolist() if isinstance(hyper, torch.Tensor) else hyper
@@ -205,14 +216,34 @@ def _update(dy, saved, lists, numbers, out, bwd_dz, bwd_dx, update_layer):
     stack_backward(dy, saved, needs, (buffers, layers), bwd_dz, bwd_dx, update)
 
 
-def mlp_update_ref(dy, saved, parameters, states, hyper, step, rule, *, out=None):
+def mlp_update_ref(
+    dy: torch.Tensor,
+    saved: Any,
+    parameters: list[torch.Tensor],
+    states: list[list[torch.Tensor]],
+    hyper: torch.Tensor | Sequence[float],
+    step: float | torch.Tensor,
+    rule: str | Rule,
+    *,
+    out: Any = None,
+) -> None:
     """The reference of `mlp_update`."""
     lists, numbers = (parameters, *states), (hyper, step, rule)
     parts = linear_bwd_dz_ref, linear_bwd_dx_ref, linear_update_ref
     _update(dy, saved, lists, numbers, out, *parts)
 
 
-def mlp_update(dy, saved, parameters, states, hyper, step, rule, *, out=None):
+def mlp_update(
+    dy: torch.Tensor,
+    saved: Any,
+    parameters: list[torch.Tensor],
+    states: list[list[torch.Tensor]],
+    hyper: torch.Tensor | Sequence[float],
+    step: float | torch.Tensor,
+    rule: str | Rule,
+    *,
+    out: Any = None,
+) -> None:
     """`mlp_bwd` and a step of an optimizer on all parameters, in place: two launches a layer, no
     gradient in memory.
 

@@ -130,7 +130,12 @@ def optimizer_kernel(
         block -= blocks
 
 
-def check_update(op: str, params, grads, states=()) -> None:
+def check_update(
+    op: str,
+    params: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    states: list[list[torch.Tensor]] = (),
+) -> None:
     """As many gradients and states as parameters, gradients of the parameters' shapes, dense and
     real; else a ValueError that names both.
     """
@@ -223,7 +228,15 @@ def apply_rule(
 
 
 def apply_rule_ref(
-    rule: str | Rule, params, grads, states, row, step=1, *, maximize=False, first=False
+    rule: str | Rule,
+    params: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    states: list[list[torch.Tensor]],
+    row: tuple,
+    step: float | torch.Tensor = 1,
+    *,
+    maximize: bool = False,
+    first: bool = False,
 ) -> None:
     """The reference of `apply_rule`."""
     if first:
@@ -235,17 +248,17 @@ def apply_rule_ref(
 
 
 def sgd(
-    params,
-    grads,
-    buffers,
-    lr,
-    momentum=0.0,
-    dampening=0.0,
-    weight_decay=0.0,
-    nesterov=False,
-    maximize=False,
-    first=False,
-):
+    params: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    buffers: list[torch.Tensor],
+    lr: float | torch.Tensor,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    first: bool = False,
+) -> None:
     """One SGD step on lists of tensors, in place. See `rules` for the formulas; `torch.optim.SGD`
     for the arguments.
 
@@ -265,18 +278,18 @@ def sgd(
 
 
 def adam(
-    params,
-    grads,
-    exp_avgs,
-    exp_avg_sqs,
-    step,
-    lr,
-    betas=(0.9, 0.999),
-    eps=1e-8,
-    weight_decay=0.0,
-    decoupled=False,
-    maximize=False,
-):
+    params: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    exp_avgs: list[torch.Tensor],
+    exp_avg_sqs: list[torch.Tensor],
+    step: float | torch.Tensor,
+    lr: float | torch.Tensor,
+    betas: tuple[Any, Any] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decoupled: bool = False,
+    maximize: bool = False,
+) -> None:
     """One Adam step (AdamW if `decoupled`) on lists of tensors, in place. See `rules` for the
     formulas.
 

@@ -154,17 +154,17 @@ def adagrad_update(p, g, states, numbers):
 
 
 def sgd_ref(
-    params,
-    grads,
-    buffers,
-    lr,
-    momentum=0.0,
-    dampening=0.0,
-    weight_decay=0.0,
-    nesterov=False,
-    maximize=False,
-    first=False,
-):
+    params: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    buffers: list[torch.Tensor],
+    lr: float | torch.Tensor,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    first: bool = False,
+) -> None:
     """The reference of `kernels.sgd`: a few torch calls for all tensors."""
     lr, grads = _without_dimensions(lr), _decayed(params, grads, weight_decay, maximize)
     if momentum:
@@ -173,7 +173,8 @@ def sgd_ref(
         else:
             torch._foreach_mul_(buffers, momentum)
             torch._foreach_add_(buffers, grads, alpha=1 - dampening)
-        grads = torch._foreach_add(grads, buffers, alpha=momentum) if nesterov else buffers
+        ahead = torch._foreach_add(grads, buffers, alpha=momentum) if nesterov else buffers
+        grads = list(ahead)
     if isinstance(lr, torch.Tensor):
         torch._foreach_sub_(params, torch._foreach_mul(grads, lr))
     else:
@@ -181,18 +182,18 @@ def sgd_ref(
 
 
 def adam_ref(
-    params,
-    grads,
-    exp_avgs,
-    exp_avg_sqs,
-    step,
-    lr,
-    betas=(0.9, 0.999),
-    eps=1e-8,
-    weight_decay=0.0,
-    decoupled=False,
-    maximize=False,
-):
+    params: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    exp_avgs: list[torch.Tensor],
+    exp_avg_sqs: list[torch.Tensor],
+    step: float | torch.Tensor,
+    lr: float | torch.Tensor,
+    betas: tuple[Any, Any] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decoupled: bool = False,
+    maximize: bool = False,
+) -> None:
     """The reference of `kernels.adam`."""
     (beta1, beta2), step, lr = betas, _without_dimensions(step), _without_dimensions(lr)
     if decoupled and weight_decay:
@@ -540,7 +541,7 @@ def get(rule: "str | Rule", op: str = "rule") -> Rule:
     return RULES[rule]
 
 
-def row_of(rule: "str | Rule", **hyperparameters) -> tuple:
+def row_of(rule: "str | Rule", **hyperparameters: Any) -> tuple:
     """The row of a rule's hyperparameters as numbers; those not given are the table's.
 
     A value may also be a tensor (a learning rate in device memory), of which columns then are made.
@@ -563,9 +564,9 @@ def hyperparameters(
     rule: "str | Rule" = "sgd",
     *,
     replicas: int | None = None,
-    device=None,
+    device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
-    **values,
+    **values: Any,
 ) -> torch.Tensor:
     """The row of numbers that the training kernels read on the device, (columns,), or (replicas,
     columns).
@@ -591,7 +592,14 @@ def hyperparameters(
     return hyper if replicas else hyper[0]
 
 
-def apply_ref(rule: Rule, params, grads, states, row, step) -> None:
+def apply_ref(
+    rule: Rule,
+    params: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    states: list[list[torch.Tensor]],
+    row: Any,
+    step: float | torch.Tensor,
+) -> None:
     """One step of a rule in place, in plain torch.
 
     params, grads: lists of tensors; states: a list of such lists for each of rule.states; row: its

@@ -21,7 +21,7 @@ class Criterion:
 
     row: kernels.Loss
 
-    def __init__(self, reduction: str = "mean", scale: float = 1.0, parameter=None):
+    def __init__(self, reduction: str = "mean", scale: float = 1.0, parameter: Any = None):
         self.reduction, self.scale = reduction, scale
         self.parameter = parameter  # a number, one number for each output, or None
         self._value: torch.Tensor | None = None
@@ -286,7 +286,7 @@ def _numbers(row, parameter):
     return numbers[0] if len(numbers) == 1 else numbers
 
 
-def per_sample(loss, value: float, rows: int) -> float:
+def per_sample(loss: Any, value: float, rows: int) -> float:
     """A batch's loss as a mean over its samples: sums are divided, so that batches of all sizes
     compare.
     """

@@ -390,7 +390,7 @@ class Lion(_Ruled, torch.optim.Optimizer):
 
     def __init__(
         self,
-        params,
+        params: Any,
         lr: float = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,

@@ -4,19 +4,21 @@
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from dataclasses import fields as fields_of
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from kernels import activations
 from kernels.losses import unchanged
 
 from . import schedule
+from .data.dataset import Dataset
 from .init import initialise
-from .loss import LOSSES
+from .loss import LOSSES, Criterion
 from .modules import build
 from .net import Net
 from .optim import OPTIMIZERS
@@ -56,7 +58,7 @@ class Recipe:
     early_stopping: int | None = None  # epochs without a lower loss that end the training
     clip_norm: float | None = None  # the largest norm of all gradients together
 
-    def prepare(self, train, test):
+    def prepare(self, train: Dataset, test: Dataset) -> tuple[Dataset, Dataset]:
         """The data as this recipe reads it."""
         if self.train_samples:
             train = train.take(self.train_samples)
@@ -64,7 +66,7 @@ class Recipe:
             train, test = train.normalized(*self.normalize), test.normalized(*self.normalize)
         return train, test
 
-    def network(self, train) -> dict:
+    def network(self, train: Dataset) -> dict:
         """The `config()` of this recipe's network for a data set."""
         outputs = len(train.classes) if train.is_classification else train.targets.shape[1]
         if self.channels:
@@ -101,7 +103,13 @@ class Recipe:
             "bias": self.bias,
         }
 
-    def model(self, train, seed=0, device=None, dtype=None):
+    def model(
+        self,
+        train: Dataset,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> torch.nn.Module:
         """The network with initial weights of `seed`, as a module on `device`."""
         module = build(self.network(train), device, dtype)
         initialise(dict(module.named_parameters()), self.init, seed)
@@ -164,13 +172,13 @@ class Recipe:
         count = samples // self.batch_size if self.drop_last else -(-samples // self.batch_size)
         return schedule.named(self.schedule, schedule.Plan(self.epochs, count, self.warmup))
 
-    def make_loss(self):
+    def make_loss(self) -> Criterion:
         """The loss, as `mlp.Trainer` takes it."""
         if self.loss not in LOSSES:
             raise ValueError(f"unknown loss {self.loss!r}; known: {', '.join(LOSSES)}")
         return LOSSES[self.loss](**self.loss_options)
 
-    def make_optimizer(self, parameters):
+    def make_optimizer(self, parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
         """The optimizer over these parameters."""
         return _optimizer(self.optimizer)(parameters, **self.optimizer_options)
 
@@ -245,7 +253,7 @@ def get(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def changed(recipe: Recipe, **changes) -> Recipe:
+def changed(recipe: Recipe, **changes: Any) -> Recipe:
     """A recipe with the settings that are not None replaced; what is no field of a recipe goes to
     the optimizer. A ValueError for an option that the optimizer does not have, or a name that no
     table holds.
@@ -272,7 +280,7 @@ def changed(recipe: Recipe, **changes) -> Recipe:
 
 
 def suited(
-    recipe: Recipe, train: Any, loss_chosen: bool, default: str = _LOSS_OF_NUMBERS
+    recipe: Recipe, train: Dataset, loss_chosen: bool, default: str = _LOSS_OF_NUMBERS
 ) -> Recipe:
     """The recipe with a loss that the targets can train: `default` in place of one of classes
     where they are numbers. A ValueError where such a loss was chosen, and cannot be.
@@ -324,6 +332,12 @@ def _check_options(optimizer: str, options: dict) -> None:
         )
 
 
-def net(recipe: Recipe, train, seed=0, device=None, dtype=None) -> Net:
+def net(
+    recipe: Recipe,
+    train: Dataset,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Net:
     """As `Recipe.model`, a manual Net: the same initial weights."""
     return Net.of(recipe.model(train, seed, device, dtype))

@@ -7,7 +7,7 @@ of samples are those that `Trainer` takes for its seed, so any of them can be tr
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,20 +78,20 @@ class Sweep:
 
     def __init__(
         self,
-        sizes,
-        replicas,
-        lr=0.1,
-        momentum=0.0,
-        seeds=None,
+        sizes: Sequence[int],
+        replicas: int,
+        lr: float | Sequence[float] = 0.1,
+        momentum: float | Sequence[float] = 0.0,
+        seeds: Sequence[int] | None = None,
         *,
-        activation="relu",
-        output_activation="identity",
-        bias=True,
-        init=None,
-        optimizer="sgd",
-        loss=None,
-        device=None,
-        **options,
+        activation: str = "relu",
+        output_activation: str = "identity",
+        bias: bool = True,
+        init: str | None = None,
+        optimizer: str = "sgd",
+        loss: Any = None,
+        device: torch.device | str | None = None,
+        **options: Any,
     ):
         if replicas < 1:
             raise ValueError(f"sweep: replicas must be at least 1, got {replicas}")
@@ -102,7 +102,7 @@ class Sweep:
         )
         self.seeds = _one_each("seeds", range(replicas) if seeds is None else seeds, replicas)
         self.loss = loss_of(loss)
-        self.config = {
+        self.config: dict[str, Any] = {
             "sizes": list(sizes),
             "activation": activation,
             "output_activation": output_activation,
@@ -113,9 +113,10 @@ class Sweep:
         if max(self.momenta):
             options["momentum"] = max(self.momenta)
         made = OPTIMIZERS[optimizer](model.parameters(), lr=self.lrs[0], **options)
-        self.spec = spec_of(model, self.loss, made)
-        if isinstance(self.spec, str):
-            raise ValueError(f"sweep: {self.spec}")
+        spec = spec_of(model, self.loss, made)
+        if isinstance(spec, str):
+            raise ValueError(f"sweep: {spec}")
+        self.spec = spec
         (self._group,) = made.param_groups
         self.parameters = [
             torch.empty(replicas, *p.shape, device=self.device) for p in model.parameters()
@@ -134,7 +135,16 @@ class Sweep:
         self.rows: list[Row] = []
 
     @classmethod
-    def of(cls, recipe: Recipe, train, replicas: int, lrs, *, seed=0, device=None) -> "Sweep":
+    def of(
+        cls,
+        recipe: Recipe,
+        train: Dataset,
+        replicas: int,
+        lrs: Sequence[float],
+        *,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+    ) -> "Sweep":
         """A recipe's network `replicas` times, with a learning rate and a seed for each."""
         if reason := recipe.beyond_pack():
             raise ValueError(f"sweep: {reason}")
@@ -166,7 +176,14 @@ class Sweep:
         )
 
     def fit(
-        self, train, epochs=10, batch_size=32, evaluate=None, *, drop_last=False, on_epoch=None
+        self,
+        train: Dataset,
+        epochs: int = 10,
+        batch_size: int = 32,
+        evaluate: Dataset | None = None,
+        *,
+        drop_last: bool = False,
+        on_epoch: Callable[[int, torch.Tensor], Any] | None = None,
     ) -> list[Row]:
         """Train all networks; returns a row for each, best first: by test accuracy (by test loss
         where the targets are no labels) if there is `evaluate`, else by training loss.
@@ -259,7 +276,7 @@ class Sweep:
                 p.copy_(stacked[replica])
         return model
 
-    def save(self, folder) -> None:
+    def save(self, folder: str | Path) -> None:
         """Every network as NNN.safetensors in `folder`, for `mlp.load`."""
         for replica in range(self.replicas):
             save(self.network(replica), Path(folder) / f"{replica:03d}.safetensors")
@@ -274,13 +291,13 @@ class Sweep:
         for x, y in data.chunks(1024):
             yield torch.stack([self.loss.probabilities(model(x)) for model in models]), y
 
-    def test_losses(self, data) -> list[float]:
+    def test_losses(self, data: Dataset) -> list[float]:
         """The mean loss of each network over the samples."""
         data = self._fitted(data)
         networks = map(self.network, range(self.replicas))
         return [measure(network, self.loss, data)["test_loss"] for network in networks]
 
-    def accuracies(self, data) -> list[float]:
+    def accuracies(self, data: Dataset) -> list[float]:
         """The share of samples that each network classifies rightly."""
         right: Any = 0
         total = 0
@@ -288,7 +305,7 @@ class Sweep:
             right, total = right + (scores.argmax(2) == y).sum(1), total + len(y)
         return (right / total).tolist()
 
-    def ensemble_accuracy(self, data) -> float:
+    def ensemble_accuracy(self, data: Dataset) -> float:
         """The share of samples that the mean of the networks' probabilities classifies rightly.
         Networks that diverged have no part in it; NaN if all did.
         """

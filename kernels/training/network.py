@@ -203,11 +203,14 @@ def refuse(run: "Run", engine: str) -> None:
         raise ValueError(reason)
 
 
-def loss_ref(spec: Spec, y, target):
+def loss_ref(
+    spec: Spec, y: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss (…,), ∂loss/∂y (…, M, C)) of outputs y (…, M, C) and labels (…, M) or targets
     (…, M, C).
     """
-    row, t, rows = spec.loss, target, y.shape[-2]
+    row, t = spec.loss, target
+    rows: int | torch.Tensor = y.shape[-2]
     if not target.is_floating_point():
         check_range(target, y.shape[-1], row.ignored, row.function)
         t = target.unsqueeze(-1) == torch.arange(y.shape[-1], device=y.device)
@@ -220,7 +223,7 @@ def loss_ref(spec: Spec, y, target):
     return loss.sum((-2, -1)) * factor, grad * scale[..., None, None]
 
 
-def correct_ref(spec: Spec, y, target):
+def correct_ref(spec: Spec, y: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """How many rows of outputs (…, M, C) are right, as the loss counts it; of labels: how many
     have their largest output where the label is.
     """
@@ -229,7 +232,9 @@ def correct_ref(spec: Spec, y, target):
     return (y.argmax(-1) == target).sum(-1)
 
 
-def gradients_ref(spec: Spec, parameters, x, target):
+def gradients_ref(
+    spec: Spec, parameters: list[torch.Tensor], x: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """(loss, correct, gradients in the parameters' order) of inputs (M, features); of R networks
     that are stacked, of inputs (R, M, features) and with R losses and counts.
     """
@@ -245,7 +250,9 @@ def gradients_ref(spec: Spec, parameters, x, target):
     return loss, correct_ref(spec, y, target), grads
 
 
-def step_ref(run: "Run", rows, row, step: int):
+def step_ref(
+    run: "Run", rows: torch.Tensor, row: Any, step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """One training step in place, by the references: (loss, correct). rows: of the data, (M,) or
     (R, M); row: the numbers of run.hyper, or of several networks the tensor; step: 1 at the first.
     """

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -64,7 +65,7 @@ def report(values: Values) -> None:
         say(path)
 
 
-def draw(run: RunFolder, recipe: recipes.Recipe, test_set: data.Dataset, model) -> list[Path]:
+def draw(run: RunFolder, recipe: recipes.Recipe, test_set: data.Dataset, model: Any) -> list[Path]:
     """Every picture that fits a run; the paths written."""
     scores = measured = None
     if test_set.is_classification:

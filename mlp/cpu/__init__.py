@@ -13,6 +13,7 @@ numba is optional and slow to import: what needs it is imported where it is used
 import importlib.util
 import itertools
 import sys
+from collections.abc import Sequence
 
 import torch
 
@@ -43,7 +44,7 @@ def is_loaded() -> bool:
     return epoch is not None and bool(epoch.compiled().signatures)
 
 
-def costs(sizes, batch: int, steps: int) -> str | None:
+def costs(sizes: Sequence[int], batch: int, steps: int) -> str | None:
     """Why the compiled epoch would not gain anything in so many steps, or less than to compile it,
     or to read what was compiled, takes; None if it pays.
     """

@@ -8,6 +8,7 @@ import math
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ _choices: dict[tuple, "_Choice"] = {}  # by sizes, batch and threads
 
 
 @functools.cache
-def compiled():
+def compiled() -> Any:
     """`loop.steps`, compiled or read from disk."""
     return rows.cached(njit, rows.named(loop.steps), nogil=True, error_model="numpy")
 
@@ -49,7 +50,7 @@ class Memory:
     spec: a `kernels.Spec`; batch: the largest; workers: the most that will share it.
     """
 
-    def __init__(self, spec, batch: int, workers: int):
+    def __init__(self, spec: Any, batch: int, workers: int):
         self.spec, self.batch, self.size = spec, batch, 0
         count, lists = len(spec.sizes) - 1, len(spec.rule.states)
         acts = [spec.activation] * (count - 1) + [spec.output_activation]
@@ -90,7 +91,7 @@ class Memory:
         self.size += -(-floats // LANES) * LANES
         return start
 
-    def matrices(self, tensors, at: int):
+    def matrices(self, tensors: Any, at: int) -> Any:
         """(tensor as numpy's, its place in w) of parameters, or of states `at` floats behind."""
         step = 1 + self.spec.bias
         for layer, tensor in zip(self.layers, tensors[::step]):
@@ -102,7 +103,7 @@ class Memory:
             start += at + k * pitch
             yield tensor.numpy(), self.w[start : start + n]
 
-    def copy(self, lists, back: bool = False) -> None:
+    def copy(self, lists: Any, back: bool = False) -> None:
         """Parameters and states into w, or back."""
         for i, tensors in enumerate(lists):
             for outside, inside in self.matrices(tensors, i * self.places[loop.STATE]):

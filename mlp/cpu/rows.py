@@ -11,6 +11,7 @@ import functools
 import hashlib
 import math
 import types as python_types
+from typing import Any
 
 import numpy as np
 from numba import carray, cfunc, njit, types
@@ -37,12 +38,13 @@ def _plain(value):
 class Scalar:
     """A jit function of a table as numba's; `text` is all that it does, for the digest."""
 
-    def __init__(self, function):
+    def __init__(self, function: Any):
         plain = getattr(function, "fn", function)
         code = plain.__code__
         # co_consts[0] may be the docstring; constants of all kinds keep their places.
         code = code.replace(co_consts=tuple(map(_plain, code.co_consts)))
-        known, text = {"__builtins__": __builtins__}, [code.co_code.hex(), repr(code.co_consts)]
+        known: dict[str, Any] = {"__builtins__": __builtins__}
+        text = [code.co_code.hex(), repr(code.co_consts)]
         for name in code.co_names:
             if name not in plain.__globals__:
                 continue  # an attribute
@@ -57,14 +59,15 @@ class Scalar:
                 value = _plain(value.value)
             text.append(f"{name}={value!r}" if not callable(value) else name)
             known[name] = value
-        self.text = "\n".join([*text, *code.co_names])
-        self.compiled = njit(
+        self.text: str = "\n".join([*text, *code.co_names])
+        compiler: Any = njit  # its stubs want each option by name
+        self.compiled: Any = compiler(
             python_types.FunctionType(code, known, plain.__name__), forceinline=True, **_OPTIONS
         )
 
 
 @functools.cache
-def scalar(function) -> Scalar:
+def scalar(function: Any) -> Scalar:
     """The jit function of a row as numba's, made once."""
     return Scalar(function)
 
@@ -80,7 +83,7 @@ def sources() -> str:
     return digest.hexdigest()
 
 
-def named(function, *texts: str, **known):
+def named(function: Any, *texts: str, **known: Any) -> Any:
     """`function` with the globals `known`, under a name that holds the digest of its code."""
     digest = hashlib.sha256("\n".join((sources(), *texts)).encode()).hexdigest()[:16]
     made = python_types.FunctionType(
@@ -91,7 +94,7 @@ def named(function, *texts: str, **known):
     return made
 
 
-def cached(compiler, function, *arguments, **options):
+def cached(compiler: Any, function: Any, *arguments: Any, **options: Any) -> Any:
     """`compiler(…)(function)` with its result kept on disk, where there is a place to write to."""
     try:
         return compiler(*arguments, cache=True, **options)(function)
@@ -108,7 +111,7 @@ def _address(function, signature, *texts, **known) -> "Compiled":
 class Compiled:
     """A compiled loop and the address to call it by. The function must outlive the address."""
 
-    def __init__(self, function):
+    def __init__(self, function: Any):
         self.function, self.address = function, function.address
 
 
@@ -128,7 +131,7 @@ def _backward(d_ptr, s_ptr, n):
 
 
 @functools.cache
-def activation(row) -> tuple[Compiled, Compiled]:
+def activation(row: Any) -> tuple[Compiled, Compiled]:
     """y = act(z) and d = act'(d, s), each over n elements: f(z, y, n) and f(d, s, n)."""
     signature = types.void(_FLOATS, _FLOATS, types.int64)
     forward, backward = scalar(row.forward), scalar(row.backward)
@@ -182,7 +185,7 @@ def _rule(p_ptr, g_ptr, s_ptr, stride, n_ptr, n):
 
 
 @functools.cache
-def rule(row) -> Compiled:
+def rule(row: Any) -> Compiled:
     """p and its states after one step, over n elements: f(p, g, states, stride of states, numbers,
     n).
     """
@@ -237,7 +240,7 @@ def _softmax(y_ptr, t_ptr, d_ptr, loss_ptr, parameter_ptr, rows, classes, pitch)
 
 
 @functools.cache
-def loss(row) -> Compiled:
+def loss(row: Any) -> Compiled:
     """Losses of rows and ∂loss/∂y: f(y, t, d, losses, parameters, rows, classes, pitch)."""
     signature = types.void(*[_FLOATS] * 5, *[types.int64] * 3)
     if row.scalar is None:
@@ -246,7 +249,7 @@ def loss(row) -> Compiled:
     return _address(_elementwise, signature, formula.text, SCALAR=formula.compiled)
 
 
-def of(spec) -> tuple[Compiled, ...]:
+def of(spec: Any) -> tuple[Compiled, ...]:
     """All functions of a training: hidden activation, output activation, loss, rule."""
     acts = activations.get(spec.activation), activations.get(spec.output_activation)
     return (*activation(acts[0]), *activation(acts[1]), loss(spec.loss), rule(spec.rule))

@@ -4,6 +4,7 @@ And what it shares with `graph`: the kernels' view of a training.
 Nothing is read back before the epoch's end, and no gradients are stored.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ import kernels
 
 from .. import cpu
 from .. import loss as losses
+from ..data.dataset import Dataset
 from ..state import parameters_of
 from . import takeover
 from .stepwise import Demands, Engine, EpochResult
 
 
-def spec_of(model, loss, optimizer) -> kernels.Spec | str:
+def spec_of(model: Any, loss: Any, optimizer: Any) -> kernels.Spec | str:
     """What the training kernels call this network, loss and optimizer; or, in words, why they have
     no name for it.
     """
@@ -66,7 +68,7 @@ class Fused(Engine):
         """The network's parameters where they lie now."""
         return [p.detach() for p in parameters_of(self.model).values()]
 
-    def targets(self, data) -> torch.Tensor:
+    def targets(self, data: Dataset) -> torch.Tensor:
         """The targets as the kernels take them: numbers have a column for each output."""
         outputs = self.model.config()["sizes"][-1]
         return self.loss.columns(data.targets, outputs).contiguous()
@@ -89,7 +91,7 @@ class Fused(Engine):
         return super().cannot(demands)
 
     @classmethod
-    def differs(cls, model, loss, optimizer) -> str | None:
+    def differs(cls, model: Any, loss: Any, optimizer: Any) -> str | None:
         """Why the kernels may not stand for this network, loss and optimizer."""
         return takeover.network(model) or takeover.criterion(loss) or takeover.optimizer(optimizer)
 
@@ -110,7 +112,9 @@ class Fused(Engine):
                 self.moves()
         return torch.tensor(rows, dtype=torch.float64)
 
-    def run(self, data, order, batch_size, states, count) -> kernels.Run:
+    def run(
+        self, data: Dataset, order: torch.Tensor, batch_size: int, states: Any, count: torch.Tensor
+    ) -> kernels.Run:
         """This training as the kernels take it."""
         spec = self.spec
         assert not isinstance(spec, str)  # `refuses` would have said so
@@ -128,7 +132,15 @@ class Fused(Engine):
             data.shift,
         )
 
-    def measured(self, values, correct, data, order, batch_size, on_step) -> EpochResult:
+    def measured(
+        self,
+        values: Any,
+        correct: Any,
+        data: Dataset,
+        order: torch.Tensor,
+        batch_size: int,
+        on_step: Callable[..., object] | None,
+    ) -> EpochResult:
         """The epoch's losses and counts, read back once; FloatingPointError names the first step
         that is not finite.
         """
@@ -148,7 +160,7 @@ class Epoch(Fused):
     reads_ahead = True  # in the compiled epoch of a CPU: see `cannot`
 
     @classmethod
-    def refuses(cls, model, loss, optimizer, batch_size=1):
+    def refuses(cls, model: Any, loss: Any, optimizer: Any, batch_size: int = 1) -> str | None:
         first = next(iter(parameters_of(model).values())).detach()
         on_cpu = cpu.serves(first)
         if not on_cpu and kernels.backend(first) != "triton" and first.dtype == torch.float32:
@@ -159,16 +171,25 @@ class Epoch(Fused):
         return None if on_cpu else kernels.refusal(spec, batch_size, "epoch")
 
     @classmethod
-    def costs(cls, model, loss, optimizer, batch_size, steps):
+    def costs(
+        cls, model: Any, loss: Any, optimizer: Any, batch_size: int, steps: int
+    ) -> str | None:
         first = next(iter(parameters_of(model).values())).detach()
         spec = spec_of(model, loss, optimizer)
+        assert not isinstance(spec, str)  # `refuses` would have said so
         if not cpu.serves(first):
             return kernels.outgrown(spec, batch_size, "epoch")
         reason = cpu.costs(spec.sizes, batch_size, steps)
         return None if reason is None else f"epoch: {reason}"
 
     @torch.no_grad()
-    def epoch(self, data, order, batch_size, on_step=None):
+    def epoch(
+        self,
+        data: Dataset,
+        order: torch.Tensor,
+        batch_size: int,
+        on_step: Callable[..., object] | None = None,
+    ) -> EpochResult:
         states, count = self.optimizer.states()
         before, run = int(count), self.run(data, order, batch_size, states, count)
         try:

@@ -185,7 +185,7 @@ class RunFolder:
             return []
         return _history([_json(line, path) for line in _text(path).splitlines()], str(path))
 
-    def record(self, trainer, epochs: int) -> None:
+    def record(self, trainer: Any, epochs: int) -> None:
         """After an epoch: have its line, the weights, and what resuming needs on the disk. Of
         epochs that follow in less than a second, `flush` writes the last.
         """
@@ -211,7 +211,7 @@ class RunFolder:
     def _write_history(self, history: list[dict[str, Any]]) -> None:
         write_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in history))
 
-    def resume(self, trainer) -> tuple[int, str | None]:
+    def resume(self, trainer: Any) -> tuple[int, str | None]:
         """Put a trainer where the run stopped: (how many epochs were asked for, a note if an
         earlier checkpoint had to be used). metrics.jsonl is cut to the epochs that are kept.
         CheckpointError if there is no good checkpoint; nothing is changed then.

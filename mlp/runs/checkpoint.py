@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,6 +27,7 @@ WEIGHTS = "model.safetensors"  # its name in a run folder
 _Parts = tuple[str | int, ...]  # the words and numbers of a name
 # what the metadata calls the network's config(): the second, in files that have no checksum yet
 _DESCRIPTIONS = (SEALED, "handgrad")
+Model = TypeVar("Model", bound=torch.nn.Module | Net)
 
 
 def tensors_of(model: torch.nn.Module | Net) -> dict[str, torch.Tensor]:
@@ -172,7 +173,7 @@ def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     return state
 
 
-def load_weights(model, path: str | os.PathLike):
+def load_weights(model: Model, path: str | os.PathLike) -> Model:
     """Copy weights into a network of the same shapes and return it.
 
     Tensors are matched by name. Where only a prefix or the layers' numbers differ, as in

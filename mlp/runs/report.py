@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..data import needs_extra
+from ..data.dataset import Dataset
 from ..data.sheets import picture
 from .disk import replacing
 
@@ -79,7 +82,7 @@ def _curve(axis, history: list[dict], quantity: str) -> None:
         axis.legend()
 
 
-def samples(scores, data, path: Path, count: int = 32) -> None:
+def samples(scores: torch.Tensor, data: Dataset, path: Path, count: int = 32) -> None:
     """The first test images as a grid: predicted label, and the true one in red where they
     differ.
     """
@@ -103,7 +106,7 @@ def samples(scores, data, path: Path, count: int = 32) -> None:
     _save(figure, path)
 
 
-def confusion(matrix: list[list[int]], classes, path: Path) -> None:
+def confusion(matrix: list[list[int]], classes: Sequence[str], path: Path) -> None:
     """The confusion matrix with its counts; colours are shares of each true class."""
     pyplot = _pyplot()
     classes = [_plain(name) for name in classes]
@@ -153,13 +156,15 @@ def predicted(values: Any, true: Any, names: Sequence[str], path: Path) -> None:
     _save(figure, path)
 
 
-def first_weights(weight, image_shape, path: Path, count: int = 64) -> None:
+def first_weights(
+    weight: torch.Tensor, image_shape: tuple[int, ...] | None, path: Path, count: int = 64
+) -> None:
     """The weights of the first layer's units (N, C·H·W), or filters (N, C, KH, KW), as images: red
     positive, blue negative.
     """
     pyplot = _pyplot()
     units, weight = len(weight), weight.detach().float().cpu()[:count]
-    images = weight.mean(1) if weight.dim() == 4 else weight.view(-1, *image_shape).mean(1)
+    images = weight.mean(1) if weight.dim() == 4 else weight.view(-1, *(image_shape or ())).mean(1)
     columns = min(8, len(images))
     rows = -(-len(images) // columns)
     figure, axes = pyplot.subplots(
@@ -174,15 +179,22 @@ def first_weights(weight, image_shape, path: Path, count: int = 64) -> None:
     _save(figure, path)
 
 
-def write_all(history, model, scores, measured, data, folder: Path) -> list[Path]:
+def write_all(
+    history: Any,
+    model: Any,
+    scores: torch.Tensor | None,
+    measured: Any,
+    data: Dataset,
+    folder: Path,
+) -> list[Path]:
     """Every picture that fits: curves.png, samples.png, confusion.png, weights.png; the paths
     written.
     """
     jobs = {"curves.png": lambda path: curves(history, path)} if history else {}
-    if measured is not None:
+    if measured is not None and scores is not None:
         jobs["confusion.png"] = lambda path: confusion(measured["confusion"], data.classes, path)
     if data.image_shape is not None:
-        if measured is not None:
+        if scores is not None:
             jobs["samples.png"] = lambda path: samples(scores, data, path)
         jobs["weights.png"] = lambda path: first_weights(
             next(iter(model.parameters())), data.image_shape, path

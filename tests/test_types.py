@@ -1,0 +1,101 @@
+"""Every parameter and every result of a public function has a type; jit functions take what they
+are given.
+"""
+
+import importlib
+import inspect
+import pkgutil
+from pathlib import Path
+
+import pytest
+
+import kernels
+import mlp
+
+ROOT = Path(__file__).parents[1]
+LAUNCHERS = ("_fwd", "_bwd", "_ref")
+# numba compiles their functions, as Triton does the kernels.
+COMPILED = {f"mlp.cpu.{name}" for name in ("language", "loop", "tiles", "waiting")}
+
+
+def modules(package):
+    """Every module of the package but `__main__`."""
+    for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        if not found.name.endswith("__main__") and found.name not in COMPILED:
+            yield importlib.import_module(found.name)
+
+
+def public():
+    """(name, function) of all public functions and methods that are ours, each once."""
+    both = (kernels, mlp)
+    named = [(f"{p.__name__}.{name}", getattr(p, name)) for p in both for name in p.__all__]
+    named += [(f"mlp.{name}", getattr(mlp, name)) for name in mlp.public.ESTIMATORS]
+    for package in both:
+        for module in modules(package):
+            named += [
+                (f"{module.__name__}.{name}", value)
+                for name, value in vars(module).items()
+                if getattr(value, "__module__", None) == module.__name__
+                and not name.startswith("_")
+                and (package is mlp or name.endswith(LAUNCHERS))
+            ]
+    found = {}
+    for name, value in named:
+        for label, function in [(name, value), *methods(name, value)]:
+            function = inspect.unwrap(getattr(function, "__func__", function))
+            if inspect.isfunction(function) and function.__module__.split(".")[0] in (
+                "kernels",
+                "mlp",
+            ):
+                found.setdefault(function, label)
+    return {label: function for function, label in found.items()}
+
+
+def methods(name, value):
+    """(name, function) of a class's own public methods, properties and constructor."""
+    if not inspect.isclass(value):
+        return
+    for base in value.__mro__:
+        if base.__module__.split(".")[0] not in ("kernels", "mlp"):
+            continue
+        for key, member in vars(base).items():
+            if isinstance(member, property):
+                member = member.fget
+            if key == "__init__" or not key.startswith("_"):
+                yield f"{name}.{key}", member
+
+
+def untyped(function) -> list[str]:
+    """The parameters of a function that have no type, and "return"."""
+    signature = inspect.signature(function)
+    names = list(signature.parameters.values())
+    first = "." in function.__qualname__ and names and names[0].name in ("self", "cls")
+    missing = [p.name for p in names[bool(first) :] if p.annotation is inspect.Parameter.empty]
+    if function.__name__ != "__init__" and signature.return_annotation is signature.empty:
+        missing.append("return")
+    return missing
+
+
+FUNCTIONS = public()
+
+
+@pytest.mark.parametrize("package", [kernels, mlp], ids=["kernels", "mlp"])
+def test_every_public_function_is_typed(package):
+    ours = {n: f for n, f in FUNCTIONS.items() if n.startswith(f"{package.__name__}.")}
+    assert len(ours) > 60
+    missing = {name: gaps for name, f in ours.items() if (gaps := untyped(f))}
+    assert not missing, "\n".join(f"{name}: {', '.join(gaps)}" for name, gaps in missing.items())
+
+
+def test_counts_what_has_no_type():
+    def partly(a: int, b, *c) -> None: ...
+
+    assert untyped(partly) == ["b", "c"]
+    assert untyped(lambda x: x) == ["x", "return"]
+
+
+def test_types_are_installed():
+    """py.typed, in both packages and in what is built from them."""
+    for package in (kernels, mlp):
+        assert Path(package.__path__[0], "py.typed").is_file()
+    assert '"py.typed"' in (ROOT / "pyproject.toml").read_text()
