@@ -178,8 +178,8 @@ def load_run(settings: Settings) -> Data:
     validation, share = read.validation, settings.validation or 0.0
     if share and read.table is None:
         train, validation = held_out(train, share, len(train) + len(test))
-    prints = [part.fingerprint() for part in (read.train, read.test)]
-    facts = Facts(list(train.classes), train.reading, *prints, table=read.table)
+    seen, unseen = read.train.fingerprint(), read.test.fingerprint()
+    facts = Facts(list(train.classes), train.reading, seen, unseen, read.table)
     if read.table is not None:
         said = about_table(read.table, train, test, validation)
         if read.table.mean:
@@ -239,10 +239,10 @@ def suited(settings: Settings, found: Data, loss_chosen: bool) -> Data:
             found = found._replace(train=found.train._with(notes=(*found.train.notes, note)))
     if table is not None:
         return found
-    train, test, validation = (
-        None if part is None else units.learned(part, found.facts.units)
-        for part in (found.train, found.test, found.validation)
-    )
+    train, test = (units.learned(part, found.facts.units) for part in (found.train, found.test))
+    validation = found.validation
+    if validation is not None:
+        validation = units.learned(validation, found.facts.units)
     return found._replace(train=train, test=test, validation=validation)
 
 

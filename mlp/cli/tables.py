@@ -75,8 +75,8 @@ def quality_lines(settings: Settings, trainer: Trainer, part: data.Dataset) -> l
         return lines
     names = facts.table.targets
     if len(names) > 1 and units is not None:
-        outputs, true = zip(*metrics.outputs(trainer.model, part))
-        said, true = own(torch.cat(outputs), units), own(torch.cat(true), units)
+        outputs, targets = zip(*metrics.outputs(trainer.model, part))
+        said, true = own(torch.cat(outputs), units), own(torch.cat(targets), units)
         for i, name in enumerate(names):
             one = scoring.numbers(said[:, i : i + 1], true[:, i : i + 1])
             lines.append(f"  {name:<20}{scoring.line(one)}")
