@@ -14,6 +14,7 @@ from . import cpu, engines
 from .data import arrays, given
 from .data.dataset import Dataset, permutation
 from .data.seen import Seen, rows
+from .data.shifts import Shifts
 from .engines import means, takeover
 from .engines.precision import Precision
 from .engines.stepwise import Demands, Diverged
@@ -66,13 +67,14 @@ def as_dataset(data: Any, device: torch.device | str) -> Dataset:
 
 
 class _Task(NamedTuple):
-    """What a call of `fit` trains on. samples: how many an epoch has."""
+    """What a call of `fit` trains on. samples: how many an epoch has. shifts: of its images."""
 
     train: Dataset
     evaluate: Dataset | None
     batch_size: int
     samples: int
     seed: int
+    shifts: Shifts | None = None
 
 
 class Trainer:
@@ -152,6 +154,7 @@ class Trainer:
         on_epoch: Callable[[dict], object] | None = None,
         on_step: Callable[..., object] | None = None,
         early_stopping: int | None = None,
+        augment: int = 0,
     ) -> History:
         """Train until `epochs` epochs are done, counting those of a resumed run; returns the
         history of all.
@@ -166,12 +169,16 @@ class Trainer:
         on_step ends early has a row of the samples it saw. (An engine that takes an epoch in one
         launch calls on_step(steps) after it.) early_stopping: end after so many epochs without a
         lower loss, of `evaluate` if given, and keep the best epoch's weights: see `mlp.stopping`.
+        augment: move every training image by up to so many pixels, anew in each epoch: see
+        `mlp.data.shifts`.
 
         The network trains in train mode and is measured in evaluation mode; afterwards it has the
         modes it had. Diverged if the loss is not finite: weights, buffers, optimizer and scheduler
         are then those of the epoch's beginning.
         """
         task = self._task(train, batch_size, evaluate, seed, drop_last)
+        if augment:
+            task = task._replace(shifts=Shifts(task.train, operator.index(augment), task.seed))
         epochs = operator.index(epochs)
         schedule = self._scheduled(scheduler, interval)
         self._check(task, epochs, schedule)
@@ -215,6 +222,8 @@ class Trainer:
         """Train an epoch and measure; whether the training goes on."""
         order = permutation(len(task.train), task.seed, epoch, self.device)[: task.samples]
         started = time.perf_counter()
+        if task.shifts is not None:
+            task = task._replace(train=task.shifts.epoch(epoch))
         after = self._after_step(on_step)
         result = self._epoch(epoch, task, order, after)
         seconds = time.perf_counter() - started

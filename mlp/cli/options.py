@@ -124,6 +124,7 @@ RECIPE = (
     Option("schedule", str, f"of the learning rate, such as cosine; {_NAMES}"),
     Option("warmup", int, "epochs in which the learning rate rises to its value", least=0),
     Option("early_stopping", int, "end after so many epochs without a lower test loss", least=1),
+    Option("augment", int, "shift training images at random by up to so many pixels", least=0),
     Option("clip_norm", float, "largest norm of all gradients of a step together", least=0),
 )
 LOSS = (
@@ -175,6 +176,7 @@ CALL = (
     Option("out", Path, "run folder; default runs/DATASET, numbered"),
     Option("force", bool, "replace the run in --out", False),
     Option("plots", bool, "draw all pictures of `handgrad report` at the end", False),
+    Option("log", str, "csv or tensorboard, or both with a comma: numbers for other programs"),
     Option("resume", bool, "go on with the run in --out, up to --epochs", False),
 )
 DATASET = Option(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from .. import recipes, schedule, scoring
 from ..engines.stepwise import Diverged
-from ..runs import CONFIG, Facts, RunFolder, Settings, report
+from ..runs import CONFIG, Facts, RunFolder, Settings, logs, report
 from ..runs.disk import BusyError
 from ..trainer import Trainer, line
 from . import options, results, setup, tables
@@ -41,6 +41,7 @@ def train(values: Values) -> None:
 
 def _begin(values: Values) -> None:
     """A run that begins. Everything is checked before anything is written."""
+    logs.known(values["log"] or "")
     settings = _new_settings(values)
     if values["out"] is not None:
         RunFolder(values["out"]).refuse_if_taken(values["force"])
@@ -48,7 +49,7 @@ def _begin(values: Values) -> None:
     job = _job(settings, bool(chosen))
     with _new_folder(values["out"], settings.dataset) as run:
         run.begin(setup.located(settings), values["force"])
-        _run(job, run, values["plots"])
+        _run(job, run, values)
 
 
 def _resume(values: Values) -> None:
@@ -80,7 +81,7 @@ def _resume(values: Values) -> None:
                 "--epochs"
             )
             return
-        _run(job, run, values["plots"])
+        _run(job, run, values)
 
 
 def _refuse_longer(job: Job) -> None:
@@ -194,7 +195,7 @@ def _new_folder(out: Path | None, dataset: str) -> Iterator[RunFolder]:
             return
 
 
-def _run(job: Job, run: RunFolder, plots: bool) -> None:
+def _run(job: Job, run: RunFolder, values: Values) -> None:
     """Say what is trained, train it, draw it."""
     trainer, recipe, found = job.trainer, job.recipe, job.data
     model = trainer.model
@@ -205,30 +206,38 @@ def _run(job: Job, run: RunFolder, plots: bool) -> None:
         f"{recipe.describe(model.config())}; {count:,} parameters; {trainer.engine_note}; "
         f"{trainer.device}"
     )
-    _fit(job, run)
+    _fit(job, run, logs.known(values["log"] or ""))
     if trainer.history:
         report.curves(trainer.history, run.path / "curves.png")
     seconds = sum(row["seconds"] for row in trainer.history)
     say(f"trained {seconds:.1f} s; run folder {run.path}")
-    if plots:
+    if values["plots"]:
         results.draw(run, recipe, found.test, model)
 
 
-def _fit(job: Job, run: RunFolder) -> None:
+def _fit(job: Job, run: RunFolder, log: list[str]) -> None:
     """Train with a progress bar, and record every epoch."""
     from tqdm import tqdm
 
     trainer, recipe = job.trainer, job.recipe
     steps = -(-len(job.data.train) // recipe.batch_size)
     remaining = job.epochs - len(trainer.history)
-    with tqdm(
-        total=steps * remaining, unit="step", leave=False, disable=None, file=sys.stderr
-    ) as bar:
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(
+            tqdm(total=steps * remaining, unit="step", leave=False, disable=None, file=sys.stderr)
+        )
+        written = [
+            stack.enter_context(contextlib.closing(logs.LOGS[name](run.path, trainer.history)))
+            for name in log
+        ]
 
         def on_epoch(row):
             quality = tables.epoch_quality(trainer, job.data)
             row.update(quality)
             run.record(trainer, job.epochs)
+            for one in written:
+                one.write(trainer.history, float(trainer.optimizer.param_groups[0]["lr"]))
+            bar.set_postfix_str(f"loss {row['train_loss']:.4f}", refresh=False)
             with bar.external_write_mode(file=sys.stdout):
                 say(line(row) + scoring.line(quality))
 
@@ -242,6 +251,7 @@ def _fit(job: Job, run: RunFolder) -> None:
                 drop_last=recipe.drop_last,
                 scheduler=recipe.scheduler(len(job.data.train)),
                 early_stopping=recipe.early_stopping,
+                augment=recipe.augment,
                 on_epoch=on_epoch,
                 on_step=None if bar.disable else bar.update,
             )

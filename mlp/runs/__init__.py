@@ -28,7 +28,7 @@ from ..data.dataset import Fingerprint, Reading
 from ..data.tables import Table
 from ..data.units import Units
 from ..recipes import Recipe
-from . import report
+from . import logs, report
 from .checkpoint import WEIGHTS, config_of, load_file, network, save
 from .disk import (
     CheckpointError,
@@ -161,7 +161,7 @@ class RunFolder:
         """Start a run here: remove all files of the one before, and write config.json."""
         self.refuse_if_taken(force)
         if self.trained or (self.path / CONFIG).exists():
-            for name in (*_TRAINED, CONFIG, *report.PICTURES):
+            for name in (*_TRAINED, CONFIG, logs.TABLE, *report.PICTURES):
                 (self.path / name).unlink(missing_ok=True)
         text = json.dumps(dataclasses.asdict(settings), indent=2)
         write_text(self.path / CONFIG, f"{text}\n")

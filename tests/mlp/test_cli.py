@@ -65,6 +65,25 @@ def read_json(path):
     return json.loads(Path(path).read_text())
 
 
+def test_logs_go_on_with_the_run(handgrad):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logged = ("--out", "run", "--log", "csv,tensorboard")
+    assert handgrad(*QUICK, "--epochs", "2", *logged)[0] == 0
+    assert handgrad("train", *logged, "--resume", "--epochs", "3")[0] == 0
+    table = np.genfromtxt("run/metrics.csv", delimiter=",", names=True)
+    assert table["epoch"].tolist() == [1, 2, 3] and table["lr"].tolist() == [0.05] * 3
+    losses = [row["train_loss"] for row in rows("run")]
+    assert table["train_loss"].tolist() == losses
+    events = EventAccumulator("run/tensorboard")
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("train_loss")]
+    assert found == [(i, pytest.approx(loss)) for i, loss in enumerate(losses, 1)]
+    status, _, err = handgrad(*QUICK, "--log", "wandb")
+    assert status == 2 and "unknown log 'wandb'; known: csv, tensorboard" in err
+
+
 def test_schedules_are_stored_and_refused_past_their_end(handgrad):
     rules = (
         "--schedule",

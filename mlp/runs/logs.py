@@ -1,0 +1,82 @@
+"""A training's numbers for other programs, epoch by epoch: a CSV file, or TensorBoard's events."""
+
+import csv
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..data import needs_extra
+from .disk import write_text
+
+TABLE = "metrics.csv"
+EVENTS = "tensorboard"  # a folder
+Row = dict[str, Any]
+
+
+class Csv:
+    """metrics.csv: a line an epoch, with the columns of metrics.jsonl and the learning rate."""
+
+    def __init__(self, folder: Path, history: list[Row]):
+        self.path = folder / TABLE
+
+    def write(self, history: list[Row], rate: float) -> None:
+        """Add the latest epoch of a history."""
+        rates = [*self._rates()[: len(history) - 1], rate]
+        missing = len(history) - len(rates)  # epochs of before this file
+        rows = [{**row, "lr": lr} for row, lr in zip(history, [""] * missing + rates)]
+        text = io.StringIO()
+        table = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
+        table.writeheader()
+        table.writerows(rows)
+        write_text(self.path, text.getvalue())
+
+    def _rates(self) -> list[str]:
+        """What earlier epochs have in the file."""
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="", encoding="utf-8") as file:
+            return [row.get("lr") or "" for row in csv.DictReader(file)]
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class TensorBoard:
+    """Events in the folder tensorboard: every number of an epoch by its name."""
+
+    def __init__(self, folder: Path, history: list[Row]):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise needs_extra("tensorboard", "writing TensorBoard's events", "watch") from None
+        place = folder / EVENTS
+        if not history:
+            for old in place.glob("events.out.tfevents.*"):
+                old.unlink()
+        self.writer = SummaryWriter(str(place), purge_step=len(history) + 1)
+
+    def write(self, history: list[Row], rate: float) -> None:
+        """Add the latest epoch of a history."""
+        for name, value in {**history[-1], "lr": rate}.items():
+            if name != "epoch" and isinstance(value, (int, float)):
+                self.writer.add_scalar(name, value, history[-1]["epoch"])
+
+    def close(self) -> None:
+        """Have everything on the disk."""
+        self.writer.close()
+
+
+LOGS: dict[str, Callable[[Path, list[Row]], Csv | TensorBoard]] = {
+    "csv": Csv,
+    "tensorboard": TensorBoard,
+}
+
+
+def known(names: str) -> list[str]:
+    """Of "csv,tensorboard" -> names of LOGS; a ValueError that lists them for another."""
+    found = [name.strip() for name in names.split(",") if name.strip()]
+    for name in found:
+        if name not in LOGS:
+            raise ValueError(f"unknown log {name!r}; known: {', '.join(LOGS)}")
+    return found
