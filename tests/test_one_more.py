@@ -1,0 +1,227 @@
+"""One more activation, rule, data set, engine and recipe, as CONTRIBUTING.md lists their places:
+each is added here at run time, and every engine trains with it.
+
+tests/kernels/test_one_more_loss.py does the same for a loss.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+import kernels
+import mlp
+from kernels import rules
+from kernels.activations import ACTIVATIONS, Activation
+from kernels.rules import RULES, Rule
+from mlp import data, optim, recipes
+from mlp.data import Dataset
+from mlp.engines import ENGINES, Engine
+from mlp.recipes import RECIPES, Recipe
+
+
+@triton.jit
+def softplus(z):
+    """log(1 + eᶻ), without overflow."""
+    return tl.maximum(z, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(z)))
+
+
+@triton.jit
+def softplus_bwd(dy, y):
+    """Forward was y = log(1 + eᶻ), so dy/dz = σ(z) = 1 - e⁻ʸ."""
+    return dy * (1.0 - tl.exp(-y))
+
+
+def softplus_ref(z, out=None):
+    return torch.add(z.clamp_min(0), torch.log1p(torch.exp(-z.abs())), out=out)
+
+
+def softplus_bwd_ref(dy, y, out=None):
+    return torch.mul(dy, -torch.expm1(-y), out=out)
+
+
+SOFTPLUS = Activation(
+    softplus,
+    softplus_bwd,
+    softplus_ref,
+    softplus_bwd_ref,
+    F.softplus,
+    "y",
+    (),
+    torch.nn.Softplus,
+)
+
+
+@triton.jit
+def sign_update(p, g, states, numbers):
+    """p ← p - lr (sign g + decay p)."""
+    lr, decay = numbers
+    sign = tl.where(g > 0, 1.0, 0.0) - tl.where(g < 0, 1.0, 0.0)
+    return p - lr * (sign + decay * p), states
+
+
+def sign_tensor(p, g, states, numbers):
+    lr, decay = numbers
+    p.sub_(lr * (g.sign() + decay * p))
+
+
+SIGN = Rule(
+    "sign",
+    (("lr", 0.01), ("weight_decay", 0.0)),
+    (),
+    ("lr", "weight_decay"),
+    rules.RULES["sgd"].row,
+    rules.plain_at,
+    sign_update,
+    rules.RULES["sgd"].at_ref,
+    sign_tensor,
+    None,
+)
+
+
+class Sign(optim._Ruled, torch.optim.Optimizer):
+    """Steps of one size in the direction of the gradient's sign."""
+
+    counted = False
+
+    def __init__(self, params, lr=0.01, weight_decay=0.0):
+        options = {"lr": lr, "weight_decay": weight_decay, "maximize": False}
+        super().__init__(params, options)
+
+    def row(self, group):
+        return RULES["sign"]
+
+
+class Plain(Engine):
+    """One step on the tape, and nothing else."""
+
+    name = "plain"
+
+    @classmethod
+    def refuses(cls, model, loss, optimizer, batch_size=1):
+        return None if isinstance(model, torch.nn.Module) else "plain: needs an nn.Module"
+
+    def step(self, x, y):
+        output = self.model(x)
+        value = self.loss(output, y)
+        self.optimizer.zero_grad()
+        value.backward()
+        self.optimizer.step()
+        return output.detach(), value.detach()
+
+
+def batch(device="cpu"):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20, 6, generator=generator)
+    return Dataset(x.to(device), x[:, :3].argmax(1).to(device))
+
+
+def trained(engine, activation, optimizer, device):
+    """The parameters after two epochs, or None where the engine needs another machine."""
+    model = mlp.MLP((6, 5, 3), activation, device=device)
+    mlp.initialise(dict(model.named_parameters()), None, 4)
+    made = optimizer(model.parameters())
+    if ENGINES[engine].refuses(model, mlp.SoftmaxCrossEntropy(), made, 8):
+        return None
+    mlp.Trainer(model, optimizer=made, engine=engine, verbose=False).fit(
+        batch(device), 2, 8, seed=4
+    )
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def every_engine(activation, optimizer, device) -> list[str]:
+    """Trains on each engine as the reference on the tape does; the names of those that could."""
+    with kernels.use("torch"):
+        expected = trained("autograd", activation, optimizer, device)
+    served = []
+    for engine in ENGINES:
+        found = trained(engine, activation, optimizer, device)
+        if found is not None:
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            served.append(engine)
+    return served
+
+
+def test_activation(monkeypatch, device):
+    """A row of `kernels.ACTIVATIONS`."""
+    monkeypatch.setitem(ACTIVATIONS, "softplus", SOFTPLUS)
+    z = torch.linspace(-30, 30, 61, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(softplus_ref(z), F.softplus(z))
+    (gradient,) = torch.autograd.grad(F.softplus(z).sum(), z)
+    torch.testing.assert_close(softplus_bwd_ref(torch.ones_like(z), softplus_ref(z)), gradient)
+    served = every_engine("softplus", lambda p: mlp.SGD(p, lr=0.1), device)
+    assert {"autograd", "manual"} <= set(served)
+    fused = mlp.fuse(torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Softplus()))
+    assert fused[0].activation == "softplus"
+
+
+def test_rule(monkeypatch, device):
+    """A row of `kernels.RULES`, and a class in mlp/optim.py."""
+    monkeypatch.setitem(RULES, "sign", SIGN)
+    monkeypatch.setitem(optim.OPTIMIZERS, "sign", Sign)
+    model = mlp.MLP((6, 3))
+    before = [p.detach().clone() for p in model.parameters()]
+    mlp.SoftmaxCrossEntropy()(model(batch().inputs), batch().targets).backward()
+    Sign(model.parameters(), lr=0.5).step()
+    for p, was in zip(model.parameters(), before):
+        torch.testing.assert_close(p.detach(), was - 0.5 * p.grad.sign())
+    served = every_engine("tanh", lambda p: Sign(p, lr=0.01, weight_decay=0.1), device)
+    assert {"autograd", "manual"} <= set(served)
+
+
+def test_engine(monkeypatch):
+    """A class, and its place in `mlp.engines.ENGINES`: "auto" takes the last that serves."""
+    monkeypatch.setitem(ENGINES, "plain", Plain)
+    optimizer = lambda p: torch.optim.SGD(p, lr=0.1)  # noqa: E731
+    found = trained("plain", "tanh", optimizer, "cpu")
+    torch.testing.assert_close(found, trained("autograd", "tanh", optimizer, "cpu"))
+    model = mlp.MLP((6, 5, 3))
+    assert mlp.Trainer(model, verbose=False).fit(batch(), 1, 8)[-1]["epoch"] == 1
+    made = mlp.Trainer(model, verbose=False)
+    made.fit(batch(), 1, 8)
+    assert made.engine.name == "plain"
+    with pytest.raises(ValueError, match="known: auto, autograd, manual, graph, epoch, plain"):
+        mlp.Trainer(model, engine="fast")
+
+
+def test_recipe(monkeypatch):
+    """A row of `mlp.recipes.RECIPES`."""
+    row = Recipe("6-4-3 tanh, Adam", hidden=(4,), activation="tanh", optimizer="adam", epochs=2)
+    monkeypatch.setitem(RECIPES, "small", row)
+    recipe = recipes.get("small")
+    model = recipe.model(batch(), seed=0)
+    assert model.sizes == (6, 4, 3)
+    trainer = mlp.Trainer(
+        model, recipe.make_loss(), recipe.make_optimizer(model.parameters()), verbose=False
+    )
+    history = trainer.fit(batch(), recipe.epochs, recipe.batch_size)
+    assert isinstance(trainer.optimizer, mlp.Adam) and len(history) == 2
+    with pytest.raises(ValueError, match="small"):
+        recipes.get("smaller")
+
+
+def test_data_set(monkeypatch, tmp_path):
+    """A name and torchvision's class in `mlp.data.TORCHVISION`."""
+    datasets = pytest.importorskip("torchvision.datasets")
+
+    def squares(root, train, **download):
+        count = 20 if train else 5
+        pixels = torch.arange(count * 36, dtype=torch.uint8).view(count, 6, 6)
+        targets = torch.arange(count) % 2
+        return SimpleNamespace(data=pixels, targets=targets, classes=["even", "odd"])
+
+    squares.__name__ = "Squares"
+    monkeypatch.setattr(datasets, "Squares", squares, raising=False)
+    monkeypatch.setitem(data.TORCHVISION, "squares", "Squares")
+    monkeypatch.setattr(data, "NAMES", ("digits", *data.TORCHVISION))
+    train, test = data.load("squares", tmp_path, verbose=False)
+    assert (len(train), len(test), train.image_shape) == (20, 5, (1, 6, 6))
+    assert train.classes == ("even", "odd")
+    np.testing.assert_allclose(float(train.batch(torch.tensor([0]))[0].max()), 35 / 255)
+    model = mlp.MLP((36, 4, 2))
+    history = mlp.Trainer(model, verbose=False).fit(train, 2, 8, evaluate=test)
+    assert len(history) == 2
