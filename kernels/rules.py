@@ -37,6 +37,8 @@ import torch
 import triton
 import triton.language as tl
 
+from . import launch
+
 
 @triton.jit
 def bias_correction(step, log_beta):
@@ -195,6 +197,13 @@ def adam_ref(
     maximize: bool = False,
 ) -> None:
     """The reference of `kernels.adam`."""
+    if _one_pass(step, lr, params, grads, exp_avgs, exp_avg_sqs):
+        update = torch._fused_adamw_ if decoupled else torch._fused_adam_
+        counts = [torch.tensor(float(step))] * len(params)
+        numbers = {"lr": lr, "beta1": betas[0], "beta2": betas[1], "eps": eps}
+        numbers |= {"weight_decay": weight_decay, "maximize": maximize, "amsgrad": False}
+        update(params, grads, exp_avgs, exp_avg_sqs, [], counts, **numbers, **_UNSCALED)
+        return
     (beta1, beta2), step, lr = betas, _without_dimensions(step), _without_dimensions(lr)
     if decoupled and weight_decay:
         torch._foreach_mul_(params, 1 - lr * weight_decay)
@@ -208,6 +217,29 @@ def adam_ref(
     torch._foreach_add_(denominators, eps)
     torch._foreach_div_(denominators, -lr / correction1)
     torch._foreach_addcdiv_(params, exp_avgs, denominators)
+
+
+_UNSCALED = {"grad_scale": None, "found_inf": None}
+
+
+def _one_pass(step, lr, *lists) -> bool:
+    """Whether torch's fused update for CPUs serves: it reads each tensor once, as plain memory."""
+    if not lists[0]:
+        return False
+    first = lists[0][0]
+    return (
+        first.device.type == "cpu"
+        and first.dtype in (torch.float32, torch.float64)
+        and not isinstance(step, torch.Tensor)
+        and not isinstance(lr, torch.Tensor)
+        and not launch.watched()
+        and launch.plain(*(t for tensors in lists for t in tensors))
+        and all(
+            t.is_contiguous() and t.dtype == first.dtype and t.device == first.device
+            for tensors in lists
+            for t in tensors
+        )
+    )
 
 
 def _without_dimensions(value):
