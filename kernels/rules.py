@@ -198,7 +198,7 @@ def adam_ref(
 ) -> None:
     """The reference of `kernels.adam`."""
     if _one_pass(step, lr, params, grads, exp_avgs, exp_avg_sqs):
-        update = torch._fused_adamw_ if decoupled else torch._fused_adam_
+        update: Any = torch._fused_adamw_ if decoupled else torch._fused_adam_
         counts = [torch.tensor(float(step))] * len(params)
         numbers = {"lr": lr, "beta1": betas[0], "beta2": betas[1], "eps": eps}
         numbers |= {"weight_decay": weight_decay, "maximize": maximize, "amsgrad": False}
