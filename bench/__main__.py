@@ -2,10 +2,11 @@
 DIR` for everything.
 
 NAME … makes those tables, one after another, in this process. `all` runs, each in a process of its
-own with a time limit: `handgrad info`, the tests, compute-sanitizer, the exchange, the soak, then
-every other table; after each part it rewrites DIR/summary.md and DIR/summary.json. On a GPU it is
-cut off after nine minutes; on a CPU the tests alone take about as long, and what needs a GPU is
-named as not run. The exit status is 1 if something failed, after everything ran. It needs torch,
+own with a time limit: compilation, `handgrad info`, the tests, compute-sanitizer, the exchange, the
+soak, then every other table; after each part it rewrites DIR/summary.md and DIR/summary.json. On a
+GPU it stops after nine minutes, and --resume goes on where it stopped; --only runs parts alone. On
+a CPU the tests take about as long, and what needs a GPU is named as not run. The exit status is 1
+if something failed, after everything ran. It needs torch,
 triton, numpy and pytest; images are MNIST's if $HANDGRAD_DATA and torchvision are there, else
 random.
 """
@@ -36,8 +37,7 @@ NAMES = {
 }
 
 
-def main() -> int:
-    """Make the tables that are named, or run everything."""
+def _parser() -> argparse.ArgumentParser:
     listed = "\n".join(f"  {name:<14} {what}" for name, what in NAMES.items())
     parser = argparse.ArgumentParser(
         prog="python -m bench",
@@ -64,16 +64,35 @@ def main() -> int:
         metavar="PARTS",
         help="of all: parts to leave out, with commas, such as tests",
     )
+    parser.add_argument(
+        "--only", default="", metavar="PARTS", help="of all: these parts and no others, with commas"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="of all: without what passed before, of this commit on this machine",
+    )
+    return parser
+
+
+def main() -> int:
+    """Make the tables that are named, or run everything."""
+    parser = _parser()
     arguments = parser.parse_args()
     unknown = [name for name in arguments.names if name not in NAMES and name != "all"]
     if unknown:
         parser.error(f"unknown benchmark {unknown[0]!r}; known: {', '.join(NAMES)}; all")
     if "all" in arguments.names:
         return _all(parser, arguments)
-    if arguments.skip or (
-        arguments.epochs is not None and ("soak" not in arguments.names or arguments.epochs < 1)
+    if (
+        arguments.skip
+        or arguments.only
+        or arguments.resume
+        or (
+            arguments.epochs is not None and ("soak" not in arguments.names or arguments.epochs < 1)
+        )
     ):
-        parser.error("--skip is for all; --epochs, at least 1, for soak")
+        parser.error("--skip, --only and --resume are for all; --epochs, at least 1, for soak")
     tables = []
     for name in arguments.names:
         tables.append(make(name, {"epochs": arguments.epochs} if name == "soak" else {}))
@@ -103,15 +122,20 @@ def _all(parser, arguments) -> int:
             "folder for its summary"
         )
     out = arguments.out.resolve()
-    todo, skip = parts.parts(out), [name for name in arguments.skip.split(",") if name]
+    todo = parts.parts(out)
     known = [part.name for part in todo]
-    unknown = [name for name in skip if name not in known]
-    if unknown:
-        parser.error(f"--skip: unknown part {unknown[0]!r}; known: {', '.join(known)}")
+    skip, only = (
+        [name for name in text.split(",") if name] for text in (arguments.skip, arguments.only)
+    )
+    for option, names in (("--skip", skip), ("--only", only)):
+        if unknown := [name for name in names if name not in known]:
+            parser.error(f"{option}: unknown part {unknown[0]!r}; known: {', '.join(known)}")
+    skip += [name for name in known if only and name not in only]
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(143)
     )  # an exception, which ends the part that runs as well
-    status = suite.run(todo, out, skip, suite.GPU_SECONDS if torch.cuda.is_available() else None)
+    limit = suite.GPU_SECONDS if torch.cuda.is_available() else None
+    status = suite.run(todo, out, skip, limit, arguments.resume)
     print(f"summary: {out / 'summary.md'}")
     return status
 

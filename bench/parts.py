@@ -1,5 +1,5 @@
-"""What `python -m bench all` runs, in order: self-check, tests, sanitizer, exchange and soak,
-tables. Each a command.
+"""What `python -m bench all` runs, in order: compilation, self-check, tests, sanitizer, exchange,
+soak, tables. Each a command.
 """
 
 import importlib.util
@@ -17,7 +17,20 @@ from . import sanitizer
 
 ROOT = Path(__file__).parents[1]
 SOAK_EPOCHS = 300
-_WORKERS = 8  # of pytest: they share one GPU
+_WORKERS = 16  # of pytest at most: they share one GPU, and each compiles what it launches
+_KERNEL = 0.6  # seconds of a core for compiling a kernel
+# part -> (what pytest is given, kernels that it compiles into a cold cache, seconds of the rest):
+# each fits ten minutes on 16 cores.
+TESTS = {
+    "tests-kernels": (("tests/kernels",), 1100, 150),
+    "tests-mlp": (("tests/mlp",), 200, 200),
+    "tests-databases": (("tests/databases",), 100, 150),
+    "tests-rest": (
+        ("tests", *(f"--ignore=tests/{name}" for name in ("kernels", "mlp", "databases"))),
+        400,
+        60,
+    ),
+}
 # Seconds that a table needs on a GPU, in the order in which they run: what is most asked for comes
 # first.
 TABLES = {
@@ -78,30 +91,34 @@ def _info() -> Part:
     return Part("info", command, 65, _verdicts)
 
 
-def _tests() -> Part:
-    """The whole suite, on the GPU where there is one; tests whose packages are missing do not keep
-    the others from running.
+def _compilation(on_gpu: bool) -> Part:
+    """Every kernel of the self-check, over all cores: some 225 are not in a cold cache."""
+    if not on_gpu:
+        return Part("compile", reason="needs a GPU")
+    shared = partial(last, r"\d+ of \d+: .*")
+    return Part("compile", _python("-m", "bench.compile"), 60 + _compiling(225), shared)
+
+
+def _compiling(kernels: int) -> float:
+    """Seconds in which this machine compiles so many kernels."""
+    return kernels * _KERNEL / min(_WORKERS, os.cpu_count() or 1)
+
+
+def _tests() -> list[Part]:
+    """The suite in parts, on the GPU where there is one; tests whose packages are missing do not
+    keep the others from running.
     """
     if importlib.util.find_spec("pytest") is None:
-        return Part("tests", reason="needs pytest")
+        return [Part(name, reason="needs pytest") for name in TESTS]
     workers = (
         ("-n", str(min(_WORKERS, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
     )
-    command = _python(
-        "-m",
-        "pytest",
-        "tests",
-        "-p",
-        "no:cacheprovider",
-        "--continue-on-collection-errors",
-        *workers,
-    )
-    return Part(
-        "tests",
-        command,
-        130,
-        partial(last, r"\d+ (?:passed|failed|errors?|skipped)\b.* in [^=]*\w"),
-    )
+    options = ("-p", "no:cacheprovider", "--continue-on-collection-errors", *workers)
+    count = partial(last, r"\d+ (?:passed|failed|errors?|skipped)\b.* in [^=]*\w")
+    return [
+        Part(name, _python("-m", "pytest", *chosen, *options), rest + _compiling(kernels), count)
+        for name, (chosen, kernels, rest) in TESTS.items()
+    ]
 
 
 def _sanitizer(tool: str, on_gpu: bool) -> Part:
@@ -140,8 +157,9 @@ def parts(out: Path) -> list[Part]:
         for name, seconds in TABLES.items()
     ]
     return [
+        _compilation(on_gpu),
         _info(),
-        _tests(),
+        *_tests(),
         _sanitizer("memcheck", on_gpu),
         _sanitizer("racecheck", on_gpu),
         *tables,

@@ -15,27 +15,38 @@ from .parts import ROOT, Part
 from .table import one_line
 
 GPU_SECONDS = 540.0  # of the whole run on a GPU
+_ENOUGH = 0.9  # of what a part needs, to begin it
 CPU_LIMIT = 1800.0  # seconds of one part without a GPU, where there is no limit of the whole
 
 
-def run(parts: list[Part], out: Path, skip=(), seconds: float | None = None) -> int:
+def run(
+    parts: list[Part], out: Path, skip=(), seconds: float | None = None, resume: bool = False
+) -> int:
     """Run the parts, rewriting the summary in `out` after each; 1 if one failed or timed out, else
     0.
 
-    seconds: of the whole run. A part may then take what it needs and what those before it left
-    over.
+    seconds: of the whole run. A part may then take what those after it do not need, and begins only
+    if nearly what it needs is left; the first may take all. resume: what passed before, of the same
+    commit on the same machine, is not run again.
     """
     (out / "logs").mkdir(parents=True, exist_ok=True)
     page, started = summary.start([part.name for part in parts]), time.monotonic()
-    running = [part for part in parts if part.name not in skip and not part.reason]
+    kept = summary.passed(out, page) if resume else {}
+    done = (*skip, *kept)
+    running = [part for part in parts if part.name not in done and not part.reason]
     summary.write(page, out)
     for part, row in zip(parts, page["parts"]):
         if part in running:
-            own, later = part.seconds, sum(p.seconds for p in running[running.index(part) + 1 :])
+            later = sum(p.seconds for p in running[running.index(part) + 1 :])
             left = None if seconds is None else seconds - (time.monotonic() - started)
-            limit = CPU_LIMIT if left is None else max(left - later, left * own / (own + later))
+            if left is not None and left < _ENOUGH * part.seconds and part is not running[0]:
+                print(f"{part.name}: not begun; go on with --resume", flush=True)
+                continue
+            limit = CPU_LIMIT if left is None else max(left - later, min(left, part.seconds))
             print(f"{part.name}: at most {limit:.0f} s", file=sys.stderr, flush=True)
             row |= execute(part, limit, out)
+        elif part.name in kept:
+            row |= kept[part.name]
         else:
             row["status"] = summary.SKIPPED if part.name in skip else f"not run: {part.reason}"
         page |= {"seconds": time.monotonic() - started, "verdict": summary.verdict(page["parts"])}

@@ -38,6 +38,19 @@ def start(names: list[str]) -> dict:
     }
 
 
+def passed(folder: Path, now: dict) -> dict[str, dict]:
+    """Name -> row of what passed in the run whose summary lies in `folder`; nothing of another
+    commit or machine.
+    """
+    try:
+        before = json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    if any(before.get(fact) != now[fact] for fact in ("commit", "machine")):
+        return {}
+    return {row["part"]: row for row in before["parts"] if row["status"] == PASSED}
+
+
 def verdict(parts: list[dict]) -> str:
     """Failed if one part did or took too long; else whether there is still something to do."""
     statuses = [part["status"] for part in parts]

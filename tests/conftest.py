@@ -110,6 +110,8 @@ def surroundings(request, monkeypatch):
     """
     # the same numbers whatever ran before
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+    # Convolutions are judged by their float32 results, which cuDNN would compute in tf32.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     if request.path.is_relative_to(TESTS / "kernels"):
         checks.poison_fresh_buffers(monkeypatch)
     if (

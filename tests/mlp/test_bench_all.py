@@ -83,13 +83,14 @@ def test_a_run_that_is_cut_off_leaves_what_it_had(tmp_path):
 def test_every_part_is_in_the_summary(tmp_path):
     """Run for real with what is short; everything else is named as skipped."""
     names = [part.name for part in parts.parts(tmp_path)]
-    assert names[:6] == ["info", "tests", "memcheck", "racecheck", "exchange", "soak"]
+    checks = ["compile", "info", *parts.TESTS, "memcheck", "racecheck"]
+    assert names[: len(checks) + 2] == [*checks, "exchange", "soak"]
     done = run_all(tmp_path, [name for name in names if name != "exchange"])
     page = json.loads((tmp_path / "summary.json").read_text())
     assert done.returncode == (page["verdict"] == summary.FAILED), done.stderr
     assert [part["part"] for part in page["parts"]] == names
     statuses = {part["part"]: part["status"] for part in page["parts"]}
-    assert statuses["tests"] == "skipped" and statuses["exchange"] in (
+    assert statuses["tests-mlp"] == "skipped" and statuses["exchange"] in (
         "passed",
         "not run: needs a GPU",
     )
@@ -123,19 +124,70 @@ def test_it_needs_none_of_the_extras(tmp_path):
     assert done.returncode == 0
 
 
+def recorded(monkeypatch, failing=()):
+    """Limits by part, of parts that take no time."""
+    limits = {}
+
+    def execute(part, limit, out):
+        limits[part.name] = limit
+        return {"status": "failed" if part.name in failing else "passed", "headline": ""}
+
+    monkeypatch.setattr(suite, "execute", execute)
+    return limits
+
+
 def test_time_is_shared_by_what_parts_need(tmp_path, monkeypatch):
-    """A part has what it needs and what those before it left over; with too little for all, each
-    its share.
+    """A part has what those after it do not need; one that needs more than is left is not begun,
+    unless nothing ran before it.
     """
-    limits = []
-    monkeypatch.setattr(
-        suite,
-        "execute",
-        lambda part, limit, out: limits.append(limit) or {"status": "passed", "headline": ""},
-    )
     fakes = [Part("a", seconds=30), Part("b", seconds=10), Part("c", seconds=20)]
+    limits = recorded(monkeypatch)
     suite.run(fakes, tmp_path, seconds=100)
-    assert limits == pytest.approx([70, 80, 100], abs=1)
+    assert limits == pytest.approx({"a": 70, "b": 80, "c": 100}, abs=1)
     limits.clear()
-    suite.run(fakes, tmp_path, seconds=30)
-    assert limits == pytest.approx([15, 10, 30], abs=1)
+    suite.run(fakes, tmp_path, seconds=15)
+    assert limits == pytest.approx({"a": 15, "b": 10}, abs=1)
+    page = json.loads((tmp_path / "summary.json").read_text())
+    assert [row["status"] for row in page["parts"]] == ["passed", "passed", "waiting"]
+    assert page["verdict"] == summary.WAITING
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    fakes = [Part("a", seconds=1), Part("b", seconds=1), Part("c", seconds=100)]
+    limits = recorded(monkeypatch, failing=["b"])
+    assert suite.run(fakes, tmp_path, seconds=50) == 1
+    assert list(limits) == ["a", "b"]
+    limits = recorded(monkeypatch)
+    assert suite.run(fakes, tmp_path, seconds=500, resume=True) == 0
+    assert list(limits) == ["b", "c"]
+    page = json.loads((tmp_path / "summary.json").read_text())
+    assert [row["status"] for row in page["parts"]] == ["passed"] * 3
+    monkeypatch.setattr(summary, "commit", lambda: "another")
+    limits.clear()
+    suite.run(fakes, tmp_path, seconds=500, resume=True)
+    assert list(limits) == ["a", "b", "c"]
+
+
+def test_parts_alone(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "all", "--out", str(tmp_path), "--only", "memcheck"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    page = json.loads((tmp_path / "summary.json").read_text())
+    assert done.returncode == 0, done.stderr
+    statuses = {part["part"]: part["status"] for part in page["parts"]}
+    assert statuses.pop("memcheck") != "skipped" and set(statuses.values()) == {"skipped"}
+
+
+def test_tests_in_parts_are_the_whole_suite():
+    """Every folder of tests has a part of its own, or is in the rest; each fits ten minutes on 16
+    cores.
+    """
+    assert {chosen[0] for chosen, _, _ in parts.TESTS.values()} >= {"tests", "tests/kernels"}
+    chosen = {arguments[0] for arguments, _, _ in parts.TESTS.values()} - {"tests"}
+    ignored = set(parts.TESTS["tests-rest"][0][1:])
+    assert ignored == {f"--ignore={folder}" for folder in chosen}
+    for _, kernels, rest in parts.TESTS.values():
+        assert rest + kernels * 0.6 / 16 < suite.GPU_SECONDS
