@@ -5,9 +5,10 @@ Parameters, attributes, initial weights and the order of samples are scikit-lear
 dense, solver "lbfgs" and Poisson loss are left to scikit-learn, and a GPU computes in float32.
 """
 
+import contextlib
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import accuracy_score, r2_score
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import LabelBinarizer
-from sklearn.utils import check_random_state, column_or_1d, shuffle
+from sklearn.utils import check_random_state, column_or_1d
 from sklearn.utils._param_validation import Interval, Options, StrOptions
 from sklearn.utils.multiclass import (
     _check_partial_fit_first_call,
@@ -27,8 +28,9 @@ from sklearn.utils.multiclass import (
 )
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
-from . import engines
+from . import cpu, engines
 from .data import Dataset
+from .engines.epochwise import spec_of
 from .loss import BinaryCrossEntropy, MeanSquaredError, SoftmaxCrossEntropy
 from .modules import MLP
 from .optim import SGD, Adam
@@ -220,7 +222,11 @@ class _Network(BaseEstimator):
         X, targets, weights, held = self._hold_out(X, targets, weights)
         training = self._training(X, targets, weights, incremental)
         epochs = 1 if incremental else self.max_iter
-        if self._run(training, held, epochs) and not incremental:
+        try:
+            ran_out = self._run(training, held, epochs)
+        finally:
+            training.close()
+        if ran_out and not incremental:
             warnings.warn(
                 f"Stochastic Optimizer: Maximum iterations ({self.max_iter}) reached and the "
                 "optimization hasn't converged yet.",
@@ -314,7 +320,7 @@ class _Network(BaseEstimator):
             self._optimizer = _SOLVERS[self.solver](self, self._groups())
         if weights is not None:
             weights = torch.from_numpy(weights).to(first.device, first.dtype)
-        return _Training(self, data, weights, int(batch))
+        return _Training(self, data, weights, int(batch), 1 if incremental else self.max_iter)
 
     def _groups(self) -> list[dict]:
         """The penalty is on weights alone; without one, all parameters are one group."""
@@ -331,19 +337,24 @@ class _Network(BaseEstimator):
         order = numpy.arange(len(training.data))
         self.n_iter_ = 0
         for _ in range(epochs):
-            if self.shuffle:
-                order = shuffle(order, random_state=self._random)
-            self.loss_ = training.epoch(torch.from_numpy(order))
+            if self.shuffle:  # as sklearn.utils.shuffle, which takes longer than a short epoch
+                places = numpy.arange(len(order))
+                self._random.shuffle(places)
+                order = order[places]
+            self.loss_ = training.epoch(order)
             self.n_iter_ += 1
             self.t_ += len(order)
             self.loss_curve_.append(self.loss_)
             if self.verbose:
                 print(f"Iteration {self.n_iter_}, loss = {self.loss_:.8f}")
+            if held is not None:
+                training.store()
             self._note_improvement(held)
-            if self.solver == "sgd":
-                _SCHEDULES[self.learning_rate](self, self._optimizer)
-            if self._no_improvement > self.n_iter_no_change and self._stops():
-                return False
+            with training.optimizer_at_hand():
+                if self.solver == "sgd":
+                    _SCHEDULES[self.learning_rate](self, self._optimizer)
+                if self._no_improvement > self.n_iter_no_change and self._stops():
+                    return False
         return True
 
     def _note_improvement(self, held) -> None:
@@ -389,32 +400,103 @@ class _Network(BaseEstimator):
 class _Training:
     """One call of fit: data on the device, the loss, and an engine, or weighted steps."""
 
-    def __init__(self, estimator: _Network, data: Dataset, weights, batch: int) -> None:
+    def __init__(
+        self, estimator: _Network, data: Dataset, weights: Any, batch: int, epochs: int
+    ) -> None:
         self.estimator, self.data, self.weights, self.batch = estimator, data, weights, batch
         self.model, self.optimizer = estimator._model, estimator._optimizer
         loss, self.per_output = estimator._make_loss("mean" if weights is None else "none")
         self.loss = loss
         self.decayed = [p for g in self.optimizer.param_groups if g["decays"] for p in g["params"]]
         self.decays = bool(self.decayed)
-        if weights is None:
+        self.session = None if weights is not None or epochs == 1 else self._session(epochs)
+        if weights is None and self.session is None:
             chosen = (estimator.engine, self.model, loss, self.optimizer, batch)
             self.engine, _ = engines.choose(*chosen)
 
-    def epoch(self, order: torch.Tensor) -> float:
+    def _session(self, epochs: int) -> Any:
+        """The compiled epochs of a CPU, or None where they do not serve or do not pay."""
+        parameters = [p.detach() for p in self.model.parameters()]
+        wanted, group = self.estimator.engine, self.optimizer.param_groups[0]
+        if wanted not in ("auto", "epoch") or not cpu.serves(parameters[0]):
+            return None
+        spec = spec_of(self.model, self.loss, self.optimizer, self.optimizer.row(group))
+        steps = epochs * -(-len(self.data) // self.batch)
+        if isinstance(spec, str) or (
+            wanted == "auto" and cpu.costs(spec.sizes, self.batch, steps) is not None
+        ):
+            return None
+        from .cpu.session import Session
+
+        self.optimizer.states()  # makes them
+        states = [
+            [self.optimizer.state[p][name] for p in self.model.parameters()]
+            for name in spec.rule.states
+        ]
+        targets = self.loss.columns(self.data.targets, spec.sizes[-1])
+        self._taken, self._squares = 0, None
+        return Session(spec, parameters, states, self.data.inputs, targets, self.batch)
+
+    def store(self) -> None:
+        """Bring the network and the optimizer's states up to date."""
+        if self.session is not None:
+            self.session.store()
+
+    def close(self) -> None:
+        """As `store`; nothing is trained any more."""
+        self.store()
+        if self.session is not None:
+            self.session.close()
+
+    @contextlib.contextmanager
+    def optimizer_at_hand(self) -> Iterator[None]:
+        """The optimizer's states and rate may be changed in here, if a schedule does so."""
+        estimator = self.estimator
+        changes = estimator.solver == "sgd" and estimator.learning_rate != "constant"
+        if self.session is None or not changes:
+            yield
+            return
+        self.session.store()
+        yield
+        self.session.load()
+
+    def _compiled_epoch(self, order: numpy.ndarray) -> float:
+        """An epoch of the session; see `epoch`."""
+        group, alpha, count = self.optimizer.param_groups[0], self.estimator.alpha, len(order)
+        rule = self.optimizer.row(group)
+        numbers = {name: group[name] for name, _ in rule.hyperparameters if name != "weight_decay"}
+        last = count % self.batch or self.batch
+        decay = (alpha / self.batch, alpha / last)
+        before = self._squares
+        if before is None and self.decays:
+            before = self.session.squares()
+        loss = self.session.epoch(order, numbers, self._taken, decay)
+        self._taken += self.session.steps
+        penalty = 0.0
+        if self.decays:
+            self._squares = self.session.squares()
+            penalty = 0.25 * alpha * (before + self._squares) * self.session.steps
+        return (loss * count * self.per_output + penalty) / count
+
+    def epoch(self, order: numpy.ndarray) -> float:
         """Train on all samples once; the mean loss with its penalty, as scikit-learn reports it."""
-        order = order.to(self.data.inputs.device)
+        try:
+            if self.session is not None:
+                return self._compiled_epoch(order)
+            return self._epoch(torch.from_numpy(order).to(self.data.inputs.device))
+        except FloatingPointError as error:
+            raise ValueError(
+                f"{type(self.estimator).__name__}: {error}: Solver produced non-finite "
+                "parameter weights; scale the inputs or take a smaller learning_rate_init"
+            ) from None
+
+    def _epoch(self, order: torch.Tensor) -> float:
         whole = len(order) // self.batch * self.batch
         # The penalty of a batch is alpha over its samples: a smaller last one is a part of its own.
         parts = [p for p in (order[:whole], order[whole:]) if len(p)] if self.decays else [order]
         before, total = self._penalty(), 0.0
         for part in parts:
-            try:
-                total += self._part(part) * len(part)
-            except FloatingPointError as error:
-                raise ValueError(
-                    f"{type(self.estimator).__name__}: {error}: Solver produced non-finite "
-                    "parameter weights; scale the inputs or take a smaller learning_rate_init"
-                ) from None
+            total += self._part(part) * len(part)
         batches = -(-len(order) // self.batch)
         penalty = (before + self._penalty()) / 2 * batches
         return (total * self.per_output + penalty) / len(order)

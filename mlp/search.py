@@ -18,6 +18,8 @@ import torch
 from sklearn.model_selection import ParameterGrid, ParameterSampler
 from sklearn.model_selection._search import BaseSearchCV
 
+from . import cpu
+
 FACTOR = 3  # of halving: each rung keeps a third and trains three times as long
 _CHUNKS = 20  # at most, of a rung: progress is told after each
 _RESOURCE = "max_iter"
@@ -78,7 +80,7 @@ class SearchCV(BaseSearchCV):
         self._candidates = self._drawn()  # an error comes before any training
         self._bar, self.verbose, shown = bool(self.verbose), 0, self.verbose
         try:
-            with _one_thread_each(), joblib.parallel_config(backend="threading"):
+            with cpu.many(), _one_thread_each(), joblib.parallel_config(backend="threading"):
                 return super().fit(X, y, **params)
         finally:
             self.verbose = shown

@@ -6,14 +6,16 @@
     waiting    how threads wait for each other
     loop       the steps of an epoch
     epoch      the host's side: memory, threads, pieces
+    session    many epochs of one small network
 
 numba is optional and slow to import: what needs it is imported where it is used.
 """
 
+import contextlib
 import importlib.util
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -29,6 +31,7 @@ _LOADS, _COMPILES = 1.0, 10.0
 _SAVED, _SAVED_EACH = 2e-4, 1e-11
 # Weights that caches hold: beyond, BLAS, which packs what it reads, is faster than tiles.
 _WEIGHTS = 1_500_000
+_many = 0  # how many callers of `many` are at work
 
 
 def serves(parameter: torch.Tensor) -> bool:
@@ -51,7 +54,7 @@ def costs(sizes: Sequence[int], batch: int, steps: int) -> str | None:
     products = sum(k * n for k, n in itertools.pairwise(sizes))
     if products > _WEIGHTS:
         return f"of {products:,} weights, which no cache holds, products by BLAS are faster"
-    if is_loaded():
+    if is_loaded() or _many:
         return None
     saved = steps * (_SAVED + 3 * batch * products * _SAVED_EACH)
     if saved < _LOADS:
@@ -65,6 +68,17 @@ def costs(sizes: Sequence[int], batch: int, steps: int) -> str | None:
                 "that it saves here; engine 'epoch' does it, for all later runs"
             )
     return None
+
+
+@contextlib.contextmanager
+def many() -> Iterator[None]:
+    """So many trainings follow in here that to load or to compile the code always pays."""
+    global _many
+    _many += 1
+    try:
+        yield
+    finally:
+        _many -= 1
 
 
 def train_epoch(

@@ -207,6 +207,7 @@ class _Task:
         places[loop.ROWS_OF_EPOCH], places[loop.COUNT] = len(indices), numbers.shape[1]
         for place, array in self.held.items():
             places[place] = array.ctypes.data
+        places[loop.BIAS_NUMBERS] = places[loop.NUMBERS]
         for place, function in enumerate(rows.of(spec), loop.FORWARD):
             places[place] = function.address
         self.run = loop.Run(

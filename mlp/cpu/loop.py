@@ -36,7 +36,9 @@ WIDTH, BATCH, ROWS_OF_EPOCH, BIAS, MEAN, IGNORED, COUNT = range(8, 15)
 # for each step, and of what is returned: losses, float32, and right predictions, int32.
 PIXELS, REALS, LABELS, TARGETS, PARAMETERS, ORDER, NUMBERS, LOSSES, CORRECT = range(15, 24)
 # Addresses of functions, and of the counter by which threads wait.
-FORWARD, BACKWARD, OUT_FORWARD, OUT_BACKWARD, CRITERION, RULE, COUNTER, PLACES = range(24, 32)
+FORWARD, BACKWARD, OUT_FORWARD, OUT_BACKWARD, CRITERION, RULE, COUNTER = range(24, 31)
+# Address of the rule's numbers for biases, which may have another weight decay.
+BIAS_NUMBERS, PLACES = range(31, 33)
 LINE = 64  # bytes of a cache line
 SCRATCH_FLOATS = 4096  # of one worker's gradients, if a block of rows is not longer
 # Typed, because numba compiles a function once more for each Python literal.
@@ -161,12 +163,11 @@ def _address(run, offset):
 
 
 @njit(nogil=True)
-def _apply(run, layer, k, rows, gradient, step):
+def _apply(run, layer, k, rows, gradient, numbers):
     """Update `rows` rows of w from row k on by their gradients, with the numbers of a step."""
     pitch, outputs = layer[PITCH], layer[N]
     at = layer[W] + k * pitch
     state = at + run.places[STATE]
-    numbers = run.places[NUMBERS] + 4 * step * run.places[COUNT]
     addresses = (_address(run, at), _address(run, gradient), _address(run, state))
     call(run.places[RULE], (*addresses, run.places[STATE], numbers, rows * pitch))
     if outputs < pitch:  # whatever the rule makes of zeros, the padding stays 0
@@ -186,14 +187,15 @@ def update_rows(run, l, inputs, rows, worker, step):
     pitch, block = layer[PITCH], layer[BLOCK]
     gradient = run.places[SCRATCH] + worker * max(SCRATCH_FLOATS, pitch * ROWS)
     right, target, vectors = (layer[D], pitch), (gradient, pitch), pitch // LANES
+    numbers = 4 * step * run.places[COUNT]
     for k in range(begin, end, block):
         count = np.int64(min(block, end - k))
         left = (x + k - begin, ONCE, stride)
         product(run.w, left, right, target, (count, vectors, rows), NONE)
-        _apply(run, layer, k, count, gradient, step)
+        _apply(run, layer, k, count, gradient, run.places[NUMBERS] + numbers)
     if end == layer[K] and run.places[BIAS]:
         product(run.w, (run.places[ONE], NONE, NONE), right, target, (ONCE, vectors, rows), NONE)
-        _apply(run, layer, end, ONCE, gradient, step)
+        _apply(run, layer, end, ONCE, gradient, run.places[BIAS_NUMBERS] + numbers)
 
 
 @njit(nogil=True)

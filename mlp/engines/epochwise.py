@@ -19,9 +19,11 @@ from . import takeover
 from .stepwise import Demands, Engine, EpochResult
 
 
-def spec_of(model: Any, loss: Any, optimizer: Any) -> kernels.Spec | str:
+def spec_of(
+    model: Any, loss: Any, optimizer: Any, rule: kernels.Rule | None = None
+) -> kernels.Spec | str:
     """What the training kernels call this network, loss and optimizer; or, in words, why they have
-    no name for it.
+    no name for it. rule: the optimizer's, of a caller that knows how its groups differ.
     """
     config: dict[str, Any] = (
         model.config() if hasattr(model, "config") else {"kind": type(model).__name__}
@@ -31,7 +33,8 @@ def spec_of(model: Any, loss: Any, optimizer: Any) -> kernels.Spec | str:
     if any(p.dtype != torch.float32 for p in parameters_of(model).values()):
         return f"trains float32 networks, got {next(iter(parameters_of(model).values())).dtype}"
     criterion = _criterion(loss, config["sizes"][-1])
-    rule = optimizer.rule(parameters_of(model).values()) if hasattr(optimizer, "rule") else None
+    if rule is None and hasattr(optimizer, "rule"):
+        rule = optimizer.rule(parameters_of(model).values())
     if isinstance(criterion, str) or rule is None:
         return (
             criterion

@@ -7,6 +7,7 @@ import warnings
 
 import numpy
 import pytest
+import torch
 from sklearn import datasets, neural_network
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import GridSearchCV
@@ -14,6 +15,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import estimator_checks
 
+import kernels
 import mlp
 from tests.test_structure import ROOT
 
@@ -188,3 +190,30 @@ def test_without_scikit_learn_the_extra_is_named():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "pip install 'handgrad[train]'" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"alpha": 0.1, "batch_size": 40},
+        {"solver": "sgd", "learning_rate": "invscaling", "alpha": 0.01},
+        {"solver": "sgd", "learning_rate": "adaptive", "tol": 0.1, "n_iter_no_change": 1},
+        {"early_stopping": True, "alpha": 0.0},
+    ],
+)
+def test_compiled_epochs_are_the_manual_ones(changes):
+    """Weight decay on weights alone, another one in the last batch, rates that change."""
+    pytest.importorskip("numba")
+    if kernels.backend(torch.empty(0)) != "torch":
+        pytest.skip("the compiled epoch serves where no kernel does")
+    x, y = datasets.load_iris(return_X_y=True)
+    common = {"max_iter": 8, "random_state": 0, "precision": "fp32", "device": "cpu", **changes}
+    common["hidden_layer_sizes"] = (5, 4)
+    manual = mlp.MLPClassifier(engine="manual", **common).fit(x, y)
+    compiled = mlp.MLPClassifier(engine="epoch", **common).fit(x, y)
+    assert compiled.n_iter_ == manual.n_iter_
+    numpy.testing.assert_allclose(compiled.loss_curve_, manual.loss_curve_, rtol=1e-4)
+    for one, other in zip(
+        compiled.coefs_ + compiled.intercepts_, manual.coefs_ + manual.intercepts_
+    ):
+        numpy.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
