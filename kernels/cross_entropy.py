@@ -24,7 +24,7 @@ import triton.language as tl
 
 from . import configs, launch, tape
 from .elementwise_loss import check_reduction
-from .losses import NEVER, label_weight, softmax_loss_tile, target_tile
+from .losses import NEVER, Classes, label_weight, softmax_loss_tile, target_tile
 from .tiles import cast
 
 _TILE = 4096  # logits of one program's tile
@@ -38,6 +38,29 @@ class CrossEntropySaved(NamedTuple):
     dtarget: torch.Tensor | None  # ∂ℓ/∂t, where probabilities want a gradient
     denominator: torch.Tensor | int | None  # of the mean
     reduction: str
+
+
+class Items(NamedTuple):
+    """A tensor (N, C, D) as a kernel takes it: its address and strides. Labels (N, D) have no
+    classes to step along.
+    """
+
+    ptr: Any
+    stride_n: Any
+    stride_c: Any
+    stride_d: Any
+
+
+def items(t: torch.Tensor) -> Items:
+    """t (N, C, D), or labels (N, D), of any strides, as a kernel takes it."""
+    n, *c, d = t.stride()
+    return Items(t, n, c[0] if c else 0, d)
+
+
+def class_options(count: int, weight, ignore_index: int, label_smoothing: float) -> Classes:
+    """The options of cross-entropy, weight (count,) or None, as its kernels take them."""
+    stride = 0 if weight is None else weight.stride(0)
+    return Classes(count, weight, stride, ignore_index, float(label_smoothing))
 
 
 @contextlib.contextmanager
@@ -228,13 +251,19 @@ def store_loss(loss_ptr, rows, mask, loss, weight, counted, REDUCE: tl.constexpr
 
 
 @triton.jit
-def labels(t_ptrs, mask_r, w_ptr, C, stride_w, ignore_index, SOFT: tl.constexpr):
+def are_probabilities(t):
+    """Whether targets are probabilities of classes, not labels: a constant of the compilation."""
+    return tl.constexpr(t.ptr.dtype.element_ty.is_floating())
+
+
+@triton.jit
+def labels(t_ptrs, mask_r, classes, SOFT: tl.constexpr):
     """(label, weight in the mean) of each row; for probabilities (0, 1)."""
     label = tl.zeros(mask_r.shape, tl.int64)
     weight = tl.where(mask_r, 1.0, 0.0)
     if not SOFT:
-        label = tl.load(t_ptrs, mask=mask_r, other=ignore_index).to(tl.int64)
-        weight = label_weight(label, mask_r, w_ptr, C, stride_w, ignore_index)
+        label = tl.load(t_ptrs, mask=mask_r, other=classes.ignored).to(tl.int64)
+        weight = label_weight(label, mask_r, classes)
     return label, weight
 
 
@@ -242,15 +271,11 @@ def labels(t_ptrs, mask_r, w_ptr, C, stride_w, ignore_index, SOFT: tl.constexpr)
 def softmax_rows(
     z_ptrs,  # [BLOCK_R]
     stride_zc,
-    mask_r,
+    mask_r,  # [BLOCK_R]
     t_ptrs,  # [BLOCK_R]
-    label,
-    w_ptr,
-    C,
     stride_tc,
-    stride_w,
-    smoothing,
-    ignore_index,
+    label,  # [BLOCK_R]
+    classes,  # Classes
     SOFT: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -258,9 +283,9 @@ def softmax_rows(
     m = tl.full(mask_r.shape, float("-inf"), tl.float32)
     s = tl.zeros(mask_r.shape, tl.float32)
     total = tl.zeros(mask_r.shape, tl.float32)
-    for c in range(0, C, BLOCK_C):
+    for c in range(0, classes.count, BLOCK_C):
         offs_c = c + tl.arange(0, BLOCK_C).to(tl.int64)
-        mask = mask_r[:, None] & (offs_c < C)[None, :]
+        mask = mask_r[:, None] & (offs_c < classes.count)[None, :]
         z = tl.load(
             z_ptrs[:, None] + offs_c[None, :] * stride_zc, mask=mask, other=float("-inf")
         ).to(tl.float32)
@@ -268,43 +293,20 @@ def softmax_rows(
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         s = s * tl.exp(m - shift) + tl.sum(tl.exp(z - shift[:, None]), axis=1)
         m = higher
-        q, _ = target_tile(
-            t_ptrs,
-            label,
-            offs_c,
-            mask,
-            w_ptr,
-            C,
-            stride_tc,
-            stride_w,
-            smoothing,
-            ignore_index,
-            SOFT,
-        )
+        q, _ = target_tile(t_ptrs, stride_tc, label, offs_c, mask, classes, SOFT)
         total += tl.sum(q, axis=1)
     return m, s, total
 
 
 @triton.jit
 def cross_entropy_fwd_kernel(
-    loss_ptr,
-    grad_ptr,
-    z_ptr,
-    t_ptr,
-    w_ptr,
+    loss_ptr,  # [3, programs], or [R]
+    grad_ptr,  # [N, C, D]
+    z,  # Items [N, C, D]
+    t,  # Items: labels [N, D], or probabilities [N, C, D]
+    classes,  # Classes
     R,
-    C,
     D,
-    stride_zn,
-    stride_zc,
-    stride_zd,
-    stride_tn,
-    stride_tc,
-    stride_td,
-    stride_w,
-    ignore_index,
-    smoothing,
-    SOFT: tl.constexpr,
     REDUCE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -312,53 +314,30 @@ def cross_entropy_fwd_kernel(
     """Rows r = n·D + d: an online softmax, then loss and gradient, tile by tile. The second reading
     comes from cache.
     """
+    SOFT: tl.constexpr = are_probabilities(t)
     pid = tl.program_id(0)
     rows = pid.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = rows < R
     n, d = rows // D, rows % D
-    z_ptrs = z_ptr + n * stride_zn + d * stride_zd
-    t_ptrs = t_ptr + n * stride_tn + d * stride_td
-    grad_ptrs = grad_ptr + n * C * D + d
-    label, weight = labels(t_ptrs, mask_r, w_ptr, C, stride_w, ignore_index, SOFT)
+    z_ptrs = z.ptr + n * z.stride_n + d * z.stride_d
+    t_ptrs = t.ptr + n * t.stride_n + d * t.stride_d
+    grad_ptrs = grad_ptr + n * classes.count * D + d
+    label, weight = labels(t_ptrs, mask_r, classes, SOFT)
     m, s, total = softmax_rows(
-        z_ptrs,
-        stride_zc,
-        mask_r,
-        t_ptrs,
-        label,
-        w_ptr,
-        C,
-        stride_tc,
-        stride_w,
-        smoothing,
-        ignore_index,
-        SOFT,
-        BLOCK_C,
+        z_ptrs, z.stride_c, mask_r, t_ptrs, t.stride_c, label, classes, SOFT, BLOCK_C
     )
     loss = tl.zeros((BLOCK_R,), tl.float32)
-    for c in range(0, C, BLOCK_C):
+    for c in range(0, classes.count, BLOCK_C):
         offs_c = c + tl.arange(0, BLOCK_C).to(tl.int64)
-        mask = mask_r[:, None] & (offs_c < C)[None, :]
-        tile_ptrs = z_ptrs[:, None] + offs_c[None, :] * stride_zc
-        z = tl.load(tile_ptrs, mask=mask, other=float("-inf")).to(tl.float32)
-        q, counted = target_tile(
-            t_ptrs,
-            label,
-            offs_c,
-            mask,
-            w_ptr,
-            C,
-            stride_tc,
-            stride_w,
-            smoothing,
-            ignore_index,
-            SOFT,
-        )
-        tile_loss, grad = softmax_loss_tile(z, m, s, q, counted, total)
+        mask = mask_r[:, None] & (offs_c < classes.count)[None, :]
+        tile_ptrs = z_ptrs[:, None] + offs_c[None, :] * z.stride_c
+        tile = tl.load(tile_ptrs, mask=mask, other=float("-inf")).to(tl.float32)
+        q, counted = target_tile(t_ptrs, t.stride_c, label, offs_c, mask, classes, SOFT)
+        tile_loss, grad = softmax_loss_tile(tile, m, s, q, counted, total)
         loss += tile_loss
         grad = cast(grad, grad_ptr.dtype.element_ty)
         tl.store(grad_ptrs[:, None] + offs_c[None, :] * D, grad, mask=mask)
-    store_loss(loss_ptr, rows, mask_r, loss, weight, label != ignore_index, REDUCE)
+    store_loss(loss_ptr, rows, mask_r, loss, weight, label != classes.ignored, REDUCE)
 
 
 @triton.jit
@@ -496,8 +475,7 @@ def cross_entropy_fwd(
         )
     z, t = _rows(logits, target)
     N, C, D = z.shape
-    soft = t.is_floating_point()
-    if not soft and not labels_valid:
+    if not t.is_floating_point() and not labels_valid:
         check_range(t, C, ignore_index)
     block_c = min(_TILE, max(16, triton.next_power_of_2(C)))
     block_r = max(1, min(_TILE // 4 // block_c, triton.next_power_of_2(max(N * D, 1))))
@@ -512,18 +490,11 @@ def cross_entropy_fwd(
         (programs,),
         rows,
         grad,
-        z,
-        t,
-        weight,
+        items(z),
+        items(t),
+        class_options(C, weight, ignore_index, label_smoothing),
         N * D,
-        C,
         D,
-        *z.stride(),
-        *(t.stride() if soft else (t.stride(0), 0, t.stride(1))),
-        0 if weight is None else weight.stride(0),
-        ignore_index,
-        float(label_smoothing),
-        SOFT=soft,
         REDUCE=reduce,
         BLOCK_R=block_r,
         BLOCK_C=block_c,

@@ -98,6 +98,17 @@ def _flat(parameter, like):
 
 
 @triton.jit
+def product(a, b, mask):
+    """a b where mask, else 0: what a sum over lanes may take.
+
+    The choice comes after the product. A bare product would be fused with the sum's first addition,
+    where a lane adds what another lane sent: each lane would round the other's product and not its
+    own, so that the lanes of one row would hold different sums.
+    """
+    return tl.where(mask, a * b, 0.0)
+
+
+@triton.jit
 def layer_norm_fwd_kernel(
     y_ptr,  # [M, N]
     mean_ptr,  # [M]
@@ -122,11 +133,11 @@ def layer_norm_fwd_kernel(
         tile = load_tile(x, rows[:, None], offs_n[None, :], mask)
         count = tl.minimum(N - start, BLOCK_N).to(tl.float32)
         tile_mean = tl.sum(tile, axis=1) / count
-        centred = tl.where(mask, tile - tile_mean[:, None], 0.0)
+        centred = tile - tile_mean[:, None]
         apart = tile_mean - mean
         share = count / (seen + count)
         mean += apart * share
-        squares += tl.sum(centred * centred, axis=1) + apart * apart * (seen * share)
+        squares += tl.sum(product(centred, centred, mask), axis=1) + apart * apart * (seen * share)
         seen += count
     rstd = 1.0 / tl.sqrt(squares / N + eps)
     tl.store(mean_ptr + rows, mean, mask=mask_m)
@@ -146,14 +157,17 @@ def layer_norm_fwd_kernel(
 
 @triton.jit
 def gradient_tile(dy, x, w_ptr, rows, offs_n, mean, rstd, N):
-    """(g, x̂) of the module's formulas for one tile, 0 outside the matrix."""
+    """(g, x̂, mask): g and x̂ of the module's formulas for one tile, and which elements exist. g is 0
+    where none does.
+    """
     mask = (rows < x.rows)[:, None] & (offs_n < N)[None, :]
     tile = load_tile(x, rows[:, None], offs_n[None, :], mask)
-    xhat = tl.where(mask, (tile - mean[:, None]) * rstd[:, None], 0.0)
+    xhat = (tile - mean[:, None]) * rstd[:, None]
     g = load_tile(dy, rows[:, None], offs_n[None, :], mask)
     if w_ptr is not None:
-        g *= tl.load(w_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-    return g, xhat
+        w = tl.load(w_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
+        g = product(g, w[None, :], mask)
+    return g, xhat, mask
 
 
 @triton.jit
@@ -179,15 +193,14 @@ def layer_norm_bwd_dx_kernel(
     projection = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, N, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        g, xhat = gradient_tile(dy, x, w_ptr, rows, offs_n, mean, rstd, N)
+        g, xhat, mask = gradient_tile(dy, x, w_ptr, rows, offs_n, mean, rstd, N)
         g_sum += tl.sum(g, axis=1)
-        projection += tl.sum(g * xhat, axis=1)
+        projection += tl.sum(product(g, xhat, mask), axis=1)
     for start in range(0, N, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        g, xhat = gradient_tile(dy, x, w_ptr, rows, offs_n, mean, rstd, N)
+        g, xhat, mask = gradient_tile(dy, x, w_ptr, rows, offs_n, mean, rstd, N)
         dx = (g - (g_sum / N)[:, None] - xhat * (projection / N)[:, None]) * rstd[:, None]
         offs = rows[:, None] * N + offs_n[None, :]
-        mask = mask_m[:, None] & (offs_n < N)[None, :]
         tl.store(dx_ptr + offs, cast(dx, dx_ptr.dtype.element_ty), mask=mask)
 
 
@@ -217,8 +230,8 @@ def layer_norm_bwd_dw_kernel(
         mean = tl.load(mean_ptr + rows, mask=mask_m, other=0.0)
         rstd = tl.load(rstd_ptr + rows, mask=mask_m, other=0.0)
         rows = tl.where(mask_m, rows, x.rows)  # rows of the next split count as none
-        g, xhat = gradient_tile(dy, x, None, rows, offs_n, mean, rstd, N)
-        dw += tl.sum(g * xhat, axis=0)
+        g, xhat, mask = gradient_tile(dy, x, None, rows, offs_n, mean, rstd, N)
+        dw += tl.sum(product(g, xhat, mask), axis=0)
         db += tl.sum(g, axis=0)
     parts_ptr += split * 2 * N
     tl.store(parts_ptr + offs_n, dw, mask=offs_n < N)

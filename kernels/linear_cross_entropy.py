@@ -16,14 +16,17 @@ import triton.language as tl
 
 from . import configs, launch, tape
 from .cross_entropy import (
+    are_probabilities,
     check_cross_entropy,
     check_range,
+    class_options,
     cross_entropy,
     cross_entropy_bwd,
     cross_entropy_bwd_ref,
     cross_entropy_fwd,
     cross_entropy_fwd_ref,
     finish,
+    items,
     labels,
     store_loss,
 )
@@ -70,21 +73,14 @@ def linear_cross_entropy_bwd_ref(
 
 @triton.jit
 def linear_cross_entropy_fwd_kernel(
-    loss_ptr,
-    grad_ptr,
+    loss_ptr,  # [3, programs], or [M]
+    grad_ptr,  # [M, C]
     x,  # Matrix [M, K]
     w,  # Matrix [C, K]
-    b_ptr,
-    t_ptr,
-    class_weight_ptr,
+    b_ptr,  # [C], or None
+    t,  # Items: labels [M, 1], or probabilities [M, C, 1]
+    classes,  # Classes
     K,
-    stride_b,
-    stride_tm,
-    stride_tc,
-    stride_cw,
-    ignore_index,
-    smoothing,
-    SOFT: tl.constexpr,
     REDUCE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -94,6 +90,7 @@ def linear_cross_entropy_fwd_kernel(
     """Rows of logits x wᵀ + b in one tile [BLOCK_M, BLOCK_N], then softmax, loss and gradient:
     logits are never stored.
     """
+    SOFT: tl.constexpr = are_probabilities(t)
     pid = tl.program_id(0)
     rows = pid * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = tl.arange(0, BLOCK_N)
@@ -101,26 +98,14 @@ def linear_cross_entropy_fwd_kernel(
     C = w.rows
     z, _ = product_tile(x, w, rows, offs_c, 0, K, BLOCK_K, PRECISION, False)
     if b_ptr is not None:
-        z += tl.load(b_ptr + offs_c * stride_b, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
+        z += tl.load(b_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
     z = tl.where((offs_c < C)[None, :], z, float("-inf"))
     rows = rows.to(tl.int64)
     mask_r = rows < M
     mask = mask_r[:, None] & (offs_c < C)[None, :]
-    t_ptrs = t_ptr + rows * stride_tm
-    label, weight = labels(t_ptrs, mask_r, class_weight_ptr, C, stride_cw, ignore_index, SOFT)
-    q, counted = target_tile(
-        t_ptrs,
-        label,
-        offs_c,
-        mask,
-        class_weight_ptr,
-        C,
-        stride_tc,
-        stride_cw,
-        smoothing,
-        ignore_index,
-        SOFT,
-    )
+    t_ptrs = t.ptr + rows * t.stride_n
+    label, weight = labels(t_ptrs, mask_r, classes, SOFT)
+    q, counted = target_tile(t_ptrs, t.stride_c, label, offs_c, mask, classes, SOFT)
     m = tl.max(z, axis=1)
     s = tl.sum(tl.exp(z - m[:, None]), axis=1)
     loss, grad = softmax_loss_tile(z, m, s, q, counted, tl.sum(q, axis=1))
@@ -129,7 +114,7 @@ def linear_cross_entropy_fwd_kernel(
         cast(grad, grad_ptr.dtype.element_ty),
         mask=mask,
     )
-    store_loss(loss_ptr, rows, mask_r, loss, weight, label != ignore_index, REDUCE)
+    store_loss(loss_ptr, rows, mask_r, loss, weight, label != classes.ignored, REDUCE)
 
 
 def linear_cross_entropy_fwd(
@@ -162,8 +147,7 @@ def linear_cross_entropy_fwd(
         return loss, LinearCrossEntropySaved(x, w, b is not None, *saved)
     (M, K), logits_like = x.shape, x.new_empty((1, 1)).expand(x.shape[0], C)
     check_cross_entropy(logits_like, target, *options, op="linear_cross_entropy")
-    soft = target.is_floating_point()
-    if not soft:
+    if not target.is_floating_point():
         check_range(target, C, ignore_index)
     config = configs.product("linear_cross_entropy", x, M, 1)
     config["BLOCK_N"] = max(16, triton.next_power_of_2(C))
@@ -178,17 +162,10 @@ def linear_cross_entropy_fwd(
         grad,
         matrix(x),
         matrix(w),
-        b,
-        target,
-        weight,
+        None if b is None else b.contiguous(),
+        items(target.unsqueeze(-1)),
+        class_options(C, weight, ignore_index, label_smoothing),
         K,
-        0 if b is None else b.stride(0),
-        target.stride(0),
-        target.stride(1) if soft else 0,
-        0 if weight is None else weight.stride(0),
-        ignore_index,
-        float(label_smoothing),
-        SOFT=soft,
         REDUCE=reduce,
         **config,
     )

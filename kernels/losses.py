@@ -20,7 +20,7 @@ To add one: a jit function, two torch functions, a row at the bottom, and its cl
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,48 +35,57 @@ LOWEST = tl.constexpr(-3.0e38)
 NEVER = tl.constexpr(-(1 << 62))  # the ignored label of losses that ignore none
 
 
+class Classes(NamedTuple):
+    """What cross-entropy's kernels know of the classes: how many, weights (count,) or None with
+    their stride, the label that counts for nothing, and label smoothing.
+    """
+
+    count: Any
+    weight_ptr: Any
+    stride_weight: Any
+    ignored: Any
+    smoothing: Any
+
+
 @triton.jit
 def target_tile(
-    t_ptrs,
-    label,
-    offs_c,
-    mask,
-    w_ptr,
-    C,
+    t_ptrs,  # [BLOCK_R]
     stride_tc,
-    stride_w,
-    smoothing,
-    ignore_index,
+    label,  # [BLOCK_R]
+    offs_c,  # [BLOCK_C]
+    mask,  # [BLOCK_R, BLOCK_C]
+    classes,  # Classes
     SOFT: tl.constexpr,
 ):
-    """q of cross-entropy's formula for one tile [BLOCK_R, BLOCK_C], 0 outside the mask; and which
-    classes the loss looks at.
+    """q of cross-entropy's formula for one tile, 0 outside the mask; and which classes the loss
+    looks at.
     """
     if SOFT:
-        t = tl.load(t_ptrs[:, None] + offs_c[None, :] * stride_tc, mask=mask, other=0.0).to(
-            tl.float32
-        )
+        t_ptrs = t_ptrs[:, None] + offs_c[None, :] * stride_tc
+        t = tl.load(t_ptrs, mask=mask, other=0.0).to(tl.float32)
     else:
         t = tl.where(offs_c[None, :] == label[:, None], 1.0, 0.0)
-        mask = mask & (label != ignore_index)[:, None]
-    q = t * (1.0 - smoothing) + smoothing / C
+        mask = mask & (label != classes.ignored)[:, None]
+    q = t * (1.0 - classes.smoothing) + classes.smoothing / classes.count
     counted = mask & (SOFT | (q != 0))
-    if w_ptr is not None:
-        q *= tl.load(w_ptr + offs_c * stride_w, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
+    if classes.weight_ptr is not None:
+        w_ptrs = classes.weight_ptr + offs_c * classes.stride_weight
+        q *= tl.load(w_ptrs, mask=offs_c < classes.count, other=0.0).to(tl.float32)[None, :]
     return tl.where(mask, q, 0.0), counted
 
 
 @triton.jit
-def label_weight(label, valid, w_ptr, C, stride_w, ignore_index):
+def label_weight(label, valid, classes):
     """What a row adds to the mean's denominator: w_y, 0 if ignored; NaN for a label that is no
     class, so that it shows.
     """
-    known = (label >= 0) & (label < C)
-    counted = valid & (label != ignore_index)
-    weight = tl.where(counted & (known == 0), float("nan"), tl.where(counted, 1.0, 0.0))
-    if w_ptr is not None:
-        weight *= tl.load(w_ptr + label * stride_w, mask=counted & known, other=1.0).to(tl.float32)
-    return weight
+    known = (label >= 0) & (label < classes.count)
+    counted = valid & (label != classes.ignored)
+    weight = tl.where(counted, 1.0, 0.0)
+    if classes.weight_ptr is not None:
+        w_ptrs = classes.weight_ptr + label * classes.stride_weight
+        weight = tl.load(w_ptrs, mask=counted & known, other=0.0).to(tl.float32)
+    return tl.where(counted & (known == 0), float("nan"), weight)
 
 
 @triton.jit

@@ -169,6 +169,19 @@ def test_names_of_kernels(name):
             assert not [function for function in called if function.endswith("_kernel")]
 
 
+@pytest.mark.parametrize("name", KERNELS)
+def test_few_parameters(name):
+    """At most 13 of a jit function, at most 8 of a public function of training: what travels
+    together is one argument.
+    """
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.FunctionDef):
+            count = len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs)
+            assert not is_jit(node) or count <= 13, f"{node.name} has {count} parameters"
+            public = name.startswith("kernels/training/") and node.name[0] != "_"
+            assert not public or is_jit(node) or count <= 8, f"{node.name} has {count} parameters"
+
+
 # They compute on the host.
 HOST = ("kernels/selfcheck.py", "kernels/rounding.py", "kernels/rules.py")
 

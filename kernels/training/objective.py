@@ -8,7 +8,7 @@ that is no class makes loss and gradient NaN.
 import triton
 import triton.language as tl
 
-from ..losses import label_weight, same_class, target_tile
+from ..losses import Classes, label_weight, same_class, target_tile
 
 
 @triton.jit
@@ -28,14 +28,13 @@ def loss(y, t_ptr, rows, mask_m, NET: tl.constexpr):
     C: tl.constexpr = NET.sizes[len(NET.sizes) - 1]
     offs_c = tl.arange(0, NET.tiles[len(NET.sizes) - 1])
     mask = mask_m[:, None] & (offs_c < C)[None, :]
+    classes = Classes(C, None, 0, NET.loss.ignored, 0.0)
     label = rows * 0
     weight = tl.where(mask_m, 1.0, 0.0)
     if not NET.soft:
         label = tl.load(t_ptr + rows, mask=mask_m, other=0).to(tl.int64)
-        weight = label_weight(label, mask_m, None, C, 0, NET.loss.ignored)
-    q, counted = target_tile(
-        t_ptr + rows * C, label, offs_c, mask, None, C, 1, 0, 0.0, NET.loss.ignored, NET.soft
-    )
+        weight = label_weight(label, mask_m, classes)
+    q, counted = target_tile(t_ptr + rows * C, 1, label, offs_c, mask, classes, NET.soft)
     rows_loss, dy = NET.loss.tile(y, q, mask, counted, parameters(offs_c, NET), NET)
     count = tl.sum(weight, axis=0)
     factor = count * 0.0 + NET.loss_scale  # NaN if a label is no class

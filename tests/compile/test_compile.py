@@ -73,6 +73,8 @@ def problems(arch, row):
             f"{row['spills']} spills, {row['stack']} bytes of stack, at {row['registers']} "
             "registers"
         )
+    if row.get("uneven"):
+        yield f"{row['uneven']} sums over lanes whose lanes differ: see worker.uneven_sums"
     if row["dots"] and (used := set(row["products"])) != (expected := expected_products(arch, row)):
         yield f"multiplies by {sorted(used)}, expected {sorted(expected)}"
 

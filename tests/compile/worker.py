@@ -202,13 +202,29 @@ def compile_and_describe(arch, label, precision, source, options):
         set(re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_s?mfma|v_wmma", assembly))
     )
     if arch.startswith("sm_"):
-        row |= resources(compiled.asm["cubin"])
+        row |= resources(compiled.asm["cubin"]) | {"uneven": uneven_sums(assembly)}
     else:
         row |= {
             "stack": sum(int(n) for n in re.findall(r"ScratchSize: (\d+)", assembly)),
             "registers": max(map(int, re.findall(r"\.vgpr_count:\s+(\d+)", assembly)), default=0),
         }
     return row
+
+
+def uneven_sums(ptx):
+    """How many sums over lanes begin with a fused multiply-add a·b + (the neighbour's a·b).
+
+    It rounds the neighbour's product and not its own, so the two lanes hold different sums. Where
+    both store theirs to one address, which of them stays is anyone's guess.
+    """
+    register = r"(%\w+)"
+    products = {
+        out: {a, b}
+        for out, a, b in re.findall(rf"\bmul\.f32\s+{register}, {register}, {register};", ptx)
+    }
+    sent = dict(re.findall(rf"\bshfl\.sync\.\w+\.b32\s+{register}, {register},", ptx))
+    fused = re.findall(rf"\bfma\.rn\.f32\s+{register}, {register}, {register}, {register};", ptx)
+    return sum(products.get(sent.get(c)) == {a, b} for _, a, b, c in fused)
 
 
 def resources(cubin):
