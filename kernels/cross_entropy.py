@@ -251,12 +251,6 @@ def store_loss(loss_ptr, rows, mask, loss, weight, counted, REDUCE: tl.constexpr
 
 
 @triton.jit
-def are_probabilities(t):
-    """Whether targets are probabilities of classes, not labels: a constant of the compilation."""
-    return tl.constexpr(t.ptr.dtype.element_ty.is_floating())
-
-
-@triton.jit
 def labels(t_ptrs, mask_r, classes, SOFT: tl.constexpr):
     """(label, weight in the mean) of each row; for probabilities (0, 1)."""
     label = tl.zeros(mask_r.shape, tl.int64)
@@ -314,7 +308,7 @@ def cross_entropy_fwd_kernel(
     """Rows r = n·D + d: an online softmax, then loss and gradient, tile by tile. The second reading
     comes from cache.
     """
-    SOFT: tl.constexpr = are_probabilities(t)
+    SOFT: tl.constexpr = t.ptr.dtype.element_ty.is_floating()  # probabilities
     pid = tl.program_id(0)
     rows = pid.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = rows < R

@@ -99,7 +99,7 @@ def test_every_operator_is_checked():
         if name.startswith("handgrad::")
     }
     both = set(PAIRS)
-    assert registered == both | {f"{name}_bwd" for name in both} | {"sgd", "adam"}, (
+    assert registered == both | {f"{name}_bwd" for name in both} | {"sgd", "adam", "apply_rule"}, (
         "an operation that is registered needs a row in kernels/operations.py"
     )
 
@@ -148,6 +148,19 @@ def test_opcheck_updates(update):
         ],
     }[update]:
         opcheck(getattr(torch.ops.handgrad, update).default, args)
+
+
+@pytest.mark.parametrize("rule", kernels.RULES)
+def test_opcheck_rules(rule):
+    """The operator of every rule likewise, with numbers and with a rate and a step that are
+    tensors.
+    """
+    tensors = lambda: [torch.rand(3, 4), torch.rand(5)]  # noqa: E731
+    row, states = list(kernels.row_of(rule)), len(kernels.RULES[rule].states)
+    one, three = torch.tensor(0.1), torch.tensor(3.0)
+    for numbers, flags in (((None, row, None, 3.0), (True, False)), ((one, row, three, 0.0), ())):
+        given = tensors(), tensors(), tensors() * states, rule, *numbers, *(flags or (False, True))
+        opcheck(torch.ops.handgrad.apply_rule.default, given)
 
 
 @pytest.mark.parametrize(
