@@ -57,7 +57,9 @@ def items(t: torch.Tensor) -> Items:
     return Items(t, n, c[0] if c else 0, d)
 
 
-def class_options(count: int, weight, ignore_index: int, label_smoothing: float) -> Classes:
+def class_options(
+    count: int, weight: torch.Tensor | None, ignore_index: int, label_smoothing: float
+) -> Classes:
     """The options of cross-entropy, weight (count,) or None, as its kernels take them."""
     stride = 0 if weight is None else weight.stride(0)
     return Classes(count, weight, stride, ignore_index, float(label_smoothing))
