@@ -67,6 +67,14 @@ def predict(values: Values) -> None:
     results.predict(values)
 
 
+@command(app, "runs", *options.RUNS)
+def runs(values: Values) -> None:
+    """List the runs below a folder, with their settings and scores."""
+    from . import comparing
+
+    comparing.runs(values)
+
+
 @command(app, "export", *options.EXPORT)
 def export(values: Values) -> None:
     """Write a trained network as an ONNX file, or as the weights of plain torch modules."""
@@ -111,6 +119,7 @@ def run(argv: list[str]) -> int:
     """Run a command; 0, or 2 after one line on stderr. HANDGRAD_DEBUG=1 shows where an error comes
     from.
     """
+    versions.typed[:] = ["handgrad", *argv]
     try:
         status = app(argv, standalone_mode=False) or 0
         if status == _INTERRUPTED:

@@ -177,6 +177,7 @@ CALL = (
     Option("force", bool, "replace the run in --out", False),
     Option("plots", bool, "draw all pictures of `handgrad report` at the end", False),
     Option("log", str, "csv or tensorboard, or both with a comma: numbers for other programs"),
+    Option("seeds", int, "train so many networks, --seed and on; mean and deviation", least=1),
     Option("resume", bool, "go on with the run in --out, up to --epochs", False),
 )
 DATASET = Option(
@@ -198,7 +199,14 @@ EVALUATE = (
     RUN_DATA,
     DEVICE,
 )
-REPORT = (RUN_FOLDER, RUN_DATA, DEVICE)
+REPORT = (
+    Option("runs", list[Path], "a run folder; several are compared", ..., is_argument=True),
+    Option("html", bool, "write report.html, one file with everything, instead of pictures", False),
+    Option("out", Path, "folder for the figure of several runs; default: this one"),
+    RUN_DATA,
+    DEVICE,
+)
+RUNS = (Option("folder", Path, "where to look; default: runs", is_argument=True),)
 PREDICT = (
     RUN_FOLDER,
     Option("images", list[Path], "PNG or JPEG files, or a table", ..., is_argument=True),

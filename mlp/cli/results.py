@@ -2,18 +2,17 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from .. import data, metrics, recipes
 from ..modules import ends
-from ..runs import CONFIG, RunFolder, Settings
+from ..runs import CONFIG, RunFolder, Settings, page
 from ..runs import report as pictures
 from ..runs.checkpoint import config_of
 from ..runs.disk import CheckpointError
 from ..trainer import Trainer
-from . import setup, tables
+from . import comparing, setup, tables
 from .options import Values
 from .terminal import complain, say
 
@@ -59,20 +58,60 @@ def evaluate(values: Values) -> None:
 
 
 def report(values: Values) -> None:
-    """Draw a run: curves, test images with predictions, confusion matrix, first-layer weights."""
-    settings, test_set, model = _open(values)
-    for path in draw(RunFolder(values["run"]), settings.recipe, test_set, model):
-        say(path)
+    """Draw a run: curves, test images with predictions, confusion matrix, first-layer weights. Of
+    several runs, one table and one figure.
+    """
+    path, *more = values["runs"]
+    if more:
+        if values["html"]:
+            raise ValueError("--html writes the page of one run, got several")
+        comparing.compare(values["runs"], values["out"])
+        return
+    if values["out"] is not None:
+        raise ValueError("--out is for the figure of several runs; those of one lie in its folder")
+    settings, test_set, model = _open({**values, "run": path})
+    run = RunFolder(path)
+    if values["html"]:
+        say(_page(run, settings, test_set, model))
+        return
+    for picture in draw(run, settings.recipe, test_set, model):
+        say(picture)
 
 
-def draw(run: RunFolder, recipe: recipes.Recipe, test_set: data.Dataset, model: Any) -> list[Path]:
+def draw(run: RunFolder, recipe: recipes.Recipe, test_set: data.Dataset, model) -> list[Path]:
     """Every picture that fits a run; the paths written."""
+    paths = _pictures(run, recipe, test_set, model, run.path, ".png")
+    return paths + tables.draw(run, recipe, test_set, model)
+
+
+def _pictures(run, recipe, test_set: data.Dataset, model, folder: Path, suffix: str) -> list[Path]:
     scores = measured = None
     if test_set.is_classification:
         scores = metrics.probabilities(model, recipe.make_loss(), test_set)
         measured = metrics.classification(scores, test_set, 1)
-    paths = pictures.write_all(run.history, model, scores, measured, test_set, run.path)
-    return paths + tables.draw(run, recipe, test_set, model)
+    return pictures.write_all(run.history, model, scores, measured, test_set, folder, suffix)
+
+
+def _page(run: RunFolder, settings: Settings, test_set: data.Dataset, model) -> Path:
+    """Write report.html."""
+    recipe = settings.recipe
+    said = {
+        "data": settings.dataset,
+        "network and training": recipe.describe(config_of(model) or {}),
+        "seed": settings.seed,
+        "engine": settings.engine,
+        "device": settings.device,
+        "precision": settings.precision,
+        "command": settings.command,
+        "git": settings.git or "none",
+        "versions": settings.versions,
+    }
+    return page.write(
+        run.path,
+        said,
+        run.history,
+        lambda folder: _pictures(run, recipe, test_set, model, folder, ".svg"),
+    )
 
 
 def predict(values: Values) -> None:

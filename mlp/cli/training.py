@@ -1,20 +1,22 @@
 """`train`: from options to a run folder."""
 
 import contextlib
+import json
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from .. import recipes, schedule, scoring
 from ..engines.stepwise import Diverged
-from ..runs import CONFIG, Facts, RunFolder, Settings, logs, report
-from ..runs.disk import BusyError
+from ..runs import CONFIG, TIMES, Facts, RunFolder, Settings, logs, report
+from ..runs.disk import BusyError, write_text
 from ..trainer import Trainer, line
-from . import options, results, setup, tables
+from . import comparing, options, results, setup, tables
 from .options import Values, given
 from .terminal import complain, say
-from .versions import versions
+from .versions import git_state, typed, versions
 
 
 class Job(NamedTuple):
@@ -24,6 +26,7 @@ class Job(NamedTuple):
     data: setup.Data
     trainer: Trainer
     epochs: int
+    loading: float  # seconds until it was ready
 
     @property
     def recipe(self) -> recipes.Recipe:
@@ -33,10 +36,27 @@ class Job(NamedTuple):
 
 def train(values: Values) -> None:
     """Train a network; prints a line an epoch and writes a run folder."""
-    if values["resume"]:
+    if values["seeds"] is not None:
+        _several(values)
+    elif values["resume"]:
         _resume(values)
     else:
         _begin(values)
+
+
+def _several(values: Values) -> None:
+    """A run for each seed, in folders beside each other, and what they reach on average."""
+    if values["resume"]:
+        raise ValueError("--seeds begins runs, --resume goes on with one: give one of the two")
+    first = values["seed"] or 0
+    name = Path((values["dataset"] or "digits").split(",")[0]).stem
+    base = values["out"] or Path("runs") / f"{name}-seeds"
+    paths = [base / f"seed-{seed}" for seed in range(first, first + values["seeds"])]
+    for path in paths:
+        RunFolder(path).refuse_if_taken(values["force"])
+    for seed, path in enumerate(paths, first):
+        _begin({**values, "seed": seed, "out": path})
+    say(comparing.spread(paths))
 
 
 def _begin(values: Values) -> None:
@@ -107,6 +127,8 @@ def _new_settings(values: Values) -> Settings:
         recipes.changed(recipes.get(name), **changes),
         name,
         versions=versions(),
+        command=list(typed),
+        git=git_state(),
         **stored,
     )
 
@@ -150,6 +172,7 @@ def _job(settings: Settings, loss_chosen: bool) -> Job:
     """Everything that a training needs, checked. A loss that nobody chose is made to fit the
     targets.
     """
+    started = time.perf_counter()
     on = setup.pick_device(settings.device)
     arithmetic = setup.pick_precision(settings.precision)
     found = setup.suited(settings, setup.load_run(settings), loss_chosen)
@@ -169,7 +192,7 @@ def _job(settings: Settings, loss_chosen: bool) -> Job:
         found.train, recipe.epochs, recipe.batch_size, found.test, drop_last=recipe.drop_last
     )
     settings.data = settings.data or found.facts
-    return Job(settings, found, trainer, recipe.epochs)
+    return Job(settings, found, trainer, recipe.epochs, time.perf_counter() - started)
 
 
 @contextlib.contextmanager
@@ -206,10 +229,18 @@ def _run(job: Job, run: RunFolder, values: Values) -> None:
         f"{recipe.describe(model.config())}; {count:,} parameters; {trainer.engine_note}; "
         f"{trainer.device}"
     )
+    before = sum(row["seconds"] for row in trainer.history)
+    started = time.perf_counter()
     _fit(job, run, logs.known(values["log"] or ""))
     if trainer.history:
         report.curves(trainer.history, run.path / "curves.png")
     seconds = sum(row["seconds"] for row in trainer.history)
+    phases = {
+        "load": job.loading,
+        "train": seconds - before,
+        "evaluate and write": time.perf_counter() - started - (seconds - before),
+    }
+    write_text(run.path / TIMES, json.dumps(phases) + "\n")
     say(f"trained {seconds:.1f} s; run folder {run.path}")
     if values["plots"]:
         results.draw(run, recipe, found.test, model)

@@ -1,7 +1,8 @@
-"""Versions of Python and the packages that matter. Imports none of them."""
+"""What a run was made with: versions of packages, which it does not import, command, git state."""
 
 import importlib.metadata
 import platform
+import subprocess
 
 
 def version(package: str) -> str:
@@ -16,3 +17,20 @@ def versions() -> dict[str, str]:
     """Package -> version."""
     packages = ("handgrad", "torch", "triton", "numpy", "torchvision", "scikit-learn")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+typed: list[str] = []  # the command that is running, word by word
+
+
+def git_state() -> str | None:
+    """The commit of this folder, with " and changes" if files differ from it; None without git."""
+    said = []
+    for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
+        try:
+            done = subprocess.run(["git", *words], capture_output=True, text=True, timeout=5)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if done.returncode:
+            return None
+        said.append(done.stdout.strip())
+    return f"{said[0]} and changes" if said[1] else said[0]

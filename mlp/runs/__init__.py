@@ -6,6 +6,7 @@ readable.
     previous.ckpt       the same of an earlier epoch: used where last.ckpt is damaged
     model.safetensors   the weights
     metrics.jsonl       a line an epoch
+    times.json          seconds of loading, training and the rest, of the latest call
     curves.png, …       pictures, see report.py
 """
 
@@ -41,6 +42,7 @@ from .disk import (
 )
 from .schema import typed
 
+TIMES = "times.json"  # seconds of loading, training, and everything else
 CONFIG, METRICS, LAST, PREVIOUS = "config.json", "metrics.jsonl", "last.ckpt", "previous.ckpt"
 _TRAINED = (METRICS, WEIGHTS, LAST, PREVIOUS)  # what there is after an epoch
 LARGEST_SEED = 2**63
@@ -80,6 +82,8 @@ class Settings:
     validation: float | None = None  # share of the rows that is held out besides the test rows
     class_weight: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    command: list[str] = field(default_factory=list)  # what was typed
+    git: str | None = None  # commit of the folder that it was typed in
 
 
 @dataclass
@@ -161,7 +165,7 @@ class RunFolder:
         """Start a run here: remove all files of the one before, and write config.json."""
         self.refuse_if_taken(force)
         if self.trained or (self.path / CONFIG).exists():
-            for name in (*_TRAINED, CONFIG, logs.TABLE, *report.PICTURES):
+            for name in (*_TRAINED, CONFIG, TIMES, logs.TABLE, *report.PICTURES):
                 (self.path / name).unlink(missing_ok=True)
         text = json.dumps(dataclasses.asdict(settings), indent=2)
         write_text(self.path / CONFIG, f"{text}\n")

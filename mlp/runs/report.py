@@ -20,6 +20,7 @@ PICTURES = (
     "confusion.png",
     "weights.png",
     "predicted.png",
+    "report.html",
 )  # of a run folder
 _PARTS = ("train", "test")
 _LOG_FROM = 100  # a loss that falls to this part of itself is drawn on a logarithmic scale
@@ -37,9 +38,9 @@ def _pyplot():
 
 
 def _save(figure, path: Path) -> None:
-    """Write a figure as a PNG, whole or not at all, and forget it."""
+    """Write a figure in the format of the path's suffix, whole or not at all, and forget it."""
     with replacing(path) as part:
-        figure.savefig(part, dpi=120, format="png")
+        figure.savefig(part, dpi=120, format=path.suffix.removeprefix("."))
     _pyplot().close(figure)
 
 
@@ -186,9 +187,10 @@ def write_all(
     measured: Any,
     data: Dataset,
     folder: Path,
+    suffix: str = ".png",
 ) -> list[Path]:
-    """Every picture that fits: curves.png, samples.png, confusion.png, weights.png; the paths
-    written.
+    """Every picture that fits: curves.png, samples.png, confusion.png, weights.png, or with another
+    suffix; the paths written.
     """
     jobs = {"curves.png": lambda path: curves(history, path)} if history else {}
     if measured is not None and scores is not None:
@@ -199,6 +201,34 @@ def write_all(
         jobs["weights.png"] = lambda path: first_weights(
             next(iter(model.parameters())), data.image_shape, path
         )
+    paths = {name: (folder / name).with_suffix(suffix) for name in jobs}
     for name, job in jobs.items():
-        job(folder / name)
-    return [folder / name for name in jobs]
+        job(paths[name])
+    return list(paths.values())
+
+
+def epoch_times(history: Sequence[dict[str, Any]], path: Path) -> None:
+    """Seconds of each epoch as bars."""
+    pyplot = _pyplot()
+    figure, axis = pyplot.subplots(figsize=(9, 2.5), layout="constrained")
+    axis.bar([row["epoch"] for row in history], [row["seconds"] for row in history])
+    axis.set(xlabel="epoch", ylabel="seconds")
+    axis.xaxis.set_major_locator(pyplot.MaxNLocator(integer=True, min_n_ticks=1))
+    _save(figure, path)
+
+
+def compare(histories: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Test loss and accuracy of several runs over their epochs. histories: name -> history."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axis, key in zip(axes, ("test_loss", "test_accuracy")):
+        for name, history in histories.items():
+            points = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
+            if points:
+                axis.plot(*zip(*points), marker="o", markersize=3, label=_plain(name))
+        axis.set(xlabel="epoch", ylabel=key.replace("_", " "))
+        axis.xaxis.set_major_locator(pyplot.MaxNLocator(integer=True, min_n_ticks=1))
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=8)
+    _save(figure, path)

@@ -35,6 +35,7 @@ FILES = {
     "last.ckpt",
     "previous.ckpt",  # of the epoch before
     "curves.png",
+    "times.json",
 }
 QUICK = ("train", "digits", "--hidden", "16", "--device", "cpu", "--engine", "manual")
 

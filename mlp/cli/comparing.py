@@ -1,0 +1,104 @@
+"""`runs`, `report` of several runs, and `train --seeds`: runs side by side."""
+
+import math
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..runs import CONFIG, RunFolder, Settings, report
+from ..runs.disk import CheckpointError
+from .options import Values
+from .terminal import complain, say
+
+FIGURE = "compare.png"
+
+
+class Entry(NamedTuple):
+    """A run and what it reached."""
+
+    path: Path
+    settings: Settings
+    history: list[dict[str, Any]]
+
+    @property
+    def score(self) -> str:
+        """Of the last epoch: the test accuracy, else the test loss."""
+        if not self.history:
+            return "no epoch"
+        last = self.history[-1]
+        if last.get("test_accuracy") is not None:
+            return f"{last['test_accuracy']:.2%}"
+        value = last.get("test_loss")
+        return "not tested" if value is None else f"loss {value:.4f}"
+
+
+def read(path: Path) -> Entry:
+    """A run folder; CheckpointError if it is none, or damaged."""
+    run = RunFolder(path)
+    return Entry(path, run.settings, run.history)
+
+
+def runs(values: Values) -> None:
+    """List the runs below a folder."""
+    folder = values["folder"] or Path("runs")
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: there is no such folder")
+    found = []
+    for config in sorted(folder.rglob(CONFIG)):
+        try:
+            found.append(read(config.parent))
+        except CheckpointError as error:
+            complain(f"note: {error}")
+    if not found:
+        raise ValueError(f"{folder}: holds no runs")
+    for line in table(found):
+        say(line)
+
+
+def compare(paths: list[Path], out: Path | None) -> None:
+    """One table and one figure of several runs."""
+    folder = out or Path()
+    if not folder.is_dir():
+        raise ValueError(f"--out {folder}: there is no such folder")
+    found = [read(path) for path in paths]
+    for line in table(found):
+        say(line)
+    report.compare({str(e.path): e.history for e in found if e.history}, folder / FIGURE)
+    say(folder / FIGURE)
+
+
+def table(entries: list[Entry]) -> list[str]:
+    """Lines of equal columns: a head, and a line for each run."""
+    rows = [["run", "data", "network", "optimizer", "seed", "epochs", "test", "seconds"]]
+    for path, settings, history in entries:
+        recipe = settings.recipe
+        widths = ",".join(map(str, recipe.hidden)) or "none"
+        numbers = "".join(f" {n} {v}" for n, v in recipe.optimizer_options.items())
+        rows.append(
+            [
+                str(path),
+                Path(settings.dataset).name,
+                f"{settings.recipe_name}: {widths} {recipe.activation}",
+                recipe.optimizer + numbers,
+                str(settings.seed),
+                str(len(history)),
+                Entry(path, settings, history).score,
+                f"{sum(row['seconds'] for row in history):.1f}",
+            ]
+        )
+    sizes = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(f"{cell:<{n}}" for cell, n in zip(row, sizes)).rstrip() for row in rows]
+
+
+def spread(paths: list[Path]) -> str:
+    """Mean and standard deviation of what runs with different seeds reached."""
+    last = [RunFolder(path).history[-1] for path in paths]
+    said = []
+    for key, unit in (("test_accuracy", ".2%"), ("test_loss", ".4f")):
+        numbers = [row[key] for row in last if row.get(key) is not None]
+        if len(numbers) == len(last):
+            deviation = statistics.stdev(numbers) if len(numbers) > 1 else math.nan
+            said.append(
+                f"{key.replace('_', ' ')} {statistics.mean(numbers):{unit}} ± {deviation:{unit}}"
+            )
+    return f"{len(last)} seeds: {', '.join(said)}"

@@ -1,0 +1,88 @@
+"""Runs side by side: `runs`, `report` of several, `--seeds`, and a run's page in HTML."""
+
+import html.parser
+import json
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+
+from mlp.__main__ import main
+
+QUICK = ("--hidden", "8", "--epochs", "2", "--device", "cpu", "--engine", "manual")
+
+
+@pytest.fixture(autouse=True)
+def a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def last(run):
+    return [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()][-1]
+
+
+class Page(html.parser.HTMLParser):
+    """The tags of a page, and what it refers to."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.titles, self.sources = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.sources += [v for k, v in attributes if k in ("src", "href")]
+        self.titles += [v for k, v in attributes if k == "alt"]
+
+
+def test_runs_side_by_side(capsys):
+    """Seeds, their mean and deviation, the list of runs, and the figure of several."""
+    assert main(["train", "digits", *QUICK, "--seeds", "3", "--seed", "5", "--out", "s"]) == 0
+    out = capsys.readouterr().out
+    paths = ["s/seed-5", "s/seed-6", "s/seed-7"]
+    scores = [last(path)["test_accuracy"] for path in paths]
+    assert len({last(path)["train_loss"] for path in paths}) == 3
+    mean, deviation = statistics.mean(scores), statistics.stdev(scores)
+    assert f"3 seeds: test accuracy {mean:.2%} ± {deviation:.2%}, test loss" in out
+    (Path("s") / "bad").mkdir()
+    Path("s/bad/config.json").write_text("{")
+    assert main(["runs", "s"]) == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert len(lines) == 4 and "s/bad/config.json: not JSON" in err
+    for line, path, score in zip(lines[1:], paths, scores):
+        assert line.startswith(path) and f"{score:.2%}" in line
+        assert "default: 8 relu" in line and "sgd lr 0.05 momentum 0.9" in line
+    assert main(["report", *paths]) == 0
+    assert capsys.readouterr().out.splitlines()[:4] == lines
+    assert Path("compare.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["report", *paths, "--html"]) == 2
+    assert main(["runs", "nowhere"]) == 2
+    assert main(["train", "--seeds", "2", "--out", "s/seed-5", "--resume"]) == 2
+
+
+def test_what_a_run_stores():
+    words = ["train", "digits", *QUICK, "--out", "run"]
+    assert main(words) == 0
+    config = json.loads(Path("run/config.json").read_text())
+    assert config["command"] == ["handgrad", *words] and config["git"] is None
+    assert len(config["data"]["train"]["hash"]) == 32
+    times = json.loads(Path("run/times.json").read_text())
+    assert list(times) == ["load", "train", "evaluate and write"]
+    assert times["train"] == pytest.approx(
+        sum(json.loads(line)["seconds"] for line in Path("run/metrics.jsonl").open())
+    )
+
+
+def test_page_needs_nothing_else(capsys):
+    assert main(["train", "digits", *QUICK, "--out", "run"]) == 0
+    assert main(["report", "run", "--html"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "run/report.html"
+    text = Path("run/report.html").read_text()
+    page = Page(text)
+    assert page.titles == ["curves", "confusion", "samples", "weights", "times"]
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in page.sources)
+    assert not {"script", "link", "iframe"} & set(page.tags)
+    assert re.search(f"test_accuracy</td><td>{last('run')['test_accuracy']:.6g}<", text)
+    assert "64-8-10 relu" in text and not list(Path("run").glob("*.svg"))
