@@ -98,7 +98,6 @@ def spread(paths: list[Path]) -> str:
         numbers = [row[key] for row in last if row.get(key) is not None]
         if len(numbers) == len(last):
             deviation = statistics.stdev(numbers) if len(numbers) > 1 else math.nan
-            said.append(
-                f"{key.replace('_', ' ')} {statistics.mean(numbers):{unit}} ± {deviation:{unit}}"
-            )
+            mean, name = statistics.mean(numbers), key.replace("_", " ")
+            said.append(f"{name} {mean:{unit}} ± {deviation:{unit}}")
     return f"{len(last)} seeds: {', '.join(said)}"

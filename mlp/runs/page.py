@@ -51,7 +51,8 @@ def write(
     parts.append(_table(["slowest epochs", "seconds"], rows))
     title = f"<title>{_text(folder.name)}</title>"
     head = f'<meta charset="utf-8">{title}<style>{_STYLE}</style>'
-    page = f"<!DOCTYPE html>\n<html><head>{head}</head>\n<body>\n{chr(10).join(parts)}\n</body></html>\n"
+    body = "\n".join(parts)
+    page = f"<!DOCTYPE html>\n<html><head>{head}</head>\n<body>\n{body}\n</body></html>\n"
     write_text(folder / PAGE, page)
     return folder / PAGE
 

@@ -18,8 +18,12 @@ def a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+def rows(run):
+    return [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+
+
 def last(run):
-    return [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()][-1]
+    return rows(run)[-1]
 
 
 class Page(html.parser.HTMLParser):
@@ -62,7 +66,8 @@ def test_runs_side_by_side(capsys):
     assert main(["train", "--seeds", "2", "--out", "s/seed-5", "--resume"]) == 2
 
 
-def test_what_a_run_stores():
+def test_what_a_run_stores(monkeypatch):
+    monkeypatch.setenv("GIT_DIR", "nowhere")
     words = ["train", "digits", *QUICK, "--out", "run"]
     assert main(words) == 0
     config = json.loads(Path("run/config.json").read_text())
@@ -70,9 +75,7 @@ def test_what_a_run_stores():
     assert len(config["data"]["train"]["hash"]) == 32
     times = json.loads(Path("run/times.json").read_text())
     assert list(times) == ["load", "train", "evaluate and write"]
-    assert times["train"] == pytest.approx(
-        sum(json.loads(line)["seconds"] for line in Path("run/metrics.jsonl").open())
-    )
+    assert times["train"] == pytest.approx(sum(row["seconds"] for row in rows("run")))
 
 
 def test_page_needs_nothing_else(capsys):
