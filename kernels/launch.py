@@ -131,21 +131,32 @@ def run(kernel, grid: tuple[int, ...], *args, **options) -> None:
     """
     if 0 in grid:
         return
-    args = tuple(_signed(a) for a in args)
+    tensors = _tensors(args, [])
+    for t in tensors:
+        if t.is_neg():
+            args = tuple(_signed(a) for a in args)
+            break
     for observer in _observers:
         observer(kernel, grid, args, options)
     if _target is not None:
         return
-    device = next(
-        t.device
-        for a in args
-        for t in (a if isinstance(a, tuple) else (a,))
-        if isinstance(t, torch.Tensor)
-    )
-    # Triton launches on the current device, which need not be the tensors'.
-    other = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if other else contextlib.nullcontext():
+    first = tensors[0]
+    if first.is_cuda and first.get_device() != torch.cuda.current_device():
+        # Triton launches on the current device.
+        with torch.cuda.device(first.device):
+            kernel[grid](*args, enable_fp_fusion=True, **options)
+    else:
         kernel[grid](*args, enable_fp_fusion=True, **options)
+
+
+def _tensors(values, found: list) -> list[torch.Tensor]:
+    """The tensors among values and in their tuples, added to those found."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, tuple):
+            _tensors(value, found)
+    return found
 
 
 def _signed(value):
