@@ -142,6 +142,14 @@ def check_update(
     for what, tensors in (("gradients", grads), *(("of one state", ts) for ts in states)):
         if len(params) != len(tensors):
             raise ValueError(f"{op}: {len(params)} parameters but {len(tensors)} {what}")
+    for what, tensors in (("parameter", params), *(("state of parameter", ts) for ts in states)):
+        for i, t in enumerate(tensors):
+            # A kernel would update a copy that has the sign. torch.compile cannot ask.
+            if not torch.compiler.is_compiling() and t.is_neg():
+                raise ValueError(
+                    f"{op}: {what} {i} is a view with a minus sign still to be applied, as "
+                    "z.conj().imag is, and cannot be updated in place; give its .resolve_neg()"
+                )
     for i, (p, g) in enumerate(zip(params, grads)):
         if p.shape != g.shape:
             raise ValueError(

@@ -76,12 +76,6 @@ class Criterion:
         """(N, C) outputs as what they give each class, where the targets are labels."""
         return self.row.probabilities(output)
 
-    def weight_of(self, target: torch.Tensor) -> torch.Tensor:
-        """What the mean over this batch divides by, counted in samples: a float32 scalar on the
-        target's device. A mean over many batches weights each by it. For sums, the rows.
-        """
-        return torch.full((), float(len(target)), device=target.device)
-
     def criterion(self, outputs: int) -> dict | str:
         """The fields of `kernels.Spec` that say this loss of a network with so many outputs; or, in
         words, why the training kernels have no name for it.
@@ -137,19 +131,6 @@ class SoftmaxCrossEntropy(Criterion):
         if output.shape[-1] == 1 and (reason := self.row.refusal(1, target)):
             raise ValueError(reason)
         return target
-
-    def weight_of(self, target: torch.Tensor) -> torch.Tensor:
-        """The sum of the labels' weights without those ignored; the rows, for probabilities and for
-        sums. See `Criterion.weight_of`.
-        """
-        weight, ignore_index, reduction, _ = self.options
-        if target.is_floating_point() or reduction == "sum":
-            return super().weight_of(target)
-        counted = target.long() != ignore_index
-        if weight is None:
-            return counted.sum().float()
-        labels = target.long().masked_fill(~counted, 0)
-        return (weight.to(target.device).float()[labels] * counted).sum()
 
     def criterion(self, outputs: int) -> dict | str:
         weight, ignore_index, _, smoothing = self.options

@@ -16,6 +16,12 @@ from . import loss as losses
 from .init import initialise
 
 
+def check_activations(op: str, *names: str) -> None:
+    """A ValueError with the known ones if a name is none of them, also where no layer uses it."""
+    for name in names:
+        activations.get(name, op)
+
+
 class Linear(nn.Linear):
     """`nn.Linear` with its activation fused in: act(x weightᵀ + bias). Same parameters, initial
     weights and state_dict. The arguments are nn.Linear's, then ours.
@@ -30,7 +36,7 @@ class Linear(nn.Linear):
         dtype: torch.dtype | None = None,
         activation: str = "identity",
     ) -> None:
-        activations.get(activation, "Linear")
+        check_activations("Linear", activation)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.activation = activation
 
@@ -80,6 +86,7 @@ class MLP(nn.Module):
     ):
         super().__init__()
         self.sizes = check_sizes(sizes)
+        check_activations("MLP", activation, output_activation)
         self.activation, self.output_activation = activation, output_activation
         last = len(self.sizes) - 2
         for i, (k, n) in enumerate(itertools.pairwise(self.sizes)):
@@ -174,7 +181,7 @@ class Conv2d(nn.Conv2d):
         activation: str = "identity",
         max_pool: int = 1,
     ):
-        activations.get(activation, "Conv2d")
+        check_activations("Conv2d", activation)
         if (groups, padding_mode) != (1, "zeros"):
             raise ValueError(
                 f"Conv2d: takes groups=1 and padding_mode='zeros', got {groups} and "
@@ -234,6 +241,7 @@ class ConvNet(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        check_activations("ConvNet", activation)
         self.arguments: dict[str, Any] = {
             "image_shape": [_whole("image_shape", size) for size in image_shape],
             "channels": [_whole("channels", size) for size in channels],

@@ -20,7 +20,7 @@ import kernels
 from kernels import activations
 
 from .init import initialise
-from .modules import check_sizes, conv_layers
+from .modules import check_activations, check_sizes, conv_layers
 
 _ALIGNMENT = 128  # bytes: a view starts on a cache line, so that loads of it can be vectorised
 
@@ -38,8 +38,7 @@ class Stack:
     ):
         self.sizes = check_sizes(sizes, "Net")
         self.activation, self.output_activation = activation, output_activation
-        for name in (activation, output_activation):
-            activations.get(name, "Net")
+        check_activations("Net", activation, output_activation)
         self.layers = len(self.sizes) - 1
         self.shapes: dict[str, tuple[int, ...]] = {}
         for i, (k, n) in enumerate(itertools.pairwise(self.sizes)):

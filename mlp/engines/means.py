@@ -59,7 +59,7 @@ def counted(loss: Any, targets: torch.Tensor) -> torch.Tensor | None:
     ignored = reading(loss).ignore_index
     if ignored is None or targets.is_floating_point():
         return None
-    return targets != ignored
+    return targets.long() != ignored  # in uint8, 156 would equal -100
 
 
 def weights(loss: Any, targets: torch.Tensor) -> torch.Tensor:
@@ -74,7 +74,7 @@ def weights(loss: Any, targets: torch.Tensor) -> torch.Tensor:
         return torch.ones(len(targets), dtype=torch.float64, device=targets.device)
     if weight is None or reduction == "sum":
         return mask.double()
-    known = targets.clamp(0, len(weight) - 1)
+    known = targets.long().clamp(0, len(weight) - 1)
     return weight.detach().to(targets.device, torch.float64)[known] * mask
 
 

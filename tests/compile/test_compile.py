@@ -37,7 +37,7 @@ NEEDED = {
     "linear_fwd_kernel",
     "linear_bwd_reduce_kernel",
     "linear_cross_entropy_fwd_kernel",
-    "adam_kernel",
+    "optimizer_kernel",
 }
 WARPGROUP = "wgmma.mma_async"  # HGMMA
 FIFTH_GENERATION = "tcgen05.mma"

@@ -101,6 +101,21 @@ def test_optimizers_of_other_tensors(optimizer, device):
     torch.testing.assert_close(*results)
 
 
+def test_parameters_with_a_pending_minus_sign_are_refused(device):
+    """They, and states, are written in place: a kernel would write a copy that has the sign."""
+    p, g, v = (torch.ones(6, device=device) for _ in range(3))
+    row = 0.1, 0.0, 0.9, 0.0
+    for params, states, what in (
+        ([p, negated(p)], [v, v], "parameter 1"),
+        ([p, p], [v, torch._neg_view(v)], "state of parameter 1"),
+    ):
+        message = rf"momentum: {what} is a view with a minus sign.*\.resolve_neg\(\)"
+        with pytest.raises(ValueError, match=message):
+            kernels.apply_rule("momentum", params, [g, g], [states], row, 2)
+    with pytest.raises(ValueError, match="SGD: parameter 0 is a view with a minus sign"):
+        mlp.SGD([negated(p).detach()], lr=0.1).step(grads=[g])
+
+
 @pytest.fixture
 def mesh():
     """One process that is a group of its own."""

@@ -165,30 +165,6 @@ def test_labels_that_are_no_class(loss):
         loss().forward(output, torch.ones(3, 4, dtype=torch.int64))
 
 
-def test_weight_of():
-    """What the mean divided by: the sum of the weights of labels that count, or the rows."""
-    labels, numbers = torch.tensor([0, 2, 2, -100], dtype=torch.int8), torch.rand(4, 3)
-    weight = torch.tensor([1.0, 10.0, 100.0])
-    for loss, target, expected in (
-        (SoftmaxCrossEntropy(), labels, 3),
-        (SoftmaxCrossEntropy(weight), labels, 201),
-        (SoftmaxCrossEntropy(weight, ignore_index=2), labels[:3], 1),
-        (SoftmaxCrossEntropy(ignore_index=156), torch.tensor([156, 0], dtype=torch.uint8), 1),
-        (SoftmaxCrossEntropy(torch.zeros(3)), labels, 0),
-        (SoftmaxCrossEntropy(weight), numbers, 4),
-        (SoftmaxCrossEntropy(weight, reduction="sum"), labels, 4),
-        (MeanSquaredError(), numbers, 4),
-        (BinaryCrossEntropy("sum"), numbers, 4),
-    ):
-        found = loss.weight_of(target)
-        assert found.item() == expected and found.shape == () and found.dtype == torch.float32
-    output = torch.randn(3, 3)  # and it is what the operation divided by
-    whole = SoftmaxCrossEntropy(weight)
-    total = SoftmaxCrossEntropy(weight, reduction="sum").forward(output, labels[:3].long())
-    mean = whole.forward(output, labels[:3].long()) * whole.weight_of(labels[:3])
-    torch.testing.assert_close(mean, total)
-
-
 def test_what_stands_for_what():
     """Names and modules, ours and torch's, are losses that every engine knows; what adds something
     to them is not.

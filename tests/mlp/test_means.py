@@ -9,8 +9,17 @@ import torch.nn.functional as F
 from torch import nn
 
 import mlp
-from mlp import MLP, Dataset, MeanSquaredError, Net, SoftmaxCrossEntropy, Trainer
+from mlp import (
+    MLP,
+    BinaryCrossEntropy,
+    Dataset,
+    MeanSquaredError,
+    Net,
+    SoftmaxCrossEntropy,
+    Trainer,
+)
 from mlp.data import permutation
+from mlp.engines import means
 
 WEIGHT = torch.tensor([1.0, 10.0, 100.0])
 
@@ -215,3 +224,26 @@ def test_class_weights_of_probabilities():
     found = Trainer(model, SoftmaxCrossEntropy(WEIGHT), verbose=False).evaluate((x, shares))
     expected = F.cross_entropy(model(x).detach(), shares, WEIGHT)
     assert found == {"test_loss": pytest.approx(float(expected), rel=1e-5), "test_accuracy": None}
+
+
+def test_weights():
+    """Their sum is what the mean divided by: the weights of labels that count, or the rows."""
+    labels, numbers = torch.tensor([0, 2, 2, -100], dtype=torch.int8), torch.rand(4, 3)
+    weight = torch.tensor([1.0, 10.0, 100.0])
+    for loss, target, expected in (
+        (SoftmaxCrossEntropy(), labels, 3),
+        (SoftmaxCrossEntropy(weight), labels, 201),
+        (SoftmaxCrossEntropy(weight, ignore_index=2), labels[:3], 1),
+        (SoftmaxCrossEntropy(ignore_index=156), torch.tensor([156, 0], dtype=torch.uint8), 1),
+        (SoftmaxCrossEntropy(torch.zeros(3)), labels, 0),
+        (SoftmaxCrossEntropy(weight), numbers, 4),
+        (SoftmaxCrossEntropy(weight, reduction="sum"), labels, 3),
+        (MeanSquaredError(), numbers, 4),
+        (BinaryCrossEntropy("sum"), numbers, 4),
+    ):
+        assert means.weights(loss, target).sum().item() == expected
+    output = torch.randn(3, 3)  # and it is what the operation divided by
+    whole = SoftmaxCrossEntropy(weight)
+    total = SoftmaxCrossEntropy(weight, reduction="sum").forward(output, labels[:3].long())
+    mean = whole.forward(output, labels[:3].long()) * means.weights(whole, labels[:3]).sum().float()
+    torch.testing.assert_close(mean, total)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from kernels.activations import ACTIVATIONS
-from mlp import MLP, Conv2d, ConvNet, CrossEntropyLoss, Linear, MSELoss
+from mlp import MLP, Conv2d, ConvNet, CrossEntropyLoss, Linear, MSELoss, Net
 from mlp.modules import build
 from tests.checks import assert_equal, compare
 
@@ -141,6 +141,21 @@ def test_mse_loss(reduction, device):
 def test_unknown_activation_lists_the_table():
     with pytest.raises(ValueError, match=f"Linear: .*'swish'.*{'.*'.join(ACTIVATIONS)}"):
         Linear(3, 4, activation="swish")
+
+
+@pytest.mark.parametrize(
+    ("network", "make"),
+    [
+        ("MLP", lambda: MLP([4, 3], activation="swish")),
+        ("MLP", lambda: MLP([4, 3], output_activation="swish")),
+        ("Net", lambda: Net([4, 3], activation="swish")),
+        ("ConvNet", lambda: ConvNet((1, 8, 8), (2,), activation="swish")),
+        ("Conv2d", lambda: Conv2d(1, 2, 3, activation="swish")),
+    ],
+)
+def test_unknown_activation_that_no_layer_uses(network, make):
+    with pytest.raises(ValueError, match=f"{network}: unknown activation 'swish'; known: "):
+        make()
 
 
 @pytest.mark.parametrize(

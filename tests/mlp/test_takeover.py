@@ -353,3 +353,34 @@ def test_autocast_around_a_fit():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         trainer.fit(tensors(), 2, 16)
     assert trainer.engine.name == "autograd" and "autocast is on" in trainer.engine_note
+
+
+@pytest.fixture
+def group():
+    """One gloo process that is a group of its own."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_wrapped_for_many_processes(group):
+    """DDP and FSDP hold or change a network of ours: it is then called, or refused."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    parallel = nn.parallel.DistributedDataParallel(MLP(SIZES))
+    assert "DistributedDataParallel" in takeover.network(parallel)
+    sharded = fully_shard(MLP(SIZES), mesh=init_device_mesh("cpu", (1,)))
+    assert "FSDPMLP is a subclass of MLP" in takeover.network(sharded)
+    x, y = tensors()
+    trainer = Trainer(parallel)
+    history = trainer.fit((x, y), epochs=1, batch_size=16, seed=0)
+    assert trainer.engine.name == "autograd" and len(history) == 1
+
+
+def test_a_layer_of_another_element_type():
+    model = MLP(SIZES)
+    model[1].to(torch.bfloat16)
+    reason = "1.weight is torch.bfloat16 on cpu, but 0.weight torch.float32 on cpu"
+    assert takeover.network(model) == reason
