@@ -9,6 +9,7 @@ left alone. `optimizer`: a function of the parameters.
 import dataclasses
 import os
 import shutil
+import warnings
 from itertools import pairwise
 
 import torch
@@ -114,7 +115,9 @@ class Captured(Eager):
         self.rows = torch.zeros(BATCH, dtype=torch.int64, device=start[0].device)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), warnings.catch_warnings():
+            # torch's Adam says of these steps that they are not captured.
+            warnings.filterwarnings("ignore", message=".*capturable=True", category=UserWarning)
             for _ in range(3):  # libraries and autograd allocate what they keep before the capture
                 self.step(*self.data.batch(self.rows))
         torch.cuda.current_stream().wait_stream(stream)

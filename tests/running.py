@@ -20,6 +20,8 @@ REMEDIES = {
     "could not import": 'pip install -e ".[dev]"',
     "--full": "pytest -n auto --full",
     "C++ compiler": "install g++",
+    "C compiler": "apt install gcc",
+    "run in the interpreter": "TRITON_INTERPRET=1 pytest tests/proof",
 }
 
 

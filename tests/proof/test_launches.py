@@ -17,6 +17,7 @@ REGISTERS, SHARED, PROCESSORS = 65_536, 232_448, 132
 def launched(*options):
     """What `tests.proof.worker` said."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # the stub is the only device
     command = [sys.executable, "-m", "tests.proof.worker", *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
