@@ -1,5 +1,6 @@
-"""handgrad's operations: forward and backward written by hand, as Triton kernels, each with its
-reference in plain torch.
+"""handgrad's operations: Triton kernels with hand-written backward passes.
+
+Each has a reference in plain torch.
 
 A function and its file have one name: `kernels.linear` is the function, as in
 `kernels.linear(x, w)`, also after `import kernels.linear`. What else the file holds is imported

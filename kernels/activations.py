@@ -230,7 +230,9 @@ def elu_bwd_ref(dy: torch.Tensor, y: torch.Tensor, out: Any = None) -> torch.Ten
 
 
 class Activation(NamedTuple):
-    """One row: `forward(z) -> y` and `backward(dy, s) -> dz` as jit scalars and in torch, with s
+    """One row of the table: an activation, its derivative, and what the backward needs.
+
+    `forward(z) -> y` and `backward(dy, s) -> dz` are jit scalars, with references in torch. s is
     the output or z.
     """
 

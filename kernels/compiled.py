@@ -1,5 +1,4 @@
-"""The operations as torch.library operators: what `torch.compile` sees of them, one opaque node
-each way.
+"""The operations as torch.library operators: for `torch.compile`, one opaque node each way.
 
 An operator calls the launchers that eager mode calls, so a compiled network has the gradients of an
 eager one, bit for bit. Its fake implementation, which tells shapes to the compiler, is the same

@@ -1,5 +1,6 @@
-"""Pinned tile configurations: by (kernel, architecture, dtype, shape bucket), with a heuristic
-where nothing is pinned.
+"""Tile configurations, pinned by (kernel, architecture, dtype, shape bucket).
+
+A heuristic serves where nothing is pinned.
 
 No autotuner: tuning costs tens of seconds a shape, its winner changes the summation order from run
 to run, and several configurations cannot run in the interpreter. An entry for PINNED comes from a
@@ -15,8 +16,9 @@ from . import launch
 
 
 class Config(NamedTuple):
-    """Tile sizes of a product [BLOCK_M, BLOCK_N] += [BLOCK_M, BLOCK_K] · [BLOCK_K, BLOCK_N], and
-    how it is launched.
+    """Tile sizes of a product, and how it is launched.
+
+    The product is [BLOCK_M, BLOCK_N] += [BLOCK_M, BLOCK_K] · [BLOCK_K, BLOCK_N].
     """
 
     BLOCK_M: int
@@ -50,8 +52,12 @@ BUCKETS = ("large", "small", "tiny")
 
 
 def bucket(m: int, n: int, sms: int) -> str:
-    """`large` when 128 × 128 tiles of an m × n result keep half the device busy, `tiny` when a side
-    is at most 32.
+    """The size of an m × n result: `large`, `tiny` or `small`.
+
+    `large`: 128 × 128 tiles of it keep half the device busy. `tiny`: a side is at most 32. `small`:
+    all others.
+
+    `large`: 128 × 128 tiles of it keep half the device busy. `tiny`: a side is at most 32.
     """
     if min(m, n) <= 32:
         return "tiny"
@@ -59,8 +65,9 @@ def bucket(m: int, n: int, sms: int) -> str:
 
 
 def lookup(kernel: str, arch: str, precision: str, size: str) -> Config:
-    """The pinned configuration, or the heuristic one cut to what the architecture can hold in
-    shared memory.
+    """The pinned configuration, or the heuristic one.
+
+    The heuristic is cut to what the architecture can hold in shared memory.
     """
     if (kernel, arch, precision, size) in PINNED:
         return PINNED[kernel, arch, precision, size]
@@ -72,8 +79,7 @@ def lookup(kernel: str, arch: str, precision: str, size: str) -> Config:
 
 
 def product(kernel: str, like: torch.Tensor, m: int, n: int, heavy: bool = False) -> dict:
-    """Keyword arguments of a product kernel whose result is m × n, on the device and in the dtype
-    of `like`.
+    """Keyword arguments of a product kernel with an m × n result, for device and dtype of `like`.
 
     heavy: its epilogue takes so many registers (act' of z, Adam) that a thread's share of 128 × 128
     would spill.
@@ -89,8 +95,9 @@ def product(kernel: str, like: torch.Tensor, m: int, n: int, heavy: bool = False
 
 
 def convolution(kernel: str, like: torch.Tensor, m: int, n: int) -> dict:
-    """As `product`, for a convolution: an address and a mask for every element of a patch take
-    registers, so tiles are small.
+    """As `product`, for a convolution, with small tiles.
+
+    Each element of a patch needs an address and a mask, which take registers.
 
     Rows, the many, are cut until every processor has a tile; columns, often few, are padded to 16.
     """
@@ -112,8 +119,9 @@ def convolution(kernel: str, like: torch.Tensor, m: int, n: int) -> dict:
 
 
 def all_registers(device) -> dict:
-    """The launch option without which ptxas stops at 80 registers, to fit a third block, and
-    spills.
+    """The launch option that lets ptxas use all registers.
+
+    Without it, ptxas stops at 80 registers, to fit a third block, and spills.
     """
     return {"maxnreg": 255} if launch.arch(device).startswith("sm_") else {}
 
@@ -124,8 +132,9 @@ MOST_REPEATED = 2_000_000
 
 
 class Training(NamedTuple):
-    """Tiles of the kernels that hold a whole training step, see `layers`: they bound registers
-    whatever the network.
+    """Tiles of the kernels that hold a whole training step, see `layers`.
+
+    They bound the registers, whatever the network.
     """
 
     columns: int  # of a layer, computed at once
@@ -144,8 +153,9 @@ PINNED_TRAINING: dict[tuple[str, str, str, int, tuple[int, ...], int], Training]
 def training(
     kernel: str, arch: str, precision: str, states: int, sizes: tuple[int, ...], block_m: int
 ) -> Training:
-    """The pinned configuration, or tiles that fit the registers: checked by compiling, nothing of
-    it is measured.
+    """The pinned configuration, or tiles that fit the registers.
+
+    Both were checked by compiling. Nothing of them is measured.
     """
     pinned = PINNED_TRAINING.get((kernel, arch, precision, states, tuple(sizes), block_m))
     if pinned:

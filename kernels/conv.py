@@ -1,5 +1,4 @@
-"""Convolution of images with its activation and max-pooling: y = max_pool(act(z)), z = conv(x, w) +
-b.
+"""Convolution with activation and max-pooling: y = max_pool(act(z)), z = conv(x, w) + b.
 
     x (N, C, H, W)   w (O, C, KH, KW)   b (O,)   z (N, O, OH, OW)   y (N, O, OH // PH, OW // PW)
 
@@ -74,8 +73,9 @@ def conv2d_fwd_ref(
 
 
 def _max_pool_ref(y, pool):
-    """max_pool2d and the place of each winner in its plane, with the longer of batch and channels
-    innermost.
+    """max_pool2d, and the place of each winner in its plane.
+
+    The longer of batch and channels is innermost.
 
     torch vectorises over the channels of channels-last images, and for pooling batch and channels
     are the same thing.
@@ -232,8 +232,10 @@ def conv2d_fwd(
 
 
 def _fake_fwd(x, w, b, stride, padding, activation="identity", max_pool=1, dilation=1, groups=1):
-    """Tensors of the forward's shapes. torch's convolution asks a fake tensor how large its batch
-    is, and another answer would compile anew.
+    """Fake tensors of the forward's shapes.
+
+    torch's convolution asks a fake tensor how large its batch is, and compiles anew for each
+    answer.
     """
     g = check_conv(x, w, b, stride, padding, dilation, max_pool, groups)
     oh, ow = g.conv_size(*x.shape[-2:])
@@ -281,8 +283,7 @@ def conv2d(
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
 ) -> torch.Tensor:
-    """max_pool2d(act(conv2d(input, weight, bias, stride, padding, dilation)), max_pool), as in
-    `torch.nn.functional`.
+    """max_pool2d(act(conv2d(input, weight, bias, …)), max_pool), as in `torch.nn.functional`.
 
     input (N, in, H, W) or (in, H, W), weight (out, in, KH, KW), bias (out,) or None; stride,
     dilation and max_pool an integer or two; padding likewise, "same" or "valid"; groups must be 1.

@@ -48,8 +48,9 @@ def conv2d_bwd_dx_ref(dz: torch.Tensor, w: torch.Tensor, g: Geometry, size: Any)
 
 
 def conv2d_bwd_dw_ref(dz: torch.Tensor, x: torch.Tensor, g: Geometry, bias: bool = True) -> Any:
-    """The reference of `conv2d_bwd_dw`: a product with the unfolded patches where they are narrow,
-    else a correlation.
+    """The reference of `conv2d_bwd_dw`.
+
+    A product with the unfolded patches where they are narrow, else a correlation.
     """
     (N, O), C = dz.shape[:2], x.shape[1]
     db = dz.sum((0, 2, 3)) if bias else None
@@ -71,8 +72,9 @@ def conv2d_bwd_dw_ref(dz: torch.Tensor, x: torch.Tensor, g: Geometry, bias: bool
 
 
 def pad_end(x, g):
-    """x with the rows and columns by which its padding is longer at the end: torch pads both ends
-    alike.
+    """x with the rows and columns that its padding has more at the end.
+
+    torch pads both ends alike.
     """
     return (
         x
@@ -164,8 +166,10 @@ def conv2d_bwd_dx_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Forward was z[n, o, oh, ow] = Σ w[o, c, kh, kw] x[n, c, h, w] with h = oh·SH - TOP + kh·DH,
-    and w likewise.
+    """dx of one tile of positions.
+
+    Forward was z[n, o, oh, ow] = Σ w[o, c, kh, kw] x[n, c, h, w] with h = oh·SH - TOP + kh·DH, and
+    w likewise.
 
     So dx[n, c, h, w] = Σ w[o, c, kh, kw] dz[n, o, oh, ow] over k = (o, kh, kw), with oh = (h + TOP
     - kh·DH) / SH where that is a whole number in range. A tile's rows are pixels (n, h, w), its
@@ -239,8 +243,9 @@ def conv2d_bwd_dw_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Forward was z[m, o] = Σ_k patch[m, k] w[o, k] + b[o], so dw[o, k] = Σ_m dz[m, o] patch[m, k],
-    db[o] = Σ_m dz[m, o].
+    """dw[o, k] = Σ_m dz[m, o] patch[m, k] and db[o] = Σ_m dz[m, o].
+
+    Forward was z[m, o] = Σ_k patch[m, k] w[o, k] + b[o].
 
     A tile's rows are o, its columns k = (c, kh, kw), its sum runs over the positions m = (n, oh,
     ow) of one split. The programs of the first column of tiles have dz in hand and sum db. Splits
@@ -281,8 +286,9 @@ def conv2d_bwd_dw_kernel(
 
 
 def conv2d_bwd_dz(dy, s, winner, activation, g, size):
-    """dz (N, O, OH, OW), contiguous, from dy (N, O, height, width) of any strides and s and winner
-    as saved.
+    """dz (N, O, OH, OW), contiguous, from dy (N, O, height, width) of any strides.
+
+    s and winner are as saved.
 
     size: of the images. One read of dy, s and winner, one write of dz, where at most one element of
     a window is not 0.
@@ -344,8 +350,9 @@ def conv2d_bwd_dx(dz, w, g, size):
 
 
 def conv2d_bwd_dw(dz, x, g, bias=True):
-    """dw (O, C, KH, KW) and db (O,), or None without bias, from a contiguous dz (N, O, OH, OW) and
-    x (N, C, H, W).
+    """dw (O, C, KH, KW) and db (O,) from a contiguous dz (N, O, OH, OW) and x (N, C, H, W).
+
+    db is None without bias.
 
     The positions are split among programs that each write a float32 part; a second kernel adds the
     parts in a fixed order, so two runs are bitwise equal. x may have any strides.
@@ -393,8 +400,9 @@ def conv2d_bwd_dw(dz, x, g, bias=True):
 
 
 def _split(M: int, tiles: int, device) -> tuple[int, int]:
-    """(splits, positions of each): at least 256 positions, no more splits than keep the device
-    busy, 32-bit counts.
+    """(splits, positions of each): at least 256 positions.
+
+    No more splits than keep the device busy, and 32-bit counts.
     """
     wanted = min(MAX_SPLITS, M // 256, launch.sm_count(device) // max(tiles, 1))
     rows = triton.cdiv(M, max(wanted, M >> 30, 1))
@@ -413,8 +421,9 @@ def conv2d_bwd(
     *,
     needs: Sequence[bool] = (True, True, True),
 ) -> tuple[torch.Tensor | None, ...]:
-    """(dx, dw, db) from dy of y's shape and what `conv2d_fwd` saved; None for each that `needs`
-    says is not wanted.
+    """(dx, dw, db) from dy of y's shape and what `conv2d_fwd` saved.
+
+    None for each that `needs` does not ask for.
     """
     parts = conv2d_bwd_dz, conv2d_bwd_dx, conv2d_bwd_dw
     return _backward(dy, x, w, s, winner, bias, activation, g, needs, *parts)

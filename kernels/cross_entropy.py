@@ -41,8 +41,9 @@ class CrossEntropySaved(NamedTuple):
 
 
 class Items(NamedTuple):
-    """A tensor (N, C, D) as a kernel takes it: its address and strides. Labels (N, D) have no
-    classes to step along.
+    """A tensor (N, C, D) as a kernel takes it: its address and strides.
+
+    Labels (N, D) have no stride for classes.
     """
 
     ptr: Any
@@ -67,8 +68,9 @@ def class_options(
 
 @contextlib.contextmanager
 def check_labels() -> Iterator[None]:
-    """While open, labels on a GPU are checked as they are on the CPU. Costs a host synchronisation
-    a call.
+    """Inside `with check_labels():`, labels on a GPU are checked as they are on the CPU.
+
+    It costs a host synchronisation in each call.
     """
     global _check_labels_on_device
     before, _check_labels_on_device = _check_labels_on_device, True
@@ -84,8 +86,9 @@ def expected_shape(logits):
 
 
 def _rows(logits, target):
-    """Logits as (N, C, D) and the target as (N, D) labels or (N, C, D) probabilities: views where
-    strides allow.
+    """Logits as (N, C, D), and the target as labels (N, D) or probabilities (N, C, D).
+
+    Views where the strides allow it.
     """
     if logits.dim() == 1:
         logits, target = logits.unsqueeze(0), target.unsqueeze(0)
@@ -101,8 +104,10 @@ def _rows(logits, target):
 def check_range(
     target: torch.Tensor, classes: int, ignore_index: int = NEVER.value, op: str = "cross_entropy"
 ) -> bool:
-    """True if all labels were checked and are classes. False where they cannot be read (on a GPU,
-    traced), or if some are ignored. An IndexError names the first that is neither.
+    """True if all labels were checked and are valid.
+
+    False where they cannot be read (on a GPU, traced), or if some are ignored. IndexError: names
+    the first label that is neither a class nor ignored.
     """
     if launch.watched() or not launch.plain(target):
         return False
@@ -139,8 +144,9 @@ def cross_entropy_fwd_ref(
     *,
     labels_valid: bool = False,
 ) -> tuple[torch.Tensor, tuple]:
-    """The reference of `cross_entropy_fwd`; with `target_grad`, the gradient of probability targets
-    is kept too.
+    """The reference of `cross_entropy_fwd`.
+
+    With `target_grad`, the gradient of probability targets is kept too.
     """
     z, t = (logits, target) if logits.dim() > 1 else (logits.unsqueeze(0), target.unsqueeze(0))
     if z.dtype in (torch.float16, torch.bfloat16):
@@ -178,9 +184,7 @@ def cross_entropy_fwd_ref(
 
 
 def _plain_ref(logits, logp, t, reduction):
-    """The training loop's case, in as few operations as it takes: every label (N, 1) a class, of
-    one weight.
-    """
+    """The case of the training loop, in few operations: labels (N, 1), all valid; no weights."""
     loss = F.nll_loss(logp, t.squeeze(1), reduction=reduction).to(logits.dtype)
     loss = loss.view(expected_shape(logits)) if reduction == "none" else loss
     grad = logp.exp().scatter_add(1, t, logp.new_full(t.shape, -1.0)).to(logits.dtype)
@@ -190,8 +194,9 @@ def _plain_ref(logits, logp, t, reduction):
 
 
 def _label_terms_ref(logp, t, w, ignore_index, label_smoothing):
-    """Losses (N, …), gradient before reduction, and the mean's denominator, for labels t (N, 1, …),
-    weights w (C, …).
+    """Losses (N, …), gradient before reduction, and the mean's denominator.
+
+    For labels t (N, 1, …) and weights w (C, …).
     """
     valid = t != ignore_index
     t = t.masked_fill(~valid, 0)
@@ -239,8 +244,9 @@ def cross_entropy_bwd_ref(
 
 @triton.jit
 def store_loss(loss_ptr, rows, mask, loss, weight, counted, REDUCE: tl.constexpr):
-    """Each row's loss, or under REDUCE this program's partial sums of losses, weights and counted
-    rows, side by side.
+    """Stores each row's loss, or under REDUCE this program's partial sums.
+
+    The sums are of losses, weights and counted rows, side by side.
     """
     loss = tl.where(mask, tl.where(weight == weight, loss, float("nan")), 0.0)
     pid, programs = tl.program_id(0), tl.num_programs(0)
@@ -307,8 +313,9 @@ def cross_entropy_fwd_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Rows r = n·D + d: an online softmax, then loss and gradient, tile by tile. The second reading
-    comes from cache.
+    """Loss and gradient of rows r = n·D + d: an online softmax, then both, tile by tile.
+
+    The second reading comes from the cache.
     """
     SOFT: tl.constexpr = t.ptr.dtype.element_ty.is_floating()  # probabilities
     pid = tl.program_id(0)
@@ -340,9 +347,10 @@ def cross_entropy_fwd_kernel(
 def cross_entropy_reduce_kernel(
     loss_ptr, denominator_ptr, parts_ptr, count, MEAN: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Partial losses, weights and counted rows, (3, count), added by one program in a fixed order;
-    the quotient for the mean. Weights that are all 0 have the denominator NaN, as torch's 0/0: then
-    loss and gradient are NaN. If no row counts it is 0, and the gradient is 0.
+    """One program adds partial losses, weights and counted rows, (3, count), in a fixed order.
+
+    For the mean it divides. Weights that are all 0 have the denominator NaN, as torch's 0 / 0: then
+    loss and gradient are NaN. If no row counts, the denominator is 0, and so is the gradient.
     """
     loss = tl.zeros((BLOCK,), tl.float32)
     weight = tl.zeros((BLOCK,), tl.float32)
@@ -374,8 +382,9 @@ def cross_entropy_bwd_kernel(
     SCALAR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Forward kept ∂ℓ/∂z, so dz = ∂ℓ/∂z · dy, over the denominator for the mean; dy is one number
-    or one a row.
+    """dz = ∂ℓ/∂z · dy, over the denominator for the mean.
+
+    Forward kept ∂ℓ/∂z. dy is one number, or one for each row.
     """
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
@@ -395,8 +404,9 @@ def cross_entropy_bwd_kernel(
 def check_cross_entropy(
     logits, target, weight, ignore_index, reduction, label_smoothing, op="cross_entropy"
 ) -> None:
-    """Shapes, dtypes and options as torch requires them; a ValueError (labels: an IndexError) that
-    names both values.
+    """Raises a ValueError unless shapes, dtypes and options are as torch requires them.
+
+    For labels an IndexError. Both name the two values.
     """
     check_reduction(op, reduction)
     if not 0 <= label_smoothing <= 1:
@@ -453,8 +463,9 @@ def cross_entropy_fwd(
     *,
     labels_valid: bool = False,
 ) -> tuple[torch.Tensor, tuple]:
-    """The loss, and what `cross_entropy_bwd` takes after dy, in one reading of the logits and one
-    writing of their gradient.
+    """(loss, what `cross_entropy_bwd` takes after dy).
+
+    One reading of the logits, one writing of their gradient.
 
     logits (N, C), (N, C, d1, …) or (C,); target: integer labels (N, d1, …), or probabilities of
     logits' shape and dtype; weight (C,) or None. Loss: a scalar, or (N, d1, …) for reduction
@@ -529,8 +540,9 @@ def cross_entropy_bwd(
     *,
     needs: Sequence[bool] = (True, True),
 ) -> tuple[torch.Tensor | None, ...]:
-    """(dlogits, dtarget or None) from dy, a scalar or one number a row, and what the forward saved:
-    one scaling pass.
+    """(dlogits, dtarget or None) from dy and what the forward saved, in one scaling pass.
+
+    dy is a scalar, or one number for each row.
     """
     number = denominator is not None and not isinstance(
         denominator, torch.Tensor
@@ -577,8 +589,9 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """`torch.nn.functional.cross_entropy`, loss and gradient in one pass. See `cross_entropy_fwd`
-    for shapes and errors.
+    """`torch.nn.functional.cross_entropy`, loss and gradient in one pass.
+
+    Shapes and errors: see `cross_entropy_fwd`.
     """
     options = weight, ignore_index, reduction, label_smoothing, target.requires_grad
     return tape.call(CROSS_ENTROPY, input, target, *options)

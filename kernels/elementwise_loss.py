@@ -1,5 +1,6 @@
-"""Losses that are a sum over elements, any row of `losses` with a scalar: squared error, binary
-cross-entropy, Huber, pinball.
+"""Losses that are a sum over elements: squared error, binary cross-entropy, Huber, pinball.
+
+Any row of `losses` with a scalar works.
 
     x, t of one shape        ℓ_i = w_i f(x_i, t_i, parameter_i)        f: the row's scalar
 
@@ -36,8 +37,9 @@ class ElementwiseLossSaved(NamedTuple):
 
 
 class Elements(NamedTuple):
-    """What a kernel reads of each element. A tensor of `period` numbers repeats along the
-    elements.
+    """What a kernel reads of each element.
+
+    A tensor of `period` numbers repeats along the elements.
     """
 
     x: Any
@@ -50,8 +52,9 @@ class Elements(NamedTuple):
 
 
 def _factor(n: int, reduction: str) -> float:
-    """What the sum of losses (or one loss) is multiplied by; the mean of nothing is NaN, as in
-    torch.
+    """What the sum of losses (or one loss) is multiplied by.
+
+    The mean of nothing is NaN, as in torch.
     """
     if reduction == "mean":
         return 1.0 / n if n else float("nan")
@@ -59,8 +62,9 @@ def _factor(n: int, reduction: str) -> float:
 
 
 def _wide(*values):
-    """Tensors in half precision as float32, in which the references compute; others as they
-    are.
+    """Half-precision tensors as float32, in which the references compute.
+
+    Others stay.
     """
     half = (torch.float16, torch.bfloat16)
     return [v.float() if isinstance(v, torch.Tensor) and v.dtype in half else v for v in values]
@@ -115,8 +119,9 @@ def elementwise_loss_bwd_ref(
 
 @triton.jit
 def element_tile(e, offs, mask):
-    """(x, t, parameter, weight) of a block's elements in float32; the last two may be one
-    number.
+    """(x, t, parameter, weight) of a block's elements in float32.
+
+    The last two may be one number.
     """
     x = tl.load(e.x + offs, mask=mask, other=0.0).to(tl.float32)
     t = tl.load(e.t + offs, mask=mask, other=0.0).to(tl.float32)
@@ -139,8 +144,9 @@ def elementwise_loss_fwd_kernel(
     REDUCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Losses of one block, or under REDUCE their sum times factor: one float32 partial sum a
-    program.
+    """Losses of one block, or under REDUCE their sum times factor.
+
+    The sum is one float32 for each program.
     """
     pid = tl.program_id(0).to(tl.int64)
     offs = pid * BLOCK + tl.arange(0, BLOCK)
@@ -251,8 +257,9 @@ def elementwise_loss_fwd(
     weight: torch.Tensor | None = None,
     reduction: str = "mean",
 ) -> tuple[torch.Tensor, tuple]:
-    """Σ w f(x, t, parameter) · factor as a scalar, or w f of x's shape, and what
-    `elementwise_loss_bwd` takes after dy.
+    """(loss, what `elementwise_loss_bwd` takes after dy).
+
+    The loss is Σ w f(x, t, parameter) · factor, a scalar, or w f in x's shape.
 
     x, t: one shape, dtype and device; made contiguous. loss: a row of `losses` with a scalar, by
     name. parameter: a number, a tensor that broadcasts to x, or None for the row's own; weight: a
@@ -301,8 +308,10 @@ def elementwise_loss_bwd(
     *,
     needs: Sequence[bool] = (True, True),
 ) -> tuple[torch.Tensor | None, ...]:
-    """(dx, dt) from dy, a scalar or of the shape of an unreduced loss; one pass. None where not
-    needed. dt of a loss that does not take x - t is the reference's.
+    """(dx, dt) from dy, in one pass.
+
+    dy is a scalar, or of the shape of an unreduced loss. None where not needed. If the loss depends
+    on more than x - t, dt comes from the reference.
     """
     row = losses.get(loss)
     if launch.backend(dy, x, t) == "torch":
@@ -350,8 +359,9 @@ def elementwise_loss(
     weight: torch.Tensor | None = None,
     reduction: str = "mean",
 ) -> torch.Tensor:
-    """The loss of that name in `kernels.LOSSES` for input and target of one shape; the gradient of
-    the target as well. See `elementwise_loss_fwd`.
+    """The loss of that name in `kernels.LOSSES`, for input and target of one shape.
+
+    It has gradients for both. See `elementwise_loss_fwd`.
     """
     for name, value in (("parameter", parameter), ("weight", weight)):
         if isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled():
@@ -361,8 +371,9 @@ def elementwise_loss(
 
 @tape.traceable
 def mse_loss(input: torch.Tensor, target: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-    """`torch.nn.functional.mse_loss` for input and target of one shape; the gradient of the target
-    as well.
+    """`torch.nn.functional.mse_loss` for input and target of one shape.
+
+    It has gradients for both.
     """
     return elementwise_loss(input, target, "mse", None, None, reduction)
 
@@ -375,8 +386,9 @@ def binary_cross_entropy_with_logits(
     reduction: str = "mean",
     pos_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`torch.nn.functional.binary_cross_entropy_with_logits`: several labels for each row, each 0
-    or 1 or a probability between.
+    """`torch.nn.functional.binary_cross_entropy_with_logits`: several labels for each row.
+
+    Each label is 0, 1, or a probability between.
 
     input, target: one shape. weight, pos_weight: tensors that broadcast to it; they get no
     gradient.
@@ -392,8 +404,9 @@ def huber_loss(
     delta: float = 1.0,
     weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`torch.nn.functional.huber_loss` for input and target of one shape: squared error up to
-    delta, a line beyond.
+    """`torch.nn.functional.huber_loss` for input and target of one shape.
+
+    Squared error up to delta, a line beyond.
     """
     return elementwise_loss(input, target, "huber", delta, weight, reduction)
 
@@ -405,8 +418,9 @@ def pinball_loss(
     quantile: float | torch.Tensor = 0.5,
     reduction: str = "mean",
 ) -> torch.Tensor:
-    """The loss whose minimum is a quantile of the targets: quantile · (t - y) where t > y, else
-    (1 - quantile) (y - t).
+    """The loss whose minimum is a quantile of the targets.
+
+    It is quantile · (t - y) where t > y, else (1 - quantile) (y - t).
 
     input, target: one shape. quantile: a number between 0 and 1, or a tensor that broadcasts to
     input, such as one number for each column. At t = y the gradient is the mean of both sides.

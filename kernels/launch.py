@@ -36,8 +36,9 @@ _target: tuple[str, int] | None = None  # (architecture, processors) while dry_r
 
 
 def use(backend: str) -> contextlib.AbstractContextManager[None]:
-    """`with use("torch"):` forces the reference, `with use("triton"):` the kernels, inside it and
-    in every thread.
+    """`with use("torch"):` forces the reference, `with use("triton"):` the kernels.
+
+    It holds in every thread.
 
     Forcing `"triton"` on tensors that no kernel can take (float64, or a CPU without the
     interpreter) is an error.
@@ -58,8 +59,9 @@ def _using(backend):
 
 
 def backend(*tensors: torch.Tensor | None) -> str:
-    """`"triton"` or `"torch"`: the implementation that serves these tensors (None and non-tensors
-    are ignored).
+    """`"triton"` or `"torch"`: the implementation that serves these tensors.
+
+    None and non-tensors are ignored.
     """
     if _forced == "torch":
         return "torch"
@@ -123,8 +125,9 @@ def _has_kernels(device: torch.device) -> bool:
 
 
 def run(kernel, grid: tuple[int, ...], *args, **options) -> None:
-    """Launch `kernel[grid](*args, **options)` on the device of the first tensor among `args`;
-    nothing for an empty grid.
+    """Launches `kernel[grid](*args, **options)` on the device of the first tensor among `args`.
+
+    An empty grid launches nothing.
 
     Tensors whose minus sign is still to be applied, as `z.conj().imag` gives them, are inputs: the
     kernel gets a copy that has it.
@@ -160,8 +163,9 @@ def _tensors(values, found: list) -> list[torch.Tensor]:
 
 
 def _signed(value):
-    """Tensors, however nested, without torch's lazy minus sign: pointers do not carry it. Strides
-    are kept, as they have been read already.
+    """The tensors, however nested, without torch's lazy minus sign.
+
+    Pointers do not carry the sign. Strides are kept, as they have been read already.
     """
     if isinstance(value, torch.Tensor) and value.is_neg():
         raw = torch._neg_view(value)  # the memory as it is
@@ -177,8 +181,9 @@ def _signed(value):
 
 @contextlib.contextmanager
 def observe(callback):
-    """Call `callback(kernel, grid, args, options)` before every launch: how benchmarks count
-    launches and bytes.
+    """Calls `callback(kernel, grid, args, options)` before every launch.
+
+    Benchmarks count launches and bytes with it.
     """
     _observers.append(callback)
     try:
@@ -213,8 +218,9 @@ def lanes(arch: str) -> int:
 
 
 def sm_count(device: torch.device) -> int:
-    """Streaming multiprocessors (compute units) of a device; 1 in the interpreter, which runs one
-    program at a time.
+    """Streaming multiprocessors (compute units) of a device.
+
+    1 in the interpreter, which runs one program at a time.
     """
     return _target[1] if _target else _device_facts(device)[1]
 
@@ -233,8 +239,10 @@ def _device_facts(device: torch.device) -> tuple[str, int]:
 
 
 def dot_precision() -> str:
-    """`input_precision` of float32 products in Triton's words: that of
-    torch.get_float32_matmul_precision(), or of torch's newer setting where that is in force.
+    """The precision of float32 products, as Triton's `input_precision`.
+
+    It follows torch.get_float32_matmul_precision(), or torch's newer setting where that is in
+    force.
     """
     if _target[0].startswith("gfx") if _target else torch.version.hip:
         return "ieee"
@@ -246,8 +254,9 @@ def dot_precision() -> str:
 
 
 def check_same(op: str, **tensors: torch.Tensor | None) -> None:
-    """All tensors (None is skipped) are dense, of one dtype, on one device, else a ValueError that
-    names the odd one.
+    """Raises a ValueError unless all tensors are dense, of one dtype, on one device.
+
+    It names the odd one. None is skipped.
     """
     given = {name: t for name, t in tensors.items() if t is not None}
     first, reference = next(iter(given.items()))
@@ -261,8 +270,9 @@ def check_same(op: str, **tensors: torch.Tensor | None) -> None:
 
 
 def check_placed(op: str, **tensors: torch.Tensor | None) -> None:
-    """All tensors (None is skipped) are dense and on one device, else a ValueError that names the
-    odd one.
+    """Raises a ValueError unless all tensors are dense and on one device.
+
+    It names the odd one. None is skipped.
     """
     given = {name: t for name, t in tensors.items() if t is not None}
     first, reference = next(iter(given.items()))
@@ -279,8 +289,9 @@ def check_placed(op: str, **tensors: torch.Tensor | None) -> None:
 
 
 def watched() -> bool:
-    """Whether somebody follows every torch operation: torch.func, forward-mode AD, torch.export,
-    torch.jit.trace, make_fx, fake tensors.
+    """True while something follows every torch operation.
+
+    torch.func, forward-mode AD, torch.export, torch.jit.trace, make_fx, fake tensors.
 
     Then no kernel may run, as it would not be seen, and no value may be read.
     """

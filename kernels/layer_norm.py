@@ -157,8 +157,9 @@ def layer_norm_fwd_kernel(
 
 @triton.jit
 def gradient_tile(dy, x, w_ptr, rows, offs_n, mean, rstd, N):
-    """(g, x̂, mask): g and x̂ of the module's formulas for one tile, and which elements exist. g is 0
-    where none does.
+    """(g, x̂, mask) of the module's formulas for one tile.
+
+    g is 0 where no element exists.
     """
     mask = (rows < x.rows)[:, None] & (offs_n < N)[None, :]
     tile = load_tile(x, rows[:, None], offs_n[None, :], mask)
@@ -182,8 +183,9 @@ def layer_norm_bwd_dx_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Forward was y = x̂ w + b, so dx = ρ (g - mean(g) - x̂ mean(g x̂)) with g = dy w: first the two
-    means of each row, then its dx.
+    """dx = ρ (g - mean(g) - x̂ mean(g x̂)), with g = dy w.
+
+    Forward was y = x̂ w + b. First the two means of each row, then its dx.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = rows < x.rows
@@ -216,8 +218,9 @@ def layer_norm_bwd_dw_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Forward was y = x̂ w + b, so dw = Σ_m dy x̂ and db = Σ_m dy: the sums over one split of the
-    rows, dw's then db's.
+    """The sums dw = Σ_m dy x̂ and db = Σ_m dy over one split of the rows.
+
+    Forward was y = x̂ w + b. dw is stored first, then db.
     """
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1).to(tl.int64)
@@ -325,8 +328,9 @@ def layer_norm_bwd(
     *,
     needs: Sequence[bool] = (True, True, True),
 ) -> tuple[torch.Tensor | None, ...]:
-    """(dx, dw, db) from dy of x's shape and what `layer_norm_fwd` saved; None where not needed, or
-    where there is no w or b.
+    """(dx, dw, db) from dy of x's shape and what `layer_norm_fwd` saved.
+
+    None where not needed, or where there is no w or b.
 
     dw and db are sums over the rows: each split of them writes its float32 part and a second kernel
     adds the parts in a fixed order, so two runs are bitwise equal. x and dy are read once from

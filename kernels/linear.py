@@ -155,8 +155,9 @@ def linear_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile of y = act(x wᵀ + b); z is stored too where z_ptr is not None. y and z are
-    contiguous (M, N).
+    """One tile of y = act(x wᵀ + b).
+
+    z is stored too where z_ptr is not None. y and z are contiguous (M, N).
     """
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -202,8 +203,9 @@ def linear_bwd_dx_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Forward was z_mn = Σ_k x_mk w_nk, so dx_mk = Σ_n dz_mn w_nk; then ⊙ act' of the layer
-    beneath, whose output x is.
+    """One tile of dx = dz w, times act' of the layer below, whose output is x.
+
+    Forward was z_mn = Σ_k x_mk w_nk, so dx_mk = Σ_n dz_mn w_nk.
 
     Here a tile's columns are k and its sum runs over n, so the names of the block sizes follow the
     result (M, K).
@@ -273,8 +275,9 @@ def sum_of_splits(parts_ptr, offs, size, splits, split_stride):
 def linear_bwd_reduce_kernel(
     dw_ptr, db_ptr, parts_ptr, SIZE, N, splits, split_stride, BLOCK: tl.constexpr
 ):
-    """Sum the splits' parts, laid out (splits, N·K + N), in a fixed order: dw, then db where db_ptr
-    is not None.
+    """Sums the splits' parts in a fixed order: dw, and db where db_ptr is not None.
+
+    The parts are (splits, N·K + N).
     """
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = sum_of_splits(parts_ptr, offs, SIZE + N, splits, split_stride)
@@ -353,8 +356,9 @@ def linear_fwd(
 def linear_bwd_dz(
     dy: torch.Tensor, s: torch.Tensor | None, activation: str, *, out: Any = None
 ) -> Any:
-    """dz = dy ⊙ act', (M, N), from dy (…, N) of any strides and s as saved; dy itself where act is
-    the identity.
+    """dz = dy ⊙ act', (M, N), from dy (…, N) of any strides and s as saved.
+
+    dy itself where act is the identity.
 
     One read of dy and s, one write. `out`: a contiguous (M, N) buffer.
     """
@@ -388,8 +392,9 @@ def linear_bwd_dx(
     *,
     out: Any = None,
 ) -> Any:
-    """dx = dz w, (M, K), from dz (M, N) and w (N, K); times act' of the layer beneath where s_below
-    (M, K) is given.
+    """dx = dz w, (M, K), from dz (M, N) and w (N, K).
+
+    It is multiplied by act' of the layer below where s_below (M, K) is given.
 
     Float32 accumulation, the derivative applied to the float32 sum. `out`: a contiguous (M, K)
     buffer.
@@ -461,8 +466,9 @@ def linear_bwd_dw(dz: torch.Tensor, x: torch.Tensor, bias: bool = True, *, out: 
 
 
 def dw_plan(kernel: str, dz, M: int, N: int, K: int, heavy: bool = False):
-    """(configuration, grid of tiles, splits of the batch, rows of each) for dzᵀ x of M rows; heavy:
-    see `configs`.
+    """(configuration, grid of tiles, splits of the batch, rows of each) for dzᵀ x of M rows.
+
+    heavy: see `configs`.
     """
     config = configs.product(kernel, dz, N, K, heavy)
     tiles = (
@@ -493,8 +499,9 @@ def dw_parts(dz, x, bias, splits, rows, tiles, config):
 
 
 def _split_batch(M: int, tiles: int, device) -> tuple[int, int]:
-    """(splits, rows of each): at least 256 rows a split, and no more splits than keep the device
-    busy.
+    """(splits, rows of each): at least 256 rows a split.
+
+    There are no more splits than keep the device busy.
     """
     wanted = min(MAX_SPLITS, M // 256, launch.sm_count(device) // max(tiles, 1))
     rows = triton.cdiv(M, max(wanted, 1))
@@ -511,8 +518,9 @@ def linear_bwd(
     *,
     needs: Sequence[bool] = (True, True, True),
 ) -> tuple[torch.Tensor | None, ...]:
-    """(dx, dw, db) from dy (…, N) and what `linear_fwd` saved; None for each that `needs` says is
-    not wanted.
+    """(dx, dw, db) from dy (…, N) and what `linear_fwd` saved.
+
+    None for each that `needs` does not ask for.
     """
     return _backward(
         dy, x, w, s, bias, activation, needs, linear_bwd_dz, linear_bwd_dx, linear_bwd_dw

@@ -86,8 +86,9 @@ def linear_cross_entropy_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Rows of logits x wᵀ + b in one tile [BLOCK_M, BLOCK_N], then softmax, loss and gradient:
-    logits are never stored.
+    """Logits, softmax, loss and gradient of rows in one tile [BLOCK_M, BLOCK_N].
+
+    The logits x wᵀ + b are never stored.
     """
     SOFT: tl.constexpr = t.ptr.dtype.element_ty.is_floating()  # probabilities
     pid = tl.program_id(0)
@@ -126,8 +127,9 @@ def linear_cross_entropy_fwd(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, tuple]:
-    """The last layer and its loss: up to 128 classes in one kernel that never stores the logits,
-    else through the two.
+    """The last layer and its loss.
+
+    Up to 128 classes, one kernel does both and never stores the logits. Beyond, two do.
 
     x (M, K), w (C, K), b (C,) or None, target and options as `cross_entropy_fwd`. Errors as the two
     operations.
@@ -180,8 +182,9 @@ def linear_cross_entropy_bwd(
     *saved: Any,
     needs: Sequence[bool] = (True, True, True),
 ) -> tuple[torch.Tensor | None, ...]:
-    """(dx, dw, db) from dy and what the forward saved: the loss's gradient scaled, then the layer's
-    backward.
+    """(dx, dw, db) from dy and what the forward saved.
+
+    The loss's gradient is scaled, then goes through the layer's backward.
     """
     dz: Any = cross_entropy_bwd(dy, *saved)[0]
     return linear_bwd(dz, x, w, None, bias, "identity", needs=needs)
@@ -210,8 +213,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """cross_entropy(linear(input, weight, bias), target, …): the last layer and its loss as one
-    operation.
+    """cross_entropy(linear(input, weight, bias), target, …) as one operation.
 
     input (N, in), weight (C, in), bias (C,) or None. `class_weight` and the rest are
     cross_entropy's keywords. Probability targets get no gradient here: use the two operations where

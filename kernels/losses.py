@@ -36,8 +36,10 @@ NEVER = tl.constexpr(-(1 << 62))  # the ignored label of losses that ignore none
 
 
 class Classes(NamedTuple):
-    """What cross-entropy's kernels know of the classes: how many, weights (count,) or None with
-    their stride, the label that counts for nothing, and label smoothing.
+    """The facts about classes that the kernels of cross-entropy need.
+
+    How many there are, weights (count,) or None with their stride, the label that is ignored, and
+    label smoothing.
     """
 
     count: Any
@@ -57,8 +59,9 @@ def target_tile(
     classes,  # Classes
     SOFT: tl.constexpr,
 ):
-    """q of cross-entropy's formula for one tile, 0 outside the mask; and which classes the loss
-    looks at.
+    """q of cross-entropy's formula for one tile, and which classes the loss reads.
+
+    q is 0 outside the mask.
     """
     if SOFT:
         t_ptrs = t_ptrs[:, None] + offs_c[None, :] * stride_tc
@@ -76,8 +79,9 @@ def target_tile(
 
 @triton.jit
 def label_weight(label, valid, classes):
-    """What a row adds to the mean's denominator: w_y, 0 if ignored; NaN for a label that is no
-    class, so that it shows.
+    """What a row adds to the mean's denominator: w_y, or 0 if the row is ignored.
+
+    NaN for a label that is no class, so that it shows.
     """
     known = (label >= 0) & (label < classes.count)
     counted = valid & (label != classes.ignored)
@@ -90,8 +94,9 @@ def label_weight(label, valid, classes):
 
 @triton.jit
 def softmax_loss_tile(z, m, s, q, counted, total):
-    """(Σ_c q (lse - z), Q p - q) of one tile, given each row's maximum m, s = Σ exp(z - m) and Q =
-    total.
+    """(Σ_c q (lse - z), Q p - q) of one tile.
+
+    Given are each row's maximum m, s = Σ exp(z - m) and the total Q.
     """
     shifted = z - m[:, None]
     loss = tl.sum(
@@ -102,8 +107,9 @@ def softmax_loss_tile(z, m, s, q, counted, total):
 
 @triton.jit
 def softmax_tile(y, q, mask, counted, parameter, NET: tl.constexpr):
-    """(loss of each row, gradient [rows, classes]) of softmax cross-entropy, all classes in the
-    tile.
+    """(loss of each row, gradient [rows, classes]) of softmax cross-entropy.
+
+    All classes are in the tile.
     """
     z = tl.where(mask, y, LOWEST)
     m = tl.max(z, axis=1)
@@ -120,8 +126,9 @@ def elementwise_tile(y, q, mask, counted, parameter, NET: tl.constexpr):
 
 @triton.jit
 def first_largest(z, offs_c):
-    """The first column of each row's maximum, as torch.argmax; a large number where there is none
-    (NaN).
+    """The first column of each row's maximum, as torch.argmax.
+
+    A large number where there is none (NaN).
     """
     return tl.min(tl.where(z == tl.max(z, axis=1)[:, None], offs_c[None, :], 1 << 30), axis=1)
 

@@ -1,5 +1,4 @@
-"""A stack of linear layers: y_0 = x, y_l = act_l(y_{l-1} w_lᵀ + b_l) for l = 1 … L, as one
-operation.
+"""A stack of linear layers as one operation: y_0 = x, y_l = act_l(y_{l-1} w_lᵀ + b_l), l = 1 … L.
 
     x (…, n_0)   w_l (n_l, n_{l-1})   b_l (n_l,)   y_L (…, n_L)      hidden layers share an
         activation, the last has its own
@@ -114,8 +113,9 @@ def mlp_bwd_ref(
 
 
 def check_mlp(x, weights, biases) -> None:
-    """At least one layer, as many biases (or None) as weights, and widths that chain; else a
-    ValueError.
+    """Raises a ValueError unless the layers fit together.
+
+    There must be at least one layer, as many biases (or None) as weights, and widths that chain.
     """
     if not weights or len(weights) != len(biases):
         raise ValueError(
@@ -157,8 +157,9 @@ def mlp_fwd(
 def mlp_bwd(
     dy: torch.Tensor, *saved: Any, needs: Sequence[bool] | None = None, out: Any = None
 ) -> tuple[torch.Tensor | None, ...]:
-    """(dx, [dw_1 … dw_L], [db_1 … db_L]) from dy (…, n_L) and what `mlp_fwd` saved: two launches a
-    layer.
+    """(dx, [dw_1 … dw_L], [db_1 … db_L]) from dy (…, n_L) and what `mlp_fwd` saved.
+
+    Two launches a layer.
 
     `needs`: which of x, every weight, every bias want a gradient (all, if None); the others are
     None. `out`: (per layer dz buffers, per layer (dw, db) buffers).

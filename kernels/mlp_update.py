@@ -1,5 +1,6 @@
-"""The backward of a stack of linear layers that takes an optimizer's step: no weight gradient is
-ever stored.
+"""The backward of a stack of linear layers, with an optimizer's step in it.
+
+No weight gradient is ever stored.
 
 For every layer, from the last down, with dz_l and y_{l-1} as in `mlp` and the rules of `optim`:
 
@@ -78,8 +79,9 @@ def linear_update_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile of w after its step; the programs of the first column of tiles do b. Tiles as in
-    `linear_bwd_dw_kernel`.
+    """One tile of w after its step.
+
+    The programs of the first column of tiles do b. The tiles are those of `linear_bwd_dw_kernel`.
     """
     offs_n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -125,8 +127,7 @@ def linear_update_reduce_kernel(
 
 
 def linear_update(dz, x, parameters, states, hyper, step, rule):
-    """A step of `rule` on one layer in place, from dz (M, N) and the layer's input x (…, K).
-    Nothing is returned.
+    """One step of `rule` on one layer, in place, from dz (M, N) and the layer's input x (…, K).
 
     parameters: [w (N, K)] or [w, b (N,)]; states: for each of the rule's states a list of the same
     shapes; all contiguous. hyper: a row of `hyperparameters`, or its numbers; step: 1 at the first,
@@ -175,8 +176,11 @@ def linear_update(dz, x, parameters, states, hyper, step, rule):
 
 
 def check_mlp_update(saved, parameters, states, hyper, rule) -> None:
-    """The rule's row and lists of states, and contiguous parameters that are the forward's; else a
-    ValueError.
+    """Raises a ValueError unless states and parameters are what the rule and the forward need.
+
+    Parameters must be contiguous, and the forward's own.
+
+    A ValueError unless the parameters are contiguous and the forward's.
     """
     layers, bias = len(saved.weights), saved.bias
     if len(hyper) != len(rule.columns):
@@ -244,8 +248,9 @@ def mlp_update(
     *,
     out: Any = None,
 ) -> None:
-    """`mlp_bwd` and a step of an optimizer on all parameters, in place: two launches a layer, no
-    gradient in memory.
+    """`mlp_bwd` and an optimizer's step on all parameters, in place.
+
+    Two launches a layer; no gradient in memory.
 
     dy (…, n_L); saved: what `mlp_fwd` returned beside y; parameters: [w_1, b_1, w_2, …], the
     forward's own, or without biases; states: for each of the rule's states a list shaped like them,

@@ -1,5 +1,6 @@
-"""The table of operations, each with cases to try it on and torch's own function beside it: what
-`handgrad info`, the tests and compile checks iterate over.
+"""The table of operations, each with cases to try it on and torch's own function beside it.
+
+`handgrad info`, the tests and the compile checks iterate over it.
 
 A row of a `tape.Differentiable` makes an operation whole: its operators for torch.compile are
 registered by the file that defines it, and every test of operations takes the row.
@@ -54,7 +55,9 @@ class Make:
 
 
 class Operation(NamedTuple):
-    """`cases(make, m, k, n)` yields (label, arguments of fwd) for a batch of m, k features in and n
+    """One row: an operation's cases, launchers and references.
+
+    `cases(make, m, k, n)` yields (label, arguments of fwd) for a batch of m, k features in and n
     out.
 
     Differentiable ones have the rest: `function`, which users call with these arguments; `oracle`,
@@ -78,8 +81,9 @@ class Operation(NamedTuple):
         return cls(cases, op.fwd, op.fwd_ref, op.bwd, op.bwd_ref, function, oracle, op)
 
     def results(self, args: tuple, dy=None, *, reference: bool = False) -> list[torch.Tensor]:
-        """The forward's output and every gradient, flat, by the kernels' launchers or by the
-        reference; dy: ones if None.
+        """The forward's output and every gradient, flat.
+
+        They come from the kernels' launchers, or from the reference. dy: ones if None.
         """
         y, saved = (self.fwd_ref if reference else self.fwd)(*args)
         outputs = flatten(y)
@@ -171,8 +175,9 @@ def _elementwise_loss_torch(x, t, loss, parameter, weight, reduction):
 
 
 def _conv2d_cases(make, m, k, n):
-    """k channels in, n out; of images and numbers small enough for the interpreter, unless only
-    shapes are asked for.
+    """Cases of k channels in and n out.
+
+    Images and numbers are small enough for the interpreter, unless only shapes are asked for.
     """
     small = make.device.type != "meta"
     m, k, n = (min(m, 3), min(k, 2), min(n, 5)) if small else (m, k, n)
@@ -220,8 +225,9 @@ def _updates(update):
 
 
 def _parameters(make, k, n, copies):
-    """`copies` lists of tensors shaped like the parameters of a small network; the last list is
-    positive.
+    """`copies` lists of tensors shaped like a small network's parameters.
+
+    The last list is positive.
     """
     shapes = ((n, k), (n,), (10, n), (10,))
     return [
@@ -244,9 +250,7 @@ def _adam_cases(make, m, k, n):
 
 
 def _mlp_update(fwd, update):
-    """A training step of a stack: forward, then the update on copies, returning everything it
-    changed.
-    """
+    """A stack's training step on copies: forward, then update. Returns everything it changed."""
 
     def forward(x, dy, parameters, states, hyper, step, rule, bias):
         parameters, *states = [[t.clone() for t in ts] for ts in (parameters, *states)]

@@ -74,8 +74,7 @@ def update_tile(
     SHARED: tl.constexpr,
     FIRST: tl.constexpr = False,
 ):
-    """A tile of parameter i, which is p, after its gradient g was applied: its states and itself
-    are stored, itself is returned.
+    """Applies gradient g to a tile p of parameter i, stores p and its states, and returns p.
 
     SHARED: several warps may hold the same elements, so all have read p and its states before one
     writes. FIRST: states are zeros, whatever lies in memory.
@@ -109,8 +108,9 @@ def optimizer_kernel(
     FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block of one of the tensors: programs count through the blocks of the first, then of the
-    second, …
+    """Updates one block of one of the tensors.
+
+    Programs count through the blocks of the first tensor, then of the second, …
     """
     values = ()
     for i in tl.static_range(len(RULE.columns)):
@@ -136,8 +136,9 @@ def check_update(
     grads: list[torch.Tensor],
     states: list[list[torch.Tensor]] = (),
 ) -> None:
-    """As many gradients and states as parameters, gradients of the parameters' shapes, dense and
-    real; else a ValueError that names both.
+    """Raises a ValueError unless gradients and states fit the parameters.
+
+    There must be as many, of the same shapes, dense and real.
     """
     for what, tensors in (("gradients", grads), *(("of one state", ts) for ts in states)):
         if len(params) != len(tensors):
@@ -178,8 +179,9 @@ def _on_kernels(params, *others) -> bool:
 
 
 def _launch(params, grads, states, numbers, options) -> None:
-    """Launch over at most MAX_TENSORS tensors at a time; tensors are copied where they are not laid
-    out as their parameters.
+    """Launches for at most MAX_TENSORS tensors at a time.
+
+    A tensor is copied where its layout differs from its parameter's.
     """
     laid = [
         [
@@ -267,8 +269,9 @@ def sgd(
     maximize: bool = False,
     first: bool = False,
 ) -> None:
-    """One SGD step on lists of tensors, in place. See `rules` for the formulas; `torch.optim.SGD`
-    for the arguments.
+    """One SGD step on lists of tensors, in place.
+
+    The formulas are in `rules`. The arguments are those of `torch.optim.SGD`.
 
     buffers: momentum buffers shaped like params (ignored without momentum), filled at the first
     step. lr: a number, or a one-element tensor on the parameters' device.
@@ -298,8 +301,9 @@ def adam(
     decoupled: bool = False,
     maximize: bool = False,
 ) -> None:
-    """One Adam step (AdamW if `decoupled`) on lists of tensors, in place. See `rules` for the
-    formulas.
+    """One Adam step (AdamW if `decoupled`) on lists of tensors, in place.
+
+    The formulas are in `rules`.
 
     step: the count of this step, 1 at the first: a number, or a one-element tensor on the
     parameters' device; lr likewise.

@@ -1,5 +1,4 @@
-"""How a convolution walks over images: its geometry, its errors, and the load that shows an image
-as a matrix of patches.
+"""How a convolution reads images: its geometry, its errors, images as a matrix of patches.
 
 A leaf of `conv` and `conv_bwd`. Row m of the matrix is an output position (n, oh, ow), column k a
 tap (c, kh, kw):
@@ -17,8 +16,9 @@ from . import launch
 
 
 class Geometry(NamedTuple):
-    """Kernel, stride, padding, dilation and pooling window, by height and width: one constexpr
-    argument of the kernels.
+    """Kernel, stride, padding, dilation and pooling window, as one constexpr of the kernels.
+
+    Each has a value for height and one for width.
     """
 
     KH: int
@@ -39,8 +39,9 @@ class Geometry(NamedTuple):
         return (self.PH, self.PW) != (1, 1)
 
     def conv_size(self, h: int, w: int) -> tuple[int, int]:
-        """Height and width of the convolution of an h × w image, before pooling; below 1 where the
-        kernel does not fit.
+        """Height and width of the convolution of an h × w image, before pooling.
+
+        Below 1 where the kernel does not fit.
         """
         return (
             (h + self.TOP + self.BOTTOM - self.DH * (self.KH - 1) - 1) // self.SH + 1,
@@ -48,8 +49,9 @@ class Geometry(NamedTuple):
         )
 
     def image_size(self, oh: int, ow: int) -> tuple[int, int]:
-        """Height and width of what an oh × ow convolution reaches, its padding taken off as if it
-        were alike at both ends.
+        """Height and width of the image that an oh × ow convolution reaches.
+
+        Its padding is taken off as if it were alike at both ends.
         """
         return (
             (oh - 1) * self.SH + self.DH * (self.KH - 1) + 1 - 2 * self.TOP,
@@ -70,8 +72,10 @@ class Images(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Sizes of a convolution's product: rows, columns summed over, height and width of what the
-    rows are, and of the convolution before pooling.
+    """Sizes of a convolution's product.
+
+    M rows, K columns summed over; height and width of what the rows are; OH and OW of the
+    convolution before pooling.
     """
 
     M: Any
@@ -124,8 +128,9 @@ def geometry(kernel, stride=1, padding=0, dilation=1, max_pool=1, op="conv2d") -
 
 
 def check_conv(x, w, b, stride, padding, dilation, max_pool, groups, op="conv2d") -> Geometry:
-    """Shapes, dtypes and devices of a convolution and its pooling, and its Geometry; a ValueError
-    that names both values.
+    """The Geometry of a convolution and its pooling.
+
+    A ValueError that names both values where shapes, dtypes or devices do not fit.
     """
     if groups != 1:
         raise ValueError(
@@ -196,8 +201,9 @@ def load_patches(
     mask_k,
     G: tl.constexpr,
 ):
-    """The patches of output positions (n, oh, ow) at taps k: [BLOCK_M, BLOCK_K], 0 outside the
-    image and the masks.
+    """The patches of output positions (n, oh, ow) at taps k: [BLOCK_M, BLOCK_K].
+
+    0 outside the image and the masks.
     """
     top = oh * G.SH - G.TOP
     left = ow * G.SW - G.LEFT

@@ -1,5 +1,6 @@
-"""Simulated rounding: what a computation in a given precision may give, drawn at random. For
-`selfcheck` and the tests, to say which error is still rounding.
+"""Simulated rounding: what a computation in a given precision may give, drawn at random.
+
+`selfcheck` and the tests use it to say which error is still rounding.
 
 Each operation of torch is computed in float64, then disturbed as a computer of less precision may
 disturb it, and all that follows uses the disturbed numbers. So an error is carried on as a real
@@ -157,8 +158,9 @@ def written(func, args) -> list:
 
 
 def errors(result: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """|result - exact| in float64; 0 for the same infinity or NaN twice, infinite for NaN or an
-    infinity on one side.
+    """|result - exact| in float64.
+
+    0 for the same infinity or NaN on both sides, infinite for one on one side.
     """
     result, exact = result.detach().double(), exact.detach().double()
     difference = (result - exact).abs().nan_to_num(nan=float("inf"))
@@ -172,8 +174,7 @@ def worst(result: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def worst_errors(compute, dtype: torch.dtype) -> list[float]:
-    """How far each of `compute()`'s results may be off if computed in `dtype`: the worst error of
-    SIMULATIONS draws.
+    """How far each of `compute()`'s results may be off in `dtype`: the worst of SIMULATIONS draws.
 
     compute: a function of no arguments that computes in float64, the same every time; its results
     may be in nested lists and tuples.

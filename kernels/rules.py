@@ -42,8 +42,9 @@ from . import launch
 
 @triton.jit
 def bias_correction(step, log_beta):
-    """1 - βᵗ = -expm1(t log β) in float32, by its series near 0, where the difference would
-    cancel.
+    """1 - βᵗ in float32.
+
+    It is -expm1(t log β), by its series near 0, where the difference would cancel.
     """
     u = step * log_beta
     series = u * (1.0 + u * (0.5 + u * (0.16666666666 + u * (0.04166666666 + u * 0.00833333333))))
@@ -600,8 +601,7 @@ def hyperparameters(
     dtype: torch.dtype = torch.float32,
     **values: Any,
 ) -> torch.Tensor:
-    """The row of numbers that the training kernels read on the device, (columns,), or (replicas,
-    columns).
+    """The row of numbers that the training kernels read: (columns,), or (replicas, columns).
 
     values: the rule's hyperparameters by torch's names, see `Rule`. Each is a number (`betas` two),
     or with `replicas` a sequence or tensor of so many. Column 0 is the learning rate:

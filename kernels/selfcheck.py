@@ -1,5 +1,6 @@
-"""Every kernel against its float64 reference, on this machine: `python -m kernels.selfcheck`, and
-part of `handgrad info`.
+"""Every kernel against its float64 reference, on this machine.
+
+`python -m kernels.selfcheck`, and part of `handgrad info`.
 
 On a machine without a GPU the kernels run in Triton's interpreter, in a process of their own.
 """
@@ -22,8 +23,9 @@ _ULP = {dtype: torch.finfo(dtype).eps for dtype in launch.KERNEL_DTYPES}
 
 
 class Check(NamedTuple):
-    """The worst result of an operation's cases in one dtype: errors relative to the result's
-    scale.
+    """The worst result of an operation's cases in one dtype.
+
+    Errors are relative to the result's scale.
     """
 
     operation: str
@@ -35,8 +37,11 @@ class Check(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """At most twice the error of plain torch in the same dtype, plus one ulp of the result's
-        scale; or twice what simulated rounding gives.
+        """Whether the error is at most twice plain torch's in the same dtype, plus one ulp.
+
+        The ulp is of the result's scale. Or at most twice what simulated rounding gives.
+
+        Or at most twice what simulated rounding gives.
         """
         return self.error <= self.allowed
 
@@ -49,8 +54,9 @@ def doubled(value):
 
 
 def errors(operation, args, dtype) -> list[tuple[float, float, float]]:
-    """(kernel error, reference error, allowed error) of each output of one case, relative to the
-    output's largest number.
+    """(kernel error, reference error, allowed error) of each output of one case.
+
+    Relative to the output's largest number.
     """
     compute = functools.partial(operation.results, doubled(args), reference=True)
     exact = compute()
@@ -70,8 +76,9 @@ def errors(operation, args, dtype) -> list[tuple[float, float, float]]:
 
 
 def checks(device: str, names: Sequence[str] = ()) -> Iterator[Check]:
-    """One Check for each operation (of these names, else all) and dtype, as soon as it is known: of
-    the output that fails, else errs, most.
+    """One Check for each operation and dtype, as soon as it is known.
+
+    Of the output that fails, or else that errs most. names: of the operations, None for all.
     """
     for name in names or OPERATIONS:
         operation = OPERATIONS[name]
@@ -98,8 +105,9 @@ def line(row: Check) -> str:
 
 
 def run(say: Callable[[str], None] = print, names: Sequence[str] = ()) -> bool:
-    """Whether all checks passed, on the GPU if there is one, else in the interpreter. Each is told
-    to `say` when it is done. The interpreter has a process for each core.
+    """Whether all checks passed, on the GPU if there is one, else in the interpreter.
+
+    `say` gets each when it is done. The interpreter has a process for each core.
     """
     on_gpu = torch.cuda.is_available()
     if not on_gpu and not launch.INTERPRETED:

@@ -155,8 +155,9 @@ def autocasting(tensor: torch.Tensor) -> bool:
 
 
 def _autocast(value, device: str, dtype: torch.dtype):
-    """Floating-point tensors on this device in this dtype, but for float64, which torch leaves
-    alone as well.
+    """The floating-point tensors on this device, cast to this dtype.
+
+    float64 stays, as in torch.
     """
     if isinstance(value, (list, tuple)):
         return tuple(_autocast(v, device, dtype) for v in value)
@@ -170,8 +171,9 @@ def _autocast(value, device: str, dtype: torch.dtype):
 
 
 def remember(ctx, inputs: tuple, saved: tuple) -> None:
-    """Keep a Function's inputs and what its forward saved: tensors through save_for_backward, each
-    once, the rest on ctx.
+    """Keeps a Function's inputs and what its forward saved.
+
+    Tensors go through save_for_backward, each once. The rest goes on ctx.
     """
     tensors: list[torch.Tensor] = []
     places: dict[int, int] = {}

@@ -1,6 +1,4 @@
-"""What the kernels of several operations compute in registers: rounding, one tile's dot, and the
-sum of a product's tile.
-"""
+"""What the kernels share: rounding, a tile's dot, a tile's sum of products."""
 
 from typing import Any, NamedTuple
 
@@ -13,8 +11,9 @@ from . import launch
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
-    """x.to(dtype), rounding to nearest even also in the interpreter, which truncates float32 to
-    bfloat16.
+    """x.to(dtype), rounded to nearest even.
+
+    The interpreter would truncate float32 to bfloat16.
     """
     if launch.INTERPRET and dtype == tl.bfloat16:
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)
@@ -25,8 +24,9 @@ def cast(x, dtype: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a·b in float32; the interpreter would multiply bfloat16's raw bits, so it gets
-    float32.
+    """acc + a·b in float32.
+
+    The interpreter gets float32, because it would multiply bfloat16's raw bits.
     """
     if launch.INTERPRET:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")

@@ -409,7 +409,7 @@ class _Training:
         self.loss = loss
         self.decayed = [p for g in self.optimizer.param_groups if g["decays"] for p in g["params"]]
         self.decays = bool(self.decayed)
-        self.session = None if weights is not None or epochs == 1 else self._session(epochs)
+        self.session: Any = None if weights is not None or epochs == 1 else self._session(epochs)
         if weights is None and self.session is None:
             chosen = (estimator.engine, self.model, loss, self.optimizer, batch)
             self.engine, _ = engines.choose(*chosen)

@@ -1,5 +1,6 @@
-"""A whole epoch of training in one launch: forward, loss, backward and update of every step,
-formulas in `network`.
+"""A whole epoch of training in one launch: forward, loss, backward and update of every step.
+
+The formulas are in `network`.
 
 Two kernels. `epoch_kernel`: one program trains one network alone, so that one launch trains as many
 networks as it has programs (`train_replicas` in `replicas`). `exchange_kernel` in `exchange`:
@@ -44,8 +45,9 @@ def epoch_kernel(
     count_ptr,
     NET: tl.constexpr,
 ):
-    """Program r trains network r on the n rows of its permutation: everything but data, targets and
-    count is stacked.
+    """Program r trains network r on the n rows of its permutation.
+
+    Everything is stacked but data, targets and count.
     """
     L: tl.constexpr = len(NET.sizes) - 1
     r = tl.program_id(0).to(tl.int64)
@@ -87,8 +89,9 @@ def run_epoch_kernel(run: Run) -> None:
 def train_epoch(
     run: Run, *, programs: int | None = None, exchange: str = "words"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Train one network in place on the batches of one permutation, in one launch: (losses,
-    correct), a value for each step, which are the run's buffers.
+    """Trains one network in place on one permutation's batches, in one launch: (losses, correct).
+
+    Both have a value for each step, and are the run's buffers.
 
     programs: how many share the work: 1, or as many as own the rows of w_1 (None: the latter where
     the device can); exchange: their means, "words" or "counter". Sums in a fixed order:
@@ -106,8 +109,9 @@ def train_epoch(
 
 
 def shareable(run: Run) -> bool:
-    """Whether the device can run at once all the programs that would share the network, and waits
-    as `words` need it.
+    """Whether the device can run at once all the programs that would share the network.
+
+    It must also wait as `words` need it.
     """
     rows = plan(run, "exchange")[1]
     nvidia = launch.arch(run.device).startswith("sm_")

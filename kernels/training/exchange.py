@@ -91,8 +91,9 @@ def receive(y_ptr, box, t, NET: tl.constexpr, PROGRAMS: tl.constexpr, WORDS: tl.
 
 @triton.jit
 def own_dz(scratch, net, g, y, z, own, numbers, NET: tl.constexpr):
-    """Columns `own` of dz_1, y and z being those of layer 1: from dz_2 through w_2 as it is, or the
-    loss's where layer 1 is the last.
+    """Columns `own` of dz_1; y and z are those of layer 1.
+
+    From dz_2 through w_2 before its update, or from the loss where layer 1 is the last.
     """
     if len(NET.sizes) == 2:
         dz = load_columns(scratch.dz, 1, own, NET)
@@ -121,8 +122,9 @@ def exchange_kernel(
     PROGRAMS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """Program g = first + program_id of PROGRAMS: rows g·ROWS … of w_1, and copy g of everything of
-    layers 2 … L.
+    """Program g = first + program_id of PROGRAMS owns rows g·ROWS … of w_1.
+
+    It has copy g of everything of layers 2 … L.
 
     Step t: receive y_1; layers 2 … L forward, loss, backward to w_3's update; own columns of dz_1,
     before w_2 changes. Then, as the beginning of step t + 1: update own rows of w_1 and compute own
@@ -159,8 +161,9 @@ def exchange_kernel(
 
 
 def check_programs(run: Run, rows: int, programs: int | None, exchange: str) -> int:
-    """How many programs share w_1, if the device runs that many at once; else a ValueError that
-    names both.
+    """How many programs share w_1.
+
+    A ValueError names both numbers if the device cannot run so many at once.
     """
     device, needed = run.device, triton.cdiv(run.spec.sizes[1], rows)
     most = launch.sm_count(device)
@@ -185,8 +188,9 @@ def check_programs(run: Run, rows: int, programs: int | None, exchange: str) -> 
 
 
 def prepare(run: Run, planned: Plan, programs: int, exchange: str) -> tuple[tuple, list]:
-    """The kernel's arguments before `first`, with the programs' own copies of layers 2 … L: (args,
-    [(tensor, copies)]).
+    """(the kernel's arguments before `first`, [(tensor, copies)]).
+
+    The copies are the programs' own, of layers 2 … L.
     """
     results, net, samples, order = run.bundles()
     shared = 1 + run.spec.bias  # parameters of layer 1

@@ -49,8 +49,9 @@ def results_at(results, t):
 
 @triton.jit
 def update_bias(net, r, offs_n, dz, live, numbers, l: tl.constexpr, NET: tl.constexpr):
-    """Forward was z_mn = … + b_n, so db_n = Σ_m dz_mn. Returns the columns offs_n of b_l, updated
-    where `live`.
+    """Columns offs_n of b_l, updated where `live`.
+
+    Forward was z_mn = … + b_n, so db_n = Σ_m dz_mn.
     """
     i: tl.constexpr = 2 * l - 1
     base = r * NET.sizes[l]
@@ -78,8 +79,9 @@ def batch_rows(order, t, NET: tl.constexpr):
 
 @triton.jit
 def inputs(x_ptrs, mask, samples):
-    """A tile of the data, data · scale + shift in float32; 0 outside the mask, where the shift must
-    not reach either.
+    """A tile of the data, data · scale + shift in float32.
+
+    0 outside the mask, where the shift must not reach.
     """
     x = tl.load(x_ptrs, mask=mask, other=0).to(tl.float32)
     return tl.where(mask, x * samples.scale + samples.shift, 0.0)
@@ -98,8 +100,9 @@ def input_tile(
     numbers,
     NET: tl.constexpr,
 ):
-    """Columns offs_n of z_1 = x w_1ᵀ + b_1, after w_1 and b_1 took the update of the step before:
-    one reading of w_1.
+    """Columns offs_n of z_1 = x w_1ᵀ + b_1, after the pending update of w_1 and b_1.
+
+    One reading of w_1 does both.
 
     That step's forward was z_mn = Σ_k x_mk w_nk, so dw_nk = Σ_m dz_mn x_mk, with its rows x and dz.
     Before the first step (`live` is false) there is nothing to apply. Tiles of w lie transposed:
@@ -162,9 +165,7 @@ def first_tile(
     numbers,
     NET: tl.constexpr,
 ):
-    """`input_tile` from dz_1 of the step before to y_1 of this step, both columns offs_n in
-    scratch.
-    """
+    """`input_tile` from the last step's dz_1 to this step's y_1, columns offs_n in scratch."""
     offs = offsets(1, offs_n, NET)
     mask = (offs_n < tl.where(live, NET.sizes[1], 0))[None, :]
     dz = tl.load(scratch.dz + offs, mask=mask, other=0.0)
@@ -233,8 +234,9 @@ def top(
     writer,
     NET: tl.constexpr,
 ):
-    """From y_1 up to the loss and down to dz_L, both in scratch; stores loss and count where
-    `writer`, updates b_L.
+    """The way from y_1 up to the loss and down to dz_L, both in scratch.
+
+    Updates b_L. Stores loss and count where `writer`.
     """
     L: tl.constexpr = len(NET.sizes) - 1
     z = forward(scratch, net, r, NET)
@@ -266,8 +268,9 @@ def backward_tile(
     UPDATE: tl.constexpr,
     NET: tl.constexpr,
 ):
-    """Columns offs_k of dy_{l-1} = dz_l w_l, and the update of those columns of w_l: one reading of
-    them does both. y: those columns of y_{l-1}.
+    """Columns offs_k of dy_{l-1} = dz_l w_l, and the update of those columns of w_l.
+
+    One reading of them does both. y: those columns of y_{l-1}.
 
     Forward was z_mn = Σ_k y_mk w_nk, so dy_mk = Σ_n dz_mn w_nk with w as it was, and dw_nk = Σ_m
     dz_mn y_mk.
@@ -303,8 +306,9 @@ def backward_layer(
     DX: tl.constexpr,
     NET: tl.constexpr,
 ):
-    """Updates w_l from dz_l and y_{l-1} in scratch; with DX stores dz_{l-1} = dy_{l-1} ⊙ act' there
-    and updates b_{l-1}.
+    """Updates w_l from dz_l and y_{l-1} in scratch.
+
+    With DX it stores dz_{l-1} = dy_{l-1} ⊙ act' there, and updates b_{l-1}.
     """
     for k in tl.range(0, NET.sizes[l - 1], NET.tiles[l - 1], num_stages=1):
         offs_k = k + tl.arange(0, NET.tiles[l - 1])

@@ -1,5 +1,6 @@
-"""What the training kernels train: one description of network, loss and optimizer, its limits, and
-one step in plain torch.
+"""What the training kernels train, and one step of it in plain torch.
+
+One description holds the network, the loss and the optimizer. Its limits are here.
 
     y_0 = x,  y_l = act_l(y_{l-1} w_lᵀ + b_l)  for l = 1 … L           hidden layers share an
         activation, the last has its own
@@ -47,9 +48,10 @@ MAX_WIDTH, MAX_CLASSES, MAX_BATCH = 256, 64, 128
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """A network, its loss and its optimizer: see the module's formulas. `sizes` = (features, hidden
-    …, classes). loss: a row of `losses`, or its name; loss_parameter: its number, or one for each
-    output. rule: a row of `rules`, or its name.
+    """A network, its loss and its optimizer; the formulas are the module's.
+
+    sizes: (features, hidden …, classes). loss: a row of `losses`, or its name. loss_parameter: its
+    number, or one for each output. rule: a row of `rules`, or its name.
     """
 
     sizes: tuple[int, ...]
@@ -81,8 +83,9 @@ class Spec:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a training kernel knows at compile time: a Spec's facts, its functions and the tiles, as
-    one hashable constexpr.
+    """What a training kernel knows at compile time, as one hashable constexpr.
+
+    A Spec's facts, its functions, and the tiles.
     """
 
     sizes: tuple[int, ...]
@@ -116,9 +119,7 @@ class Plan:
 
 
 def plan(run: "Run", kernel: str) -> tuple[Plan, int, dict]:
-    """For `kernel` on the run's device: its Plan, the rows of w_1 that a program owns, and its
-    options and constexprs.
-    """
+    """For `kernel` on the run's device: (Plan, rows of w_1 of a program, options and constexprs)."""
     spec, block_m = run.spec, max(16, triton.next_power_of_2(run.batch))
     precision, arch = launch.dot_precision(), launch.arch(run.device)
     hidden, output = activations.get(spec.activation), activations.get(spec.output_activation)
@@ -158,8 +159,11 @@ def plan(run: "Run", kernel: str) -> tuple[Plan, int, dict]:
 
 
 def refusal(spec: Spec, batch: int, engine: str = "epoch") -> str | None:
-    """None where the training kernels serve this network; else one line: the limit, both values,
-    and what would do it.
+    """None where the training kernels serve this network; else one line that says why.
+
+    The line names the limit, both values, and what would do it.
+
+    The line names the limit, both values, and what would do it.
     """
     instead = "use engine 'graph' or 'manual'" if engine == "epoch" else "use engine 'manual'"
     if len(spec.sizes) < 2 or min(spec.sizes) < 1 or batch < 1:
@@ -184,8 +188,9 @@ def refusal(spec: Spec, batch: int, engine: str = "epoch") -> str | None:
 
 
 def outgrown(spec: Spec, batch: int, engine: str = "epoch") -> str | None:
-    """Why a chain of products would be faster than the training kernels, though they serve: each of
-    their programs repeats the layers above the first. None where it would not.
+    """Why a chain of products would be faster than the training kernels, or None.
+
+    Each of their programs repeats the layers above the first.
     """
     widths = spec.sizes[1:]
     products = 3 * batch * sum(n * k for n, k in zip(widths[1:], widths))
@@ -206,8 +211,9 @@ def refuse(run: "Run", engine: str) -> None:
 def loss_ref(
     spec: Spec, y: torch.Tensor, target: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss (…,), ∂loss/∂y (…, M, C)) of outputs y (…, M, C) and labels (…, M) or targets
-    (…, M, C).
+    """(loss (…,), ∂loss/∂y (…, M, C)) of outputs y (…, M, C).
+
+    The target is labels (…, M), or numbers (…, M, C).
     """
     row, t = spec.loss, target
     rows: int | torch.Tensor = y.shape[-2]
@@ -224,8 +230,9 @@ def loss_ref(
 
 
 def correct_ref(spec: Spec, y: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """How many rows of outputs (…, M, C) are right, as the loss counts it; of labels: how many
-    have their largest output where the label is.
+    """How many rows of outputs (…, M, C) are right, as the loss counts it.
+
+    With labels: how many rows have their largest output at the label.
     """
     if target.is_floating_point():
         return spec.loss.correct_ref(y, target).sum(-1)
@@ -235,8 +242,9 @@ def correct_ref(spec: Spec, y: torch.Tensor, target: torch.Tensor) -> torch.Tens
 def gradients_ref(
     spec: Spec, parameters: list[torch.Tensor], x: torch.Tensor, target: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """(loss, correct, gradients in the parameters' order) of inputs (M, features); of R networks
-    that are stacked, of inputs (R, M, features) and with R losses and counts.
+    """(loss, correct, gradients in the parameters' order) of inputs (M, features).
+
+    Of R stacked networks, with inputs (R, M, features): R losses and counts.
     """
     weights = parameters[:: 1 + spec.bias]
     biases = parameters[1::2] if spec.bias else [None] * len(weights)
@@ -253,8 +261,10 @@ def gradients_ref(
 def step_ref(
     run: "Run", rows: torch.Tensor, row: Any, step: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One training step in place, by the references: (loss, correct). rows: of the data, (M,) or
-    (R, M); row: the numbers of run.hyper, or of several networks the tensor; step: 1 at the first.
+    """One training step in place, by the references: (loss, correct).
+
+    rows: of the data, (M,) or (R, M). row: the numbers of run.hyper, or of several networks the
+    tensor. step: 1 at the first.
     """
     x, target = run.inputs(rows), run.targets[rows]
     loss, correct, grads = gradients_ref(run.spec, run.parameters, x, target)

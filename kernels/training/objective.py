@@ -1,5 +1,4 @@
-"""Loss, gradient and count of correct predictions of one batch, whose outputs a program holds in
-one tile.
+"""Loss, gradient and count of correct predictions of a batch whose outputs fit in one tile.
 
 The formulas are in `losses`. Labels that the loss ignores count for nothing, as in torch; a label
 that is no class makes loss and gradient NaN.
@@ -22,8 +21,9 @@ def parameters(offs_c, NET: tl.constexpr):
 
 @triton.jit
 def loss(y, t_ptr, rows, mask_m, NET: tl.constexpr):
-    """(loss, correct predictions, ∂loss/∂y) of the outputs y [block_m, tile], against labels or
-    rows of targets.
+    """(loss, correct predictions, ∂loss/∂y) of the outputs y [block_m, tile].
+
+    Targets are labels, or rows of numbers.
     """
     C: tl.constexpr = NET.sizes[len(NET.sizes) - 1]
     offs_c = tl.arange(0, NET.tiles[len(NET.sizes) - 1])

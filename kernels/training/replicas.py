@@ -1,5 +1,6 @@
-"""Hundreds of independent networks at once: `epoch_kernel` with a program for each, or products of
-stacks.
+"""Hundreds of independent networks at once.
+
+`epoch_kernel` with a program for each, or products of stacks.
 
 Everything of a network is stacked along a first dimension: parameters (R, out, in) and (R, out),
 states, permutations (R, n), `hyperparameters(…, replicas=R)`. Data and targets are shared. Network
@@ -29,8 +30,9 @@ def train_replicas_ref(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train_replicas(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
-    """Train the R networks of a run in place, each on the batches of its own permutation, in one
-    launch: (losses, correct), (R, steps), which are the run's buffers.
+    """Trains a run's R networks in place, in one launch: (losses, correct), each (R, steps).
+
+    Each network has a permutation of its own. The results are the run's buffers.
 
     ValueError where the kernel does not serve the network (`refusal`), or the run has one network.
     """

@@ -11,8 +11,9 @@ from .network import Spec
 
 
 class Scratch(NamedTuple):
-    """Pointers of what one phase of a step leaves for the next, [layer, block_m, pitch] each: y and
-    dz of every layer, and z of the hidden ones, which is unused unless act' needs it.
+    """Pointers to what one phase of a step leaves for the next, [layer, block_m, pitch] each.
+
+    y and dz of every layer, and z of the hidden ones, which is unused unless act' needs it.
     """
 
     y: Any

@@ -26,8 +26,10 @@ from .run import Run, Scratch
 
 
 class Progress(NamedTuple):
-    """Where a step finds what the one before left: the next batch and the rows whose update of w_1
-    is pending (position, two numbers), those rows, and how many steps were taken.
+    """What a step finds from the step before.
+
+    position: two numbers, the next batch and the rows whose update of w_1 is pending. Then those
+    rows, and how many steps were taken.
     """
 
     position: Any
@@ -70,8 +72,9 @@ def step_head_kernel(
     hyper_ptr,
     NET: tl.constexpr,
 ):
-    """The rest of the step, by one program, which also moves on to the next batch, if this one had
-    any rows.
+    """The rest of the step, by one program.
+
+    It moves on to the next batch if this one had any rows.
     """
     L: tl.constexpr = len(NET.sizes) - 1
     r = tl.full((), 0, tl.int64)
@@ -130,8 +133,9 @@ def train_step_ref(state: StepState, n: int) -> None:
 
 
 def train_step(state: StepState, *, n: int | None = None) -> None:
-    """One step in two launches: the next batch's forward, loss, backward and updates, w_1's update
-    being the pending one.
+    """One step in two launches: the pending update of w_1, then the next batch.
+
+    The batch goes forward, through the loss, and backward. All other parameters are updated.
 
     Writes losses[t], correct[t] of the run and moves on; past the end it only applies the pending
     update. n: how many of the order's rows there are, all if None. No host synchronisation.
@@ -155,7 +159,8 @@ def train_step(state: StepState, *, n: int | None = None) -> None:
 
 
 def flush(state: StepState) -> None:
-    """Apply the pending update of w_1, if there is one: before weights are read, saved or
-    evaluated. May be repeated.
+    """Applies the pending update of w_1, if there is one.
+
+    Call it before weights are read, saved or evaluated. It may be repeated.
     """
     train_step(state, n=0)
