@@ -467,7 +467,7 @@ class _Training:
         numbers = {name: group[name] for name, _ in rule.hyperparameters if name != "weight_decay"}
         last = count % self.batch or self.batch
         decay = (alpha / self.batch, alpha / last)
-        before = self._squares
+        before: Any = self._squares
         if before is None and self.decays:
             before = self.session.squares()
         loss = self.session.epoch(order, numbers, self._taken, decay)

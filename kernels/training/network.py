@@ -119,7 +119,7 @@ class Plan:
 
 
 def plan(run: "Run", kernel: str) -> tuple[Plan, int, dict]:
-    """For `kernel` on the run's device: (Plan, rows of w_1 of a program, options and constexprs)."""
+    """For `kernel` on the run's device: (Plan, rows of w_1 of each program, launch options)."""
     spec, block_m = run.spec, max(16, triton.next_power_of_2(run.batch))
     precision, arch = launch.dot_precision(), launch.arch(run.device)
     hidden, output = activations.get(spec.activation), activations.get(spec.output_activation)
