@@ -29,6 +29,8 @@ NAMES = {
     "cpu": "a training step on a CPU: ours, eager, compiled, JAX, scikit-learn, numpy; minutes",
     "adam": "a training step with Adam: every engine, torch's variants",
     "sweep": "many networks at once",
+    "search": "a search for settings by cross-validation, beside scikit-learn's; minutes on a CPU",
+    "accuracy": "the estimators beside scikit-learn's on five data sets",
     "memory": "peak memory of a step of wide layers (GPU)",
     "recipes": "the reference recipes against the usual loop with a DataLoader",
     "launches": "kernel launches and memory traffic a step, counted",

@@ -44,6 +44,8 @@ TABLES = {
     "cross_entropy": 15,
     "recipes": 25,
     "launches": 20,
+    "accuracy": 60,
+    "search": 60,
     "cpu": 60,
 }
 

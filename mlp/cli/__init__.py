@@ -91,6 +91,16 @@ def sweep(values: Values) -> None:
     sweeping.sweep(values)
 
 
+@command(app, "search", *options.SEARCH)
+def search(values: Values) -> None:
+    """Try settings by cross-validation on the training rows; the best is trained into a run
+    folder.
+    """
+    from . import searching
+
+    searching.search(values)
+
+
 @command(app, "data", *options.DATA)
 def data(values: Values) -> None:
     """What would be trained on: samples, range, scale, classes, missing and constant columns."""

@@ -242,6 +242,22 @@ SWEEP = (
     *_READING,
     Option("out", Path, "folder for sweep.jsonl and every network; none is written without it"),
 )
+SEARCH = (
+    DATASET,
+    Option("trials", int, "settings that are tried", 32, least=1),
+    Option("folds", int, "parts of the training rows, of which each is predicted once", 5, least=2),
+    Option(
+        "halving", bool, "a few epochs for all settings, more for the best third each time", False
+    ),
+    Option("epochs", int, "passes over the training rows, at most", 100, least=1),
+    Option("scoring", str, "a score of scikit-learn; default: accuracy, or R² of numbers"),
+    Option("seed", str, "of settings, weights and folds", "0", parse=seed),
+    Option("top", int, "rows of the table to print", 10, least=0),
+    Option("data_dir", Path, "as for train"),
+    *_READING,
+    Option("out", Path, "run folder of the winner; default runs/DATASET, numbered"),
+    Option("force", bool, "replace the run in --out", False),
+)
 DATA = (
     DATASET,
     Option("data_dir", Path, "as for train"),

@@ -102,12 +102,12 @@ def located(settings: Settings) -> Settings:
 
 def load(values: Values) -> Read:
     """What a command's options name. What was decided is said on stderr."""
-    read = _read(_settings(values, recipes.PLAIN))
+    read = _read(settings_of(values, recipes.PLAIN))
     say_notes(read.train)
     return read
 
 
-def _settings(values: Values, recipe: recipes.Recipe) -> Settings:
+def settings_of(values: Values, recipe: recipes.Recipe) -> Settings:
     """Settings of a command that writes no run."""
     return Settings(
         values["dataset"] or "digits",
@@ -126,7 +126,7 @@ def for_sweep(
     values: Values, recipe: recipes.Recipe
 ) -> tuple[data.Dataset, data.Dataset, units.Units | None, recipes.Recipe]:
     """(train, test, units of the targets, recipe) of a sweep, as `suited` has them for a run."""
-    settings = _settings(values, recipe)
+    settings = settings_of(values, recipe)
     found = suited(settings, load_run(settings), values["loss"] is not None)
     say_notes(found.train)
     return found.train, found.test, found.facts.units, settings.recipe

@@ -62,14 +62,19 @@ def _several(values: Values) -> None:
 def _begin(values: Values) -> None:
     """A run that begins. Everything is checked before anything is written."""
     logs.known(values["log"] or "")
-    settings = _new_settings(values)
+    chosen = given((*options.LOSS,), values) or values["loss"] is not None
+    begin(_new_settings(values), values, bool(chosen))
+
+
+def begin(settings: Settings, values: Values, loss_chosen: bool) -> Path:
+    """Train with these settings into a new run folder; its path. values: out, force, plots, log."""
     if values["out"] is not None:
         RunFolder(values["out"]).refuse_if_taken(values["force"])
-    chosen = given((*options.LOSS,), values) or values["loss"] is not None
-    job = _job(settings, bool(chosen))
+    job = _job(settings, loss_chosen)
     with _new_folder(values["out"], settings.dataset) as run:
         run.begin(setup.located(settings), values["force"])
         _run(job, run, values)
+        return run.path
 
 
 def _resume(values: Values) -> None:

@@ -43,8 +43,9 @@ def serves(parameter: torch.Tensor) -> bool:
 
 def is_loaded() -> bool:
     """Whether this process has trained by compiled steps before."""
-    epoch = sys.modules.get(f"{__name__}.epoch")
-    return epoch is not None and bool(epoch.compiled().signatures)
+    # Another thread may be importing it.
+    compiled = getattr(sys.modules.get(f"{__name__}.epoch"), "compiled", None)
+    return compiled is not None and bool(compiled().signatures)
 
 
 def costs(sizes: Sequence[int], batch: int, steps: int) -> str | None:

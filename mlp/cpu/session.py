@@ -5,6 +5,7 @@ that does not change. Two things are its own: weight decay on weights alone, and
 the last batch of an epoch, as scikit-learn's penalty wants it.
 """
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 
 import kernels
 
-from . import epoch, loop
+from . import epoch, loop, rows
 
 Decay = tuple[float, float]
+_compiling = threading.Lock()  # else each of several threads would compile the same
 _AHEAD = 64  # epochs whose numbers are made at a time
 
 
@@ -35,6 +37,8 @@ class Session:
         targets: torch.Tensor,
         batch: int,
     ) -> None:
+        with _compiling:
+            epoch.compiled(), rows.of(spec)
         count = len(data)
         self.workers = max(1, torch.get_num_threads())
         self.memory = epoch.Memory(spec, min(batch, count), self.workers)
@@ -53,9 +57,9 @@ class Session:
         self._weights = [self.memory.w[start : start + size] for start, size in starts]
         self._pool = ThreadPoolExecutor(self.workers) if self.workers > 1 else None
         self._numbers: tuple | None = None
-        rows = np.full(self.steps, batch)
-        rows[-1] = count - batch * (self.steps - 1)
-        self._shares = rows / count
+        sizes = np.full(self.steps, batch)
+        sizes[-1] = count - batch * (self.steps - 1)
+        self._shares = sizes / count
         self.load()
 
     def load(self) -> None:

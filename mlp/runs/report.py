@@ -157,6 +157,33 @@ def predicted(values: Any, true: Any, names: Sequence[str], path: Path) -> None:
     _save(figure, path)
 
 
+def scores_over(parameters: dict[str, Sequence[Any]], scores: Sequence[float], path: Path) -> None:
+    """The score of each trial over each parameter: numbers on a logarithmic scale where they span
+    more than tenfold, others by name.
+    """
+    pyplot = _pyplot()
+    columns = min(3, len(parameters))
+    rows = -(-len(parameters) // columns)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(4 * columns, 3 * rows), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat[len(parameters) :]:
+        axis.axis("off")
+    for axis, (name, values) in zip(axes.flat, parameters.items()):
+        is_number = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
+        shown = list(values)
+        if not is_number:
+            known = sorted(set(map(str, values)))
+            shown = [known.index(str(value)) for value in values]
+            axis.set_xticks(range(len(known)), list(map(_plain, known)), rotation=90)
+        elif min(values) > 0 and max(values) > 10 * min(values):
+            axis.set_xscale("log")
+        axis.scatter(shown, scores, s=14, alpha=0.7)
+        axis.set(xlabel=_plain(name), ylabel="score")
+        axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
 def first_weights(
     weight: torch.Tensor, image_shape: tuple[int, ...] | None, path: Path, count: int = 64
 ) -> None:

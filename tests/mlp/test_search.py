@@ -1,5 +1,10 @@
 """SearchCV: scikit-learn's results, halving, and what cannot be searched."""
 
+import json
+import sys
+import types
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -12,6 +17,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import mlp
+from mlp import cpu
+from mlp.__main__ import main
+from mlp.data import tables
 from mlp.search import ensemble
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -92,3 +100,37 @@ def test_an_ensemble_adds_what_helps():
     outputs = [target + 0.5, target - 0.5, target + 3]
     chosen, score = ensemble(outputs, lambda mean: -float(np.square(mean - target).mean()))
     assert (sorted(chosen), score) == ([0, 1], 0.0)
+
+
+def test_a_module_that_another_thread_imports_is_not_loaded(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlp.cpu.epoch", types.ModuleType("mlp.cpu.epoch"))
+    assert not cpu.is_loaded()
+
+
+def test_the_command_ranks_without_the_test_rows(tmp_path, monkeypatch, capsys):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("scipy")
+    monkeypatch.chdir(tmp_path)
+    x, y = load_iris(return_X_y=True)
+    frame = pandas.DataFrame(x, columns=list("abcd")).assign(kind=[f"k{i}" for i in y])
+    test = tables.split_rows(150, 0.0, frame.kind.to_numpy(), "")[1]
+    argv = ["search", "t.csv", "--target", "kind", "--trials", "3", "--folds", "2"]
+    argv += ["--epochs", "3", "--top", "2"]
+    scores = []
+    for run in ("one", "two"):
+        frame.to_csv("t.csv", index=False)
+        assert main([*argv, "--out", run]) == 0
+        out = capsys.readouterr().out
+        assert "3 trials of 2 folds" in out and "out of fold" in out
+        lines = Path(run, "search.jsonl").read_text().splitlines()
+        scores.append([json.loads(line)["score"] for line in lines])
+        # Other inputs in the test rows alone must not change the ranking.
+        frame.loc[test, list("abcd")] = 0.0
+    assert scores[0] == scores[1] and len(scores[0]) == 3
+    assert Path("one", "search.png").exists()
+    recipe = json.loads(Path("one", "config.json").read_text())["recipe"]
+    assert recipe["optimizer"] == "adam" and recipe["epochs"] <= 3
+    assert main(["evaluate", "one"]) == 0
+    capsys.readouterr()
+    assert main([*argv, "--folds", "101", "--out", "three"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1 and not Path("three").exists()

@@ -1,0 +1,195 @@
+"""`search`: settings by cross-validation on the training rows; the winner becomes a run.
+
+The test rows have no part in the choice: settings are ranked by folds of the training rows. The
+test rows measure the ensemble, and the winner's run, at the end.
+"""
+
+import json
+import math
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from .. import recipes
+from ..data.dataset import Dataset, needs_extra
+from ..runs import RunFolder, report
+from ..runs.disk import write_text
+from . import setup, training
+from .options import Values
+from .terminal import complain, say
+
+_TABLE, _PICTURE = "search.jsonl", "search.png"
+_BEST = 10  # settings that the ensemble is taken from
+_WIDTHS = (16, 32, 64, 128)
+
+
+def _space() -> dict[str, Any]:
+    """What is searched: lists, and distributions of scipy."""
+    from scipy.stats import loguniform
+
+    return {
+        "hidden_layer_sizes": [(n,) for n in _WIDTHS]
+        + [(n, m) for n in _WIDTHS for m in _WIDTHS if m <= n],
+        "activation": ["relu", "tanh"],
+        "learning_rate_init": loguniform(3e-4, 3e-2),
+        "alpha": loguniform(1e-6, 1.0),
+        "batch_size": [16, 32, 64, 128],
+    }
+
+
+def search(values: Values) -> None:
+    """Try settings; print a table, the ensemble's score, and train the winner."""
+    try:
+        from sklearn.exceptions import FitFailedWarning
+
+        from ..search import SearchCV
+    except ModuleNotFoundError as missing:
+        raise needs_extra("scikit-learn", f"a search ({missing.name})") from None
+    if values["out"] is not None:
+        RunFolder(values["out"]).refuse_if_taken(values["force"])
+    settings = setup.settings_of(values, recipes.PLAIN)
+    found = setup.suited(settings, setup.load_run(settings), loss_chosen=False)
+    setup.say_notes(found.train)
+    say(found.said)
+    x, y = _arrays(found.train)
+    job = SearchCV(
+        _estimator(found.train, values),
+        _space(),
+        cv=values["folds"],
+        trials=values["trials"],
+        scoring=values["scoring"],
+        halving=values["halving"],
+        random_state=values["seed"] % 2**32,
+        verbose=int(sys.stderr.isatty()),
+    )
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        job.fit(x, y)
+        _print(job, values["top"])
+        _ensemble(job, found, values)
+    # The others tell of epochs that ran out, and of batches larger than a fold.
+    for one in said:
+        if issubclass(one.category, FitFailedWarning):
+            complain(f"note: {' '.join(str(one.message).split()):.300}")
+    settings.recipe, settings.recipe_name = _recipe(job, settings.recipe), "search"
+    settings.seed = values["seed"]
+    folder = training.begin(settings, {**values, "plots": False, "log": None}, loss_chosen=True)
+    _write(job, folder)
+
+
+def _arrays(data: Dataset) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Inputs float32 and targets as scikit-learn takes them."""
+    x, y = data.read(data.inputs).cpu().numpy(), data.targets.cpu().numpy()
+    return x, y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
+
+
+def _estimator(train: Dataset, values: Values) -> Any:
+    """The network that is searched. Targets that are labels, or rows of 0 and 1, are classes."""
+    from .. import estimators
+
+    labels = train.is_classification or bool(((train.targets == 0) | (train.targets == 1)).all())
+    kind = estimators.MLPClassifier if labels else estimators.MLPRegressor
+    return kind(max_iter=values["epochs"], random_state=values["seed"] % 2**32, precision="fp32")
+
+
+def _print(job: Any, top: int) -> None:
+    """The best settings, by the mean score of their folds."""
+    found = job.cv_results_
+    say(f"{len(found['params'])} trials of {job.n_splits_} folds; best first")
+    for i in _ranked(job)[:top]:
+        score, spread = found["mean_test_score"][i], found["std_test_score"][i]
+        said = ", ".join(f"{name} {_shown(value)}" for name, value in found["params"][i].items())
+        say(f"  {score:.4f} ± {spread:.4f}  {said}")
+
+
+def _ranked(job: Any) -> list[int]:
+    """Numbers of trials, best first; of halving, the last rungs come first."""
+    found = job.cv_results_
+    rungs = numpy.asarray(found.get("iter", [0] * len(found["params"])))
+    scores = numpy.nan_to_num(found["mean_test_score"], nan=-numpy.inf)
+    return list(numpy.lexsort((-scores, -rungs)))
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _ensemble(job: Any, found: setup.Data, values: Values) -> None:
+    """Choose a mean of the best by out-of-fold predictions; its score there and on the test rows,
+    beside the winner's.
+    """
+    from sklearn.base import clone
+    from sklearn.model_selection import cross_val_predict
+
+    from ..search import ensemble
+
+    (x, y), (test_x, test_y) = _arrays(found.train), _arrays(found.test)
+    chances = hasattr(job.estimator, "predict_proba")
+    method = "predict_proba" if chances else "predict"
+    models = [
+        clone(job.estimator).set_params(**job.cv_results_["params"][i])
+        for i in _ranked(job)[:_BEST]
+    ]
+    outputs = [cross_val_predict(m, x, y, cv=values["folds"], method=method) for m in models]
+    chosen, inside = ensemble(outputs, lambda mean: _score(mean, y, chances))
+    members = {i: getattr(models[i].fit(x, y), method)(test_x) for i in set(chosen)}
+    mean = sum(members[i] for i in chosen) / len(chosen)
+    name = "accuracy" if chances else "R²"
+    winner = _score(getattr(job.best_estimator_, method)(test_x), test_y, chances)
+    say(
+        f"ensemble of {len(chosen)} ({len(members)} different): {name} {inside:.4f} out of fold, "
+        f"{_score(mean, test_y, chances):.4f} on the test rows; the best alone {winner:.4f}"
+    )
+
+
+def _score(outputs: numpy.ndarray, y: numpy.ndarray, chances: bool) -> float:
+    """Accuracy of probabilities, of all labels of a row if there are several; R² of values."""
+    from sklearn.metrics import r2_score
+
+    if not chances:
+        return float(r2_score(y, outputs)) if numpy.isfinite(outputs).all() else -math.inf
+    said = outputs.argmax(1) if y.ndim == 1 else outputs > 0.5
+    right = said == y
+    return float((right if y.ndim == 1 else right.all(1)).mean())
+
+
+def _recipe(job: Any, base: recipes.Recipe) -> recipes.Recipe:
+    """The winner's settings as a recipe. The penalty of the estimator, alpha over the samples of a
+    batch, is a weight decay.
+    """
+    best = job.best_estimator_
+    return recipes.changed(
+        base,
+        hidden=tuple(best.hidden_layer_sizes),
+        activation=best.activation,
+        optimizer="adam",
+        lr=float(best.learning_rate_init),
+        weight_decay=float(best.alpha) / best.batch_size,
+        batch_size=int(best.batch_size),
+        epochs=int(best.n_iter_),
+    )
+
+
+def _write(job: Any, folder: Path) -> None:
+    """Every trial as a line of search.jsonl, and the score over each parameter as a picture."""
+    found = job.cv_results_
+    rows = [
+        {
+            **params,
+            "score": float(found["mean_test_score"][i]),
+            "std": float(found["std_test_score"][i]),
+            **({"rung": int(found["iter"][i])} if "iter" in found else {}),
+        }
+        for i, params in enumerate(found["params"])
+    ]
+    write_text(folder / _TABLE, "".join(json.dumps(row, default=float) + "\n" for row in rows))
+    names = list(_space())
+    report.scores_over(
+        {name: [row[name] for row in rows] for name in names},
+        [row["score"] for row in rows],
+        folder / _PICTURE,
+    )
+    say(f"all trials in {folder / _TABLE} and {folder / _PICTURE}")
