@@ -537,8 +537,9 @@ class _Training:
 
 
 class MLPClassifier(ClassifierMixin, _Network):
-    """`sklearn.neural_network.MLPClassifier` on handgrad's engines: parameters and attributes as
-    there.
+    """`sklearn.neural_network.MLPClassifier` on handgrad's engines.
+
+    Parameters and attributes are the same.
 
     device: "cpu", "cuda", …; None takes the GPU if there is one. engine: as `mlp.Trainer`'s.
     precision: "fp32", "fp64", or "auto": on a CPU that of X, on a GPU fp32. Two classes and several
@@ -645,8 +646,9 @@ class MLPClassifier(ClassifierMixin, _Network):
 
 
 class MLPRegressor(RegressorMixin, _Network):
-    """`sklearn.neural_network.MLPRegressor` on handgrad's engines: parameters and attributes as
-    there.
+    """`sklearn.neural_network.MLPRegressor` on handgrad's engines.
+
+    Parameters and attributes are the same.
 
     loss: "squared_error"; "poisson" is left to scikit-learn. device: "cpu", "cuda", …; None takes
     the GPU if there is one. engine and precision: as `MLPClassifier`'s.

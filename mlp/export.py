@@ -107,8 +107,9 @@ def plain(model: nn.Module | Net) -> nn.Sequential:
 
 
 class Pipeline(nn.Module):
-    """Raw inputs to answers: `(inputs - mean) · scale + shift`, the network, then what the loss
-    reads off.
+    """Raw inputs to answers.
+
+    `(inputs - mean) · scale + shift`, the network, then what the loss reads off.
 
     mean, scale, shift: numbers, or one for each feature. With a mean all of it is computed in
     float64, for a difference of large numbers leaves few digits. head: outputs -> answers, such as

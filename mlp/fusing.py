@@ -1,5 +1,6 @@
-"""fuse: put handgrad's modules in the place of torch's in a model that is already built, sharing
-every parameter.
+"""fuse: swaps torch's modules for handgrad's in a model that is already built.
+
+They share every parameter.
 
     nn.Linear, nn.Conv2d, nn.LayerNorm, and the losses
         nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss,
@@ -103,8 +104,9 @@ def _make_ours(layer, options=()):
 
 
 def _obstacle(module: nn.Module) -> str | None:
-    """Why this layer or loss cannot be swapped; None if it can be, and for modules of other
-    kinds.
+    """Why this layer or loss cannot be swapped, or None.
+
+    None also for modules of other kinds.
     """
     if not any(isinstance(module, kind) for kind in TWINS):
         return None
@@ -127,8 +129,9 @@ def _obstacle(module: nn.Module) -> str | None:
 
 
 def _odd_parameters(layer) -> str | None:
-    """What is unusual in a layer's parameters: pruned, normalised, frozen as buffers, sharded,
-    quantised or complex ones.
+    """What is unusual in a layer's parameters.
+
+    Pruned, normalised, frozen as buffers, sharded, quantised or complex ones.
     """
     if layer._parameters.keys() != {"weight", "bias"}:
         return (
@@ -174,9 +177,7 @@ def _fuse_neighbours(sequential, copies, reasons) -> list[tuple[str, str]]:
 
 
 def _followers(sequential, line, reasons) -> tuple[dict, list]:
-    """What the layer at the head of `line` is to have, and the modules after it whose work that
-    is.
-    """
+    """The options of the layer that heads `line`, and the modules after it that they replace."""
     layer, *rest = line
     defaults = OPTIONS.get(TWINS.get(type(layer), type(layer)), {})
     options, taken = {name: getattr(layer, name, default) for name, default in defaults.items()}, []
@@ -194,8 +195,9 @@ def _followers(sequential, line, reasons) -> tuple[dict, list]:
 
 
 def _refusal(sequential, layer, options, follower, option, after) -> str | None:
-    """Why `follower` stays behind a layer that has `options` so far, with `after` next in line;
-    None if it is taken in.
+    """Why `follower` stays behind a layer that has `options` so far, or None.
+
+    after: the next in line.
     """
     if type(sequential).forward is not nn.Sequential.forward or "forward" in vars(sequential):
         return f"its {type(sequential).__name__} has a forward of its own"
@@ -230,9 +232,7 @@ def _hooked(module) -> bool:
 
 
 def _is_follower(module) -> bool:
-    """Whether this is of a kind that a layer may take in: a pooling, or a module from torch's file
-    of activations.
-    """
+    """Whether a layer may take this module in: a pooling, or one of torch's activations."""
     homes = {kind.__module__ for kind in type(module).__mro__}
     return type(module) is nn.MaxPool2d or (
         nn.ReLU.__module__ in homes and not isinstance(module, nn.MultiheadAttention)
@@ -240,8 +240,9 @@ def _is_follower(module) -> bool:
 
 
 def _option(module) -> dict:
-    """What a layer needs to do this module's work: an activation of the table or a pooling window;
-    {} if none would do.
+    """What a layer needs to do this module's work: an activation or a pooling window.
+
+    {} if nothing would do.
     """
     if type(module) is nn.MaxPool2d and _same(module, nn.MaxPool2d(module.kernel_size)):
         window = _spread(module.kernel_size)
@@ -253,8 +254,9 @@ def _option(module) -> dict:
 
 
 def _same(module, model) -> bool:
-    """Whether `module` has the type and the settings of `model`; in place or not makes no
-    difference.
+    """Whether `module` has the type and the settings of `model`.
+
+    In place or not makes no difference.
     """
     settings = {
         name: value

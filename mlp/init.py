@@ -1,5 +1,6 @@
-"""Initialisers by name, drawn from a seeded generator on the CPU so that every device starts from
-the same weights.
+"""Initialisers by name, drawn on the CPU from a seeded generator.
+
+So every device starts from the same weights.
 """
 
 import functools

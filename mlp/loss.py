@@ -1,5 +1,6 @@
-"""Losses with their gradients: `forward(output, target)` returns the value, `backward()` the
-gradient of the output.
+"""Losses with their gradients.
+
+`forward(output, target)` returns the value, `backward()` the gradient of the output.
 
 Called as a function, `loss(output, target)`, they are differentiable: what the autograd engine
 uses. The formulas are the rows of `kernels.LOSSES`; a class here adds its arguments and keeps what
@@ -92,8 +93,9 @@ class Criterion:
         }
 
     def _seed(self):
-        """The gradient of scale · value with respect to value, made once for each shape and device
-        of values.
+        """The gradient of scale · value with respect to value.
+
+        It is made once for each shape and device of values.
         """
         value = self._value
         if value is None:
@@ -105,8 +107,9 @@ class Criterion:
 
 
 class SoftmaxCrossEntropy(Criterion):
-    """Softmax cross-entropy; arguments as `torch.nn.CrossEntropyLoss`. Targets are labels (N,) or
-    probabilities (N, C).
+    """Softmax cross-entropy; the arguments are those of `torch.nn.CrossEntropyLoss`.
+
+    Targets are labels (N,) or probabilities (N, C).
     """
 
     row = kernels.LOSSES["cross_entropy"]
@@ -157,8 +160,9 @@ class SoftmaxCrossEntropy(Criterion):
 
 
 class Elementwise(Criterion):
-    """A loss over elements. Targets are numbers (N, C), or labels (N,): then their one-hot rows.
-    The mean is over all elements.
+    """A loss over elements; the mean is over all of them.
+
+    Targets are numbers (N, C), or labels (N,), which become one-hot rows.
     """
 
     def targets_for(
@@ -218,9 +222,10 @@ class MeanSquaredError(Elementwise):
 
 
 class BinaryCrossEntropy(Elementwise):
-    """Binary cross-entropy of logits: several labels a row, each 0 or 1, as
-    `torch.nn.BCEWithLogitsLoss`. pos_weight: a number, or one for each output, that multiplies the
-    loss of targets that are 1.
+    """Binary cross-entropy of logits, as `torch.nn.BCEWithLogitsLoss`.
+
+    A row has several labels, each 0 or 1. pos_weight multiplies the loss of targets that are 1: a
+    number, or one for each output.
     """
 
     row = kernels.LOSSES["bce"]
@@ -244,8 +249,9 @@ class Huber(Elementwise):
 
 
 class Pinball(Elementwise):
-    """The loss of quantile regression: the outputs become a quantile of the targets, or with
-    several numbers a quantile for each output. A single column of targets then serves all outputs.
+    """The loss of quantile regression: each output becomes a quantile of the targets.
+
+    quantile: a number, or one for each output. A single column of targets then serves all outputs.
     """
 
     row = kernels.LOSSES["pinball"]
@@ -268,15 +274,17 @@ def _numbers(row, parameter):
 
 
 def per_sample(loss: Any, value: float, rows: int) -> float:
-    """A batch's loss as a mean over its samples: sums are divided, so that batches of all sizes
-    compare.
+    """A batch's loss as a mean over its samples.
+
+    Sums are divided, so that batches of all sizes compare.
     """
     return value / rows if getattr(loss, "reduction", "mean") == "sum" else value
 
 
 def one_hot(target: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-    """Integer labels (N,) as rows of 0 and 1 shaped like output (N, C); floating-point targets as
-    they are.
+    """Integer labels (N,) as rows of 0 and 1, shaped like output (N, C).
+
+    Floating-point targets stay.
     """
     if target.is_floating_point():
         return target
@@ -290,8 +298,9 @@ LOSSES = {
 
 
 def get(loss: str) -> Criterion:
-    """The loss of that name with its defaults; a ValueError that lists the names if there is
-    none.
+    """The loss of that name, with its defaults.
+
+    A ValueError lists the names if there is none.
     """
     if loss not in LOSSES:
         raise ValueError(f"unknown loss {loss!r}; known: {', '.join(LOSSES)}")

@@ -1,5 +1,6 @@
-"""What a classifier gets right: top-1 and top-k accuracy, accuracy of each class, confusion matrix,
-by scikit-learn.
+"""What a classifier gets right, by scikit-learn.
+
+Top-1 and top-k accuracy, accuracy of each class, confusion matrix.
 """
 
 import warnings
@@ -53,15 +54,17 @@ def measure(
 
 
 def probabilities(model: Net | torch.nn.Module, loss: Any, data: Dataset) -> torch.Tensor:
-    """(N, classes) float32 on the CPU: what the network gives each class, by its loss's reading of
-    the outputs.
+    """(N, classes) float32 on the CPU: what the network gives each class.
+
+    The loss says how outputs are read.
     """
     return torch.cat([loss.probabilities(out).float().cpu() for out, _ in outputs(model, data)])
 
 
 def classification(scores: torch.Tensor, data: Dataset, k: int = 5) -> dict:
-    """{"accuracy", "top_k", "k", "per_class": {name: accuracy}, "confusion": rows true, columns
-    predicted}.
+    """{"accuracy", "top_k", "k", "per_class": {name: accuracy}, "confusion"}.
+
+    Rows of the confusion matrix are true, columns predicted.
 
     scores (N, classes); a class without samples has accuracy None.
     """

@@ -23,8 +23,9 @@ def check_activations(op: str, *names: str) -> None:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` with its activation fused in: act(x weightᵀ + bias). Same parameters, initial
-    weights and state_dict. The arguments are nn.Linear's, then ours.
+    """`nn.Linear` with its activation fused in: act(x weightᵀ + bias).
+
+    Same parameters, initial weights and state_dict. The arguments are nn.Linear's, then ours.
     """
 
     def __init__(
@@ -49,8 +50,9 @@ class Linear(nn.Linear):
 
 
 def check_sizes(sizes: Sequence[int], op: str = "MLP") -> tuple[int, ...]:
-    """At least an input and an output width, all positive; returned as a tuple of ints. Integers of
-    numpy will do.
+    """The sizes as a tuple of ints: at least an input and an output width, all positive.
+
+    Integers of numpy will do.
     """
     sizes = tuple(sizes)
     try:
@@ -66,8 +68,9 @@ def check_sizes(sizes: Sequence[int], op: str = "MLP") -> tuple[int, ...]:
 
 
 class MLP(nn.Module):
-    """A stack of linear layers run as one operation; layer i is `mlp[i]`, its parameters are
-    "i.weight" and "i.bias".
+    """A stack of linear layers, run as one operation.
+
+    Layer i is `mlp[i]`; its parameters are "i.weight" and "i.bias".
 
     sizes: widths from input to output. init: see `mlp.init`. While its layers are those that it
     made, the whole stack is one node of the tape. Where one of them was replaced, hooked, pruned or
@@ -158,8 +161,9 @@ def _is_plain(layer: nn.Module, activation: str) -> bool:
 
 
 class Conv2d(nn.Conv2d):
-    """`nn.Conv2d` with its activation and max-pool fused in. Same parameters, initial weights and
-    state_dict.
+    """`nn.Conv2d` with its activation and max-pool fused in.
+
+    Same parameters, initial weights and state_dict.
 
     The arguments are nn.Conv2d's, of which groups must be 1 and padding_mode "zeros", else
     ValueError; then ours.
@@ -218,8 +222,7 @@ class Conv2d(nn.Conv2d):
 
 
 class ConvNet(nn.Module):
-    """Convolutions, each with activation and max-pool, then a multilayer perceptron on the
-    flattened result.
+    """Convolutions, each with activation and max-pool, then a multilayer perceptron.
 
     image_shape (C, H, W); channels, kernel_size, max_pool of the convolutions; hidden: widths of
     the perceptron's hidden layers; classes: outputs. Parameters: "conv.0.weight", …,
@@ -291,8 +294,9 @@ def _whole(name: str, value, what: str = "a whole number") -> int:
 
 
 def conv_layers(arguments: dict) -> tuple[list[tuple[int, int]], int]:
-    """(in, out) channels of each convolution of a ConvNet, and the features left; a ValueError
-    where an image is too small.
+    """(in, out) channels of each convolution of a ConvNet, and the features left.
+
+    A ValueError where an image is too small.
     """
     channels = [arguments["image_shape"][0], *arguments["channels"]]
     size, k, pool = (
@@ -364,8 +368,10 @@ class HuberLoss(nn.HuberLoss):
 
 
 class PinballLoss(nn.Module):
-    """The loss of quantile regression. quantile: a number between 0 and 1, or one for each column
-    of input (N, C); then a target of one column serves all of them.
+    """The loss of quantile regression.
+
+    quantile: a number between 0 and 1, or one for each column of input (N, C). A target of one
+    column then serves all of them.
     """
 
     def __init__(self, quantile: float | Sequence[float] = 0.5, reduction: str = "mean"):
@@ -417,9 +423,10 @@ _MANUAL = {
 
 
 def loss_of(loss: Any) -> Any:
-    """The loss of `mlp.loss` that this one stands for, which every engine knows: a name, a module
-    of ours or of torch's, None for softmax cross-entropy. Whatever else it is, such as a subclass
-    or a module with hooks, comes back as it is.
+    """The loss of `mlp.loss` that this one stands for, which every engine knows.
+
+    It takes a name, a module of ours or of torch's, or None for softmax cross-entropy. Anything
+    else, such as a subclass or a module with hooks, comes back as it is.
     """
     if loss is None or isinstance(loss, str):
         return losses.get(loss or "cross_entropy")

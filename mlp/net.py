@@ -1,5 +1,6 @@
-"""The manual API: a network that is forward, backward and its arrays. No tape, no requires_grad, no
-modules.
+"""The manual API: a network that is forward, backward and its arrays.
+
+It has no tape, no requires_grad, no modules.
 
     net = Net([784, 100, 10])
     logits = net.forward(x)                 # (batch, 10)
@@ -57,9 +58,10 @@ class Stack:
         self._buffers.clear()
 
     def _buffers_for(self, rows):
-        """Outputs (y, z) and dz of every layer for a batch of `rows`; those of the two latest sizes
-        are kept. They are ordinary tensors also when made in inference mode, because training uses
-        them again.
+        """Outputs (y, z) and dz of every layer for a batch of `rows`.
+
+        Those of the two latest sizes are kept. They are ordinary tensors even if made in inference
+        mode, because training uses them again.
         """
         with torch.inference_mode(False):
             return self._made_for(rows)
@@ -152,8 +154,9 @@ class Convolution:
 
 
 class Net:
-    """A network with its gradients written out. `parameters` and `grads`: "0.weight" -> view of
-    `flat` and `flat_grad`.
+    """A network with its gradients written out.
+
+    `parameters` and `grads`: "0.weight" -> view of `flat` and `flat_grad`.
 
     sizes: widths from input to output. init: see `mlp.init`; seed: of the initial weights. float32,
     float16 and bfloat16 run in the kernels, float64 on the reference.
@@ -177,8 +180,9 @@ class Net:
 
     @classmethod
     def of(cls, module: Any) -> "Net":
-        """A net that shares its parameters with an `mlp.MLP` or `mlp.ConvNet`, which are made views
-        of the net's flat tensor.
+        """A net that shares its parameters with an `mlp.MLP` or `mlp.ConvNet`.
+
+        The module's parameters become views of the net's flat tensor.
         """
         net = cls.__new__(cls)
         first = next(iter(module.parameters()))
@@ -190,8 +194,9 @@ class Net:
 
     @classmethod
     def over(cls, module: Any) -> "Net":
-        """A net that works on the memory of a module's parameters where it is: the module stays as
-        it was. Such a net has no flat tensor of parameters: `flat` is None.
+        """A net that works on a module's parameters where they lie; the module stays as it was.
+
+        Such a net has no flat tensor of parameters: `flat` is None.
         """
         net = cls.__new__(cls)
         parameters = {name: p.detach() for name, p in module.named_parameters()}
@@ -284,8 +289,9 @@ class Net:
     def update(
         self, doutput: torch.Tensor, states: list, hyper: Any, step: Any, rule: kernels.Rule
     ) -> None:
-        """`backward` and a step of an optimizer in one, see `kernels.mlp_update`: `grads` stay as
-        they were.
+        """`backward` and an optimizer's step in one, see `kernels.mlp_update`.
+
+        `grads` stay as they were.
 
         Only for a network of linear layers alone (one stage). `states`: lists in the order of
         `parameters`.

@@ -73,8 +73,9 @@ class _Ruled(_Torch):
         *,
         grads: Gradients | None = None,
     ) -> Any:
-        """Update every parameter from its .grad, or from `grads`: a sequence or dict in the
-        parameters' order.
+        """Updates every parameter from its .grad, or from `grads`.
+
+        grads: a sequence or dict in the parameters' order.
 
         A parameter whose gradient is None is left alone, as in torch. Returns the closure's loss,
         if one is given.
@@ -111,8 +112,10 @@ class _Ruled(_Torch):
                 raise ValueError(f"{name}: {option}=True is not supported; use torch.optim.{name}")
 
     def rule(self, parameters: Iterable[torch.Tensor]) -> kernels.Rule | None:
-        """The row of `kernels.RULES` that this update of just these parameters is; None if there is
-        none, if a number of it lies in device memory, or if some have taken more steps than others.
+        """The row of `kernels.RULES` that updates just these parameters, or None.
+
+        None also if a number of it lies in device memory, or if some have taken more steps than
+        others.
         """
         group = self.param_groups[0]
         if type(self) not in OPTIMIZERS.values() or len(self.param_groups) > 1:
@@ -124,8 +127,9 @@ class _Ruled(_Torch):
         return self.row(group) if same and together else None
 
     def constants(self) -> tuple | None:
-        """What an update depends on besides parameters, gradients and states; None while that
-        changes from step to step, or may change unseen.
+        """What an update depends on besides parameters, gradients and states.
+
+        None while that changes from step to step, or may change unseen.
         """
         groups = self.param_groups
         if self.counted or not all(self._on_host(group) for group in groups):
@@ -135,8 +139,9 @@ class _Ruled(_Torch):
         return tuple((self.row(group), self._numbers(group), group["maximize"]) for group in groups)
 
     def hyper(self, device: torch.device) -> torch.Tensor | tuple:
-        """The row's numbers as they are now, see `kernels.hyperparameters`: on a GPU always the
-        same tensor, rewritten.
+        """The row's numbers as they are now, see `kernels.hyperparameters`.
+
+        On a GPU it is always the same tensor, rewritten.
         """
         (group,) = self.param_groups
         rule, numbers = self.row(group), self._numbers(group)
@@ -206,8 +211,9 @@ class _Ruled(_Torch):
             torch._foreach_add_([state["step"] for state in states], steps)
 
     def inline(self) -> tuple:
-        """Count a step that the backward takes itself, see `Net.update`: (states, hyper, step,
-        rule).
+        """Counts a step that the backward takes itself: (states, hyper, step, rule).
+
+        See `Net.update`.
         """
         self._opt_called = True  # torch's schedulers ask whether a step was taken
         (group,) = self.param_groups
@@ -299,8 +305,9 @@ class _Ruled(_Torch):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _hyperparameters(self, group) -> dict:
-        """The rule's hyperparameters; those in CPU memory as numbers, so that kernels may have
-        them.
+        """The rule's hyperparameters.
+
+        Those in CPU memory become numbers, so that kernels may have them.
         """
         given = {name: group[name] for name, _ in self.row(group).hyperparameters}
         return {name: _number(value) for name, value in given.items()}
@@ -327,8 +334,9 @@ def _number(value):
 
 
 class SGD(_Ruled, torch.optim.SGD):
-    """`torch.optim.SGD`: momentum, dampening, weight decay, Nesterov, maximize; lr a number or a
-    device tensor.
+    """`torch.optim.SGD`: momentum, dampening, weight decay, Nesterov, maximize.
+
+    lr: a number, or a tensor on the device.
     """
 
     counted = False
@@ -341,8 +349,9 @@ class SGD(_Ruled, torch.optim.SGD):
 
 
 class Adam(_Ruled, torch.optim.Adam):
-    """`torch.optim.Adam`; with capturable=True the step counts live on the device, for CUDA
-    graphs.
+    """`torch.optim.Adam`.
+
+    With capturable=True the step counts live on the device, for CUDA graphs.
     """
 
     def row(self, group: dict) -> kernels.Rule:

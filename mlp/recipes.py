@@ -31,8 +31,9 @@ _KERNEL, _POOL = 5, 2  # of every convolution: the side of its kernel, and of th
 
 @dataclass(frozen=True)
 class Recipe:
-    """A network without its input and output widths, which the data set gives, and how it is
-    trained.
+    """A network and how it is trained.
+
+    Its input and output widths come from the data set.
     """
 
     about: str
@@ -270,9 +271,10 @@ def get(name: str) -> Recipe:
 
 
 def changed(recipe: Recipe, **changes: Any) -> Recipe:
-    """A recipe with the settings that are not None replaced; what is no field of a recipe goes to
-    the optimizer. A ValueError for an option that the optimizer does not have, or a name that no
-    table holds.
+    """A recipe in which the settings that are not None are replaced.
+
+    What is no field of a recipe goes to the optimizer. A ValueError for an option that the
+    optimizer does not have, or a name that no table holds.
     """
     changes = {key: value for key, value in changes.items() if value is not None}
     fields = {f.name: changes.pop(f.name) for f in fields_of(recipe) if f.name in changes}

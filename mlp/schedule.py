@@ -14,8 +14,10 @@ _PER_STEP = (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR)  # by their definit
 
 
 class Plan(NamedTuple):
-    """What a named schedule is made for: epochs of the whole training, steps of an epoch, and the
-    epochs that the rate takes to rise to its full value.
+    """What a named schedule is made for.
+
+    Epochs of the whole training, steps of an epoch, and the epochs in which the rate rises to its
+    full value.
     """
 
     epochs: int
@@ -71,8 +73,10 @@ def _one_cycle(plan: Plan) -> Callable[[Optimizer], Any]:
 
 
 class Named(NamedTuple):
-    """A schedule by name. make(plan) -> a function of the optimizer as `Trainer.fit` takes it, or
-    None where the rate stays. ends: whether it has a last epoch.
+    """A schedule by name.
+
+    make(plan) gives a function of the optimizer as `Trainer.fit` takes it, or None where the rate
+    stays. ends: whether it has a last epoch.
     """
 
     about: str
@@ -99,9 +103,10 @@ def known(name: str) -> Named:
 
 
 def named(name: str, plan: Plan) -> Callable[[Optimizer], Any] | None:
-    """A schedule of SCHEDULES for `Trainer.fit`: a function of the optimizer, or None where the
-    rate stays as it is. ValueError: an unknown name, a warm-up that is not shorter than the
-    training, or that the schedule cannot have.
+    """A schedule of SCHEDULES for `Trainer.fit`, or None where the rate stays as it is.
+
+    It is a function of the optimizer. ValueError: an unknown name, or a warm-up that is not shorter
+    than the training or that the schedule cannot have.
     """
     if not 0 <= plan.warmup < max(plan.epochs, 1):
         raise ValueError(
@@ -187,8 +192,10 @@ class Schedule:
             self.scheduler.step()
 
     def after_epoch(self, row: dict) -> None:
-        """Step, if it does so after each epoch; a scheduler that takes a metric gets the row's
-        loss, of the test data if there are some. In mode "max" it gets the accuracy.
+        """Steps the scheduler, if it does so after each epoch.
+
+        A scheduler that takes a metric gets the row's loss, of the test data if there are some. In
+        mode "max" it gets the accuracy.
         """
         if self.per_step:
             return
@@ -211,8 +218,9 @@ class Schedule:
         return {"name": self.name, "state": state, "made": self.made}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where `state_dict` was taken; ValueError for a scheduler of another class or with
-        other settings.
+        """Goes on where `state_dict` was taken.
+
+        ValueError for a scheduler of another class or with other settings.
         """
         if state["name"] != self.name:
             raise ValueError(

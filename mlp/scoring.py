@@ -1,5 +1,7 @@
-"""How good predictions are, by scikit-learn: R², MAE and RMSE of numbers; F1, AUC and log loss of
-classes and of several labels. And the weights that make rare classes count.
+"""How good predictions are, by scikit-learn.
+
+R², MAE and RMSE of numbers; F1, AUC and log loss of classes and of several labels. And the weights
+that make rare classes count.
 """
 
 import math
@@ -87,8 +89,9 @@ def several(probabilities: numpy.ndarray, truths: numpy.ndarray) -> dict[str, fl
 
 
 def line(found: dict[str, float]) -> str:
-    """Measures for people, each after two spaces; a word before the key, as in validation_r2, is
-    kept.
+    """Measures for people, each after two spaces.
+
+    A word before the key, as in validation_r2, is kept.
     """
     said = []
     for key, value in found.items():

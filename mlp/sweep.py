@@ -251,8 +251,9 @@ class Sweep:
         return (values * torch.tensor(sizes, device=self.device)).sum(1) / count
 
     def _ranked(self, losses: list[float], diverged: list[bool], evaluate) -> list[Row]:
-        """A row for each network, best first; one that diverged is behind all others, whatever it
-        classifies rightly by accident.
+        """A row for each network, best first.
+
+        One that diverged comes last, whatever it classifies rightly by accident.
         """
         accuracies: Sequence[float | None] = [None] * self.replicas
         tests = accuracies
@@ -307,7 +308,8 @@ class Sweep:
 
     def ensemble_accuracy(self, data: Dataset) -> float:
         """The share of samples that the mean of the networks' probabilities classifies rightly.
-        Networks that diverged have no part in it; NaN if all did.
+
+        Networks that diverged have no part in it. NaN if all did.
         """
         diverged = {row.replica for row in self.rows if row.diverged}
         sound = [replica for replica in range(self.replicas) if replica not in diverged]

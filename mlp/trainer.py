@@ -38,7 +38,9 @@ _STATES = {
 
 
 class History(list):
-    """One dict an epoch: epoch, train_loss, train_accuracy, test_loss, test_accuracy, seconds,
+    """The history of a training: one dict an epoch.
+
+    Its keys are epoch, train_loss, train_accuracy, test_loss, test_accuracy, seconds,
     samples_per_second.
     """
 
@@ -262,9 +264,7 @@ class Trainer:
         return given.fitted(data, self.device, dtype, outputs)
 
     def _scheduled(self, scheduler, interval) -> Schedule | None:
-        """The schedule of this call: a new one, the one before, or one that goes on where a loaded
-        state was taken.
-        """
+        """The schedule of this call: a new one, the one before, or a stored one that goes on."""
         if scheduler is None:
             if self._pending is not None:
                 raise ValueError(
@@ -319,8 +319,9 @@ class Trainer:
         self._choose(task.batch_size, demands, left)
 
     def _choose(self, batch_size: int, demands: Demands, steps: int | None = None) -> None:
-        """Keep the engine if it still serves, and under "auto" pays for so many steps; else take
-        another.
+        """Keeps the engine if it still serves, and under "auto" pays for so many steps.
+
+        Else it takes another.
         """
         arguments = self.model, self.loss, self.optimizer
         engine: Any = getattr(self, "engine", None)
@@ -481,8 +482,9 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where `state_dict` was taken. If that run had a scheduler, the next `fit` must get
-        it again.
+        """Goes on where `state_dict` was taken.
+
+        If that run had a scheduler, the next `fit` must get it again.
         """
         for name, keys in _STATES.items():
             part = state.get(name)

@@ -9,8 +9,9 @@ from typing import TextIO
 
 
 def shown(text: object) -> str:
-    """Text as one line for a terminal: control characters, line ends and what cannot be encoded
-    are written as escapes such as \\x1b.
+    """Text as one line for a terminal.
+
+    Control characters, line ends and what cannot be encoded are written as escapes such as \\x1b.
     """
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text)

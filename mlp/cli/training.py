@@ -174,8 +174,9 @@ def _refuse_other_data(settings: Settings, found: Facts) -> None:
 
 
 def _job(settings: Settings, loss_chosen: bool) -> Job:
-    """Everything that a training needs, checked. A loss that nobody chose is made to fit the
-    targets.
+    """Everything that a training needs, checked.
+
+    A loss that nobody chose is made to fit the targets.
     """
     started = time.perf_counter()
     on = setup.pick_device(settings.device)

@@ -49,8 +49,9 @@ def is_loaded() -> bool:
 
 
 def costs(sizes: Sequence[int], batch: int, steps: int) -> str | None:
-    """Why the compiled epoch would not gain anything in so many steps, or less than to compile it,
-    or to read what was compiled, takes; None if it pays.
+    """Why the compiled epoch does not pay in so many steps, or None.
+
+    It gains nothing, or less than compiling it, or reading what was compiled, takes.
     """
     products = sum(k * n for k, n in itertools.pairwise(sizes))
     if products > _WEIGHTS:

@@ -1,6 +1,4 @@
-"""The host's side of the compiled epoch: its memory, its threads, and the pieces that it is cut
-into.
-"""
+"""The host's side of the compiled epoch: its memory, its threads, the pieces it is cut into."""
 
 import concurrent.futures
 import functools

@@ -1,5 +1,6 @@
-"""The functions that the tables' scalars call (`tl.exp`, `tl.where`, …), for numba: without
-branches and in float32, so that a loop over them becomes vector instructions.
+"""For numba: the functions that the tables' scalars call (`tl.exp`, `tl.where`, …).
+
+They have no branches and stay in float32, so that a loop over them becomes vector instructions.
 """
 
 import math

@@ -1,5 +1,6 @@
-"""What the compiled epoch tells the processor: threads wait for each other, functions are called by
-their address, memory is read ahead.
+"""What the compiled epoch tells the processor.
+
+Threads wait for each other, functions are called by their address, memory is read ahead.
 """
 
 import platform

@@ -1,5 +1,7 @@
-"""Samples as tensors on one device. Pixels stay uint8 and are scaled where they are read; batches
-are rows picked by index, so there is no DataLoader.
+"""Samples as tensors on one device.
+
+Pixels stay uint8 and are scaled where they are read. Batches are rows picked by index, so there is
+no DataLoader.
 
 A stored number x is read as `x · scale + shift`. `Reading` holds what a trained network's input
 went through, so that `predict` can treat new inputs the same way.
@@ -33,8 +35,9 @@ def needs_extra(package: str, what: str, extra: str = "train") -> DataError:
 
 
 def announce(notes: Sequence[str]) -> None:
-    """Print what was decided about the data, one line each, on stderr. Names in it come from files:
-    control characters are escaped.
+    """Prints what was decided about the data on stderr, one line each.
+
+    Names in it come from files, so control characters are escaped.
     """
     for note in notes:
         line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in note)
@@ -112,8 +115,9 @@ class Reading:
 
 @dataclass
 class Dataset:
-    """Inputs (N, features) and targets, on one device. An input is read as `inputs · scale +
-    shift`.
+    """Inputs (N, features) and targets, on one device.
+
+    An input is read as `inputs · scale + shift`.
 
     targets: (N,) int64 labels in [0, len(classes)), or floating point, (N, outputs). image_shape:
     (C, H, W) if the features are an image's. levels: the stored values of black and white, if the
@@ -350,8 +354,9 @@ class Dataset:
     def batch(
         self, indices: torch.Tensor, dtype: torch.dtype = torch.float32
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs (rows, features) and targets of these samples, in buffers that the next batch
-        overwrites.
+        """Inputs (rows, features) and targets of these samples.
+
+        They lie in buffers that the next batch overwrites.
         """
         rows = len(indices)
         key = (rows, dtype)
@@ -372,8 +377,9 @@ class Dataset:
     def chunks(
         self, size: int, dtype: torch.dtype = torch.float32
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(inputs, targets) of consecutive pieces of at most `size` samples, in order: for
-        evaluation.
+        """(inputs, targets) of consecutive pieces of at most `size` samples, in order.
+
+        For evaluation.
         """
         for start in range(0, len(self), size):
             yield (
@@ -445,8 +451,9 @@ def _check_finite(data: Dataset, part: str, columns: tuple[str, ...] = ()) -> No
 def permutation(
     count: int, seed: int, epoch: int, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """The order of an epoch's samples: the same for the same count, seed, epoch and kind of
-    device.
+    """The order of an epoch's samples.
+
+    It is the same for the same count, seed, epoch and kind of device.
     """
     generator = torch.Generator(device).manual_seed((seed * _PRIME + epoch) % _SEEDS)
     return torch.randperm(count, generator=generator, device=device)

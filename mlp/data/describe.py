@@ -54,8 +54,9 @@ def targets(data: Dataset) -> str:
 
 
 def describe(train: Dataset, test: Dataset | None = None) -> str:
-    """One line: samples, inputs, dtype and range, how they are read, classes, size of the test
-    data.
+    """One line about a data set.
+
+    Samples, inputs, dtype and range, how they are read, classes, size of the test data.
     """
     low, high = stored_range(train)
     parts = [
@@ -69,8 +70,9 @@ def describe(train: Dataset, test: Dataset | None = None) -> str:
 
 
 def page(train: Dataset, test: Dataset) -> list[str]:
-    """Lines for people: what was read, how it is read, the split, the classes and their balance,
-    columns that are odd.
+    """Lines for people about a data set.
+
+    What was read, how it is read, the split, the classes and their balance, columns that are odd.
     """
     low, high = stored_range(train)
     said = [

@@ -1,5 +1,6 @@
-"""What `fit` is given, as a data set, and what the object said besides: a loader's batches, the
-shape of a sample, labels that were words.
+"""What `fit` is given, as a data set.
+
+And what the object said besides: a loader's batches, the shape of a sample, labels that were words.
 """
 
 from dataclasses import replace

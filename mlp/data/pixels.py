@@ -1,5 +1,6 @@
-"""What numbers are pixels: the shape of an image from the array's axes, and which values are black
-and white.
+"""What numbers are pixels.
+
+The shape of an image comes from the array's axes; here is also which values are black and white.
 
 A network must read new images as it read those that it was trained on. So the values of black and
 white are found once, from the type and the range of the training data, and stored with the network.

@@ -1,5 +1,6 @@
-"""The table of engines: every one trains on the same batches in the same order, and their losses
-agree to rounding.
+"""The table of engines: all train on the same batches in the same order.
+
+Their losses agree to rounding.
 
 An engine says in `refuses` why it cannot serve a network, else it is built and its `epoch` called
 once an epoch. To add one: a class with `name`, `refuses` and `epoch`, and its place in the table:

@@ -1,5 +1,7 @@
-"""The engine `epoch`: kernels.train_epoch, one launch; on a CPU mlp.cpu, one call of compiled code.
-And what it shares with `graph`: the kernels' view of a training.
+"""The engine `epoch`: one launch, or on a CPU one call of compiled code.
+
+The launch is kernels.train_epoch, the call is mlp.cpu's. Also here: what it shares with `graph`,
+the kernels' view of a training.
 
 Nothing is read back before the epoch's end, and no gradients are stored.
 """
@@ -104,8 +106,9 @@ class Fused(Engine):
         return torch.as_tensor(self.optimizer.hyper(device), dtype=torch.float32, device=device)
 
     def ahead(self, steps: int) -> torch.Tensor:
-        """(steps, columns) on the CPU: the optimizer's numbers at each step, as the scheduler moves
-        them.
+        """(steps, columns) on the CPU: the optimizer's numbers at each step.
+
+        The scheduler moves them.
         """
         rows = []
         self.optimizer._opt_called = True  # torch's schedulers ask whether a step was taken
@@ -144,8 +147,9 @@ class Fused(Engine):
         batch_size: int,
         on_step: Callable[..., object] | None,
     ) -> EpochResult:
-        """The epoch's losses and counts, read back once; FloatingPointError names the first step
-        that is not finite.
+        """The epoch's losses and counts, read back once.
+
+        FloatingPointError names the first step that is not finite.
         """
         values = values.tolist()
         result = self.result(values, None, data, order, batch_size)

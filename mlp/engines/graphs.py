@@ -74,8 +74,9 @@ def _fact(value: Any) -> Any:
 
 
 class Graph(Fused):
-    """Launches of many steps captured in CUDA graphs and replayed; needs CUDA, the kernels, and
-    losses and optimizers of mlp.
+    """Launches of many steps, captured in CUDA graphs and replayed.
+
+    It needs CUDA, the kernels, and losses and optimizers of mlp.
     """
 
     name = "graph"
@@ -173,8 +174,9 @@ class _TwoLaunches:
 
 
 class _Chain:
-    """The manual step with everything that changes in device memory: position, batch, numbers and
-    counts of the optimizer, losses.
+    """The manual step with everything that changes in device memory.
+
+    Position, batch, numbers and counts of the optimizer, losses.
     """
 
     def __init__(self, engine: Graph, data: Dataset, order: torch.Tensor, batch_size: int):
@@ -226,8 +228,9 @@ class _Chain:
         return self.losses, self.correct
 
     def _capture(self, steps):
-        """Capture after one step that compiles every kernel, and put back what that step
-        changed.
+        """Captures after one step that compiles every kernel.
+
+        What that step changed is put back.
         """
         states = [t for part in self.update.parts for ts in part.states for t in ts]
         tensors = [*parameters_of(self.engine.model).values(), *states]

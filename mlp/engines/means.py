@@ -115,9 +115,7 @@ def _batches(loss, targets: torch.Tensor, batch_size: int) -> tuple[list[float],
 
 
 def right(loss: Any, predictions: torch.Tensor, targets: torch.Tensor) -> tuple[int, int]:
-    """(correct, counted): of the labels (N,) that the loss does not ignore, how many are predicted,
-    and how many there are.
-    """
+    """(correct, counted) of the labels (N,) that the loss does not ignore."""
     mask, hits = counted(loss, targets), predictions == targets
     if mask is None:
         return int(hits.sum()), len(targets)

@@ -16,8 +16,9 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def clip(grads: Sequence[torch.Tensor | None], limit: float) -> None:
-    """Scale gradients in place so that their norm, all together, is at most `limit`, as
-    `torch.nn.utils.clip_grad_norm_`.
+    """Scales gradients in place so that their norm, all together, is at most `limit`.
+
+    As `torch.nn.utils.clip_grad_norm_`.
     """
     given = [grad for grad in grads if grad is not None]
     if not given:
@@ -68,8 +69,9 @@ class Precision:
         optimizer: torch.optim.Optimizer,
         clip_norm: float | None = None,
     ) -> None:
-        """Backward from the loss, and the optimizer's step unless a gradient overflowed. clip_norm:
-        the largest norm that all gradients together may have.
+        """Backward from the loss, and the optimizer's step unless a gradient overflowed.
+
+        clip_norm: the largest norm that all gradients together may have.
         """
         if self.scaler is None:
             value.backward()

@@ -1,5 +1,6 @@
-"""Record the torch calls of a step once, then repeat them without the Python between: what a CUDA
-graph is, on the CPU.
+"""Records the torch calls of a step once, then repeats them without the Python between.
+
+It is on the CPU what a CUDA graph is on a GPU.
 
 A step of a small network is some thirty calls of a few microseconds each, and as much again of
 Python around them. Its buffers stay the same from step to step, so the calls do too. Every result
@@ -60,8 +61,9 @@ def _memory(tensor) -> int:
 
 
 class Replay(TorchFunctionMode):
-    """`with Replay() as replay: …` runs and records; `replay()` repeats it on what its input
-    buffers hold by then.
+    """`with Replay() as replay: …` runs and records; `replay()` repeats.
+
+    It works on what its input buffers hold by then.
     """
 
     def __init__(self):
@@ -124,8 +126,9 @@ class Replay(TorchFunctionMode):
 
 
 class Recordings:
-    """The replays of a step for the two latest keys: what a recording depends on besides the
-    contents of its buffers.
+    """The replays of a step for the two latest keys.
+
+    A key is what a recording depends on besides the contents of its buffers.
     """
 
     def __init__(self):

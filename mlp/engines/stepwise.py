@@ -27,14 +27,17 @@ _ALONE = 4_000_000
 
 
 class Diverged(ArithmeticError):
-    """The loss was not finite at some step; the trainer restored the weights of the epoch's
-    beginning.
+    """The loss was not finite at some step.
+
+    The trainer has restored the weights of the epoch's beginning.
     """
 
 
 class EpochResult(NamedTuple):
-    """What an epoch measured: the mean loss over its samples, the share of labels that were
-    predicted (None without labels), and how many samples there were.
+    """What an epoch measured.
+
+    The mean loss over its samples, the share of labels that were predicted (None without labels),
+    and how many samples there were.
     """
 
     loss: float
@@ -257,8 +260,9 @@ class Manual(Engine):
         return isinstance(self.update, updates.Inline)
 
     def _bind(self):
-        """Work on the parameters and the optimizer's states as they are now. What was recorded on
-        others is forgotten.
+        """Works on the parameters and the optimizer's states as they are now.
+
+        What was recorded on others is forgotten.
         """
         named = parameters_of(self.model)
         if any(p.data_ptr() != self.net.parameters[name].data_ptr() for name, p in named.items()):

@@ -1,5 +1,6 @@
-"""A run on disk: a folder that one process writes at a time, and that a kill at any moment leaves
-readable.
+"""A run on disk: a folder that one process writes at a time.
+
+A kill at any moment leaves it readable.
 
     config.json         the settings, written once, when the run begins
     last.ckpt           what resuming needs, of the latest epoch
@@ -143,8 +144,9 @@ class RunFolder:
         return any((self.path / name).exists() for name in _TRAINED)
 
     def refuse_if_taken(self, force: bool = False) -> None:
-        """FileExistsError if a run is here that trained an epoch, or a config.json that is not a
-        run's. A run that ended before its first epoch may begin again.
+        """FileExistsError if a run is here that trained an epoch, or a foreign config.json.
+
+        A run that ended before its first epoch may begin again.
         """
         if force or (not self.trained and not (self.path / CONFIG).exists()):
             return
@@ -190,8 +192,9 @@ class RunFolder:
         return _history([_json(line, path) for line in _text(path).splitlines()], str(path))
 
     def record(self, trainer: Any, epochs: int) -> None:
-        """After an epoch: have its line, the weights, and what resuming needs on the disk. Of
-        epochs that follow in less than a second, `flush` writes the last.
+        """Writes an epoch's line, the weights, and what resuming needs to the disk.
+
+        Of epochs that follow in less than a second, `flush` writes the last.
         """
         self._pending = trainer, epochs
         if time.monotonic() - self._written >= _EVERY:

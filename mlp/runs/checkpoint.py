@@ -1,5 +1,6 @@
-"""Networks on disk: weights as safetensors, with the network's description and a checksum beside
-them.
+"""Networks on disk: weights as safetensors.
+
+The network's description and a checksum are beside them.
 """
 
 import json
@@ -193,8 +194,9 @@ def _copy(model, state: dict[str, torch.Tensor], where: str) -> None:
 def _match(
     expected: dict[str, torch.Tensor], state: dict[str, torch.Tensor], where: str
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(the network's tensor, the file's tensor) pairs; CheckpointError where they are not one to
-    one, or a shape differs.
+    """(the network's tensor, the file's tensor) pairs.
+
+    CheckpointError where they are not one to one, or a shape differs.
     """
     if state.keys() == expected.keys():
         pairs = [(name, name) for name in expected]
@@ -222,8 +224,10 @@ def _names(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def _canonical(names: Iterable[str]) -> list[tuple[_Parts, str]]:
-    """(key, name): keys of two networks are equal where their names differ in a prefix and in how
-    layers are counted only.
+    """(key, name) of a parameter.
+
+    Keys of two networks are equal where their names differ only in a prefix and in how layers are
+    counted.
 
     A name is cut into words and numbers. Words that begin all names are dropped, then numbers at
     the same place are replaced by their rank among each other.

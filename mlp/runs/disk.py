@@ -37,8 +37,9 @@ class BusyError(OSError):
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to that takes the place of `path` at the end, or of nothing if writing
-    fails.
+    """A path to write to, which takes the place of `path` at the end.
+
+    If writing fails, `path` stays as it was.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     _remove_dead_parts(path)
@@ -96,8 +97,9 @@ def _lives(process: int) -> bool:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Be the one process that writes to a folder; BusyError names another. The lock is the
-    kernel's: it is free as soon as its process ends, however it ends.
+    """The one process that writes to a folder; BusyError names another.
+
+    The lock is the operating system's: it is free as soon as its process ends, however it ends.
     """
     import fcntl
 

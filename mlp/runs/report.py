@@ -1,5 +1,6 @@
-"""Pictures of a run, with matplotlib: curves, test images with their predictions, confusion matrix,
-first-layer weights.
+"""Pictures of a run, with matplotlib.
+
+Curves, test images with their predictions, confusion matrix, first-layer weights.
 """
 
 import math
@@ -84,8 +85,9 @@ def _curve(axis, history: list[dict], quantity: str) -> None:
 
 
 def samples(scores: torch.Tensor, data: Dataset, path: Path, count: int = 32) -> None:
-    """The first test images as a grid: predicted label, and the true one in red where they
-    differ.
+    """The first test images as a grid, with the predicted label.
+
+    The true label is in red where they differ.
     """
     pyplot = _pyplot()
     shown = min(count, len(data))
@@ -187,8 +189,9 @@ def scores_over(parameters: dict[str, Sequence[Any]], scores: Sequence[float], p
 def first_weights(
     weight: torch.Tensor, image_shape: tuple[int, ...] | None, path: Path, count: int = 64
 ) -> None:
-    """The weights of the first layer's units (N, C·H·W), or filters (N, C, KH, KW), as images: red
-    positive, blue negative.
+    """The weights of the first layer as images: red positive, blue negative.
+
+    Units (N, C·H·W), or filters (N, C, KH, KW).
     """
     pyplot = _pyplot()
     units, weight = len(weight), weight.detach().float().cpu()[:count]
