@@ -15,7 +15,7 @@ from .data import arrays, given
 from .data.dataset import Dataset, permutation
 from .data.seen import Seen, rows
 from .data.shifts import Shifts
-from .engines import means, takeover
+from .engines import means, shared, takeover
 from .engines.precision import Precision
 from .engines.stepwise import Demands, Diverged
 from .engines.updates import parameters as parameters_in
@@ -313,6 +313,7 @@ class Trainer:
             ignored=mask is not None and not bool(mask.all()),
             precision=self.precision.name,
             clip_norm=self.clip_norm,
+            world=shared.world(),
             compiled=cpu.serves(next(iter(parameters_of(self.model).values()))),
         )
         left = max(epochs - len(self.history), 0) * math.ceil(task.samples / task.batch_size)

@@ -36,6 +36,11 @@ def start(
 @command(app, "train", *options.TRAIN)
 def train(values: Values) -> None:
     """Train a network; prints a line an epoch and writes a run folder."""
+    from . import devices
+
+    if values["devices"] is not None:
+        devices.start(values)
+        return
     from . import training
 
     training.train(values)

@@ -177,6 +177,7 @@ CALL = (
     Option("force", bool, "replace the run in --out", False),
     Option("plots", bool, "draw all pictures of `handgrad report` at the end", False),
     Option("log", str, "csv or tensorboard, or both with a comma: numbers for other programs"),
+    Option("devices", int, "processes that share each batch, one for each device", least=1),
     Option("seeds", int, "train so many networks, --seed and on; mean and deviation", least=1),
     Option("resume", bool, "go on with the run in --out, up to --epochs", False),
 )

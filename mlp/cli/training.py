@@ -13,7 +13,7 @@ from ..engines.stepwise import Diverged
 from ..runs import CONFIG, TIMES, Facts, RunFolder, Settings, logs, report
 from ..runs.disk import BusyError, write_text
 from ..trainer import Trainer, line
-from . import comparing, options, results, setup, tables
+from . import comparing, devices, options, results, setup, tables
 from .options import Values, given
 from .terminal import complain, say
 from .versions import git_state, typed, versions
@@ -36,12 +36,41 @@ class Job(NamedTuple):
 
 def train(values: Values) -> None:
     """Train a network; prints a line an epoch and writes a run folder."""
-    if values["seeds"] is not None:
+    if devices.world() > 1:
+        with devices.joined():
+            _share(values)
+    elif values["seeds"] is not None:
         _several(values)
     elif values["resume"]:
         _resume(values)
     else:
         _begin(values)
+
+
+def _share(values: Values) -> None:
+    """This process's part of a run on several devices. Rank 0 alone speaks and writes."""
+    if values["resume"] or values["seeds"] is not None:
+        raise ValueError("--resume and --seeds train on one device: leave torchrun out")
+    if devices.rank() == 0:
+        _begin(values)
+        return
+    job = _job(_new_settings(values), _loss_chosen(values))
+    recipe, data = job.recipe, job.data
+    job.trainer.fit(
+        data.train,
+        job.epochs,
+        recipe.batch_size,
+        data.test,
+        job.settings.seed,
+        drop_last=recipe.drop_last,
+        scheduler=recipe.scheduler(len(data.train)),
+        early_stopping=recipe.early_stopping,
+        augment=recipe.augment,
+    )
+
+
+def _loss_chosen(values: Values) -> bool:
+    return values["loss"] is not None or bool(given(options.LOSS, values))
 
 
 def _several(values: Values) -> None:
@@ -62,8 +91,7 @@ def _several(values: Values) -> None:
 def _begin(values: Values) -> None:
     """A run that begins. Everything is checked before anything is written."""
     logs.known(values["log"] or "")
-    chosen = given((*options.LOSS,), values) or values["loss"] is not None
-    begin(_new_settings(values), values, bool(chosen))
+    begin(_new_settings(values), values, _loss_chosen(values))
 
 
 def begin(settings: Settings, values: Values, loss_chosen: bool) -> Path:

@@ -15,7 +15,7 @@ import kernels
 from ..data.dataset import Dataset
 from ..net import Net
 from ..state import parameters_of
-from . import means, takeover, updates
+from . import means, shared, takeover, updates
 from .precision import Precision
 from .replay import Recordings
 from .threads import threads
@@ -51,6 +51,7 @@ class Demands(NamedTuple):
     per_step: the optimizer's numbers change from step to step. ignored: some labels are the loss's
     ignore_index. precision: a name of `mlp.engines.precision`. clip_norm: the largest norm that all
     gradients together may have. compiled: the network lies where `mlp.cpu` serves.
+    world: processes that share the training, see `mlp.engines.shared`.
     """
 
     per_step: bool = False
@@ -58,6 +59,7 @@ class Demands(NamedTuple):
     precision: str = "fp32"
     clip_norm: float | None = None
     compiled: bool = False
+    world: int = 1
 
 
 class Engine:
@@ -71,6 +73,7 @@ class Engine:
     precisions: tuple[str, ...] = ("fp32",)
     demands = Demands()
     shape: tuple[int, ...] | None = None
+    shares = False  # whether several processes can share a training
     reads_ahead = False  # whether it reads the numbers of all steps before the first
     moves: Callable[[], None] | None = None
 
@@ -112,6 +115,8 @@ class Engine:
     @classmethod
     def cannot(cls, demands: Demands) -> str | None:
         """Why this engine cannot do what is asked for besides, or None if it can."""
+        if demands.world > 1 and not cls.shares:
+            return f"{cls.name}: trains on one device, got {demands.world}; use engine 'autograd'"
         if demands.precision not in cls.precisions:
             return (
                 f"{cls.name}: computes in the network's own precision, got precision "
@@ -207,6 +212,30 @@ class Autograd(Engine):
 
     name = "autograd"
     precisions = ("fp32", "bf16", "fp16")
+    shares = True
+    _shared: shared.Shared | None = None  # with other processes
+
+    @classmethod
+    def cannot(cls, demands: Demands) -> str | None:
+        if demands.world > 1 and demands.ignored:
+            return (
+                "autograd: counts every label where several devices share a training, but the loss "
+                "ignores some of them"
+            )
+        return super().cannot(demands)
+
+    def epoch(
+        self,
+        data: Dataset,
+        order: torch.Tensor,
+        batch_size: int,
+        on_step: Callable[..., object] | None = None,
+    ) -> EpochResult:
+        if self.demands.world == 1:
+            return super().epoch(data, order, batch_size, on_step)
+        if self._shared is None:
+            self._shared = shared.Shared(self)
+        return self._shared.epoch(data, order, batch_size, on_step)
 
     @classmethod
     def refuses(

@@ -1,0 +1,107 @@
+"""`train --devices N`, and `torchrun … -m mlp train`: a process for each device.
+
+The process of rank 0 says what happens and writes the run; the others compute their part.
+"""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from .options import Values
+from .versions import typed
+
+_POLL = 0.1  # seconds between two looks at the processes
+_PATIENCE = 5.0  # seconds that the others have to end after one has died
+
+
+def world() -> int:
+    """How many processes torchrun, or `start`, made of this one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Which of them this is."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """In touch with the other processes."""
+    import torch
+    import torch.distributed as dist
+
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def start(values: Values) -> None:
+    """Run this command in a process for each device. ValueError if one of them dies."""
+    count = values["devices"]
+    if values["resume"]:
+        raise ValueError("--resume goes on on one device: leave --devices out")
+    if values["seeds"] is not None:
+        raise ValueError("--seeds trains one network after another: leave --devices out")
+    port = _port()
+    processes = [_process(i, count, port) for i in range(count)]
+    try:
+        died = _watch(processes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    if died is not None:
+        status = processes[died].returncode
+        raise ValueError(
+            f"process {died} of {count} ended with status {status}, so the training ended: it goes "
+            "on from its last epoch with --out RUN --resume"
+        )
+
+
+def _watch(processes: list[subprocess.Popen]) -> int | None:
+    """Wait for all; the first that failed, once the others had time to say why."""
+    while any(process.poll() is None for process in processes):
+        failed = [i for i, process in enumerate(processes) if process.poll()]
+        if failed:
+            deadline = time.monotonic() + _PATIENCE
+            while time.monotonic() < deadline and None in [p.poll() for p in processes]:
+                time.sleep(_POLL)
+            return failed[0]
+        time.sleep(_POLL)
+    return next((i for i, process in enumerate(processes) if process.returncode), None)
+
+
+def _port() -> int:
+    """A free port of this machine."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def _process(index: int, count: int, port: int) -> subprocess.Popen:
+    at = typed.index("--devices") if "--devices" in typed else None
+    words = [word for word in typed[1:] if not word.startswith("--devices=")]
+    if at is not None:
+        words = typed[1:at] + typed[at + 2 :]
+    threads = max(1, (os.cpu_count() or 1) // count)
+    root = str(Path(__file__).parents[2])
+    more = {
+        "RANK": str(index),
+        "LOCAL_RANK": str(index),
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+    }
+    return subprocess.Popen([sys.executable, "-m", "mlp", *words], env={**os.environ, **more})

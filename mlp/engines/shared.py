@@ -1,0 +1,78 @@
+"""A training that several processes share, one for each device: torch's DistributedDataParallel.
+
+Every process holds all data. Of each batch it takes every world-th sample from its rank on, so each
+sample is seen once an epoch, and the gradients together are those of the whole batch.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from ..data.dataset import Dataset
+from . import means
+
+
+def world() -> int:
+    """How many processes share this training; 1 if it is alone."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class Shared:
+    """This process's part in the steps of an Autograd engine."""
+
+    def __init__(self, engine: Any):
+        self.engine, self.rank, self.world = engine, dist.get_rank(), dist.get_world_size()
+        self.model = DistributedDataParallel(engine.model)
+
+    def epoch(
+        self,
+        data: Dataset,
+        order: torch.Tensor,
+        batch_size: int,
+        on_step: Callable[..., object] | None,
+    ) -> Any:
+        """As `Engine.epoch`; loss and accuracy are those of all processes together."""
+        values, correct = [], torch.zeros(2, dtype=torch.int64, device=order.device)
+        for indices in order.split(batch_size):
+            mine = indices[self.rank :: self.world]
+            value, output, y = self._step(data, indices, mine)
+            dist.all_reduce(value)
+            values.append(value)
+            if data.is_classification and len(mine):
+                right = means.right(self.engine.loss, output.argmax(1), y)
+                correct += torch.tensor(right, device=order.device)
+            if on_step is not None and on_step() is False:
+                raise ValueError("fit: on_step cannot end a training that several devices share")
+        dist.all_reduce(correct)
+        numbers = torch.stack(values).tolist() if values else []
+        result = self.engine.result(numbers, None, data, order, batch_size)
+        if not data.is_classification:
+            return result
+        return result._replace(accuracy=int(correct[0]) / max(int(correct[1]), 1))
+
+    def _step(self, data: Dataset, whole: torch.Tensor, mine: torch.Tensor):
+        """Train on this process's samples of a batch: its part of the batch's loss, its outputs,
+        its targets.
+        """
+        engine = self.engine
+        share = self._share(data, whole, mine)
+        # A process that has no sample computes one all the same, for the others wait for it.
+        x, y = data.batch(mine if len(mine) else whole[:1], engine.dtype)
+        with engine.precision.context(x.device):
+            output = self.model(x if engine.shape is None else x.view(len(x), *engine.shape))
+            value = engine.loss(output, means.aligned(y, output)) * share
+        engine.optimizer.zero_grad()
+        # DistributedDataParallel takes the mean over the processes; the shares want their sum.
+        engine.precision.step(value * self.world, engine.optimizer, engine.demands.clip_norm)
+        return value.detach().float(), output.detach(), y
+
+    def _share(self, data: Dataset, whole: torch.Tensor, mine: torch.Tensor) -> float:
+        """What this process's loss counts in that of the whole batch."""
+        if means.reading(self.engine.loss).reduction == "sum":
+            return float(len(mine) > 0)
+        loss, targets = self.engine.loss, data.targets
+        ours, all_ = (means.weights(loss, targets[rows]).sum() for rows in (mine, whole))
+        return float(ours / all_)

@@ -1,0 +1,81 @@
+"""Two processes on the CPU share a training: the losses of one process, and what a death leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mlp import engines
+from mlp.__main__ import main
+from tests.test_structure import ROOT
+
+# 33 and 1438 = 43 · 33 + 19 are odd: the processes' parts differ in size.
+RULES = ("--hidden", "8", "--batch-size", "33", "--device", "cpu", "--clip-norm", "1")
+LIMIT = 120  # seconds until a test that hangs is ended
+
+
+def rows(run):
+    return [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+
+
+def rank_of(process):
+    """RANK in a process's environment, "" if it has none."""
+    words = Path(f"/proc/{process}/environ").read_bytes().decode().split("\0")
+    return next((word.removeprefix("RANK=") for word in words if word.startswith("RANK=")), "")
+
+
+def test_two_processes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "digits", *RULES, "--devices", "2", "--epochs", "100000", "--out", "two"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "mlp", *words],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + LIMIT
+    try:
+        while not Path("two/last.ckpt").exists() and time.monotonic() < deadline:
+            assert parent.poll() is None, parent.communicate()[1]
+            time.sleep(0.05)
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        (second,) = [int(child) for child in children if rank_of(child) == "1"]
+        os.kill(second, signal.SIGKILL)
+        _, err = parent.communicate(timeout=LIMIT)
+    finally:
+        parent.kill()
+        parent.wait()
+    assert parent.returncode == 2
+    assert "process 1 of 2 ended with status -9, so the training ended" in err
+    count = len(rows("two"))
+    alone = ["--epochs", "2", "--engine", "autograd", "--out", "one"]
+    assert main(["train", "digits", *RULES, *alone]) == 0
+    for two, one in zip(rows("two"), rows("one")):
+        for key in ("train_loss", "train_accuracy", "test_loss", "test_accuracy"):
+            assert two[key] == pytest.approx(one[key], rel=1e-5)
+    assert main(["train", "--out", "two", "--resume", "--epochs", str(count + 1)]) == 0
+    assert len(rows("two")) == count + 1
+    assert "epoch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [name for name in engines.ENGINES if name != "autograd"])
+def test_other_engines_refuse(name):
+    reason = engines.ENGINES[name].cannot(engines.Demands(world=2))
+    assert reason == f"{name}: trains on one device, got 2; use engine 'autograd'"
+    assert engines.ENGINES["autograd"].cannot(engines.Demands(world=2)) is None
+    shared = engines.Demands(world=2, ignored=True)
+    assert "the loss ignores some of them" in engines.ENGINES["autograd"].cannot(shared)
+
+
+def test_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for other in (["--resume", "--out", "run"], ["--seeds", "2"]):
+        assert main(["train", "digits", "--devices", "2", *other]) == 2
+        assert "leave --devices out" in capsys.readouterr().err
