@@ -148,8 +148,8 @@ class _Ruled(_Torch):
         if device.type == "cpu":
             return numbers
         known = self.__dict__.setdefault("_rows", {})
-        made, row = known.get((rule, device), (None, None))
-        if made != numbers:
+        written, row = known.get((rule, device), (None, None))
+        if written != numbers:
             values = torch.tensor(numbers, dtype=torch.float32)
             row = values.to(device) if row is None else row.copy_(values)
             known[rule, device] = numbers, row

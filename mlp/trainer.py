@@ -550,7 +550,7 @@ def _made_optimizer(optimizer, parameters: list):
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {optimizer!r}; known: {', '.join(OPTIMIZERS)}")
         return OPTIMIZERS[optimizer](parameters)
-    made = optimizer(parameters)
-    if not isinstance(made, torch.optim.Optimizer):
-        raise TypeError(f"Trainer: the optimizer's function returned {type(made).__name__}")
-    return made
+    built = optimizer(parameters)
+    if not isinstance(built, torch.optim.Optimizer):
+        raise TypeError(f"Trainer: the optimizer's function returned {type(built).__name__}")
+    return built

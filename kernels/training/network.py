@@ -126,7 +126,7 @@ def plan(run: "Run", kernel: str) -> tuple[Plan, int, dict]:
     states = len(spec.rule.states)
     config = configs.training(kernel, arch, precision, states, spec.sizes, block_m)
     padded = [max(16, triton.next_power_of_2(size)) for size in spec.sizes]
-    made = Plan(
+    planned = Plan(
         sizes=tuple(spec.sizes),
         tiles=(*(min(p, config.columns) for p in padded[:-1]), padded[-1]),
         bias=int(spec.bias),
@@ -151,11 +151,11 @@ def plan(run: "Run", kernel: str) -> tuple[Plan, int, dict]:
         pitch=max(padded[1:]),
         threads=config.num_warps * launch.lanes(arch),
     )
-    options = dict(NET=made, num_warps=config.num_warps, num_stages=config.num_stages)
+    options = dict(NET=planned, num_warps=config.num_warps, num_stages=config.num_stages)
     if arch.startswith("sm_"):
         # Else ptxas may stop at 128 registers, for a second block, and spill.
         options["maxnreg"] = min(255, 2048 // config.num_warps)
-    return made, min(config.rows, padded[1]), options
+    return planned, min(config.rows, padded[1]), options
 
 
 def refusal(spec: Spec, batch: int, engine: str = "epoch") -> str | None:
