@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -78,7 +79,7 @@ def report(values: Values) -> None:
         say(picture)
 
 
-def draw(run: RunFolder, recipe: recipes.Recipe, test_set: data.Dataset, model) -> list[Path]:
+def draw(run: RunFolder, recipe: recipes.Recipe, test_set: data.Dataset, model: Any) -> list[Path]:
     """Every picture that fits a run; the paths written."""
     paths = _pictures(run, recipe, test_set, model, run.path, ".png")
     return paths + tables.draw(run, recipe, test_set, model)
