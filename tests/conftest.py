@@ -104,14 +104,21 @@ def device() -> str:
 
 
 @pytest.fixture(autouse=True)
+def whole_floats():
+    """Convolutions are judged by their float32 results, which cuDNN would compute in tf32."""
+    cudnn = torch.backends.cudnn
+    # The flags one by one are locked once torch.testing._internal was imported; this is not.
+    with cudnn.flags(cudnn.is_available(), cudnn.benchmark, cudnn.deterministic, allow_tf32=False):
+        yield
+
+
+@pytest.fixture(autouse=True)
 def surroundings(request, monkeypatch):
     """What the folder's tests run under: poisoned buffers for kernels, the reference for training
     on a CPU; its own seed.
     """
     # the same numbers whatever ran before
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
-    # Convolutions are judged by their float32 results, which cuDNN would compute in tf32.
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     if request.path.is_relative_to(TESTS / "kernels"):
         checks.poison_fresh_buffers(monkeypatch)
     if (
