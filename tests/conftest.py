@@ -106,9 +106,8 @@ def device() -> str:
 @pytest.fixture(autouse=True)
 def whole_floats():
     """Convolutions are judged by their float32 results, which cuDNN would compute in tf32."""
-    cudnn = torch.backends.cudnn
     # The flags one by one are locked once torch.testing._internal was imported; this is not.
-    with cudnn.flags(cudnn.is_available(), cudnn.benchmark, cudnn.deterministic, allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
 
 
