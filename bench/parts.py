@@ -42,6 +42,7 @@ TABLES = {
     "memory": 10,
     "linear": 30,
     "cross_entropy": 15,
+    "mnist": 120,
     "recipes": 25,
     "launches": 20,
     "accuracy": 60,
