@@ -85,9 +85,11 @@ def train(engine, model, loss, make, kind):
     plan = (
         (None, data, 3),
         (numbers, data, 3),
+        (None, data.normalized(0.1, 0.5), 3),
         (None, data.normalized(0.1, 0.5), 2),
-        (moved, other, 3),
-        (reloaded, other, 3),
+        (None, other, 2),
+        (moved, other, 2),
+        (reloaded, other, 2),
     )
     for epoch, (change, samples, batch) in enumerate(plan):
         if change is not None:
