@@ -223,6 +223,21 @@ def apply_rule(
     """
     rule = rules.get(rule)
     check_update(rule.name, params, grads, states)
+    apply_checked(rule, params, grads, states, row, step, maximize=maximize, first=first)
+
+
+def apply_checked(
+    rule: Rule,
+    params: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    states: list[list[torch.Tensor]],
+    row: tuple,
+    step: float | torch.Tensor = 1,
+    *,
+    maximize: bool = False,
+    first: bool = False,
+) -> None:
+    """`apply_rule` for a caller that has done `check_update`."""
     if torch.compiler.is_compiling():
         options = {"step": step, "maximize": maximize, "first": first}
         return launch.operators["apply_rule"](rule, params, grads, states, row, **options)

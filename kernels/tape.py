@@ -9,7 +9,7 @@ backward, and the reference under torch.func and for tensors that are no plain m
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -125,9 +125,9 @@ class Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         given = ctx.needs_input_grad[2:]
-        count = sum(1 if n is None else n for n in ctx.lengths)
+        count = sum([1 if n is None else n for n in ctx.lengths])
         grads = differentiate(ctx, dy, given[:count])
-        return None, None, *grads, *[None for _ in given[count:]]
+        return (None, None, *grads, *(None,) * (len(given) - count))
 
 
 def _spread(args: tuple, inputs: int) -> list:
@@ -176,17 +176,8 @@ def remember(ctx, inputs: tuple, saved: tuple) -> None:
     Tensors go through save_for_backward, each once. The rest goes on ctx.
     """
     tensors: list[torch.Tensor] = []
-    places: dict[int, int] = {}
-
-    def place(value):
-        if isinstance(value, torch.Tensor):
-            if id(value) not in places:
-                places[id(value)] = _Place(len(tensors))
-                tensors.append(value)
-            return places[id(value)]
-        return tuple(map(place, value)) if type(value) is tuple else value
-
-    ctx.inputs, ctx.saved = tuple(map(place, inputs)), tuple(map(place, saved))
+    places: dict[int, _Place] = {}
+    ctx.inputs, ctx.saved = _placed(inputs, tensors, places), _placed(saved, tensors, places)
     ctx.save_for_backward(*tensors)
 
 
@@ -194,16 +185,39 @@ class _Place(int):
     """Where a tensor stands among those that a node of the tape saved."""
 
 
-def recall(ctx) -> tuple[tuple, tuple]:
-    """`(inputs, saved)` as given to `remember`."""
-    tensors = ctx.saved_tensors
+_PLACES = [_Place(i) for i in range(256)]  # made once: to make one takes longer than to look it up
 
-    def find(value):
-        if type(value) is _Place:
-            return tensors[value]
-        return tuple(map(find, value)) if type(value) is tuple else value
 
-    return tuple(map(find, ctx.inputs)), tuple(map(find, ctx.saved))
+def _placed(values: Iterable, tensors: list, places: dict) -> tuple:
+    """The values with a place for each tensor, which goes to `tensors` if it is new.
+
+    One call for each tuple, not for each value: this runs in every forward.
+    """
+    found: list = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            at = places.get(id(value))
+            if at is None:
+                count = len(tensors)
+                at = _PLACES[count] if count < len(_PLACES) else _Place(count)
+                places[id(value)] = at
+                tensors.append(value)
+            found.append(at)
+        else:
+            found.append(_placed(value, tensors, places) if type(value) is tuple else value)
+    return tuple(found)
+
+
+def recall(values: tuple, tensors: tuple) -> tuple:
+    """`ctx.inputs` or `ctx.saved` as given to `remember`, from `ctx.saved_tensors`."""
+    return tuple(
+        [
+            tensors[value]
+            if type(value) is _Place
+            else (recall(value, tensors) if type(value) is tuple else value)
+            for value in values
+        ]
+    )
 
 
 def differentiate(ctx, dy: torch.Tensor, needs: tuple[bool, ...]) -> list:
@@ -217,9 +231,10 @@ def differentiate(ctx, dy: torch.Tensor, needs: tuple[bool, ...]) -> list:
         with torch.autocast(dy.device.type, enabled=False):
             return differentiate(ctx, dy, needs)
     operation = ctx.operation
-    inputs, saved = recall(ctx)
+    tensors = ctx.saved_tensors
     if torch.is_grad_enabled():
+        inputs = recall(ctx.inputs, tensors)
         _, again = operation.fwd_ref(*_gathered(inputs, ctx.lengths))
         return compiled.flat(operation.bwd_ref(dy, *again, needs=needs))
     bwd = operation.bwd if launch.plain(dy) else operation.bwd_ref
-    return compiled.flat(bwd(dy, *saved, needs=needs))
+    return compiled.flat(bwd(dy, *recall(ctx.saved, tensors), needs=needs))

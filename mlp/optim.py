@@ -8,13 +8,16 @@ To add one: its row in kernels/rules.py, and a class here that says which row se
 group. The row's names of states and hyperparameters are torch's.
 """
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 import kernels
 from kernels import launch
+from kernels.optim import apply_checked
 
 Gradients = Sequence[torch.Tensor | None] | dict[str, torch.Tensor | None]
 
@@ -80,6 +83,30 @@ class _Ruled(_Torch):
         A parameter whose gradient is None is left alone, as in torch. Returns the closure's loss,
         if one is given.
         """
+        # torch wraps hooks and a profiler's record around every step, which on a CPU costs as much
+        # as a small update. Here only a step that has a hook or a profiler pays for them. A
+        # subclass with a step of its own has them around that one.
+        if self._is_followed() and type(self).step is _Ruled.step:
+            return _followed_step(self, closure, grads=grads)
+        return self._step(closure, grads=grads)
+
+    step.hooked = True  # type: ignore[attr-defined]  # what torch asks before it wraps a step
+
+    def _is_followed(self) -> bool:
+        """Whether a hook, a profiler or a compiler takes note of this step."""
+        return bool(
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or torch.autograd._profiler_enabled()
+            or torch.compiler.is_compiling()
+        )
+
+    def _step(
+        self, closure: Callable[[], Any] | None = None, *, grads: Gradients | None = None
+    ) -> Any:
+        """`step` without what torch does around it."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -222,7 +249,6 @@ class _Ruled(_Torch):
         lists = [[self.state[p][name] for p in params] for name in self.row(group).states]
         return lists, self.hyper(params[0].device), step, self.row(group)
 
-    @torch.no_grad()
     def update(self, grads: Gradients | None = None) -> None:
         """`step` without torch's hooks and profiler record around it: what the engines call."""
         handed = grads.values() if isinstance(grads, dict) else grads
@@ -233,6 +259,14 @@ class _Ruled(_Torch):
             raise ValueError(
                 f"{type(self).__name__}: {count} parameters but {len(given_all)} gradients"
             )
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                self._update_groups(given_all)
+        else:
+            self._update_groups(given_all)
+
+    def _update_groups(self, given_all: list | None) -> None:
+        """One step of every group, from these gradients or, if None, from .grad."""
         start = 0
         for group in self.param_groups:
             params = group["params"]
@@ -242,7 +276,7 @@ class _Ruled(_Torch):
                 else given_all[start : start + len(params)]
             )
             start += len(params)
-            if any(g is None for g in given):
+            if any([g is None for g in given]):
                 params = [p for p, g in zip(params, given) if g is not None]
                 given = [g for g in given if g is not None]
             if params:
@@ -250,16 +284,19 @@ class _Ruled(_Torch):
 
     def _update(self, group, params, grads):
         """One launch for the parameters that take the same step."""
-        rule, numbers, together = self.row(group), self._numbers(group), {}
+        rule, numbers = self.row(group), self._numbers(group)
         kernels.check_update(type(self).__name__, params, grads)
         steps = self._next_steps(group, params)
-        for i, step in enumerate(steps):
-            # Of counts in device memory one serves all: they advance together.
-            key = None if isinstance(step, torch.Tensor) else step
-            together.setdefault(key, []).append(i)
+        together: dict = {}
+        # Of counts in device memory one serves all: they advance together.
+        if isinstance(steps[0], torch.Tensor) or steps.count(steps[0]) == len(steps):
+            together[None] = range(len(steps))
+        else:
+            for i, step in enumerate(steps):
+                together.setdefault(step, []).append(i)
         for members in together.values():
             chosen = [params[i] for i in members]
-            kernels.apply_rule(
+            apply_checked(
                 rule,
                 chosen,
                 [grads[i] for i in members],
@@ -274,10 +311,14 @@ class _Ruled(_Torch):
 
         Where torch's class counts none, 1 for a first step, else 2.
         """
-        fresh = [self._fresh(group, p) for p in params]
-        self._make(group, params)
         if not self.counted:
+            if not self.row(group).states:
+                return [2] * len(params)
+            fresh = [self._fresh(group, p) for p in params]
+            if any(fresh):
+                self._make(group, params)
             return [1 if first else 2 for first in fresh]
+        self._make(group, params)
         counts = [self.state[p]["step"] for p in params]
         torch._foreach_add_(counts, 1)
         # No host read on a device, nor of fake tensors.
@@ -288,15 +329,18 @@ class _Ruled(_Torch):
     def _fresh(self, group, p) -> bool:
         """Whether a state of this parameter is missing, or None as older torch saved it."""
         state = self.state.get(p, {})
-        return any(state.get(name) is None for name in self.row(group).states)
+        return any([state.get(name) is None for name in self.row(group).states])
 
     def _make(self, group, params) -> None:
+        names = self.row(group).states
+        if not (self.counted or names):
+            return
         for p in params:
-            state = self.state[p] if self.counted or self.row(group).states else {}
+            state = self.state[p]
             if self.counted and "step" not in state:
                 on = p.device if group.get("capturable") else "cpu"
                 state["step"] = torch.zeros((), dtype=torch.float32, device=on)
-            for name in self.row(group).states:
+            for name in names:
                 if state.get(name) is None:
                     like = torch.preserve_format
                     state[name] = torch.full_like(p, self.initial(group), memory_format=like)
@@ -317,8 +361,25 @@ class _Ruled(_Torch):
         return not any(isinstance(v, torch.Tensor) for value in values for v in _spread(value))
 
     def _numbers(self, group) -> tuple:
-        """The row's numbers; what lies in device memory stays there."""
-        return kernels.row_of(self.row(group), **self._hyperparameters(group))
+        """The row's numbers; what lies in device memory stays there.
+
+        Kept while the group holds the very same numbers. Those in tensors and lists may change
+        where they are, so they are read each time.
+        """
+        rule = self.row(group)
+        given = [group[name] for name, _ in rule.hyperparameters]
+        kept = self.__dict__.setdefault("_numbers_of", {})
+        made = kept.get(id(group))
+        if made is not None and made[0] is rule and all(map(operator.is_, made[1], given)):
+            return made[2]
+        row = kernels.row_of(rule, **self._hyperparameters(group))
+        if all(type(v) in (float, int) for value in given for v in _spread(value)):
+            kept[id(group)] = rule, given, row
+        return row
+
+
+# `step` as torch makes it of a class's own: with its hooks and its profiler's record.
+_followed_step = torch.optim.Optimizer.profile_hook_step(_Ruled._step)
 
 
 def _spread(value) -> tuple:
