@@ -185,9 +185,13 @@ def cross_entropy_fwd_ref(
 
 def _plain_ref(logits, logp, t, reduction):
     """The case of the training loop, in few operations: labels (N, 1), all valid; no weights."""
-    loss = F.nll_loss(logp, t.squeeze(1), reduction=reduction).to(logits.dtype)
+    loss = F.nll_loss(logp, t.squeeze(1), reduction=reduction)
     loss = loss.view(expected_shape(logits)) if reduction == "none" else loss
-    grad = logp.exp().scatter_add(1, t, logp.new_full(t.shape, -1.0)).to(logits.dtype)
+    p, ones = logp.exp(), logp.new_full(t.shape, -1.0)
+    # Where p has a tape, its own derivative needs it as it is.
+    grad = p.scatter_add(1, t, ones) if p.requires_grad else p.scatter_add_(1, t, ones)
+    if logits.dtype != logp.dtype:
+        loss, grad = loss.to(logits.dtype), grad.to(logits.dtype)
     denominator = t.shape[0] if reduction == "mean" else None
     grad = grad if logits.dim() == 2 else grad.view(logits.shape)
     return loss, CrossEntropySaved(grad, None, denominator, reduction)
@@ -236,9 +240,9 @@ def cross_entropy_bwd_ref(
         )  # every row ignored: no gradient, as torch
     else:
         scale = dy / max(denominator, 1) if reduction == "mean" else dy
-    return tuple(
-        (g * scale).to(g.dtype) if n and g is not None else None
-        for g, n in zip((grad, dtarget), needs)
+    return (
+        (grad * scale).to(grad.dtype) if needs[0] else None,
+        (dtarget * scale).to(dtarget.dtype) if needs[1] and dtarget is not None else None,
     )
 
 

@@ -38,7 +38,8 @@ class LinearSaved(NamedTuple):
 
 def kept(act: activations.Activation, y, z):
     """What the derivative of an activation is written in: y, z or nothing."""
-    return {"nothing": None, "y": y, "z": z}[act.needs]
+    needs = act.needs
+    return y if needs == "y" else z if needs == "z" else None
 
 
 def as_matrix(t: torch.Tensor) -> torch.Tensor:
@@ -57,16 +58,10 @@ def linear_fwd_ref(
     """The reference of `linear_fwd`: same arguments, same results, plain torch."""
     act = activations.get(activation, "linear")
     y, z = out or (None, None)
-    x2 = as_matrix(x)
-    z = (
-        torch.mm(x2, w.t(), out=y if act.needs != "z" else z)
-        if b is None
-        else torch.addmm(b, x2, w.t(), out=y if act.needs != "z" else z)
-    )
-    if act.needs != "nothing":
-        y = act.forward_ref(z, out=y)
-    else:
-        y = z
+    x2 = x if x.dim() == 2 else as_matrix(x)
+    target = z if act.needs == "z" else y
+    z = torch.mm(x2, w.t(), out=target) if b is None else torch.addmm(b, x2, w.t(), out=target)
+    y = z if act.needs == "nothing" else act.forward_ref(z, out=y)
     # No view, whose output torch would not let anyone overwrite outside of the graph.
     y = y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], w.shape[0]))
     return y, LinearSaved(x, w, kept(act, y, z), b is not None, activation)

@@ -54,10 +54,10 @@ def stack_forward(x, weights, biases, activation, output_activation, out, fwd):
     last = len(weights) - 1
     for layer, (w, b) in enumerate(zip(weights, biases)):
         act = output_activation if layer == last else activation
-        y, saved = fwd(y, w, b, act, out=_layer_out(out, layer))
+        y, saved = fwd(y, w, b, act, out=None if out is None else out[layer])
         hidden.append(y)
         kept.append(saved.s)
-    bias = tuple(b is not None for b in biases)
+    bias = tuple([b is not None for b in biases])
     layers = tuple(weights), tuple(hidden[:-1]), tuple(kept)
     return y, MLPSaved(x, *layers, bias, activation, output_activation)
 
@@ -82,11 +82,9 @@ def stack_backward(dy, saved, needs, out, bwd_dz, bwd_dx, bwd_dw):
         elif needs_dx:
             below = bwd_dx(dz, weights[0]).view(inputs[0].shape)
         if needs_dw[layer] or needs_db[layer]:
-            grads = bwd_dw(dz, inputs[layer], bias[layer], out=_layer_out(grads_out, layer))
-            dws[layer], dbs[layer] = (
-                g if needed else None
-                for g, needed in zip(grads, (needs_dw[layer], needs_db[layer]))
-            )
+            dw, db = bwd_dw(dz, inputs[layer], bias[layer], out=_layer_out(grads_out, layer))
+            dws[layer] = dw if needs_dw[layer] else None
+            dbs[layer] = db if needs_db[layer] else None
         dz = below
     return dz, dws, dbs
 
@@ -122,8 +120,9 @@ def check_mlp(x, weights, biases) -> None:
             f"mlp: as many biases (or None) as weights, at least one, got {len(weights)} and "
             f"{len(biases)}"
         )
+    narrow = weights[0].shape
     for layer in range(1, len(weights)):
-        wide, narrow = weights[layer - 1].shape, weights[layer].shape
+        wide, narrow = narrow, weights[layer].shape
         if len(wide) != 2 or len(narrow) != 2 or narrow[1] != wide[0]:
             raise ValueError(
                 f"mlp: weight {layer} must be (out, {wide[0]}) after weight {layer - 1} "

@@ -94,15 +94,15 @@ def call(operation: Differentiable, *args) -> torch.Tensor:
         dtype = operation.autocast or torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             return call(operation, *(_autocast(a, device, dtype) for a in args))
-    transformed = torch._C._are_functorch_transforms_active()
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not transformed:
-        tensors: list[torch.Tensor] = []
-        return compiled.operators[operation.name](tensors, compiled.written(args, tensors))[0]
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        if not torch._C._are_functorch_transforms_active():
+            tensors: list[torch.Tensor] = []
+            return compiled.operators[operation.name](tensors, compiled.written(args, tensors))[0]
     lengths = tuple(
-        len(a) if isinstance(a, (list, tuple)) else None for a in args[: operation.inputs]
+        [len(a) if isinstance(a, (list, tuple)) else None for a in args[: operation.inputs]]
     )
     flat = _spread(args, operation.inputs)
-    if any(isinstance(a, torch.Tensor) and a.is_nested for a in flat):
+    if any([a.is_nested for a in flat if isinstance(a, torch.Tensor)]):
         raise ValueError(
             f"{operation.name}: nested tensors are not served; pad them with "
             "torch.nested.to_padded_tensor(input, 0.0)"

@@ -63,23 +63,25 @@ class Stack:
         Those of the two latest sizes are kept. They are ordinary tensors even if made in inference
         mode, because training uses them again.
         """
+        made = self._buffers.get(rows)
+        if made is not None:
+            return made
         with torch.inference_mode(False):
             return self._made_for(rows)
 
     def _made_for(self, rows):
-        if rows not in self._buffers:
-            while len(self._buffers) > 1:
-                self._buffers.pop(next(iter(self._buffers)))
-            like = self.weights[0]
-            names = [self.activation] * (self.layers - 1) + [self.output_activation]
-            outputs = [
-                (
-                    like.new_empty(rows, n),
-                    like.new_empty(rows, n) if activations.get(name).needs == "z" else None,
-                )
-                for n, name in zip(self.sizes[1:], names)
-            ]
-            self._buffers[rows] = outputs, [like.new_empty(rows, n) for n in self.sizes[1:]]
+        while len(self._buffers) > 1:
+            self._buffers.pop(next(iter(self._buffers)))
+        like = self.weights[0]
+        names = [self.activation] * (self.layers - 1) + [self.output_activation]
+        outputs = [
+            (
+                like.new_empty(rows, n),
+                like.new_empty(rows, n) if activations.get(name).needs == "z" else None,
+            )
+            for n, name in zip(self.sizes[1:], names)
+        ]
+        self._buffers[rows] = outputs, [like.new_empty(rows, n) for n in self.sizes[1:]]
         return self._buffers[rows]
 
     def forward(self, x: torch.Tensor, keep: bool = True) -> torch.Tensor:
@@ -282,8 +284,8 @@ class Net:
         `input_grad`, else None.
         """
         dy = self._rows(doutput)
-        for i, stage in reversed(list(enumerate(self.stages))):
-            dy = stage.backward(dy, input_grad=input_grad or i > 0)
+        for i in range(len(self.stages) - 1, -1, -1):
+            dy = self.stages[i].backward(dy, input_grad=input_grad or i > 0)
         return None if dy is None else dy.view(*self._lead, dy.shape[-1])
 
     def update(
