@@ -107,10 +107,12 @@ def plain(*tensors: torch.Tensor | None) -> bool:
     ignored.
     """
     for t in tensors:
-        if not isinstance(t, torch.Tensor):
-            continue
-        if type(t) not in _PLAIN and type(t).__torch_dispatch__ is not _NO_DISPATCH:
-            return False
+        kind = type(t)
+        if kind not in _PLAIN:
+            if not isinstance(t, torch.Tensor):
+                continue
+            if kind.__torch_dispatch__ is not _NO_DISPATCH:
+                return False
         if _batched(t):
             return False
     return True

@@ -94,10 +94,10 @@ def call(operation: Differentiable, *args) -> torch.Tensor:
         dtype = operation.autocast or torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             return call(operation, *(_autocast(a, device, dtype) for a in args))
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        if not torch._C._are_functorch_transforms_active():
-            tensors: list[torch.Tensor] = []
-            return compiled.operators[operation.name](tensors, compiled.written(args, tensors))[0]
+    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    if compiling and not torch._C._are_functorch_transforms_active():
+        tensors: list[torch.Tensor] = []
+        return compiled.operators[operation.name](tensors, compiled.written(args, tensors))[0]
     lengths = tuple(
         [len(a) if isinstance(a, (list, tuple)) else None for a in args[: operation.inputs]]
     )

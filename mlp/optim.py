@@ -287,23 +287,20 @@ class _Ruled(_Torch):
         rule, numbers = self.row(group), self._numbers(group)
         kernels.check_update(type(self).__name__, params, grads)
         steps = self._next_steps(group, params)
-        together: dict = {}
+        kept = [self.state[p] for p in params] if rule.states else []
+        states = [[state[name] for state in kept] for name in rule.states]
         # Of counts in device memory one serves all: they advance together.
         if isinstance(steps[0], torch.Tensor) or steps.count(steps[0]) == len(steps):
-            together[None] = range(len(steps))
-        else:
-            for i, step in enumerate(steps):
-                together.setdefault(step, []).append(i)
-        for members in together.values():
-            chosen = [params[i] for i in members]
+            lists = params, grads, states
+            apply_checked(rule, *lists, numbers, steps[0], maximize=group["maximize"])
+            return
+        together: dict = {}
+        for i, step in enumerate(steps):
+            together.setdefault(step, []).append(i)
+        for step, members in together.items():
+            lists = [[ts[i] for i in members] for ts in (params, grads, *states)]
             apply_checked(
-                rule,
-                chosen,
-                [grads[i] for i in members],
-                [[self.state[p][name] for p in chosen] for name in rule.states],
-                numbers,
-                steps[members[0]],
-                maximize=group["maximize"],
+                rule, lists[0], lists[1], lists[2:], numbers, step, maximize=group["maximize"]
             )
 
     def _next_steps(self, group, params) -> list:
