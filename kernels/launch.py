@@ -305,6 +305,11 @@ def check_placed(op: str, **tensors: torch.Tensor | None) -> None:
             )
 
 
+def profiled() -> bool:
+    """Whether a profiler of torch is on, which wants a record of every step."""
+    return torch.autograd._profiler_enabled()
+
+
 def watched() -> bool:
     """True while something follows every torch operation.
 

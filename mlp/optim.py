@@ -99,7 +99,7 @@ class _Ruled(_Torch):
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
-            or torch.autograd._profiler_enabled()
+            or launch.profiled()
             or torch.compiler.is_compiling()
         )
 
