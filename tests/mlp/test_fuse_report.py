@@ -201,7 +201,8 @@ def test_attention():
     """
     lines = []
     fuse(nn.TransformerEncoderLayer(8, 2), lines.append)
-    assert [line.split(" ")[0] for line in lines] == ["self_attn.out_proj:", "linear1:", "linear2:"]
+    names = ["self_attn.out_proj:", "linear1:", "linear2:", "norm1:", "norm2:"]
+    assert [line.split(" ")[0] for line in lines] == names
     assert "a subclass" in lines[0]
 
 
