@@ -50,7 +50,7 @@ class Run:
     """A training: one network, or with a two-dimensional order several that are stacked.
 
     parameters: [w_1, b_1, w_2, …] float32, or without biases; states: for each state of the rule a
-    list of the same shapes. data (n, features), uint8 or float32, of which data · scale + shift is
+    list of the same shapes. data (n, features), of any real type, of which data · scale + shift is
     the input; targets (n,) labels, or (n, classes) float32. order: the epoch's rows of data, int32
     or int64, the last batch as small as it comes out. hyper: a row of `hyperparameters`, read at
     launch. count: one-element tensor, steps taken so far, advanced. losses float32, correct

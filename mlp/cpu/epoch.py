@@ -189,8 +189,11 @@ class _Task:
         soft = targets.is_floating_point()
         self.losses, self.correct = np.zeros(steps, np.float32), np.zeros(steps, np.int32)
         self.counter = np.zeros(8, np.int64)
+        # The steps read bytes or float32; any other type is converted.
+        is_bytes = data.dtype == torch.uint8
+        samples = (data if is_bytes else data.float()).contiguous().numpy()
         self.held = {
-            loop.PIXELS if data.dtype == torch.uint8 else loop.REALS: data.contiguous().numpy(),
+            loop.PIXELS if is_bytes else loop.REALS: samples,
             loop.TARGETS if soft else loop.LABELS: (targets.float() if soft else targets.long())
             .contiguous()
             .numpy(),

@@ -88,6 +88,14 @@ def check(spec, parameters, states, data, targets, order, batch=32, taken=0):
     assert count == count_ref == taken + len(losses)
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float16, torch.int16, torch.int64, torch.bool]
+)
+def test_data_of_every_type(dtype):
+    spec, parameters, states, data, *rest = training((33, 9, 5), pixels=False)
+    check(spec, parameters, states, (data * 3).to(dtype), *rest)
+
+
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_activation_in_hidden_layers_and_at_the_end(name):
     check(*training((33, 20, 7, 5), activation=name))
