@@ -47,8 +47,10 @@ def bias_correction(step, log_beta):
     It is -expm1(t log β), by its series near 0, where the difference would cancel.
     """
     u = step * log_beta
-    series = u * (1.0 + u * (0.5 + u * (0.16666666666 + u * (0.04166666666 + u * 0.00833333333))))
-    return -tl.where(u > -0.1, series, tl.exp(u) - 1.0)
+    # Σ uⁿ / n!, nested. At -0.5 the first term left out is below a float32's last bit.
+    tail = 0.00833333333 + u * (0.00138888888 + u * (0.00019841269 + u * 0.00002480158))
+    series = u * (1.0 + u * (0.5 + u * (0.16666666666 + u * (0.04166666666 + u * tail))))
+    return -tl.where(u > -0.5, series, tl.exp(u) - 1.0)
 
 
 @triton.jit
