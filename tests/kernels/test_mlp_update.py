@@ -107,21 +107,26 @@ def test_kernels_train_as_the_reference(rule, device):
         [p.detach() for p in model.parameters()],
         hyperparameters(rule, lr=0.05, **TORCH[rule][2]),
     )
-    runs = []
-    for on, path in ((device, "triton"), ("cpu", "torch")):
-        parameters = [p.to(on, copy=True) for p in start]
+
+    def trained(on, path, dtype=torch.float32):
+        parameters = [p.to(on, dtype, copy=True) for p in start]
         with launch.use(path):
             train_by_us(
                 parameters,
-                [(x.to(on), t.to(on)) for x, t in batches],
+                [(x.to(on, dtype), t.to(on, dtype)) for x, t in batches],
                 rule,
-                hyper.to(on),
+                hyper.to(on, dtype),
                 True,
-                lambda step, on=on: torch.tensor([float(step)], device=on),
+                lambda step: torch.tensor([float(step)], device=on, dtype=dtype),
             )
-        runs.append([p.cpu() for p in parameters])
-    for ours, reference in zip(*runs):
-        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
+        return [p.cpu() for p in parameters]
+
+    assert_as_accurate(
+        trained(device, "triton"),
+        trained("cpu", "torch"),
+        lambda: trained("cpu", "torch", torch.float64),
+        rule,
+    )
 
 
 @pytest.mark.interpreter
