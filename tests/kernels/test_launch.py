@@ -143,13 +143,15 @@ def test_torchs_newer_precision_setting(setting, precision):
     if not hasattr(backends, "fp32_precision"):
         pytest.skip("torch has one setting only before 2.9")
     before = backends.fp32_precision, backends.cuda.matmul.fp32_precision
-    try:
-        backends.fp32_precision = "tf32" if setting == "ieee" else "ieee"
-        backends.cuda.matmul.fp32_precision = setting
-        with launch.dry_run("sm_90", 132):
-            assert launch.dot_precision() == precision
-    finally:
-        backends.fp32_precision, backends.cuda.matmul.fp32_precision = before
+    # PyTorch's own test helpers, which other tests import, lock these settings.
+    with getattr(backends, "__allow_nonbracketed_mutation")():  # noqa: B009
+        try:
+            backends.fp32_precision = "tf32" if setting == "ieee" else "ieee"
+            backends.cuda.matmul.fp32_precision = setting
+            with launch.dry_run("sm_90", 132):
+                assert launch.dot_precision() == precision
+        finally:
+            backends.fp32_precision, backends.cuda.matmul.fp32_precision = before
     assert torch.get_float32_matmul_precision() == "highest"
 
 
