@@ -144,7 +144,7 @@ def test_torchs_newer_precision_setting(setting, precision):
         pytest.skip("torch has one setting only before 2.9")
     before = backends.fp32_precision, backends.cuda.matmul.fp32_precision
     # PyTorch's own test helpers, which other tests import, lock these settings.
-    with getattr(backends, "__allow_nonbracketed_mutation")():  # noqa: B009
+    with getattr(backends, "__allow_nonbracketed_mutation")():
         try:
             backends.fp32_precision = "tf32" if setting == "ieee" else "ieee"
             backends.cuda.matmul.fp32_precision = setting
