@@ -94,13 +94,14 @@ class _Ruled(_Torch):
 
     def _is_followed(self) -> bool:
         """Whether a hook, a profiler or a compiler takes note of this step."""
+        if torch.compiler.is_compiling():  # which cannot trace the other questions
+            return True
         return bool(
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
             or launch.profiled()
-            or torch.compiler.is_compiling()
         )
 
     def _step(

@@ -27,8 +27,8 @@ BAD = {
     "recipe": ("train --recipe gan", f"unknown recipe 'gan'; known: {lists(RECIPES)}"),
     "loss": ("train --loss hinge", f"unknown loss 'hinge'; known: {lists(LOSSES)}"),
     "optimizer": (
-        "train --optimizer lion",
-        f"unknown optimizer 'lion'; known: {lists(OPTIMIZERS)}",
+        "train --optimizer lamb",
+        f"unknown optimizer 'lamb'; known: {lists(OPTIMIZERS)}",
     ),
     "precision": ("train --precision fp8", f"unknown precision 'fp8'; known: {lists(PRECISIONS)}"),
     "device": ("train --device abacus", "unknown device 'abacus'; known: auto, cpu, cuda"),
