@@ -13,6 +13,8 @@ and `use("torch")` or `use("triton")` forces one of them.
 
 import contextlib
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -95,7 +97,8 @@ def path(*tensors: torch.Tensor | None) -> str:
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-_batched = torch._C._functorch.is_legacy_batchedtensor  # those of is_grads_batched=True
+# Those of is_grads_batched=True.
+_batched: Callable[[Any], bool] = torch._C._functorch.is_legacy_batchedtensor
 _NO_DISPATCH = torch.Tensor.__torch_dispatch__
 
 
@@ -107,7 +110,7 @@ def plain(*tensors: torch.Tensor | None) -> bool:
     ignored.
     """
     for t in tensors:
-        kind = type(t)
+        kind: Any = type(t)
         if kind not in _PLAIN:
             if not isinstance(t, torch.Tensor):
                 continue
