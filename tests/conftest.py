@@ -27,12 +27,16 @@ if not ON_GPU:
     torch.set_num_threads(int(os.environ.get("HANDGRAD_TEST_THREADS", "1")))
 
 import triton  # noqa: E402
+from torch._dynamo import trace_rules  # noqa: E402
 
 import kernels  # noqa: E402
 from tests import checks, interpreter, seeds  # noqa: E402
 
 pytest_plugins = ["tests.running"]
 
+# What torch.compile knows of torch's functions is read once, and must not be read while a test has
+# put others in their places.
+trace_rules.get_torch_obj_rule_map()
 if not ON_GPU:
     interpreter.improve()
 seeds.shift()
