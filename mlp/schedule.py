@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim import Optimizer, lr_scheduler
 
+from .stopping import watched
+
 INTERVALS = ("epoch", "step")
 _PER_STEP = (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR)  # by their definition
 
@@ -194,8 +196,8 @@ class Schedule:
     def after_epoch(self, row: dict) -> None:
         """Steps the scheduler, if it does so after each epoch.
 
-        A scheduler that takes a metric gets the row's loss, of the test data if there are some. In
-        mode "max" it gets the accuracy.
+        A scheduler that takes a metric gets the row's loss, in mode "max" the accuracy: see
+        `stopping.watched`.
         """
         if self.per_step:
             return
@@ -203,8 +205,7 @@ class Schedule:
             self.scheduler.step()
             return
         kind = "accuracy" if getattr(self.scheduler, "mode", "min") == "max" else "loss"
-        tested = row.get(f"test_{kind}")
-        metric = row[f"train_{kind}"] if tested is None else tested
+        _, metric = watched(row, kind)
         if metric is None:
             raise ValueError(
                 f"fit: {self.name} with mode='max' looks at the accuracy, but these targets are no "

@@ -40,8 +40,8 @@ _STATES = {
 class History(list):
     """The history of a training: one dict an epoch.
 
-    Its keys are epoch, train_loss, train_accuracy, test_loss, test_accuracy, seconds,
-    samples_per_second.
+    Its keys are epoch, train_loss, train_accuracy, with `validation` validation_loss and
+    validation_accuracy, with `evaluate` test_loss and test_accuracy; seconds, samples_per_second.
     """
 
     def __str__(self):
@@ -53,6 +53,8 @@ def line(row: dict) -> str:
     parts = [f"epoch {row['epoch']:3d}", f"loss {row['train_loss']:.4f}"]
     for key, label in (
         ("train_accuracy", "accuracy"),
+        ("validation_loss", "validation loss"),
+        ("validation_accuracy", "validation accuracy"),
         ("test_loss", "test loss"),
         ("test_accuracy", "test accuracy"),
     ):
@@ -69,10 +71,14 @@ def as_dataset(data: Any, device: torch.device | str) -> Dataset:
 
 
 class _Task(NamedTuple):
-    """What a call of `fit` trains on. samples: how many an epoch has. shifts: of its images."""
+    """What a call of `fit` trains on and measures.
+
+    samples: how many an epoch has. shifts: of its images.
+    """
 
     train: Dataset
     evaluate: Dataset | None
+    validation: Dataset | None
     batch_size: int
     samples: int
     seed: int
@@ -157,12 +163,15 @@ class Trainer:
         on_step: Callable[..., object] | None = None,
         early_stopping: int | None = None,
         augment: int = 0,
+        validation: Any = None,
     ) -> History:
         """Train until `epochs` epochs are done, counting those of a resumed run; returns the
         history of all.
 
-        train, evaluate: a Dataset of `mlp.data`, a pair (inputs, targets) of tensors, numpy arrays
-        or pandas frames, a torch data set, or a DataLoader, which is read once. batch_size: 32, or
+        train, evaluate, validation: a Dataset of `mlp.data`, a pair (inputs, targets) of tensors,
+        numpy arrays or pandas frames, a torch data set, or a DataLoader, which is read once.
+        evaluate is measured after each epoch, and so is validation. What looks at a loss looks at
+        that of validation, else of evaluate, else of train. batch_size: 32, or
         the DataLoader's; drop_last, likewise: leave out the last, smaller batch. seed: of the order
         of samples. scheduler: a torch scheduler of `self.optimizer`, or a function that makes one
         of it; a function given again goes on with its schedule. interval: "epoch" or "step", how
@@ -170,7 +179,7 @@ class Trainer:
         on_step() are called after each; what returns False ends the training there. An epoch that
         on_step ends early has a row of the samples it saw. (An engine that takes an epoch in one
         launch calls on_step(steps) after it.) early_stopping: end after so many epochs without a
-        lower loss, of `evaluate` if given, and keep the best epoch's weights: see `mlp.stopping`.
+        lower loss, and keep the best epoch's weights: see `mlp.stopping`.
         augment: move every training image by up to so many pixels, anew in each epoch: see
         `mlp.data.shifts`.
 
@@ -178,7 +187,7 @@ class Trainer:
         modes it had. Diverged if the loss is not finite: weights, buffers, optimizer and scheduler
         are then those of the epoch's beginning.
         """
-        task = self._task(train, batch_size, evaluate, seed, drop_last)
+        task = self._task(train, batch_size, (evaluate, validation), seed, drop_last)
         if augment:
             task = task._replace(shifts=Shifts(task.train, operator.index(augment), task.seed))
         epochs = operator.index(epochs)
@@ -214,11 +223,13 @@ class Trainer:
         evaluate: Any = None,
         *,
         drop_last: bool | None = None,
+        validation: Any = None,
     ) -> None:
         """Raise what `fit` would, before anything is trained; takes another engine, if this one
         does not serve such batches.
         """
-        self._check(self._task(train, batch_size, evaluate, 0, drop_last), epochs, None)
+        task = self._task(train, batch_size, (evaluate, validation), 0, drop_last)
+        self._check(task, epochs, None)
 
     def _row(self, epoch: int, task: _Task, on_step) -> tuple[dict, bool]:
         """Train an epoch and measure; whether the training goes on."""
@@ -233,14 +244,24 @@ class Trainer:
             "epoch": epoch,
             "train_loss": result.loss,
             "train_accuracy": result.accuracy,
+            **self._validated(task.validation),
             **(self.evaluate(task.evaluate) if task.evaluate is not None else {}),
             "seconds": seconds,
             "samples_per_second": result.samples / seconds,
         }
         return row, after is None or not after.stopped
 
-    def _task(self, train, batch_size, evaluate, seed, drop_last) -> _Task:
-        """What was given to `fit`, as data sets on the device and plain numbers."""
+    def _validated(self, data: Dataset | None) -> dict:
+        """{"validation_loss", "validation_accuracy"} of the validation data; {} without any."""
+        if data is None:
+            return {}
+        found = self.evaluate(data)
+        return {f"validation_{key.removeprefix('test_')}": value for key, value in found.items()}
+
+    def _task(self, train, batch_size, measured, seed, drop_last) -> _Task:
+        """What was given to `fit`, as data sets on the device and plain numbers. measured:
+        (evaluate, validation).
+        """
         ignored = means.reading(self.loss).ignore_index
         taken = given.take(train, ignored)
         size = batch_size if batch_size is not None else taken.batch_size or _BATCH_SIZE
@@ -248,13 +269,15 @@ class Trainer:
         size = operator.index(size)
         if taken.note is not None and self.verbose:
             print(f"{taken.note}, {size} at a time")
-        if evaluate is not None:
-            like = taken.data if taken.words else None
-            evaluate = self._fitted(given.take(evaluate, ignored, like).data)
+        like = taken.data if taken.words else None
+        evaluate, validation = (
+            None if part is None else self._fitted(given.take(part, ignored, like).data)
+            for part in measured
+        )
         train = self._fitted(taken.data)
         self._seen = Seen.of(taken)
         count = len(train) // size * size if drops and size > 0 else len(train)
-        return _Task(train, evaluate, size, count, operator.index(seed))
+        return _Task(train, evaluate, validation, size, count, operator.index(seed))
 
     def _fitted(self, data: Dataset) -> Dataset:
         """A data set as this network can meet it."""
@@ -301,8 +324,9 @@ class Trainer:
         reason = self._mismatch() or self.precision.refuses(parameters_of(self.model))
         if reason is not None:
             raise ValueError(f"fit: {reason}")
-        for data in (task.train,) if task.evaluate is None else (task.train, task.evaluate):
-            self._check_data(data)
+        for data in (task.train, task.evaluate, task.validation):
+            if data is not None:
+                self._check_data(data)
         if schedule is not None:
             left = max(epochs - len(self.history), 0)
             steps = math.ceil(task.samples / task.batch_size) if schedule.per_step else 1

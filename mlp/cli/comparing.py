@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ..runs import CONFIG, RunFolder, Settings, report
 from ..runs.disk import CheckpointError
+from ..stopping import kept_row
 from .options import Values
 from .terminal import complain, say
 
@@ -21,11 +22,17 @@ class Entry(NamedTuple):
     history: list[dict[str, Any]]
 
     @property
+    def row(self) -> dict[str, Any]:
+        """Of the epoch whose weights the run has: of the last, or the best by early stopping."""
+        recipe = self.settings.recipe
+        return kept_row(self.history, recipe.early_stopping, recipe.epochs)
+
+    @property
     def score(self) -> str:
-        """Of the last epoch: the test accuracy, else the test loss."""
+        """Of the weights that the run has: the test accuracy, else the test loss."""
         if not self.history:
             return "no epoch"
-        last = self.history[-1]
+        last = self.row
         if last.get("test_accuracy") is not None:
             return f"{last['test_accuracy']:.2%}"
         value = last.get("test_loss")
@@ -92,7 +99,7 @@ def table(entries: list[Entry]) -> list[str]:
 
 def spread(paths: list[Path]) -> str:
     """Mean and standard deviation of what runs with different seeds reached."""
-    last = [RunFolder(path).history[-1] for path in paths]
+    last = [read(path).row for path in paths]
     said = []
     for key, unit in (("test_accuracy", ".2%"), ("test_loss", ".4f")):
         numbers = [row[key] for row in last if row.get(key) is not None]

@@ -123,7 +123,12 @@ RECIPE = (
     Option("epochs", int, "passes over the training data", least=1, may_change=True),
     Option("schedule", str, f"of the learning rate, such as cosine; {_NAMES}"),
     Option("warmup", int, "epochs in which the learning rate rises to its value", least=0),
-    Option("early_stopping", int, "end after so many epochs without a lower test loss", least=1),
+    Option(
+        "early_stopping",
+        int,
+        "end after so many epochs without a lower loss: of --validation, else of the test rows",
+        least=1,
+    ),
     Option("augment", int, "shift training images at random by up to so many pixels", least=0),
     Option("clip_norm", float, "largest norm of all gradients of a step together", least=0),
 )

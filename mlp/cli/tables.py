@@ -47,21 +47,14 @@ def quality(
 
 
 def epoch_quality(trainer: Trainer, found: setup.Data) -> dict[str, float]:
-    """What the line of an epoch says besides losses: the quality of a regression, and all of the
-    validation samples.
-    """
+    """What the line of an epoch says of a regression besides losses."""
     loss, said = trainer.loss, {}
     if not found.test.is_classification:
         said = quality(trainer.model, loss, found.test, found.facts.units)
         said = {f"test_{key}": value for key, value in said.items() if key not in _LESS}
-    if found.validation is not None:
-        measured = trainer.evaluate(found.validation)
-        said["validation_loss"] = measured["test_loss"]
-        if measured["test_accuracy"] is not None:
-            said["validation_accuracy"] = measured["test_accuracy"]
-        else:
-            more = quality(trainer.model, loss, found.validation, found.facts.units)
-            said |= {f"validation_{key}": v for key, v in more.items() if key not in _LESS}
+    if found.validation is not None and not found.validation.is_classification:
+        more = quality(trainer.model, loss, found.validation, found.facts.units)
+        said |= {f"validation_{key}": v for key, v in more.items() if key not in _LESS}
     return said
 
 

@@ -66,6 +66,7 @@ def _share(values: Values) -> None:
         scheduler=recipe.scheduler(len(data.train)),
         early_stopping=recipe.early_stopping,
         augment=recipe.augment,
+        validation=data.validation,
     )
 
 
@@ -223,7 +224,12 @@ def _job(settings: Settings, loss_chosen: bool) -> Job:
     )
     recipe.scheduler(len(found.train))  # says now what it cannot do
     trainer.check(
-        found.train, recipe.epochs, recipe.batch_size, found.test, drop_last=recipe.drop_last
+        found.train,
+        recipe.epochs,
+        recipe.batch_size,
+        found.test,
+        drop_last=recipe.drop_last,
+        validation=found.validation,
     )
     settings.data = settings.data or found.facts
     return Job(settings, found, trainer, recipe.epochs, time.perf_counter() - started)
@@ -317,6 +323,7 @@ def _fit(job: Job, run: RunFolder, log: list[str]) -> None:
                 scheduler=recipe.scheduler(len(job.data.train)),
                 early_stopping=recipe.early_stopping,
                 augment=recipe.augment,
+                validation=job.data.validation,
                 on_epoch=on_epoch,
                 on_step=None if bar.disable else bar.update,
             )
@@ -325,8 +332,6 @@ def _fit(job: Job, run: RunFolder, log: list[str]) -> None:
             raise
     if trainer.stopping is not None:
         run.record(trainer, job.epochs)  # with the best weights
-        say(
-            f"best loss {trainer.stopping.best:.4f} at epoch {trainer.stopping.epoch}: its weights "
-            "are kept"
-        )
+        best, epoch = trainer.stopping.best, trainer.stopping.epoch
+        say(f"best {trainer.stopping.part} loss {best:.4f} at epoch {epoch}: its weights are kept")
     run.flush()

@@ -94,6 +94,8 @@ class _Epoch:
     epoch: int
     train_loss: float
     train_accuracy: float | None = None
+    validation_loss: float | None = None
+    validation_accuracy: float | None = None
     test_loss: float | None = None
     test_accuracy: float | None = None
     seconds: float = 0.0

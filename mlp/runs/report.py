@@ -23,7 +23,7 @@ PICTURES = (
     "predicted.png",
     "report.html",
 )  # of a run folder
-_PARTS = ("train", "test")
+_PARTS = ("train", "validation", "test")
 _LOG_FROM = 100  # a loss that falls to this part of itself is drawn on a logarithmic scale
 
 

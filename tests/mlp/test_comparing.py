@@ -66,6 +66,21 @@ def test_runs_side_by_side(capsys):
     assert main(["train", "--seeds", "2", "--out", "s/seed-5", "--resume"]) == 2
 
 
+def test_score_is_of_the_weights_that_are_kept(capsys):
+    """Early stopping by the validation loss keeps an epoch that is not the last."""
+    words = ["--epochs", "9", "--lr", "3", "--early-stopping", "2", "--validation", "0.2"]
+    assert main(["train", "digits", *QUICK, *words, "--out", "run"]) == 0
+    history = rows("run")
+    best = min(history, key=lambda row: row["validation_loss"])
+    assert best["epoch"] < len(history)
+    said = f"best validation loss {best['validation_loss']:.4f} at epoch {best['epoch']}: its"
+    assert said in capsys.readouterr().out
+    assert main(["runs", "."]) == 0
+    assert f"{best['test_accuracy']:.2%}" in capsys.readouterr().out.splitlines()[1]
+    assert main(["evaluate", "run"]) == 0
+    assert f"accuracy {best['test_accuracy']:.2%}" in capsys.readouterr().out
+
+
 def test_what_a_run_stores(monkeypatch):
     monkeypatch.setenv("GIT_DIR", "nowhere")
     words = ["train", "digits", *QUICK, "--out", "run"]

@@ -11,7 +11,7 @@ from torch import nn
 import mlp
 from mlp import MLP, Trainer, cpu
 from mlp.schedule import SCHEDULES, Plan, named
-from mlp.stopping import EarlyStopping
+from mlp.stopping import EarlyStopping, kept_row
 
 
 def tensors():
@@ -135,6 +135,32 @@ def test_early_stopping_ends_a_fit():
     best = min(range(len(losses)), key=losses.__getitem__)
     assert len(losses) == best + 3 < 20
     assert made.evaluate(wrong)["test_loss"] == pytest.approx(losses[best])
+
+
+def test_validation_decides():
+    """Not the test loss: it falls in each epoch here, while the validation loss rises."""
+    x, y = tensors()
+    wrong = (x, (y + 1) % 3)
+    made, plateau = trainer(), []
+
+    def scheduler(optimizer):
+        plateau.append(torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=50))
+        return plateau[-1]
+
+    history = made.fit(
+        (x, y), 20, 16, (x, y), validation=wrong, early_stopping=2, scheduler=scheduler
+    )
+    losses = [row["validation_loss"] for row in history]
+    best = min(range(len(losses)), key=losses.__getitem__)
+    assert len(losses) == best + 3 < 20
+    assert made.evaluate(wrong)["test_loss"] == pytest.approx(losses[best])
+    assert history[-1]["test_loss"] < history[best]["test_loss"]
+    assert plateau[0].best == made.stopping.best == losses[best]
+    assert kept_row(history, 2, 20) is history[best]
+    assert kept_row(history, None, 20) is kept_row(history, 2 * len(losses), 20) is history[-1]
+    assert history[-1]["validation_accuracy"] < history[-1]["test_accuracy"]
+    with pytest.raises(ValueError, match="the network takes 6 features, but"):
+        made.fit((x, y), 1, 16, validation=(x[:, :5], y))
 
 
 def test_early_stopping_is_resumed():
