@@ -2,17 +2,18 @@
 
 Each has a reference in plain torch.
 
-A function and its file have one name: `kernels.linear` is the function, as in
-`kernels.linear(x, w)`, also after `import kernels.linear`. What else the file holds is imported
-from it by name, as in `from kernels.linear import LINEAR, linear_fwd`; the module itself is
-`importlib.import_module("kernels.linear")`.
+`kernels.linear` is the function. The module that defines it is `kernels.ops.linear`, so
+`import kernels.linear` is an error. No name of this package stands for a function and a module.
 """
 
 from . import compiled_optim  # noqa: F401  it registers the operators that torch.compile sees
 from .activations import ACTIVATIONS, Activation
-from .conv import conv2d, conv2d_fwd, conv2d_fwd_ref
-from .conv_bwd import conv2d_bwd, conv2d_bwd_ref
-from .cross_entropy import (
+from .launch import backend, path, use
+from .losses import LOSSES, Loss
+from .operations import OPERATIONS
+from .ops.conv import conv2d, conv2d_fwd, conv2d_fwd_ref
+from .ops.conv_bwd import conv2d_bwd, conv2d_bwd_ref
+from .ops.cross_entropy import (
     check_labels,
     check_range,
     cross_entropy,
@@ -21,7 +22,7 @@ from .cross_entropy import (
     cross_entropy_fwd,
     cross_entropy_fwd_ref,
 )
-from .elementwise_loss import (
+from .ops.elementwise_loss import (
     binary_cross_entropy_with_logits,
     elementwise_loss,
     elementwise_loss_bwd,
@@ -32,15 +33,14 @@ from .elementwise_loss import (
     mse_loss,
     pinball_loss,
 )
-from .launch import backend, path, use
-from .layer_norm import (
+from .ops.layer_norm import (
     layer_norm,
     layer_norm_bwd,
     layer_norm_bwd_ref,
     layer_norm_fwd,
     layer_norm_fwd_ref,
 )
-from .linear import (
+from .ops.linear import (
     linear,
     linear_bwd,
     linear_bwd_dw,
@@ -50,18 +50,16 @@ from .linear import (
     linear_fwd,
     linear_fwd_ref,
 )
-from .linear_cross_entropy import (
+from .ops.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_bwd,
     linear_cross_entropy_bwd_ref,
     linear_cross_entropy_fwd,
     linear_cross_entropy_fwd_ref,
 )
-from .losses import LOSSES, Loss
-from .mlp import mlp, mlp_bwd, mlp_bwd_ref, mlp_fwd, mlp_fwd_ref
-from .mlp_update import mlp_update, mlp_update_ref
-from .operations import OPERATIONS
-from .optim import adam, adam_ref, apply_rule, apply_rule_ref, check_update, sgd, sgd_ref
+from .ops.mlp import mlp, mlp_bwd, mlp_bwd_ref, mlp_fwd, mlp_fwd_ref
+from .ops.mlp_update import mlp_update, mlp_update_ref
+from .ops.optim import adam, adam_ref, apply_rule, apply_rule_ref, check_update, sgd, sgd_ref
 from .rules import RULES, Rule, hyperparameters, row_of
 from .training import (
     Run,

@@ -3,7 +3,7 @@
 import torch
 
 from . import launch
-from .optim import adam, apply_rule, apply_rule_ref, sgd
+from .ops.optim import adam, apply_rule, apply_rule_ref, sgd
 
 ops = torch.ops.handgrad
 

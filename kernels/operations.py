@@ -14,16 +14,16 @@ import torch
 import torch.nn.functional as F
 
 from .activations import ACTIVATIONS
-from .conv import CONV2D, conv2d
-from .cross_entropy import CROSS_ENTROPY, cross_entropy
-from .elementwise_loss import ELEMENTWISE_LOSS, elementwise_loss
-from .layer_norm import LAYER_NORM, layer_norm
-from .linear import LINEAR, linear
-from .linear_cross_entropy import LINEAR_CROSS_ENTROPY, linear_cross_entropy
 from .losses import LOSSES
-from .mlp import MLP, mlp, mlp_fwd, mlp_fwd_ref
-from .mlp_update import mlp_update, mlp_update_ref
-from .optim import adam, adam_ref, sgd, sgd_ref
+from .ops.conv import CONV2D, conv2d
+from .ops.cross_entropy import CROSS_ENTROPY, cross_entropy
+from .ops.elementwise_loss import ELEMENTWISE_LOSS, elementwise_loss
+from .ops.layer_norm import LAYER_NORM, layer_norm
+from .ops.linear import LINEAR, linear
+from .ops.linear_cross_entropy import LINEAR_CROSS_ENTROPY, linear_cross_entropy
+from .ops.mlp import MLP, mlp, mlp_fwd, mlp_fwd_ref
+from .ops.mlp_update import mlp_update, mlp_update_ref
+from .ops.optim import adam, adam_ref, sgd, sgd_ref
 from .rules import RULES, hyperparameters
 from .tape import Differentiable
 

@@ -17,7 +17,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 import kernels
 from kernels import launch
-from kernels.optim import apply_checked
+from kernels.ops.optim import apply_checked
 
 Gradients = Sequence[torch.Tensor | None] | dict[str, torch.Tensor | None]
 

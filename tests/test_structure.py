@@ -6,6 +6,7 @@ import ast
 import importlib
 import math
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -25,21 +26,29 @@ FILES = {
 TREES = {name: ast.parse(path.read_text(), name) for name, path in FILES.items()}
 LIBRARY = [name for name in TREES if name.startswith(("kernels/", "mlp/"))]
 KERNELS = [name for name in LIBRARY if name.startswith("kernels/")]
+OPS = [name for name in KERNELS if name.startswith("kernels/ops/") and "__" not in name]
 
 
 def imports(name):
-    """Modules that a file imports, absolute: `kernels.linear` for `from .linear import rows` in
-    kernels/.
+    """Modules that a file imports, absolute: `kernels.tiles` for `from ..tiles import cast` in
+    kernels/ops/.
     """
-    package = Path(name).parent.as_posix().replace("/", ".")
+    package = Path(name).parent.parts
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(filter(None, (package if node.level else "", node.module)))
+            parents = package[: len(package) + 1 - node.level] if node.level else ()
+            base = ".".join([*parents, *filter(None, [node.module])])
             # `from . import launch` imports a module, `from .launch import run` a name of one.
             names = [f"{base}.{alias.name}" for alias in node.names]
-            yield from ([n for n in names if f"{n.replace('.', '/')}.py" in FILES] or [base])
+            yield from ([n for n in names if module_exists(n)] or [base])
+
+
+def module_exists(name):
+    """Whether a file or a folder of the project is the module of this name."""
+    path = name.replace(".", "/")
+    return f"{path}.py" in FILES or f"{path}/__init__.py" in FILES
 
 
 def ours(name):
@@ -192,13 +201,21 @@ def test_no_host_synchronisation(name):
             assert not found or "_ref(" in ast.unparse(function), f"{function.name}: {found}"
 
 
-def test_functions_have_the_names_of_their_files():
-    """`kernels.linear` is the function, and its module is still there to import from."""
-    both = [name for name in kernels.__all__ if f"kernels/{name}.py" in FILES]
-    assert {"linear", "mlp", "cross_entropy", "layer_norm"} <= set(both)
-    for name in both:
-        module = importlib.import_module(f"kernels.{name}")
-        assert callable(getattr(kernels, name)) and getattr(module, name) is getattr(kernels, name)
+@pytest.mark.parametrize("package", [name for name in TREES if name.endswith("__init__.py")])
+def test_no_name_stands_for_a_module_and_something_else(package):
+    """Importing a module gives the module: no package binds a module's name to anything else."""
+    here = importlib.import_module(Path(package).parent.as_posix().replace("/", "."))
+    for name, value in vars(here).copy().items():
+        if module_exists(f"{here.__name__}.{name}"):
+            assert isinstance(value, types.ModuleType), f"{here.__name__}.{name} is {value!r}"
+
+
+def test_a_function_and_its_module():
+    """`kernels.linear` is the function, and importing a module of that name is an error."""
+    assert OPS and callable(kernels.linear) and kernels.ops.linear.linear is kernels.linear
+    assert all(isinstance(getattr(kernels.ops, Path(n).stem), types.ModuleType) for n in OPS)
+    with pytest.raises(ModuleNotFoundError, match=r"No module named 'kernels\.linear'"):
+        importlib.import_module("kernels.linear")
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .. import launch
-from ..optim import numbers_at
+from ..ops.optim import numbers_at
 from .exchange import train_programs
 from .layers import backward_layer, batch_rows, first_tile, results_at, scratch_of, top
 from .network import plan, refuse, step_ref

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from .. import launch
-from ..optim import numbers_at
+from ..ops.optim import numbers_at
 from .layers import (
     backward_layer,
     backward_tile,

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..optim import update_tile
+from ..ops.optim import update_tile
 from ..tiles import Matrix, dot, product_tile
 from .objective import loss
 from .run import Results, Scratch

@@ -28,8 +28,8 @@ import torch
 import triton
 
 from .. import activations, configs, launch, losses, rules
-from ..cross_entropy import check_range
-from ..linear import (
+from ..ops.cross_entropy import check_range
+from ..ops.linear import (
     LinearSaved,
     kept,
     linear_bwd_dw_ref,
@@ -37,7 +37,7 @@ from ..linear import (
     linear_bwd_dz_ref,
     linear_fwd_ref,
 )
-from ..mlp import stack_backward, stack_forward
+from ..ops.mlp import stack_backward, stack_forward
 from ..rules import Rule
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..optim import Parameters
+from ..ops.optim import Parameters
 from .network import Spec
 
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .. import launch
-from ..optim import numbers_at
+from ..ops.optim import numbers_at
 from .layers import Rows, backward_layer, batch_rows, first_tile, results_at, top
 from .network import plan, refuse, step_ref
 from .run import Run, Scratch

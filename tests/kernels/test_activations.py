@@ -10,7 +10,7 @@ import torch
 
 from kernels import activations
 from kernels.activations import ACTIVATIONS
-from kernels.linear import linear_bwd_dx, linear_bwd_dz, linear_fwd
+from kernels.ops.linear import linear_bwd_dx, linear_bwd_dz, linear_fwd
 from tests.checks import DTYPES, assert_as_accurate, assert_equal
 
 CASES = pytest.mark.parametrize("name", ACTIVATIONS)

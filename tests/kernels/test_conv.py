@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import kernels
 from kernels import conv2d, conv2d_fwd
 from kernels.activations import ACTIVATIONS
-from kernels.conv_bwd import NARROW
+from kernels.ops.conv_bwd import NARROW
 from tests.checks import DTYPES, assert_equal, compare, double
 
 # name -> (input, weight, options): each thing that can vary, alone and together with a window that
@@ -95,7 +95,7 @@ def test_gradcheck(activation, bias):
 def test_reference(name, monkeypatch):
     """The reference against torch and differentiated twice; both of its formulas for dw."""
     for narrow in (0, NARROW):
-        monkeypatch.setattr(kernels.conv_bwd, "NARROW", narrow)
+        monkeypatch.setattr(kernels.ops.conv_bwd, "NARROW", narrow)
         with kernels.use("torch"):
             compare(*pair(name, "tanh"), draw(name, "tanh", dtype=torch.float32))
         if GEOMETRIES[name][0][0] and name != "wide":  # numbers enough to take a while

@@ -9,8 +9,8 @@ import torch
 
 import kernels
 from kernels import conv2d_bwd, conv2d_fwd, launch
-from kernels.conv_bwd import conv2d_bwd_dw, conv2d_bwd_dw_ref
-from kernels.patches import geometry
+from kernels.ops.conv_bwd import conv2d_bwd_dw, conv2d_bwd_dw_ref
+from kernels.ops.patches import geometry
 from tests.checks import DTYPES, LAYOUTS, assert_as_accurate, assert_equal, double
 from tests.kernels.test_conv import draw
 

@@ -3,7 +3,6 @@ memory layouts.
 """
 
 import functools
-import importlib
 import math
 
 import pytest
@@ -12,11 +11,9 @@ import torch.nn.functional as F
 
 import kernels
 from kernels import cross_entropy, cross_entropy_bwd, cross_entropy_fwd
+from kernels.ops import cross_entropy as module
 from tests.checks import DTYPES, LAYOUTS, assert_as_accurate, compare, double, with_gradients
 
-module = importlib.import_module(
-    "kernels.cross_entropy"
-)  # its name in the package is the function's
 INF = math.inf
 PRECISIONS = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 

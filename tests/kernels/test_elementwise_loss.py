@@ -3,7 +3,6 @@ of the table that has a scalar.
 """
 
 import math
-import sys
 
 import pytest
 import torch
@@ -113,7 +112,7 @@ def test_many_parts(loss, device, monkeypatch):
     """More partial sums than the program that adds them takes at a time, and with its last lanes
     empty.
     """
-    monkeypatch.setattr(sys.modules["kernels.elementwise_loss"], "_BLOCK", 16)
+    monkeypatch.setattr(kernels.ops.elementwise_loss, "_BLOCK", 16)
     compare(*pair(loss, "mean"), *draws((300,), device, torch.float32))
 
 

@@ -8,7 +8,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import kernels
 from kernels import configs, launch, linear_bwd_dw
 from kernels.activations import ACTIVATIONS
-from kernels.linear import linear_bwd_dw_ref
+from kernels.ops.linear import linear_bwd_dw_ref
 from tests.checks import DTYPES, assert_as_accurate, assert_equal, compare, double
 
 EACH_ACTIVATION = pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -11,7 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import kernels
 from kernels import launch, linear_cross_entropy_bwd, linear_cross_entropy_fwd
-from kernels.linear_cross_entropy import FUSED_CLASSES
+from kernels.ops.linear_cross_entropy import FUSED_CLASSES
 from tests.checks import DTYPES, LAYOUTS, assert_as_accurate, compare, double
 
 # What is given besides the labels; "probabilities" replaces them.

@@ -17,8 +17,8 @@ from kernels import (
     linear_fwd_ref,
 )
 from kernels.activations import ACTIVATIONS
-from kernels.linear import linear_bwd_dw_ref, linear_bwd_dx_ref, linear_bwd_dz_ref
 from kernels.operations import flatten
+from kernels.ops.linear import linear_bwd_dw_ref, linear_bwd_dx_ref, linear_bwd_dz_ref
 from tests.checks import LAYOUTS, assert_as_accurate, assert_equal, compare, double, stacked
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from kernels import RULES, hyperparameters, launch, mlp_fwd, mlp_update
-from kernels.mlp_update import linear_update
 from kernels.operations import OPERATIONS, flatten
+from kernels.ops.mlp_update import linear_update
 from tests.checks import Draw, assert_as_accurate, double
 from tests.lion import Lion
 

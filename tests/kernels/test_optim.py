@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import kernels
-from kernels import launch, optim
+from kernels import launch
+from kernels.ops import optim
 from tests.checks import DTYPES, assert_as_accurate, assert_equal, double, snapshot
 
 SHAPES = [(33, 17), (1100,), (1,), (), (0, 3), (2, 3, 4)]

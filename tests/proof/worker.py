@@ -24,9 +24,9 @@ from triton.backends.nvidia import driver as nvidia
 
 import kernels
 from kernels import launch
-from kernels.mlp_update import linear_update
 from kernels.operations import OPERATIONS, Make
-from kernels.optim import apply_rule
+from kernels.ops.mlp_update import linear_update
+from kernels.ops.optim import apply_rule
 from kernels.rules import RULES, hyperparameters, row_of
 from tests.compile.worker import resources
 

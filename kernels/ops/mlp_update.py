@@ -21,7 +21,9 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch, rules
+from .. import launch, rules
+from ..rules import Rule
+from ..tiles import matrix, product_tile
 from .linear import (
     as_matrix,
     dw_parts,
@@ -35,8 +37,6 @@ from .linear import (
 )
 from .mlp import stack_backward
 from .optim import Parameters, number, numbers_at, read, update_tile
-from .rules import Rule
-from .tiles import matrix, product_tile
 
 
 def linear_update_ref(

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch
+from .. import launch
 
 
 class Geometry(NamedTuple):

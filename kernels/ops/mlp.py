@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import launch, tape
+from .. import launch, tape
 from .linear import (
     check_linear,
     linear_bwd_dw,

@@ -22,10 +22,10 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from . import configs, launch, tape
+from .. import configs, launch, tape
+from ..losses import NEVER, Classes, label_weight, softmax_loss_tile, target_tile
+from ..tiles import cast
 from .elementwise_loss import check_reduction
-from .losses import NEVER, Classes, label_weight, softmax_loss_tile, target_tile
-from .tiles import cast
 
 _TILE = 4096  # logits of one program's tile
 _check_labels_on_device = False

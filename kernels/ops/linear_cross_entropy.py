@@ -14,7 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from . import configs, launch, tape
+from .. import configs, launch, tape
+from ..losses import softmax_loss_tile, target_tile
+from ..tiles import cast, matrix, product_tile
 from .cross_entropy import (
     check_cross_entropy,
     check_range,
@@ -30,8 +32,6 @@ from .cross_entropy import (
     store_loss,
 )
 from .linear import check_linear, linear, linear_bwd, linear_bwd_ref, linear_fwd, linear_fwd_ref
-from .losses import softmax_loss_tile, target_tile
-from .tiles import cast, matrix, product_tile
 
 FUSED_CLASSES = 128
 

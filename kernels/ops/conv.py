@@ -25,11 +25,11 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from . import activations, configs, launch, tape
+from .. import activations, configs, launch, tape
+from ..tiles import cast, dot, load_tile, matrix
 from .conv_bwd import conv2d_bwd, conv2d_bwd_ref, pad_end
 from .linear import kept
 from .patches import Geometry, Sizes, as_images, check_conv, geometry, load_patches, locate, unravel
-from .tiles import cast, dot, load_tile, matrix
 
 
 class Conv2dSaved(NamedTuple):

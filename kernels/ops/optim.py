@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch, rules
-from .rules import Rule, adam_ref, sgd_ref
-from .tiles import cast
+from .. import launch, rules
+from ..rules import Rule, adam_ref, sgd_ref
+from ..tiles import cast
 
 _BLOCK = 1024
 MAX_TENSORS = 64  # in one launch: the kernel unrolls over them

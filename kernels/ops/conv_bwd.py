@@ -8,10 +8,10 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from . import activations, configs, launch
+from .. import activations, configs, launch
+from ..tiles import cast, dot, matrix
 from .linear import linear_bwd_reduce_kernel
 from .patches import Geometry, Sizes, as_images, load_patches, locate, unravel
-from .tiles import cast, dot, matrix
 
 # columns of patches: up to here the reference's dw is faster by a product than by a convolution
 # with dz

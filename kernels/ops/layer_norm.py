@@ -21,9 +21,9 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch, tape
+from .. import launch, tape
+from ..tiles import cast, load_tile, matrix
 from .linear import linear_bwd_reduce_kernel
-from .tiles import cast, load_tile, matrix
 
 _TILE = 4096  # elements of one program's tile
 MAX_SPLITS = 64  # of the rows in dw

@@ -20,8 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import activations, configs, launch, tape
-from .tiles import cast, load_tile, matrix, product_tile
+from .. import activations, configs, launch, tape
+from ..tiles import cast, load_tile, matrix, product_tile
 
 MAX_SPLITS = 32  # of the batch in dw: the workspace is at most this many times dw
 

@@ -18,8 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch, losses, tape
-from .tiles import cast
+from .. import launch, losses, tape
+from ..tiles import cast
 
 REDUCTIONS = ("none", "mean", "sum")
 _BLOCK = 1024
