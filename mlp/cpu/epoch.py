@@ -52,12 +52,18 @@ class Memory:
         self.spec, self.batch, self.size = spec, batch, 0
         count, lists = len(spec.sizes) - 1, len(spec.rule.states)
         acts = [spec.activation] * (count - 1) + [spec.output_activation]
-        layers, places = np.zeros((count, 9), np.int64), np.zeros(loop.PLACES, np.int64)
+        layers = np.zeros((count, loop.COLUMNS_OF_LAYER), np.int64)
+        places = np.zeros(loop.PLACES, np.int64)
         pitches = [_pitch(size) for size in spec.sizes[1:]]
-        for layer, k, n, pitch in zip(layers, spec.sizes, spec.sizes[1:], pitches):
+        for i, (layer, k, n, pitch) in enumerate(zip(layers, spec.sizes, spec.sizes[1:], pitches)):
+            across = i > 0 and 2 * n <= LANES and n * _pitch(k) <= loop.SCRATCH_FLOATS
             layer[:3] = k, n, pitch
-            layer[loop.W] = self._take((k + 1) * pitch)
+            layer[loop.ACROSS], layer[loop.WIDE] = across, _pitch(k) if across else pitch
+            layer[loop.TALL] = n if across else k
+            layer[loop.W] = self._take((layer[loop.TALL] + 1) * layer[loop.WIDE])
             layer[loop.BLOCK] = max(ROWS, loop.SCRATCH_FLOATS // pitch // ROWS * ROWS)
+            if across:
+                layer[loop.BLOCK] = k
         places[loop.STATE] = self.size
         self.size *= 1 + lists
         for layer, pitch, name in zip(layers, pitches, acts):
@@ -71,7 +77,7 @@ class Memory:
         places[loop.WIDTH] = width
         places[loop.X] = self._take(batch * spec.sizes[0])
         places[loop.PARTIAL] = self._take(-(-spec.sizes[0] // width) * batch * pitches[0])
-        places[loop.Q] = self._take(batch * pitches[-1])
+        places[loop.Q] = self._take(3 * batch * spec.sizes[-1])
         scratch = max(loop.SCRATCH_FLOATS, max(pitches) * ROWS)
         places[loop.SCRATCH] = self._take(workers * scratch)
         places[loop.LOSS], places[loop.RIGHT] = self._take(batch), self._take(batch)
@@ -93,13 +99,18 @@ class Memory:
         """(tensor as numpy's, its place in w) of parameters, or of states `at` floats behind."""
         step = 1 + self.spec.bias
         for layer, tensor in zip(self.layers, tensors[::step]):
-            k, n, pitch, start = layer[: loop.W + 1]
-            place = self.w[at + start : at + start + k * pitch].reshape(k, pitch)
-            yield tensor.numpy(), place[:, :n].T
+            k, n, start = layer[loop.K], layer[loop.N], at + layer[loop.W]
+            tall, wide = layer[loop.TALL], layer[loop.WIDE]
+            place = self.w[start : start + tall * wide].reshape(tall, wide)
+            yield tensor.numpy(), place[:, :k] if layer[loop.ACROSS] else place[:, :n].T
         for layer, tensor in zip(self.layers, tensors[1::2] if self.spec.bias else ()):
-            k, n, pitch, start = layer[: loop.W + 1]
-            start += at + k * pitch
-            yield tensor.numpy(), self.w[start : start + n]
+            start = at + layer[loop.W] + layer[loop.TALL] * layer[loop.WIDE]
+            yield tensor.numpy(), self.w[start : start + layer[loop.N]]
+
+    def loss_numbers(self) -> np.ndarray:
+        """(batch, outputs): the loss's parameter for each output of each row."""
+        shape = self.batch, self.spec.sizes[-1]
+        return np.broadcast_to(np.float32(self.spec.loss_numbers), shape).copy()
 
     def copy(self, lists: Any, back: bool = False) -> None:
         """Parameters and states into w, or back."""
@@ -197,7 +208,7 @@ class _Task:
             loop.TARGETS if soft else loop.LABELS: (targets.float() if soft else targets.long())
             .contiguous()
             .numpy(),
-            loop.PARAMETERS: np.broadcast_to(np.float32(spec.loss_numbers), spec.sizes[-1]).copy(),
+            loop.PARAMETERS: memory.loss_numbers(),
             loop.ORDER: indices.long().contiguous().numpy(),
             loop.NUMBERS: numbers,
             loop.LOSSES: self.losses,

@@ -12,6 +12,7 @@ from numba.extending import intrinsic
 
 _f = np.float32
 _LOG2E, _LN2_HIGH, _LN2_LOW = _f(1.44269504), _f(0.693359375), _f(-2.12194440e-4)
+_INFINITE = _f(np.inf)
 _LARGEST, _SMALLEST = _f(88.8), _f(-104.0)  # beyond, exp is infinite or 0
 
 
@@ -23,6 +24,26 @@ def _power_of_two(typing, exponent):
         i32 = ir.IntType(32)
         bits = builder.shl(builder.add(args[0], i32(127)), i32(23))
         return builder.bitcast(bits, ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+@intrinsic
+def _bits(typing, x):
+    """The bits of a float32 as int32."""
+
+    def generate(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.int32(types.float32), generate
+
+
+@intrinsic
+def _of_bits(typing, bits):
+    """The float32 with these bits, an int32."""
+
+    def generate(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.FloatType())
 
     return types.float32(types.int32), generate
 
@@ -81,8 +102,27 @@ def sqrt(x):
 
 @njit(forceinline=True)
 def log(x):
-    """ln x."""
-    return math.log(x)
+    """ln x to two units in the last place: x = 2ⁿ (1 + f) with √½ <= 1 + f < √2."""
+    x = _f(x)
+    subnormal = x < _f(1.17549435e-38)
+    bits = _bits(x * _f(8388608.0) if subnormal else x)
+    n = np.int32(np.int32(bits - np.int32(0x3F3504F3)) >> np.int32(23))
+    f = _of_bits(np.int32(bits - np.int32(n << np.int32(23)))) - _f(1.0)
+    e = _f(n) - (_f(23.0) if subnormal else _f(0.0))
+    q = _f(7.0376836292e-2)
+    q = q * f + _f(-1.1514610310e-1)
+    q = q * f + _f(1.1676998740e-1)
+    q = q * f + _f(-1.2420140846e-1)
+    q = q * f + _f(1.4249322787e-1)
+    q = q * f + _f(-1.6668057665e-1)
+    q = q * f + _f(2.0000714765e-1)
+    q = q * f + _f(-2.4999993993e-1)
+    q = q * f + _f(3.3333331174e-1)
+    s = f * f
+    y = f + (q * f * s + e * _LN2_LOW - _f(0.5) * s) + e * _LN2_HIGH
+    y = y if x < _INFINITE else x  # infinite, or NaN
+    y = y if x != _f(0.0) else -_INFINITE
+    return y if not x < _f(0.0) else _f(np.nan)
 
 
 @njit(forceinline=True)

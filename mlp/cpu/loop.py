@@ -24,9 +24,11 @@ from .waiting import call, floats, integers, meet, narrow_integers, octets, pref
 
 # Columns of `Run.layers`: inputs, outputs, floats in a padded row; where w, y, z, dz and what the
 # backward needs (y or z) begin; rows of w that are updated at a time.
-K, N, PITCH, W, Y, Z, D, KEPT, BLOCK = range(9)
-# Entries of `Run.places`. In w: where inputs, partial sums, targets, gradients, losses of rows and
-# a one begin; floats between a parameter and its state.
+# Last: whether w is kept across, w[n, k], as suits few outputs; rows of w, and floats of one.
+K, N, PITCH, W, Y, Z, D, KEPT, BLOCK, ACROSS, TALL, WIDE, COLUMNS_OF_LAYER = range(13)
+# Entries of `Run.places`. In w: where inputs, partial sums, the loss's outputs, targets and
+# gradient (without padding), gradients of w, losses of rows and a one begin; floats between a
+# parameter and its state.
 X, PARTIAL, Q, SCRATCH, LOSS, RIGHT, ONE, STATE = range(8)
 # Sizes and choices: inputs of a chunk, rows of a batch, of the epoch; whether there are biases;
 # whether a loss is the mean over rows; the label that counts for nothing; numbers of the rule.
@@ -165,8 +167,9 @@ def _address(run, offset):
 @njit(nogil=True)
 def _apply(run, layer, k, rows, gradient, numbers):
     """Update `rows` rows of w from row k on by their gradients, with the numbers of a step."""
-    pitch, outputs = layer[PITCH], layer[N]
-    at = layer[W] + k * pitch
+    is_across = layer[ACROSS] and k < layer[TALL]
+    pitch, outputs = (layer[WIDE], layer[K]) if is_across else (layer[PITCH], layer[N])
+    at = layer[W] + k * layer[WIDE]
     state = at + run.places[STATE]
     addresses = (_address(run, at), _address(run, gradient), _address(run, state))
     call(run.places[RULE], (*addresses, run.places[STATE], numbers, rows * pitch))
@@ -188,14 +191,20 @@ def update_rows(run, l, inputs, rows, worker, step):
     gradient = run.places[SCRATCH] + worker * max(SCRATCH_FLOATS, pitch * ROWS)
     right, target, vectors = (layer[D], pitch), (gradient, pitch), pitch // LANES
     numbers = 4 * step * run.places[COUNT]
-    for k in range(begin, end, block):
-        count = np.int64(min(block, end - k))
-        left = (x + k - begin, ONCE, stride)
-        product(run.w, left, right, target, (count, vectors, rows), NONE)
-        _apply(run, layer, k, count, gradient, run.places[NUMBERS] + numbers)
+    if layer[ACROSS]:  # dwᵀ = dzᵀ x, all of it
+        wide, outputs = layer[WIDE], (layer[D], ONCE, pitch)
+        shape = (layer[N], wide // LANES, rows)
+        product(run.w, outputs, (x, stride), (gradient, wide), shape, NONE)
+        _apply(run, layer, NONE, layer[N], gradient, run.places[NUMBERS] + numbers)
+    else:
+        for k in range(begin, end, block):
+            count = np.int64(min(block, end - k))
+            left = (x + k - begin, ONCE, stride)
+            product(run.w, left, right, target, (count, vectors, rows), NONE)
+            _apply(run, layer, k, count, gradient, run.places[NUMBERS] + numbers)
     if end == layer[K] and run.places[BIAS]:
         product(run.w, (run.places[ONE], NONE, NONE), right, target, (ONCE, vectors, rows), NONE)
-        _apply(run, layer, end, ONCE, gradient, run.places[BIAS_NUMBERS] + numbers)
+        _apply(run, layer, layer[TALL], ONCE, gradient, run.places[BIAS_NUMBERS] + numbers)
 
 
 @njit(nogil=True)
@@ -265,13 +274,26 @@ def first_half(run, worker, workers, step, begin, end):
 
 
 @njit(nogil=True)
+def _few_outputs(run, l, m, stop):
+    """Rows m to stop of z of a layer whose weights are kept across; z holds the bias."""
+    w, layer, below = run.w, run.layers[l], run.layers[l - 1, PITCH]
+    pitch, left = layer[PITCH], (run.layers[l - 1, Y] + m * below, below)
+    z, sums = layer[Z] + m * pitch, layer[Y] + m * pitch
+    shape = (stop - m, layer[N], layer[WIDE] // LANES)
+    product_transposed(w, left, (layer[W], layer[WIDE]), (sums, pitch), shape)
+    for row in range(stop - m):
+        for n in range(layer[N]):
+            w[z + row * pitch + n] += w[sums + row * pitch + n]
+
+
+@njit(nogil=True)
 def forward(run, m, stop):
     """Rows m to stop of the batch, from the first layer's partial sums to the last layer's y."""
     w, places, count = run.w, run.places, len(run.layers)
     for l in range(count):
         layer = run.layers[l]
         pitch = layer[PITCH]
-        z, bias = layer[Z] + m * pitch, layer[W] + layer[K] * pitch
+        z, bias = layer[Z] + m * pitch, layer[W] + layer[TALL] * layer[WIDE]
         size = (stop - m) * pitch
         for row in range(stop - m):
             _copy(w[z + row * pitch : z + (row + 1) * pitch], w[bias : bias + pitch])
@@ -286,27 +308,32 @@ def forward(run, m, stop):
         else:
             below = run.layers[l - 1, PITCH]
             left = (run.layers[l - 1, Y] + m * below, below, ONCE)
-            shape = (stop - m, pitch // LANES, layer[K])
-            product(w, left, (layer[W], pitch), (z, pitch), shape, ONCE)
+            if layer[ACROSS]:
+                _few_outputs(run, l, m, stop)
+            else:
+                shape = (stop - m, pitch // LANES, layer[K])
+                product(w, left, (layer[W], pitch), (z, pitch), shape, ONCE)
         act = run.places[OUT_FORWARD if l == count - 1 else FORWARD]
         call(act, (_address(run, z), _address(run, layer[Y] + m * pitch), size))
 
 
 @njit(nogil=True)
 def fill_targets(run, first, m, stop):
-    """The targets of rows m to stop as numbers: given, or one-hot of labels."""
-    pitch, classes = run.layers[-1, PITCH], run.layers[-1, N]
+    """The targets of rows m to stop as numbers, without padding: given, or one-hot of labels."""
+    classes = run.layers[-1, N]
+    at = run.places[Q] + (run.places[BATCH] + m) * classes
     for row in range(m, stop):
-        at = run.places[Q] + row * pitch
-        _clear(run.w, at, at + pitch)
-        q = run.w[at : at + classes]
         sample = integers(run.places[ORDER])[first + row]
         if run.places[LABELS] == 0:
-            _copy(q, floats(run.places[TARGETS] + 4 * sample * classes))
+            given = floats(run.places[TARGETS] + 4 * sample * classes)
+            for i in range(classes):
+                run.w[at + i] = given[i]
         else:
+            _clear(run.w, at, at + classes)
             label = integers(run.places[LABELS])[sample]
             if 0 <= label < classes:
-                q[label] = np.float32(1.0)
+                run.w[at + label] = np.float32(1.0)
+        at += classes
 
 
 @njit(nogil=True)
@@ -335,33 +362,42 @@ def criterion(run, first, rows, m, stop):
     """Losses and ∂loss/∂y of rows m to stop of a batch of `rows` rows."""
     w, places, layer = run.w, run.places, run.layers[-1]
     pitch, classes = layer[PITCH], layer[N]
+    # Without padding: a network of one output has a vector of rows, not of zeros.
+    outputs = places[Q] + m * classes
+    targets = outputs + places[BATCH] * classes
+    gradient = targets + places[BATCH] * classes
+    for row in range(stop - m):
+        for i in range(classes):
+            w[outputs + row * classes + i] = w[layer[Y] + (m + row) * pitch + i]
     fill_targets(run, first, m, stop)
-    at = m * pitch
     addresses = (
-        _address(run, layer[Y] + at),
-        _address(run, places[Q] + at),
-        _address(run, layer[D] + at),
+        _address(run, outputs),
+        _address(run, targets),
+        _address(run, gradient),
         _address(run, places[LOSS] + m),
     )
-    parameters = run.places[PARAMETERS]
-    call(run.places[CRITERION], (*addresses, parameters, stop - m, classes, pitch))
-    count = np.float32(0.0)
-    for row in range(rows):
-        count += row_weight(run, first + row)
+    parameters = places[PARAMETERS]
+    call(places[CRITERION], (*addresses, parameters, stop - m, classes, classes))
+    count = np.float32(rows)
+    if places[LABELS]:
+        count = np.float32(0.0)
+        for row in range(rows):
+            count += row_weight(run, first + row)
     factor = count * np.float32(0.0) + run.loss_scale  # NaN if a label is no class
     if places[MEAN]:
         factor = factor / count
     for row in range(m, stop):
-        y = w[layer[Y] + row * pitch : layer[Y] + row * pitch + classes]
-        d = w[layer[D] + row * pitch : layer[D] + row * pitch + classes]
-        q = w[places[Q] + row * pitch : places[Q] + row * pitch + classes]
         weight = row_weight(run, first + row)
         counted = weight != 0
         w[places[LOSS] + row] = w[places[LOSS] + row] * weight * factor if counted else 0.0
+        to = layer[D] + row * pitch  # its padding stays 0
         for i in range(classes):
-            d[i] = d[i] * factor if counted else np.float32(0.0)
-        _clear(w, layer[D] + row * pitch + classes, layer[D] + (row + 1) * pitch)
-        hit = counted and largest(y) == largest(q) and places[LABELS] != 0
+            w[to + i] = w[gradient + i] * factor if counted else np.float32(0.0)
+        gradient += classes
+        hit = False
+        if places[LABELS] and counted:
+            y = w[layer[Y] + row * pitch : layer[Y] + row * pitch + classes]
+            hit = largest(y) == integers(places[LABELS])[integers(places[ORDER])[first + row]]
         w[places[RIGHT] + row] = np.float32(1.0) if hit else np.float32(0.0)
 
 
@@ -380,8 +416,12 @@ def backward(run, m, stop):
         if l > 0:
             below = run.layers[l - 1, PITCH]
             to = (run.layers[l - 1, D] + m * below, below)
-            shape = (stop - m, layer[K], pitch // LANES)
-            product_transposed(run.w, (d, pitch), (layer[W], pitch), to, shape)
+            if layer[ACROSS]:
+                shape, weights = (stop - m, below // LANES, layer[N]), (layer[W], layer[WIDE])
+                product(run.w, (d, pitch, ONCE), weights, to, shape, NONE)
+            else:
+                shape = (stop - m, layer[K], pitch // LANES)
+                product_transposed(run.w, (d, pitch), (layer[W], pitch), to, shape)
 
 
 @njit(nogil=True)

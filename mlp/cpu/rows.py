@@ -197,14 +197,17 @@ def rule(row: Any) -> Compiled:
 
 
 def _elementwise(y_ptr, t_ptr, d_ptr, loss_ptr, parameter_ptr, rows, classes, pitch):
-    y, t = carray(y_ptr, (rows, pitch)), carray(t_ptr, (rows, pitch))
-    d, losses = carray(d_ptr, (rows, pitch)), carray(loss_ptr, (rows,))
-    parameters = carray(parameter_ptr, (classes,))
+    """One loop over all outputs of all rows: it becomes vector instructions."""
+    n = rows * pitch
+    y, t, d = carray(y_ptr, (n,)), carray(t_ptr, (n,)), carray(d_ptr, (n,))
+    losses, parameters = carray(loss_ptr, (rows,)), carray(parameter_ptr, (n,))
+    for i in range(n):
+        loss, d[i] = SCALAR(y[i], t[i], parameters[i])
+        t[i] = np.float32(loss)  # the targets are written anew for each batch
     for r in range(rows):
         total = np.float32(0.0)
         for c in range(classes):
-            loss, d[r, c] = SCALAR(y[r, c], t[r, c], parameters[c])
-            total += np.float32(loss)
+            total += t[r * pitch + c]
         losses[r] = total
 
 
@@ -241,7 +244,9 @@ def _softmax(y_ptr, t_ptr, d_ptr, loss_ptr, parameter_ptr, rows, classes, pitch)
 
 @functools.cache
 def loss(row: Any) -> Compiled:
-    """Losses of rows and ∂loss/∂y: f(y, t, d, losses, parameters, rows, classes, pitch)."""
+    """Losses of rows and ∂loss/∂y: f(y, t, d, losses, parameters, rows, classes, pitch). The losses
+    of single outputs may replace t. parameters: one for each output of each row, as y.
+    """
     signature = types.void(*[_FLOATS] * 5, *[types.int64] * 3)
     if row.scalar is None:
         return _address(_softmax, signature)

@@ -52,7 +52,7 @@ class Session:
         guess = epoch._OVERHEAD + 6 * batch * products / epoch._SPEED
         self._choice = epoch._Choice(self.workers, guess)
         starts = [
-            (layer[loop.W], layer[loop.K] * layer[loop.PITCH]) for layer in self.memory.layers
+            (layer[loop.W], layer[loop.TALL] * layer[loop.WIDE]) for layer in self.memory.layers
         ]
         self._weights = [self.memory.w[start : start + size] for start, size in starts]
         self._pool = ThreadPoolExecutor(self.workers) if self.workers > 1 else None

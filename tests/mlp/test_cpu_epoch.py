@@ -30,6 +30,17 @@ def on_the_cpu():
         yield
 
 
+@pytest.fixture
+def fixed(monkeypatch):
+    """A function that makes every piece so many steps by so many threads."""
+
+    def use(workers, steps):
+        monkeypatch.setattr(epoch._Choice, "next", lambda choice: (workers, steps))
+        monkeypatch.setattr(torch, "get_num_threads", lambda: workers)
+
+    return use
+
+
 def training(sizes, n=70, *, pixels=True, soft=False, seed=0, **fields):
     """A Spec with parameters, states, data, targets and an order of n samples."""
     torch.manual_seed(seed)
@@ -135,6 +146,19 @@ def test_any_depth_width_batch_and_number_of_classes(sizes, batch, n):
     check(*training(sizes, n, loss=loss), batch=batch)
 
 
+@pytest.mark.parametrize("outputs", [1, 2, 4, 5])
+@pytest.mark.parametrize("rule", ["adam", "momentum"])
+def test_few_outputs_whose_weights_lie_across(outputs, rule, fixed):
+    results = []
+    for workers in (1, 3):
+        case = training((20, 30, 11, outputs), rule=rule, loss="bce", soft=True, pixels=False)
+        fixed(workers, 2)
+        check(*case)
+        results.append(case[1])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    check(*training((20, 30, outputs), bias=False, activation="gelu"))
+
+
 def test_ignored_labels_count_for_nothing():
     spec, parameters, states, data, targets, order = training((20, 9, 4))
     targets[::3] = -100
@@ -158,17 +182,6 @@ def test_a_label_that_is_no_class_shows_in_the_loss():
         )
     )
     assert losses.isnan().tolist() == [False, True, True]
-
-
-@pytest.fixture
-def fixed(monkeypatch):
-    """A function that makes every piece so many steps by so many threads."""
-
-    def use(workers, steps):
-        monkeypatch.setattr(epoch._Choice, "next", lambda choice: (workers, steps))
-        monkeypatch.setattr(torch, "get_num_threads", lambda: workers)
-
-    return use
 
 
 def test_the_number_of_threads_and_pieces_changes_no_bit(fixed):
@@ -360,6 +373,15 @@ def test_exp_and_erf_are_accurate_over_all_they_take():
     found = torch.tensor([language.erf(value) for value in z.tolist()])
     torch.testing.assert_close(found, torch.erf(z), rtol=0, atol=5e-7)
     assert language.exp(float("nan")) != language.exp(float("nan"))
+
+
+def test_log_is_accurate_over_all_it_takes():
+    x = torch.cat([torch.logspace(-44.8, 38.5, 801), torch.linspace(0.5, 2, 801)])
+    ends = torch.tensor([0.0, -0.0, -1.0, torch.inf, -torch.inf, torch.nan])
+    x = torch.cat([x, ends])
+    y = torch.tensor([language.log(value) for value in x.tolist()])
+    expected = x.double().log().float()
+    torch.testing.assert_close(y, expected, rtol=2.5e-7, atol=0, equal_nan=True)
 
 
 def test_softmax_the_one_formula_written_twice_is_its_row():
