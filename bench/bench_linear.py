@@ -2,12 +2,14 @@
 tape.
 """
 
+import contextlib
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 import kernels
+from kernels import launch
 
 from .harness import compare, conclude, microseconds
 from .table import Table, device
@@ -27,15 +29,50 @@ def _eager(activation, x, w, b):
     return activation(F.linear(x, w, b))
 
 
-def _provider(function, x, w, b, dy):
+def _provider(function, x, w, b, dy, products=None):
+    """Forward and backward; products: how kernels multiply, see `kernels.use`."""
+
     def run():
-        return torch.autograd.grad(function(x, w, b), (x, w, b), dy)
+        with kernels.use(products=products) if products else contextlib.nullcontext():
+            return torch.autograd.grad(function(x, w, b), (x, w, b), dy)
 
     return run
 
 
+def _providers(on, activation, tensors):
+    """(kinds of product, providers): ours by each kind where kernels serve, and torch's."""
+    eager = partial(_eager, kernels.ACTIVATIONS[activation].torch)
+    ours = partial(kernels.linear, activation=activation)
+    kinds = launch.PRODUCTS if kernels.backend(tensors[0]) == "triton" else (None,)
+    providers = {_name(kind): _provider(ours, *tensors, kind) for kind in kinds}
+    providers["eager"] = _provider(eager, *tensors)
+    if on.type == "cuda" and activation == "relu":  # compiling each takes seconds
+        providers["compile"] = _provider(torch.compile(eager), *tensors)
+    return kinds, providers
+
+
+def _name(products) -> str:
+    return f"handgrad {products}" if products else "handgrad"
+
+
+def _rows(on, activation, tensors, tolerance):
+    """(a row for each kind of product, what was wrong); all are timed in turn."""
+    kinds, providers = _providers(on, activation, tensors)
+    wrong: dict[str, str] = {}
+    times = compare(providers, tolerance, wrong)
+    rivals = {name: times[name] for name in providers if not name.startswith("handgrad")}
+    rows = []
+    for kind in kinds:
+        row = microseconds({"handgrad": times[_name(kind)], **rivals}, "eager")
+        rows.append({"products": kind or "reference", **row})
+    return rows, wrong
+
+
 def run() -> Table:
-    """µs of forward and backward for each shape, dtype and activation."""
+    """µs of forward and backward for each shape, dtype and activation.
+
+    On a GPU two rows: products in the fused kernel, and by the library.
+    """
     on = device()
     table = Table("Linear + activation, forward and backward", "python -m bench linear")
     wrong = {}
@@ -47,23 +84,9 @@ def run() -> Table:
                     torch.randn(s, device=on, dtype=dtype) for s in ((m, k), (n, k), (n,), (m, n))
                 )
                 x, w, b = (t.requires_grad_() for t in (x, w * k**-0.5, b))
-                eager = partial(_eager, kernels.ACTIVATIONS[activation].torch)
-                functions = {
-                    "handgrad": partial(kernels.linear, activation=activation),
-                    "eager": eager,
-                }
-                if on.type == "cuda" and activation == "relu":  # compiling each takes seconds
-                    functions["compile"] = torch.compile(eager)
-                providers = {
-                    name: _provider(function, x, w, b, dy) for name, function in functions.items()
-                }
-                case, found = (
-                    {"M×K×N": f"{m}×{k}×{n}", "dtype": str(dtype)[6:], "activation": activation},
-                    {},
-                )
-                table.rows.append(
-                    {**case, **microseconds(compare(providers, TOLERANCE[dtype], found), "eager")}
-                )
+                case = {"M×K×N": f"{m}×{k}×{n}", "dtype": str(dtype)[6:], "activation": activation}
+                rows, found = _rows(on, activation, (x, w, b, dy), TOLERANCE[dtype])
+                table.rows += [{**case, **row} for row in rows]
                 wrong |= {f"{name}, {' '.join(case.values())}": why for name, why in found.items()}
     conclude(table, wrong)
     return table

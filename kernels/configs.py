@@ -15,8 +15,18 @@ import triton
 from . import launch
 
 
+class FromSize(NamedTuple):
+    """The smallest products of a linear layer that are torch's own, cuBLAS's; both must be reached.
+
+    terms: of a sum. in_turn: multiply-adds of one processor, were it the fused kernel.
+    """
+
+    terms: int
+    in_turn: int
+
+
 class Config(NamedTuple):
-    """Tile sizes of a product, and how it is launched.
+    """Tile sizes of a product, how it is launched, and from which size on the library does it.
 
     The product is [BLOCK_M, BLOCK_N] += [BLOCK_M, BLOCK_K] · [BLOCK_K, BLOCK_N].
     """
@@ -26,21 +36,37 @@ class Config(NamedTuple):
     BLOCK_K: int
     num_warps: int
     num_stages: int
+    library: FromSize | None = None  # from where on it is torch's own product; None: nowhere
 
 
 # (kernel name, architecture, "half" | "ieee" | "tf32x3" | "tf32", bucket) -> Config.
 # Empty: nothing has been measured on a GPU yet.
 PINNED: dict[tuple[str, str, str, str], Config] = {}
 
+# From where on torch's own product, in two launches, beats one launch of the fused kernel.
+# REASONED, NOT MEASURED: `python -m bench linear` measures both. What an H100 is assumed to do:
+#
+# float32 at "highest": Triton has only the FMA units and no tile of registers as deep as cuBLAS's:
+# about a third of their 2.2e11 multiply-adds a second and processor, where cuBLAS reaches two
+# thirds or more, and splits long sums over processors besides. Another launch costs 3 to 4 µs. At
+# 7e10, half a million multiply-adds take 7 µs, of which cuBLAS saves more than half. Below, as in
+# the reference network's layers (32 × 784 × 100: 0.4 million), the time is that of launches. And z
+# is written and read once more, 2.7 ps an element at 3 TB/s, which 32 terms of a sum save.
+_FMA = FromSize(32, 2**19)
+# Half precision, large results: both use tensor cores, and cuBLAS is up to twice as fast. Another
+# reading and writing of z takes 1.3 ps an element, the product K / 3e14 s: as much at K = 400.
+_TENSOR_CORES = FromSize(512, 0)
+# tf32 and tf32x3: never. Torch's own product takes tf32 for both, and no library has tf32x3.
+
 # Heuristic by element type and bucket. ieee products run on the FMA units, which unroll K: K tiles
 # stay at 16.
 _HEURISTIC = {
-    ("half", "large"): Config(128, 128, 64, 8, 3),
+    ("half", "large"): Config(128, 128, 64, 8, 3, _TENSOR_CORES),
     ("half", "small"): Config(64, 64, 64, 8, 3),
     ("half", "tiny"): Config(16, 32, 64, 4, 3),
-    ("ieee", "large"): Config(64, 64, 16, 8, 2),
-    ("ieee", "small"): Config(32, 64, 16, 4, 2),
-    ("ieee", "tiny"): Config(16, 32, 16, 4, 2),
+    ("ieee", "large"): Config(64, 64, 16, 8, 2, _FMA),
+    ("ieee", "small"): Config(32, 64, 16, 4, 2, _FMA),
+    ("ieee", "tiny"): Config(16, 32, 16, 4, 2, _FMA),
     ("tf32x3", "large"): Config(64, 64, 32, 8, 2),
     ("tf32x3", "small"): Config(32, 64, 32, 4, 2),
     ("tf32x3", "tiny"): Config(16, 32, 32, 4, 2),
@@ -56,8 +82,6 @@ def bucket(m: int, n: int, sms: int) -> str:
 
     `large`: 128 × 128 tiles of it keep half the device busy. `tiny`: a side is at most 32. `small`:
     all others.
-
-    `large`: 128 × 128 tiles of it keep half the device busy. `tiny`: a side is at most 32.
     """
     if min(m, n) <= 32:
         return "tiny"
@@ -74,24 +98,57 @@ def lookup(kernel: str, arch: str, precision: str, size: str) -> Config:
     # Triton has no tensor cores on Turing: every product runs on the FMA units there, and wider
     # tiles spill.
     config = _HEURISTIC["ieee" if arch == "sm_75" else precision, size]
+    if not arch.startswith("sm_"):
+        # AMD's matrix cores take float32, and the interpreter is there to run the kernels.
+        config = config._replace(library=None)
     # Turing has 64 KiB and no asynchronous copies, AMD 64 KiB: deeper pipelines would not fit.
     return config._replace(num_stages=2) if arch == "sm_75" or arch.startswith("gfx") else config
 
 
-def product(kernel: str, like: torch.Tensor, m: int, n: int, heavy: bool = False) -> dict:
-    """Keyword arguments of a product kernel with an m × n result, for device and dtype of `like`.
+class Product(NamedTuple):
+    """How an m × n product is computed on a device: `product` makes it."""
+
+    config: Config
+    precision: str  # of float32 products
+    processors: int
+
+    @property
+    def options(self) -> dict:
+        """Keyword arguments of the fused kernel."""
+        tiles = self.config._asdict()
+        del tiles["library"]
+        return dict(tiles, PRECISION=self.precision)
+
+    def grid(self, m: int, n: int) -> tuple[int, int]:
+        """Tiles of an m × n result."""
+        return triton.cdiv(m, self.config.BLOCK_M), triton.cdiv(n, self.config.BLOCK_N)
+
+    def by_library(self, m: int, n: int, k: int) -> bool:
+        """Whether torch's own product serves, for sums of k terms, rather than the fused kernel."""
+        forced = launch.products()
+        if forced is not None:
+            return forced == "library"
+        config, smallest = self.config, self.config.library
+        if smallest is None or k < smallest.terms:
+            return False
+        rows, columns = self.grid(m, n)
+        in_turn = triton.cdiv(rows * columns, self.processors)
+        return in_turn * config.BLOCK_M * config.BLOCK_N * k >= smallest.in_turn
+
+
+def product(kernel: str, like: torch.Tensor, m: int, n: int, heavy: bool = False) -> Product:
+    """How a product kernel computes an m × n result, for device and dtype of `like`.
 
     heavy: its epilogue takes so many registers (act' of z, Adam) that a thread's share of 128 × 128
     would spill.
     """
-    precision = launch.dot_precision()
-    size = bucket(m, n, launch.sm_count(like.device))
-    config = lookup(
-        kernel, launch.arch(like.device), precision if like.dtype == torch.float32 else "half", size
-    )
+    precision, arch = launch.dot_precision(), launch.arch(like.device)
+    processors = launch.sm_count(like.device)
+    kind = precision if like.dtype == torch.float32 else "half"
+    config = lookup(kernel, arch, kind, bucket(m, n, processors))
     if heavy and config.BLOCK_N == 128:
         config = config._replace(BLOCK_N=64)
-    return dict(config._asdict(), PRECISION=precision)
+    return Product(config, precision, processors)
 
 
 def convolution(kernel: str, like: torch.Tensor, m: int, n: int) -> dict:
@@ -105,7 +162,7 @@ def convolution(kernel: str, like: torch.Tensor, m: int, n: int) -> dict:
     kind = precision if like.dtype == torch.float32 else "half"
     key = kernel, launch.arch(like.device), kind, bucket(m, n, sms)
     if key in PINNED:
-        return dict(PINNED[key]._asdict(), PRECISION=precision)
+        return Product(PINNED[key], precision, sms).options
     block_m, block_n = (max(16, triton.next_power_of_2(size)) for size in (m, n))
     block_m, block_n, block_k = (
         min(64, block_m),
@@ -115,7 +172,7 @@ def convolution(kernel: str, like: torch.Tensor, m: int, n: int) -> dict:
     while block_m > 16 and triton.cdiv(m, block_m) * triton.cdiv(n, block_n) < sms:
         block_m //= 2
     config = Config(block_m, block_n, block_k, 8 if block_m * block_n >= 1024 else 4, 2)
-    return dict(config._asdict(), PRECISION=precision, **all_registers(like.device))
+    return Product(config, precision, sms).options | all_registers(like.device)
 
 
 def all_registers(device) -> dict:

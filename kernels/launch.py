@@ -8,7 +8,8 @@ A leaf: it imports no operation. The backend is chosen here and nowhere else:
     somebody follows every operation        -> the reference: torch.func, torch.export, torch.jit
     a tensor that is no plain memory        -> the reference: DTensor, FakeTensor, other subclasses
 
-and `use("torch")` or `use("triton")` forces one of them.
+and `use("torch")` or `use("triton")` forces one of them. Which kernels compute the products of
+linear layers says `configs`, and `use(products=…)` forces that.
 """
 
 import contextlib
@@ -30,34 +31,61 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ACCELERATORS = ("cuda", "xpu")
 AUTOCAST = ("cpu", *_ACCELERATORS)
 
+PRODUCTS = ("fused", "library")
+
 _forced: str | None = None
+_products: str | None = None
 _observers: list = []
 # update of an optimizer -> how `compiled_optim` calls its operator
 operators: dict = {}
 _target: tuple[str, int] | None = None  # (architecture, processors) while dry_run is open
 
 
-def use(backend: str) -> contextlib.AbstractContextManager[None]:
+def use(
+    backend: str | None = None, *, products: str | None = None
+) -> contextlib.AbstractContextManager[None]:
     """`with use("torch"):` forces the reference, `with use("triton"):` the kernels.
 
-    It holds in every thread.
+    products forces how kernels multiply in linear layers. `with use(products="fused"):` product,
+    bias and activation are one Triton kernel. `with use(products="library"):` the product is
+    torch's own, by cuBLAS, and a Triton kernel applies the activation or its derivative. Without
+    it, `kernels.configs` chooses by size and precision. The library follows torch's precision
+    settings: TF32 only where torch itself would take it.
+
+    Both hold in every thread.
 
     Forcing `"triton"` on tensors that no kernel can take (float64, or a CPU without the
     interpreter) is an error.
     """
-    if backend not in ("torch", "triton"):
+    if backend is None and products is None:
+        raise ValueError('use: give a backend, "torch" or "triton", or products=, got neither')
+    if backend not in ("torch", "triton", None):
         raise ValueError(f'use: backend must be "torch" or "triton", got {backend!r}')
-    return _using(backend)
+    if products not in (*PRODUCTS, None):
+        raise ValueError(f'use: products must be "fused" or "library", got {products!r}')
+    return _using(backend, products)
 
 
 @contextlib.contextmanager
-def _using(backend):
-    global _forced
-    before, _forced = _forced, backend
+def _using(backend, products):
+    global _forced, _products
+    before = _forced, _products
+    _forced, _products = backend or _forced, products or _products
     try:
         yield
     finally:
-        _forced = before
+        _forced, _products = before
+
+
+def products() -> str | None:
+    """How linear layers must multiply, `"fused"` or `"library"`; None where `configs` may choose.
+
+    Under torch.use_deterministic_algorithms it is the fused kernel, unless `use` says otherwise:
+    cuBLAS is deterministic only with settings of its environment, and torch refuses it without.
+    """
+    if _products is None and torch.are_deterministic_algorithms_enabled():
+        return "fused"
+    return _products
 
 
 def backend(*tensors: torch.Tensor | None) -> str:

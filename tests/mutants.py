@@ -36,7 +36,9 @@ LIMIT = 1200  # seconds for the tests of a fault
 # test_<file>.py.
 TESTS = {
     "activations": ("test_activations.py", "test_extremes.py"),
-    **dict.fromkeys(("linear", "tiles"), ("test_linear.py", "test_linear_memory.py")),
+    "linear": ("test_products.py", "test_linear.py", "test_linear_memory.py"),
+    "tiles": ("test_linear.py", "test_linear_memory.py"),
+    "configs": ("test_products.py",),
     "cross_entropy": ("test_cross_entropy.py", "test_cross_entropy_kernel.py"),
     "losses": (
         "test_elementwise_loss.py",

@@ -10,6 +10,10 @@ Backward, from dy (…, N):
 
 In a stack, dx of this layer is dy of the one beneath: `linear_bwd_dx` multiplies by that layer's
 act' before it stores.
+
+Each product is one fused kernel. Or, where `configs` finds that faster, it is torch's own product
+and one kernel for what is left, act or act'. That never takes longer than torch's eager mode: the
+product is the same, and what follows it is one kernel there too.
 """
 
 import math
@@ -168,6 +172,14 @@ def linear_fwd_kernel(
 
 
 @triton.jit
+def linear_act_kernel(y_ptr, z_ptr, SIZE, ACT: tl.constexpr, BLOCK: tl.constexpr):
+    """y = act(z), element by element; y may be z."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    z = tl.load(z_ptr + offs, mask=offs < SIZE, other=0.0).to(tl.float32)
+    tl.store(y_ptr + offs, cast(ACT(z), y_ptr.dtype.element_ty), mask=offs < SIZE)
+
+
+@triton.jit
 def linear_bwd_dz_kernel(
     dz_ptr,
     dy,  # Matrix [M, N]
@@ -319,8 +331,9 @@ def linear_fwd(
     x (…, K), w (N, K), b (N,) or None, of one dtype; any strides. `out`: a pair (y, z) of
     contiguous (M, N) buffers to fill, z only for activations whose backward needs it. Returns y (…,
     N) and what `linear_bwd` takes after dy. Accumulates in float32, deterministic; reads x once per
-    column of tiles, w once per row of tiles. ValueError: shapes that do not fit, mixed dtypes or
-    devices, an unknown activation.
+    column of tiles, w once per row of tiles. Where `configs` takes torch's own product, all of that
+    is as torch has it, and one kernel more applies act. ValueError: shapes that do not fit, mixed
+    dtypes or devices, an unknown activation.
     """
     check_linear(x, w, b)
     act = activations.get(activation, "linear")
@@ -329,23 +342,39 @@ def linear_fwd(
     x2 = as_matrix(x)
     (M, K), N = x2.shape, w.shape[0]
     y, z = out or (x.new_empty(M, N), x.new_empty(M, N) if act.needs == "z" else None)
-    config = configs.product("linear_fwd", x, M, N, heavy=act.needs == "z")
-    grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"]))
-    launch.run(
-        linear_fwd_kernel,
-        grid,
-        y,
-        z,
-        matrix(x2),
-        matrix(w),
-        b,
-        0 if b is None else b.stride(0),
-        K,
-        ACT=act.forward,
-        **config,
-    )
+    product = configs.product("linear_fwd", x, M, N, heavy=act.needs == "z")
+    if product.by_library(M, N, K):
+        _library_fwd(x2, w, b, act, y, z)
+    else:
+        launch.run(
+            linear_fwd_kernel,
+            product.grid(M, N),
+            y,
+            z,
+            matrix(x2),
+            matrix(w),
+            b,
+            0 if b is None else b.stride(0),
+            K,
+            ACT=act.forward,
+            **product.options,
+        )
     y = y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], N))
     return y, LinearSaved(x, w, kept(act, y, z), b is not None, activation)
+
+
+@torch.no_grad()
+def _library_fwd(x, w, b, act, y, z) -> None:
+    """`linear_fwd` by torch's own product, into z where that is kept and else into y itself."""
+    product = z if act.needs == "z" else y
+    if b is None:
+        torch.mm(x, w.t(), out=product)
+    else:
+        torch.addmm(b, x, w.t(), out=product)
+    if act.needs != "nothing":  # of the table, the identity alone needs nothing
+        size = product.numel()
+        grid = (triton.cdiv(size, 1024),)
+        launch.run(linear_act_kernel, grid, y, product, size, ACT=act.forward, BLOCK=1024)
 
 
 def linear_bwd_dz(
@@ -391,8 +420,8 @@ def linear_bwd_dx(
 
     It is multiplied by act' of the layer below where s_below (M, K) is given.
 
-    Float32 accumulation, the derivative applied to the float32 sum. `out`: a contiguous (M, K)
-    buffer.
+    Float32 accumulation, the derivative applied to the float32 sum; after torch's own product to
+    the sum as it was stored. `out`: a contiguous (M, K) buffer.
     """
     if launch.backend(dz, w) == "torch":
         return linear_bwd_dx_ref(dz, w, s_below, activation_below, out=out)
@@ -400,18 +429,21 @@ def linear_bwd_dx(
     dx = dz.new_empty(M, K) if out is None else out
     s = None if s_below is None else s_below.reshape(M, K)
     act = activations.get(activation_below)
-    config = configs.product("linear_bwd_dx", dz, M, K, heavy=act.needs == "z")
-    grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(K, config["BLOCK_N"]))
+    product = configs.product("linear_bwd_dx", dz, M, K, heavy=act.needs == "z")
+    if product.by_library(M, K, N):
+        with torch.no_grad():
+            torch.mm(dz, w, out=dx)
+        return dx if s is None else linear_bwd_dz(dx, s, activation_below, out=dx)
     launch.run(
         linear_bwd_dx_kernel,
-        grid,
+        product.grid(M, K),
         dx,
         matrix(dz),
         matrix(w.t()),
         None if s is None else matrix(s),
         N,
         ACT_BWD=act.backward,
-        **config,
+        **product.options,
     )
     return dx
 
@@ -421,30 +453,33 @@ def linear_bwd_dw(dz: torch.Tensor, x: torch.Tensor, bias: bool = True, *, out: 
 
     Where dw has fewer tiles than the device has processors the batch is split: each split writes
     its own float32 part and a second kernel adds them in a fixed order, so two runs are bitwise
-    equal. `out`: a pair of contiguous buffers.
+    equal. Or it is torch's own product, and torch's sum. `out`: a pair of contiguous buffers.
     """
     if launch.backend(dz, x) == "torch":
         return linear_bwd_dw_ref(dz, x, bias, out=out)
     x = as_matrix(x)
     (M, N), K = dz.shape, x.shape[1]
     dw, db = out or (dz.new_empty(N, K), dz.new_empty(N) if bias else None)
-    config, tiles, splits, rows = dw_plan("linear_bwd_dw", dz, M, N, K)
+    plan = dw_plan("linear_bwd_dw", dz, (M, N, K))
+    if plan.library:
+        _library_dw(dz, x, dw, db)
+        return dw, db
     size = N * K
-    if splits == 1:
+    if plan.splits == 1:
         launch.run(
             linear_bwd_dw_kernel,
-            (*tiles, 1),
+            (*plan.tiles, 1),
             dw,
             db,
             matrix(dz.t()),
             matrix(x.t()),
             M,
-            rows,
+            plan.rows,
             0,
-            **config,
+            **plan.options,
         )
         return dw, db
-    parts = dw_parts(dz, x, bias, splits, rows, tiles, config)
+    parts = dw_parts(dz, x, bias, plan)
     launch.run(
         linear_bwd_reduce_kernel,
         (triton.cdiv(size + N, 512),),
@@ -453,42 +488,73 @@ def linear_bwd_dw(dz: torch.Tensor, x: torch.Tensor, bias: bool = True, *, out: 
         parts,
         size,
         N,
-        splits,
+        plan.splits,
         size + N,
         BLOCK=512,
     )
     return dw, db
 
 
-def dw_plan(kernel: str, dz, M: int, N: int, K: int, heavy: bool = False):
-    """(configuration, grid of tiles, splits of the batch, rows of each) for dzᵀ x of M rows.
+class DwPlan(NamedTuple):
+    """How dzᵀ x is computed."""
 
-    heavy: see `configs`.
+    options: dict  # of the kernel
+    tiles: tuple[int, int]
+    splits: int  # of the batch
+    rows: int  # of the batch in each
+    library: bool  # by torch's own product, in one part
+
+
+def dw_plan(
+    kernel: str, dz, sizes: tuple[int, int, int], heavy: bool = False, library: bool = True
+) -> DwPlan:
+    """How to compute dzᵀ x of sizes (M, N, K).
+
+    heavy: see `configs`. library: whether torch's own product may serve.
     """
-    config = configs.product(kernel, dz, N, K, heavy)
-    tiles = (
-        triton.cdiv(N, config["BLOCK_M"]),
-        max(triton.cdiv(K, config["BLOCK_N"]), 1),
-    )  # one for db if K = 0
-    return config, tiles, *_split_batch(M, tiles[0] * tiles[1], dz.device)
+    M, N, K = sizes
+    product = configs.product(kernel, dz, N, K, heavy)
+    rows, columns = product.grid(N, K)
+    tiles = rows, max(columns, 1)  # one for db if K = 0
+    splits, length = _split_batch(M, tiles[0] * tiles[1], dz.device)
+    if library and product.by_library(N, K, length):
+        return DwPlan(product.options, tiles, 1, M, True)
+    return DwPlan(product.options, tiles, splits, length, False)
 
 
-def dw_parts(dz, x, bias, splits, rows, tiles, config):
-    """dw and db of every split of the batch, side by side in float32: (splits, N·K + N)."""
+@torch.no_grad()
+def _library_dw(dz, x, dw, db) -> None:
+    """`linear_bwd_dw` by torch's own product and sum.
+
+    The sum reads dz again: of all that the product reads and computes, next to nothing.
+    """
+    torch.mm(dz.t(), x, out=dw)
+    if db is not None:
+        torch.sum(dz, 0, out=db)
+
+
+def dw_parts(dz, x, bias, plan: DwPlan):
+    """dw and db of every split of the batch, side by side in float32: (splits, N·K + N).
+
+    By the library there is one split, and dz must be float32.
+    """
     (M, N), K = dz.shape, x.shape[1]
     size = N * K
-    parts = dz.new_empty(splits, size + N, dtype=torch.float32)
+    parts = dz.new_empty(plan.splits, size + N, dtype=torch.float32)
+    if plan.library:
+        _library_dw(dz, x, parts[0, :size].view(N, K), parts[0, size:] if bias else None)
+        return parts
     launch.run(
         linear_bwd_dw_kernel,
-        (*tiles, splits),
+        (*plan.tiles, plan.splits),
         parts,
         parts[:, size:] if bias else None,
         matrix(dz.t()),
         matrix(x.t()),
         M,
-        rows,
+        plan.rows,
         size + N,
-        **config,
+        **plan.options,
     )
     return parts
 

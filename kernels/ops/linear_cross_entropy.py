@@ -150,7 +150,7 @@ def linear_cross_entropy_fwd(
     check_cross_entropy(logits_like, target, *options, op="linear_cross_entropy")
     if not target.is_floating_point():
         check_range(target, C, ignore_index)
-    config = configs.product("linear_cross_entropy", x, M, 1)
+    config = configs.product("linear_cross_entropy", x, M, 1).options
     config["BLOCK_N"] = max(16, triton.next_power_of_2(C))
     programs = triton.cdiv(M, config["BLOCK_M"])
     reduce = reduction != "none"

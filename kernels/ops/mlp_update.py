@@ -1,6 +1,7 @@
 """The backward of a stack of linear layers, with an optimizer's step in it.
 
-No weight gradient is ever stored.
+No weight gradient is ever stored whole, but where a large float32 product is torch's own (see
+`linear`): one kernel then reads that and takes the step.
 
 For every layer, from the last down, with dz_l and y_{l-1} as in `mlp` and the rules of `optim`:
 
@@ -132,7 +133,8 @@ def linear_update(dz, x, parameters, states, hyper, step, rule):
     parameters: [w (N, K)] or [w, b (N,)]; states: for each of the rule's states a list of the same
     shapes; all contiguous. hyper: a row of `hyperparameters`, or its numbers; step: 1 at the first,
     a number or a one-element device tensor. Deterministic: where the batch is split as in
-    `linear_bwd_dw`, the parts are added in a fixed order before the step.
+    `linear_bwd_dw`, the parts are added in a fixed order before the step. A float32 product by the
+    library is taken as the only part.
     """
     if launch.backend(dz, x, *parameters) == "torch":
         return linear_update_ref(dz, x, parameters, states, hyper, step, rule)
@@ -141,12 +143,15 @@ def linear_update(dz, x, parameters, states, hyper, step, rule):
     net = Parameters(tuple(parameters), tuple(map(tuple, states)))
     hyper = torch.as_tensor(hyper, dtype=torch.float32, device=dz.device)
     heavy = len(rule.states) > 1
-    config, tiles, splits, rows = dw_plan("linear_update", dz, M, N, K, heavy=heavy)
-    if splits == 1:
-        threads = config["num_warps"] * launch.lanes(launch.arch(dz.device))
+    # In half precision the library would round the gradient before the step.
+    library = dz.dtype == torch.float32
+    plan = dw_plan("linear_update", dz, (M, N, K), heavy=heavy, library=library)
+    if plan.splits == 1 and not plan.library:
+        options = plan.options
+        threads = options["num_warps"] * launch.lanes(launch.arch(dz.device))
         return launch.run(
             linear_update_kernel,
-            tiles,
+            plan.tiles,
             net,
             matrix(dz.t()),
             matrix(x.t()),
@@ -154,11 +159,11 @@ def linear_update(dz, x, parameters, states, hyper, step, rule):
             number(step),
             M,
             RULE=rule,
-            SHARED=config["BLOCK_M"] * config["BLOCK_N"] < threads,
-            **config,
+            SHARED=options["BLOCK_M"] * options["BLOCK_N"] < threads,
+            **options,
         )
     size, bias = N * K, len(parameters) == 2
-    parts = dw_parts(dz, x, bias, splits, rows, tiles, config)
+    parts = dw_parts(dz, x, bias, plan)
     launch.run(
         linear_update_reduce_kernel,
         (triton.cdiv(size + N, 512),),
@@ -168,7 +173,7 @@ def linear_update(dz, x, parameters, states, hyper, step, rule):
         number(step),
         size,
         N,
-        splits,
+        plan.splits,
         size + N,
         RULE=rule,
         BLOCK=512,

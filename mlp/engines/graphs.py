@@ -32,7 +32,8 @@ class Bound(NamedTuple):
 
     spec: of `spec_of`. parts: the rule, and what else is compiled in, of each part of the
     optimizer's parameters. memory: of everything that is read. loss: its arguments. reading: scale,
-    shift and kind of the data. length, batch: of the epoch. precision: of float32 products.
+    shift and kind of the data. length, batch: of the epoch. products: their precision in float32,
+    and what computes them.
     """
 
     spec: Any
@@ -42,7 +43,7 @@ class Bound(NamedTuple):
     reading: tuple
     length: int
     batch: int
-    precision: str
+    products: tuple[str, str | None]
 
     @classmethod
     def of(cls, engine: "Graph", data: Dataset, length: int, batch: int) -> "Bound":
@@ -59,7 +60,7 @@ class Bound(NamedTuple):
             (data.scale, data.shift, data.is_classification, len(data.classes)),
             length,
             batch,
-            launch.dot_precision(),
+            (launch.dot_precision(), launch.products()),
         )
 
 

@@ -149,12 +149,14 @@ def launches(arch, full=False):
 
 def listed(arch, op, arguments):
     """(kernel, arguments, options) of each launch that the operation's forward and backward would
-    make.
+    make, with products in kernels and by the library.
     """
     seen = []
     record = lambda kernel, grid, args, options: seen.append((kernel, args, options))  # noqa: E731
     with launch.dry_run(arch, SMS[arch]), launch.observe(record):
-        op.results(arguments)
+        for products in launch.PRODUCTS:
+            with launch.use(products=products):
+                op.results(arguments)
     return seen
 
 

@@ -132,8 +132,8 @@ def test_precision_of_float32_products(setting, precision, monkeypatch):
     for arch in ("sm_90", "gfx942"):
         with launch.dry_run(arch, 100):
             assert launch.dot_precision() == ("ieee" if arch == "gfx942" else precision)
-            options = configs.product("linear_fwd", torch.empty(1, device="meta"), 64, 64)
-            assert options["PRECISION"] == launch.dot_precision()
+            product = configs.product("linear_fwd", torch.empty(1, device="meta"), 64, 64)
+            assert product.options["PRECISION"] == launch.dot_precision()
 
 
 @pytest.mark.parametrize(("setting", "precision"), [("tf32", "tf32"), ("ieee", "ieee")])

@@ -11,6 +11,7 @@ import torch
 
 from kernels import RULES, hyperparameters, launch, mlp_fwd, mlp_update
 from kernels.operations import OPERATIONS, flatten
+from kernels.ops.linear import DwPlan
 from kernels.ops.mlp_update import linear_update
 from tests.checks import Draw, assert_as_accurate, double
 from tests.lion import Lion
@@ -213,10 +214,9 @@ def test_bad_arguments(wrong, message):
 def test_small_tiles_are_read_whole_before_one_writes(tile, shared, monkeypatch):
     """Of a tile with fewer elements than a program has threads, several warps hold the same."""
     sizes = dict(zip(("BLOCK_M", "BLOCK_N"), tile))
-    config = {**sizes, "BLOCK_K": 16, "PRECISION": "ieee", "num_warps": 8, "num_stages": 2}
-    monkeypatch.setattr(
-        sys.modules[linear_update.__module__], "dw_plan", lambda *a, **k: (config, (1, 1), 1, 9)
-    )
+    options = {**sizes, "BLOCK_K": 16, "PRECISION": "ieee", "num_warps": 8, "num_stages": 2}
+    plan = DwPlan(options, (1, 1), splits=1, rows=9, library=False)
+    monkeypatch.setattr(sys.modules[linear_update.__module__], "dw_plan", lambda *a, **k: plan)
     seen = []
     x, w = torch.empty(9, 5, device="meta"), torch.empty(7, 5, device="meta")
     with launch.dry_run("sm_90", 132), launch.observe(lambda *launched: seen.append(launched[3])):

@@ -143,6 +143,25 @@ def test_trains_as_manual(model, loss, rule, kind, dtype, monkeypatch):
     assert_trains_as_manual(network, ALL_LOSSES[loss], RULES[rule], kind, tolerance)
 
 
+def test_captures_products_by_the_library(monkeypatch):
+    """They train as the manual engine's, and nothing stays captured that was of another kind."""
+    sizes, data = install(monkeypatch, steps=2), problem("labels")
+    model, order = MODELS["chain"](), torch.arange(6)
+    other, captures = copy.deepcopy(model), []
+    engine, manual = (
+        kind(m, mlp.SoftmaxCrossEntropy(), mlp.SGD(m.parameters(), lr=0.1))
+        for kind, m in ((Graph, model), (Manual, other))
+    )
+    for products in ("fused", "fused", "library"):
+        with kernels.use(products=products):
+            ours, theirs = (e.epoch(data, order, 3) for e in (engine, manual))
+        captures.append(len(sizes))
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
+    assert captures[0] == captures[1] < captures[2]
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert (p - q).abs().max() <= 1e-5 * q.abs().max()
+
+
 def test_two_groups_with_steps_of_their_own(monkeypatch):
     """A state in which some parameters have taken more steps than others."""
     install(monkeypatch, steps=2)

@@ -109,7 +109,9 @@ def operations(full: bool) -> None:
             for dtype in launch.KERNEL_DTYPES if full else (torch.float32,):
                 cases = list(operation.cases(Make("cpu", dtype), *shape))
                 for _, arguments in cases if full else cases[:1]:
-                    operation.results(arguments)
+                    for products in launch.PRODUCTS:
+                        with launch.use(products=products):
+                            operation.results(arguments)
 
 
 def updates(full: bool) -> None:
