@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import functools
-import math
 import threading
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from numba import njit
 import kernels
 from kernels import activations
 
-from . import loop, rows
+from . import loop, rows, team
 from .tiles import LANES, ROWS
 
 _PIECE = 0.25  # seconds between two looks at whether to stop, about
@@ -72,11 +71,10 @@ class Memory:
                 layer[column] = self._take(batch * pitch)
             needs_z = activations.get(name).needs == "z"
             layer[loop.KEPT] = layer[loop.Z if needs_z else loop.Y]
-        chunks = min(_CHUNKS, max(1, spec.sizes[0] // 32))
-        width = -(-math.ceil(spec.sizes[0] / chunks) // ROWS) * ROWS
-        places[loop.WIDTH] = width
+        chunks = max(1, min(_CHUNKS, spec.sizes[0] // 64 * 2))  # one, or the same in each half
+        places[loop.CHUNKS] = chunks
         places[loop.X] = self._take(batch * spec.sizes[0])
-        places[loop.PARTIAL] = self._take(-(-spec.sizes[0] // width) * batch * pitches[0])
+        places[loop.PARTIAL] = self._take(chunks * batch * pitches[0])
         places[loop.Q] = self._take(3 * batch * spec.sizes[-1])
         scratch = max(loop.SCRATCH_FLOATS, max(pitches) * ROWS)
         places[loop.SCRATCH] = self._take(workers * scratch)
@@ -144,7 +142,7 @@ def train_epoch(
     table = _numbers(spec.rule, hyper, float(run.count), run.steps)
     task = _Task(memory, run.data, run.targets, run.order, table, run.scale, run.shift)
     choice, stopped = _choice(spec, memory.batch, workers), threading.Event()
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    with team.threads(workers) as pool:
         # Beside the calling thread, which alone Ctrl-C interrupts.
         future = pool.submit(_train, task, [run.parameters, *run.states], choice, stopped, pool)
         try:
@@ -170,12 +168,13 @@ def train_replicas(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:
         return task
 
     compiled(), rows.of(spec)  # once, not by every thread
-    with concurrent.futures.ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+    with team.threads(max(1, torch.get_num_threads())) as pool:
         futures = [pool.submit(one, replica) for replica in range(run.replicas)]
         try:
             tasks = [future.result() for future in futures]
         finally:
             stopped.set()
+            concurrent.futures.wait(futures)
     run.count += run.steps
     return (
         torch.from_numpy(np.stack([task.losses for task in tasks])),
@@ -279,8 +278,5 @@ def _piece(task: _Task, workers: int, count: int, pool=None) -> None:
     task.counter[:] = 0
     call, run, begin = compiled(), task.run, task.done
     end = begin + count
-    others = [pool.submit(call, run, worker, workers, begin, end) for worker in range(1, workers)]
-    call(run, 0, workers, begin, end)
-    for other in others:
-        other.result()
+    team.together(pool, workers, lambda worker: call(run, worker, workers, begin, end))
     task.done = end

@@ -11,7 +11,9 @@ and all workers meet after each:
        the backward pass down to the first layer's dz.
 
 Every number is the sum of the same terms in the same order whatever the number of workers. The
-sums over the first layer's inputs are cut into chunks that depend on the network alone.
+sums over the first layer's inputs are cut into chunks that depend on the network alone. The sums
+of the chunks are added up in each half of the inputs, then those of the halves. Up to two workers
+add them up where they are made; more keep one for each chunk, and add them up when they meet.
 """
 
 from typing import NamedTuple
@@ -19,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from .tiles import COLUMNS, LANES, ROWS, dot_tile, outer_tile
+from .tiles import COLUMNS, LANES, ROWS, dot_tile, outer_tile, scale_octets
 from .waiting import call, floats, integers, meet, narrow_integers, octets, prefetch
 
 # Columns of `Run.layers`: inputs, outputs, floats in a padded row; where w, y, z, dz and what the
@@ -30,9 +32,9 @@ K, N, PITCH, W, Y, Z, D, KEPT, BLOCK, ACROSS, TALL, WIDE, COLUMNS_OF_LAYER = ran
 # gradient (without padding), gradients of w, losses of rows and a one begin; floats between a
 # parameter and its state.
 X, PARTIAL, Q, SCRATCH, LOSS, RIGHT, ONE, STATE = range(8)
-# Sizes and choices: inputs of a chunk, rows of a batch, of the epoch; whether there are biases;
+# Sizes and choices: chunks of the inputs, rows of a batch, of the epoch; whether there are biases;
 # whether a loss is the mean over rows; the label that counts for nothing; numbers of the rule.
-WIDTH, BATCH, ROWS_OF_EPOCH, BIAS, MEAN, IGNORED, COUNT = range(8, 15)
+CHUNKS, BATCH, ROWS_OF_EPOCH, BIAS, MEAN, IGNORED, COUNT = range(8, 15)
 # Addresses: of the data, uint8 or float32 (the other is 0), of labels, int64, or targets, float32
 # (the other is 0), of the loss's parameter for each output, the order, int64, the rule's numbers
 # for each step, and of what is returned: losses, float32, and right predictions, int32.
@@ -210,18 +212,20 @@ def update_rows(run, l, inputs, rows, worker, step):
 @njit(nogil=True)
 def read_inputs(run, first, rows, begin, end, to):
     """Features `begin` to `end` of the batch that starts at order[first], scaled and shifted."""
-    width = end - begin
+    width, order = end - begin, integers(run.places[ORDER])
+    whole = width // LANES * LANES
     for m in range(rows):
-        at = integers(run.places[ORDER])[first + m] * run.layers[0, K] + begin
-        x = run.w[to + m * width : to + (m + 1) * width]
+        at = order[first + m] * run.layers[0, K] + begin
+        x = to + m * width
         if run.places[PIXELS]:
+            scale_octets(run.w, x, run.places[PIXELS] + at, whole // LANES, run.scale, run.shift)
             pixels = octets(run.places[PIXELS] + at)
-            for i in range(width):
-                x[i] = np.float32(pixels[i]) * run.scale + run.shift
+            for i in range(whole, width):
+                run.w[x + i] = np.float32(pixels[i]) * run.scale + run.shift
         else:
-            reals = floats(run.places[REALS] + 4 * at)
+            reals, values = floats(run.places[REALS] + 4 * at), run.w[x : x + width]
             for i in range(width):
-                x[i] = reals[i] * run.scale + run.shift
+                values[i] = reals[i] * run.scale + run.shift
 
 
 @njit(nogil=True)
@@ -238,27 +242,30 @@ def read_ahead(run, first, rows, begin, end):
 
 
 @njit(nogil=True)
+def part(count, unit, worker, workers):
+    """Where a worker's share of `count` begins, in whole units. That of `workers` is the end."""
+    blocks = (count + unit - 1) // unit
+    return min(count, unit * (blocks * worker // workers))
+
+
+@njit(nogil=True)
 def first_half(run, worker, workers, step, begin, end):
     """Update this worker's rows of the weights by step - 1, and start the forward of `step`."""
     places = run.places
     batch, samples = places[BATCH], places[ROWS_OF_EPOCH]
     before = min(batch, samples - (step - 1) * batch)
     if step > begin:
-        turn = 0
         for l in range(1, len(run.layers)):
-            width, inputs = run.layers[l, BLOCK], run.layers[l, K]
-            for k in range(0, inputs, width):
-                if turn % workers == worker:
-                    stop = min(k + width, inputs)
-                    at = run.layers[l - 1, Y] + k
-                    update_rows(
-                        run, l, (k, stop, at, run.layers[l - 1, PITCH]), before, worker, step - 1
-                    )
-                turn += 1
-    features, pitch, width = run.layers[0, K], run.layers[0, PITCH], places[WIDTH]
-    chunks = (features + width - 1) // width
+            inputs, pitch = run.layers[l, K], run.layers[l - 1, PITCH]
+            k, stop = part(inputs, ROWS, worker, workers), part(inputs, ROWS, worker + 1, workers)
+            if run.layers[l, ACROSS]:  # all of it by one
+                k, stop = NONE if worker == 0 else inputs, inputs
+            if k < stop:
+                rows = (k, stop, run.layers[l - 1, Y] + k, pitch)
+                update_rows(run, l, rows, before, worker, step - 1)
+    features, chunks = run.layers[0, K], places[CHUNKS]
     for chunk in range(chunks * worker // workers, chunks * (worker + 1) // workers):
-        k, stop = chunk * width, min((chunk + 1) * width, features)
+        k, stop = part(features, LANES, chunk, chunks), part(features, LANES, chunk + 1, chunks)
         x = places[X] + k * batch
         if step > begin:
             update_rows(run, 0, (k, stop, x, stop - k), before, worker, step - 1)
@@ -267,10 +274,11 @@ def first_half(run, worker, workers, step, begin, end):
             read_inputs(run, step * batch, rows, k, stop, x)
             following = min(batch, samples - (step + 1) * batch)
             read_ahead(run, (step + 1) * batch, following, k, stop)
-            weights, to = (run.layers[0, W] + k * pitch, pitch), places[PARTIAL]
-            to += chunk * batch * pitch
-            shape = (rows, pitch // LANES, stop - k)
-            product(run.w, (x, stop - k, ONCE), weights, (to, pitch), shape, NONE)
+            half, added = chunk, NONE
+            if workers <= 2:
+                half = 2 * chunk // chunks * chunks // 2
+                added = min(chunk - half, ONCE)
+            add_products(run, (k, stop), x, rows, half, added)
 
 
 @njit(nogil=True)
@@ -287,24 +295,42 @@ def _few_outputs(run, l, m, stop):
 
 
 @njit(nogil=True)
-def forward(run, m, stop):
+def add_products(run, inputs, x, rows, place, added):
+    """What inputs k to stop give to the first layer's z, as, or added to, a partial sum."""
+    (k, stop), pitch = inputs, run.layers[0, PITCH]
+    weights = (run.layers[0, W] + k * pitch, pitch)
+    to = (run.places[PARTIAL] + place * run.places[BATCH] * pitch, pitch)
+    product(run.w, (x, stop - k, ONCE), weights, to, (rows, pitch // LANES, stop - k), added)
+
+
+@njit(nogil=True)
+def add_partial(run, to, place, m, stop):
+    """Add rows m to stop of a partial sum to what begins at `to`."""
+    pitch = run.layers[0, PITCH]
+    size, start = (stop - m) * pitch, (place * run.places[BATCH] + m) * pitch
+    total, partial = run.w[to : to + size], run.w[run.places[PARTIAL] + start :]
+    for i in range(size):
+        total[i] += partial[i]
+
+
+@njit(nogil=True)
+def forward(run, m, stop, workers):
     """Rows m to stop of the batch, from the first layer's partial sums to the last layer's y."""
     w, places, count = run.w, run.places, len(run.layers)
     for l in range(count):
         layer = run.layers[l]
         pitch = layer[PITCH]
         z, bias = layer[Z] + m * pitch, layer[W] + layer[TALL] * layer[WIDE]
-        size = (stop - m) * pitch
         for row in range(stop - m):
             _copy(w[z + row * pitch : z + (row + 1) * pitch], w[bias : bias + pitch])
         if l == 0:
-            total = w[z : z + size]
-            width = places[WIDTH]
-            for chunk in range((layer[K] + width - 1) // width):
-                start = places[PARTIAL] + (chunk * places[BATCH] + m) * pitch
-                partial = w[start : start + size]
-                for i in range(size):
-                    total[i] += partial[i]
+            chunks = places[CHUNKS]
+            for half in range(0, chunks, (chunks + 1) // 2):
+                if workers > 2:
+                    at = places[PARTIAL] + (half * places[BATCH] + m) * pitch
+                    for chunk in range(half + 1, half + chunks // 2):
+                        add_partial(run, at, chunk, m, stop)
+                add_partial(run, z, half, m, stop)
         else:
             below = run.layers[l - 1, PITCH]
             left = (run.layers[l - 1, Y] + m * below, below, ONCE)
@@ -313,8 +339,8 @@ def forward(run, m, stop):
             else:
                 shape = (stop - m, pitch // LANES, layer[K])
                 product(w, left, (layer[W], pitch), (z, pitch), shape, ONCE)
-        act = run.places[OUT_FORWARD if l == count - 1 else FORWARD]
-        call(act, (_address(run, z), _address(run, layer[Y] + m * pitch), size))
+        act = places[OUT_FORWARD if l == count - 1 else FORWARD]
+        call(act, (_address(run, z), _address(run, layer[Y] + m * pitch), (stop - m) * pitch))
 
 
 @njit(nogil=True)
@@ -452,11 +478,9 @@ def steps(run, worker, workers, begin, end):
             meetings = meet(run.places[COUNTER], workers, meetings)
             first = step * batch
             rows = min(batch, run.places[ROWS_OF_EPOCH] - first)
-            blocks = (rows + ROWS - 1) // ROWS
-            m = ROWS * (blocks * worker // workers)
-            stop = min(rows, ROWS * (blocks * (worker + 1) // workers))
+            m, stop = part(rows, ROWS, worker, workers), part(rows, ROWS, worker + 1, workers)
             if m < stop:
-                forward(run, m, stop)
+                forward(run, m, stop, workers)
                 criterion(run, first, rows, m, stop)
                 backward(run, m, stop)
             meetings = meet(run.places[COUNTER], workers, meetings)

@@ -87,16 +87,6 @@ def outer_tile(rows: int, columns: int):
                 for v in range(columns)
             ]
             zero = ir.Constant(_VECTOR, [0.0] * LANES)
-            with builder.if_else(builder.icmp_signed("!=", add, _I64(0))) as (then, otherwise):
-                with then:
-                    loaded, yes = [_load(builder, target) for target in targets], builder.block
-                with otherwise:
-                    no = builder.block
-            sums = []
-            for value in loaded:
-                sums.append(builder.phi(_VECTOR))
-                sums[-1].add_incoming(value, yes)
-                sums[-1].add_incoming(zero, no)
             lefts = [at(builder.add(a, builder.mul(_I64(r), stride_ar))) for r in range(rows)]
             right = at(b)
 
@@ -113,8 +103,14 @@ def outer_tile(rows: int, columns: int):
                         result.append(_multiply_add(builder, scalar, vector, sums[r * columns + v]))
                 return result
 
-            for value, target in zip(_loop(builder, terms, sums, body), targets):
-                _store(builder, value, target)
+            sums = _loop(builder, terms, [zero] * (rows * columns), body)
+            with builder.if_else(builder.icmp_signed("!=", add, _I64(0))) as (then, otherwise):
+                with then:
+                    for value, target in zip(sums, targets):
+                        _store(builder, builder.fadd(_load(builder, target), value), target)
+                with otherwise:
+                    for value, target in zip(sums, targets):
+                        _store(builder, value, target)
             return context.get_dummy_value()
 
         return types.void(w, *[types.int64] * 9), generate
@@ -158,6 +154,31 @@ def dot_tile(rows: int, columns: int):
         return types.void(w, *[types.int64] * 7), generate
 
     return tile
+
+
+@intrinsic
+def scale_octets(typing, w, to, address, vectors, scale, shift):
+    """w[to + i] = scale · pixel + shift of the bytes at an address, so many vectors of them."""
+
+    def generate(context, builder, signature, args):
+        _, to, address, vectors, scale, shift = args
+        target = pointer(context, builder, signature, args, 0, to)
+        octets = builder.inttoptr(address, ir.IntType(8).as_pointer())
+        factor, addend = _splat(builder, scale), _splat(builder, shift)
+
+        def body(j, _):
+            at, kind = builder.mul(j, _I64(LANES)), ir.VectorType(ir.IntType(8), LANES)
+            pixels = builder.bitcast(builder.gep(octets, [at]), kind.as_pointer())
+            values = builder.uitofp(builder.load(pixels, align=1), _VECTOR)
+            values = builder.fadd(builder.fmul(values, factor), addend)
+            _store(builder, values, builder.gep(target, [at]))
+            return ()
+
+        _loop(builder, vectors, (), body)
+        return context.get_dummy_value()
+
+    kinds = types.int64, types.int64, types.int64, types.float32, types.float32
+    return types.void(w, *kinds), generate
 
 
 def _sum(builder, vector):

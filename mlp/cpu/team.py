@@ -1,0 +1,74 @@
+"""The threads of a training: made once, kept for the next epoch, each on a core of its own.
+
+Workers wait for each other by spinning, so two of them on one core take twice as long as one alone.
+Linux starts them so now and then, and leaves them there for longer than a small epoch takes.
+"""
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+# The core that the calling thread runs on; None where a thread cannot choose its core.
+_core: Callable[[], int] | None = (
+    getattr(ctypes.CDLL(None), "sched_getcpu", None) if hasattr(os, "sched_setaffinity") else None
+)
+_idle: dict[int, list[ThreadPoolExecutor]] = {}  # by number of threads
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool of `count` threads that no other training uses meanwhile."""
+    pools = _idle.setdefault(count, [])
+    try:
+        pool = pools.pop()
+    except IndexError:  # all are at work
+        pool = ThreadPoolExecutor(count)
+    try:
+        yield pool
+    finally:
+        pools.append(pool)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_idle.clear)  # threads do not follow into the child
+
+
+def together(pool: ThreadPoolExecutor | None, workers: int, work: Callable[[int], Any]) -> None:
+    """work(0) by this thread, work(1), …, work(workers - 1) by threads of the pool."""
+    if workers == 1 or pool is None:
+        work(0)
+        return
+    allowed: set[int] = set() if _core is None else os.sched_getaffinity(0)
+    own: set[int] = set() if _core is None else {_core()} & allowed
+    taken = set(own)
+
+    def apart(worker: int) -> None:
+        with _on(allowed - taken, allowed):
+            if _core is not None:
+                taken.add(_core())
+            work(worker)
+
+    others = [pool.submit(apart, worker) for worker in range(1, workers)]
+    with _on(own, allowed):
+        work(0)
+    for other in others:
+        other.result()
+
+
+@contextlib.contextmanager
+def _on(cores: set[int], allowed: set[int]) -> Iterator[None]:
+    """Keep this thread on `cores` for a while. It may run on all that are allowed if none is left,
+    or if the system takes the core away.
+    """
+    if cores:
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        if cores:
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(0, allowed)
