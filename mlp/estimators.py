@@ -417,10 +417,10 @@ class _Training:
     def _session(self, epochs: int) -> Any:
         """The compiled epochs of a CPU, or None where they do not serve or do not pay."""
         parameters = [p.detach() for p in self.model.parameters()]
-        wanted, group = self.estimator.engine, self.optimizer.param_groups[0]
+        wanted, parts = self.estimator.engine, self.optimizer.parts()
         if wanted not in ("auto", "epoch") or not cpu.serves(parameters[0]):
             return None
-        spec = spec_of(self.model, self.loss, self.optimizer, self.optimizer.row(group))
+        spec = spec_of(self.model, self.loss, parts[0].rule)  # its groups differ in decay alone
         steps = epochs * -(-len(self.data) // self.batch)
         if isinstance(spec, str) or (
             wanted == "auto" and cpu.costs(spec.sizes, self.batch, steps) is not None
@@ -428,7 +428,8 @@ class _Training:
             return None
         from .cpu.session import Session
 
-        self.optimizer.states()  # makes them
+        for part in parts:
+            part.states()  # makes them
         states = [
             [self.optimizer.state[p][name] for p in self.model.parameters()]
             for name in spec.rule.states

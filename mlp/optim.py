@@ -10,7 +10,7 @@ group. The row's names of states and hyperparameters are torch's.
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -22,19 +22,63 @@ from kernels.ops.optim import apply_checked
 Gradients = Sequence[torch.Tensor | None] | dict[str, torch.Tensor | None]
 
 
-class Part(NamedTuple):
+class Part:
     """Parameters of one group that have taken as many steps: what a launch can update.
 
-    taken: that many, a number or a one-element tensor; 1 where torch's class counts none. numbers:
-    the rule's row as it is now.
+    The parameters stay the same. All else is read from the optimizer when it is asked for.
     """
 
-    rule: kernels.Rule
-    maximize: bool
-    parameters: list
-    states: list
-    taken: Any
-    numbers: tuple
+    __slots__ = ("group", "optimizer", "parameters")
+
+    def __init__(self, optimizer: "_Ruled", group: dict, parameters: list[torch.Tensor]):
+        self.optimizer, self.group, self.parameters = optimizer, group, parameters
+
+    @property
+    def rule(self) -> kernels.Rule:
+        """The row of `kernels.RULES` that updates them."""
+        return self.optimizer.row(self.group)
+
+    @property
+    def maximize(self) -> bool:
+        """Whether steps go along the gradient."""
+        return self.group["maximize"]
+
+    @property
+    def numbers(self) -> tuple:
+        """The rule's row of numbers, see `kernels.row_of`. Those in device memory stay tensors."""
+        return self.optimizer._numbers(self.group)
+
+    def states(self) -> list[list[torch.Tensor]]:
+        """A list for each of the rule's states, in the parameters' order. Missing ones are made."""
+        self.optimizer._make(self.group, self.parameters)
+        kept = [self.optimizer.state[p] for p in self.parameters]
+        return [[state[name] for state in kept] for name in self.rule.states]
+
+    @property
+    def taken(self) -> int | torch.Tensor:
+        """Steps taken: a number, or a one-element tensor on the device.
+
+        Where torch's class counts none: 0 before the first step, then 1.
+        """
+        return self.optimizer._taken(self.group, self.parameters[0])
+
+    def advance(self, steps: int = 1) -> int | torch.Tensor:
+        """Count steps that a kernel takes in the optimizer's place. Returns the last one's number.
+
+        Where torch's class counts none: 1 for a first step, else 2.
+        """
+        return self.optimizer._advance(self.group, self.parameters, steps)[0]
+
+    def frozen(self) -> tuple | None:
+        """What a step depends on besides parameters, gradients and states.
+
+        None while that changes from step to step, or may change unseen.
+        """
+        if self.optimizer.counted or not self.optimizer._are_numbers(self.group):
+            return None
+        if any([self.optimizer._fresh(self.group, p) for p in self.parameters]):
+            return None
+        return self.rule, self.numbers, self.maximize
 
 
 _REFUSED = ("differentiable", "amsgrad", "centered")
@@ -139,119 +183,33 @@ class _Ruled(_Torch):
             if group.get(option):
                 raise ValueError(f"{name}: {option}=True is not supported; use torch.optim.{name}")
 
-    def rule(self, parameters: Iterable[torch.Tensor]) -> kernels.Rule | None:
-        """The row of `kernels.RULES` that updates just these parameters, or None.
-
-        None also if a number of it lies in device memory, or if some have taken more steps than
-        others.
-        """
-        group = self.param_groups[0]
-        if type(self) not in OPTIMIZERS.values() or len(self.param_groups) > 1:
-            return None
-        if group["maximize"] or not self._on_host(group):
-            return None
-        same = [p.data_ptr() for p in group["params"]] == [p.data_ptr() for p in parameters]
-        together = len({self._taken(p)[0] for p in group["params"]}) == 1
-        return self.row(group) if same and together else None
-
-    def constants(self) -> tuple | None:
-        """What an update depends on besides parameters, gradients and states.
-
-        None while that changes from step to step, or may change unseen.
-        """
-        groups = self.param_groups
-        if self.counted or not all(self._on_host(group) for group in groups):
-            return None
-        if any(self._fresh(group, p) for group in groups for p in group["params"]):
-            return None
-        return tuple((self.row(group), self._numbers(group), group["maximize"]) for group in groups)
-
-    def hyper(self, device: torch.device) -> torch.Tensor | tuple:
-        """The row's numbers as they are now, see `kernels.hyperparameters`.
-
-        On a GPU it is always the same tensor, rewritten.
-        """
-        (group,) = self.param_groups
-        rule, numbers = self.row(group), self._numbers(group)
-        if device.type == "cpu":
-            return numbers
-        known = self.__dict__.setdefault("_rows", {})
-        written, row = known.get((rule, device), (None, None))
-        if written != numbers:
-            values = torch.tensor(numbers, dtype=torch.float32)
-            row = values.to(device) if row is None else row.copy_(values)
-            known[rule, device] = numbers, row
-        return row
-
-    def states(self, capturable: bool = False) -> tuple[list, torch.Tensor]:
-        """(lists of states as the training kernels take them, count of steps taken), made if there
-        are none. capturable: step counts go to the parameters' device.
-        """
-        (group, *_), params = self.param_groups, self._params()
-        fresh = any(self._fresh(g, p) for g in self.param_groups for p in g["params"])
-        for g in self.param_groups:
-            if self.counted:
-                g["capturable"] = g.get("capturable", False) or capturable
-            self._make(g, g["params"])
-        count = torch.full((1,), 0.0 if fresh else 1.0, device=params[0].device)
-        if self.counted:
-            if capturable:
-                for p in params:
-                    self.state[p]["step"] = self.state[p]["step"].to(p.device)
-            step = self.state[params[0]]["step"].detach()
-            count = step.to(params[0].device).reshape(1).clone()
-        return [[self.state[p][name] for p in params] for name in self.row(group).states], count
-
-    def parts(self, parameters: list | None = None) -> list[Part]:
-        """All parameters, or these, in parts that are updated together; states are made, if there
-        are none.
+    def parts(self, parameters: Iterable[torch.Tensor] | None = None) -> list[Part]:
+        """All parameters, or these, in parts that a launch can update: what engines do that take
+        steps themselves. An engine that only hands in gradients calls `update`.
         """
         chosen = None if parameters is None else {id(p) for p in parameters}
         found = []
         for group in self.param_groups:
-            params = [p for p in group["params"] if chosen is None or id(p) in chosen]
-            self._make(group, params)
-            rule, numbers = self.row(group), self._numbers(group)
-            together: dict[int | None, tuple[Any, list]] = {}
-            for p in params:
-                key, taken = self._taken(p)
-                together.setdefault(key, (taken, []))[1].append(p)
-            for taken, members in together.values():
-                states = [[self.state[p][name] for p in members] for name in rule.states]
-                found.append(Part(rule, group["maximize"], members, states, taken, numbers))
+            together: dict[int | None, list] = {}
+            for p in group["params"]:
+                if chosen is None or id(p) in chosen:
+                    taken = self._taken(group, p)
+                    # Of counts in device memory one serves all: they advance together.
+                    key = None if isinstance(taken, torch.Tensor) else taken
+                    together.setdefault(key, []).append(p)
+            found += [Part(self, group, members) for members in together.values()]
         return found
 
-    def _taken(self, p):
-        """(what parameters with as many steps share, that many); of counts in device memory one
-        serves all: they advance together.
-        """
+    def _taken(self, group: dict, p: torch.Tensor) -> int | torch.Tensor:
+        """See `Part.taken`."""
         if not self.counted:
-            return 1, 1
+            return 0 if self._fresh(group, p) else 1
         count = self.state.get(p, {}).get("step", 0)
         on_device = isinstance(count, torch.Tensor) and count.device.type != "cpu"
-        return (None, count) if on_device else (int(count), int(count))
-
-    def advance(self, steps: int, parameters: list | None = None) -> None:
-        """Take note of steps that a training kernel made, of all parameters, or of these."""
-        self._opt_called = True  # torch's schedulers ask whether a step was taken
-        if self.counted:
-            states = [self.state[p] for p in parameters or self.state]
-            torch._foreach_add_([state["step"] for state in states], steps)
-
-    def inline(self) -> tuple:
-        """Counts a step that the backward takes itself: (states, hyper, step, rule).
-
-        See `Net.update`.
-        """
-        self._opt_called = True  # torch's schedulers ask whether a step was taken
-        (group,) = self.param_groups
-        params = group["params"]
-        step = self._next_steps(group, params)[0]
-        lists = [[self.state[p][name] for p in params] for name in self.row(group).states]
-        return lists, self.hyper(params[0].device), step, self.row(group)
+        return count if on_device else int(count)
 
     def update(self, grads: Gradients | None = None) -> None:
-        """`step` without torch's hooks and profiler record around it: what the engines call."""
+        """`step` without torch's hooks and profiler record around it, which engines call."""
         handed = grads.values() if isinstance(grads, dict) else grads
         given_all = None if handed is None else list(handed)
         self._opt_called = True  # torch's schedulers ask whether a step was taken
@@ -287,7 +245,7 @@ class _Ruled(_Torch):
         """One launch for the parameters that take the same step."""
         rule, numbers = self.row(group), self._numbers(group)
         kernels.check_update(type(self).__name__, params, grads)
-        steps = self._next_steps(group, params)
+        steps = self._advance(group, params)
         kept = [self.state[p] for p in params] if rule.states else []
         states = [[state[name] for state in kept] for name in rule.states]
         # Of counts in device memory one serves all: they advance together.
@@ -304,11 +262,9 @@ class _Ruled(_Torch):
                 rule, lists[0], lists[1], lists[2:], numbers, step, maximize=group["maximize"]
             )
 
-    def _next_steps(self, group, params) -> list:
-        """The count of this step for each parameter, taken note of: numbers, or device tensors.
-
-        Where torch's class counts none, 1 for a first step, else 2.
-        """
+    def _advance(self, group: dict, params: list, steps: int = 1) -> list:
+        """Counts steps; the last one's number for each parameter, see `Part.advance`."""
+        self._opt_called = True  # torch's schedulers ask whether a step was taken
         if not self.counted:
             if not self.row(group).states:
                 return [2] * len(params)
@@ -318,7 +274,7 @@ class _Ruled(_Torch):
             return [1 if first else 2 for first in fresh]
         self._make(group, params)
         counts = [self.state[p]["step"] for p in params]
-        torch._foreach_add_(counts, 1)
+        torch._foreach_add_(counts, steps)
         # No host read on a device, nor of fake tensors.
         if group.get("capturable") or not launch.plain(*counts):
             return counts
@@ -354,9 +310,10 @@ class _Ruled(_Torch):
         given = {name: group[name] for name, _ in self.row(group).hyperparameters}
         return {name: _number(value) for name, value in given.items()}
 
-    def _on_host(self, group) -> bool:
-        values = self._hyperparameters(group).values()
-        return not any(isinstance(v, torch.Tensor) for value in values for v in _spread(value))
+    def _are_numbers(self, group: dict) -> bool:
+        """Whether every hyperparameter is a number. A tensor, or a list, may change unseen."""
+        given = (group[name] for name, _ in self.row(group).hyperparameters)
+        return all([type(v) in (float, int) for value in given for v in _spread(value)])
 
     def _numbers(self, group) -> tuple:
         """The row's numbers; what lies in device memory stays there.
@@ -371,7 +328,7 @@ class _Ruled(_Torch):
         if made is not None and made[0] is rule and all(map(operator.is_, made[1], given)):
             return made[2]
         row = kernels.row_of(rule, **self._hyperparameters(group))
-        if all(type(v) in (float, int) for value in given for v in _spread(value)):
+        if self._are_numbers(group):
             kept[id(group)] = rule, given, row
         return row
 

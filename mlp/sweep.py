@@ -19,7 +19,7 @@ import kernels
 from . import cpu
 from .data.dataset import Dataset, permutation
 from .data.given import fitted
-from .engines.epochwise import spec_of
+from .engines.epochwise import rule_of, spec_of
 from .init import initialise
 from .metrics import measure
 from .modules import MLP, loss_of
@@ -113,7 +113,7 @@ class Sweep:
         if max(self.momenta):
             options["momentum"] = max(self.momenta)
         made = OPTIMIZERS[optimizer](model.parameters(), lr=self.lrs[0], **options)
-        spec = spec_of(model, self.loss, made)
+        spec = spec_of(model, self.loss, rule_of(model, made))
         if isinstance(spec, str):
             raise ValueError(f"sweep: {spec}")
         self.spec = spec
@@ -129,7 +129,8 @@ class Sweep:
             )
         self.states = [
             [t.to(self.device).expand(replicas, *t.shape).clone() for t in state]
-            for state in made.states()[0]
+            for part in made.parts()
+            for state in part.states()
         ]
         self.count = torch.zeros(1, device=self.device)
         self.rows: list[Row] = []

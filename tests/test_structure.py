@@ -10,6 +10,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 import kernels
 from kernels.activations import ACTIVATIONS
@@ -247,6 +248,18 @@ def test_operation_is_whole(name):
             and f"{name}_{part}" in kernels.__all__
         )
     assert name in kernels.__all__ or f"{name}_loss" in kernels.__all__
+
+
+@pytest.mark.parametrize("name", [name for name in LIBRARY if name.startswith("mlp/engines/")])
+def test_engines_ask_two_things_of_an_optimizer(name):
+    """`update(grads)` takes a step; `parts()` are what a kernel can update. The rest is torch's."""
+    torchs = {*dir(torch.optim.Optimizer), "param_groups", "state"}
+    asked = {
+        node.attr
+        for node in ast.walk(TREES[name])
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith("optimizer")
+    }
+    assert asked - torchs <= {"update", "parts"}
 
 
 ROWS = set(kernels.RULES) | set(kernels.LOSSES)

@@ -16,16 +16,15 @@ import kernels
 from .. import cpu
 from .. import loss as losses
 from ..data.dataset import Dataset
+from ..optim import Part
 from ..state import parameters_of
-from . import takeover
+from . import takeover, updates
 from .stepwise import Demands, Engine, EpochResult
 
 
-def spec_of(
-    model: Any, loss: Any, optimizer: Any, rule: kernels.Rule | None = None
-) -> kernels.Spec | str:
-    """What the training kernels call this network, loss and optimizer; or, in words, why they have
-    no name for it. rule: the optimizer's, of a caller that knows how its groups differ.
+def spec_of(model: Any, loss: Any, rule: kernels.Rule | None) -> kernels.Spec | str:
+    """What the training kernels call this network, loss and rule; or, in words, why they have no
+    name for it. rule: see `rule_of`.
     """
     config: dict[str, Any] = (
         model.config() if hasattr(model, "config") else {"kind": type(model).__name__}
@@ -35,8 +34,6 @@ def spec_of(
     if any(p.dtype != torch.float32 for p in parameters_of(model).values()):
         return f"trains float32 networks, got {next(iter(parameters_of(model).values())).dtype}"
     criterion = _criterion(loss, config["sizes"][-1])
-    if rule is None and hasattr(optimizer, "rule"):
-        rule = optimizer.rule(parameters_of(model).values())
     if isinstance(criterion, str) or rule is None:
         return (
             criterion
@@ -53,6 +50,12 @@ def spec_of(
     )
 
 
+def rule_of(model: Any, optimizer: Any) -> kernels.Rule | None:
+    """The one rule that updates all parameters of the model alike, or None."""
+    part = updates.whole(optimizer, parameters_of(model).values())
+    return None if part is None else part.rule
+
+
 def _criterion(loss, classes: int) -> dict | str:
     """A loss of `mlp.loss` as the training kernels take it."""
     if hasattr(loss, "criterion"):
@@ -66,7 +69,19 @@ class Fused(Engine):
     @property
     def spec(self) -> kernels.Spec | str:
         """Network, loss and optimizer as they are now, see `spec_of`."""
-        return spec_of(self.model, self.loss, self.optimizer)
+        return spec_of(self.model, self.loss, rule_of(self.model, self.optimizer))
+
+    @property
+    def part(self) -> Part:
+        """The optimizer as it is now, for the kernels to update in its place."""
+        part = updates.whole(self.optimizer, parameters_of(self.model).values())
+        assert part is not None  # `refuses` would have said so
+        return part
+
+    def count(self, part: Part) -> torch.Tensor:
+        """Steps taken, one number on the device, for the kernels to count on."""
+        taken = torch.as_tensor(part.taken, dtype=torch.float32, device=self.parameters[0].device)
+        return taken.detach().reshape(1).clone()
 
     @property
     def parameters(self) -> list[torch.Tensor]:
@@ -102,18 +117,19 @@ class Fused(Engine):
 
     def hyper(self) -> torch.Tensor:
         """The optimizer's numbers as they are now, for the kernels to read."""
-        device = self.parameters[0].device
-        return torch.as_tensor(self.optimizer.hyper(device), dtype=torch.float32, device=device)
+        return torch.tensor(
+            self.part.numbers, dtype=torch.float32, device=self.parameters[0].device
+        )
 
     def ahead(self, steps: int) -> torch.Tensor:
         """(steps, columns) on the CPU: the optimizer's numbers at each step.
 
         The scheduler moves them.
         """
-        rows = []
-        self.optimizer._opt_called = True  # torch's schedulers ask whether a step was taken
+        rows, part = [], self.part
+        part.advance(0)  # torch's schedulers ask whether a step was taken
         for _ in range(steps):
-            rows.append(self.optimizer.hyper(torch.device("cpu")))
+            rows.append(part.numbers)
             if self.moves is not None:
                 self.moves()
         return torch.tensor(rows, dtype=torch.float64)
@@ -172,7 +188,9 @@ class Epoch(Fused):
         on_cpu = cpu.serves(first)
         if not on_cpu and kernels.backend(first) != "triton" and first.dtype == torch.float32:
             return f"epoch: {cpu.NEEDS if first.device.type == 'cpu' else 'needs a GPU'}"
-        spec = cls.differs(model, loss, optimizer) or spec_of(model, loss, optimizer)
+        spec = cls.differs(model, loss, optimizer) or spec_of(
+            model, loss, rule_of(model, optimizer)
+        )
         if isinstance(spec, str):
             return f"epoch: {spec}"
         return None if on_cpu else kernels.refusal(spec, batch_size, "epoch")
@@ -182,7 +200,7 @@ class Epoch(Fused):
         cls, model: Any, loss: Any, optimizer: Any, batch_size: int, steps: int
     ) -> str | None:
         first = next(iter(parameters_of(model).values())).detach()
-        spec = spec_of(model, loss, optimizer)
+        spec = spec_of(model, loss, rule_of(model, optimizer))
         assert not isinstance(spec, str)  # `refuses` would have said so
         if not cpu.serves(first):
             return kernels.outgrown(spec, batch_size, "epoch")
@@ -197,8 +215,9 @@ class Epoch(Fused):
         batch_size: int,
         on_step: Callable[..., object] | None = None,
     ) -> EpochResult:
-        states, count = self.optimizer.states()
-        before, run = int(count), self.run(data, order, batch_size, states, count)
+        part = self.part
+        count = self.count(part)
+        before, run = int(count), self.run(data, order, batch_size, part.states(), count)
         try:
             if cpu.serves(self.parameters[0]):
                 ahead = self.ahead(run.steps) if self.demands.per_step else None
@@ -206,5 +225,5 @@ class Epoch(Fused):
             else:
                 values, correct = kernels.train_epoch(run)
         finally:
-            self.optimizer.advance(int(count) - before)
+            part.advance(int(count) - before)
         return self.measured(values, correct, data, order, batch_size, on_step)

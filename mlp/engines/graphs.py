@@ -49,6 +49,8 @@ class Bound(NamedTuple):
     def of(cls, engine: "Graph", data: Dataset, length: int, batch: int) -> "Bound":
         """As things are now; makes the optimizer's states, if there are none."""
         parts = engine.optimizer.parts()
+        for part in parts:
+            part.states()  # makes them
         states = [t for state in engine.optimizer.state.values() for t in state.values()]
         tensors = (*engine.parameters, *states, data.inputs, data.targets)
         facts = {k: _fact(v) for k, v in vars(engine.loss).items() if not k.startswith("_")}
@@ -149,9 +151,8 @@ class _TwoLaunches:
 
     def __init__(self, engine: Graph, data: Dataset, order: torch.Tensor, batch_size: int):
         self.engine = engine
-        states, count = engine.optimizer.states()
-        run = engine.run(data, order.clone(), batch_size, states, count.clone())
-        run.hyper = run.hyper.clone()  # the optimizer may drop its own
+        part = engine.part
+        run = engine.run(data, order.clone(), batch_size, part.states(), engine.count(part))
         self.state = kernels.StepState(run)
         self.state.position[0] = run.steps  # past the end: compiles the kernels and trains nothing
         step = lambda: kernels.train_step(self.state)  # noqa: E731
@@ -159,17 +160,17 @@ class _TwoLaunches:
 
     def run(self, data: Dataset, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses and correct predictions of every step."""
-        run, optimizer = self.state.run, self.engine.optimizer
+        run, part = self.state.run, self.engine.part
         run.order.copy_(order)
         run.hyper.copy_(self.engine.hyper())
-        run.count.copy_(optimizer.states()[1])
+        run.count.copy_(self.engine.count(part))
         if run.targets.data_ptr() != data.targets.data_ptr():
             run.targets.copy_(self.engine.targets(data))  # columns made of the targets
         self.state.position.zero_()
         # The step past the last applies its pending update.
         for _ in range(math.ceil((run.steps + 1) / _CAPTURED)):
             self.replay()
-        optimizer.advance(run.steps)
+        part.advance(run.steps)
         assert run.losses is not None and run.correct is not None  # made with the run
         return run.losses, run.correct
 
@@ -233,7 +234,7 @@ class _Chain:
 
         What that step changed is put back.
         """
-        states = [t for part in self.update.parts for ts in part.states for t in ts]
+        states = [t for part in self.update.parts for ts in part.states() for t in ts]
         tensors = [*parameters_of(self.engine.model).values(), *states]
         before = [t.detach().clone() for t in tensors]
         self.update.write()

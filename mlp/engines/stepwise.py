@@ -324,8 +324,6 @@ class Manual(Engine):
         numbers = None if self.demands.per_step else self.update.numbers()
         key = (x.data_ptr(), y.data_ptr(), len(x), numbers)
         step = self._gradients if numbers is None else self._train
-        if key not in self._recordings:
-            self.update.prepare()
         result = self._recordings.run(key, lambda: step(x, y))
         if numbers is None:
             self.update.apply()

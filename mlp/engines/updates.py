@@ -3,8 +3,12 @@
 An update is made for an epoch. `finish(gradient)` runs the backward and updates; `numbers()` gives
 what a recording of that would freeze, or None if a recording must stop before the update, which is
 then `apply()`.
+
+Of one of our optimizers an update uses two things: `update(grads)` takes a step, and `parts()` are
+the parameters that a kernel can update in its place.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,6 +16,7 @@ import torch
 import kernels
 
 from ..net import Net
+from ..optim import OPTIMIZERS, Part
 from . import takeover
 from .precision import clip
 
@@ -21,6 +26,7 @@ class Separate:
 
     def __init__(self, net: Net, optimizer: Any, grads: list):
         self.net, self.optimizer, self.grads = net, optimizer, grads
+        self.parts: list[Part] | None = None
 
     def finish(self, gradient: torch.Tensor) -> None:
         """Backward from the gradient of the outputs, and the update."""
@@ -33,22 +39,35 @@ class Separate:
 
     def numbers(self) -> tuple | None:
         """The optimizer's numbers, if they can be frozen."""
-        return self.optimizer.constants()
-
-    def prepare(self) -> None:
-        """What must not be recorded, done before."""
+        if self.parts is None:
+            self.parts = self.optimizer.parts()
+        found = [part.frozen() for part in self.parts]
+        return None if any([numbers is None for numbers in found]) else tuple(found)
 
 
 class Inline(Separate):
     """The update in the epilogue of the backward: gradients are not stored."""
 
+    def __init__(self, net: Net, part: Part, grads: list):
+        super().__init__(net, part.optimizer, grads)
+        self.part = part
+        self._written: tuple | None = None
+        self._row = torch.empty(0)
+
     def finish(self, gradient: torch.Tensor) -> None:
         """Backward and update in one."""
-        self.net.update(gradient, *self.optimizer.inline())
+        part, step = self.part, self.part.advance()
+        self.net.update(gradient, part.states(), self._hyper(gradient.device), step, part.rule)
 
-    def prepare(self) -> None:
-        """Make the optimizer's row of numbers, which reads tensors on the host."""
-        self.optimizer.hyper(next(iter(self.net.parameters.values())).device)
+    def _hyper(self, device: torch.device) -> torch.Tensor | tuple:
+        """The part's numbers as they are now; on a GPU a row, written when they change."""
+        numbers = self.part.numbers
+        if device.type == "cpu":
+            return numbers
+        if self._written != numbers:
+            self._written = numbers
+            self._row = torch.tensor(numbers, dtype=torch.float32, device=device)
+        return self._row
 
 
 class Foreign(Separate):
@@ -96,16 +115,15 @@ class InMemory(Separate):
         self.inline = isinstance(update, Inline)
         pairs = zip(parameters(self.optimizer), update.grads, strict=True)
         given = {id(p): (p, g) for p, g in pairs if g is not None}
-        self.trained = [p for p, _ in given.values()]
-        self.parts = self.optimizer.parts(self.trained)
+        trained = [p for p, _ in given.values()]
+        self.parts: list[Part] = self.optimizer.parts(trained)
         self.grads = [[given[id(p)][1] for p in part.parameters] for part in self.parts]
-        device = self.trained[0].device
+        device = trained[0].device
         self.rows = [torch.zeros(len(part.rule.columns), device=device) for part in self.parts]
         self.counts = [torch.zeros(1, device=device) for _ in self.parts]
 
     def write(self) -> None:
         """Numbers and counts as they are now."""
-        self.parts = self.optimizer.parts(self.trained)
         for part, row, count in zip(self.parts, self.rows, self.counts, strict=True):
             row.copy_(torch.tensor([float(number) for number in part.numbers]))
             count.fill_(part.taken)
@@ -116,7 +134,7 @@ class InMemory(Separate):
             count += 1
         if self.inline:
             (part,) = self.parts
-            self.net.update(gradient, part.states, self.rows[0], self.counts[0], part.rule)
+            self.net.update(gradient, part.states(), self.rows[0], self.counts[0], part.rule)
             return
         self.net.backward(gradient)
         for part, grads, row, count in zip(self.parts, self.grads, self.rows, self.counts):
@@ -125,7 +143,7 @@ class InMemory(Separate):
                 part.rule,
                 parameters,
                 grads,
-                part.states,
+                part.states(),
                 row.unbind(),
                 count,
                 maximize=part.maximize,
@@ -133,12 +151,28 @@ class InMemory(Separate):
 
     def advance(self, steps: int) -> None:
         """Take note of so many steps."""
-        self.optimizer.advance(steps, self.trained)
+        for part in self.parts:
+            part.advance(steps)
 
 
 def parameters(optimizer: Any) -> list:
     """All parameters of an optimizer, group after group."""
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def whole(optimizer: Any, parameters: Iterable[torch.Tensor]) -> Part | None:
+    """One of our optimizers as one part that has just these parameters, or None.
+
+    None also where a number of it lies in device memory, or steps go along the gradient.
+    """
+    parts = optimizer.parts() if type(optimizer) in OPTIMIZERS.values() else []
+    if len(parts) != 1:
+        return None
+    (part,) = parts
+    if part.maximize or any([isinstance(number, torch.Tensor) for number in part.numbers]):
+        return None
+    same = [p.data_ptr() for p in part.parameters] == [p.data_ptr() for p in parameters]
+    return part if same else None
 
 
 def choose(net: Net, optimizer: Any, named: dict, clip_norm: float | None = None) -> Separate:
@@ -152,9 +186,9 @@ def choose(net: Net, optimizer: Any, named: dict, clip_norm: float | None = None
         return Clipped((Foreign if is_foreign else Separate)(net, optimizer, grads), clip_norm)
     if is_foreign:
         return Foreign(net, optimizer, grads)
-    rule = optimizer.rule(named.values())
+    part = whole(optimizer, named.values()) if len(net.stages) == 1 else None
     on_kernels = kernels.path(next(iter(net.parameters.values()))) == "triton"
     # Without kernels it gains only where the step is a product.
-    worth = rule is not None and (on_kernels or rule.product_ref is not None)
-    kind = Inline if worth and len(net.stages) == 1 else Separate
-    return kind(net, optimizer, grads)
+    if part is not None and (on_kernels or part.rule.product_ref is not None):
+        return Inline(net, part, grads)
+    return Separate(net, optimizer, grads)

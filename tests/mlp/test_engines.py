@@ -21,6 +21,7 @@ OPTIONS = {
     "nesterov": (mlp.SGD, {"lr": 0.02, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
     "maximize": (mlp.SGD, {"lr": 0.001, "maximize": True}),
     "decay": (mlp.AdamW, {"lr": 0.02, "weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-5}),
+    "rate in a tensor": (mlp.SGD, {"lr": torch.tensor(0.02), "momentum": 0.9}),
     "torch's": (torch.optim.RMSprop, {"lr": 0.001}),
 }
 

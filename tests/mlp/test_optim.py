@@ -11,6 +11,7 @@ import torch
 
 import kernels
 import mlp
+from mlp.engines.updates import whole
 from mlp.optim import OPTIMIZERS
 from tests.checks import assert_equal
 from tests.lion import oracle
@@ -201,11 +202,34 @@ def test_parts_have_taken_as_many_steps():
     """No kernel takes parameters with other counts as one."""
     first, second = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))
     optimizer = mlp.Adam([first, second])
-    assert optimizer.rule([first, second]) is kernels.RULES["adam"]
+    part = whole(optimizer, [first, second])
+    assert part is not None and part.rule is kernels.RULES["adam"]
     optimizer.update([torch.ones(2), None])
     one, other = optimizer.parts()
     assert (one.parameters, one.taken) == ([first], 1)
     assert (other.parameters, other.taken) == ([second], 0)
-    assert optimizer.rule([first, second]) is None
-    optimizer.advance(3, [second])
+    assert whole(optimizer, [first, second]) is None
+    assert other.advance(3) == 3
     assert [part.taken for part in optimizer.parts()] == [1, 3]
+
+
+def test_a_first_step_is_not_taken_with_later_ones():
+    """One parameter has momentum, the other none yet: an engine that trained both as fresh, or
+    both as stepped, would lose the momentum or the first step.
+    """
+    first, second = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))
+    optimizer = mlp.SGD([first, second], lr=0.1, momentum=0.9, dampening=0.5)
+    optimizer.update([torch.ones(2), None])
+    assert whole(optimizer, [first, second]) is None
+    assert [(p.parameters, p.taken) for p in optimizer.parts()] == [([first], 1), ([second], 0)]
+    assert [part.advance() for part in optimizer.parts()] == [2, 1]
+    assert [s.tolist() for part in optimizer.parts() for s in part.states()[0]] == [[1, 1], [0] * 3]
+
+
+def test_groups_have_their_own_rules():
+    """States of a group are those of its own rule, not of the first group's."""
+    first, second = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))
+    groups = [{"params": [first]}, {"params": [second], "momentum": 0.9}]
+    plain, momentum = mlp.SGD(groups, lr=0.1).parts()
+    assert (plain.rule.name, plain.states()) == ("sgd", [])
+    assert momentum.rule.name == "momentum" and len(momentum.states()) == 1
