@@ -35,7 +35,7 @@ def as_processes(kernel, programs: int, args, options, first: float) -> None:
         tensor.share_memory_()
 
     def run(program):
-        _wait(0.001 if program else first)
+        _wait(0.01 if program else first)
         kernel[(1,)](*args, program, **options)
 
     processes = [

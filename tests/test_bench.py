@@ -12,7 +12,7 @@ from bench.__main__ import NAMES
 from bench.parts import TABLES
 from bench.table import Table, one_line
 from bench.watchdog import watch
-from tests.test_structure import ROOT
+from tests import ROOT
 
 
 def test_a_provider_that_is_wrong_gets_no_time():

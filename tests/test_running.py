@@ -4,8 +4,7 @@ import os
 import subprocess
 import sys
 
-from tests import machines
-from tests.test_structure import ROOT
+from tests import ROOT, machines
 
 SMALL = """
 import time, pytest

@@ -3,6 +3,7 @@ not hold.
 """
 
 import ast
+import functools
 import importlib
 import math
 import sys
@@ -16,18 +17,25 @@ import kernels
 from kernels.activations import ACTIVATIONS
 from kernels.losses import LOSSES
 from kernels.operations import OPERATIONS
+from tests import ROOT
 
-ROOT = Path(__file__).parent.parent
 PACKAGES = ("kernels", "mlp", "bench", "tests")
 FILES = {
     str(path.relative_to(ROOT)): path
     for package in PACKAGES
     for path in sorted((ROOT / package).rglob("*.py"))
 }
-TREES = {name: ast.parse(path.read_text(), name) for name, path in FILES.items()}
-LIBRARY = [name for name in TREES if name.startswith(("kernels/", "mlp/"))]
+LIBRARY = [name for name in FILES if name.startswith(("kernels/", "mlp/"))]
 KERNELS = [name for name in LIBRARY if name.startswith("kernels/")]
 OPS = [name for name in KERNELS if name.startswith("kernels/ops/") and "__" not in name]
+
+
+@functools.cache
+def tree(name):
+    """A file's syntax tree: parsed where it is asked for, as every process of the suite imports
+    this.
+    """
+    return ast.parse(FILES[name].read_text(), name)
 
 
 def imports(name):
@@ -35,7 +43,7 @@ def imports(name):
     kernels/ops/.
     """
     package = Path(name).parent.parts
-    for node in ast.walk(TREES[name]):
+    for node in ast.walk(tree(name)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -70,7 +78,7 @@ def is_jit(node):
     )
 
 
-@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("name", FILES)
 def test_imports_run_one_way(name):
     allowed = {
         "kernels": ["kernels"],
@@ -101,7 +109,7 @@ def test_leaves_import_no_operation(leaf, may):
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_operations_share_kernels_not_functions(name):
-    for node in ast.walk(TREES[name]):
+    for node in ast.walk(tree(name)):
         if isinstance(node, ast.ImportFrom) and node.level:
             assert not [alias.name for alias in node.names if alias.name.endswith("Function")]
 
@@ -115,12 +123,12 @@ def test_manual_api_has_no_tape(name):
         "backward_hook",
         "nn",
         "torch.nn",
-    } & set(attributes(TREES[name]))
+    } & set(attributes(tree(name)))
 
 
 @pytest.mark.parametrize("name", LIBRARY)
 def test_no_autotuner(name):
-    assert not {"autotune", "Autotuner"} & set(attributes(TREES[name])), (
+    assert not {"autotune", "Autotuner"} & set(attributes(tree(name))), (
         "configurations are pinned: see configs.py"
     )
 
@@ -138,7 +146,7 @@ def test_nothing_else_decides_by_a_losss_name(name):
 
 def assert_compares_none_of(names, file, table):
     """No comparison or match in the file has one of these strings in it."""
-    for node in ast.walk(TREES[file]):
+    for node in ast.walk(tree(file)):
         compared = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
         compared += [node.value] if isinstance(node, ast.MatchValue) else []
         strings = {n.value for c in compared for n in ast.walk(c) if isinstance(n, ast.Constant)}
@@ -147,7 +155,7 @@ def assert_compares_none_of(names, file, table):
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_functions_of_autograd_hold_no_arithmetic(name):
-    for cls in TREES[name].body:
+    for cls in tree(name).body:
         if isinstance(cls, ast.ClassDef) and any(
             "Function" in ast.unparse(base) for base in cls.bases
         ):
@@ -166,7 +174,7 @@ def test_names_of_kernels(name):
     """What is launched is called …_kernel, and what is called …_kernel is never called by
     another.
     """
-    for node in ast.walk(TREES[name]):
+    for node in ast.walk(tree(name)):
         if (
             isinstance(node, ast.Call)
             and ast.unparse(node.func) == "launch.run"
@@ -189,7 +197,7 @@ def test_no_host_synchronisation(name):
     """Nothing waits for the GPU, but the check of labels where it is asked for, and references that
     run on the host.
     """
-    for function in TREES[name].body:
+    for function in tree(name).body:
         if (
             isinstance(function, ast.FunctionDef)
             and function.name != "check_range"
@@ -202,7 +210,7 @@ def test_no_host_synchronisation(name):
             assert not found or "_ref(" in ast.unparse(function), f"{function.name}: {found}"
 
 
-@pytest.mark.parametrize("package", [name for name in TREES if name.endswith("__init__.py")])
+@pytest.mark.parametrize("package", [name for name in FILES if name.endswith("__init__.py")])
 def test_no_name_stands_for_a_module_and_something_else(package):
     """Importing a module gives the module: no package binds a module's name to anything else."""
     here = importlib.import_module(Path(package).parent.as_posix().replace("/", "."))
@@ -224,7 +232,7 @@ def test_every_operation_has_a_row(name):
     """A file with launchers of a forward and its backward defines a Differentiable, and the table
     in kernels/operations.py has its row.
     """
-    functions = {n.name for n in TREES[name].body if isinstance(n, ast.FunctionDef)}
+    functions = {n.name for n in tree(name).body if isinstance(n, ast.FunctionDef)}
     for function in functions:
         base = function.removesuffix("_fwd")
         if base != function and f"{base}_fwd_ref" in functions:
@@ -256,7 +264,7 @@ def test_engines_ask_two_things_of_an_optimizer(name):
     torchs = {*dir(torch.optim.Optimizer), "param_groups", "state"}
     asked = {
         node.attr
-        for node in ast.walk(TREES[name])
+        for node in ast.walk(tree(name))
         if isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith("optimizer")
     }
     assert asked - torchs <= {"update", "parts"}
@@ -269,7 +277,7 @@ TABLES = ("kernels/rules.py", "kernels/losses.py")
 @pytest.mark.parametrize("name", [name for name in LIBRARY if name not in TABLES])
 def test_rules_and_losses_are_rows_that_are_handed_on(name):
     """Nothing is chosen by comparing a rule's or a loss's name, or by counting a rule's states."""
-    for node in ast.walk(TREES[name]):
+    for node in ast.walk(tree(name)):
         if not isinstance(node, ast.Compare):
             continue
         equal = all(isinstance(op, ast.Eq | ast.NotEq) for op in node.ops)
@@ -291,7 +299,7 @@ WIDE = ("sgd_ref", "adam_ref")
 def test_what_travels_together_is_one_argument(name):
     """A kernel has at most 13 parameters; a function of the host, of training and rules, 8."""
     most = 8 if name.startswith("kernels/training/") or name in TABLES[:1] else math.inf
-    for node in ast.walk(TREES[name]):
+    for node in ast.walk(tree(name)):
         if isinstance(node, ast.FunctionDef) and node.name not in WIDE:
             count = sum(map(len, (node.args.posonlyargs, node.args.args, node.args.kwonlyargs)))
             assert count <= (13 if is_jit(node) else most), f"{node.name}: {count} parameters"

@@ -17,9 +17,9 @@ import torch
 import triton
 
 from kernels import Run, Spec, StepState, hyperparameters, launch, train_epoch, train_step
+from tests import ROOT
 from tests.compile import worker
 from tests.compile.test_compile import USUAL
-from tests.test_structure import ROOT
 
 # What is compiled for each: (rule, precision). The stack must be empty on the first two, other
 # targets must compile.

@@ -16,9 +16,7 @@ MODULES = {
     nn.CrossEntropyLoss: mlp.CrossEntropyLoss,
     nn.MSELoss: mlp.MSELoss,
 }
-EACH = pytest.mark.parametrize(
-    "info", [i for i in torchs.module_db if i.module_cls in MODULES], ids=lambda i: i.name
-)
+EACH = pytest.mark.parametrize("cls", MODULES, ids=lambda cls: cls.__name__)
 
 
 def build(cls, constructor, device, dtype):
@@ -30,12 +28,12 @@ def build(cls, constructor, device, dtype):
     return cls(*constructor.args, **constructor.kwargs, **kind)
 
 
-def compare(info, device, dtype) -> int:
+def compare(cls, device, dtype) -> int:
+    info = torchs.module(cls)
     samples = info.module_inputs_func(info, device, dtype, True, True)
     for sample in samples:
         ours, theirs = (
-            build(cls, sample.constructor_input, device, dtype)
-            for cls in (MODULES[info.module_cls], info.module_cls)
+            build(kind, sample.constructor_input, device, dtype) for kind in (MODULES[cls], cls)
         )
         # One and the same parameters, so that both functions have their gradients by them.
         for name, parameter in theirs.named_parameters():
@@ -52,24 +50,25 @@ def compare(info, device, dtype) -> int:
 
 @EACH
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_by_the_reference(info, dtype):
+def test_by_the_reference(cls, dtype):
     torch.manual_seed(0)  # the samples are random; float32 sums differ in their last digits
     with kernels.use("torch"):
-        assert compare(info, "cpu", dtype)
+        assert compare(cls, "cpu", dtype)
 
 
 @EACH
-def test_by_the_kernels(info, device):
+def test_by_the_kernels(cls, device):
     torch.manual_seed(0)
-    assert compare(info, device, torch.float32)
+    assert compare(cls, device, torch.float32)
 
 
 @EACH
-def test_error_inputs(info):
+def test_error_inputs(cls):
+    info = torchs.module(cls)
     func = info.module_error_inputs_func
     for case in func(info, "cpu", torch.float32, False, True) if func else ():
         given = case.module_error_input
         with pytest.raises((ValueError, IndexError, TypeError, RuntimeError)) as error:
-            module = build(MODULES[info.module_cls], given.constructor_input, "cpu", torch.float32)
+            module = build(MODULES[cls], given.constructor_input, "cpu", torch.float32)
             module(*given.forward_input.args, **given.forward_input.kwargs)
         torchs.assert_clear(error.value)

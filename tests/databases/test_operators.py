@@ -22,11 +22,8 @@ quiet = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel
 def drawn(name, kind, device, dtype):
     """(torch's function, [(sample, whether we refuse it)])."""
     variant = name.partition(".")[2]
-    op = next(
-        op
-        for op in torchs.op_db
-        if (op.name, op.variant_test_name) == (OPERATORS[name][0], variant)
-    )
+    entries = torchs.operators(OPERATORS[name][0])
+    op = next(op for op in entries if op.variant_test_name == variant)
     refused = REFUSED.get(name, (None, lambda *args, **options: False))[1]
     samples = list(getattr(op, kind)(device, dtype, requires_grad=True))
     return OPERATORS[name][2] or op.op, [
@@ -102,7 +99,7 @@ def test_what_is_refused(name, kind):
 @pytest.mark.parametrize("path", ["torch", None], ids=["reference", "kernels"])
 def test_error_inputs(name, path):
     """What torch takes for an error is one here, with one line that says what is wrong."""
-    op = next(op for op in torchs.op_db if op.name == OPERATORS[name][0])
+    op = torchs.operators(OPERATORS[name][0])[0]
     for case in (
         op.error_inputs("cpu") if op.error_inputs_func and OPERATORS[name][2] is None else ()
     ):

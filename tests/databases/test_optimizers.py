@@ -24,11 +24,7 @@ REFUSED = {
     "differentiable": "steps that are part of a graph",
     "centered": "RMSprop's variance of the gradient",
 }
-EACH = pytest.mark.parametrize(
-    "info",
-    [i for i in torchs.optim_db if i.optim_cls in OPTIMIZERS],
-    ids=lambda i: i.optim_cls.__name__,
-)
+EACH = pytest.mark.parametrize("kind", OPTIMIZERS, ids=lambda kind: kind.__name__)
 
 
 def parameters(device, dtype):
@@ -56,13 +52,13 @@ def trained(cls, device, dtype, keywords):
     return params, optimizer.state_dict()["state"]
 
 
-def samples(info):
+def samples(kind):
     """The database's keywords, and each again with the flags that choose an implementation in
     torch.
     """
-    known = inspect.signature(info.optim_cls.__init__).parameters
+    known = inspect.signature(kind.__init__).parameters
     flags = [{}, *({name: True} for name in ("foreach", "fused") if name in known)]
-    for sample in info.optim_inputs_func("cpu"):
+    for sample in torchs.optimizer(kind).optim_inputs_func("cpu"):
         for flag in flags:
             if not (
                 flag and isinstance(sample.kwargs.get("lr"), torch.Tensor)
@@ -70,58 +66,55 @@ def samples(info):
                 yield sample.desc, {**sample.kwargs, **flag}
 
 
-def compare(info, device, dtype):
+def compare(kind, device, dtype):
     served, refused = 0, []
-    for desc, keywords in samples(info):
+    for desc, keywords in samples(kind):
         if any(keywords.get(name) for name in REFUSED):
             with pytest.raises(ValueError, match=r"=True is not supported; use torch\.optim\."):
-                OPTIMIZERS[info.optim_cls](parameters(device, dtype), **keywords)
+                OPTIMIZERS[kind](parameters(device, dtype), **keywords)
             refused.append(f"{desc}, {keywords}")
             continue
-        ours, theirs = (
-            trained(cls, device, dtype, keywords)
-            for cls in (OPTIMIZERS[info.optim_cls], info.optim_cls)
-        )
+        ours, theirs = (trained(cls, device, dtype, keywords) for cls in (OPTIMIZERS[kind], kind))
         torch.testing.assert_close(ours, theirs, msg=lambda m, d=desc, k=keywords: f"{d}, {k}: {m}")
         served += 1
     print(
-        f"{info.optim_cls.__name__}: {served} samples served, and not {len(refused)}:",
+        f"{kind.__name__}: {served} samples served, and not {len(refused)}:",
         *refused,
         sep="\n  ",
     )
     # amsgrad, with each of torch's flags; centered, in three samples with each of two.
     expected = {torch.optim.Adam: 3, torch.optim.AdamW: 3, torch.optim.RMSprop: 6}
-    assert len(refused) == expected.get(info.optim_cls, 0)
+    assert len(refused) == expected.get(kind, 0)
 
 
 @EACH
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_by_the_reference(info, dtype):
+def test_by_the_reference(kind, dtype):
     with kernels.use("torch"):
-        compare(info, "cpu", dtype)
+        compare(kind, "cpu", dtype)
 
 
 @EACH
-def test_by_the_kernels(info, device):
-    compare(info, device, torch.float32)
+def test_by_the_kernels(kind, device):
+    compare(kind, device, torch.float32)
 
 
 @EACH
-def test_error_inputs(info):
+def test_error_inputs(kind):
     """What torch takes for an error or warns of, at construction or at a step, is one here."""
-    for case in info.optim_error_inputs_func("cpu", torch.float32):
+    for case in torchs.optimizer(kind).optim_error_inputs_func("cpu", torch.float32):
         given = case.optimizer_error_input
         params = parameters("cpu", torch.float32) if given.params is None else given.params
         with pytest.raises((case.error_type, FutureWarning), match=case.error_regex):
-            OPTIMIZERS[info.optim_cls](params, **given.kwargs).step()
+            OPTIMIZERS[kind](params, **given.kwargs).step()
 
 
 @EACH
 @pytest.mark.parametrize("option", REFUSED)
-def test_a_refused_option_of_a_single_group(info, option):
+def test_a_refused_option_of_a_single_group(kind, option):
     """Is not passed over: torch's constructor checks only what it is given for all groups."""
     ours, group = (
-        OPTIMIZERS[info.optim_cls],
+        OPTIMIZERS[kind],
         {"params": parameters("cpu", torch.float32), option: True},
     )
     refused = pytest.raises(

@@ -4,11 +4,17 @@ the same tensors.
 They come with torch, in torch.testing._internal, and need the package expecttest.
 """
 
+import functools
+
 import torch
 from torch.utils._pytree import tree_leaves
 
 
-def _databases():
+@functools.cache
+def databases():
+    """(op_db, module_db, optim_db). They take seconds to import, so a test asks for them when it
+    runs: every process of the suite imports the tests.
+    """
     from torch.testing._internal.common_methods_invocations import op_db
     from torch.testing._internal.common_modules import module_db
     from torch.testing._internal.common_optimizers import optim_db
@@ -19,7 +25,21 @@ def _databases():
     return op_db, module_db, optim_db
 
 
-op_db, module_db, optim_db = _databases()
+def operators(name) -> list:
+    """The entries of op_db of that name, in its order."""
+    return [entry for entry in databases()[0] if entry.name == name]
+
+
+def module(cls):
+    """The one entry of module_db of a class."""
+    (entry,) = [entry for entry in databases()[1] if entry.module_cls is cls]
+    return entry
+
+
+def optimizer(cls):
+    """The one entry of optim_db of a class."""
+    (entry,) = [entry for entry in databases()[2] if entry.optim_cls is cls]
+    return entry
 
 
 def tensors_in(inputs) -> list:

@@ -12,7 +12,7 @@ import pytest
 
 from mlp import engines
 from mlp.__main__ import main
-from tests.test_structure import ROOT
+from tests import ROOT
 
 # 33 and 1438 = 43 · 33 + 19 are odd: the processes' parts differ in size.
 RULES = ("--hidden", "8", "--batch-size", "33", "--device", "cpu", "--clip-norm", "1")

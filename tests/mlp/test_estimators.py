@@ -17,7 +17,7 @@ from sklearn.utils import estimator_checks
 
 import kernels
 import mlp
-from tests.test_structure import ROOT
+from tests import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 NAMES = ("MLPClassifier", "MLPRegressor")

@@ -41,23 +41,30 @@ def repeated(monkeypatch):
 
 
 def in_turn(engine, model, data, kind, options, loss=mlp.SoftmaxCrossEntropy):
-    """Results of three epochs, the last at another learning rate, and the weights after them."""
+    """Results of two epochs, the second at another learning rate, and the weights after them."""
     optimizer = kind(model.parameters(), **options)
     trained, results = engine(model, loss(), optimizer), []
-    for epoch in range(3):
-        optimizer.param_groups[0]["lr"] = options["lr"] / (1 + epoch // 2)
+    for epoch in range(2):
+        optimizer.param_groups[0]["lr"] = options["lr"] / (1 + epoch)
         results.append(trained.epoch(data, mlp.data.permutation(len(data), 0, epoch), 5))
     return results, [p.detach() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("count", [17, 20], ids=["smaller last batch", "whole batches"])
-@pytest.mark.parametrize(
-    "optimizer", [name for name in OPTIONS if name not in ("dampening", "torch's")]
-)
-@pytest.mark.parametrize("kind", MODELS)
-def test_trains_as_manual(kind, optimizer, count, repeated):
+# Every model with every optimizer, and each of both with either last batch. What the last batch
+# does depends on neither, so not every three meet.
+OPTIMIZERS = [name for name in OPTIONS if name not in ("dampening", "torch's")]
+COUNTS = {"smaller last batch": 17, "whole batches": 20}
+CASES = [
+    (kind, optimizer, list(COUNTS)[(i + j) % 2])
+    for i, kind in enumerate(MODELS)
+    for j, optimizer in enumerate(OPTIMIZERS)
+]
+
+
+@pytest.mark.parametrize(("kind", "optimizer", "last"), CASES)
+def test_trains_as_manual(kind, optimizer, last, repeated):
     torch.manual_seed(0)
-    pixels = torch.randint(0, 256, (count, 36), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (COUNTS[last], 36), dtype=torch.uint8)
     data = mlp.Dataset(pixels, pixels.float()[:, :3].argmax(1), scale=1 / 255, shift=-0.5)
     model = MODELS[kind]()
     assert_as_manual(model, data, OPTIONS[optimizer])

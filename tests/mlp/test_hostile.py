@@ -4,8 +4,7 @@ import os
 import subprocess
 import sys
 
-from tests import hostile
-from tests.test_structure import ROOT
+from tests import ROOT, hostile
 
 
 def test_hostile_files():

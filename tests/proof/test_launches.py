@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.test_structure import ROOT
+from tests import ROOT
 
 # Of an H100: 32-bit registers and bytes of shared memory of a multiprocessor, and how many it has.
 REGISTERS, SHARED, PROCESSORS = 65_536, 232_448, 132
