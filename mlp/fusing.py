@@ -233,6 +233,8 @@ def _hooked(module) -> bool:
 
 def _is_follower(module) -> bool:
     """Whether a layer may take this module in: a pooling, or one of torch's activations."""
+    if type(module) in TWINS:  # swapped where it stands
+        return False
     homes = {kind.__module__ for kind in type(module).__mro__}
     return type(module) is nn.MaxPool2d or (
         nn.ReLU.__module__ in homes and not isinstance(module, nn.MultiheadAttention)

@@ -1,7 +1,7 @@
 """One more activation, rule, data set, engine and recipe, as CONTRIBUTING.md lists their places:
 each is added here at run time, and every engine trains with it.
 
-tests/kernels/test_one_more_loss.py does the same for a loss.
+tests/kernels/test_one_more_operation.py and test_one_more_loss.py do the same for those.
 """
 
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from kernels import rules
 from kernels.activations import ACTIVATIONS, Activation
 from kernels.rules import RULES, Rule
 from mlp import data, optim, recipes
-from mlp.data import Dataset
+from mlp.data import Dataset, files
 from mlp.engines import ENGINES, Engine
 from mlp.recipes import RECIPES, Recipe
 
@@ -225,3 +225,17 @@ def test_data_set(monkeypatch, tmp_path):
     model = mlp.MLP((36, 4, 2))
     history = mlp.Trainer(model, verbose=False).fit(train, 2, 8, evaluate=test)
     assert len(history) == 2
+
+
+def test_format_of_files(monkeypatch, tmp_path):
+    """A reader in `mlp.data.files.READERS`."""
+    path = tmp_path / "points.rows"
+    np.savetxt(path, np.column_stack([np.arange(40) % 5, np.arange(40) % 2]))
+
+    def rows(path):
+        table = np.loadtxt(path)
+        return {"x_train": table[:, :1], "y_train": table[:, 1].astype(int)}
+
+    monkeypatch.setitem(files.READERS, ".rows", rows)
+    train, test = data.load(str(path), tmp_path, verbose=False)
+    assert train.classes == ("0", "1") and len(train) + len(test) == 40
