@@ -114,10 +114,15 @@ class Product(NamedTuple):
 
     @property
     def options(self) -> dict:
-        """Keyword arguments of the fused kernel."""
+        """Keyword arguments of a kernel that multiplies: tiles, precision, how it is launched."""
         tiles = self.config._asdict()
         del tiles["library"]
         return dict(tiles, PRECISION=self.precision)
+
+    def over(self, *terms: int) -> dict:
+        """`options`, and whether sums of so many terms take whole tiles only."""
+        whole = all([k % self.config.BLOCK_K == 0 for k in terms])
+        return dict(self.options, WHOLE=whole)
 
     def grid(self, m: int, n: int) -> tuple[int, int]:
         """Tiles of an m × n result."""

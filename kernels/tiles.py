@@ -33,6 +33,11 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
+# Rows of tiles that are done together. Eight rows, and as many columns as then run at once, make a
+# block about as high as wide for a hundred programs: it reads the fewest tiles.
+GROUP = tl.constexpr(8)
+
+
 class Matrix(NamedTuple):
     """A matrix as a kernel takes it: its address, how many rows it has, and its strides."""
 
@@ -55,6 +60,24 @@ def load_tile(a, offs_m, offs_n, mask):
 
 
 @triton.jit
+def tile_of_program():
+    """(row, column) of this program's tile, where the grid has one for each.
+
+    A device starts programs by number, row after row of a column of tiles: those that run at once
+    would read all of the left matrix, over and over. Here they take GROUP rows of tiles, column
+    after column, then the next GROUP rows: tiles of both matrices are still in the cache when they
+    are wanted again.
+    """
+    rows = tl.num_programs(0)
+    columns = tl.num_programs(1)
+    number = tl.program_id(1) * rows + tl.program_id(0)
+    first = number // (GROUP * columns) * GROUP
+    height = tl.minimum(rows - first, GROUP)
+    within = number - first * columns
+    return first + within % height, within // height
+
+
+@triton.jit
 def product_tile(
     a,  # Matrix [M, K]
     b,  # Matrix [N, K]
@@ -65,11 +88,12 @@ def product_tile(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
     ROW_SUM: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """acc[m, n] = Σ_k a[m, k] b[n, k] for k in [k_start, k_end), and with ROW_SUM also Σ_k a[m, k].
 
     The forward and both products of the backward are this sum; they differ in strides. Offsets are
-    64-bit.
+    64-bit. WHOLE: k_end - k_start is a multiple of BLOCK_K, so no tile of the sum needs a mask.
     """
     offs_k = k_start + tl.arange(0, BLOCK_K).to(tl.int64)
     mask_m = (offs_m < a.rows)[:, None]
@@ -84,9 +108,13 @@ def product_tile(
     acc = tl.zeros((offs_m.shape[0], offs_n.shape[0]), dtype=tl.float32)
     row_sum = tl.zeros((offs_m.shape[0],), dtype=tl.float32)
     for k in range(k_start, k_end, BLOCK_K):
-        mask_k = k + tl.arange(0, BLOCK_K) < k_end
-        a_tile = tl.load(a_ptrs, mask=mask_m & mask_k[None, :], other=0.0)
-        b_tile = tl.load(b_ptrs, mask=mask_k[:, None] & mask_n, other=0.0)
+        if WHOLE:
+            a_tile = tl.load(a_ptrs, mask=mask_m, other=0.0)
+            b_tile = tl.load(b_ptrs, mask=mask_n, other=0.0)
+        else:
+            mask_k = k + tl.arange(0, BLOCK_K) < k_end
+            a_tile = tl.load(a_ptrs, mask=mask_m & mask_k[None, :], other=0.0)
+            b_tile = tl.load(b_ptrs, mask=mask_k[:, None] & mask_n, other=0.0)
         acc = dot(a_tile, b_tile, acc, PRECISION)
         if ROW_SUM:
             row_sum += tl.sum(a_tile.to(tl.float32), axis=1)

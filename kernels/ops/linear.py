@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from .. import activations, configs, launch, tape
-from ..tiles import cast, load_tile, matrix, product_tile
+from ..tiles import cast, load_tile, matrix, product_tile, tile_of_program
 
 MAX_SPLITS = 32  # of the batch in dw: the workspace is at most this many times dw
 
@@ -149,6 +149,7 @@ def linear_fwd_kernel(
     stride_b,
     K,
     ACT: tl.constexpr,
+    WHOLE: tl.constexpr,  # whether K is a multiple of BLOCK_K
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -158,10 +159,11 @@ def linear_fwd_kernel(
 
     z is stored too where z_ptr is not None. y and z are contiguous (M, N).
     """
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row, column = tile_of_program()
+    offs_m = row * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     N = w.rows
-    z, _ = product_tile(x, w, offs_m, offs_n, 0, K, BLOCK_K, PRECISION, False)
+    z, _ = product_tile(x, w, offs_m, offs_n, 0, K, BLOCK_K, PRECISION, False, WHOLE)
     if b_ptr is not None:
         z += tl.load(b_ptr + offs_n * stride_b, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     offs = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
@@ -205,6 +207,7 @@ def linear_bwd_dx_kernel(
     s,  # Matrix [M, K], or None
     N,
     ACT_BWD: tl.constexpr,
+    WHOLE: tl.constexpr,  # whether N is a multiple of BLOCK_K
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -217,10 +220,11 @@ def linear_bwd_dx_kernel(
     Here a tile's columns are k and its sum runs over n, so the names of the block sizes follow the
     result (M, K).
     """
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row, column = tile_of_program()
+    offs_m = row * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = column * BLOCK_N + tl.arange(0, BLOCK_N)
     K = w.rows
-    dx, _ = product_tile(dz, w, offs_m, offs_k, 0, N, BLOCK_K, PRECISION, False)
+    dx, _ = product_tile(dz, w, offs_m, offs_k, 0, N, BLOCK_K, PRECISION, False, WHOLE)
     offs_m = offs_m.to(tl.int64)[:, None]
     offs_k = offs_k.to(tl.int64)[None, :]
     mask = (offs_m < dz.rows) & (offs_k < K)
@@ -238,6 +242,7 @@ def linear_bwd_dw_kernel(
     M,
     rows,
     split_stride,
+    WHOLE: tl.constexpr,  # whether the rows of every split are a multiple of BLOCK_K
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -249,16 +254,18 @@ def linear_bwd_dw_kernel(
     rows). The programs of the first column of tiles have dz in hand and sum db: no atomics. Splits
     write apart, split_stride elements on.
     """
-    offs_n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row, column = tile_of_program()
+    offs_n = row * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = column * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(2)
     start = split * rows
     N = dz.rows
     K = x.rows
     end = tl.minimum(start + rows, M)
-    dw, db = product_tile(dz, x, offs_n, offs_k, start, end, BLOCK_K, PRECISION, db_ptr is not None)
-    if db_ptr is not None:  # noqa: SIM102  known at compile time, unlike the next
-        if tl.program_id(1) == 0:
+    BIAS: tl.constexpr = db_ptr is not None
+    dw, db = product_tile(dz, x, offs_n, offs_k, start, end, BLOCK_K, PRECISION, BIAS, WHOLE)
+    if BIAS:  # noqa: SIM102  known at compile time, unlike the next
+        if column == 0:
             db_ptrs = db_ptr + split.to(tl.int64) * split_stride + offs_n
             tl.store(db_ptrs, cast(db, db_ptr.dtype.element_ty), mask=offs_n < N)
     offs_n = offs_n.to(tl.int64)[:, None]
@@ -357,7 +364,7 @@ def linear_fwd(
             0 if b is None else b.stride(0),
             K,
             ACT=act.forward,
-            **product.options,
+            **product.over(K),
         )
     y = y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], N))
     return y, LinearSaved(x, w, kept(act, y, z), b is not None, activation)
@@ -443,7 +450,7 @@ def linear_bwd_dx(
         None if s is None else matrix(s),
         N,
         ACT_BWD=act.backward,
-        **product.options,
+        **product.over(N),
     )
     return dx
 
@@ -518,8 +525,10 @@ def dw_plan(
     tiles = rows, max(columns, 1)  # one for db if K = 0
     splits, length = _split_batch(M, tiles[0] * tiles[1], dz.device)
     if library and product.by_library(N, K, length):
-        return DwPlan(product.options, tiles, 1, M, True)
-    return DwPlan(product.options, tiles, splits, length, False)
+        splits, length, library = 1, M, True
+    else:
+        library = False
+    return DwPlan(product.over(length, M), tiles, splits, length, library)
 
 
 @torch.no_grad()

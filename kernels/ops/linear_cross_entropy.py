@@ -96,7 +96,7 @@ def linear_cross_entropy_fwd_kernel(
     offs_c = tl.arange(0, BLOCK_N)
     M = x.rows
     C = w.rows
-    z, _ = product_tile(x, w, rows, offs_c, 0, K, BLOCK_K, PRECISION, False)
+    z, _ = product_tile(x, w, rows, offs_c, 0, K, BLOCK_K, PRECISION, False, False)
     if b_ptr is not None:
         z += tl.load(b_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
     z = tl.where((offs_c < C)[None, :], z, float("-inf"))

@@ -24,7 +24,7 @@ import triton.language as tl
 
 from .. import launch, rules
 from ..rules import Rule
-from ..tiles import matrix, product_tile
+from ..tiles import matrix, product_tile, tile_of_program
 from .linear import (
     as_matrix,
     dw_parts,
@@ -75,6 +75,7 @@ def linear_update_kernel(
     M,
     RULE: tl.constexpr,
     SHARED: tl.constexpr,  # whether a tile has fewer elements than the program has threads
+    WHOLE: tl.constexpr,  # whether M is a multiple of BLOCK_K
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -84,15 +85,16 @@ def linear_update_kernel(
 
     The programs of the first column of tiles do b. The tiles are those of `linear_bwd_dw_kernel`.
     """
-    offs_n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row, column = tile_of_program()
+    offs_n = row * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = column * BLOCK_N + tl.arange(0, BLOCK_N)
     numbers = numbers_at(hyper_ptr, read(step), RULE)
     N = dz.rows
     K = x.rows
     BIAS: tl.constexpr = len(net.tensors) == 2
-    dw, db = product_tile(dz, x, offs_n, offs_k, 0, M, BLOCK_K, PRECISION, BIAS)
+    dw, db = product_tile(dz, x, offs_n, offs_k, 0, M, BLOCK_K, PRECISION, BIAS, WHOLE)
     if BIAS:  # noqa: SIM102  known at compile time, unlike the next
-        if tl.program_id(1) == 0:
+        if column == 0:
             b = tl.load(net.tensors[1] + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
             # Several warps hold the same elements of a bias.
             update_tile(net, 1, 0, offs_n, offs_n < N, b, db, numbers, RULE, True)

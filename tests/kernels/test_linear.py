@@ -3,12 +3,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch.autograd import gradcheck, gradgradcheck
 
 import kernels
 from kernels import configs, launch, linear_bwd_dw
 from kernels.activations import ACTIVATIONS
+from kernels.operations import Make
+from kernels.ops import linear as linear_ops
 from kernels.ops.linear import linear_bwd_dw_ref
+from kernels.tiles import tile_of_program
 from tests.checks import DTYPES, assert_as_accurate, assert_equal, compare, double
 
 EACH_ACTIVATION = pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -116,6 +121,48 @@ def test_every_bucket(size, device, monkeypatch):
     """
     monkeypatch.setattr(configs, "bucket", lambda m, n, sms: size)
     compare(*pair("tanh"), draw("tanh", 150, 17, 140, device, torch.float16))
+
+
+@triton.jit
+def place_kernel(places_ptr):
+    """Each program writes where its tile is, in the order in which a device starts programs."""
+    row, column = tile_of_program()
+    number = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(places_ptr + 2 * number, row)
+    tl.store(places_ptr + 2 * number + 1, column)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (3, 4), (8, 5), (9, 1), (19, 5), (16, 2)], ids=str)
+def test_programs_walk_bands_of_tiles(grid, device):
+    """Every tile once; those of eight rows before any below; column by column within."""
+    rows, columns = grid
+    places = torch.empty(rows * columns, 2, dtype=torch.int32, device=device)
+    launch.run(place_kernel, grid, places)
+    bands = [range(first, min(first + 8, rows)) for first in range(0, rows, 8)]
+    expected = [[r, c] for band in bands for c in range(columns) for r in band]
+    assert places.tolist() == expected
+
+
+def test_masks_are_left_out_of_whole_sums_only():
+    """Of a split batch all splits must be whole, and the last is what remains of the batch."""
+    make = Make("meta", torch.float32)
+    seen = {}
+
+    def note(kernel, grid, args, options):
+        seen.setdefault(kernel.fn.__name__, []).append(options["WHOLE"])
+
+    with launch.dry_run("sm_90", 132), launch.observe(note), kernels.use(products="fused"):
+        for m, k, n in ((512, 784, 64), (7, 33, 15), (520, 16, 100)):
+            x, w, dz = make.real(m, k), make.real(n, k), make.real(m, n)
+            kernels.linear_fwd(x, w)
+            kernels.linear_bwd_dx(dz, w)
+            plan = linear_ops.dw_plan("linear_bwd_dw", dz, (m, n, k))
+            seen.setdefault("splits", []).append((plan.splits, plan.options["WHOLE"]))
+    assert seen == {
+        "linear_fwd_kernel": [True, False, True],
+        "linear_bwd_dx_kernel": [True, False, False],
+        "splits": [(2, True), (1, False), (2, False)],
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
