@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from tests import ROOT, machines
+from tests import ROOT, machines, running
 
 SMALL = """
 import time, pytest
@@ -42,11 +42,23 @@ def test_order_skips_and_budget(tmp_path):
     status, text = run(tmp_path, budget=0.2)
     assert status == 0 and text.index("test_long") < text.index("test_short"), text
     assert "skipped 1: takes minutes; needs --full. To run: pytest -n auto --full" in text
-    assert "skipped 1: this needs a GPU. To run: on a machine with a GPU: python -m bench" in text
+    assert "skipped 1: needs a GPU. To run: on a machine with a GPU: python -m bench" in text
     assert "over the budget of 0 s of processor time: test_small.py::test_busy" in text
     status, text = run(tmp_path, "--enforce-budget", "--full", budget=0.2)
     assert status == 0 and "test_full PASSED" in text and "needs --full" not in text
     assert run(tmp_path, "--enforce-budget", budget=0.2)[0] == 1
+
+
+def test_kinds_of_skips():
+    for reason in ("graph: needs a CUDA GPU", "by design: graph: needs a CUDA GPU"):
+        assert running.kind(reason) == running.kind("this needs a GPU")
+    refusals = (
+        "by design: epoch: trains multilayer perceptrons, got convnet",
+        "by design: no class",
+    )
+    assert len({*map(running.kind, refusals)}) == 1
+    assert running.kind("could not import 'numba'").endswith('. To run: pip install -e ".[dev]"')
+    assert running.kind("this machine has a GPU") == "this machine has a GPU"
 
 
 def test_machines_are_of_tests_that_exist():

@@ -60,7 +60,7 @@ def train(
     make = lambda params: optimizer[0](params, **optimizer[1])  # noqa: E731
     refusal = ENGINES[engine].refuses(model, loss, make(list(model.parameters())), 16)
     if refusal is not None:
-        pytest.skip(refusal)
+        pytest.skip(f"by design: {refusal}")
     trainer = Trainer(model, loss, make, engine)
     rows = trainer.fit(data or problem(), epochs, 16, seed=3)
     return [(row["train_loss"], row["train_accuracy"]) for row in rows], [
@@ -106,7 +106,7 @@ def test_same_run_with_every_optimizer(optimizer, engine, device):
 )
 def test_same_run_with_every_loss(loss, kind, engine, device):
     if kind == "numbers" and getattr(loss(), "options", ())[1:2] == (2,):
-        pytest.skip("numbers have no class to ignore")
+        pytest.skip("by design: numbers have no class to ignore")
     options = {"data": problem(kind), "optimizer": (mlp.SGD, {"lr": 0.02})}
     assert_same_run(*(train(e, device, loss=loss(), **options) for e in (engine, "autograd")))
 

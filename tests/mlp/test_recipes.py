@@ -82,7 +82,7 @@ def test_trains(name, engine, images, device):
         if reason := mlp.ENGINES[kind].refuses(
             model, recipe.make_loss(), recipe.make_optimizer(model.parameters()), 32
         ):
-            pytest.skip(reason)
+            pytest.skip(f"by design: {reason}")
         trainer = Trainer(model, recipe.make_loss(), recipe.make_optimizer, kind)
         rows = trainer.fit(data, 2, recipe.batch_size, drop_last=recipe.drop_last)
         losses.append([row["train_loss"] for row in rows])
