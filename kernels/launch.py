@@ -95,15 +95,10 @@ def backend(*tensors: torch.Tensor | None) -> str:
     """
     if _forced == "torch":
         return "torch"
-    if (
-        _forced is None
-        and _target is None
-        and not INTERPRETED
-        and tensors
-        and tensors[0] is not None
-        and tensors[0].device.type == "cpu"
-    ):
-        return "torch"  # the short way, for the CPU's training loop
+    if _forced is None and _target is None and not INTERPRETED and tensors:
+        first = tensors[0]
+        if first is not None and first.is_cpu:
+            return "torch"  # the short way, for the CPU's training loop
     if watched() or not plain(*tensors):
         return "torch"
     real = [t for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()]
@@ -125,28 +120,47 @@ def path(*tensors: torch.Tensor | None) -> str:
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_NO_TENSORS = (str, type(None), int, float, bool)
 # Those of is_grads_batched=True.
 _batched: Callable[[Any], bool] = torch._C._functorch.is_legacy_batchedtensor
 _NO_DISPATCH = torch.Tensor.__torch_dispatch__
+# Asked in every call: each step of Python between costs as much as the answer.
+_are_functorch_transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+_len_torch_dispatch_stack: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_is_tracing: Callable[[], bool] = torch._C._is_tracing
 
 
 def plain(*tensors: torch.Tensor | None) -> bool:
     """Whether all of these are plain memory, which a kernel can take a pointer of.
 
-    Not so: subclasses with a __torch_dispatch__ of their own (DTensor, FakeTensor), and the batched
-    gradients of is_grads_batched=True. For torch.func's see `watched`. None and non-tensors are
-    ignored.
+    Not so: subclasses with a __torch_dispatch__ of their own (DTensor, FakeTensor), nested tensors,
+    and the batched gradients of is_grads_batched=True. For torch.func's see `watched`. None and
+    non-tensors are ignored.
     """
     for t in tensors:
         kind: Any = type(t)
+        if kind in _NO_TENSORS:
+            continue
         if kind not in _PLAIN:
             if not isinstance(t, torch.Tensor):
                 continue
             if kind.__torch_dispatch__ is not _NO_DISPATCH:
                 return False
-        if _batched(t):
+        if t.is_nested or _batched(t):  # type: ignore[union-attr]  # it is no None
             return False
     return True
+
+
+def has_kernels(t: torch.Tensor) -> bool:
+    """Whether kernels take a tensor of this type on this device, whoever watches or forces."""
+    if t.is_cpu and not INTERPRETED and _target is None:
+        return False  # the short way
+    return t.dtype in KERNEL_DTYPES and _has_kernels(t.device)
+
+
+def is_forced() -> bool:
+    """Whether `use` says which backend to take."""
+    return _forced is not None
 
 
 def _has_kernels(device: torch.device) -> bool:
@@ -348,10 +362,14 @@ def watched() -> bool:
 
     Then no kernel may run, as it would not be seen, and no value may be read.
     """
+    return torch.compiler.is_compiling() or followed()
+
+
+def followed() -> bool:
+    """`watched` for a caller that knows that nothing is being compiled."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
+        _are_functorch_transforms_active()
+        or _len_torch_dispatch_stack() > 0
         or forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
+        or _is_tracing()
     )

@@ -171,7 +171,8 @@ def sgd_ref(
     first: bool = False,
 ) -> None:
     """The reference of `kernels.sgd`: a few torch calls for all tensors."""
-    lr, grads = _without_dimensions(lr), _decayed(params, grads, weight_decay, maximize)
+    if maximize or weight_decay:
+        grads = _decayed(params, grads, weight_decay, maximize)
     if momentum:
         if first:
             torch._foreach_copy_(buffers, grads)
@@ -181,7 +182,7 @@ def sgd_ref(
         ahead = torch._foreach_add(grads, buffers, alpha=momentum) if nesterov else buffers
         grads = list(ahead)
     if isinstance(lr, torch.Tensor):
-        torch._foreach_sub_(params, torch._foreach_mul(grads, lr))
+        torch._foreach_sub_(params, torch._foreach_mul(grads, _without_dimensions(lr)))
     else:
         torch._foreach_add_(params, grads, alpha=-lr)
 

@@ -9,7 +9,7 @@ backward, and the reference under torch.func and for tensors that are no plain m
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,9 @@ class Differentiable:
     inputs: so many of the first arguments have gradients.
     autocast: the dtype under torch.autocast, or None for autocast's own; on devices of the types
         `autocast_on`, as torch's own function does.
+    on_tape: (*arguments) -> y by torch's own differentiable function, or None: where there is no
+        kernel, and torch's tape, in C++, is done before a Function in Python begins. Its gradients
+        are those of the reference, bit for bit. `use("torch")` takes the Function.
     fake_fwd, fake_bwd: results of the right shapes, for operations whose references ask fake
         tensors more than their shapes; None for the references.
     """
@@ -49,6 +52,7 @@ class Differentiable:
     )
     autocast: torch.dtype | None = None
     autocast_on: tuple[str, ...] = launch.AUTOCAST
+    on_tape: Callable[..., torch.Tensor | None] | None = None
     fake_fwd: Callable | None = None
     fake_bwd: Callable | None = None
 
@@ -61,6 +65,18 @@ class Differentiable:
         kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
         found = inspect.signature(self.fwd).parameters.values()
         return tuple(p.name for p in found if p.kind in kinds)
+
+    @functools.cached_property
+    def sources(self) -> tuple[int | None, ...]:
+        """For each field of `saved` the argument that it is, by position; None if it is none."""
+        positions = {name: i for i, name in enumerate(self.parameters)}
+        fields: tuple[str, ...] = self.saved._fields  # type: ignore[attr-defined]  # a NamedTuple
+        return tuple(positions.get(field) for field in fields)
+
+    @functools.cached_property
+    def made(self) -> tuple[int, ...]:
+        """The fields of `saved`, by position, that are no argument."""
+        return tuple(i for i, at in enumerate(self.sources) if at is None)
 
 
 def traceable(function: Callable) -> Callable:
@@ -94,62 +110,75 @@ def call(operation: Differentiable, *args) -> torch.Tensor:
         dtype = operation.autocast or torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             return call(operation, *(_autocast(a, device, dtype) for a in args))
-    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    if compiling and not torch._C._are_functorch_transforms_active():
-        tensors: list[torch.Tensor] = []
-        return compiled.operators[operation.name](tensors, compiled.written(args, tensors))[0]
-    lengths = tuple(
-        [len(a) if isinstance(a, (list, tuple)) else None for a in args[: operation.inputs]]
-    )
-    flat = _spread(args, operation.inputs)
-    if any([a.is_nested for a in flat if isinstance(a, torch.Tensor)]):
+    if torch.compiler.is_compiling():
+        return _traced(operation, args)
+    flat, lengths = _spread(args[: operation.inputs])
+    if not launch.followed() and launch.plain(*flat, *args[operation.inputs :]):
+        if operation.on_tape is not None and not launch.is_forced():
+            y = operation.on_tape(*args)
+            if y is not None:
+                return y
+        return Function.apply(operation, args, lengths, *flat)
+    if any([t.is_nested for t in flat if isinstance(t, torch.Tensor)]):
         raise ValueError(
             f"{operation.name}: nested tensors are not served; pad them with "
             "torch.nested.to_padded_tensor(input, 0.0)"
         )
-    if launch.watched() or not launch.plain(*flat):
+    return operation.fwd(*args)[0]
+
+
+def _traced(operation: Differentiable, args: tuple) -> torch.Tensor:
+    """y for a compiler: the compiled operator, or the reference in operations that it follows."""
+    if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
         return operation.fwd(*args)[0]
-    return Function.apply(operation, lengths, *flat)
+    tensors: list[torch.Tensor] = []
+    return compiled.operators[operation.name](tensors, compiled.written(args, tensors))[0]
 
 
 class Function(torch.autograd.Function):
-    """An operation as one node of the tape. Arguments that are lists of tensors come one by one."""
+    """An operation as one node of the tape. args: its arguments; flat: those with gradients once
+    more, lists of tensors spread out, as torch looks for tensors among the arguments themselves.
+    """
 
     @staticmethod
-    def forward(ctx, operation, lengths, *flat):
-        y, saved = operation.fwd(*_gathered(flat, lengths))
-        ctx.operation, ctx.lengths = operation, lengths
-        remember(ctx, flat, saved)
+    def forward(ctx, operation, args, lengths, *flat):
+        y, saved = operation.fwd(*args)
+        remember(ctx, operation, args, lengths, flat, saved)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        given = ctx.needs_input_grad[2:]
-        count = sum([1 if n is None else n for n in ctx.lengths])
-        grads = differentiate(ctx, dy, given[:count])
-        return (None, None, *grads, *(None,) * (len(given) - count))
+        return None, None, None, *differentiate(ctx, dy, ctx.needs_input_grad[3:])
 
 
-def _spread(args: tuple, inputs: int) -> list:
-    """The arguments, with lists among the first `inputs` of them spread out."""
+def _spread(inputs: tuple) -> tuple[tuple, tuple | None]:
+    """The arguments with tuples among them spread out, and the lengths of these; None if there are
+    no tuples.
+    """
+    if tuple not in map(type, inputs):
+        return inputs, None
     flat: list = []
-    for a in args[:inputs]:
-        flat.extend(a) if isinstance(a, (list, tuple)) else flat.append(a)
-    return flat + list(args[inputs:])
+    for a in inputs:
+        flat.extend(a) if type(a) is tuple else flat.append(a)
+    return tuple(flat), tuple([len(a) if type(a) is tuple else None for a in inputs])
 
 
-def _gathered(flat: tuple, lengths: tuple) -> list:
+def _gathered(flat: tuple, lengths: tuple | None) -> tuple:
     """The arguments that `_spread` spread out."""
+    if lengths is None:
+        return flat
     args, start = [], 0
     for length in lengths:
         end = start + (1 if length is None else length)
         args.append(flat[start] if length is None else flat[start:end])
         start = end
-    return args + list(flat[start:])
+    return tuple(args)
 
 
 def autocasting(tensor: torch.Tensor) -> bool:
     """Whether torch.autocast is on for this tensor's device."""
+    if tensor.is_cpu:
+        return torch.is_autocast_enabled("cpu")
     device = tensor.device.type
     return device in launch.AUTOCAST and torch.is_autocast_enabled(device)
 
@@ -170,32 +199,64 @@ def _autocast(value, device: str, dtype: torch.dtype):
     return value.to(dtype) if value.device.type == device else value
 
 
-def remember(ctx, inputs: tuple, saved: tuple) -> None:
-    """Keeps a Function's inputs and what its forward saved.
+def remember(ctx, operation, args: tuple, lengths, flat: tuple, saved: tuple) -> None:
+    """Keeps a Function's arguments and what its forward made.
 
-    Tensors go through save_for_backward, each once. The rest goes on ctx.
+    Tensors go through save_for_backward, the inputs first. The rest goes on ctx.
     """
-    tensors: list[torch.Tensor] = []
+    tensors = list(flat)
     places: dict[int, _Place] = {}
-    ctx.inputs, ctx.saved = _placed(inputs, tensors, places), _placed(saved, tensors, places)
+    options = args[operation.inputs :]
+    if not _NO_TENSORS.issuperset(map(type, options)):
+        options = _placed(options, tensors, places)
+    made = _placed([saved[i] for i in operation.made], tensors, places)
+    ctx.kept = operation, lengths, len(flat), options, made
     ctx.save_for_backward(*tensors)
+
+
+def recall(ctx) -> tuple[tuple, list]:
+    """The arguments of a Function's forward, and what it saved."""
+    operation, lengths, count, options, made = ctx.kept
+    tensors = ctx.saved_tensors
+    arguments = _gathered(tensors[:count], lengths) + _found(options, tensors)
+    saved, remaining = [], iter(_found(made, tensors))
+    for at in operation.sources:
+        saved.append(next(remaining) if at is None else arguments[at])
+    return arguments, saved
+
+
+_NO_TENSORS = {str, int, float, bool, type(None)}
 
 
 class _Place(int):
     """Where a tensor stands among those that a node of the tape saved."""
 
 
+class _Places(tuple):
+    """A tuple with places in it."""
+
+
 _PLACES = [_Place(i) for i in range(256)]  # made once: to make one takes longer than to look it up
 
 
-def _placed(values: Iterable, tensors: list, places: dict) -> tuple:
-    """The values with a place for each tensor, which goes to `tensors` if it is new.
+def _placed(values: Sequence, tensors: list, places: dict) -> tuple:
+    """The values with a place for each tensor, which goes to `tensors` if it is new; a `_Places` if
+    there is one.
 
     One call for each tuple, not for each value: this runs in every forward.
     """
     found: list = []
+    known = True
     for value in values:
-        if isinstance(value, torch.Tensor):
+        kind = type(value)
+        if kind in _NO_TENSORS:
+            found.append(value)
+        elif kind is tuple:
+            if not _NO_TENSORS.issuperset(map(type, value)):
+                value = _placed(value, tensors, places)
+                known = known and type(value) is tuple
+            found.append(value)
+        elif isinstance(value, torch.Tensor):
             at = places.get(id(value))
             if at is None:
                 count = len(tensors)
@@ -203,21 +264,24 @@ def _placed(values: Iterable, tensors: list, places: dict) -> tuple:
                 places[id(value)] = at
                 tensors.append(value)
             found.append(at)
+            known = False
         else:
-            found.append(_placed(value, tensors, places) if type(value) is tuple else value)
+            found.append(value)
+    return tuple(found) if known else _Places(found)
+
+
+def _found(values: tuple, tensors: tuple) -> tuple:
+    """The values with the tensors that `_placed` put elsewhere."""
+    if type(values) is not _Places:
+        return values
+    found: list = []
+    for value in values:
+        kind = type(value)
+        if kind is _Place:
+            found.append(tensors[value])
+        else:
+            found.append(_found(value, tensors) if kind is _Places else value)
     return tuple(found)
-
-
-def recall(values: tuple, tensors: tuple) -> tuple:
-    """`ctx.inputs` or `ctx.saved` as given to `remember`, from `ctx.saved_tensors`."""
-    return tuple(
-        [
-            tensors[value]
-            if type(value) is _Place
-            else (recall(value, tensors) if type(value) is tuple else value)
-            for value in values
-        ]
-    )
 
 
 def differentiate(ctx, dy: torch.Tensor, needs: tuple[bool, ...]) -> list:
@@ -230,11 +294,10 @@ def differentiate(ctx, dy: torch.Tensor, needs: tuple[bool, ...]) -> list:
     if autocasting(dy):
         with torch.autocast(dy.device.type, enabled=False):
             return differentiate(ctx, dy, needs)
-    operation = ctx.operation
-    tensors = ctx.saved_tensors
+    operation = ctx.kept[0]
+    arguments, saved = recall(ctx)
     if torch.is_grad_enabled():
-        inputs = recall(ctx.inputs, tensors)
-        _, again = operation.fwd_ref(*_gathered(inputs, ctx.lengths))
+        _, again = operation.fwd_ref(*arguments)
         return compiled.flat(operation.bwd_ref(dy, *again, needs=needs))
     bwd = operation.bwd if launch.plain(dy) else operation.bwd_ref
-    return compiled.flat(bwd(dy, *recall(ctx.saved, tensors), needs=needs))
+    return compiled.flat(bwd(dy, *saved, needs=needs))

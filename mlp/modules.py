@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 import kernels
 from kernels import activations
@@ -123,17 +124,24 @@ class MLP(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(…, sizes[0]) -> (…, sizes[-1])."""
-        layers = self.layers()
-        hidden, last = layers[:-1], layers[-1]
-        if not (
-            all(_is_plain(layer, self.activation) for layer in hidden)
-            and _is_plain(last, self.output_activation)
-        ):
-            for layer in layers:
-                input = layer(input)
-            return input
-        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        last, weights, biases = len(self.sizes) - 2, [], []
+        modules, activation = self._modules, self.activation
+        for i in range(last + 1):
+            layer: Any = modules.get(str(i))
+            if not _is_plain(layer, self.output_activation if i == last else activation):
+                return self._one_by_one(input)
+            # nn.Module looks a parameter up in Python, which costs as much as a small operation.
+            own = layer._parameters
+            weights.append(own["weight"])
+            biases.append(own["bias"])
+        if str(last + 1) in modules or _has_any_global_hook():
+            return self._one_by_one(input)
         return kernels.mlp(input, weights, biases, self.activation, self.output_activation)
+
+    def _one_by_one(self, input: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers():
+            input = layer(input)
+        return input
 
     def config(self) -> dict:
         """The arguments that build this network again, as JSON can hold them."""
@@ -146,18 +154,20 @@ class MLP(nn.Module):
         }
 
 
-def _is_plain(layer: nn.Module, activation: str) -> bool:
-    """Whether calling this layer is `kernels.linear` with this activation, and nothing besides."""
-    return (
-        type(layer) is Linear
-        and layer.activation == activation
-        and not layer._forward_pre_hooks
-        and not layer._forward_hooks
-        and not layer._backward_pre_hooks
-        and not layer._backward_hooks
-        and "forward" not in layer.__dict__
-        and layer._compiled_call_impl is None
-    )
+def _is_plain(layer: Any, activation: str) -> bool:
+    """Whether calling this layer is `kernels.linear` of its parameters with this activation, and
+    nothing besides.
+    """
+    if type(layer) is not Linear or layer.activation != activation:
+        return False
+    hooks = layer._forward_pre_hooks or layer._forward_hooks
+    if hooks or layer._backward_pre_hooks or layer._backward_hooks:
+        return False
+    own, made = layer.__dict__, layer._parameters
+    # What an object has of its own hides its class's, or its parameters.
+    hidden = "forward" in own or "weight" in own or "bias" in own
+    known = "weight" in made and "bias" in made
+    return known and not hidden and layer._compiled_call_impl is None
 
 
 class Conv2d(nn.Conv2d):

@@ -159,6 +159,15 @@ class _Ruled(_Torch):
         self.update(grads)
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's, without its record for a profiler where there is none."""
+        if not set_to_none or self._is_followed():
+            super().zero_grad(set_to_none)
+            return
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
     def add_param_group(self, param_group: dict) -> None:
         """As torch's; a refused option is a ValueError."""
         self._refuse({**self.defaults, **param_group})
@@ -210,18 +219,19 @@ class _Ruled(_Torch):
 
     def update(self, grads: Gradients | None = None) -> None:
         """`step` without torch's hooks and profiler record around it, which engines call."""
-        handed = grads.values() if isinstance(grads, dict) else grads
-        given_all = None if handed is None else list(handed)
         self._opt_called = True  # torch's schedulers ask whether a step was taken
-        count = len(self._params())
-        if given_all is not None and len(given_all) != count:
-            raise ValueError(
-                f"{type(self).__name__}: {count} parameters but {len(given_all)} gradients"
-            )
-        if torch.is_grad_enabled():
-            with torch.no_grad():
-                self._update_groups(given_all)
-        else:
+        given_all = None
+        if grads is not None:
+            given_all = list(grads.values() if isinstance(grads, dict) else grads)
+            count = len(self._params())
+            if len(given_all) != count:
+                raise ValueError(
+                    f"{type(self).__name__}: {count} parameters but {len(given_all)} gradients"
+                )
+        if not torch.is_grad_enabled():
+            self._update_groups(given_all)
+            return
+        with torch.no_grad():
             self._update_groups(given_all)
 
     def _update_groups(self, given_all: list | None) -> None:
@@ -243,24 +253,25 @@ class _Ruled(_Torch):
 
     def _update(self, group, params, grads):
         """One launch for the parameters that take the same step."""
-        rule, numbers = self.row(group), self._numbers(group)
+        rule, numbers, maximize = self.row(group), self._numbers(group), group["maximize"]
         kernels.check_update(type(self).__name__, params, grads)
+        if not (rule.states or self.counted):
+            apply_checked(rule, params, grads, [], numbers, 2, maximize=maximize)
+            return
         steps = self._advance(group, params)
-        kept = [self.state[p] for p in params] if rule.states else []
+        kept = [self.state[p] for p in params]
         states = [[state[name] for state in kept] for name in rule.states]
         # Of counts in device memory one serves all: they advance together.
         if isinstance(steps[0], torch.Tensor) or steps.count(steps[0]) == len(steps):
             lists = params, grads, states
-            apply_checked(rule, *lists, numbers, steps[0], maximize=group["maximize"])
+            apply_checked(rule, *lists, numbers, steps[0], maximize=maximize)
             return
         together: dict = {}
         for i, step in enumerate(steps):
             together.setdefault(step, []).append(i)
         for step, members in together.items():
             lists = [[ts[i] for i in members] for ts in (params, grads, *states)]
-            apply_checked(
-                rule, lists[0], lists[1], lists[2:], numbers, step, maximize=group["maximize"]
-            )
+            apply_checked(rule, *lists[:2], lists[2:], numbers, step, maximize=maximize)
 
     def _advance(self, group: dict, params: list, steps: int = 1) -> list:
         """Counts steps; the last one's number for each parameter, see `Part.advance`."""

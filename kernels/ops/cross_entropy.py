@@ -25,19 +25,24 @@ import triton.language as tl
 from .. import configs, launch, tape
 from ..losses import NEVER, Classes, label_weight, softmax_loss_tile, target_tile
 from ..tiles import cast
-from .elementwise_loss import check_reduction
+from .elementwise_loss import REDUCTIONS, check_reduction
 
 _TILE = 4096  # logits of one program's tile
+_nll: Any = torch.ops.aten.nll_loss_forward.default
+_nll_bwd: Any = torch.ops.aten.nll_loss_backward.default
 _check_labels_on_device = False
 
 
 class CrossEntropySaved(NamedTuple):
     """What the forward keeps for the backward."""
 
-    grad: torch.Tensor  # ∂ℓ/∂z, of the logits' shape
+    grad: torch.Tensor  # ∂ℓ/∂z, of the logits' shape; where `late`, log p
     dtarget: torch.Tensor | None  # ∂ℓ/∂t, where probabilities want a gradient
-    denominator: torch.Tensor | int | None  # of the mean
+    denominator: torch.Tensor | int | None  # of the mean; where `late`, the labels that count
     reduction: str
+    target: torch.Tensor
+    ignore_index: int
+    late: bool  # whether the backward forms ∂ℓ/∂z, see `is_late`
 
 
 class Items(NamedTuple):
@@ -111,12 +116,13 @@ def check_range(
     """
     if launch.watched() or not launch.plain(target):
         return False
-    if target.device.type != "cpu" and not _check_labels_on_device:
+    if not target.is_cpu and not _check_labels_on_device:
         return False
     if target.numel() == 0:
         return True
     target = target.long()  # a label of 156 is no ignored -100, as it were compared in uint8
-    low, high = (bound.item() for bound in torch.aminmax(target))
+    lowest, highest = torch.aminmax(target)
+    low, high = lowest.item(), highest.item()
     if low >= 0 and high < classes:
         return not low <= ignore_index <= high
     bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
@@ -152,6 +158,8 @@ def cross_entropy_fwd_ref(
     if z.dtype in (torch.float16, torch.bfloat16):
         z = z.float()
     logp = torch.log_softmax(z, 1)
+    if is_late(logits, target, weight, label_smoothing):
+        return _late_fwd_ref(logits, logp, target, ignore_index, reduction, labels_valid)
     w = None if weight is None else weight.to(z.dtype).view(-1, *(1,) * (z.dim() - 2))
     dtarget = None
     if t.is_floating_point():
@@ -166,9 +174,8 @@ def cross_entropy_fwd_ref(
         )
     else:
         t = t.long().unsqueeze(1)
-        all_valid = labels_valid or check_range(t, z.shape[1], ignore_index)
-        if all_valid and w is None and label_smoothing == 0 and z.dim() == 2:
-            return _plain_ref(logits, logp, t, reduction)
+        if not labels_valid:
+            check_range(t, z.shape[1], ignore_index)
         loss, grad, denominator = _label_terms_ref(logp, t, w, ignore_index, label_smoothing)
     if reduction == "none":
         loss = loss.view(expected_shape(logits))
@@ -177,24 +184,57 @@ def cross_entropy_fwd_ref(
     else:
         loss = loss.sum() / denominator if isinstance(denominator, torch.Tensor) else loss.mean()
     grad = grad.to(logits.dtype).view(logits.shape)
-    saved = CrossEntropySaved(
-        grad, dtarget, denominator if reduction == "mean" else None, reduction
-    )
-    return loss.to(logits.dtype), saved
+    divisor = denominator if reduction == "mean" else None
+    kept = grad, dtarget, divisor, reduction, target, ignore_index, False
+    return loss.to(logits.dtype), CrossEntropySaved(*kept)
 
 
-def _plain_ref(logits, logp, t, reduction):
-    """The case of the training loop, in few operations: labels (N, 1), all valid; no weights."""
-    loss = F.nll_loss(logp, t.squeeze(1), reduction=reduction)
-    loss = loss.view(expected_shape(logits)) if reduction == "none" else loss
-    p, ones = logp.exp(), logp.new_full(t.shape, -1.0)
-    # Where p has a tape, its own derivative needs it as it is.
-    grad = p.scatter_add(1, t, ones) if p.requires_grad else p.scatter_add_(1, t, ones)
-    if logits.dtype != logp.dtype:
-        loss, grad = loss.to(logits.dtype), grad.to(logits.dtype)
-    denominator = t.shape[0] if reduction == "mean" else None
-    grad = grad if logits.dim() == 2 else grad.view(logits.shape)
-    return loss, CrossEntropySaved(grad, None, denominator, reduction)
+def is_late(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> bool:
+    """Whether the reference leaves ∂ℓ/∂z to its backward: for labels (N,) without weights, where
+    there is no kernel.
+    """
+    if weight is not None or label_smoothing != 0 or logits.dim() != 2:
+        return False
+    return not (target.is_floating_point() or launch.has_kernels(logits))
+
+
+def _late_fwd_ref(logits, logp, target, ignore_index, reduction, labels_valid):
+    """ℓ = -log p_y of labels (N,): the loss, and log p for the backward."""
+    t, kind = target.long(), REDUCTIONS.index(reduction)
+    try:
+        if labels_valid and reduction == "mean":
+            loss = F.nll_loss(logp, t)
+            counted = logp.new_full((), len(t))
+        else:
+            loss, counted = _nll(logp, t, None, kind, ignore_index)
+    except IndexError:
+        check_range(target, logp.shape[1], ignore_index)  # says which label it is
+        raise
+    loss = loss if loss.dtype == logits.dtype else loss.to(logits.dtype)
+    kept = logp, None, counted, reduction, target, ignore_index, True
+    return loss, CrossEntropySaved(*kept)
+
+
+def _late_bwd_ref(dy, logp, counted, reduction, target, ignore_index):
+    """Forward was log p = z - lse and ℓ = -log p_y, so g = ∂ℓ/∂log p is -dy at the label, over the
+    number of labels for the mean, and dz_c = g_c - p_c Σ g. These are torch's own operators: what
+    its tape calls for `F.cross_entropy`.
+    """
+    options = reduction, target, ignore_index
+    if not launch.plain(dy):  # as is_grads_batched gives it
+        one = torch.ones(dy.shape, dtype=dy.dtype, device=dy.device)
+        unit = _late_bwd_ref(one, logp, counted, *options)
+        return unit * (dy.unsqueeze(1) if reduction == "none" else dy)
+    kind, given = REDUCTIONS.index(reduction), dy
+    dy = dy if dy.dtype == logp.dtype else dy.to(logp.dtype)
+    g = _nll_bwd(dy, logp, target.long(), None, kind, ignore_index, counted)
+    dz = torch._log_softmax_backward_data(g, logp, 1, logp.dtype)
+    return dz if dz.dtype == given.dtype else dz.to(given.dtype)
 
 
 def _label_terms_ref(logp, t, w, ignore_index, label_smoothing):
@@ -228,10 +268,16 @@ def cross_entropy_bwd_ref(
     dtarget: torch.Tensor | None,
     denominator: Any,
     reduction: str,
+    target: torch.Tensor,
+    ignore_index: int,
+    late: bool,
     *,
     needs: Sequence[bool] = (True, True),
 ) -> tuple[torch.Tensor | None, ...]:
     """The reference of `cross_entropy_bwd`."""
+    if late:
+        options = denominator, reduction, target, ignore_index
+        return _late_bwd_ref(dy, grad, *options) if needs[0] else None, None
     if reduction == "none":
         scale = dy if grad.dim() == 1 else dy.unsqueeze(1)
     elif reduction == "mean" and isinstance(denominator, torch.Tensor):
@@ -240,10 +286,13 @@ def cross_entropy_bwd_ref(
         )  # every row ignored: no gradient, as torch
     else:
         scale = dy / max(denominator, 1) if reduction == "mean" else dy
-    return (
-        (grad * scale).to(grad.dtype) if needs[0] else None,
-        (dtarget * scale).to(dtarget.dtype) if needs[1] and dtarget is not None else None,
-    )
+    dz = dt = None
+    if needs[0]:
+        dz = grad * scale
+        dz = dz if dz.dtype == grad.dtype else dz.to(grad.dtype)
+    if needs[1] and dtarget is not None:
+        dt = (dtarget * scale).to(dtarget.dtype)
+    return dz, dt
 
 
 @triton.jit
@@ -512,13 +561,15 @@ def cross_entropy_fwd(
         num_warps=8 if block_c > 2048 else 4,
         **configs.all_registers(z.device),
     )
-    return finish(rows, programs, logits, expected_shape(logits), reduction, grad)
+    loss, denominator = finish(rows, programs, logits, expected_shape(logits), reduction)
+    kept = grad, None, denominator, reduction, target, ignore_index, False
+    return loss, CrossEntropySaved(*kept)
 
 
-def finish(rows, programs, like, shape, reduction, grad):
-    """Reduce what the forward kernel left, and return (loss, saved)."""
+def finish(rows, programs, like, shape, reduction):
+    """Reduce what the forward kernel left: (loss, denominator of the mean)."""
     if reduction == "none":
-        return rows.view(shape), CrossEntropySaved(grad, None, None, reduction)
+        return rows.view(shape), None
     loss = like.new_empty(())
     denominator = like.new_empty((), dtype=torch.float32)
     launch.run(
@@ -531,8 +582,7 @@ def finish(rows, programs, like, shape, reduction, grad):
         MEAN=reduction == "mean",
         BLOCK=1024,
     )
-    denominator = denominator if reduction == "mean" else None
-    return loss, CrossEntropySaved(grad, None, denominator, reduction)
+    return loss, denominator if reduction == "mean" else None
 
 
 def cross_entropy_bwd(
@@ -541,6 +591,9 @@ def cross_entropy_bwd(
     dtarget: torch.Tensor | None,
     denominator: Any,
     reduction: str,
+    target: torch.Tensor,
+    ignore_index: int,
+    late: bool,
     *,
     needs: Sequence[bool] = (True, True),
 ) -> tuple[torch.Tensor | None, ...]:
@@ -548,11 +601,12 @@ def cross_entropy_bwd(
 
     dy is a scalar, or one number for each row.
     """
-    number = denominator is not None and not isinstance(
-        denominator, torch.Tensor
-    )  # as the reference leaves it
-    if dtarget is not None or number or launch.backend(dy, grad, denominator) == "torch":
-        return cross_entropy_bwd_ref(dy, grad, dtarget, denominator, reduction, needs=needs)
+    # A number is what the reference leaves.
+    number = denominator is not None and not isinstance(denominator, torch.Tensor)
+    of_reference = late or number or dtarget is not None
+    if of_reference or launch.backend(dy, grad, denominator) == "torch":
+        options = denominator, reduction, target, ignore_index, late
+        return cross_entropy_bwd_ref(dy, grad, dtarget, *options, needs=needs)
     dz = torch.empty_like(grad)
     D = grad.shape[2:].numel() if grad.dim() > 2 else 1
     row_size = grad.shape[grad.dim() > 1] * D
@@ -572,6 +626,25 @@ def cross_entropy_bwd(
     return dz, None
 
 
+def _on_tape(logits, target, weight, ignore_index, reduction, label_smoothing, _):
+    """The loss by torch's own function, where its gradient is that of the reference, bit for bit;
+    or None.
+    """
+    plain = reduction == "mean" and logits.dtype in (torch.float32, torch.float64)
+    if not plain or not is_late(logits, target, weight, label_smoothing):
+        return None
+    options = weight, ignore_index, reduction, label_smoothing
+    if target.dtype != torch.int64:
+        check_cross_entropy(logits, target, *options)
+        target = target.long()
+    try:
+        return F.cross_entropy(logits, target, ignore_index=ignore_index)
+    except (IndexError, RuntimeError, ValueError):
+        check_cross_entropy(logits, target, *options)  # these say what is wrong, and with what
+        check_range(target, logits.shape[1], ignore_index)
+        raise
+
+
 CROSS_ENTROPY = tape.Differentiable(
     name="cross_entropy",
     fwd=cross_entropy_fwd,
@@ -580,7 +653,13 @@ CROSS_ENTROPY = tape.Differentiable(
     bwd_ref=cross_entropy_bwd_ref,
     saved=CrossEntropySaved,
     inputs=2,
+    derived={
+        "late": lambda given: is_late(
+            given["logits"], given["target"], given["weight"], given["label_smoothing"]
+        )
+    },
     autocast=torch.float32,
+    on_tape=_on_tape,
 )
 
 

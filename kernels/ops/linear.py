@@ -60,15 +60,29 @@ def linear_fwd_ref(
     out: Any = None,
 ) -> tuple[torch.Tensor, tuple]:
     """The reference of `linear_fwd`: same arguments, same results, plain torch."""
+    y, s = layer_ref(x, w, b, activation, out=out)
+    return y, LinearSaved(x, w, s, b is not None, activation)
+
+
+def layer_ref(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    b: torch.Tensor | None,
+    activation: str,
+    *,
+    out: Any = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """y of `linear_fwd_ref`, and what act' is written in: y, z or nothing."""
     act = activations.get(activation, "linear")
     y, z = out or (None, None)
     x2 = x if x.dim() == 2 else as_matrix(x)
     target = z if act.needs == "z" else y
     z = torch.mm(x2, w.t(), out=target) if b is None else torch.addmm(b, x2, w.t(), out=target)
     y = z if act.needs == "nothing" else act.forward_ref(z, out=y)
-    # No view, whose output torch would not let anyone overwrite outside of the graph.
-    y = y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], w.shape[0]))
-    return y, LinearSaved(x, w, kept(act, y, z), b is not None, activation)
+    if x2 is not x:
+        # No view, whose output torch would not let anyone overwrite outside of the graph.
+        y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], w.shape[0]))
+    return y, kept(act, y, z)
 
 
 def linear_bwd_dz_ref(

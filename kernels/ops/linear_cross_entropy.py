@@ -27,6 +27,7 @@ from .cross_entropy import (
     cross_entropy_fwd,
     cross_entropy_fwd_ref,
     finish,
+    is_late,
     items,
     labels,
     store_loss,
@@ -46,6 +47,9 @@ class LinearCrossEntropySaved(NamedTuple):
     dtarget: None
     denominator: torch.Tensor | int | None
     reduction: str
+    target: torch.Tensor
+    ignore_index: int
+    late: bool
 
 
 def linear_cross_entropy_fwd_ref(
@@ -170,8 +174,9 @@ def linear_cross_entropy_fwd(
         REDUCE=reduce,
         **config,
     )
-    loss, saved = finish(rows, programs, x, (M,), reduction, grad)
-    return loss, LinearCrossEntropySaved(x, w, b is not None, *saved)
+    loss, denominator = finish(rows, programs, x, (M,), reduction)
+    kept = grad, None, denominator, reduction, target, ignore_index, False
+    return loss, LinearCrossEntropySaved(x, w, b is not None, *kept)
 
 
 def linear_cross_entropy_bwd(
@@ -190,6 +195,7 @@ def linear_cross_entropy_bwd(
     return linear_bwd(dz, x, w, None, bias, "identity", needs=needs)
 
 
+_LATE = "target", "weight", "label_smoothing"
 LINEAR_CROSS_ENTROPY = tape.Differentiable(
     name="linear_cross_entropy",
     fwd=linear_cross_entropy_fwd,
@@ -198,7 +204,10 @@ LINEAR_CROSS_ENTROPY = tape.Differentiable(
     bwd_ref=linear_cross_entropy_bwd_ref,
     saved=LinearCrossEntropySaved,
     inputs=3,
-    derived={"bias": lambda given: given["b"] is not None},
+    derived={
+        "bias": lambda given: given["b"] is not None,
+        "late": lambda given: is_late(given["x"], *(given[name] for name in _LATE)),
+    },
 )
 
 

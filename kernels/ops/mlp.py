@@ -20,6 +20,7 @@ import torch
 from .. import launch, tape
 from .linear import (
     check_linear,
+    layer_ref,
     linear_bwd_dw,
     linear_bwd_dw_ref,
     linear_bwd_dx,
@@ -27,7 +28,6 @@ from .linear import (
     linear_bwd_dz,
     linear_bwd_dz_ref,
     linear_fwd,
-    linear_fwd_ref,
 )
 
 
@@ -43,22 +43,24 @@ class MLPSaved(NamedTuple):
     output_activation: str
 
 
-def _layer_out(out, layer):
-    return None if out is None else out[layer]
+def _layer(x, w, b, activation, *, out=None):
+    """`layer_ref` by the kernel."""
+    y, saved = linear_fwd(x, w, b, activation, out=out)
+    return y, saved.s
 
 
-def stack_forward(x, weights, biases, activation, output_activation, out, fwd):
-    """`mlp_fwd` by one implementation of `linear_fwd`."""
-    hidden, kept = [], []
-    y = x
-    last = len(weights) - 1
-    for layer, (w, b) in enumerate(zip(weights, biases)):
-        act = output_activation if layer == last else activation
-        y, saved = fwd(y, w, b, act, out=None if out is None else out[layer])
-        hidden.append(y)
-        kept.append(saved.s)
+def stack_forward(x, weights, biases, activation, output_activation, out, layer_fwd):
+    """`mlp_fwd` by one implementation of `layer_ref`."""
+    inputs, kept, act = [], [], activation
+    last, y = len(weights) - 1, x
+    for layer, w in enumerate(weights):
+        if layer == last:
+            act = output_activation
+        inputs.append(y)
+        y, s = layer_fwd(y, w, biases[layer], act, out=None if out is None else out[layer])
+        kept.append(s)
     bias = tuple([b is not None for b in biases])
-    layers = tuple(weights), tuple(hidden[:-1]), tuple(kept)
+    layers = tuple(weights), tuple(inputs[1:]), tuple(kept)
     return y, MLPSaved(x, *layers, bias, activation, output_activation)
 
 
@@ -73,16 +75,17 @@ def stack_backward(dy, saved, needs, out, bwd_dz, bwd_dx, bwd_dw):
     needs_dx, needs_dw, needs_db = needs[0], needs[1 : layers + 1], needs[layers + 1 :]
     dws, dbs = [None] * layers, [None] * layers
     dz_out, grads_out = (None, None) if out is None else out
-    dz = bwd_dz(dy, kept[-1], saved.output_activation, out=_layer_out(dz_out, layers - 1))
+    dz_out, grads_out = dz_out or (None,) * layers, grads_out or (None,) * layers
+    dz = bwd_dz(dy, kept[-1], saved.output_activation, out=dz_out[-1])
     for layer in reversed(range(layers)):
         below = None
         if layer:
             kind = kept[layer - 1], saved.activation
-            below = bwd_dx(dz, weights[layer], *kind, out=_layer_out(dz_out, layer - 1))
+            below = bwd_dx(dz, weights[layer], *kind, out=dz_out[layer - 1])
         elif needs_dx:
             below = bwd_dx(dz, weights[0]).view(inputs[0].shape)
         if needs_dw[layer] or needs_db[layer]:
-            dw, db = bwd_dw(dz, inputs[layer], bias[layer], out=_layer_out(grads_out, layer))
+            dw, db = bwd_dw(dz, inputs[layer], bias[layer], out=grads_out[layer])
             dws[layer] = dw if needs_dw[layer] else None
             dbs[layer] = db if needs_db[layer] else None
         dz = below
@@ -99,7 +102,7 @@ def mlp_fwd_ref(
     out: Any = None,
 ) -> tuple[torch.Tensor, tuple]:
     """The reference of `mlp_fwd`."""
-    return stack_forward(x, weights, biases, activation, output_activation, out, linear_fwd_ref)
+    return stack_forward(x, weights, biases, activation, output_activation, out, layer_ref)
 
 
 def mlp_bwd_ref(
@@ -120,15 +123,16 @@ def check_mlp(x, weights, biases) -> None:
             f"mlp: as many biases (or None) as weights, at least one, got {len(weights)} and "
             f"{len(biases)}"
         )
-    narrow = weights[0].shape
+    wide = weights[0].shape
     for layer in range(1, len(weights)):
-        wide, narrow = narrow, weights[layer].shape
+        narrow = weights[layer].shape
         if len(wide) != 2 or len(narrow) != 2 or narrow[1] != wide[0]:
             raise ValueError(
                 f"mlp: weight {layer} must be (out, {wide[0]}) after weight {layer - 1} "
                 f"{tuple(wide)}, "
                 f"got {tuple(narrow)}"
             )
+        wide = narrow
 
 
 def mlp_fwd(
@@ -149,8 +153,8 @@ def mlp_fwd(
     check_mlp(x, weights, biases)
     if launch.backend(x, *weights) == "torch":
         check_linear(x, weights[0], biases[0], "mlp")
-        return mlp_fwd_ref(x, weights, biases, activation, output_activation, out=out)
-    return stack_forward(x, weights, biases, activation, output_activation, out, linear_fwd)
+        return stack_forward(x, weights, biases, activation, output_activation, out, layer_ref)
+    return stack_forward(x, weights, biases, activation, output_activation, out, _layer)
 
 
 def mlp_bwd(
@@ -163,10 +167,11 @@ def mlp_bwd(
     `needs`: which of x, every weight, every bias want a gradient (all, if None); the others are
     None. `out`: (per layer dz buffers, per layer (dw, db) buffers).
     """
-    saved = MLPSaved(*saved)
-    if launch.backend(dy, saved.x, *saved.weights) == "torch":
-        return mlp_bwd_ref(dy, *saved, needs=needs, out=out)
-    return stack_backward(dy, saved, needs, out, linear_bwd_dz, linear_bwd_dx, linear_bwd_dw)
+    kept = MLPSaved(*saved)
+    if launch.backend(dy, kept.x, *kept.weights) == "torch":
+        parts = linear_bwd_dz_ref, linear_bwd_dx_ref, linear_bwd_dw_ref
+        return stack_backward(dy, kept, needs, out, *parts)
+    return stack_backward(dy, kept, needs, out, linear_bwd_dz, linear_bwd_dx, linear_bwd_dw)
 
 
 MLP = tape.Differentiable(
@@ -195,5 +200,4 @@ def mlp(
     for no biases.
     """
     biases = (None,) * len(weights) if biases is None else biases
-    check_mlp(input, weights, biases)
     return tape.call(MLP, input, tuple(weights), tuple(biases), activation, output_activation)

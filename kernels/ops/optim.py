@@ -5,6 +5,7 @@ of it. The learning rate, and the step count, may be device tensors: a captured 
 their new values.
 """
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -140,13 +141,15 @@ def check_update(
 
     There must be as many, of the same shapes, dense and real.
     """
-    for what, tensors in (("gradients", grads), *(("of one state", ts) for ts in states)):
-        if len(params) != len(tensors):
-            raise ValueError(f"{op}: {len(params)} parameters but {len(tensors)} {what}")
+    if not all([len(tensors) == len(params) for tensors in (grads, *states)]):
+        counts = [("gradients", grads), *(("of one state", ts) for ts in states)]
+        what, wrong = next((w, ts) for w, ts in counts if len(ts) != len(params))
+        raise ValueError(f"{op}: {len(params)} parameters but {len(wrong)} {what}")
+    # A kernel would update a copy that has the sign. torch.compile cannot ask.
+    can_ask = not torch.compiler.is_compiling()
     for what, tensors in (("parameter", params), *(("state of parameter", ts) for ts in states)):
         for i, t in enumerate(tensors):
-            # A kernel would update a copy that has the sign. torch.compile cannot ask.
-            if not torch.compiler.is_compiling() and t.is_neg():
+            if can_ask and t.is_neg():
                 raise ValueError(
                     f"{op}: {what} {i} is a view with a minus sign still to be applied, as "
                     "z.conj().imag is, and cannot be updated in place; give its .resolve_neg()"
@@ -157,7 +160,7 @@ def check_update(
                 f"{op}: gradient {i} must be {tuple(p.shape)} as its parameter is, got "
                 f"{tuple(g.shape)}"
             )
-        if g.layout != torch.strided or not g.is_floating_point():
+        if g.layout is not torch.strided or not g.is_floating_point():
             raise ValueError(
                 f"{op}: gradient {i} must be dense and real, got {g.layout}, {g.dtype}; use "
                 "torch.optim for it"
@@ -173,9 +176,8 @@ def _dense(t) -> bool:
 
 
 def _on_kernels(params, *others) -> bool:
-    return launch.backend(*params, *(t for ts in others for t in ts)) == "triton" and all(
-        _dense(p) for p in params
-    )
+    tensors = itertools.chain(params, *others)
+    return launch.backend(*tensors) == "triton" and all(_dense(p) for p in params)
 
 
 def _launch(params, grads, states, numbers, options) -> None:

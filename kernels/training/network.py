@@ -30,12 +30,11 @@ import triton
 from .. import activations, configs, launch, losses, rules
 from ..ops.cross_entropy import check_range
 from ..ops.linear import (
-    LinearSaved,
     kept,
+    layer_ref,
     linear_bwd_dw_ref,
     linear_bwd_dx_ref,
     linear_bwd_dz_ref,
-    linear_fwd_ref,
 )
 from ..ops.mlp import stack_backward, stack_forward
 from ..rules import Rule
@@ -273,11 +272,11 @@ def step_ref(
 
 
 def _stacked_fwd(x, w, b, activation, *, out=None):
-    """`linear_fwd_ref` of R networks: x (R, M, K), w (R, N, K), b (R, N)."""
+    """`layer_ref` of R networks: x (R, M, K), w (R, N, K), b (R, N)."""
     act = activations.get(activation)
     z = torch.bmm(x, w.mT) if b is None else torch.baddbmm(b.unsqueeze(1), x, w.mT)
     y = act.forward_ref(z)
-    return y, LinearSaved(x, w, kept(act, y, z), b is not None, activation)
+    return y, kept(act, y, z)
 
 
 def _stacked_bwd_dz(dy, s, activation, *, out=None):
@@ -293,5 +292,5 @@ def _stacked_bwd_dw(dz, x, bias=True, *, out=None):
 
 
 # How a stack of layers computes: forward, and the three parts of the backward.
-_ALONE = linear_fwd_ref, linear_bwd_dz_ref, linear_bwd_dx_ref, linear_bwd_dw_ref
+_ALONE = layer_ref, linear_bwd_dz_ref, linear_bwd_dx_ref, linear_bwd_dw_ref
 _STACKED = _stacked_fwd, _stacked_bwd_dz, _stacked_bwd_dx, _stacked_bwd_dw

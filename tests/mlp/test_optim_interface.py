@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 
+from kernels import launch
 from mlp.engines.updates import whole
 from mlp.optim import OPTIMIZERS, SGD, Adam
 from tests.checks import assert_equal
@@ -92,6 +93,75 @@ def test_step_hooks(name):
     optimizer.register_step_post_hook(lambda *_: seen.append("after"))
     optimizer.step(grads=[torch.ones_like(p)])
     assert seen == ["before", "after"]
+
+
+@EACH
+def test_hooks_and_profiler_see_a_step_once(name):
+    """The update is not taken twice where somebody follows it."""
+    results = []
+    for followed in (False, True):
+        p, seen = parameter(), []
+        optimizer = OPTIMIZERS[name]([p], lr=0.1)
+        if followed:
+            optimizer.register_step_post_hook(lambda *_, seen=seen: seen.append("step"))
+            with torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU]
+            ) as profile:
+                optimizer.step(grads=[torch.ones_like(p)])
+            steps = [e for e in profile.events() if e.name.startswith("Optimizer.step")]
+            assert (seen, len(steps)) == (["step"], 1)
+        else:
+            optimizer.step(grads=[torch.ones_like(p)])
+        results.append(p.detach())
+    assert torch.equal(*results)
+
+
+@EACH
+def test_a_group_that_is_edited_between_steps(name):
+    """Every number is read anew, as by torch's class: lr, weight_decay, and a rule switched."""
+    changes: list[dict] = [{"lr": 0.02}, {"weight_decay": 0.3}, {"lr": 0.5, "weight_decay": 0.0}]
+    if name == "sgd":
+        changes.insert(1, {"momentum": 0.5})
+    results = []
+    for kind in (OPTIMIZERS[name], torchs(name)):
+        p = parameter()
+        optimizer = kind([p], lr=0.1)
+        for step, change in enumerate([{}, *changes, {}]):
+            optimizer.param_groups[0].update(change)
+            p.grad = torch.linspace(1, -1, 5) * (step + 1)
+            optimizer.step()
+        results.append(p.detach())
+    torch.testing.assert_close(*results)
+
+
+@EACH
+@pytest.mark.parametrize("case", ["strided", "float64", "tensor lr", "gradient of other strides"])
+def test_where_torchs_fused_update_does_not_serve(case, name, monkeypatch):
+    """The calls beside it give torch's numbers on a CPU."""
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    dtype = torch.float64 if case == "float64" else torch.float32
+    results = []
+    for kind in (OPTIMIZERS[name], torchs(name)):
+        p = torch.linspace(-1, 1, 12, dtype=dtype).view(3, 4)
+        p = (p.t() if case == "strided" else p).requires_grad_()
+        optimizer = kind([p], lr=torch.tensor(0.1) if case == "tensor lr" else 0.1)
+        for step in range(3):
+            g = (torch.arange(12, dtype=dtype) - 3 * step).view(p.shape) / 5
+            p.grad = g.t().contiguous().t() if case == "gradient of other strides" else g
+            optimizer.step()
+        results.append(p.detach())
+    torch.testing.assert_close(*results)
+
+
+def test_zero_grad():
+    """As torch's: gradients become None, or are filled with zeros where they stand."""
+    p, q = parameter(), parameter()
+    optimizer = OPTIMIZERS["sgd"]([{"params": [p]}, {"params": [q]}], lr=0.1)
+    for to_none in (True, False):
+        p.grad = kept = torch.ones_like(p)
+        optimizer.zero_grad(set_to_none=to_none)
+        assert (p.grad is None, q.grad) == (to_none, None)
+        assert torch.equal(kept, torch.full_like(p, float(to_none)))
 
 
 @EACH

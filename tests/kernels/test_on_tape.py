@@ -1,0 +1,140 @@
+"""On a CPU without the interpreter torch's tape differentiates plain cross-entropy: the numbers are
+those of the Function and of the manual API, bit for bit.
+"""
+
+import contextlib
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck, gradgradcheck
+
+import kernels
+import mlp
+from kernels import launch, tape
+from kernels.ops.cross_entropy import CrossEntropySaved, is_late
+from tests.checks import assert_equal
+
+IGNORED = {"none": (), "some": (0, 3), "all": (0, 1, 2, 3, 4)}
+EACH_REDUCTION = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+EACH_IGNORED = pytest.mark.parametrize("ignored", IGNORED)
+
+
+@pytest.fixture(autouse=True)
+def no_kernels(monkeypatch):
+    """As for a user on a CPU."""
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+
+
+def drawn(dtype=torch.float32, ignored="none"):
+    torch.manual_seed(0)
+    target = torch.randint(0, 7, (5,))
+    target[list(IGNORED[ignored])] = -100
+    return 3 * torch.randn(5, 7, dtype=dtype), target
+
+
+def gradient(function, logits, target, dy=None, **options):
+    """Loss and gradient, for dy that is no power of two."""
+    logits = logits.clone().requires_grad_()
+    value = function(logits, target, **options)
+    dy = torch.full_like(value, 0.7) if dy is None else dy
+    return value.detach(), torch.autograd.grad(value, logits, dy)[0]
+
+
+@EACH_REDUCTION
+@EACH_IGNORED
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_same_bits(dtype, ignored, reduction):
+    """By torch's tape, by our Function, by hand; in float32 and float64 also by torch itself."""
+    logits, target = drawn(dtype, ignored)
+    on_tape = gradient(kernels.cross_entropy, logits, target, reduction=reduction)
+    with kernels.use("torch"):
+        by_function = gradient(kernels.cross_entropy, logits, target, reduction=reduction)
+    value, saved = kernels.cross_entropy_fwd(logits, target, reduction=reduction)
+    by_hand = value, kernels.cross_entropy_bwd(torch.full_like(value, 0.7), *saved)[0]
+    assert CrossEntropySaved(*saved).late
+    assert_equal(by_function, on_tape)
+    assert_equal(by_hand, on_tape)
+    if dtype != torch.bfloat16:
+        assert_equal(gradient(F.cross_entropy, logits, target, reduction=reduction), on_tape)
+
+
+def test_which_node():
+    """torch's for the mean of plain labels; ours where it is forced, and for everything else."""
+    logits, target = drawn()
+    logits.requires_grad_()
+    ours = tape.Function._backward_cls
+    assert not isinstance(kernels.cross_entropy(logits, target).grad_fn, ours)
+    with kernels.use("torch"):
+        assert isinstance(kernels.cross_entropy(logits, target).grad_fn, ours)
+    weights, half = torch.ones(7), logits.bfloat16()
+    for options in ({"weight": weights}, {"label_smoothing": 0.1}, {"reduction": "sum"}):
+        assert isinstance(kernels.cross_entropy(logits, target, **options).grad_fn, ours)
+    for x, t in ((logits, logits.detach().softmax(1)), (half, target), (logits[0], target[0])):
+        assert isinstance(kernels.cross_entropy(x, t).grad_fn, ours)
+    assert not is_late(logits, target, weights) and not is_late(logits, target, None, 0.1)
+
+
+@EACH_REDUCTION
+@pytest.mark.parametrize("forced", [False, True])
+def test_derivatives(forced, reduction):
+    """Once and twice, on the tape and in the Function."""
+    logits, target = drawn(torch.float64, "some")
+    with kernels.use("torch") if forced else contextlib.nullcontext():
+        of = lambda z: kernels.cross_entropy(z, target, reduction=reduction)  # noqa: E731
+        assert gradcheck(of, [logits.requires_grad_()])
+        assert gradgradcheck(of, [logits])
+
+
+@EACH_REDUCTION
+def test_many_gradients_at_once(reduction):
+    """is_grads_batched=True gives a dy that is no plain memory."""
+    logits, target = drawn()
+    with kernels.use("torch"):
+        value = kernels.cross_entropy(logits.requires_grad_(), target, reduction=reduction)
+    dys = torch.randn(3, *value.shape)
+    (batched,) = torch.autograd.grad(value, logits, dys, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(value, logits, dy, retain_graph=True)[0] for dy in dys]
+    torch.testing.assert_close(batched, torch.stack(each))
+
+
+def test_labels_of_every_type():
+    logits, target = drawn()
+    expected = gradient(kernels.cross_entropy, logits, target)
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        assert_equal(gradient(kernels.cross_entropy, logits, target.to(dtype)), expected)
+
+
+def test_errors_are_ours():
+    logits, target = drawn()
+    wrong = {
+        "target[2] is 7, but there are 7 classes": (IndexError, torch.tensor([0, 1, 7, 2, 3])),
+        "target must be class probabilities": (ValueError, torch.rand(5, 6)),
+        "target must be labels (5,) for logits (5, 7)": (ValueError, target[:4]),
+        "integer labels or floating-point probabilities": (ValueError, target > 2),
+    }
+    for message, (kind, bad) in wrong.items():
+        for path in (contextlib.nullcontext(), kernels.use("torch")):
+            with path, pytest.raises(kind, match=re.escape(message)):
+                kernels.cross_entropy(logits, bad)
+
+
+def test_a_network_and_its_twin_by_hand():
+    """A whole step of module and Net, bit for bit, with a batch that is no power of two."""
+    torch.manual_seed(0)
+    module, net = mlp.MLP([6, 5, 4], "sigmoid"), mlp.Net([6, 5, 4], "sigmoid")
+    net.load_state_dict(module.state_dict())
+    x, target = torch.randn(7, 6), torch.randint(0, 4, (7,))
+    optimizers = mlp.SGD(module.parameters(), lr=0.3), mlp.SGD(net.parameters.values(), lr=0.3)
+    loss = mlp.SoftmaxCrossEntropy()
+    for _ in range(3):
+        optimizers[0].zero_grad()
+        value = kernels.cross_entropy(module(x), target)
+        value.backward()
+        ours = loss.forward(net.forward(x), target)
+        net.backward(loss.backward())
+        assert_equal([ours, *net.grads.values()], [value, *(p.grad for p in module.parameters())])
+        optimizers[0].step()
+        optimizers[1].step(grads=net.grads)
+    assert_equal(list(net.parameters.values()), [p.detach() for p in module.parameters()])
