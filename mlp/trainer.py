@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from . import cpu, engines
+from . import engines
 from .data import arrays, given
 from .data.dataset import Dataset, permutation
 from .data.seen import Seen, rows
@@ -338,7 +338,6 @@ class Trainer:
             precision=self.precision.name,
             clip_norm=self.clip_norm,
             world=shared.world(),
-            compiled=cpu.serves(next(iter(parameters_of(self.model).values()))),
         )
         left = max(epochs - len(self.history), 0) * math.ceil(task.samples / task.batch_size)
         self._choose(task.batch_size, demands, left)

@@ -16,9 +16,16 @@ import triton
 import triton.language as tl
 
 from .. import launch
-from ..ops.optim import numbers_at
 from .exchange import train_programs
-from .layers import backward_layer, batch_rows, first_tile, results_at, scratch_of, top
+from .layers import (
+    backward_layer,
+    batch_rows,
+    first_tile,
+    numbers_of,
+    results_at,
+    scratch_of,
+    top,
+)
 from .network import plan, refuse, step_ref
 from .run import Order, Run
 from .step import new_scratch
@@ -26,10 +33,10 @@ from .step import new_scratch
 
 def train_epoch_ref(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     """The reference of `train_epoch`: a loop of the operations' references."""
-    row, step = run.hyper.tolist(), int(run.count)
+    numbers, step = run.rows().tolist(), int(run.count)
     losses, correct = run.results()
     for t, rows in enumerate(run.order.long().split(run.batch)):
-        losses[t], correct[t] = step_ref(run, rows, row, step + t + 1)
+        losses[t], correct[t] = step_ref(run, rows, numbers[t], step + t + 1)
     run.count += run.steps
     return run.results()
 
@@ -41,7 +48,7 @@ def epoch_kernel(
     scratch,  # Scratch
     samples,  # Samples
     order,  # Order [networks, n]
-    hyper_ptr,  # [networks, columns]
+    hyper_ptr,  # [networks, columns], or scheduled: [networks, steps, columns]
     count_ptr,
     NET: tl.constexpr,
 ):
@@ -55,20 +62,20 @@ def epoch_kernel(
     results = results_at(results, r * steps)
     scratch = scratch_of(scratch, r, NET)
     order = Order(order.indices + r * order.n, order.n, order.batch)
-    hyper_ptr += r * len(NET.columns)
+    hyper_ptr += r * len(NET.columns) * (steps if NET.scheduled else 1)
     count = tl.load(count_ptr).to(tl.float32)
     for t in tl.range(
         0, steps + 1, num_stages=1, disable_licm=True
     ):  # a deeper pipeline would load across the barriers
         before = batch_rows(order, t - 1, NET)
         rows = batch_rows(order, t, NET)
-        numbers = numbers_at(hyper_ptr, count + t, NET)
+        numbers = numbers_of(hyper_ptr, t - 1, count + t, NET)
         for k in tl.range(0, NET.sizes[1], NET.tiles[1], num_stages=1):
             offs_n = k + tl.arange(0, NET.tiles[1])
             first_tile(scratch, net, r, samples, rows, before, t > 0, offs_n, numbers, NET)
         tl.debug_barrier()
         if t < steps:
-            numbers = numbers_at(hyper_ptr, count + t + 1, NET)
+            numbers = numbers_of(hyper_ptr, t, count + t + 1, NET)
             top(scratch, results_at(results, t), net, r, samples, rows, numbers, True, NET)
             for j in tl.static_range(L - 1):
                 backward_layer(scratch, net, r, numbers, L - j, True, NET)

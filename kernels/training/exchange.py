@@ -23,7 +23,6 @@ import triton
 import triton.language as tl
 
 from .. import launch
-from ..ops.optim import numbers_at
 from .layers import (
     backward_layer,
     backward_tile,
@@ -31,6 +30,7 @@ from .layers import (
     first_act,
     input_tile,
     load_columns,
+    numbers_of,
     offsets,
     results_at,
     scratch_of,
@@ -114,7 +114,7 @@ def exchange_kernel(
     box,  # Box
     samples,  # Samples
     order,  # Order
-    hyper_ptr,
+    hyper_ptr,  # [columns], or scheduled: [steps, columns]
     count_ptr,
     first,
     NET: tl.constexpr,
@@ -143,7 +143,7 @@ def exchange_kernel(
     ):  # a deeper pipeline would load ahead of the exchange
         before = batch_rows(order, t - 1, NET)
         rows = batch_rows(order, t, NET)
-        numbers = numbers_at(hyper_ptr, count + t, NET)
+        numbers = numbers_of(hyper_ptr, t - 1, count + t, NET)
         z = input_tile(net, g * 0, samples, rows, before, dz, t > 0, own, numbers, NET)
         y = first_act(z, NET)
         if t < steps:
@@ -152,7 +152,7 @@ def exchange_kernel(
         if L > 1 and t > 0:
             backward_layer(scratch, net, g, numbers, 2, False, NET)
         if t < steps:
-            numbers = numbers_at(hyper_ptr, count + t + 1, NET)
+            numbers = numbers_of(hyper_ptr, t, count + t + 1, NET)
             receive(scratch.y, box, t, NET, PROGRAMS, WORDS)
             top(scratch, results_at(results, t), net, g, samples, rows, numbers, g == 0, NET)
             for j in tl.static_range(L - 2):

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..ops.optim import update_tile
+from ..ops.optim import numbers_at, update_tile
 from ..tiles import Matrix, dot, product_tile
 from .objective import loss
 from .run import Results, Scratch
@@ -45,6 +45,17 @@ def scratch_of(scratch, r, NET: tl.constexpr):
 def results_at(results, t):
     """Where the results of step t go."""
     return Results(results.loss + t, results.correct + t)
+
+
+@triton.jit
+def numbers_of(hyper_ptr, t, step, NET: tl.constexpr):
+    """The rule's numbers of the epoch's step t, which is step 1, 2, … of the training.
+
+    They stand in row t, or in the only row.
+    """
+    if NET.scheduled:
+        hyper_ptr += tl.maximum(t, 0) * len(NET.columns)
+    return numbers_at(hyper_ptr, step, NET)
 
 
 @triton.jit

@@ -97,6 +97,7 @@ class Plan:
     keeps_z: bool  # whether act_bwd needs z, and out_bwd
     out_needs_z: bool
     columns: tuple[str, ...]  # of a row of hyperparameters
+    scheduled: bool  # whether there is such a row for each step
     at: Any  # of the rule, as `update`: see `rules`
     update: Any
     loss: losses.Loss
@@ -136,6 +137,7 @@ def plan(run: "Run", kernel: str) -> tuple[Plan, int, dict]:
         keeps_z=hidden.needs_z and len(spec.sizes) > 2,
         out_needs_z=output.needs_z,
         columns=spec.rule.columns,
+        scheduled=run.scheduled,
         at=spec.rule.at,
         update=spec.rule.update,
         loss=spec.loss,

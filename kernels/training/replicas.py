@@ -23,8 +23,9 @@ from .run import Run
 def train_replicas_ref(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     """The reference of `train_replicas`, by batched products: any width, batch and activation."""
     step, (losses, correct) = int(run.count), run.results()
+    numbers = run.rows()
     for t, rows in enumerate(run.order.long().split(run.batch, 1)):
-        losses[:, t], correct[:, t] = step_ref(run, rows, run.hyper, step + t + 1)
+        losses[:, t], correct[:, t] = step_ref(run, rows, numbers[:, t], step + t + 1)
     run.count += run.steps
     return losses, correct
 

@@ -54,7 +54,8 @@ class Run:
     the input; targets (n,) labels, or (n, classes) float32. order: the epoch's rows of data, int32
     or int64, the last batch as small as it comes out. hyper: a row of `hyperparameters`, read at
     launch. count: one-element tensor, steps taken so far, advanced. losses float32, correct
-    integer: (steps,) buffers for the results, made if None.
+    integer: (steps,) buffers for the results, made if None. hyper may also be (steps, columns): the
+    numbers of each step of the epoch, which a schedule moves.
 
     Of R networks parameters, states, order (R, n), hyper (R, columns), losses and correct have a
     first dimension of R; data, targets and count are shared. All tensors are on one device.
@@ -111,6 +112,17 @@ class Run:
     def device(self) -> torch.device:
         """Where everything is."""
         return self.data.device
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether every step of the epoch has numbers of its own."""
+        return self.hyper.dim() > len(self.lead) + 1
+
+    def rows(self) -> torch.Tensor:
+        """The numbers of every step: (steps, columns), of R networks (R, steps, columns)."""
+        if self.scheduled:
+            return self.hyper
+        return self.hyper.unsqueeze(-2).expand(*self.lead, self.steps, -1)
 
     def results(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(losses, correct): the buffers for the results."""
@@ -173,8 +185,10 @@ class Run:
                 f"{tuple(self.order.shape)} and {self.batch}"
             )
         want = (*self.lead, len(self.spec.rule.columns))
-        if tuple(self.hyper.shape) != want or not self.hyper.is_contiguous():
+        each = (*self.lead, self.steps, want[-1])
+        if tuple(self.hyper.shape) not in (want, each) or not self.hyper.is_contiguous():
             raise ValueError(
                 f"training: hyper must be contiguous {want} for rule {self.spec.rule.name!r}, see "
-                f"hyperparameters, got {tuple(self.hyper.shape)}"
+                f"hyperparameters, or {each} with a row for each step, got "
+                f"{tuple(self.hyper.shape)}"
             )

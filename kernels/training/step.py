@@ -19,8 +19,7 @@ import triton
 import triton.language as tl
 
 from .. import launch
-from ..ops.optim import numbers_at
-from .layers import Rows, backward_layer, batch_rows, first_tile, results_at, top
+from .layers import Rows, backward_layer, batch_rows, first_tile, numbers_of, results_at, top
 from .network import plan, refuse, step_ref
 from .run import Run, Scratch
 
@@ -44,19 +43,20 @@ def step_input_kernel(
     samples,  # Samples
     order,  # Order
     progress,  # Progress
-    hyper_ptr,
+    hyper_ptr,  # [columns], or scheduled: [steps, columns]
     NET: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Program g: rows g·ROWS … of w_1."""
     offs_n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    rows = batch_rows(order, tl.load(progress.position), NET)
+    t = tl.load(progress.position)
+    rows = batch_rows(order, t, NET)
     offs_m = tl.arange(0, NET.block_m)
     pending = tl.load(progress.position + 1)
     before = Rows(
         tl.load(progress.pending + offs_m, mask=offs_m < pending, other=0), offs_m < pending
     )
-    numbers = numbers_at(hyper_ptr, tl.load(progress.count).to(tl.float32), NET)
+    numbers = numbers_of(hyper_ptr, t - 1, tl.load(progress.count).to(tl.float32), NET)
     r = tl.full((), 0, tl.int64)
     first_tile(scratch, net, r, samples, rows, before, pending > 0, offs_n, numbers, NET)
 
@@ -69,7 +69,7 @@ def step_head_kernel(
     samples,  # Samples
     order,  # Order
     progress,  # Progress
-    hyper_ptr,
+    hyper_ptr,  # [columns], or scheduled: [steps, columns]
     NET: tl.constexpr,
 ):
     """The rest of the step, by one program.
@@ -83,7 +83,7 @@ def step_head_kernel(
     rows = batch_rows(order, t, NET)
     taken = tl.sum(rows.mask.to(tl.int32), axis=0)
     if taken > 0:
-        numbers = numbers_at(hyper_ptr, count + 1.0, NET)
+        numbers = numbers_of(hyper_ptr, t, count + 1.0, NET)
         top(scratch, results_at(results, t), net, r, samples, rows, numbers, True, NET)
         for j in tl.static_range(L - 1):
             backward_layer(scratch, net, r, numbers, L - j, True, NET)
@@ -126,7 +126,7 @@ def train_step_ref(state: StepState, n: int) -> None:
     rows = run.order[:n][t * run.batch : (t + 1) * run.batch].long()
     if len(rows):
         run.count += 1
-        row, count = run.hyper.tolist(), int(run.count)
+        row, count = run.rows()[t].tolist(), int(run.count)
         losses, correct = run.results()
         losses[t], correct[t] = step_ref(run, rows, row, count)
         state.position[0] += 1

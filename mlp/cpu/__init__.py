@@ -83,13 +83,11 @@ def many() -> Iterator[None]:
         _many -= 1
 
 
-def train_epoch(
-    run: kernels.Run, numbers: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def train_epoch(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:
     """See `epoch.train_epoch`."""
     from . import epoch
 
-    return epoch.train_epoch(run, numbers)
+    return epoch.train_epoch(run)
 
 
 def train_replicas(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:

@@ -126,20 +126,16 @@ def _pitch(size: int) -> int:
     return padded + LANES if padded % 256 == 0 else padded
 
 
-def train_epoch(
-    run: kernels.Run, numbers: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def train_epoch(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:
     """As `kernels.train_epoch`, on a CPU: trains in place, (losses, correct) of every step.
 
     Any width, batch and number of classes. correct counts labels; of targets that are numbers it
     is 0. The threads are torch's. KeyboardInterrupt: at most a piece of the epoch later, with
-    parameters, states and count as they were after some step. numbers: (steps, columns), those
-    of the rule at each step, in place of run.hyper.
+    parameters, states and count as they were after some step.
     """
     spec, workers = run.spec, max(1, torch.get_num_threads())
     memory = Memory(spec, min(run.batch, len(run.order)), workers)
-    hyper = run.hyper if numbers is None else numbers
-    table = _numbers(spec.rule, hyper, float(run.count), run.steps)
+    table = _numbers(spec.rule, run.hyper, float(run.count), run.steps)
     task = _Task(memory, run.data, run.targets, run.order, table, run.scale, run.shift)
     choice, stopped = _choice(spec, memory.batch, workers), threading.Event()
     with team.threads(workers) as pool:

@@ -6,6 +6,7 @@ the kernels' view of a training.
 Nothing is read back before the epoch's end, and no gradients are stored.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -66,6 +67,8 @@ def _criterion(loss, classes: int) -> dict | str:
 class Fused(Engine):
     """What `epoch` and `graph` share: the kernels' view of model, optimizer and data."""
 
+    reads_ahead = True
+
     @property
     def spec(self) -> kernels.Spec | str:
         """Network, loss and optimizer as they are now, see `spec_of`."""
@@ -79,7 +82,10 @@ class Fused(Engine):
         return part
 
     def count(self, part: Part) -> torch.Tensor:
-        """Steps taken, one number on the device, for the kernels to count on."""
+        """Steps taken, one number on the device, for the kernels to count on.
+
+        Ask before the states are made: after that, a first step is not known as one.
+        """
         taken = torch.as_tensor(part.taken, dtype=torch.float32, device=self.parameters[0].device)
         return taken.detach().reshape(1).clone()
 
@@ -95,12 +101,7 @@ class Fused(Engine):
 
     @classmethod
     def cannot(cls, demands: Demands) -> str | None:
-        """Launches of many steps read the numbers once, and count every label."""
-        if demands.per_step and not (cls.reads_ahead and demands.compiled):
-            return (
-                f"{cls.name}: reads the optimizer's numbers once an epoch, but the scheduler moves "
-                "them every step; use engine 'manual'"
-            )
+        """Launches of many steps update before the norm is known, and count every label."""
         if demands.clip_norm is not None:
             return (
                 f"{cls.name}: updates a layer before the others have gradients, so it cannot clip "
@@ -115,27 +116,39 @@ class Fused(Engine):
         """Why the kernels may not stand for this network, loss and optimizer."""
         return takeover.network(model) or takeover.criterion(loss) or takeover.optimizer(optimizer)
 
-    def hyper(self) -> torch.Tensor:
-        """The optimizer's numbers as they are now, for the kernels to read."""
-        return torch.tensor(
-            self.part.numbers, dtype=torch.float32, device=self.parameters[0].device
-        )
+    def numbers(self, parts: list[Part], steps: int) -> list[torch.Tensor]:
+        """The numbers of these parts of the optimizer, for the kernels to read: rows as they are
+        now, or tables with a row for each of so many steps, if the scheduler moves them in between.
 
-    def ahead(self, steps: int) -> torch.Tensor:
-        """(steps, columns) on the CPU: the optimizer's numbers at each step.
-
-        The scheduler moves them.
+        ValueError: a momentum that the scheduler moves to or from 0, which is another rule.
         """
-        rows, part = [], self.part
-        part.advance(0)  # torch's schedulers ask whether a step was taken
-        for _ in range(steps):
-            rows.append(part.numbers)
-            if self.moves is not None:
+        per_step, rules = self.demands.per_step, [part.rule for part in parts]
+        tables: list[list] = [[] for _ in parts]
+        for part in parts:
+            part.advance(0)  # torch's schedulers ask whether a step was taken
+        for step in range(steps if per_step else 1):
+            for part, rule, table in zip(parts, rules, tables):
+                if part.rule is not rule:
+                    raise ValueError(
+                        f"{self.name}: the schedule moves {rule.name} to {part.rule.name} at step "
+                        f"{step} of the epoch, but one launch takes all steps by one rule; use "
+                        "engine 'manual'"
+                    )
+                table.append([float(number) for number in part.numbers])
+            if per_step and self.moves is not None:
                 self.moves()
-        return torch.tensor(rows, dtype=torch.float64)
+        device = self.parameters[0].device
+        made = [torch.tensor(table, dtype=torch.float32, device=device) for table in tables]
+        return made if per_step else [table[0] for table in made]
 
     def run(
-        self, data: Dataset, order: torch.Tensor, batch_size: int, states: Any, count: torch.Tensor
+        self,
+        data: Dataset,
+        order: torch.Tensor,
+        batch_size: int,
+        states: Any,
+        count: torch.Tensor,
+        numbers: torch.Tensor,
     ) -> kernels.Run:
         """This training as the kernels take it."""
         spec = self.spec
@@ -148,7 +161,7 @@ class Fused(Engine):
             self.targets(data),
             order,
             batch_size,
-            self.hyper(),
+            numbers,
             count,
             data.scale,
             data.shift,
@@ -180,7 +193,6 @@ class Epoch(Fused):
     """One launch trains the whole epoch; on a CPU one call of compiled code, which needs numba."""
 
     name = "epoch"
-    reads_ahead = True  # in the compiled epoch of a CPU: see `cannot`
 
     @classmethod
     def refuses(cls, model: Any, loss: Any, optimizer: Any, batch_size: int = 1) -> str | None:
@@ -216,14 +228,12 @@ class Epoch(Fused):
         on_step: Callable[..., object] | None = None,
     ) -> EpochResult:
         part = self.part
-        count = self.count(part)
-        before, run = int(count), self.run(data, order, batch_size, part.states(), count)
+        count, steps = self.count(part), math.ceil(len(order) / batch_size)
+        (numbers,) = self.numbers([part], steps)
+        before, run = int(count), self.run(data, order, batch_size, part.states(), count, numbers)
+        train = cpu.train_epoch if cpu.serves(self.parameters[0]) else kernels.train_epoch
         try:
-            if cpu.serves(self.parameters[0]):
-                ahead = self.ahead(run.steps) if self.demands.per_step else None
-                values, correct = cpu.train_epoch(run, ahead)
-            else:
-                values, correct = kernels.train_epoch(run)
+            values, correct = train(run)
         finally:
             part.advance(int(count) - before)
         return self.measured(values, correct, data, order, batch_size, on_step)

@@ -31,13 +31,14 @@ class Bound(NamedTuple):
     """What a capture depends on, besides the contents of the tensors that it reads.
 
     spec: of `spec_of`. parts: the rule, and what else is compiled in, of each part of the
-    optimizer's parameters. memory: of everything that is read. loss: its arguments. reading: scale,
-    shift and kind of the data. length, batch: of the epoch. products: their precision in float32,
-    and what computes them.
+    optimizer's parameters. scheduled: whether every step has numbers of its own. memory: of
+    everything that is read. loss: its arguments. reading: scale, shift and kind of the data.
+    length, batch: of the epoch. products: their precision in float32, and what computes them.
     """
 
     spec: Any
     parts: tuple
+    scheduled: bool
     memory: tuple
     loss: tuple
     reading: tuple
@@ -46,24 +47,36 @@ class Bound(NamedTuple):
     products: tuple[str, str | None]
 
     @classmethod
-    def of(cls, engine: "Graph", data: Dataset, length: int, batch: int) -> "Bound":
-        """As things are now; makes the optimizer's states, if there are none."""
-        parts = engine.optimizer.parts()
-        for part in parts:
-            part.states()  # makes them
+    def of(cls, engine: "Graph", spec: Any, now: "Now", data: Dataset, batch: int) -> "Bound":
+        """As things are now."""
         states = [t for state in engine.optimizer.state.values() for t in state.values()]
         tensors = (*engine.parameters, *states, data.inputs, data.targets)
         facts = {k: _fact(v) for k, v in vars(engine.loss).items() if not k.startswith("_")}
         return cls(
-            engine.spec,
-            tuple((part.rule, part.maximize, *map(id, part.parameters)) for part in parts),
+            spec,
+            tuple((part.rule, part.maximize, *map(id, part.parameters)) for part in now.parts),
+            engine.demands.per_step,
             tuple(_fact(t) for t in tensors),
             (type(engine.loss), *sorted(facts.items())),
             (data.scale, data.shift, data.is_classification, len(data.classes)),
-            length,
+            len(now.order),
             batch,
             (launch.dot_precision(), launch.products()),
         )
+
+
+class Now(NamedTuple):
+    """What an epoch begins with.
+
+    order: of its samples. parts: of the optimizer. counts: of each part the steps taken, asked
+    before the states were made, so that a first step is known. numbers: of each part, see
+    `Fused.numbers`.
+    """
+
+    order: torch.Tensor
+    parts: list
+    counts: list
+    numbers: list
 
 
 def _fact(value: Any) -> Any:
@@ -113,11 +126,6 @@ class Graph(Fused):
                 f"graph: takes the losses {', '.join(losses.LOSSES)}, got {type(loss).__name__}, "
                 "which may read the device; use engine 'manual'"
             )
-        if any(group.get("dampening") for group in optimizer.param_groups):
-            return (
-                "graph: a first step with dampening differs from the others; use engine 'manual' "
-                "or 'epoch'"
-            )
         return None
 
     @torch.no_grad()
@@ -129,13 +137,19 @@ class Graph(Fused):
         on_step: Callable[..., object] | None = None,
     ) -> EpochResult:
         with _current(data.inputs.device):
-            bound = Bound.of(self, data, len(order), batch_size)
+            spec, parts = self.spec, self.optimizer.parts(parameters_of(self.model).values())
+            counts = [self.count(part) for part in parts]
+            for part in parts:
+                part.states()  # makes them
+            numbers = self.numbers(parts, math.ceil(len(order) / batch_size))
+            now = Now(order, parts, counts, numbers)
+            bound = Bound.of(self, spec, now, data, batch_size)
             if self._steps is None or bound != self._bound:
                 self._bound = self._steps = None  # gives their memory back first
                 kind = _TwoLaunches if _served(bound.spec, batch_size) else _Chain
-                self._steps = kind(self, data, order, batch_size)
+                self._steps = kind(self, data, now, batch_size)
                 self._bound = bound
-            values, correct = self._steps.run(data, order)
+            values, correct = self._steps.run(data, now)
         return self.measured(values, correct, data, order, batch_size, on_step)
 
 
@@ -149,21 +163,23 @@ def _served(spec: kernels.Spec | str, batch: int) -> bool:
 class _TwoLaunches:
     """`kernels.train_step`: order, numbers and count are written before each epoch."""
 
-    def __init__(self, engine: Graph, data: Dataset, order: torch.Tensor, batch_size: int):
+    def __init__(self, engine: Graph, data: Dataset, now: Now, batch_size: int):
         self.engine = engine
-        part = engine.part
-        run = engine.run(data, order.clone(), batch_size, part.states(), engine.count(part))
+        (part,), (count,), (numbers,) = now.parts, now.counts, now.numbers
+        own = now.order.clone(), batch_size, part.states(), count.clone(), numbers.clone()
+        run = engine.run(data, *own)
         self.state = kernels.StepState(run)
         self.state.position[0] = run.steps  # past the end: compiles the kernels and trains nothing
         step = lambda: kernels.train_step(self.state)  # noqa: E731
         self.replay = _captured(step, _CAPTURED, run.device)
 
-    def run(self, data: Dataset, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self, data: Dataset, now: Now) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses and correct predictions of every step."""
-        run, part = self.state.run, self.engine.part
-        run.order.copy_(order)
-        run.hyper.copy_(self.engine.hyper())
-        run.count.copy_(self.engine.count(part))
+        run = self.state.run
+        (part,), (count,), (numbers,) = now.parts, now.counts, now.numbers
+        run.order.copy_(now.order)
+        run.hyper.copy_(numbers)
+        run.count.copy_(count)
         if run.targets.data_ptr() != data.targets.data_ptr():
             run.targets.copy_(self.engine.targets(data))  # columns made of the targets
         self.state.position.zero_()
@@ -181,16 +197,17 @@ class _Chain:
     Position, batch, numbers and counts of the optimizer, losses.
     """
 
-    def __init__(self, engine: Graph, data: Dataset, order: torch.Tensor, batch_size: int):
-        self.optimizer, self.data, self.batch_size = engine.optimizer, data, batch_size
+    def __init__(self, engine: Graph, data: Dataset, now: Now, batch_size: int):
+        self.data, self.batch_size = data, batch_size
         self.engine = Manual(engine.model, engine.loss, engine.optimizer)
         self.engine.demands = engine.demands
         self.engine.trust(data)
-        self.engine.update = self.update = updates.InMemory(self.engine.update)
-        count, device = len(order), data.inputs.device
+        count, device = len(now.order), data.inputs.device
         self.order = torch.zeros(count, dtype=torch.int64, device=device)
         self.offsets = torch.arange(batch_size, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        memory = updates.InMemory(self.engine.update, now.parts, now.numbers, self.position)
+        self.engine.update = self.update = memory
         self.losses = torch.zeros(math.ceil(count / batch_size), device=device)
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
         self.replays: dict[int, Callable[[], None]] = {}
@@ -211,15 +228,15 @@ class _Chain:
         if self.data.is_classification:
             self.correct += (output.argmax(1) == y).sum()
 
-    def run(self, data: Dataset, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self, data: Dataset, now: Now) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses of every step and correct predictions: whole batches by replays, then the rest."""
-        full, rest = divmod(len(order), self.batch_size)
-        self.order.copy_(order)
+        full, rest = divmod(len(now.order), self.batch_size)
+        self.order.copy_(now.order)
         wanted = [_CAPTURED] * (full // _CAPTURED) + [1] * (full % _CAPTURED)
         for steps in dict.fromkeys(wanted):
             if steps not in self.replays:
-                self.replays[steps] = self._capture(steps)
-        self.update.write()
+                self.replays[steps] = self._capture(steps, now)
+        self.update.write(now.parts, now.counts, now.numbers)
         self.position.zero_()
         self.correct.zero_()
         for steps in wanted:
@@ -229,7 +246,7 @@ class _Chain:
         self.update.advance(full + (rest > 0))
         return self.losses, self.correct
 
-    def _capture(self, steps):
+    def _capture(self, steps, now):
         """Captures after one step that compiles every kernel.
 
         What that step changed is put back.
@@ -237,7 +254,7 @@ class _Chain:
         states = [t for part in self.update.parts for ts in part.states() for t in ts]
         tensors = [*parameters_of(self.engine.model).values(), *states]
         before = [t.detach().clone() for t in tensors]
-        self.update.write()
+        self.update.write(now.parts, now.counts, now.numbers)
         self.position.zero_()
         replay = _captured(self.step, steps, self.order.device)
         for t, good in zip(tensors, before, strict=True):

@@ -50,15 +50,14 @@ class Demands(NamedTuple):
 
     per_step: the optimizer's numbers change from step to step. ignored: some labels are the loss's
     ignore_index. precision: a name of `mlp.engines.precision`. clip_norm: the largest norm that all
-    gradients together may have. compiled: the network lies where `mlp.cpu` serves.
-    world: processes that share the training, see `mlp.engines.shared`.
+    gradients together may have. world: processes that share the training, see
+    `mlp.engines.shared`.
     """
 
     per_step: bool = False
     ignored: bool = False
     precision: str = "fp32"
     clip_norm: float | None = None
-    compiled: bool = False
     world: int = 1
 
 

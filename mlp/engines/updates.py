@@ -108,46 +108,45 @@ class Clipped(Separate):
 class InMemory(Separate):
     """The update with every number and count of the optimizer in device memory, for a CUDA graph:
     `write` brings them up to date, and `advance` takes note of the steps that replays made.
+
+    parts: of the optimizer. numbers: of each part a row, or a table of which row `position`, a
+    one-element tensor, is the next step's.
     """
 
-    def __init__(self, update: Separate):
+    def __init__(self, update: Separate, parts: list, numbers: list, position: torch.Tensor):
         super().__init__(update.net, update.optimizer, update.grads)
-        self.inline = isinstance(update, Inline)
-        pairs = zip(parameters(self.optimizer), update.grads, strict=True)
-        given = {id(p): (p, g) for p, g in pairs if g is not None}
-        trained = [p for p, _ in given.values()]
-        self.parts: list[Part] = self.optimizer.parts(trained)
-        self.grads = [[given[id(p)][1] for p in part.parameters] for part in self.parts]
-        device = trained[0].device
-        self.rows = [torch.zeros(len(part.rule.columns), device=device) for part in self.parts]
-        self.counts = [torch.zeros(1, device=device) for _ in self.parts]
+        # A first step of some parameters alone is no part of the backward.
+        self.inline = isinstance(update, Inline) and len(parts) == 1
+        given = {id(p): g for p, g in zip(parameters(self.optimizer), update.grads, strict=True)}
+        self.parts, self.position = parts, position
+        self.grads = [[given[id(p)] for p in part.parameters] for part in parts]
+        self.tables = [table.clone() for table in numbers]
+        self.counts = [torch.zeros(1, device=position.device) for _ in parts]
 
-    def write(self) -> None:
-        """Numbers and counts as they are now."""
-        for part, row, count in zip(self.parts, self.rows, self.counts, strict=True):
-            row.copy_(torch.tensor([float(number) for number in part.numbers]))
-            count.fill_(part.taken)
+    def write(self, parts: list, counts: list, numbers: list) -> None:
+        """Parts, counts and numbers as they are now."""
+        self.parts = parts
+        own = *self.counts, *self.tables
+        for kept, given in zip(own, (*counts, *numbers), strict=True):
+            kept.copy_(given)
 
     def finish(self, gradient: torch.Tensor) -> None:
         """Backward and update, in one where it was."""
         for count in self.counts:
             count += 1
+        rows = [
+            table.index_select(0, self.position)[0] if table.dim() > 1 else table
+            for table in self.tables
+        ]
         if self.inline:
-            (part,) = self.parts
-            self.net.update(gradient, part.states(), self.rows[0], self.counts[0], part.rule)
+            (part,), (row,), (count,) = self.parts, rows, self.counts
+            self.net.update(gradient, part.states(), row, count, part.rule)
             return
         self.net.backward(gradient)
-        for part, grads, row, count in zip(self.parts, self.grads, self.rows, self.counts):
+        for part, grads, row, count in zip(self.parts, self.grads, rows, self.counts):
             parameters = [p.detach() for p in part.parameters]
-            kernels.apply_rule(
-                part.rule,
-                parameters,
-                grads,
-                part.states(),
-                row.unbind(),
-                count,
-                maximize=part.maximize,
-            )
+            lists = parameters, grads, part.states()
+            kernels.apply_rule(part.rule, *lists, row.unbind(), count, maximize=part.maximize)
 
     def advance(self, steps: int) -> None:
         """Take note of so many steps."""

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import math
 
 import pytest
@@ -167,11 +168,19 @@ def test_step_lr_resumed():
     assert [lr for lr, _ in seen] == pytest.approx([0.01, 0.01, 0.001, 0.001, 0.0001, 0.0001])
 
 
-@pytest.mark.parametrize("engine", ["autograd", "manual"])
+@pytest.mark.parametrize(
+    ("kind", "engine"),
+    [
+        *itertools.product(["sgd", "adam", "torch's adam"], ["autograd", "manual"]),
+        ("sgd", "epoch"),
+        ("adam", "epoch"),
+    ],
+)
 @pytest.mark.parametrize("name", BY_STEP)
-@pytest.mark.parametrize("kind", ["sgd", "adam", "torch's adam"])
-def test_per_step_on_each_engine(kind, name, engine):
+def test_per_step_on_each_engine(name, kind, engine):
     """Also where momentum or betas move: weights as in torch's loop."""
+    if engine == "epoch":
+        pytest.importorskip("numba", reason="the epoch of a CPU is compiled by numba")
     make = BY_STEP[name]
     options = {"lr": 0.01, "momentum": 0.9} if kind == "sgd" else {"lr": 0.01}
     theirs = torch.optim.SGD if kind == "sgd" else torch.optim.Adam
@@ -193,29 +202,37 @@ def test_per_step_on_each_engine(kind, name, engine):
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(optimizer.param_groups[0]["lr"])
 
 
-def test_engines_of_whole_epochs_refuse_steps(device):
+def test_engines_of_whole_epochs_refuse_a_norm(device):
     for engine in (e for e in ENGINES if e not in ("autograd", "manual")):
-        reason = ENGINES[engine].cannot(mlp.engines.Demands(per_step=True))
-        assert reason == (
-            f"{engine}: reads the optimizer's numbers once an epoch, but the scheduler moves them "
-            "every step; use engine 'manual'"
-        )
-        assert ENGINES[engine].cannot(mlp.engines.Demands()) is None
+        for demands in (mlp.engines.Demands(), mlp.engines.Demands(per_step=True)):
+            assert ENGINES[engine].cannot(demands) is None
         reason = ENGINES[engine].cannot(mlp.engines.Demands(clip_norm=1.0))
         assert "cannot clip the norm of them all" in reason
 
 
 @pytest.mark.interpreter
-def test_auto_takes_another_engine_for_steps(device):
-    trainer = Trainer(MLP((6, 8, 3)).to(device), verbose=False)
-    data = [t.to(device) for t in tensors()]
-    trainer.fit(data, 1, 16)
+def test_auto_keeps_its_engine_for_steps(device):
+    """The weights are those of an engine of single steps."""
+    data, trained = [t.to(device) for t in tensors()], []
+    for engine in ("manual", "auto"):
+        torch.manual_seed(0)
+        trainer = Trainer(MLP((6, 8, 3)).to(device), engine=engine, verbose=False)
+        trainer.fit(data, 1, 16)
+        trainer.fit(data, 2, 16, scheduler=lambda o: s.StepLR(o, 1, 0.5), interval="step")
+        trained.append([p.detach() for p in trainer.model.parameters()])
     assert trainer.engine.name == "epoch"
-    trainer.fit(data, 2, 16, scheduler=lambda o: s.StepLR(o, 1), interval="step")
-    assert trainer.engine.name == "manual" and "moves them every step" in trainer.engine_note
-    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.1**STEPS)
-    trainer.fit(data, 3, 16)
-    assert trainer.engine.name == "epoch"
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**STEPS)
+    for p, q in zip(*trained, strict=True):
+        assert (p - q).abs().max() <= 1e-5 * p.abs().max()
+
+
+def test_a_schedule_that_makes_another_rule_is_refused_by_whole_epochs():
+    """Momentum that falls to 0 in the middle of an epoch: plain SGD has no buffers."""
+    pytest.importorskip("numba", reason="the epoch of a CPU is compiled by numba")
+    make = lambda o: cyclic(o, base_momentum=0.0, max_momentum=0.9)  # noqa: E731
+    trainer = trainer_of(lambda p: mlp.SGD(p, lr=0.01, momentum=0.9), "epoch")
+    with pytest.raises(ValueError, match=r"moves momentum to sgd at step 2 of the epoch.*'manual'"):
+        trainer.fit(tensors(), 2, 16, scheduler=make)
 
 
 @pytest.mark.interpreter
