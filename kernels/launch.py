@@ -102,7 +102,7 @@ def backend(*tensors: torch.Tensor | None) -> str:
     if watched() or not plain(*tensors):
         return "torch"
     real = [t for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()]
-    if all(t.dtype in KERNEL_DTYPES and _has_kernels(t.device) for t in real):
+    if all([t.dtype in KERNEL_DTYPES and _has_kernels(t.device) for t in real]):
         return "triton"
     if _forced == "triton":
         got = ", ".join(sorted({f"{t.dtype} on {t.device.type}" for t in real}))
@@ -171,6 +171,37 @@ def _has_kernels(device: torch.device) -> bool:
     )
 
 
+_plans: dict[tuple, Any] = {}
+_MOST_PLANS = 4096  # kept: more kinds of arguments are planned anew
+
+
+def planned(make: Callable[..., Any], tensors: tuple, *options: Any) -> Any:
+    """`make(*tensors, *options)`, once for each kind of arguments.
+
+    For what an operation does before it allocates: checks, the choice of the implementation, tiles
+    and strides. `make` may ask of a tensor its type, shape, strides, dtype, device and layout, and
+    it may ask what is in force here and in torch's settings of products. What it returns must hold
+    no tensor. An error is raised each time.
+    """
+    if watched():
+        return make(*tensors, *options)
+    key: list[Any] = [make, options, _forced, _target, INTERPRETED, dot_precision(), products()]
+    for t in tensors:
+        if t is None:
+            key.append(None)
+        elif type(t) in _PLAIN and t.layout is torch.strided and not _batched(t):
+            key += (t.shape, t.stride(), t.dtype, t.device)
+        else:
+            return make(*tensors, *options)
+    known = tuple(key)
+    plan = _plans.get(known, _plans)
+    if plan is _plans:  # which is no plan
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        plan = _plans[known] = make(*tensors, *options)
+    return plan
+
+
 def run(kernel, grid: tuple[int, ...], *args, **options) -> None:
     """Launches `kernel[grid](*args, **options)` on the device of the first tensor among `args`.
 
@@ -181,16 +212,13 @@ def run(kernel, grid: tuple[int, ...], *args, **options) -> None:
     """
     if 0 in grid:
         return
-    tensors = _tensors(args, [])
-    for t in tensors:
-        if t.is_neg():
-            args = tuple(_signed(a) for a in args)
-            break
+    first, is_signed = _looked_over(args)
+    if is_signed:
+        args = tuple(_signed(a) for a in args)
     for observer in _observers:
         observer(kernel, grid, args, options)
     if _target is not None:
         return
-    first = tensors[0]
     if first.is_cuda and first.get_device() != torch.cuda.current_device():
         # Triton launches on the current device.
         with torch.cuda.device(first.device):
@@ -199,14 +227,24 @@ def run(kernel, grid: tuple[int, ...], *args, **options) -> None:
         kernel[grid](*args, enable_fp_fusion=True, **options)
 
 
-def _tensors(values, found: list) -> list[torch.Tensor]:
-    """The tensors among values and in their tuples, added to those found."""
+def _looked_over(values: tuple) -> tuple[Any, bool]:
+    """(the first tensor among values and in their tuples, whether one of them has a minus sign
+    still to be applied).
+    """
+    first, is_signed = None, False
     for value in values:
+        kind = type(value)
+        if kind is int or kind is float or value is None:
+            continue
         if isinstance(value, torch.Tensor):
-            found.append(value)
+            found, signed = value, value.is_neg()
         elif isinstance(value, tuple):
-            _tensors(value, found)
-    return found
+            found, signed = _looked_over(value)
+        else:
+            continue
+        first = found if first is None else first
+        is_signed = is_signed or signed
+    return first, is_signed
 
 
 def _signed(value):

@@ -251,7 +251,7 @@ class _Chain:
 
         What that step changed is put back.
         """
-        states = [t for part in self.update.parts for ts in part.states() for t in ts]
+        states = [t for part in now.parts for ts in part.states() for t in ts]
         tensors = [*parameters_of(self.engine.model).values(), *states]
         before = [t.detach().clone() for t in tensors]
         self.update.write(now.parts, now.counts, now.numbers)

@@ -118,14 +118,15 @@ class InMemory(Separate):
         # A first step of some parameters alone is no part of the backward.
         self.inline = isinstance(update, Inline) and len(parts) == 1
         given = {id(p): g for p, g in zip(parameters(self.optimizer), update.grads, strict=True)}
-        self.parts, self.position = parts, position
+        self.live: list[Part] = parts
+        self.position = position
         self.grads = [[given[id(p)] for p in part.parameters] for part in parts]
         self.tables = [table.clone() for table in numbers]
         self.counts = [torch.zeros(1, device=position.device) for _ in parts]
 
     def write(self, parts: list, counts: list, numbers: list) -> None:
         """Parts, counts and numbers as they are now."""
-        self.parts = parts
+        self.live = parts
         own = *self.counts, *self.tables
         for kept, given in zip(own, (*counts, *numbers), strict=True):
             kept.copy_(given)
@@ -139,18 +140,18 @@ class InMemory(Separate):
             for table in self.tables
         ]
         if self.inline:
-            (part,), (row,), (count,) = self.parts, rows, self.counts
+            (part,), (row,), (count,) = self.live, rows, self.counts
             self.net.update(gradient, part.states(), row, count, part.rule)
             return
         self.net.backward(gradient)
-        for part, grads, row, count in zip(self.parts, self.grads, rows, self.counts):
+        for part, grads, row, count in zip(self.live, self.grads, rows, self.counts):
             parameters = [p.detach() for p in part.parameters]
             lists = parameters, grads, part.states()
             kernels.apply_rule(part.rule, *lists, row.unbind(), count, maximize=part.maximize)
 
     def advance(self, steps: int) -> None:
         """Take note of so many steps."""
-        for part in self.parts:
+        for part in self.live:
             part.advance(steps)
 
 

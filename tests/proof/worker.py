@@ -115,11 +115,11 @@ def operations(full: bool) -> None:
 
 
 def updates(full: bool) -> None:
-    """A layer's step in its backward and a step on tensors, of every rule, with a bias and without;
-    if full also of a batch that is split.
+    """A layer's step in its backward and a step on tensors, of every rule, every second one with a
+    bias; if full with a bias and without, also of a batch that is split.
     """
-    make = Make("cpu", torch.float32)
-    for rule, bias in itertools.product(RULES.values(), (True, False)):
+    make, pairs = Make("cpu", torch.float32), zip(RULES.values(), itertools.cycle((True, False)))
+    for rule, bias in itertools.product(RULES.values(), (True, False)) if full else pairs:
         for M, K, N in SHAPES if full else SHAPES[:1]:
             parameters = [make.real(N, K), make.real(N)][: 1 + bias]
             states = [[torch.zeros_like(p) for p in parameters] for _ in rule.states]
@@ -129,9 +129,12 @@ def updates(full: bool) -> None:
 
 
 def trainings(full: bool) -> None:
-    """Step, epoch, exchange and replicas: of one rule, or of all rules."""
-    for rule in RULES.values() if full else (RULES["adamw"],):
+    """Step, epoch, exchange and replicas: of one rule, or of all rules, and with a schedule."""
+    rules = RULES.values() if full else (RULES["adamw"],)
+    for rule, scheduled in itertools.product(rules, (False, True) if full else (False,)):
         run = training(kernels.Spec((36, 20, 10, 4), "sigmoid", rule=rule))
+        if scheduled:
+            run.hyper = run.hyper.repeat(run.steps, 1)
         kernels.train_epoch(run, programs=1)
         for exchange in ("words", "counter") if full else ("words",):
             kernels.train_epoch(run, exchange=exchange)
