@@ -33,6 +33,17 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
+@triton.jit
+def settled(x):
+    """x, rounded: what a sum over lanes may take.
+
+    The choice comes after the product that x may be. A bare product would be fused with the sum's
+    first addition, where a lane adds what another lane sent: each lane would round the other's
+    product and not its own, so that lanes which store one sum would hold different ones.
+    """
+    return tl.where(x == 0.0, 0.0, x)
+
+
 # Rows of tiles that are done together. Eight rows, and as many columns as then run at once, make a
 # block about as high as wide for a hundred programs: it reads the fewest tiles.
 GROUP = tl.constexpr(8)

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from ..ops.optim import numbers_at, update_tile
-from ..tiles import Matrix, dot, product_tile
+from ..tiles import Matrix, dot, product_tile, settled
 from .objective import loss
 from .run import Results, Scratch
 
@@ -71,12 +71,9 @@ def update_bias(net, r, offs_n, dz, live, numbers, l: tl.constexpr, NET: tl.cons
     mask = offs_n < tl.where(
         live, NET.sizes[l], 0
     )  # the interpreter cannot `&` a tile and one truth value
-    return tl.where(
-        live,
-        # Several warps hold the same columns.
-        update_tile(net, i, base, offs_n, mask, b, tl.sum(dz, axis=0), numbers, NET, True),
-        b,
-    )
+    db = tl.sum(settled(dz), axis=0)
+    # Several warps hold the same columns.
+    return tl.where(live, update_tile(net, i, base, offs_n, mask, b, db, numbers, NET, True), b)
 
 
 @triton.jit
