@@ -6,6 +6,7 @@ dense, solver "lbfgs" and Poisson loss are left to scikit-learn, and a GPU compu
 """
 
 import contextlib
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -692,34 +693,11 @@ class MLPRegressor(RegressorMixin, _Network):
         engine: str = "auto",
         precision: str = "auto",
     ) -> None:
-        super().__init__(
-            hidden_layer_sizes,
-            activation,
-            solver=solver,
-            alpha=alpha,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            learning_rate_init=learning_rate_init,
-            power_t=power_t,
-            max_iter=max_iter,
-            shuffle=shuffle,
-            random_state=random_state,
-            tol=tol,
-            verbose=verbose,
-            warm_start=warm_start,
-            momentum=momentum,
-            nesterovs_momentum=nesterovs_momentum,
-            early_stopping=early_stopping,
-            validation_fraction=validation_fraction,
-            beta_1=beta_1,
-            beta_2=beta_2,
-            epsilon=epsilon,
-            n_iter_no_change=n_iter_no_change,
-            max_fun=max_fun,
-            device=device,
-            engine=engine,
-            precision=precision,
-        )
+        # scikit-learn and editors read the parameters from this signature. Their values go on by
+        # name: `locals` has all of them.
+        given = locals()
+        names = list(inspect.signature(_Network.__init__).parameters)[1:]
+        super().__init__(**{name: given[name] for name in names})
         self.loss = loss
 
     def _validate_input(self, X, y, incremental, reset):

@@ -77,6 +77,17 @@ def _assert_within(allowed, ours, torchs, exact, what):
         )
 
 
+def gradient_penalty(function):
+    """A function whose gradient is a second derivative: Σ ‖∂(Σ y²)/∂t‖² over its tensors."""
+
+    def of(*tensors):
+        y = function(*tensors)
+        gradients = torch.autograd.grad(y.square().sum(), tensors, create_graph=True)
+        return sum(g.square().sum() for g in gradients)
+
+    return of
+
+
 def compare(ours, torchs, *draws, what=""):
     """Values and gradients of a function of tensors (None allowed) against torch's, in the rule
     above.

@@ -13,7 +13,7 @@ import kernels
 from kernels import conv2d, conv2d_fwd
 from kernels.activations import ACTIVATIONS
 from kernels.ops.conv_bwd import NARROW
-from tests.checks import DTYPES, assert_equal, compare, double
+from tests.checks import DTYPES, assert_equal, compare, double, gradient_penalty
 
 # name -> (input, weight, options): each thing that can vary, alone and together with a window that
 # does not divide.
@@ -124,18 +124,9 @@ def test_second_derivative_through_kernels(device):
     """create_graph=True on the kernels' path, then the gradient of a gradient penalty, as
     torch's.
     """
-
-    def penalty(function):
-        def of(*tensors):
-            y = function(*tensors)
-            return sum(
-                g.square().sum()
-                for g in torch.autograd.grad(y.square().sum(), tensors, create_graph=True)
-            )
-
-        return of
-
-    compare(*map(penalty, pair("valid", "gelu")), draw("valid", "gelu", device, torch.float32))
+    compare(
+        *map(gradient_penalty, pair("valid", "gelu")), draw("valid", "gelu", device, torch.float32)
+    )
 
 
 @pytest.mark.parametrize("path", ["kernel", "reference"])

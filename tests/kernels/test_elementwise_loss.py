@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import kernels
 from kernels import elementwise_loss, elementwise_loss_bwd, elementwise_loss_fwd
 from kernels.losses import LOSSES
-from tests.checks import DTYPES, LAYOUTS, assert_as_accurate, compare
+from tests.checks import DTYPES, LAYOUTS, assert_as_accurate, compare, gradient_penalty
 from tests.pairs import PAIRS
 
 ROWS = [name for name, row in LOSSES.items() if row.scalar is not None]
@@ -150,17 +150,7 @@ def test_layouts(loss, layouts, reduction, dtype, device):
 @pytest.mark.parametrize("loss", ["mse", "bce", "huber"])  # pinball has no second derivative
 @EACH_REDUCTION
 def test_second_derivative_through_kernels(loss, reduction, device):
-    def penalty(function):
-        def of(*tensors):
-            y = function(*tensors)
-            return sum(
-                g.square().sum()
-                for g in torch.autograd.grad(y.square().sum(), tensors, create_graph=True)
-            )
-
-        return of
-
-    compare(*map(penalty, pair(loss, reduction)), *draws((7, 16), device, torch.float32))
+    compare(*map(gradient_penalty, pair(loss, reduction)), *draws((7, 16), device, torch.float32))
 
 
 @EACH_LOSS

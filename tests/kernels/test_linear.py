@@ -14,7 +14,7 @@ from kernels.operations import Make
 from kernels.ops import linear as linear_ops
 from kernels.ops.linear import linear_bwd_dw_ref
 from kernels.tiles import tile_of_program
-from tests.checks import DTYPES, assert_as_accurate, assert_equal, compare, double
+from tests.checks import DTYPES, assert_as_accurate, assert_equal, compare, double, gradient_penalty
 
 EACH_ACTIVATION = pytest.mark.parametrize("activation", ACTIVATIONS)
 PRECISIONS = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -64,18 +64,10 @@ def test_second_derivative_through_kernels(activation, device):
     """create_graph=True on the kernels' path, then the gradient of a gradient penalty, as
     torch's.
     """
-
-    def penalty(function):
-        def of(*tensors):
-            y = function(*tensors)
-            return sum(
-                g.square().sum()
-                for g in torch.autograd.grad(y.square().sum(), tensors, create_graph=True)
-            )
-
-        return of
-
-    compare(*map(penalty, pair(activation)), draw(activation, 17, 16, 17, device, torch.float32))
+    compare(
+        *map(gradient_penalty, pair(activation)),
+        draw(activation, 17, 16, 17, device, torch.float32),
+    )
 
 
 @pytest.mark.parametrize("shape", [(33,), (2, 5, 33), (2, 1, 4, 33), (2, 0, 33)], ids=str)

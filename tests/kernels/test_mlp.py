@@ -10,7 +10,15 @@ from torch.autograd import gradcheck, gradgradcheck
 import kernels
 from kernels import linear, mlp_bwd, mlp_fwd
 from kernels.activations import ACTIVATIONS
-from tests.checks import DTYPES, assert_equal, compare, double, snapshot, with_gradients
+from tests.checks import (
+    DTYPES,
+    assert_equal,
+    compare,
+    double,
+    gradient_penalty,
+    snapshot,
+    with_gradients,
+)
 
 EACH_ACTIVATION = pytest.mark.parametrize("activation", ACTIVATIONS)
 WIDTHS = (33, 16, 7, 10)
@@ -94,17 +102,10 @@ def test_is_a_stack_of_linear(activation, dtype, device):
 
 
 def test_second_derivative_through_kernels(device):
-    def penalty(function):
-        def of(*tensors):
-            y = function(*tensors)
-            return sum(
-                g.square().sum()
-                for g in torch.autograd.grad(y.square().sum(), tensors, create_graph=True)
-            )
-
-        return of
-
-    compare(*map(penalty, pair("silu", "sigmoid")), draw((16, 17, 7), 16, device, torch.float32))
+    compare(
+        *map(gradient_penalty, pair("silu", "sigmoid")),
+        draw((16, 17, 7), 16, device, torch.float32),
+    )
 
 
 @pytest.mark.parametrize("shape", [(33,), (2, 3, 33), (0, 33)], ids=str)

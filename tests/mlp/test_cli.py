@@ -14,7 +14,6 @@ import torch
 
 from kernels.activations import ACTIVATIONS
 from mlp import cli
-from mlp.__main__ import main
 from mlp.cli.versions import version
 from mlp.recipes import LOSSES, OPTIMIZERS, RECIPES
 from mlp.runs import checkpoint, disk
@@ -46,16 +45,6 @@ def a_folder_of_its_own(tmp_path, monkeypatch):
     precision = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(precision)
-
-
-@pytest.fixture
-def handgrad(capsys):
-    def run(*argv):
-        status = main([str(a) for a in argv])
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
 
 
 def contents():

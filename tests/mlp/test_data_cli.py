@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from mlp.__main__ import main
 from mlp.runs import RunFolder
 
 Image = pytest.importorskip("PIL.Image")
@@ -24,16 +23,6 @@ QUICK = ("--hidden", "8", "--epochs", "15", "--device", "cpu", "--engine", "manu
 @pytest.fixture(autouse=True)
 def a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def handgrad(capsys):
-    def run(*argv):
-        status = main([str(a) for a in argv])
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
 
 
 HELD = {

@@ -48,6 +48,8 @@ def test_parameters_are_scikit_learns(name):
     ours, theirs = (e().get_params() for e in (getattr(mlp, name), getattr(neural_network, name)))
     assert {key: ours[key] for key in theirs} == theirs
     assert set(ours) - set(theirs) == {"device", "engine", "precision"}
+    given = {key: object() for key in ours}
+    assert getattr(mlp, name)(**given).get_params(deep=False) == given
 
 
 # The checks that train most often are slow: the whole list runs with --full.

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from mlp.__main__ import main
-
 pandas = pytest.importorskip("pandas")
 metrics = pytest.importorskip("sklearn.metrics")
 QUICK = ("--hidden", "8", "--device", "cpu", "--engine", "manual")
@@ -29,16 +27,6 @@ def files(tmp_path, monkeypatch):
     kind = np.array(["x", "y", "z"])[np.digitize(a, [-0.7, 0.7])]
     frame.drop(columns=["price", "cost"]).assign(kind=kind).to_csv("kind.csv", index=False)
     return frame
-
-
-@pytest.fixture
-def handgrad(capsys):
-    def run(*argv):
-        status = main([str(a) for a in argv])
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
 
 
 def test_a_regression_is_learned_and_told_in_its_units(handgrad, files):
