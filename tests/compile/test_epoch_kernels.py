@@ -6,6 +6,7 @@ Each row of MATRIX in a process of its own, since pytest's kernels are interpret
     python -m tests.compile.test_epoch_kernels sm_90 adam ieee      # one JSON object a line
 """
 
+import functools
 import json
 import os
 import re
@@ -56,7 +57,7 @@ def launched(arch, rule, precision, scheduled=""):
     """
     torch.set_float32_matmul_precision(worker.PRECISIONS[precision][1])
     spec, rows, batch = Spec((784, 100, 50, 10), "sigmoid", rule=rule), 60_000, 32
-    empty = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
+    empty = functools.partial(torch.empty, device="meta")
     hyper = hyperparameters(rule).to("meta")
     lists = [[empty(*shape) for shape in spec.shapes] for _ in range(1 + len(spec.rule.states))]
     run = Run(

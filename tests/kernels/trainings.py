@@ -149,6 +149,9 @@ def assert_near(ours, run, reference, **options):
     assert_equal([c.long() for c in correct], [r.long() for r in right])
     for i, (a, b, c) in enumerate(zip(*map(flatten, (results, theirs, exact)))):
         if (a - c).norm() > 1e-6 * c.norm():
-            again = lambda i=i: flatten(run.train(reference, torch.float64, **options)[0])[i]  # noqa: E731
+
+            def again(i=i):
+                return flatten(run.train(reference, torch.float64, **options)[0])[i]
+
             assert_as_accurate(a, b, again)
         assert (a - c).norm() <= 1e-5 * c.norm()
