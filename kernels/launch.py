@@ -95,10 +95,8 @@ def backend(*tensors: torch.Tensor | None) -> str:
     """
     if _forced == "torch":
         return "torch"
-    if _forced is None and _target is None and not INTERPRETED and tensors:
-        first = tensors[0]
-        if first is not None and first.is_cpu:
-            return "torch"  # the short way, for the CPU's training loop
+    if _forced is None and _target is None and tensors and on_cpu(tensors[0]):
+        return "torch"  # the short way, for the CPU's training loop
     if watched() or not plain(*tensors):
         return "torch"
     real = [t for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()]
@@ -112,6 +110,11 @@ def backend(*tensors: torch.Tensor | None) -> str:
             "or on the CPU when TRITON_INTERPRET=1 is set before the first import"
         )
     return "torch"
+
+
+def on_cpu(tensor: torch.Tensor | None) -> bool:
+    """Whether no kernel takes this tensor, as it lies on a CPU without the interpreter."""
+    return not INTERPRETED and tensor is not None and tensor.is_cpu
 
 
 def path(*tensors: torch.Tensor | None) -> str:
@@ -183,13 +186,13 @@ def planned(make: Callable[..., Any], tensors: tuple, *options: Any) -> Any:
     it may ask what is in force here and in torch's settings of products. What it returns must hold
     no tensor. An error is raised each time.
     """
-    if watched():
-        return make(*tensors, *options)
+    if (_forced is None and _target is None and on_cpu(tensors[0])) or watched():
+        return make(*tensors, *options)  # on a CPU to ask costs as little as to look it up
     key: list[Any] = [make, options, _forced, _target, INTERPRETED, dot_precision(), products()]
     for t in tensors:
         if t is None:
             key.append(None)
-        elif type(t) in _PLAIN and t.layout is torch.strided and not _batched(t):
+        elif type(t) in _PLAIN and t.layout is torch.strided and plain(t):
             key += (t.shape, t.stride(), t.dtype, t.device)
         else:
             return make(*tensors, *options)
@@ -200,6 +203,11 @@ def planned(make: Callable[..., Any], tensors: tuple, *options: Any) -> Any:
             _plans.clear()
         plan = _plans[known] = make(*tensors, *options)
     return plan
+
+
+def forget() -> None:
+    """Plan everything anew: for tests, which change what a device is."""
+    _plans.clear()
 
 
 def run(kernel, grid: tuple[int, ...], *args, **options) -> None:

@@ -120,6 +120,7 @@ def surroundings(request, monkeypatch):
     """What the folder's tests run under: poisoned buffers for kernels, the reference for training
     on a CPU; its own seed.
     """
+    kernels.launch.forget()
     # the same numbers whatever ran before
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
     if request.path.is_relative_to(TESTS / "kernels"):

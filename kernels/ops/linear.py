@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from .. import activations, configs, launch, tape
-from ..tiles import cast, load_tile, matrix, product_tile, tile_of_program
+from ..tiles import Matrix, cast, load_tile, matrix, product_tile, tile_of_program
 
 MAX_SPLITS = 32  # of the batch in dw: the workspace is at most this many times dw
 
@@ -356,32 +356,48 @@ def linear_fwd(
     is as torch has it, and one kernel more applies act. ValueError: shapes that do not fit, mixed
     dtypes or devices, an unknown activation.
     """
-    check_linear(x, w, b)
-    act = activations.get(activation, "linear")
-    if launch.backend(x, w, b) == "torch":
+    plan = launch.planned(_plan_fwd, (x, w, b), activation)
+    if plan is None:
         return linear_fwd_ref(x, w, b, activation, out=out)
-    x2 = as_matrix(x)
-    (M, K), N = x2.shape, w.shape[0]
+    act, (M, N, K), x2 = plan.act, plan.sizes, as_matrix(x)
     y, z = out or (x.new_empty(M, N), x.new_empty(M, N) if act.needs == "z" else None)
-    product = configs.product("linear_fwd", x, M, N, heavy=act.needs == "z")
-    if product.by_library(M, N, K):
+    if plan.library:
         _library_fwd(x2, w, b, act, y, z)
     else:
+        matrices = Matrix(x2, *plan.left), Matrix(w, *plan.right)
         launch.run(
-            linear_fwd_kernel,
-            product.grid(M, N),
-            y,
-            z,
-            matrix(x2),
-            matrix(w),
-            b,
-            0 if b is None else b.stride(0),
-            K,
-            ACT=act.forward,
-            **product.over(K),
+            linear_fwd_kernel, plan.grid, y, z, *matrices, b, plan.stride_b, K, **plan.options
         )
     y = y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], N))
     return y, LinearSaved(x, w, kept(act, y, z), b is not None, activation)
+
+
+class Plan(NamedTuple):
+    """What a product of a linear layer does with arguments of one kind."""
+
+    act: activations.Activation
+    sizes: tuple[int, int, int]  # rows and columns of the result, terms of a sum
+    library: bool  # by torch's own product
+    grid: tuple[int, int]
+    options: dict  # of the fused kernel
+    left: tuple  # rows and strides of each operand's Matrix
+    right: tuple
+    stride_b: int = 0
+
+
+def _plan_fwd(x, w, b, activation) -> Plan | None:
+    """How `linear_fwd` serves these, which are checked; None: by the reference."""
+    check_linear(x, w, b)
+    act = activations.get(activation, "linear")
+    if launch.backend(x, w, b) == "torch":
+        return None
+    x = as_matrix(x)
+    M, (N, K) = x.shape[0], w.shape
+    product = configs.product("linear_fwd", x, M, N, heavy=act.needs == "z")
+    options = dict(product.over(K), ACT=act.forward)
+    grid, library = product.grid(M, N), product.by_library(M, N, K)
+    stride = 0 if b is None else b.stride(0)
+    return Plan(act, (M, N, K), library, grid, options, matrix(x)[1:], matrix(w)[1:], stride)
 
 
 @torch.no_grad()
@@ -444,29 +460,32 @@ def linear_bwd_dx(
     Float32 accumulation, the derivative applied to the float32 sum; after torch's own product to
     the sum as it was stored. `out`: a contiguous (M, K) buffer.
     """
-    if launch.backend(dz, w) == "torch":
+    plan = launch.planned(_plan_dx, (dz, w), activation_below)
+    if plan is None:
         return linear_bwd_dx_ref(dz, w, s_below, activation_below, out=out)
-    (M, N), K = dz.shape, w.shape[1]
+    M, K, N = plan.sizes
     dx = dz.new_empty(M, K) if out is None else out
     s = None if s_below is None else s_below.reshape(M, K)
-    act = activations.get(activation_below)
-    product = configs.product("linear_bwd_dx", dz, M, K, heavy=act.needs == "z")
-    if product.by_library(M, K, N):
+    if plan.library:
         with torch.no_grad():
             torch.mm(dz, w, out=dx)
         return dx if s is None else linear_bwd_dz(dx, s, activation_below, out=dx)
-    launch.run(
-        linear_bwd_dx_kernel,
-        product.grid(M, K),
-        dx,
-        matrix(dz),
-        matrix(w.t()),
-        None if s is None else matrix(s),
-        N,
-        ACT_BWD=act.backward,
-        **product.over(N),
-    )
+    matrices = Matrix(dz, *plan.left), Matrix(w, *plan.right)
+    below = None if s is None else matrix(s)
+    launch.run(linear_bwd_dx_kernel, plan.grid, dx, *matrices, below, N, **plan.options)
     return dx
+
+
+def _plan_dx(dz, w, activation) -> Plan | None:
+    """How `linear_bwd_dx` serves these; None: by the reference."""
+    act = activations.get(activation)
+    if launch.backend(dz, w) == "torch":
+        return None
+    (M, N), K = dz.shape, w.shape[1]
+    product = configs.product("linear_bwd_dx", dz, M, K, heavy=act.needs == "z")
+    options = dict(product.over(N), ACT_BWD=act.backward)
+    grid, library = product.grid(M, K), product.by_library(M, K, N)
+    return Plan(act, (M, K, N), library, grid, options, matrix(dz)[1:], matrix(w.t())[1:])
 
 
 def linear_bwd_dw(dz: torch.Tensor, x: torch.Tensor, bias: bool = True, *, out: Any = None) -> Any:
@@ -476,12 +495,12 @@ def linear_bwd_dw(dz: torch.Tensor, x: torch.Tensor, bias: bool = True, *, out: 
     its own float32 part and a second kernel adds them in a fixed order, so two runs are bitwise
     equal. Or it is torch's own product, and torch's sum. `out`: a pair of contiguous buffers.
     """
-    if launch.backend(dz, x) == "torch":
+    plan = launch.planned(_plan_dw, (dz, x))
+    if plan is None:
         return linear_bwd_dw_ref(dz, x, bias, out=out)
     x = as_matrix(x)
     (M, N), K = dz.shape, x.shape[1]
     dw, db = out or (dz.new_empty(N, K), dz.new_empty(N) if bias else None)
-    plan = dw_plan("linear_bwd_dw", dz, (M, N, K))
     if plan.library:
         _library_dw(dz, x, dw, db)
         return dw, db
@@ -514,6 +533,13 @@ def linear_bwd_dw(dz: torch.Tensor, x: torch.Tensor, bias: bool = True, *, out: 
         BLOCK=512,
     )
     return dw, db
+
+
+def _plan_dw(dz, x) -> "DwPlan | None":
+    """How `linear_bwd_dw` serves these; None: by the reference."""
+    if launch.backend(dz, x) == "torch":
+        return None
+    return dw_plan("linear_bwd_dw", dz, (*dz.shape, x.shape[-1]))
 
 
 class DwPlan(NamedTuple):

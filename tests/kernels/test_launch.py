@@ -179,3 +179,96 @@ def test_pinned_configurations_win(monkeypatch):
     assert (
         configs.lookup("linear_fwd", "sm_75", "half", "large").num_stages == 2
     )  # no asynchronous copies
+
+
+class Subclass(torch.Tensor):
+    """With a __torch_dispatch__ of its own: no plain memory."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def kinds(device):
+    """Pairs of tensors that a plan must tell apart, by what makes the difference."""
+    x, w = torch.ones(4, 6, device=device), torch.ones(6, 6, device=device)
+    yield "first", (x, w)
+    yield "shape", (x[:3], w)
+    yield "strides", (x, w.t())
+    yield "expanded", (x[:1].expand(4, 6), w)
+    yield "dtype", (x.half(), w.half())
+    yield "one dtype", (x, w.half())
+    yield "none", (x, None)
+    yield "meta", (x.to("meta"), w.to("meta"))
+
+
+def test_a_plan_is_made_once_for_each_kind(device):
+    asked = []
+
+    def make(x, w, option):
+        asked.append(None)
+        return len(asked)
+
+    plan = lambda tensors, option="a": launch.planned(make, tensors, option)  # noqa: E731
+    made = {name: plan(tensors) for name, tensors in kinds(device)}
+    assert sorted(made.values()) == list(range(1, 1 + len(made)))
+    # Other tensors of the same kinds, wherever they lie and whatever the tape needs of them.
+    for name, tensors in kinds(device):
+        assert plan(tensors) == made[name], name
+    x, w = next(kinds(device))[1]
+    assert plan((torch.nn.Parameter(x), w.clone().requires_grad_())) == made["first"]
+    # What is in force makes a plan of its own, and the first is there again afterwards.
+    others = [plan((x, w), "b")]
+    for context in (
+        kernels.use("triton"),
+        kernels.use(products="library"),
+        launch.dry_run("sm_90", 8),
+    ):
+        with context:
+            others.append(plan((x, w)))
+    torch.set_float32_matmul_precision("high")
+    others.append(plan((x, w)))
+    torch.set_float32_matmul_precision("highest")
+    assert len({*others, *made.values()}) == len(others) + len(made)
+    assert plan((x, w)) == made["first"]
+
+
+def test_what_is_no_plain_memory_is_asked_each_time(device):
+    asked, x = [], torch.ones(4, 6, device=device)
+    make = lambda *tensors: asked.append(None)  # noqa: E731
+    for tensors in (
+        (x, x.as_subclass(Subclass)),
+        (x, x.to_sparse()),
+    ):
+        before = len(asked)
+        launch.planned(make, tensors)
+        launch.planned(make, tensors)
+        assert len(asked) == before + 2
+    before = len(asked)
+    torch.func.vmap(lambda row: launch.planned(make, (row, x)) or row)(x)
+    torch.func.vmap(lambda row: launch.planned(make, (row, x)) or row)(x)
+    assert len(asked) == before + 2
+
+
+def test_errors_are_raised_each_time(device):
+    """Also where arguments that fit were seen before, and between them."""
+    x, w = torch.ones(4, 6, device=device), torch.ones(3, 6, device=device)
+    for _ in range(2):
+        assert kernels.linear(x, w, None, "relu").shape == (4, 3)
+        with pytest.raises(ValueError, match=r"weight must be \(out, in\) with in = 6"):
+            kernels.linear(x, w.t())
+        with pytest.raises(ValueError, match=r"weight must be torch\.float32 as input is"):
+            kernels.linear(x, w.half())
+        with pytest.raises(ValueError, match=r"linear: bias must be \(3,\)"):
+            kernels.linear(x, w, torch.ones(4, device=device))
+        with pytest.raises(ValueError, match="unknown activation 'swoosh'"):
+            kernels.linear(x, w, None, "swoosh")
+
+
+def test_plans_are_forgotten_when_there_are_many(monkeypatch):
+    monkeypatch.setattr(launch, "_MOST_PLANS", 3)
+    asked = []
+    make = lambda x: asked.append(len(x))  # noqa: E731
+    for size in (1, 2, 3, 1, 4, 1, 4):
+        launch.planned(make, (torch.ones(size),))
+    assert asked == [1, 2, 3, 4, 1]

@@ -123,9 +123,12 @@ def forced(backend):
 
 
 def assert_same(ours, theirs, tolerance):
-    """Losses, accuracies and weights after each epoch."""
+    """Losses, accuracies and weights after each epoch; in bfloat16 no accuracies, for which of two
+    almost equal outputs is larger hangs on a rounding.
+    """
     for number, ((a, weights), (b, expected)) in enumerate(zip(ours, theirs, strict=True)):
-        assert (a.accuracy, a.samples) == (b.accuracy, b.samples), number
+        assert a.samples == b.samples and (a.accuracy is None) == (b.accuracy is None), number
+        assert a.accuracy == b.accuracy or tolerance > 1e-3, number
         assert abs(a.loss - b.loss) <= tolerance * abs(b.loss), number
         for p, q in zip(weights, expected, strict=True):
             assert (p - q).abs().max() <= 10 * tolerance * q.abs().max(), number
