@@ -193,6 +193,12 @@ def all_registers(device) -> dict:
 MOST_REPEATED = 2_000_000
 
 
+# What a training kernel holds in registers at most, so that nothing spills: rows of a batch, and
+# rows times outputs, both padded to powers of two. tests/compile compiles these limits.
+MOST_ROWS = {"ieee": 128, "tf32": 128, "tf32x3": 64}
+MOST_OUTPUTS = {"ieee": 128 * 32, "tf32": 128 * 64, "tf32x3": 64 * 64}
+
+
 class Training(NamedTuple):
     """Tiles of the kernels that hold a whole training step, see `layers`.
 
@@ -222,12 +228,15 @@ def training(
     pinned = PINNED_TRAINING.get((kernel, arch, precision, states, tuple(sizes), block_m))
     if pinned:
         return pinned
-    columns = max(16, min(64, 2048 // block_m))
+    # tf32x3 holds every operand twice, as a large and a small part.
+    columns = max(16, min(64, (1024 if precision == "tf32x3" else 2048) // block_m))
     block_k, rows = (
         (64 if states == 0 else 32, 8)
         if kernel == "exchange"
         else (16 if precision == "ieee" else 32, 16)
     )
+    if precision == "ieee" and block_m > 64:
+        block_k = 16  # FMA: a thread holds what it multiplies, over all the batch
     if not arch.startswith(
         "sm_"
     ):  # a lane of AMD's has twice the registers; its products want 16 rows

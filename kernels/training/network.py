@@ -42,7 +42,7 @@ from ..rules import Rule
 if TYPE_CHECKING:
     from .run import Run
 
-MAX_WIDTH, MAX_CLASSES, MAX_BATCH = 256, 64, 128
+MAX_WIDTH, MAX_CLASSES = 256, 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,15 +120,15 @@ class Plan:
 
 def plan(run: "Run", kernel: str) -> tuple[Plan, int, dict]:
     """For `kernel` on the run's device: (Plan, rows of w_1 of each program, launch options)."""
-    spec, block_m = run.spec, max(16, triton.next_power_of_2(run.batch))
+    spec, block_m = run.spec, padded(run.batch)
     precision, arch = launch.dot_precision(), launch.arch(run.device)
     hidden, output = activations.get(spec.activation), activations.get(spec.output_activation)
     states = len(spec.rule.states)
     config = configs.training(kernel, arch, precision, states, spec.sizes, block_m)
-    padded = [max(16, triton.next_power_of_2(size)) for size in spec.sizes]
+    sides = [padded(size) for size in spec.sizes]
     planned = Plan(
         sizes=tuple(spec.sizes),
-        tiles=(*(min(p, config.columns) for p in padded[:-1]), padded[-1]),
+        tiles=(*(min(side, config.columns) for side in sides[:-1]), sides[-1]),
         bias=int(spec.bias),
         act=hidden.forward,
         act_bwd=hidden.backward,
@@ -149,23 +149,23 @@ def plan(run: "Run", kernel: str) -> tuple[Plan, int, dict]:
         block_m=block_m,
         block_k=config.block_k,
         block_r=config.block_r,
-        pitch=max(padded[1:]),
+        pitch=max(sides[1:]),
         threads=config.num_warps * launch.lanes(arch),
     )
     options = dict(NET=planned, num_warps=config.num_warps, num_stages=config.num_stages)
     if arch.startswith("sm_"):
         # Else ptxas may stop at 128 registers, for a second block, and spill.
         options["maxnreg"] = min(255, 2048 // config.num_warps)
-    return planned, min(config.rows, padded[1]), options
+    return planned, min(config.rows, sides[1]), options
 
 
 def refusal(spec: Spec, batch: int, engine: str = "epoch") -> str | None:
     """None where the training kernels serve this network; else one line that says why.
 
-    The line names the limit, both values, and what would do it.
-
-    The line names the limit, both values, and what would do it.
+    The line names the limit, both values, and what would do it. What fits in registers depends on
+    the precision of float32 products.
     """
+    precision = launch.dot_precision()
     instead = "use engine 'graph' or 'manual'" if engine == "epoch" else "use engine 'manual'"
     if len(spec.sizes) < 2 or min(spec.sizes) < 1 or batch < 1:
         return (
@@ -180,12 +180,23 @@ def refusal(spec: Spec, batch: int, engine: str = "epoch") -> str | None:
     limits = [
         ("hidden width", max(spec.sizes[1:-1], default=1), MAX_WIDTH),
         ("classes", spec.sizes[-1], MAX_CLASSES),
-        ("batch", batch, MAX_BATCH),
+        ("batch", batch, max(configs.MOST_ROWS.values())),
+        (f"at float32 precision {precision}, batch", batch, configs.MOST_ROWS[precision]),
+        (
+            f"at float32 precision {precision}, batch times classes, both padded to powers of two,",
+            padded(batch) * padded(spec.sizes[-1]),
+            configs.MOST_OUTPUTS[precision],
+        ),
     ]
     for what, value, limit in limits:
         if value > limit:
             return f"{engine}: {what} {value} exceeds {limit}; {instead}"
     return None
+
+
+def padded(size: int) -> int:
+    """A tile's side for so many elements: a power of two, at least 16."""
+    return max(16, triton.next_power_of_2(size))
 
 
 def outgrown(spec: Spec, batch: int, engine: str = "epoch") -> str | None:

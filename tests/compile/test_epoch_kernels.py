@@ -3,10 +3,12 @@ memory accesses.
 
 Each row of MATRIX in a process of its own, since pytest's kernels are interpreted:
 
-    python -m tests.compile.test_epoch_kernels sm_90 adam ieee      # one JSON object a line
+    python -m tests.compile.test_epoch_kernels sm_90 adam ieee       # one JSON object a line
+    python -m tests.compile.test_epoch_kernels sm_90 adam ieee "" 1  # at a limit, see LIMITS
 """
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -17,7 +19,17 @@ import pytest
 import torch
 import triton
 
-from kernels import Run, Spec, StepState, hyperparameters, launch, train_epoch, train_step
+from kernels import (
+    Run,
+    Spec,
+    StepState,
+    hyperparameters,
+    launch,
+    refusal,
+    train_epoch,
+    train_step,
+)
+from kernels.training.network import plan
 from tests import ROOT
 from tests.compile import worker
 from tests.compile.test_compile import USUAL
@@ -44,19 +56,25 @@ MATRIX = {
     "gfx942": [("sgd", "ieee")],
 }
 NO_STACK = ("sm_80", "sm_90")
+# The largest networks and batches that are served, by precision. Another layer adds code but holds
+# nothing at the same time.
+_BATCH, _CLASSES = ((784, 256, 256, 32), 128), ((784, 256, 256, 64), 64)
+LIMITS = {"ieee": [_BATCH, _CLASSES], "tf32": [_BATCH, _CLASSES], "tf32x3": [_CLASSES]}
+REFERENCE = (784, 100, 50, 10), 32
 
 
 def exchanges(arch):
-    """The means that work there, and how many programs own rows of the first layer."""
-    return [("counter", 7)] if arch.startswith("gfx") else [("words", 13), ("counter", 13)]
+    """The means that work there."""
+    return ["counter"] if arch.startswith("gfx") else ["words", "counter"]
 
 
-def launched(arch, rule, precision, scheduled=""):
-    """Every launch of the reference network, batch 32: one epoch by one program, by several with
-    either exchange, one step.
+def launched(arch, rule, precision, scheduled="", limit=""):
+    """Every launch of the reference network, batch 32, or of a limit: one epoch by one program, by
+    several with either exchange, one step.
     """
     torch.set_float32_matmul_precision(worker.PRECISIONS[precision][1])
-    spec, rows, batch = Spec((784, 100, 50, 10), "sigmoid", rule=rule), 60_000, 32
+    sizes, batch = LIMITS[precision][int(limit)] if limit else REFERENCE
+    spec, rows = Spec(sizes, "sigmoid", rule=rule), 60_000
     empty = functools.partial(torch.empty, device="meta")
     hyper = hyperparameters(rule).to("meta")
     lists = [[empty(*shape) for shape in spec.shapes] for _ in range(1 + len(spec.rule.states))]
@@ -78,32 +96,32 @@ def launched(arch, rule, precision, scheduled=""):
         launch.observe(lambda kernel, _, a, o: found.append((kernel, a, o))),
     ):
         train_epoch(run, programs=1)
-        for exchange, programs in exchanges(arch):
+        programs = triton.cdiv(sizes[1], plan(run, "exchange")[1])
+        for exchange in exchanges(arch):
             train_epoch(run, programs=programs, exchange=exchange)
         train_step(StepState(run))
     return found
 
 
-def describe(arch, rule, precision, scheduled=""):
+def describe(arch, *row):
     """Yield for every launch what `worker` says of it, and what has moved across a barrier between
     Triton's two IRs.
     """
-    for kernel, args, options in launched(arch, rule, precision, scheduled):
+    for kernel, args, options in launched(arch, *row):
         source, compiled_with = worker.as_source(kernel, args, options)
-        row = worker.compile_and_describe(
-            arch, f"{kernel.__name__}, {rule}", precision, source, compiled_with
-        )
-        if "error" not in row:
+        label, precision = f"{kernel.__name__}, {row[0]}", row[1]
+        said = worker.compile_and_describe(arch, label, precision, source, compiled_with)
+        if "error" not in said:
             asm = triton.compile(
                 source, target=worker.target(arch), options=compiled_with
             ).asm  # from the cache
             before, after = accesses(asm["ttir"]), accesses(asm["ttgir"])
-            row["moved"] = sorted(map(str, before ^ after))
-            row["polls"] = sum(
+            said["moved"] = sorted(map(str, before ^ after))
+            said["polls"] = sum(
                 kind == "load" and root.startswith("box") for kind, root, _ in before
             )
-            row["waits"] = asm["ttgir"].count("scf.while")
-        yield row
+            said["waits"] = asm["ttgir"].count("scf.while")
+        yield said
 
 
 def accesses(ir):
@@ -156,12 +174,30 @@ def test_a_load_above_the_exchange_is_seen():
 
 
 def cases():
-    """Every row of MATRIX, the first of the usual architectures in every run of the suite."""
+    """Every row of MATRIX, the first of the usual architectures in every run of the suite; and the
+    limits, of a rule without states and of one with the most.
+    """
     for arch, rows in MATRIX.items():
         for row in rows:
             usual = arch in USUAL and row in rows[:1]
             marks = [pytest.mark.long(10)] + ([] if usual else [pytest.mark.full])
             yield pytest.param(arch, row, marks=marks, id="-".join((arch, *row)))
+    for arch, rule, precision in itertools.product(NO_STACK, ("sgd", "adam"), LIMITS):
+        for limit in map(str, range(len(LIMITS[precision]))):
+            name = f"{arch}-{rule}-{precision}-limit {limit}"
+            yield pytest.param(arch, (rule, precision, "", limit), marks=pytest.mark.full, id=name)
+
+
+@pytest.mark.parametrize("precision", LIMITS)
+def test_the_limits_are_the_largest_that_are_served(precision, monkeypatch):
+    setting = worker.PRECISIONS[precision][1]
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: setting)
+    for sizes, batch in LIMITS[precision]:
+        features, width, *rest, classes = sizes
+        assert refusal(Spec(sizes), batch) is None
+        assert refusal(Spec(sizes), batch + 1)
+        assert refusal(Spec((features, width + 1, *rest, classes)), batch)
+        assert refusal(Spec((features, width, *rest, classes + 1)), batch)
 
 
 @pytest.mark.parametrize(("arch", "row"), list(cases()))

@@ -15,7 +15,9 @@ from kernels import (
     train_replicas,
     train_replicas_ref,
 )
+from kernels.training.network import plan
 from tests.checks import assert_equal, snapshot
+from tests.kernels.test_step import by_steps
 from tests.kernels.trainings import CASES, SOFT, Training, assert_agrees
 
 
@@ -28,6 +30,21 @@ def test_epoch_agrees_with_reference(name, device):
         train_epoch_ref,
         lrs=(None, 0.02),
     )
+
+
+@pytest.mark.parametrize("name", ["wider than a tile, momentum", "z kept, wide"])
+def test_with_the_tiles_of_an_h100(name, device, monkeypatch):
+    """Epoch and steps; the interpreter's own tiles are others. For several programs see the
+    exchange's tests.
+    """
+    if device == "cpu":
+        monkeypatch.setattr(launch, "arch", lambda device: "sm_90")
+    spec, hyper = CASES[name]
+    run = Training(spec, device, n=9, **hyper)
+    planned, _, options = plan(run.run(), "epoch")
+    assert (planned.block_k, options["num_warps"]) == (16, 8)
+    assert_agrees(run, functools.partial(train_epoch, programs=1), train_epoch_ref)
+    assert_agrees(run, by_steps, train_epoch_ref)
 
 
 def test_uint8_pixels_int32_indices_and_full_batches(device):
@@ -132,8 +149,30 @@ def test_ignored_labels(mean, whole_batch, device):
     ],
 )
 def test_refusals_name_the_limit_and_what_to_do(change, batch, expected):
-    assert refusal(Spec((784, 256, 64)), 128) is None
+    assert refusal(Spec((784, 256, 32)), 128) is None
+    assert refusal(Spec((784, 256, 64)), 64) is None
     assert refusal(Spec(**{"sizes": (784, 100, 10), **change}), batch).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("setting", "batch", "classes", "reason"),
+    [
+        ("highest", 128, 33, "ieee, batch times classes, both padded to powers of two, 8192"),
+        ("highest", 65, 64, "ieee, batch times classes, both padded to powers of two, 8192"),
+        ("high", 65, 10, "tf32x3, batch 65 exceeds 64"),
+        ("high", 64, 64, None),
+        ("medium", 128, 64, None),
+    ],
+)
+def test_what_would_spill_is_refused(setting, batch, classes, reason, monkeypatch):
+    """Registers hold a batch and its outputs; how much room is left depends on the precision."""
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: setting)
+    said = refusal(Spec((784, 256, classes)), batch)
+    if reason is None:
+        assert said is None
+    else:
+        assert said.startswith(f"epoch: at float32 precision {reason}")
+        assert said.endswith("use engine 'graph' or 'manual'")
 
 
 def test_large_layers_above_the_first_are_left_to_products():

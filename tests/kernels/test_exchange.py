@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import Spec, train_epoch, train_epoch_ref
+from kernels import Spec, launch, train_epoch, train_epoch_ref
 from kernels.training import exchange as module
 from kernels.training.network import plan
 from tests import interpreter
@@ -92,3 +92,6 @@ if __name__ == "__main__":
     interpreter.improve()
     for case in SPECS:
         check(case)
+    launch.arch = lambda device: "sm_90"  # with the tiles of an H100
+    assert plan(Training(*SPECS["single layer, 2 programs"][:1], "cpu").run(), "exchange")[1] == 8
+    check("single layer, 2 programs")
