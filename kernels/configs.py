@@ -193,10 +193,11 @@ def all_registers(device) -> dict:
 MOST_REPEATED = 2_000_000
 
 
-# What a training kernel holds in registers at most, so that nothing spills: rows of a batch, and
-# rows times outputs, both padded to powers of two. tests/compile compiles these limits.
+# What a training kernel holds in registers at most, so that nothing spills: rows of a batch, by
+# precision, and rows times outputs, both padded to powers of two. tests/compile compiles these
+# limits: at twice as many outputs, 4 to 40 local accesses in ieee and in tf32 with Adam.
 MOST_ROWS = {"ieee": 128, "tf32": 128, "tf32x3": 64}
-MOST_OUTPUTS = {"ieee": 128 * 32, "tf32": 128 * 64, "tf32x3": 64 * 64}
+MOST_OUTPUTS = 128 * 32
 
 
 class Training(NamedTuple):
