@@ -26,7 +26,7 @@ _RATIOS = (
     ("epoch, Adam", "eager, fused Adam"),
     ("manual, Adam", "eager, fused Adam"),
     ("autograd", "eager"),
-    (f"{NETWORKS} networks", "epoch"),
+    (f"{NETWORKS} networks", "epoch, one thread"),
 )
 _OURS = ("epoch", "manual", "autograd")  # how the names of ours begin
 
@@ -52,10 +52,15 @@ class _Rival:
         self.ready = json.loads(line) if line else {"wrong": "the process ended"}
 
     def turn(self) -> None:
+        """Two epochs, of which the second counts: after a pause, cores and caches are cold."""
         time.sleep(_PAUSE)
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        self.seconds.append(float(self.process.stdout.readline()))
+        for _ in range(2):
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+            if not line:
+                raise RuntimeError(f"the process of {self.name} ended within a turn")
+        self.seconds.append(float(line))
 
     def end(self) -> None:
         self.process.stdin.close()
@@ -63,13 +68,16 @@ class _Rival:
 
 
 def run() -> Table:
-    """µs a step, best and median, on one core and on all; and ratios of medians."""
+    """µs a step, best and median, on one core and on all; ratios of the best, and the median of
+    the ratios of each round, in which the rivals take their turns within seconds.
+    """
     cores = sorted(os.sched_getaffinity(0))
     made = Table(
         f"CPU: training steps of {'-'.join(map(str, SIZES))} sigmoid, batch {BATCH}",
         "python -m bench cpu",
-        note=f"Each in a process of its own, {_ROUNDS} turns of {STEPS} steps, a pause before each."
-        f" `{NETWORKS} networks`: a step of all of them.",
+        note=f"Each in a process of its own, {_ROUNDS} turns: a pause, {STEPS} steps to warm up, "
+        f"{STEPS} that are timed. `{NETWORKS} networks`: a step of all of them. A ratio's median is "
+        "that of the ratios of each round.",
     )
     rows = {name: {"": name} for group in GROUPS.values() for name in group}
     rows |= {ratio: {"": " / ".join(ratio)} for ratio in _RATIOS}
@@ -77,11 +85,12 @@ def run() -> Table:
         times, wrong = _times(used)
         for what, statistic in (("best", min), ("median", median)):
             micros = {name: statistic(each) / STEPS * 1e6 for name, each in times.items()}
-            micros |= {
-                (over, under): micros[over] / micros[under]
-                for over, under in _RATIOS
-                if over in micros and under in micros
-            }
+            for over, under in _RATIOS:
+                if over in times and under in times:
+                    pairs = zip(times[over], times[under])
+                    ratios = {"best": [micros[over] / micros[under]]}
+                    ratios["median"] = [seconds / other for seconds, other in pairs]
+                    micros[over, under] = median(ratios[what])
             for name, value in micros.items():
                 rows[name][f"{label}, {what} µs"] = value
         for name, reason in wrong.items():

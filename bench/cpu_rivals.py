@@ -56,7 +56,8 @@ def _provider(make, job: Job, **options) -> Callable:
     return epoch
 
 
-def _engine(name: str, optimizer, job: Job) -> Callable:
+def _engine(name: str, optimizer, job: Job, threads: int | None = None) -> Callable:
+    torch.set_num_threads(threads or torch.get_num_threads())
     model = mlp.MLP(SIZES, activation="sigmoid")
     with torch.no_grad():
         for p, value in zip(model.parameters(), weights("cpu")):
@@ -182,6 +183,7 @@ GROUPS: dict[str, dict[str, Callable[[Job], Callable]]] = {
         "JAX scan": _jax,
         "numpy": _numpy,
         "epoch": partial(_engine, "epoch", _SGD),
+        "epoch, one thread": partial(_engine, "epoch", _SGD, threads=1),
         "manual": partial(_engine, "manual", _SGD),
         "autograd": partial(_engine, "autograd", _SGD),
         "manual loop": _manual_loop,

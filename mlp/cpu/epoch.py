@@ -18,7 +18,8 @@ from . import loop, rows, team
 from .tiles import LANES, ROWS
 
 _PIECE = 0.25  # seconds between two looks at whether to stop, about
-_TRIAL = 0.01  # seconds of a piece that measures a number of threads
+_TRIAL = 0.005  # seconds of a piece that measures a number of threads
+_TRIALS = 3  # of each number at first: one may meet a neighbour, or caches that are not filled
 _AGAIN = 8  # pieces until the numbers of threads that lost are measured again
 _CHUNKS = 8  # that the first layer's inputs are cut into, at most
 _SPEED, _OVERHEAD = 5e10, 1e-5  # floating-point operations a second, seconds of a step: a guess
@@ -232,19 +233,26 @@ class _Choice:
     def __init__(self, workers: int, guess: float):
         self.counts = [1 << i for i in range(workers.bit_length()) if 1 << i < workers] + [workers]
         self.seconds: dict[int, float] = {}  # number of threads -> seconds of a step
-        self.guess, self.turn = guess, 0
+        self.guess, self.turn, self.trials = guess, 0, _TRIALS * self.counts
 
     def next(self) -> tuple[int, int]:
         """(threads, steps) of the next piece."""
         self.turn += 1
-        fresh = [count for count in self.counts if count not in self.seconds]
         again = self.turn % _AGAIN == 0
-        if fresh or again:
-            workers = fresh[0] if fresh else self.counts[self.turn // _AGAIN % len(self.counts)]
+        if self.trials or again:
+            turn = self.turn // _AGAIN
+            workers = self.trials[0] if self.trials else self.counts[turn % len(self.counts)]
             known = self.seconds.get(workers, min(self.seconds.values(), default=self.guess))
             return workers, max(1, int(_TRIAL / known))
         workers = min(self.seconds, key=self.seconds.__getitem__)
         return workers, max(1, int(_PIECE / self.seconds[workers]))
+
+    def took(self, workers: int, seconds: float) -> None:
+        """So many threads took so long for a step: the best of the trials, then the last piece."""
+        if workers in self.trials:
+            self.trials.remove(workers)
+            seconds = min(seconds, self.seconds.get(workers, seconds))
+        self.seconds[workers] = seconds
 
 
 def _choice(spec, batch: int, workers: int) -> _Choice:
@@ -265,7 +273,7 @@ def _train(task: _Task, lists, choice: _Choice, stopped: threading.Event, pool=N
         count = min(count, steps - task.done)
         started = time.perf_counter()
         _piece(task, workers, count, pool)
-        choice.seconds[workers] = (time.perf_counter() - started) / count
+        choice.took(workers, (time.perf_counter() - started) / count)
     memory.copy(lists, back=True)
 
 
