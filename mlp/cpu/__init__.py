@@ -3,9 +3,11 @@
     language   what the tables' scalars call, as a compiler for the CPU needs it
     rows       the rows of the tables, compiled
     tiles      register tiles of matrix products
+    products   the products, of such tiles
     waiting    how threads wait for each other
     loop       the steps of an epoch
-    epoch      the host's side: memory, threads, pieces
+    epoch      the host's side: memory and pieces
+    team       the threads of a training, each on a core of its own
     session    many epochs of one small network
 
 numba is optional and slow to import: what needs it is imported where it is used.

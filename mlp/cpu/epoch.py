@@ -14,7 +14,7 @@ from numba import njit
 import kernels
 from kernels import activations
 
-from . import loop, rows, team
+from . import loop, products, rows, team
 from .tiles import LANES, ROWS
 
 _PIECE = 0.25  # seconds between two looks at whether to stop, about
@@ -164,7 +164,7 @@ def train_replicas(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:
         _train(task, lists, _choice(spec, memory.batch, 1), stopped)
         return task
 
-    compiled(), rows.of(spec)  # once, not by every thread
+    compiled(), products.compiled(), rows.of(spec)  # once, not by every thread
     with team.threads(max(1, torch.get_num_threads())) as pool:
         futures = [pool.submit(one, replica) for replica in range(run.replicas)]
         try:
@@ -216,7 +216,9 @@ class _Task:
         for place, array in self.held.items():
             places[place] = array.ctypes.data
         places[loop.BIAS_NUMBERS] = places[loop.NUMBERS]
-        for place, function in enumerate(rows.of(spec), loop.FORWARD):
+        places[loop.BASE] = memory.w.ctypes.data
+        functions = *rows.of(spec), *products.compiled()
+        for place, function in enumerate(functions, loop.FORWARD):
             places[place] = function.address
         self.run = loop.Run(
             memory.w, memory.layers, places, *map(np.float32, (scale, shift, spec.loss_scale))

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from .tiles import COLUMNS, LANES, ROWS, dot_tile, outer_tile, scale_octets
+from .tiles import LANES, ROWS, scale_octets
 from .waiting import call, floats, integers, meet, narrow_integers, octets, prefetch
 
 # Columns of `Run.layers`: inputs, outputs, floats in a padded row; where w, y, z, dz and what the
@@ -40,9 +40,10 @@ CHUNKS, BATCH, ROWS_OF_EPOCH, BIAS, MEAN, IGNORED, COUNT = range(8, 15)
 # for each step, and of what is returned: losses, float32, and right predictions, int32.
 PIXELS, REALS, LABELS, TARGETS, PARAMETERS, ORDER, NUMBERS, LOSSES, CORRECT = range(15, 24)
 # Addresses of functions, and of the counter by which threads wait.
-FORWARD, BACKWARD, OUT_FORWARD, OUT_BACKWARD, CRITERION, RULE, COUNTER = range(24, 31)
-# Address of the rule's numbers for biases, which may have another weight decay.
-BIAS_NUMBERS, PLACES = range(31, 33)
+FORWARD, BACKWARD, OUT_FORWARD, OUT_BACKWARD, CRITERION, RULE = range(24, 30)
+PRODUCT, TRANSPOSED, COUNTER = range(30, 33)
+# Addresses of the rule's numbers for biases, which may have another weight decay, and of w.
+BIAS_NUMBERS, BASE, PLACES = range(33, 36)
 LINE = 64  # bytes of a cache line
 SCRATCH_FLOATS = 4096  # of one worker's gradients, if a block of rows is not longer
 # Typed, because numba compiles a function once more for each Python literal.
@@ -60,92 +61,24 @@ class Run(NamedTuple):
     loss_scale: np.float32
 
 
-_full_1, _full_2, _full_3 = (outer_tile(ROWS, columns) for columns in (1, 2, 3))
-_one_1, _one_2, _one_3 = (outer_tile(1, columns) for columns in (1, 2, 3))
-_full_all, _one_all = outer_tile(ROWS, COLUMNS), outer_tile(1, COLUMNS)
-_dot_44, _dot_41, _dot_14, _dot_11 = dot_tile(4, 4), dot_tile(4, 1), dot_tile(1, 4), dot_tile(1, 1)
+@njit(nogil=True)
+def _address(run, offset):
+    return run.places[BASE] + 4 * offset
 
 
 @njit(nogil=True)
-def _rows_full(w, a, b, c, vectors, terms, add):
-    """ROWS rows of `product`."""
-    b_at, c_at = b[0], c[0]
-    while vectors >= COLUMNS:
-        _full_all(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
-        vectors -= COLUMNS
-        b_at += COLUMNS * LANES
-        c_at += COLUMNS * LANES
-    if vectors >= 3:
-        _full_3(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
-        vectors -= 3
-        b_at += 3 * LANES
-        c_at += 3 * LANES
-    if vectors == 2:
-        _full_2(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
-    elif vectors == 1:
-        _full_1(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
-
-
-@njit(nogil=True)
-def _rows_single(w, a, b, c, vectors, terms, add):
-    """One row of `product`."""
-    b_at, c_at = b[0], c[0]
-    while vectors >= COLUMNS:
-        _one_all(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
-        vectors -= COLUMNS
-        b_at += COLUMNS * LANES
-        c_at += COLUMNS * LANES
-    if vectors >= 3:
-        _one_3(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
-        vectors -= 3
-        b_at += 3 * LANES
-        c_at += 3 * LANES
-    if vectors == 2:
-        _one_2(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
-    elif vectors == 1:
-        _one_1(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
-
-
-@njit(nogil=True)
-def product(w, a, b, c, shape, add):
+def product(run, a, b, c, shape, add):
     """c[r, n] = (c[r, n] if add else 0) + Σ_j a[r, j] b[j, n] for shape = (rows, vectors of n, js).
 
     a = (offset, stride of r, stride of j), b = (offset, stride of j), c = (offset, stride of r).
     """
-    rows, vectors, terms = shape
-    r = 0
-    while r + ROWS <= rows:
-        from_row = (a[0] + r * a[1], a[1], a[2])
-        _rows_full(w, from_row, b, (c[0] + r * c[1], c[1]), vectors, terms, add)
-        r += ROWS
-    while r < rows:
-        from_row = (a[0] + r * a[1], a[1], a[2])
-        _rows_single(w, from_row, b, (c[0] + r * c[1], c[1]), vectors, terms, add)
-        r += 1
+    call(run.places[PRODUCT], (_address(run, NONE), *a, *b, *c, *shape, add))
 
 
 @njit(nogil=True)
-def product_transposed(w, a, b, c, shape):
+def product_transposed(run, a, b, c, shape):
     """c[r, k] = Σ_n a[r, n] b[k, n] for shape = (rows, ks, vectors of n); all (offset, stride)."""
-    rows, columns, vectors = shape
-    r = 0
-    while r < rows:
-        tall = r + 4 <= rows
-        a_at, c_at = a[0] + r * a[1], c[0] + r * c[1]
-        k = 0
-        while k < columns:
-            b_at = b[0] + k * b[1]
-            wide = k + 4 <= columns
-            if tall and wide:
-                _dot_44(w, a_at, a[1], b_at, b[1], c_at + k, c[1], vectors)
-            elif tall:
-                _dot_41(w, a_at, a[1], b_at, b[1], c_at + k, c[1], vectors)
-            elif wide:
-                _dot_14(w, a_at, a[1], b_at, b[1], c_at + k, c[1], vectors)
-            else:
-                _dot_11(w, a_at, a[1], b_at, b[1], c_at + k, c[1], vectors)
-            k += 4 if wide else 1
-        r += 4 if tall else 1
+    call(run.places[TRANSPOSED], (_address(run, NONE), *a, *b, *c, *shape))
 
 
 @njit(nogil=True)
@@ -159,11 +92,6 @@ def _clear(w, start, stop):
 def _copy(to, source):
     for i in range(len(to)):
         to[i] = source[i]
-
-
-@njit(nogil=True)
-def _address(run, offset):
-    return np.int64(run.w.ctypes.data) + 4 * offset
 
 
 @njit(nogil=True)
@@ -196,16 +124,16 @@ def update_rows(run, l, inputs, rows, worker, step):
     if layer[ACROSS]:  # dwᵀ = dzᵀ x, all of it
         wide, outputs = layer[WIDE], (layer[D], ONCE, pitch)
         shape = (layer[N], wide // LANES, rows)
-        product(run.w, outputs, (x, stride), (gradient, wide), shape, NONE)
+        product(run, outputs, (x, stride), (gradient, wide), shape, NONE)
         _apply(run, layer, NONE, layer[N], gradient, run.places[NUMBERS] + numbers)
     else:
         for k in range(begin, end, block):
             count = np.int64(min(block, end - k))
             left = (x + k - begin, ONCE, stride)
-            product(run.w, left, right, target, (count, vectors, rows), NONE)
+            product(run, left, right, target, (count, vectors, rows), NONE)
             _apply(run, layer, k, count, gradient, run.places[NUMBERS] + numbers)
     if end == layer[K] and run.places[BIAS]:
-        product(run.w, (run.places[ONE], NONE, NONE), right, target, (ONCE, vectors, rows), NONE)
+        product(run, (run.places[ONE], NONE, NONE), right, target, (ONCE, vectors, rows), NONE)
         _apply(run, layer, layer[TALL], ONCE, gradient, run.places[BIAS_NUMBERS] + numbers)
 
 
@@ -288,7 +216,7 @@ def _few_outputs(run, l, m, stop):
     pitch, left = layer[PITCH], (run.layers[l - 1, Y] + m * below, below)
     z, sums = layer[Z] + m * pitch, layer[Y] + m * pitch
     shape = (stop - m, layer[N], layer[WIDE] // LANES)
-    product_transposed(w, left, (layer[W], layer[WIDE]), (sums, pitch), shape)
+    product_transposed(run, left, (layer[W], layer[WIDE]), (sums, pitch), shape)
     for row in range(stop - m):
         for n in range(layer[N]):
             w[z + row * pitch + n] += w[sums + row * pitch + n]
@@ -300,7 +228,7 @@ def add_products(run, inputs, x, rows, place, added):
     (k, stop), pitch = inputs, run.layers[0, PITCH]
     weights = (run.layers[0, W] + k * pitch, pitch)
     to = (run.places[PARTIAL] + place * run.places[BATCH] * pitch, pitch)
-    product(run.w, (x, stop - k, ONCE), weights, to, (rows, pitch // LANES, stop - k), added)
+    product(run, (x, stop - k, ONCE), weights, to, (rows, pitch // LANES, stop - k), added)
 
 
 @njit(nogil=True)
@@ -338,7 +266,7 @@ def forward(run, m, stop, workers):
                 _few_outputs(run, l, m, stop)
             else:
                 shape = (stop - m, pitch // LANES, layer[K])
-                product(w, left, (layer[W], pitch), (z, pitch), shape, ONCE)
+                product(run, left, (layer[W], pitch), (z, pitch), shape, ONCE)
         act = places[OUT_FORWARD if l == count - 1 else FORWARD]
         call(act, (_address(run, z), _address(run, layer[Y] + m * pitch), (stop - m) * pitch))
 
@@ -444,10 +372,10 @@ def backward(run, m, stop):
             to = (run.layers[l - 1, D] + m * below, below)
             if layer[ACROSS]:
                 shape, weights = (stop - m, below // LANES, layer[N]), (layer[W], layer[WIDE])
-                product(run.w, (d, pitch, ONCE), weights, to, shape, NONE)
+                product(run, (d, pitch, ONCE), weights, to, shape, NONE)
             else:
                 shape = (stop - m, layer[K], pitch // LANES)
-                product_transposed(run.w, (d, pitch), (layer[W], pitch), to, shape)
+                product_transposed(run, (d, pitch), (layer[W], pitch), to, shape)
 
 
 @njit(nogil=True)

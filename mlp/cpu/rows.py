@@ -23,7 +23,7 @@ from kernels import activations
 from . import language
 
 _OPTIONS = {"error_model": "numpy", "nogil": True}  # numpy: a division by zero is no exception
-_FLOATS = types.CPointer(types.float32)
+FLOATS = types.CPointer(types.float32)
 
 
 def _plain(value):
@@ -104,7 +104,8 @@ def cached(compiler: Any, function: Any, *arguments: Any, **options: Any) -> Any
         return compiler(*arguments, **options)(function)
 
 
-def _address(function, signature, *texts, **known) -> "Compiled":
+def address(function: Any, signature: Any, *texts: str, **known: Any) -> "Compiled":
+    """A function of this signature, compiled or read from disk; texts, known: as in `named`."""
     return Compiled(cached(cfunc, named(function, *texts, **known), signature, **_OPTIONS))
 
 
@@ -133,11 +134,11 @@ def _backward(d_ptr, s_ptr, n):
 @functools.cache
 def activation(row: Any) -> tuple[Compiled, Compiled]:
     """y = act(z) and d = act'(d, s), each over n elements: f(z, y, n) and f(d, s, n)."""
-    signature = types.void(_FLOATS, _FLOATS, types.int64)
+    signature = types.void(FLOATS, FLOATS, types.int64)
     forward, backward = scalar(row.forward), scalar(row.backward)
     return (
-        _address(_forward, signature, forward.text, SCALAR=forward.compiled),
-        _address(_backward, signature, backward.text, SCALAR=backward.compiled),
+        address(_forward, signature, forward.text, SCALAR=forward.compiled),
+        address(_backward, signature, backward.text, SCALAR=backward.compiled),
     )
 
 
@@ -189,11 +190,11 @@ def rule(row: Any) -> Compiled:
     """p and its states after one step, over n elements: f(p, g, states, stride of states, numbers,
     n).
     """
-    signature = types.void(_FLOATS, _FLOATS, _FLOATS, types.int64, _FLOATS, types.int64)
+    signature = types.void(FLOATS, FLOATS, FLOATS, types.int64, FLOATS, types.int64)
     update, zero = scalar(row.update), np.float32(0.0)
     known = {"STATES": (zero,) * len(row.states), "NUMBERS": (zero,) * len(row.columns)}
     texts = (update.text, repr(known))
-    return _address(_rule, signature, *texts, SCALAR=update.compiled, **known)
+    return address(_rule, signature, *texts, SCALAR=update.compiled, **known)
 
 
 def _elementwise(y_ptr, t_ptr, d_ptr, loss_ptr, parameter_ptr, rows, classes, pitch):
@@ -247,11 +248,11 @@ def loss(row: Any) -> Compiled:
     """Losses of rows and ∂loss/∂y: f(y, t, d, losses, parameters, rows, classes, pitch). The losses
     of single outputs may replace t. parameters: one for each output of each row, as y.
     """
-    signature = types.void(*[_FLOATS] * 5, *[types.int64] * 3)
+    signature = types.void(*[FLOATS] * 5, *[types.int64] * 3)
     if row.scalar is None:
-        return _address(_softmax, signature)
+        return address(_softmax, signature)
     formula = scalar(row.scalar)
-    return _address(_elementwise, signature, formula.text, SCALAR=formula.compiled)
+    return address(_elementwise, signature, formula.text, SCALAR=formula.compiled)
 
 
 def of(spec: Any) -> tuple[Compiled, ...]:
