@@ -76,8 +76,8 @@ def run() -> Table:
         f"CPU: training steps of {'-'.join(map(str, SIZES))} sigmoid, batch {BATCH}",
         "python -m bench cpu",
         note=f"Each in a process of its own, {_ROUNDS} turns: a pause, {STEPS} steps to warm up, "
-        f"{STEPS} that are timed. `{NETWORKS} networks`: a step of all of them. A ratio's median is "
-        "that of the ratios of each round.",
+        f"{STEPS} that are timed. `{NETWORKS} networks`: a step of all of them. A ratio's median "
+        "is that of the ratios of each round.",
     )
     rows = {name: {"": name} for group in GROUPS.values() for name in group}
     rows |= {ratio: {"": " / ".join(ratio)} for ratio in _RATIOS}
