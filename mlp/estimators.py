@@ -41,6 +41,7 @@ ACTIVATIONS = {"identity": "identity", "logistic": "sigmoid", "tanh": "tanh", "r
 _GLOROT = {"logistic": 2.0}  # what scikit-learn's initial weights are scaled by; else 6
 _PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
 _AUTO_BATCH = 200
+_COMPILED_DRAWS = "MT19937"  # numpy's RandomState, whose shuffles are compiled
 _ADAPTIVE_DIVISOR, _ADAPTIVE_LEAST = 5.0, 1e-6
 _SOLVERS: dict[str, Callable] = {
     "sgd": lambda e, groups: SGD(
@@ -221,7 +222,7 @@ class _Network(BaseEstimator):
         if first:
             self._start([X.shape[1], *self._hidden(), self.n_outputs_], X.dtype)
         X, targets, weights, held = self._hold_out(X, targets, weights)
-        training = self._training(X, targets, weights, incremental)
+        training = self._training(X, targets, weights, held, incremental)
         epochs = 1 if incremental else self.max_iter
         try:
             ran_out = self._run(training, held, epochs)
@@ -300,15 +301,19 @@ class _Network(BaseEstimator):
     def _stratifies(self) -> bool:
         return False
 
-    def _training(self, X, targets, weights, incremental) -> "_Training":
-        """Data and loss of this call; the optimizer goes on under partial_fit."""
+    def _dataset(self, X, targets) -> Dataset:
+        """On the network's device, in its dtype."""
         dense = X.toarray() if hasattr(X, "toarray") else X
         first = next(self._model.parameters())
         inputs = torch.from_numpy(numpy.ascontiguousarray(dense)).to(first.dtype)
         targets = torch.from_numpy(targets)
         targets = targets.to(first.dtype) if targets.is_floating_point() else targets
-        data = Dataset(inputs, targets, self._class_names()).to(first.device)
-        count = len(data)
+        return Dataset(inputs, targets, self._class_names()).to(first.device)
+
+    def _training(self, X, targets, weights, held, incremental) -> "_Training":
+        """Data and loss of this call; the optimizer goes on under partial_fit."""
+        data = self._dataset(X, targets)
+        first, count = data.inputs, len(data)
         batch: Any = min(_AUTO_BATCH, count) if self.batch_size == "auto" else self.batch_size
         if batch > count:
             warnings.warn(
@@ -321,7 +326,9 @@ class _Network(BaseEstimator):
             self._optimizer = _SOLVERS[self.solver](self, self._groups())
         if weights is not None:
             weights = torch.from_numpy(weights).to(first.device, first.dtype)
-        return _Training(self, data, weights, int(batch), 1 if incremental else self.max_iter)
+        judges = None if held is None else self._dataset(*held[:2])
+        epochs = 1 if incremental else self.max_iter
+        return _Training(self, data, judges, weights, int(batch), epochs)
 
     def _groups(self) -> list[dict]:
         """The penalty is on weights alone; without one, all parameters are one group."""
@@ -337,26 +344,104 @@ class _Network(BaseEstimator):
         """Train until nothing improves, at most `epochs`; whether the epochs ran out."""
         order = numpy.arange(len(training.data))
         self.n_iter_ = 0
+        if training.session is not None:
+            return self._run_compiled(training, order, epochs)
         for _ in range(epochs):
-            if self.shuffle:  # as sklearn.utils.shuffle, which takes longer than a short epoch
-                places = numpy.arange(len(order))
-                self._random.shuffle(places)
-                order = order[places]
-            self.loss_ = training.epoch(order)
-            self.n_iter_ += 1
-            self.t_ += len(order)
-            self.loss_curve_.append(self.loss_)
-            if self.verbose:
-                print(f"Iteration {self.n_iter_}, loss = {self.loss_:.8f}")
-            if held is not None:
-                training.store()
+            order = self._next_order(order)
+            self._note_epochs([training.epoch(order)], len(order))
             self._note_improvement(held)
+            if self.solver == "sgd":
+                _SCHEDULES[self.learning_rate](self, self._optimizer)
+            if self._no_improvement > self.n_iter_no_change and self._stops():
+                return False
+        return True
+
+    def _run_compiled(self, training: "_Training", order: numpy.ndarray, epochs: int) -> bool:
+        """As `_run`, many epochs in a call; what stops them is compiled."""
+        session, watch = training.session, self._watch()
+        while self.n_iter_ < epochs:
+            orders = numpy.empty((training.ahead(epochs - self.n_iter_), len(order)), numpy.int64)
+            orders[:] = order
+            with self._draws(orders) as draws:
+                found = training.epochs(orders, watch, draws)
+            order = orders[len(found.losses) - 1]
+            self._note_epochs(found.losses, len(order), found.values)
+            self._no_improvement = watch.waited
+            if self.early_stopping:
+                self.best_validation_score_ = watch.best
+            else:
+                self.best_loss_ = -watch.best
+            if found.failed is not None:
+                raise self._diverged(session.bad_loss(found))
             with training.optimizer_at_hand():
                 if self.solver == "sgd":
                     _SCHEDULES[self.learning_rate](self, self._optimizer)
-                if self._no_improvement > self.n_iter_no_change and self._stops():
-                    return False
-        return True
+                if found.stopped and self._stops():
+                    break
+                watch.waited = self._no_improvement
+        else:
+            training.finish()
+            return True
+        training.finish()
+        return False
+
+    @contextlib.contextmanager
+    def _draws(self, orders: numpy.ndarray) -> Iterator[numpy.ndarray | None]:
+        """The random state as compiled epochs take and move it; None where orders are known."""
+        kind, key, place, *rest = self._random.get_state()
+        if not self.shuffle or kind != _COMPILED_DRAWS:
+            for i in range(len(orders)):
+                orders[i] = self._next_order(orders[i])
+            yield None
+            return
+        draws = numpy.append(key, numpy.uint32(place))
+        yield draws
+        self._random.set_state((kind, draws[:-1], int(draws[-1]), *rest))
+
+    def _watch(self) -> Any:
+        """What ends the compiled epochs."""
+        from .cpu.session import TRAINING_LOSS, Watch
+
+        if not self.early_stopping:
+            kind, best = TRAINING_LOSS, -self.best_loss_
+        else:
+            kind, best = self._judged_by(), self.best_validation_score_
+        return Watch(
+            *(kind, float(self.n_iter_no_change), self.tol, False),
+            *(self.early_stopping, best, self._no_improvement),
+        )
+
+    def _next_order(self, order: numpy.ndarray) -> numpy.ndarray:
+        """As sklearn.utils.shuffle, which takes longer than a short epoch."""
+        if not self.shuffle:
+            return order
+        places = numpy.arange(len(order))
+        self._random.shuffle(places)
+        return order[places]
+
+    def _note_epochs(self, losses: list[float], samples: int, scores: Any = None) -> None:
+        """Take note of epochs that were trained, and of their scores if those are known."""
+        scores = scores if self.early_stopping else None
+        for i, loss in enumerate(losses):
+            self.loss_ = loss
+            self.n_iter_ += 1
+            self.t_ += samples
+            self.loss_curve_.append(loss)
+            if self.verbose:
+                print(f"Iteration {self.n_iter_}, loss = {loss:.8f}")
+            if scores is not None:
+                self._note_score(scores[i])
+
+    def _note_score(self, score: float) -> None:
+        self.validation_scores_.append(score)
+        if self.verbose:
+            print(f"Validation score: {score:f}")
+
+    def _diverged(self, reason: Any) -> ValueError:
+        return ValueError(
+            f"{type(self).__name__}: {reason}: Solver produced non-finite parameter weights; scale "
+            "the inputs or take a smaller learning_rate_init"
+        )
 
     def _note_improvement(self, held) -> None:
         if held is None:
@@ -364,9 +449,7 @@ class _Network(BaseEstimator):
             self.best_loss_ = min(self.best_loss_, self.loss_)
         else:
             score = self._held_out_score(*held)
-            self.validation_scores_.append(score)
-            if self.verbose:
-                print(f"Validation score: {score:f}")
+            self._note_score(score)
             better = score >= self.best_validation_score_ + self.tol
             if score > self.best_validation_score_:
                 self.best_validation_score_ = score
@@ -399,10 +482,19 @@ class _Network(BaseEstimator):
 
 
 class _Training:
-    """One call of fit: data on the device, the loss, and an engine, or weighted steps."""
+    """One call of fit: data on the device, the loss, and an engine, or weighted steps.
+
+    judges: held-out rows, whose score is looked at after each epoch.
+    """
 
     def __init__(
-        self, estimator: _Network, data: Dataset, weights: Any, batch: int, epochs: int
+        self,
+        estimator: _Network,
+        data: Dataset,
+        judges: Dataset | None,
+        weights: Any,
+        batch: int,
+        epochs: int,
     ) -> None:
         self.estimator, self.data, self.weights, self.batch = estimator, data, weights, batch
         self.model, self.optimizer = estimator._model, estimator._optimizer
@@ -410,12 +502,14 @@ class _Training:
         self.loss = loss
         self.decayed = [p for g in self.optimizer.param_groups if g["decays"] for p in g["params"]]
         self.decays = bool(self.decayed)
-        self.session: Any = None if weights is not None or epochs == 1 else self._session(epochs)
+        self.session: Any = None
+        if weights is None and epochs > 1:
+            self.session = self._session(judges, epochs)
         if weights is None and self.session is None:
             chosen = (estimator.engine, self.model, loss, self.optimizer, batch)
             self.engine, _ = engines.choose(*chosen)
 
-    def _session(self, epochs: int) -> Any:
+    def _session(self, judges: Dataset | None, epochs: int) -> Any:
         """The compiled epochs of a CPU, or None where they do not serve or do not pay."""
         parameters = [p.detach() for p in self.model.parameters()]
         wanted, parts = self.estimator.engine, self.optimizer.parts()
@@ -427,7 +521,7 @@ class _Training:
             wanted == "auto" and cpu.costs(spec.sizes, self.batch, steps) is not None
         ):
             return None
-        from .cpu.session import Session
+        from .cpu.session import Held, Session
 
         for part in parts:
             part.states()  # makes them
@@ -435,79 +529,92 @@ class _Training:
             [self.optimizer.state[p][name] for p in self.model.parameters()]
             for name in spec.rule.states
         ]
+        held, count = None, len(self.data)
+        if judges is not None:
+            held = Held(judges.inputs, self.loss.columns(judges.targets, spec.sizes[-1]))
+        self._taken = 0
         targets = self.loss.columns(self.data.targets, spec.sizes[-1])
-        self._taken, self._squares = 0, None
-        return Session(spec, parameters, states, self.data.inputs, targets, self.batch)
+        samples = self.data.inputs, targets, 1.0, 0.0
+        return Session(spec, parameters, states, samples, count, self.batch, held)
 
-    def store(self) -> None:
-        """Bring the network and the optimizer's states up to date."""
-        if self.session is not None:
+    def finish(self) -> None:
+        """Write the network, with its best weights under early stopping; states of the last."""
+        self.session.store()
+        if self.estimator.early_stopping and self.session.take_best():
             self.session.store()
+            self.estimator._best = self.estimator._weights()
 
     def close(self) -> None:
-        """As `store`; nothing is trained any more."""
-        self.store()
+        """Nothing is trained any more."""
         if self.session is not None:
             self.session.close()
+
+    def _changes(self) -> bool:
+        """Whether the learning rate is another one after each epoch."""
+        return _SCHEDULES[self.estimator.learning_rate] is not _constant
 
     @contextlib.contextmanager
     def optimizer_at_hand(self) -> Iterator[None]:
         """The optimizer's states and rate may be changed in here, if a schedule does so."""
         estimator = self.estimator
-        changes = estimator.solver == "sgd" and estimator.learning_rate != "constant"
-        if self.session is None or not changes:
+        if estimator.solver != "sgd" or estimator.learning_rate == "constant":
             yield
             return
         self.session.store()
         yield
         self.session.load()
 
-    def _compiled_epoch(self, order: numpy.ndarray) -> float:
-        """An epoch of the session; see `epoch`."""
-        group, alpha, count = self.optimizer.param_groups[0], self.estimator.alpha, len(order)
-        rule = self.optimizer.row(group)
+    def ahead(self, left: int) -> int:
+        """Epochs of the next compiled call: one, where the rate changes after each."""
+        estimator = self.estimator
+        drawn = estimator._random.get_state()[0] == _COMPILED_DRAWS or not estimator.shuffle
+        if estimator.verbose or not drawn or (estimator.solver == "sgd" and self._changes()):
+            return 1
+        return self.session.ahead(left)
+
+    def epochs(self, orders: numpy.ndarray, watch: Any, draws: Any) -> Any:
+        """Train in these orders, or in those that draws give, until `watch` ends it:
+        `session.Found`.
+        """
+        group = self.optimizer.param_groups[0]
+        rule, alpha = self.optimizer.row(group), self.estimator.alpha
         numbers = {name: group[name] for name, _ in rule.hyperparameters if name != "weight_decay"}
-        last = count % self.batch or self.batch
-        decay = (alpha / self.batch, alpha / last)
-        before: Any = self._squares
-        if before is None and self.decays:
-            before = self.session.squares()
-        loss = self.session.epoch(order, numbers, self._taken, decay)
-        self._taken += self.session.steps
-        penalty = 0.0
-        if self.decays:
-            self._squares = self.session.squares()
-            penalty = 0.25 * alpha * (before + self._squares) * self.session.steps
-        return (loss * count * self.per_output + penalty) / count
+        arguments = orders, numbers, self._taken, watch, alpha, self.per_output
+        found = self.session.epochs(*arguments, draws)
+        self._taken += self.session.steps * len(found.losses)
+        return found
 
     def epoch(self, order: numpy.ndarray) -> float:
         """Train on all samples once; the mean loss with its penalty, as scikit-learn reports it."""
         try:
-            if self.session is not None:
-                return self._compiled_epoch(order)
             return self._epoch(torch.from_numpy(order).to(self.data.inputs.device))
         except FloatingPointError as error:
-            raise ValueError(
-                f"{type(self.estimator).__name__}: {error}: Solver produced non-finite "
-                "parameter weights; scale the inputs or take a smaller learning_rate_init"
-            ) from None
+            raise self.estimator._diverged(error) from None
 
     def _epoch(self, order: torch.Tensor) -> float:
         whole = len(order) // self.batch * self.batch
         # The penalty of a batch is alpha over its samples: a smaller last one is a part of its own.
         parts = [p for p in (order[:whole], order[whole:]) if len(p)] if self.decays else [order]
-        before, total = self._penalty(), 0.0
+        total, self._penalties = 0.0, [self._penalty()]
         for part in parts:
             total += self._part(part) * len(part)
         batches = -(-len(order) // self.batch)
-        penalty = (before + self._penalty()) / 2 * batches
+        penalty = sum(self._penalties[:-1])
+        if len(self._penalties) <= batches:  # a GPU's engine tells of no step
+            penalty = (self._penalties[0] + self._penalty()) / 2 * batches
         return (total * self.per_output + penalty) / len(order)
 
     def _part(self, order: torch.Tensor) -> float:
         if self.weights is not None:
             return self._weighted(order)
         self._set_decay(min(self.batch, len(order)))
-        return self.engine.epoch(self.data, order, self.batch).loss
+        told = self._note_penalty if order.device.type == "cpu" else None
+        return self.engine.epoch(self.data, order, self.batch, told).loss
+
+    def _note_penalty(self, steps: int = 1) -> None:
+        """The penalty after a step, which is the one before the next step."""
+        if steps == 1:
+            self._penalties.append(self._penalty())
 
     def _set_decay(self, samples: float) -> None:
         for group in self.optimizer.param_groups:
@@ -532,6 +639,7 @@ class _Training:
             self.optimizer.zero_grad()
             value.backward()
             self.optimizer.step()
+            self._note_penalty()
             if not math.isfinite(value.item()):
                 raise FloatingPointError(f"the loss is {value.item()}")
             total += value.item() * len(rows)
@@ -607,6 +715,11 @@ class MLPClassifier(ClassifierMixin, _Network):
 
     def _stratifies(self) -> bool:
         return self.n_outputs_ == 1
+
+    def _judged_by(self) -> Any:
+        from .cpu.session import LABELS, SIGNS
+
+        return LABELS if self._is_softmax() else SIGNS
 
     def _held_out_score(self, X, targets, weights) -> float:
         predicted = self._answers(self._outputs(X, check=False))
@@ -731,6 +844,11 @@ class MLPRegressor(RegressorMixin, _Network):
         if not numpy.isfinite(predicted).all():
             return math.nan
         return float(r2_score(targets, predicted, sample_weight=weights))
+
+    def _judged_by(self) -> Any:
+        from .cpu.session import R2
+
+        return R2
 
     def predict(self, X: Any) -> numpy.ndarray:
         """(samples,) or, of several targets, (samples, outputs)."""

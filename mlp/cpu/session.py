@@ -1,24 +1,311 @@
-"""Many epochs of a small network: memory, addresses and numbers are made once.
+"""Many epochs of a small network in one compiled call.
 
-An epoch of a small table takes less time than Python needs to prepare one, so `Session` keeps all
-that does not change. Two things are its own: weight decay on weights alone, and another decay for
-the last batch of an epoch, as scikit-learn's penalty wants it.
+An epoch of a small table takes less time than Python needs to prepare one. So a `Session` keeps
+memory, addresses and numbers, and `epochs` trains until something stops it: also what looks at a
+loss or at a score after each epoch is compiled. Two things are scikit-learn's: weight decay on
+weights alone, with another one for the last batch, and the penalty as a part of the loss.
 """
 
+import functools
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numba import njit
 
 import kernels
 
 from . import epoch, loop, rows
+from .waiting import floats, integers, meet, narrow_integers
 
-Decay = tuple[float, float]
 _compiling = threading.Lock()  # else each of several threads would compile the same
-_AHEAD = 64  # epochs whose numbers are made at a time
+# What is looked at after an epoch. Of the held-out rows: the loss, the share of right labels, the
+# share of rows whose outputs all have the right sign, R².
+TRAINING_LOSS, LOSS, LABELS, SIGNS, R2 = (np.int64(i) for i in range(5))
+# Entries of `_Many.watch`.
+_BEST, _WAITED, _TOL, _STRICT, _PATIENCE, _KEEPS, _DONE, _STOPPED, _FAILED, _ENTRIES = range(10)
+_PIECE, _INDICES = 0.25, 2_000_000  # seconds of a call, and indices of its orders, about
+STEPS: Any = None  # the compiled steps, where `_epochs` is compiled
+
+
+@dataclass
+class Watch:
+    """What ends a training, and whose weights are kept.
+
+    kind: LOSS, LABELS, SIGNS or R2 of held-out rows, or TRAINING_LOSS. An epoch is better if its
+    value gains `tol` on the best so far, or any value if `strict`; after more than `patience`
+    epochs that are not, training ends. keeps: copy the weights of the best epoch. best: of the
+    value, which is minus a loss. waited: epochs since a better one.
+    """
+
+    kind: Any = TRAINING_LOSS
+    patience: float = math.inf
+    tol: float = 0.0
+    strict: bool = False
+    keeps: bool = False
+    best: float = -math.inf
+    waited: int = 0
+
+
+class Held(NamedTuple):
+    """Rows that are measured after each epoch: (n, features) and targets, as the data."""
+
+    data: torch.Tensor
+    targets: torch.Tensor
+    rows: torch.Tensor | None = None  # those of the data that count; None for all
+
+
+class Found(NamedTuple):
+    """What `Session.epochs` measured: a number for each epoch that was trained."""
+
+    losses: list[float]
+    values: list[float]  # of `Watch.kind`, a loss as it is
+    stopped: bool  # by the watch
+    failed: int | None = None  # the step of the epoch after them whose loss is not finite
+
+
+class _Many(NamedTuple):
+    """What a compiled call needs beside a `loop.Run`."""
+
+    orders: np.ndarray  # (epochs, rows) int64; of drawn ones, at first the one before in row 0
+    draws: np.ndarray  # (625,) uint32: MT19937 and the place in it, or empty: the orders are given
+    numbers: np.ndarray  # (epochs · steps, columns) float32 of weights, and of biases
+    bias_numbers: np.ndarray
+    shares: np.ndarray  # (steps,) float64: of an epoch's loss
+    held_shares: np.ndarray  # (steps of the held-out rows,) float64
+    spread: np.ndarray  # (outputs,) float64: Σ (t - mean t)² of the held-out targets
+    counters: np.ndarray  # (calls, 8) int64, zeros; of several workers
+    losses: np.ndarray  # (epochs,) float64
+    values: np.ndarray  # (epochs,) float64
+    watch: np.ndarray  # (_ENTRIES,) float64
+    best: np.ndarray  # (floats of the parameters,) float32
+    penalty: np.float64  # times Σ w², before each step: added to the epoch's loss
+    kind: np.int64
+
+
+@njit(nogil=True)
+def _squares(run):
+    """The sum of the squares of all weights, without biases; padding is 0."""
+    total = 0.0
+    for l in range(len(run.layers)):
+        start = run.layers[l, loop.W]
+        w = run.w[start : start + run.layers[l, loop.TALL] * run.layers[l, loop.WIDE]]
+        sums = np.zeros(16, np.float32)  # as many sums as a vector has lanes
+        for i in range(0, len(w) // 16 * 16, 16):
+            for j in range(16):
+                sums[j] += w[i + j] * w[i + j]
+        for i in range(len(w) // 16 * 16, len(w)):
+            sums[0] += w[i] * w[i]
+        for j in range(16):
+            total += sums[j]
+    return total
+
+
+@njit(nogil=True)
+def _outputs(run, step):
+    """The outputs of a batch of the held-out rows, in y of the last layer; their number."""
+    batch = run.places[loop.BATCH]
+    rows = min(batch, run.places[loop.ROWS_OF_EPOCH] - step * batch)
+    loop.first_half(run, 0, 1, step, step, step + 1)
+    loop.forward(run, 0, rows)
+    return rows
+
+
+@njit(nogil=True)
+def _share_of_signs(run):
+    """The share of rows whose outputs are positive exactly where targets are above one half."""
+    layer, places = run.layers[-1], run.places
+    right, samples, classes = 0, places[loop.ROWS_OF_EPOCH], layer[loop.N]
+    for step in range((samples + places[loop.BATCH] - 1) // places[loop.BATCH]):
+        for row in range(_outputs(run, step)):
+            y = layer[loop.Y] + row * layer[loop.PITCH]
+            sample = integers(places[loop.ORDER])[step * places[loop.BATCH] + row]
+            targets = floats(places[loop.TARGETS] + 4 * sample * classes)
+            hit = True
+            for i in range(classes):
+                if run.w[y + i] != run.w[y + i]:
+                    return np.nan
+                hit = hit and (run.w[y + i] > 0) == (targets[i] > np.float32(0.5))
+            right += hit
+    return right / samples
+
+
+@njit(nogil=True)
+def _r2(run, spread):
+    """The mean R² of all outputs; spread: Σ (t - mean t)² of each. NaN if an output is not finite.
+
+    As scikit-learn's: where the targets are all the same, 1 if they are met exactly, else 0.
+    """
+    layer, places = run.layers[-1], run.places
+    samples, classes = places[loop.ROWS_OF_EPOCH], layer[loop.N]
+    errors = np.zeros(classes)
+    for step in range((samples + places[loop.BATCH] - 1) // places[loop.BATCH]):
+        for row in range(_outputs(run, step)):
+            y = layer[loop.Y] + row * layer[loop.PITCH]
+            sample = integers(places[loop.ORDER])[step * places[loop.BATCH] + row]
+            targets = floats(places[loop.TARGETS] + 4 * sample * classes)
+            for i in range(classes):
+                d = np.float64(run.w[y + i]) - np.float64(targets[i])
+                errors[i] += d * d
+    total = 0.0
+    for i in range(classes):
+        if not np.isfinite(errors[i]):
+            return np.nan
+        if spread[i] > 0:
+            total += 1.0 - errors[i] / spread[i]
+        elif errors[i] == 0:
+            total += 1.0
+    return total / classes
+
+
+@njit(nogil=True)
+def _loss(run, shares):
+    """The mean loss of the held-out rows; `right` of `loop` then counts labels."""
+    for step in range(len(shares)):
+        rows = _outputs(run, step)
+        loop.criterion(run, step * run.places[loop.BATCH], rows, 0, rows)
+        loop.add_up(run, step)
+    total = 0.0
+    for step in range(len(shares)):
+        total += floats(run.places[loop.LOSSES])[step] * shares[step]
+    return total
+
+
+@njit(nogil=True)
+def _measured(held, many):
+    """The value of the held-out rows that the watch looks at."""
+    if many.kind == SIGNS:
+        return _share_of_signs(held)
+    if many.kind == R2:
+        return _r2(held, many.spread)
+    loss = _loss(held, many.held_shares)
+    if many.kind == LOSS:
+        return loss
+    if not np.isfinite(loss):
+        return np.nan
+    right = 0
+    for step in range(len(many.held_shares)):
+        right += narrow_integers(held.places[loop.CORRECT])[step]
+    return right / held.places[loop.ROWS_OF_EPOCH]
+
+
+@njit(nogil=True)
+def _judge(run, many, loss, value):
+    """Take note of an epoch; whether training ends."""
+    watch, done = many.watch, int(many.watch[_DONE])
+    many.losses[done] = loss
+    many.values[done] = value
+    watch[_DONE] += 1
+    is_loss = many.kind == TRAINING_LOSS or many.kind == LOSS
+    v = -value if is_loss else value
+    better = v > watch[_BEST] if watch[_STRICT] else v >= watch[_BEST] + watch[_TOL]
+    watch[_WAITED] = 0 if better else watch[_WAITED] + 1
+    if v > watch[_BEST]:
+        watch[_BEST] = v
+        if watch[_KEEPS]:
+            for i in range(len(many.best)):
+                many.best[i] = run.w[i]
+    return watch[_WAITED] > watch[_PATIENCE]
+
+
+@njit(nogil=True)
+def _next_word(draws):
+    """The next 32 bits of MT19937: Matsumoto and Nishimura's, as numpy's RandomState has it."""
+    if draws[624] == 624:
+        for i in range(624):
+            y = (draws[i] & np.uint32(0x80000000)) | (draws[(i + 1) % 624] & np.uint32(0x7FFFFFFF))
+            odd = np.uint32(0x9908B0DF) if y & np.uint32(1) else np.uint32(0)
+            draws[i] = draws[(i + 397) % 624] ^ (y >> np.uint32(1)) ^ odd
+        draws[624] = 0
+    y = draws[draws[624]]
+    draws[624] += np.uint32(1)
+    y ^= y >> np.uint32(11)
+    y ^= (y << np.uint32(7)) & np.uint32(0x9D2C5680)
+    y ^= (y << np.uint32(15)) & np.uint32(0xEFC60000)
+    return np.uint32(y ^ (y >> np.uint32(18)))
+
+
+@njit(nogil=True)
+def _draw(many, e):
+    """The order of epoch e: the one before, as sklearn.utils.shuffle shuffles it."""
+    count = many.orders.shape[1]
+    places, before = np.arange(count), many.orders[max(e - 1, 0)].copy()
+    mask = np.uint32(1)
+    while mask < count - 1:
+        mask = np.uint32(2 * mask + 1)
+    for i in range(count - 1, 0, -1):
+        while mask >> np.uint32(1) >= i:
+            mask >>= np.uint32(1)
+        j = np.int64(_next_word(many.draws) & mask)
+        while j > i:
+            j = np.int64(_next_word(many.draws) & mask)
+        places[i], places[j] = places[j], places[i]
+    for i in range(count):
+        many.orders[e, i] = before[places[i]]
+
+
+@njit(nogil=True)
+def _point_at(run, many, e):
+    """Let the steps of an epoch read its order and numbers."""
+    order, steps = many.orders.shape[1], len(many.shares)
+    numbers = 4 * e * steps * run.places[loop.COUNT]
+    run.places[loop.ORDER] = np.int64(many.orders.ctypes.data) + 8 * e * order
+    run.places[loop.NUMBERS] = np.int64(many.numbers.ctypes.data) + numbers
+    run.places[loop.BIAS_NUMBERS] = np.int64(many.bias_numbers.ctypes.data) + numbers
+
+
+@njit(nogil=True)
+def _after_epoch(run, held, many, penalty):
+    """The end of an epoch, by the first worker: its loss, what is watched, whether it ends here."""
+    loss = penalty
+    for step in range(len(many.shares)):
+        value = floats(run.places[loop.LOSSES])[step]
+        if not np.isfinite(value):
+            many.watch[_FAILED] = step
+            many.watch[_STOPPED] = 1
+            return
+        loss += value * many.shares[step]
+    value = loss if many.kind == TRAINING_LOSS else _measured(held, many)
+    many.watch[_STOPPED] = _judge(run, many, loss, value)
+
+
+def _epochs(run, held, worker, workers, many):
+    """Train until the watch ends it, or all orders were used; called by each of the workers."""
+    steps, meetings, turn = len(many.shares), 1, 0
+    counters = np.int64(many.counters.ctypes.data)
+    for e in range(len(many.orders)):
+        if worker == 0 and len(many.draws):
+            _draw(many, e)
+        meetings = meet(counters, workers, meetings)
+        _point_at(run, many, e)
+        # The penalty is of the weights before each step.
+        size = 1 if many.penalty > 0 else steps
+        penalty = 0.0
+        for step in range(0, steps, size):
+            if worker == 0 and many.penalty > 0:
+                penalty += many.penalty * _squares(run)
+            turn += 1
+            if workers > 1:
+                run.places[loop.COUNTER] = counters + 64 * turn
+            STEPS(run, worker, workers, step, step + size)
+            meetings = meet(counters, workers, meetings)
+        if worker == 0:
+            _after_epoch(run, held, many, penalty)
+        meetings = meet(counters, workers, meetings)
+        if many.watch[_STOPPED]:
+            break
+
+
+@functools.cache
+def compiled() -> Any:
+    """`_epochs`, compiled or read from disk."""
+    steps = epoch.compiled()
+    function = rows.named(_epochs, STEPS=steps)
+    return rows.cached(njit, function, nogil=True, error_model="numpy")
 
 
 class Session:
@@ -26,6 +313,7 @@ class Session:
 
     parameters: [w_1, b_1, w_2, …] float32; states: a list of the same shapes for each state of the
     rule. They are read here and written by `store`. data, targets, batch: as in `kernels.Run`.
+    count: rows of an epoch. held: what is measured after each epoch. workers: threads.
     """
 
     def __init__(
@@ -33,34 +321,37 @@ class Session:
         spec: kernels.Spec,
         parameters: list[torch.Tensor],
         states: list[list[torch.Tensor]],
-        data: torch.Tensor,
-        targets: torch.Tensor,
+        samples: tuple[torch.Tensor, torch.Tensor, float, float],
+        count: int,
         batch: int,
+        held: Held | None = None,
+        workers: int = 1,
     ) -> None:
+        data, targets, scale, shift = samples
         with _compiling:
-            epoch.compiled(), rows.of(spec)
-        count = len(data)
-        self.workers = max(1, torch.get_num_threads())
-        self.memory = epoch.Memory(spec, min(batch, count), self.workers)
+            compiled(), rows.of(spec)
+        self.memory = epoch.Memory(spec, min(batch, count), workers)
         self.lists = [parameters, *states]
-        self.steps = -(-count // batch)
-        numbers = np.zeros((self.steps, len(spec.rule.columns)), np.float32)
-        order = torch.zeros(count, dtype=torch.int64)
-        self._task = epoch._Task(self.memory, data, targets, order, numbers, 1.0, 0.0)
-        self._order = self._task.held[loop.ORDER]
-        products = sum(k * n for k, n in zip(spec.sizes, spec.sizes[1:]))
-        guess = epoch._OVERHEAD + 6 * batch * products / epoch._SPEED
-        self._choice = epoch._Choice(self.workers, guess)
-        starts = [
-            (layer[loop.W], layer[loop.TALL] * layer[loop.WIDE]) for layer in self.memory.layers
-        ]
-        self._weights = [self.memory.w[start : start + size] for start, size in starts]
-        self._pool = ThreadPoolExecutor(self.workers) if self.workers > 1 else None
-        self._numbers: tuple | None = None
-        sizes = np.full(self.steps, batch)
-        sizes[-1] = count - batch * (self.steps - 1)
-        self._shares = sizes / count
+        self.steps, self.count, self.workers = -(-count // batch), count, workers
+        self._task = self._task_of(data, targets, torch.zeros(count, dtype=torch.int64), samples)
+        self._held = self._task
+        self._held_shares, self._spread = np.zeros(0), np.zeros(0)
+        if held is not None:
+            chosen = torch.arange(len(held.data)) if held.rows is None else held.rows
+            self._held = self._task_of(held.data, held.targets, chosen, samples)
+            self._held_shares = _shares(len(chosen), self.memory.batch)
+            if held.targets.is_floating_point():
+                true = held.targets[chosen].double().numpy().reshape(len(chosen), -1)
+                self._spread = np.square(true - true.mean(0)).sum(0)
+        self._shares = _shares(count, batch)
+        self._best = np.empty(0, np.float32)
+        self._pool = ThreadPoolExecutor(workers - 1) if workers > 1 else None
         self.load()
+
+    def _task_of(self, data: Any, targets: Any, order: torch.Tensor, samples: Any) -> Any:
+        steps = -(-len(order) // self.memory.batch)
+        numbers = np.zeros((steps, len(self.memory.spec.rule.columns)), np.float32)
+        return epoch._Task(self.memory, data, targets, order, numbers, *samples[2:])
 
     def load(self) -> None:
         """Read parameters and states from their tensors."""
@@ -70,57 +361,121 @@ class Session:
         """Write parameters and states to their tensors."""
         self.memory.copy(self.lists, back=True)
 
-    def squares(self) -> float:
-        """The sum of the squares of all weights, without biases."""
-        return sum(float(w @ w) for w in self._weights)
+    def take_best(self) -> bool:
+        """Let `store` write the parameters of the best epoch; False if none was kept."""
+        if not len(self._best):
+            return False
+        self.memory.w[: len(self._best)] = self._best
+        return True
 
-    def epoch(self, order: np.ndarray, numbers: dict[str, Any], taken: int, decay: Decay) -> float:
-        """Train on all samples in this order; their mean loss.
+    def epochs(
+        self,
+        orders: np.ndarray,
+        numbers: Any,
+        taken: int,
+        watch: Watch,
+        alpha: float | None = None,
+        scale: float = 1.0,
+        draws: np.ndarray | None = None,
+    ) -> Found:
+        """Train on all samples in these orders, (epochs, rows) int64, or until `watch` stops it.
 
-        numbers: the rule's hyperparameters by torch's names, but for weight_decay; taken: steps
-        taken so far. decay: of the weights in a whole batch, and in the epoch's last one; biases
-        have none. FloatingPointError names the first step whose loss is not finite.
+        draws: (625,) uint32, the state of numpy's RandomState. Each order is then the one before
+        shuffled by it, written to `orders`, whose first row holds the one before the first.
+        numbers: a row of the rule's numbers, or one for each step; taken: steps taken so far.
+        alpha: scikit-learn's penalty; numbers are then the rule's hyperparameters by name, without
+        weight decay. scale: times the mean loss, for what is reported. Training ends where a loss
+        is not finite.
         """
-        task = self._task
-        self._order[:] = order
-        self._point_at(numbers, taken, decay)
-        task.done = 0
-        while task.done < self.steps:
-            workers, count = self._choice.next()
-            epoch._piece(task, workers, min(count, self.steps - task.done), self._pool)
-        loss = float(task.losses @ self._shares)
-        if not np.isfinite(loss):
-            bad = np.flatnonzero(~np.isfinite(task.losses))
-            step = int(bad[0]) if len(bad) else 0
-            raise FloatingPointError(f"the loss is {task.losses[step]} at step {step}")
-        return loss
+        count = len(orders)
+        of_weights, of_biases = self._tables(numbers, taken, count, alpha)
+        if watch.keeps and not len(self._best):
+            self._best = self.memory.w[: self.memory.places[loop.STATE]].copy()
+        state = np.zeros(_ENTRIES)
+        state[:_DONE] = (
+            *(watch.best, watch.waited, watch.tol, watch.strict),
+            *(watch.patience, watch.keeps),
+        )
+        state[_FAILED] = -1
+        calls = 1 + count * self.steps if self.workers > 1 else 1
+        many = _Many(
+            orders,
+            np.empty(0, np.uint32) if draws is None else draws,
+            of_weights,
+            of_biases,
+            self._shares * scale,
+            self._held_shares,
+            self._spread,
+            np.zeros((calls, 8), np.int64),
+            np.zeros(count),
+            np.zeros(count),
+            state,
+            self._best,
+            np.float64(0.5 * alpha / self.count if alpha else 0.0),
+            watch.kind,
+        )
+        self._call(many)
+        done, failed = int(state[_DONE]), int(state[_FAILED])
+        watch.best, watch.waited = float(state[_BEST]), int(state[_WAITED])
+        losses, values = many.losses[:done].tolist(), many.values[:done].tolist()
+        stopped = bool(state[_STOPPED]) and failed < 0
+        return Found(losses, values, stopped, failed if failed >= 0 else None)
+
+    def ahead(self, epochs: int) -> int:
+        """Epochs of the next call, at most so many: a call should not take long, as it cannot be
+        interrupted, nor should its orders fill the memory.
+        """
+        spec = self.memory.spec
+        products = sum(k * n for k, n in zip(spec.sizes, spec.sizes[1:]))
+        step = epoch._OVERHEAD + 6 * self.memory.batch * products / epoch._SPEED
+        most = min(_PIECE / (self.steps * step), _INDICES / self.count)
+        return max(1, min(epochs, int(most)))
+
+    def bad_loss(self, found: Found) -> str:
+        """In words, the loss that is not finite."""
+        return f"the loss is {self._task.losses[found.failed]} at step {found.failed}"
+
+    def _call(self, many: _Many) -> None:
+        call, run, held = compiled(), self._task.run, self._held.run
+        others = [
+            self._pool.submit(call, run, held, worker, self.workers, many)
+            for worker in range(1, self.workers)
+            if self._pool is not None
+        ]
+        call(run, held, 0, self.workers, many)
+        for other in others:
+            other.result()
 
     def close(self) -> None:
         """Let the threads go."""
         if self._pool is not None:
             self._pool.shutdown()
 
-    def _point_at(self, numbers: dict[str, Any], taken: int, decay: Decay) -> None:
-        """Let the steps read the rows of numbers that belong to this epoch."""
-        key, known = (numbers, decay), self._numbers
-        if known is None or known[0] != key or not 0 <= taken - known[1] < _AHEAD * self.steps:
-            known = self._numbers = key, taken, *self._tables(numbers, taken, decay)
-        _, first, of_weights, of_biases = known
-        at = 4 * (taken - first) * of_weights.shape[1]
-        self._task.run.places[loop.NUMBERS] = of_weights.ctypes.data + at
-        self._task.run.places[loop.BIAS_NUMBERS] = of_biases.ctypes.data + at
-
     def _tables(
-        self, numbers: dict[str, Any], taken: int, decay: Decay
+        self, numbers: Any, taken: int, count: int, alpha: float | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(steps of many epochs, columns) numbers of the weights' updates, and of the biases'."""
-        rule = self.memory.spec.rule
+        """(steps of all epochs, columns) numbers of the weights' updates, and of the biases'."""
+        rule, steps = self.memory.spec.rule, count * self.steps
+        if alpha is None:
+            both = epoch._numbers(rule, numbers, float(taken), steps)
+            return both, both
 
         def table(weight_decay: float) -> np.ndarray:
             row = kernels.row_of(rule, **numbers, weight_decay=weight_decay)
-            return epoch._numbers(rule, row, float(taken), _AHEAD * self.steps)
+            return epoch._numbers(rule, row, float(taken), steps)
 
-        of_weights = table(decay[0])
-        if decay[1] != decay[0]:
-            of_weights[self.steps - 1 :: self.steps] = table(decay[1])[self.steps - 1 :: self.steps]
-        return of_weights, table(0.0)
+        of_biases = table(0.0)
+        if alpha == 0:
+            return of_biases, of_biases
+        batch = self.memory.batch
+        of_weights, last = table(alpha / batch), self.count - (self.steps - 1) * batch
+        if last != batch:
+            of_weights[self.steps - 1 :: self.steps] = table(alpha / last)[
+                self.steps - 1 :: self.steps
+            ]
+        return of_weights, of_biases
+
+
+def _shares(count: int, batch: int) -> np.ndarray:
+    """The share of each batch in the mean over all rows."""
+    return np.diff([*range(0, count, batch), count]) / count

@@ -93,8 +93,7 @@ OPTIONS = {
 def assert_same(ours, theirs, x):
     """Losses, weights and predictions are those of scikit-learn, in float64."""
     assert ours.n_iter_ == theirs.n_iter_ and ours.t_ == theirs.t_
-    # The penalty in our loss is the mean of an epoch's two ends.
-    numpy.testing.assert_allclose(ours.loss_curve_, theirs.loss_curve_, rtol=2e-3)
+    numpy.testing.assert_allclose(ours.loss_curve_, theirs.loss_curve_, rtol=1e-9)
     for a, b in zip([*ours.coefs_, *ours.intercepts_], [*theirs.coefs_, *theirs.intercepts_]):
         numpy.testing.assert_allclose(a, b, rtol=0, atol=1e-9)
     assert ours.out_activation_ == theirs.out_activation_
@@ -192,6 +191,40 @@ def test_without_scikit_learn_the_extra_is_named():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "pip install 'handgrad[train]'" in done.stdout, done.stderr
+
+
+COMPILED = [
+    ("MLPClassifier", {"alpha": 1.0, "batch_size": 40}),
+    ("MLPClassifier", {"tol": 0.02, "n_iter_no_change": 2, "max_iter": 80}),
+    ("MLPClassifier", {"early_stopping": True, "n_iter_no_change": 3, "max_iter": 120}),
+    ("MLPClassifier", {"solver": "sgd", "learning_rate": "invscaling", "alpha": 0.01}),
+    ("MLPRegressor", {"early_stopping": True, "n_iter_no_change": 3, "max_iter": 120}),
+    ("MLPRegressor", {"shuffle": False, "activation": "tanh", "max_iter": 70}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), COMPILED)
+@pytest.mark.parametrize("rows", [150, 90])  # 90: two classes, whose targets are signs
+def test_many_compiled_epochs_are_scikit_learns(name, changes, rows):
+    """Losses with their penalty, the epoch that ends it, the best weights, the state of the draw."""
+    pytest.importorskip("numba")
+    if kernels.backend(torch.empty(0)) != "torch":
+        pytest.skip("the compiled epoch serves where no kernel does")
+    x, y = datasets.load_iris(return_X_y=True)
+    x, y = x[:rows], y[:rows] if name == "MLPClassifier" else x[:rows, ::2]
+    ours, theirs = pair(name, **{"learning_rate_init": 0.01, **changes})
+    ours.set_params(precision="fp32", engine="epoch")
+    for estimator in (ours, theirs):
+        estimator.set_params(random_state=numpy.random.RandomState(3)).fit(x, y)
+    assert ours.n_iter_ == theirs.n_iter_
+    numpy.testing.assert_allclose(ours.loss_curve_, theirs.loss_curve_, rtol=2e-4)
+    if theirs.early_stopping:
+        numpy.testing.assert_allclose(ours.validation_scores_, theirs.validation_scores_, atol=1e-3)
+        assert ours.best_validation_score_ == max(ours.validation_scores_)
+    for one, other in zip(ours.coefs_ + ours.intercepts_, theirs.coefs_ + theirs.intercepts_):
+        numpy.testing.assert_allclose(one, other, rtol=2e-3, atol=2e-4)
+    states = [estimator.random_state.random(3).tolist() for estimator in (ours, theirs)]
+    assert states[0] == states[1]
 
 
 @pytest.mark.parametrize(
