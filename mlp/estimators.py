@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy
 import torch
-from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import accuracy_score, r2_score
 from sklearn.model_selection import train_test_split
@@ -28,6 +28,8 @@ from sklearn.utils.multiclass import (
     unique_labels,
 )
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+
+import kernels
 
 from . import cpu, engines
 from .data import Dataset
@@ -237,7 +239,7 @@ class _Network(BaseEstimator):
             )
         if self.early_stopping:
             self._model.load_state_dict(self._best)
-        if not all(bool(p.isfinite().all()) for p in self._model.parameters()):
+        if not all(numpy.isfinite(a).all() for a in [*self.coefs_, *self.intercepts_]):
             raise ValueError(
                 "Solver produced non-finite parameter weights. The input data may contain large "
                 "values and need to be preprocessed."
@@ -475,10 +477,12 @@ class _Network(BaseEstimator):
         # Rows come out the same in any batch, as scikit-learn's do, where a float64 is cheap.
         dtype = torch.float64 if device.type == "cpu" else torch.float32
         x = torch.from_numpy(numpy.ascontiguousarray(dense)).to(device, dtype)
-        model = MLP(self._model.sizes, self._model.activation, device=device, dtype=dtype)
-        model.load_state_dict(self._model.state_dict())
+        weights, biases = (
+            [getattr(layer, name).detach().to(dtype) for layer in self._layers()]
+            for name in ("weight", "bias")
+        )
         with torch.no_grad():
-            return model(x).double().cpu()
+            return kernels.mlp(x, weights, biases, self._model.activation).double().cpu()
 
 
 class _Training:
@@ -854,3 +858,87 @@ class MLPRegressor(RegressorMixin, _Network):
         """(samples,) or, of several targets, (samples, outputs)."""
         outputs = self._outputs(X).numpy()
         return outputs.ravel() if outputs.shape[1] == 1 else outputs
+
+
+class _Trusted:
+    """An estimator within a search, whose data were checked before: a clone, a fit and a score cost
+    little beside a small network's training.
+    """
+
+    _names: tuple[str, ...] = ()  # of the parameters
+    _valid: ClassVar[set] = set()  # their values that were checked
+
+    def __sklearn_clone__(self) -> Any:
+        made = object.__new__(type(self))
+        made.__dict__.update(self._parameters)
+        return made
+
+    @property
+    def _parameters(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in self._names}
+
+    def set_params(self, **params: Any) -> Any:
+        """Without a look at the names."""
+        self.__dict__.update(params)
+        return self
+
+    def _validate_params(self) -> None:
+        key = tuple(map(repr, self._parameters.values()))
+        if key not in self._valid:
+            super()._validate_params()  # type: ignore[misc]
+            self._valid.add(key)
+
+
+class _TrustedClassifier(_Trusted, MLPClassifier):
+    def _validate_input(self, X, y, incremental, reset):
+        self.n_features_in_ = X.shape[1]
+        self.classes_, labels = numpy.unique(y, return_inverse=True)
+        self._binarizer = LabelBinarizer()
+        self._binarizer.classes_, self._binarizer.sparse_input_ = self.classes_, False
+        self._binarizer.y_type_ = "multiclass" if len(self.classes_) > 2 else "binary"
+        self.n_outputs_ = len(self.classes_) if self._is_softmax() else 1
+        self.out_activation_ = "softmax" if self._is_softmax() else "logistic"
+        return X, labels if self._is_softmax() else labels.reshape(-1, 1).astype(numpy.float64)
+
+    def score(self, X: Any, y: Any) -> float:
+        """The accuracy."""
+        outputs = self._outputs(X, check=False).numpy()
+        found = outputs.argmax(1) if self._is_softmax() else (outputs[:, 0] > 0).astype(int)
+        return float(numpy.mean(self.classes_[found] == y))
+
+
+class _TrustedRegressor(_Trusted, MLPRegressor):
+    def _validate_input(self, X, y, incremental, reset):
+        self.n_features_in_, self.n_outputs_ = X.shape[1], 1
+        return X, y.reshape(-1, 1).astype(numpy.float64)
+
+    def score(self, X: Any, y: Any) -> float:
+        """R²."""
+        return float(r2_score(y, self._outputs(X, check=False).numpy()))
+
+
+_TRUSTED: dict[type, type] = {
+    MLPClassifier: _TrustedClassifier,
+    MLPRegressor: _TrustedRegressor,
+}
+
+
+def trusted(estimator: Any, X: Any, y: Any) -> tuple[Any, numpy.ndarray, numpy.ndarray] | None:
+    """(estimator, X, y) for fits on rows of X and y that check nothing again, as within a search.
+    None for another estimator, or for data that are not rows of finite numbers with one target.
+    """
+    if type(estimator) not in _TRUSTED or hasattr(X, "toarray"):
+        return None
+    try:
+        checked, rows = clone(estimator)._validate_input(X, y, False, True)
+        column = column_or_1d(y)
+    except (TypeError, ValueError):  # each fit will say so
+        return None
+    if rows.ndim == 2 and rows.shape[1] > 1:
+        return None
+    made: Any = object.__new__(_TRUSTED[type(estimator)])
+    parameters = estimator.get_params(deep=False)
+    made.__dict__.update(parameters)
+    kind = type(made)
+    made.__class__ = type(kind.__name__, (kind,), {"_names": tuple(parameters), "_valid": set()})
+    return made, numpy.ascontiguousarray(checked), column

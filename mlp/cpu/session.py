@@ -87,21 +87,22 @@ class _Many(NamedTuple):
     kind: np.int64
 
 
+@njit(nogil=True, fastmath={"reassoc", "contract"})
+def _sum_of_squares(w):
+    total = np.float32(0.0)
+    for i in range(len(w)):
+        total += w[i] * w[i]
+    return total
+
+
 @njit(nogil=True)
 def _squares(run):
     """The sum of the squares of all weights, without biases; padding is 0."""
     total = 0.0
     for l in range(len(run.layers)):
         start = run.layers[l, loop.W]
-        w = run.w[start : start + run.layers[l, loop.TALL] * run.layers[l, loop.WIDE]]
-        sums = np.zeros(16, np.float32)  # as many sums as a vector has lanes
-        for i in range(0, len(w) // 16 * 16, 16):
-            for j in range(16):
-                sums[j] += w[i + j] * w[i + j]
-        for i in range(len(w) // 16 * 16, len(w)):
-            sums[0] += w[i] * w[i]
-        for j in range(16):
-            total += sums[j]
+        stop = start + run.layers[l, loop.TALL] * run.layers[l, loop.WIDE]
+        total += _sum_of_squares(run.w[start:stop])
     return total
 
 
@@ -213,13 +214,20 @@ def _judge(run, many, loss, value):
 
 
 @njit(nogil=True)
+def _twisted(a, b):
+    y = (a & np.uint32(0x80000000)) | (b & np.uint32(0x7FFFFFFF))
+    return (y >> np.uint32(1)) ^ ((y & np.uint32(1)) * np.uint32(0x9908B0DF))
+
+
+@njit(nogil=True)
 def _next_word(draws):
     """The next 32 bits of MT19937: Matsumoto and Nishimura's, as numpy's RandomState has it."""
     if draws[624] == 624:
-        for i in range(624):
-            y = (draws[i] & np.uint32(0x80000000)) | (draws[(i + 1) % 624] & np.uint32(0x7FFFFFFF))
-            odd = np.uint32(0x9908B0DF) if y & np.uint32(1) else np.uint32(0)
-            draws[i] = draws[(i + 397) % 624] ^ (y >> np.uint32(1)) ^ odd
+        for i in range(227):
+            draws[i] = draws[i + 397] ^ _twisted(draws[i], draws[i + 1])
+        for i in range(227, 623):
+            draws[i] = draws[i - 227] ^ _twisted(draws[i], draws[i + 1])
+        draws[623] = draws[396] ^ _twisted(draws[623], draws[0])
         draws[624] = 0
     y = draws[draws[624]]
     draws[624] += np.uint32(1)
@@ -327,7 +335,7 @@ class Session:
         held: Held | None = None,
         workers: int = 1,
     ) -> None:
-        data, targets, scale, shift = samples
+        data, targets = samples[:2]
         with _compiling:
             compiled(), rows.of(spec)
         self.memory = epoch.Memory(spec, min(batch, count), workers)

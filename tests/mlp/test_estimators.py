@@ -206,7 +206,7 @@ COMPILED = [
 @pytest.mark.parametrize(("name", "changes"), COMPILED)
 @pytest.mark.parametrize("rows", [150, 90])  # 90: two classes, whose targets are signs
 def test_many_compiled_epochs_are_scikit_learns(name, changes, rows):
-    """Losses with their penalty, the epoch that ends it, the best weights, the state of the draw."""
+    """Losses with their penalty, the epoch that ends it, the best weights, the random state."""
     pytest.importorskip("numba")
     if kernels.backend(torch.empty(0)) != "torch":
         pytest.skip("the compiled epoch serves where no kernel does")
