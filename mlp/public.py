@@ -23,6 +23,7 @@ from .modules import (
 )
 from .net import Net
 from .optim import SGD, Adagrad, Adam, AdamW, Lion, RMSprop
+from .packs import Settings
 from .runs.checkpoint import load, load_weights, save
 from .sweep import Sweep
 from .trainer import History, Trainer
@@ -53,6 +54,7 @@ __all__ = [
     "Pinball",
     "PinballLoss",
     "RMSprop",
+    "Settings",
     "SoftmaxCrossEntropy",
     "Sweep",
     "Trainer",

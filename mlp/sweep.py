@@ -1,4 +1,6 @@
-"""Many independent networks trained together: other seeds, learning rates, momenta, the same data.
+"""Many independent networks trained together: that differ in anything, or replicas of one.
+
+`Sweep([settings, …])` is the first, see `mlp.packs`; `Sweep(sizes, replicas, lr, …)` the second.
 
 On a GPU one launch an epoch trains all of them, a program a network; on a CPU with numba every core
 takes a network at a time. Elsewhere, and for networks that the kernel does not serve, batched
@@ -6,9 +8,10 @@ products do the same. A replica's initial weights and order
 of samples are those that `Trainer` takes for its seed, so any of them can be trained again alone.
 """
 
+import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import torch
 
 import kernels
 
-from . import cpu
+from . import cpu, packs
 from .data.dataset import Dataset, permutation
 from .data.given import fitted
 from .engines.epochwise import rule_of, spec_of
@@ -60,26 +63,40 @@ class Row:
     test_accuracy: float | None = None
     test_loss: float | None = None  # where the targets are no labels
     diverged: bool = False  # whether its loss was not finite at some step
+    validation_accuracy: float | None = None
+    validation_loss: float | None = None
+    epochs: int | None = None  # that were trained, of a network with settings of its own
+    settings: dict[str, Any] = field(default_factory=dict)  # those that are not the defaults
 
     @property
     def rank(self) -> tuple:
-        """Rows in this order have the best network first, and those that diverged last."""
-        last = self.train_loss if self.test_loss is None else self.test_loss
-        return self.diverged, -(self.test_accuracy or 0), last if math.isfinite(last) else math.inf
+        """Rows in this order have the best network first, and those that diverged last. They are
+        judged by the validation data if there are some, else by the test data, else by the loss.
+        """
+        accuracy, loss = self.validation_accuracy, self.validation_loss
+        if accuracy is None and loss is None:
+            accuracy, loss = self.test_accuracy, self.test_loss
+        last = self.train_loss if loss is None else loss
+        return self.diverged, -(accuracy or 0), last if math.isfinite(last) else math.inf
 
 
 class Sweep:
-    """`replicas` multilayer perceptrons of the same sizes.
+    """Many multilayer perceptrons: of settings that differ in anything, or replicas of one.
 
-    sizes, activation, output_activation, bias, init as `mlp.MLP`. lr, momentum, seeds: a number, or
-    one for each replica; seeds None counts from 0. optimizer: a name of `mlp.optim.OPTIMIZERS`,
-    with options. loss: one of `mlp.loss`, its name or a loss module.
+    Sweep([settings, …], loss=…, device=…): each of the settings is a `mlp.Settings`, or a dict of
+    some of its fields: hidden, activation, optimizer, lr, momentum, weight_decay, options,
+    schedule, batch_size, seed, rows, …
+
+    Sweep(sizes, replicas, …): networks of the same sizes. sizes, activation, output_activation,
+    bias, init as `mlp.MLP`. lr, momentum, seeds: a number, or one for each replica; seeds None
+    counts from 0. optimizer: a name of `mlp.optim.OPTIMIZERS`, with options. loss: one of
+    `mlp.loss`, its name or a loss module.
     """
 
     def __init__(
         self,
-        sizes: Sequence[int],
-        replicas: int,
+        sizes: Sequence[Any],
+        replicas: int | None = None,
         lr: float | Sequence[float] = 0.1,
         momentum: float | Sequence[float] = 0.0,
         seeds: Sequence[int] | None = None,
@@ -93,6 +110,13 @@ class Sweep:
         device: torch.device | str | None = None,
         **options: Any,
     ):
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.loss, self.rows = loss_of(loss), []
+        self.members: list[packs.Member] = []
+        self.settings: list[packs.Settings] = []
+        if replicas is None:
+            self._take_settings(sizes, options)
+            return
         if replicas < 1:
             raise ValueError(f"sweep: replicas must be at least 1, got {replicas}")
         self.replicas = replicas
@@ -101,14 +125,12 @@ class Sweep:
             _one_each("momentum", momentum, replicas),
         )
         self.seeds = _one_each("seeds", range(replicas) if seeds is None else seeds, replicas)
-        self.loss = loss_of(loss)
         self.config: dict[str, Any] = {
             "sizes": list(sizes),
             "activation": activation,
             "output_activation": output_activation,
             "bias": bias,
         }
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model = MLP(**self.config)
         if max(self.momenta):
             options["momentum"] = max(self.momenta)
@@ -133,7 +155,20 @@ class Sweep:
             for state in part.states()
         ]
         self.count = torch.zeros(1, device=self.device)
-        self.rows: list[Row] = []
+
+    rows: list[Row]
+
+    def _take_settings(self, given: Sequence[Any], options: dict[str, Any]) -> None:
+        """The other form: a network for each of the settings, made when the data are known."""
+        if isinstance(given[0] if len(given) else 0, int):
+            raise ValueError(
+                "sweep: give replicas, how many networks of these sizes; or a list of settings, "
+                "such as [{'hidden': (64,), 'lr': 0.1}, …]"
+            )
+        if options:
+            raise ValueError(f"sweep: {next(iter(options))} belongs into the settings of each")
+        self.settings = [packs.Settings.of(one) for one in given]
+        self.replicas = len(self.settings)
 
     @classmethod
     def of(
@@ -185,13 +220,26 @@ class Sweep:
         *,
         drop_last: bool = False,
         on_epoch: Callable[[int, torch.Tensor], Any] | None = None,
+        validation: Any = None,
+        early_stopping: int | None = None,
+        on_progress: Callable[[int], Any] | None = None,
     ) -> list[Row]:
-        """Train all networks; returns a row for each, best first: by test accuracy (by test loss
-        where the targets are no labels) if there is `evaluate`, else by training loss.
+        """Train all networks; returns a row for each, best first: by accuracy (by loss where the
+        targets are no labels) on `validation`, else on `evaluate`, else by training loss.
 
-        train, evaluate: as `Trainer.fit`. on_epoch(epoch, mean losses of all networks) is called
-        after each epoch. A network whose loss stops being finite ends last; the others go on.
+        train, evaluate, validation: as `Trainer.fit`. on_epoch(epoch, mean losses of all networks)
+        is called after each epoch. A network whose loss stops being finite ends last; the others
+        go on. Of networks with settings: batch_size and drop_last are the settings' own;
+        early_stopping: each ends after so many epochs without a lower loss of the first of
+        validation, evaluate, train, and has its best weights; on_progress(epochs of all) may be
+        called by any thread.
         """
+        if self.settings:
+            judges = validation if validation is not None else evaluate
+            self._fit_settings(train, judges, epochs, early_stopping, on_progress)
+            return self._ranked_settings(evaluate, validation)
+        if early_stopping is not None:
+            raise ValueError("sweep: early_stopping is for a list of settings")
         train = self._fitted(train)
         if train.features != self.config["sizes"][0]:
             raise ValueError(
@@ -228,7 +276,39 @@ class Sweep:
                 on_epoch(epoch, losses)
         for stacked in self.parameters:
             diverged |= ~stacked.flatten(1).isfinite().all(1)
-        return self._ranked(losses.tolist(), diverged.tolist(), evaluate)
+        return self._ranked(losses.tolist(), diverged.tolist(), (evaluate, validation))
+
+    def _fit_settings(
+        self, train: Any, judges: Any, epochs: int, early_stopping: int | None, told: Any
+    ) -> None:
+        data = fitted(Dataset.of(train), self.device, torch.float32, 1)
+        self.config = {"sizes": [data.features, packs.outputs_of(data)]}
+        self.members = [packs.Member(s, self.loss, data, self.device) for s in self.settings]
+        for judged in (judges,) if judges is not None else ():
+            judges = self._fitted(judged)
+        told = told or (lambda count: None)
+        packs.train(self.members, packs.Task(data, judges, epochs, early_stopping, told))
+
+    def _ranked_settings(self, evaluate: Any, validation: Any) -> list[Row]:
+        found = [self._measured(data) for data in (evaluate, validation)]
+        rows = []
+        for i, (member, tests, others) in enumerate(zip(self.members, *found)):
+            s, losses = member.settings, member.losses
+            row = Row(i, s.seed, s.lr, s.momentum, losses[-1] if losses else math.nan, *tests)
+            row.diverged, row.epochs, row.settings = member.diverged, len(losses), s.said()
+            row.validation_accuracy, row.validation_loss = others
+            rows.append(row)
+        self.rows = sorted(rows, key=lambda row: row.rank)
+        return self.rows
+
+    def _measured(self, data: Any) -> list[tuple[float | None, float | None]]:
+        """(accuracy, None) of labels or (None, loss) of each network on these data, if any."""
+        if data is None:
+            return [(None, None)] * self.replicas
+        data = self._fitted(data)
+        if data.is_classification:
+            return [(value, None) for value in self.accuracies(data)]
+        return [(None, value) for value in self.test_losses(data)]
 
     def _backend(self, batch_size: int, steps: int):
         """The function that trains all networks for an epoch; steps: of all of them together."""
@@ -251,27 +331,24 @@ class Sweep:
         sizes = [min(batch_size, count - s) for s in range(0, count, batch_size)]
         return (values * torch.tensor(sizes, device=self.device)).sum(1) / count
 
-    def _ranked(self, losses: list[float], diverged: list[bool], evaluate) -> list[Row]:
-        """A row for each network, best first.
+    def _ranked(self, losses: list[float], diverged: list[bool], measured: Any) -> list[Row]:
+        """A row for each network, best first. measured: test and validation data, or None.
 
         One that diverged comes last, whatever it classifies rightly by accident.
         """
-        accuracies: Sequence[float | None] = [None] * self.replicas
-        tests = accuracies
-        if evaluate is not None:
-            evaluate = self._fitted(evaluate)
-            if evaluate.is_classification:
-                accuracies = self.accuracies(evaluate)
-            else:
-                tests = self.test_losses(evaluate)
-        numbers = zip(self.seeds, self.lrs, self.momenta, losses, accuracies, tests, diverged)
-        self.rows = sorted(
-            (Row(i, *row) for i, row in enumerate(numbers)), key=lambda row: row.rank
-        )
+        tests, others = (self._measured(data) for data in measured)
+        numbers = zip(self.seeds, self.lrs, self.momenta, losses, tests, diverged, others)
+        rows = [
+            Row(i, seed, lr, momentum, loss, test[0], test[1], bad, other[0], other[1])
+            for i, (seed, lr, momentum, loss, test, bad, other) in enumerate(numbers)
+        ]
+        self.rows = sorted(rows, key=lambda row: row.rank)
         return self.rows
 
     def network(self, replica: int) -> MLP:
         """One of the networks, as a module of its own."""
+        if self.members:
+            return copy.deepcopy(self.members[replica].model)
         model = MLP(**self.config, device=self.device)
         with torch.no_grad():
             for p, stacked in zip(model.parameters(), self.parameters):

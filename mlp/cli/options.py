@@ -33,6 +33,7 @@ class Option(NamedTuple):
     parse: Callable[[str], Any] | None = None  # text -> value; ValueError says what was expected
     is_argument: bool = False
     may_change: bool = False  # by --resume; other options must repeat what the run has stored
+    each: Callable[[str], Any] | None = None  # of several values with "/" between: text -> value
 
     @property
     def flag(self) -> str:
@@ -60,14 +61,34 @@ class Option(NamedTuple):
         """The value as the command takes it; a ValueError that names the option."""
         if value is None:
             return None
+        if self.each is not None:
+            one = self._replace(each=None, parse=_one(self.each))
+            return [one._at_least(one.read(part.strip())) for part in value.split("/")]
         if self.parse is not None:
             try:
                 return self.parse(value)
             except ValueError as error:
                 raise ValueError(f"{self.flag} must be {error}, got {value!r}") from None
+        return self._at_least(value)
+
+    def _at_least(self, value: Any) -> Any:
         if self.least is not None and not value >= self.least:
             raise ValueError(f"{self.flag} must be at least {self.least:g}, got {value}")
         return value
+
+
+def _one(each: Callable[[str], Any]) -> Callable[[str], Any]:
+    """As `each`, but its error says what was expected."""
+    if each not in (int, float):
+        return each
+
+    def parse(text: str) -> Any:
+        try:
+            return each(text)
+        except ValueError:
+            raise ValueError("a whole number" if each is int else "a number") from None
+
+    return parse
 
 
 def widths(text: str) -> tuple[int, ...]:
@@ -233,14 +254,25 @@ SWEEP = (
         "learning rate, or LOW:HIGH, spread over the networks in equal ratios",
         "0.01:1.0",
     ),
-    Option("momentum", float, "momentum, for the optimizers that have one", least=0),
-    Option("weight_decay", float, "as for train", least=0),
-    Option("hidden", str, "widths of the hidden layers", "100,50", parse=widths),
-    Option("activation", str, "as for train", "relu"),
+    Option(
+        "hidden",
+        str,
+        "widths of the hidden layers; this and the five below take several values with / between, "
+        "such as 64/100,50: all combinations are trained, each by all --replicas",
+        "100,50",
+        each=widths,
+    ),
+    Option("activation", str, "as for train", "relu", each=str),
+    Option("optimizer", str, "as for train", "sgd", each=str),
+    Option("momentum", str, "for the optimizers that have one", least=0, each=float),
+    Option("weight_decay", str, "as for train", least=0, each=float),
+    Option("batch_size", str, "samples in a step", "32", least=1, each=int),
     Option("loss", str, "as for train"),
-    Option("optimizer", str, "as for train", "sgd"),
-    Option("batch_size", int, "samples in a step", 32, least=1),
     Option("epochs", int, "passes over the training data", 10, least=1),
+    Option("schedule", str, "as for train"),
+    Option("early_stopping", int, "as for train, for each network on its own", least=1),
+    Option("validation", float, "share of the rows that rank the networks", least=0),
+    Option("class_weight", str, "as for train"),
     Option("seed", str, "of the first network; the others count on", "0", parse=seed),
     Option("top", int, "rows of the table to print", 10, least=0),
     DEVICE,

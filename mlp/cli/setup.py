@@ -119,17 +119,17 @@ def settings_of(values: Values, recipe: recipes.Recipe) -> Settings:
         standardize=values["standardize"] or "auto",
         target=values["target"],
         drop=values["drop"],
+        validation=values.get("validation"),
+        class_weight=values.get("class_weight"),
     )
 
 
-def for_sweep(
-    values: Values, recipe: recipes.Recipe
-) -> tuple[data.Dataset, data.Dataset, units.Units | None, recipes.Recipe]:
-    """(train, test, units of the targets, recipe) of a sweep, as `suited` has them for a run."""
+def for_sweep(values: Values, recipe: recipes.Recipe) -> tuple[Data, recipes.Recipe]:
+    """The data and the recipe of a sweep, as `suited` has them for a run."""
     settings = settings_of(values, recipe)
     found = suited(settings, load_run(settings), values["loss"] is not None)
     say_notes(found.train)
-    return found.train, found.test, found.facts.units, settings.recipe
+    return found, settings.recipe
 
 
 def _read(settings: Settings) -> Read:

@@ -2,15 +2,17 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from .. import data, recipes, scoring
-from ..data.units import Units
+from .. import recipes, scoring
+from ..packs import Settings
 from ..runs import RunFolder
 from ..runs.disk import write_text
 from ..sweep import Sweep, spread
@@ -19,6 +21,7 @@ from .options import Values, given
 from .terminal import say
 
 _TABLE = "sweep.jsonl"
+_LISTS = ("hidden", "activation", "optimizer", "momentum", "weight_decay", "batch_size")
 
 
 def _rates(text: str, count: int) -> list[float]:
@@ -48,63 +51,116 @@ def sweep(values: Values) -> None:
     """Train many networks at once; prints a table, best first, and the accuracy of their mean."""
     replicas = values["replicas"]
     rates = _rates(values["lr"], replicas)
-    numbers = {name: values[name] for name in ("momentum", "weight_decay")}
-    changes = {**given(options.RECIPE, values), **numbers}
-    recipe = recipes.changed(recipes.PLAIN, **changes)
+    given_lists = {name: values[name] for name in _LISTS if values[name] is not None}
+    choices = [dict(zip(given_lists, one)) for one in itertools.product(*given_lists.values())]
+    common = {**given(options.RECIPE, values), **choices[0]}
+    recipe = recipes.changed(recipes.PLAIN, **common)
     device = setup.pick_device(values["device"])
-    train, test, units, recipe = setup.for_sweep(values, recipe)
-    setup.refuse_too_large(recipe.network(train), replicas)
-    job = Sweep.of(recipe, train, replicas, rates, seed=values["seed"], device=device)
-    with _folder(values["out"]) as out:
-        say(
-            f"{train.name}: {len(train):,} samples; {replicas} networks "
-            f"{recipe.describe(job.network(0).config())}; learning rate {values['lr']}; "
-            f"{job.device}"
+    found, recipe = setup.for_sweep(values, recipe)
+    every = [recipes.changed(recipe, **choice) for choice in choices]
+    for one in every:
+        setup.refuse_too_large(one.network(found.train), replicas)
+    job: Sweep
+    if len(every) == 1 and not _needs_settings(values):
+        job = Sweep.of(recipe, found.train, replicas, rates, seed=values["seed"], device=device)
+    else:
+        job = Sweep(
+            [one for r in every for one in _settings(r, rates, values["seed"])],
+            loss=recipe.make_loss(),
+            device=device,
         )
-        _train(job, recipe, train, test)
-        _print(job, test, values["top"], units)
+    with _folder(values["out"]) as out:
+        _say(job, recipe, found, values, every)
+        _train(job, recipe, found)
+        _print(job, found, values["top"])
         if out is not None:
             rows = [json.dumps(dataclasses.asdict(row)) + "\n" for row in job.rows]
             job.save(out)
             write_text(out / _TABLE, "".join(rows))
 
 
-def _train(job: Sweep, recipe: recipes.Recipe, train: data.Dataset, test: data.Dataset) -> None:
+def _needs_settings(values: Values) -> bool:
+    """Whether more is asked for than replicas of one network can have."""
+    names = ("schedule", "early_stopping", "class_weight")
+    return any(values[name] is not None for name in names)
+
+
+def _settings(recipe: recipes.Recipe, rates: list[float], seed: int) -> list[Settings]:
+    """A network for each learning rate; their seeds count on."""
+    numbers = {name: v for name, v in recipe.optimizer_options.items() if name != "lr"}
+    own = {name: numbers.pop(name, 0.0) for name in ("momentum", "weight_decay")}
+    names = ["hidden", "activation", "output_activation", "bias", "init", "optimizer"]
+    names += ["schedule", "warmup", "batch_size"]
+    plain = Settings(**{name: getattr(recipe, name) for name in names}, **own, options=numbers)
+    return [dataclasses.replace(plain, lr=rate, seed=seed + i) for i, rate in enumerate(rates)]
+
+
+def _say(
+    job: Sweep, recipe: recipes.Recipe, found: setup.Data, values: Values, every: list
+) -> None:
+    """What is trained, in one line."""
+    if len(every) == 1:
+        network = recipe.network(found.train)
+        what = f"{job.replicas} networks {recipe.describe(network)}"
+    else:
+        what = f"{job.replicas} networks of {len(every)} settings"
+    train = found.train
+    say(f"{train.name}: {len(train):,} samples; {what}; learning rate {values['lr']}; {job.device}")
+
+
+def _train(job: Sweep, recipe: recipes.Recipe, found: setup.Data) -> None:
     """Train all networks, with a progress bar."""
     from tqdm import tqdm
 
-    started = time.perf_counter()
-    with tqdm(total=recipe.epochs, unit="epoch", leave=False, disable=None, file=sys.stderr) as bar:
+    started, alone = time.perf_counter(), bool(job.settings)
+    total = recipe.epochs * (job.replicas if alone else 1)
+    with tqdm(total=total, unit="epoch", leave=False, disable=None, file=sys.stderr) as bar:
         job.fit(
-            train,
+            found.train,
             recipe.epochs,
             recipe.batch_size,
-            test,
+            found.test,
             on_epoch=lambda epoch, losses: bar.update(),
+            validation=found.validation,
+            early_stopping=recipe.early_stopping,
+            on_progress=bar.update,
         )
     seconds = time.perf_counter() - started
     say(f"trained {seconds:.1f} s, {job.replicas / seconds:.2f} networks a second")
 
 
-def _print(job: Sweep, test: data.Dataset, top: int, units: Units | None) -> None:
+def _print(job: Sweep, found: setup.Data, top: int) -> None:
     """The best networks, how many diverged, and what all others do together."""
-    labels = test.is_classification
-    quality = "test accuracy" if labels else "test loss"
-    say(f"{'network':>7} {'seed':>5} {'lr':>9} {'loss':>9} {quality:>14}")
+    data = found.test if found.validation is None else found.validation
+    name = "test" if found.validation is None else "validation"
+    labels = data.is_classification
+    quality = f"{name} accuracy" if labels else f"{name} loss"
+    say(f"{'network':>7} {'seed':>5} {'lr':>9} {'loss':>9} {quality:>19}")
+    varied = _varied(job)
     for row in job.rows[:top]:
-        result = f"{row.test_accuracy:.2%}" if labels else f"{row.test_loss:.4f}"
+        value = getattr(row, f"{name}_{'accuracy' if labels else 'loss'}")
+        result = f"{value:.2%}" if labels else f"{value:.4f}"
+        measured = tables.quality(job.network(row.replica), job.loss, data, found.facts.units)
+        own = [f"{key} {_words(row.settings[key])}" for key in varied if key in row.settings]
         say(
-            f"{row.replica:>7} {row.seed:>5} {row.lr:>9.4g} {row.train_loss:>9.4f} {result:>14}"
-            + (
-                ""
-                if labels
-                else scoring.line(tables.quality(job.network(row.replica), job.loss, test, units))
-            )
+            f"{row.replica:>7} {row.seed:>5} {row.lr:>9.4g} {row.train_loss:>9.4f} {result:>19}"
+            + scoring.line(measured)
+            + (f"  {', '.join(own)}" if own else "")
             + ("  diverged" if row.diverged else "")
         )
     diverged = sum(row.diverged for row in job.rows)
     if labels:
-        together = job.ensemble_accuracy(test)
-        share = "none is left" if math.isnan(together) else f"test accuracy {together:.2%}"
+        together = job.ensemble_accuracy(data)
+        share = "none is left" if math.isnan(together) else f"{name} accuracy {together:.2%}"
         others = f", without the {diverged} that diverged" if diverged else ""
         say(f"mean of all networks' probabilities{others}: {share}")
+
+
+def _varied(job: Sweep) -> list[str]:
+    """Names of the settings that are not the same in all networks."""
+    names = {name for row in job.rows for name in row.settings} - {"lr", "seed"}
+    return sorted(n for n in names if len({repr(r.settings.get(n)) for r in job.rows}) > 1)
+
+
+def _words(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

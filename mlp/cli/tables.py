@@ -47,13 +47,15 @@ def quality(
 
 
 def epoch_quality(trainer: Trainer, found: setup.Data) -> dict[str, float]:
-    """What the line of an epoch says of a regression besides losses."""
+    """What the line of an epoch says besides losses: of a regression, and of a table's classes."""
     loss, said = trainer.loss, {}
-    if not found.test.is_classification:
+    of_classes = found.facts.table is not None
+    if of_classes or not found.test.is_classification:
         said = quality(trainer.model, loss, found.test, found.facts.units)
         said = {f"test_{key}": value for key, value in said.items() if key not in _LESS}
-    if found.validation is not None and not found.validation.is_classification:
-        more = quality(trainer.model, loss, found.validation, found.facts.units)
+    held = found.validation
+    if held is not None and (of_classes or not held.is_classification):
+        more = quality(trainer.model, loss, held, found.facts.units)
         said |= {f"validation_{key}": v for key, v in more.items() if key not in _LESS}
     return said
 

@@ -112,7 +112,7 @@ def _outputs(run, step):
     batch = run.places[loop.BATCH]
     rows = min(batch, run.places[loop.ROWS_OF_EPOCH] - step * batch)
     loop.first_half(run, 0, 1, step, step, step + 1)
-    loop.forward(run, 0, rows)
+    loop.forward(run, 0, rows, 1)
     return rows
 
 
@@ -347,11 +347,11 @@ class Session:
         if held is not None:
             chosen = torch.arange(len(held.data)) if held.rows is None else held.rows
             self._held = self._task_of(held.data, held.targets, chosen, samples)
-            self._held_shares = _shares(len(chosen), self.memory.batch)
+            self._held_shares = _shares(spec, len(chosen), self.memory.batch)
             if held.targets.is_floating_point():
                 true = held.targets[chosen].double().numpy().reshape(len(chosen), -1)
                 self._spread = np.square(true - true.mean(0)).sum(0)
-        self._shares = _shares(count, batch)
+        self._shares = _shares(spec, count, batch)
         self._best = np.empty(0, np.float32)
         self._pool = ThreadPoolExecutor(workers - 1) if workers > 1 else None
         self.load()
@@ -484,6 +484,7 @@ class Session:
         return of_weights, of_biases
 
 
-def _shares(count: int, batch: int) -> np.ndarray:
-    """The share of each batch in the mean over all rows."""
-    return np.diff([*range(0, count, batch), count]) / count
+def _shares(spec: kernels.Spec, count: int, batch: int) -> np.ndarray:
+    """What the loss of each batch, a mean or a sum, counts in the mean over all rows."""
+    rows_ = np.diff([*range(0, count, batch), count])
+    return (rows_ if spec.loss_mean else np.ones(len(rows_))) / count

@@ -1,0 +1,449 @@
+"""Networks that differ in anything, trained side by side; each as `Trainer` would train it alone.
+
+On a CPU with numba a core takes a network, all its epochs in compiled calls, the longest first.
+Elsewhere the networks of one architecture, rule and batch train in one launch an epoch, and each
+such group has a stream of its own on a GPU. A network that has ended is taken out of its group.
+"""
+
+import itertools
+import math
+import operator
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+
+import kernels
+
+from . import cpu, schedule
+from .data.dataset import Dataset, permutation
+from .engines.epochwise import rule_of, spec_of
+from .engines.stepwise import Diverged
+from .init import initialise
+from .metrics import measure
+from .modules import MLP
+from .optim import OPTIMIZERS
+from .stopping import EarlyStopping
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One network of a sweep and how it is trained.
+
+    hidden: widths between the data's inputs and outputs. options: other arguments of the optimizer,
+    by torch's names. schedule, warmup: as `mlp.schedule`'s. rows: indices of the training rows that
+    it trains on, one may be there twice (bootstrap); None for all.
+    """
+
+    hidden: tuple[int, ...] = (100, 50)
+    activation: str = "relu"
+    output_activation: str = "identity"
+    bias: bool = True
+    init: str | None = None
+    optimizer: str = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    options: dict = field(default_factory=dict)
+    schedule: str = "constant"
+    warmup: int = 0
+    batch_size: int = 32
+    seed: int = 0
+    rows: Any = None
+
+    @classmethod
+    def of(cls, given: Any) -> "Settings":
+        """Settings, or a dict of some of them. ValueError: a name that there is not."""
+        if isinstance(given, cls):
+            return given
+        known = [f.name for f in fields(cls)]
+        if unknown := [name for name in given if name not in known]:
+            raise ValueError(f"sweep: no setting {unknown[0]!r}; known: {', '.join(known)}")
+        hidden = given.get("hidden", cls.hidden)
+        hidden = (hidden,) if isinstance(hidden, int) else tuple(hidden)
+        made = cls(**{**given, "hidden": hidden})
+        if made.optimizer not in OPTIMIZERS:
+            raise ValueError(
+                f"sweep: unknown optimizer {made.optimizer!r}; known: {', '.join(OPTIMIZERS)}"
+            )
+        if operator.index(made.batch_size) < 1:
+            raise ValueError(f"sweep: batch_size must be at least 1, got {made.batch_size}")
+        schedule.known(made.schedule)
+        return made
+
+    def said(self) -> dict[str, Any]:
+        """What differs from the defaults, without rows: for tables."""
+        plain = Settings()
+        return {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name != "rows" and getattr(self, f.name) != getattr(plain, f.name)
+        }
+
+
+class Member:
+    """One network in training."""
+
+    def __init__(self, settings: Settings, loss: Any, train: Dataset, device: torch.device):
+        self.settings, self.loss = settings, loss
+        sizes = [train.features, *settings.hidden, outputs_of(train)]
+        ends = settings.activation, settings.output_activation, settings.bias
+        self.model = MLP(sizes, *ends, device=device)
+        initialise(dict(self.model.named_parameters()), settings.init, settings.seed)
+        numbers = {"lr": settings.lr, **settings.options}
+        for name in ("momentum", "weight_decay"):
+            if getattr(settings, name):
+                numbers[name] = getattr(settings, name)
+        try:
+            self.optimizer = OPTIMIZERS[settings.optimizer](self.model.parameters(), **numbers)
+        except TypeError as error:
+            raise ValueError(f"sweep: optimizer {settings.optimizer}: {error}") from None
+        rule = rule_of(self.model, self.optimizer)
+        # None: what no kernel knows, such as a loss with class weights; a trainer takes it.
+        spec = spec_of(self.model, loss, rule)
+        self.spec: Any = None if isinstance(spec, str) else spec
+        self.rows = _rows(settings.rows, len(train), device)
+        count = len(train) if self.rows is None else len(self.rows)
+        self.count, self.batch = count, min(settings.batch_size, count)
+        self.steps = math.ceil(count / self.batch)
+        self.losses: list[float] = []
+        self.best: float | None = None
+        self.diverged, self.ended, self.kept = False, False, 0
+        self.plan: schedule.Schedule | None = None
+        self.stopping: EarlyStopping | None = None
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        """Of the network, where they lie."""
+        return [p.detach() for p in self.model.parameters()]
+
+    @property
+    def work(self) -> float:
+        """About how long an epoch takes: products, and steps."""
+        sizes = self.model.sizes
+        products = sum(k * n for k, n in itertools.pairwise(sizes))
+        return self.steps * (1e-5 + 6 * self.batch * products / 5e10)
+
+    def begin(self, epochs: int, early_stopping: int | None) -> None:
+        """Before the first epoch."""
+        plan = schedule.Plan(epochs, self.steps, self.settings.warmup)
+        self.scheduler = made = schedule.named(self.settings.schedule, plan)
+        if self.spec is None:
+            return
+        self.plan = None if made is None else schedule.Schedule(made, self.optimizer)
+        self.stopping = None if early_stopping is None else EarlyStopping(early_stopping)
+
+    def order(self, epoch: int, samples: int) -> torch.Tensor:
+        """The rows of an epoch, as `Trainer` draws them for this network alone."""
+        device = self.parameters[0].device
+        drawn = permutation(self.count, self.settings.seed, epoch, device)
+        return drawn if self.rows is None else self.rows[drawn]
+
+    def numbers(self) -> list[float]:
+        """The optimizer's numbers as they are now."""
+        return [float(number) for number in self.part.numbers]
+
+    @property
+    def part(self) -> Any:
+        """All parameters, as the optimizer sees them."""
+        (part,) = self.optimizer.parts()
+        return part
+
+    def states(self) -> list[list[torch.Tensor]]:
+        """Of the optimizer's rule, in the parameters' order."""
+        return self.part.states()
+
+
+def outputs_of(data: Dataset) -> int:
+    """How many outputs a network for these data has."""
+    return len(data.classes) if data.is_classification else data.targets.shape[1]
+
+
+def _rows(given: Any, samples: int, device: torch.device) -> torch.Tensor | None:
+    if given is None:
+        return None
+    rows = torch.as_tensor(given, device=device)
+    rows = torch.nonzero(rows)[:, 0] if rows.dtype == torch.bool else rows.long()
+    if not len(rows) or int(rows.min()) < 0 or int(rows.max()) >= samples:
+        raise ValueError(
+            f"sweep: rows must be at least one index from 0 to {samples - 1}, got "
+            f"{[int(rows.min()), int(rows.max())] if len(rows) else 'none'}"
+        )
+    return rows
+
+
+@dataclass
+class Task:
+    """What all members share in a call of `fit`. judges: the data whose loss ends a member."""
+
+    train: Dataset
+    judges: Dataset | None
+    epochs: int
+    early_stopping: int | None
+    told: Callable[[int], Any]  # with the number of epochs that were trained
+
+
+def train(members: Sequence[Member], task: Task) -> None:
+    """Train all members to their ends."""
+    for member in members:
+        member.begin(task.epochs, task.early_stopping)
+    steps = task.epochs * sum(member.steps for member in members)
+    compiled = [m for m in members if _is_compiled(m, steps)]
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+        order = sorted(compiled, key=lambda m: -m.work)
+        futures = [pool.submit(_train_compiled, member, task) for member in order]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+    groups: dict[Any, list[Member]] = {}
+    for member in members:
+        if member.spec is None:
+            _train_alone(member, task)
+        elif member not in compiled:
+            groups.setdefault((member.spec, member.batch, member.count), []).append(member)
+    _train_groups(list(groups.values()), task)
+
+
+def _train_alone(member: Member, task: Task) -> None:
+    """By a trainer of its own: what no kernel knows."""
+    from .trainer import Trainer
+
+    data = task.train
+    if member.rows is not None:
+        inputs, targets = data.inputs[member.rows], data.targets[member.rows]
+        data = replace(data, inputs=inputs, targets=targets, _buffers={})
+    trainer = Trainer(member.model, member.loss, member.optimizer, verbose=False)
+    try:
+        trainer.fit(
+            data,
+            task.epochs,
+            member.batch,
+            seed=member.settings.seed,
+            scheduler=member.scheduler,
+            validation=task.judges,
+            early_stopping=task.early_stopping,
+            on_epoch=lambda row: task.told(1),
+        )
+    except Diverged:
+        member.diverged = True
+    member.losses = [row["train_loss"] for row in trainer.history]
+    task.told(task.epochs - len(member.losses))
+
+
+def _is_compiled(member: Member, steps: int) -> bool:
+    if member.spec is None or not cpu.serves(member.parameters[0]):
+        return False
+    return cpu.costs(member.spec.sizes, member.batch, steps) is None
+
+
+def _train_compiled(member: Member, task: Task) -> None:
+    """All epochs of a network in compiled calls, on this thread."""
+    from .cpu.session import LOSS, TRAINING_LOSS, Held, Session, Watch
+
+    data, held, outputs = task.train, None, member.spec.sizes[-1]
+    targets = member.loss.columns(data.targets, outputs).contiguous()
+    if task.judges is not None and (member.stopping or _looks(member)):
+        judged = task.judges
+        held = Held(judged.inputs, member.loss.columns(judged.targets, outputs))
+    samples = data.inputs, targets, data.scale, data.shift
+    session = Session(
+        *(member.spec, member.parameters, member.states(), samples),
+        *(member.count, member.batch, held),
+    )
+    watch = Watch(TRAINING_LOSS if held is None else LOSS, strict=True)
+    if member.stopping is not None:
+        watch.patience, watch.keeps = float(member.stopping.patience - 1), True
+    while len(member.losses) < task.epochs and not member.ended:
+        done = len(member.losses)
+        ahead = 1 if _looks(member) else session.ahead(task.epochs - done)
+        orders = torch.stack([member.order(done + 1 + e, len(data)) for e in range(ahead)]).numpy()
+        numbers = _numbers_ahead(member, ahead)
+        found = session.epochs(orders, numbers, done * member.steps, watch)
+        _note(member, found, done)
+        task.told(len(found.losses))
+        if found.failed is not None:
+            member.diverged = True
+        member.ended = found.stopped or member.diverged
+    session.store()
+    if watch.keeps and session.take_best():
+        session.store()
+    if watch.keeps:
+        member.best = -watch.best
+    task.told(task.epochs - len(member.losses))
+
+
+def _note(member: Member, found: Any, done: int) -> None:
+    """Take note of compiled epochs; a schedule that looks at a loss is told."""
+    member.losses += found.losses
+    if _looks(member) and found.losses:
+        row = {"train_loss": found.losses[-1], "validation_loss": found.values[-1]}
+        assert member.plan is not None
+        member.plan.after_epoch(row)
+
+
+def _looks(member: Member) -> bool:
+    """Whether the schedule looks at a loss."""
+    return member.plan is not None and member.plan.takes_metric
+
+
+def _numbers_ahead(member: Member, epochs: int) -> torch.Tensor:
+    """A row of the rule's numbers, or one for each step of the next epochs."""
+    if member.plan is None or member.plan.takes_metric:
+        return torch.tensor(member.numbers(), dtype=torch.float64)
+    rows = []
+    member.part.advance(0)  # torch's schedulers ask whether a step was taken
+    for _ in range(epochs):
+        for _ in range(member.steps):
+            rows.append(member.numbers())
+            member.plan.after_step()
+        member.plan.after_epoch({})
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _train_groups(groups: list[list[Member]], task: Task) -> None:
+    """An epoch of each group after the other, on streams of their own, until all have ended."""
+    for member in (m for group in groups for m in group):
+        if member.plan is not None and member.plan.per_step:
+            raise ValueError(
+                f"sweep: schedule {member.settings.schedule} moves the rate every step, which only "
+                "the compiled epochs of a CPU serve; choose another schedule"
+            )
+    packs = [_Group(group, task) for group in groups]
+    for epoch in range(1, task.epochs + 1):
+        for pack in packs:
+            pack.launch(epoch)
+        for pack in packs:
+            pack.after_epoch(epoch)
+        if not any(pack.active for pack in packs):
+            break
+    for pack in packs:
+        pack.finish()
+
+
+class _Group:
+    """Networks of one architecture, stacked; those that have ended are taken out."""
+
+    def __init__(self, members: list[Member], task: Task) -> None:
+        self.active, self.task, first = list(members), task, members[0]
+        self.spec, self.batch = first.spec, first.batch
+        self.parameters = _stacked([m.parameters for m in members])
+        self.states = [_stacked(each) for each in zip(*(m.states() for m in members), strict=True)]
+        self.count = torch.zeros(1, device=task.train.inputs.device)
+        on_gpu = self.count.device.type == "cuda"
+        self.stream = torch.cuda.Stream(self.count.device) if on_gpu else None
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.count.device))
+        refused = kernels.backend(self.parameters[0]) != "triton" or kernels.refusal(
+            self.spec, self.batch
+        )
+        self.train = kernels.train_replicas_ref if refused else kernels.train_replicas
+
+    def launch(self, epoch: int) -> None:
+        """Train an epoch of those that have not ended; does not wait for it."""
+        if not self.active:
+            return
+        data, task = self.task.train, self.task
+        device = data.inputs.device
+        loss = self.active[0].loss
+        with torch.cuda.stream(self.stream):  # None: nothing
+            run = kernels.Run(
+                self.spec,
+                self.parameters,
+                self.states,
+                data.inputs,
+                loss.columns(data.targets, self.spec.sizes[-1]).contiguous(),
+                torch.stack([m.order(epoch, len(data)) for m in self.active]),
+                self.batch,
+                torch.tensor([m.numbers() for m in self.active], device=device).float(),
+                self.count,
+                data.scale,
+                data.shift,
+            )
+            self.values, _ = self.train(run)
+        task.told(len(self.active))
+
+    def after_epoch(self, epoch: int) -> None:
+        """Read the losses; judge each network, and take out those that have ended."""
+        if not self.active:
+            return
+        if self.stream is not None:
+            self.stream.synchronize()
+        ended = []
+        for i, member in enumerate(self.active):
+            values = self.values[i].double().cpu()
+            mean = _mean(member, values)
+            if not math.isfinite(mean):
+                member.diverged = member.ended = True
+            else:
+                member.losses.append(mean)
+                self._judge(member, i, epoch, mean)
+            if member.ended:
+                ended.append(i)
+        if ended:
+            self._take_out(ended)
+
+    def _judge(self, member: Member, i: int, epoch: int, mean: float) -> None:
+        row: dict[str, Any] = {"epoch": epoch, "train_loss": mean}
+        if self.task.judges is not None and (member.stopping or _looks(member)):
+            self._copy(i, member)
+            found = measure(member.model, member.loss, self.task.judges)
+            row["validation_loss"] = found["test_loss"]
+        if member.plan is not None:
+            member.part.advance(0)  # torch's schedulers ask whether a step was taken
+            member.plan.after_epoch(row)
+        if member.stopping is not None:
+            self._copy(i, member)
+            member.stopping.after_epoch(row, [member.model])
+            member.ended = member.stopping.is_over
+
+    def _copy(self, i: int, member: Member) -> None:
+        with torch.no_grad():
+            for p, stacked in zip(member.model.parameters(), self.parameters, strict=True):
+                p.copy_(stacked[i])
+
+    def _take_out(self, ended: list[int]) -> None:
+        for i in ended:
+            self._end(i, self.active[i])
+        left = [i for i in range(len(self.active)) if i not in ended]
+        self.active = [self.active[i] for i in left]
+        self.parameters = [p[left].contiguous() for p in self.parameters]
+        self.states = [[s[left].contiguous() for s in state] for state in self.states]
+
+    def _end(self, i: int, member: Member) -> None:
+        self._copy(i, member)
+        if member.stopping is not None:
+            member.stopping.take_best([member.model])
+            member.best = member.stopping.best
+        self.task.told(self.task.epochs - len(member.losses))
+
+    def finish(self) -> None:
+        """Give those that are left their weights."""
+        for i, member in enumerate(self.active):
+            self._end(i, member)
+
+
+def _mean(member: Member, values: torch.Tensor) -> float:
+    """The loss of all rows from that of batches."""
+    if member.loss.reduction == "sum":
+        return float(values.sum()) / member.count
+    starts = range(0, member.count, member.batch)
+    sizes = [min(member.batch, member.count - start) for start in starts]
+    return float((values * torch.tensor(sizes)).sum()) / member.count
+
+
+def _stacked(lists: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+    """Tensors of all members, one on top of the other."""
+    return [torch.stack(list(each)) for each in zip(*lists, strict=True)]
+
+
+def grid(base: Settings, **lists: Sequence[Any]) -> list[Settings]:
+    """All combinations of the values by name, with a seed of its own for each."""
+    found = [base]
+    for name, values in lists.items():
+        found = [replace(one, **{name: value}) for one in found for value in values]
+    return [replace(one, seed=base.seed + i) for i, one in enumerate(found)]

@@ -1,0 +1,183 @@
+"""Sweep of settings: every network, whatever its settings, is the one that Trainer makes alone."""
+
+import importlib.util
+
+import pytest
+import torch
+
+import mlp
+from mlp import packs, schedule
+from mlp.sweep import Sweep
+
+SETTINGS = [
+    {"hidden": (8, 6), "lr": 0.05, "seed": 1},
+    {"hidden": (8, 6), "lr": 0.2, "seed": 2},
+    {"hidden": 5, "activation": "tanh", "optimizer": "adam", "lr": 0.01, "batch_size": 20},
+    {"hidden": (), "lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "schedule": "cosine"},
+    {"hidden": (9,), "rows": list(range(0, 60, 2)), "lr": 0.1, "options": {"nesterov": False}},
+    {"hidden": (9,), "rows": torch.arange(90) % 60 < 30, "schedule": "step", "warmup": 1},
+    {"hidden": (9,), "rows": [3, 3, 3, 40, 50], "batch_size": 64},
+]
+WAYS = ["compiled", "grouped"]
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    """Each network by compiled epochs, or the networks of one architecture together."""
+    if request.param == "grouped":
+        monkeypatch.setattr(packs, "_is_compiled", lambda member, steps: False)
+    elif importlib.util.find_spec("numba") is None:
+        pytest.skip("the compiled epoch needs numba: pip install 'handgrad[cpu]'")
+    else:
+        monkeypatch.setattr(packs, "_is_compiled", lambda member, steps: True)
+    return request.param
+
+
+def data(seed=0, rows=90):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, 7, generator=generator)
+    noise = torch.randn(rows, generator=generator)
+    return mlp.Dataset(x, (x[:, 0] * x[:, 1] + 0.5 * noise > 0).long(), ("no", "yes"))
+
+
+def alone(given, train, epochs, validation=None, early_stopping=None, loss=None):
+    """The network and the history of Trainer for these settings."""
+    made = packs.Settings.of(given)
+    if made.rows is not None:
+        rows = torch.as_tensor(made.rows)
+        rows = torch.nonzero(rows)[:, 0] if rows.dtype == torch.bool else rows
+        train = mlp.Dataset(train.inputs[rows], train.targets[rows], train.classes)
+    outputs = packs.outputs_of(train)
+    model = mlp.MLP([7, *made.hidden, outputs], made.activation)
+    mlp.initialise(dict(model.named_parameters()), None, made.seed)
+    numbers = {"lr": made.lr, "weight_decay": made.weight_decay, **made.options}
+    if made.momentum:
+        numbers["momentum"] = made.momentum
+    optimizer = mlp.optim.OPTIMIZERS[made.optimizer](model.parameters(), **numbers)
+    trainer = mlp.Trainer(model, loss, optimizer, "manual", verbose=False)
+    steps = -(-len(train) // made.batch_size)
+    plan = schedule.named(made.schedule, schedule.Plan(epochs, steps, made.warmup))
+    options = {"scheduler": plan, "validation": validation, "early_stopping": early_stopping}
+    history = trainer.fit(train, epochs, made.batch_size, seed=made.seed, **options)
+    return model, history
+
+
+def assert_is(model, expected):
+    for ours, other in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5)
+
+
+def test_networks_that_differ_in_anything_are_those_of_the_trainer(way):
+    train = data()
+    sweep = Sweep(SETTINGS, device="cpu")
+    rows = {row.replica: row for row in sweep.fit(train, 4)}
+    for i, given in enumerate(SETTINGS):
+        model, history = alone(given, train, 4)
+        assert rows[i].train_loss == pytest.approx(history[-1]["train_loss"], rel=1e-5)
+        assert_is(sweep.network(i), model)
+    assert rows[2].settings["optimizer"] == "adam" and "rows" not in rows[4].settings
+
+
+@pytest.mark.parametrize("watched", ["validation", "evaluate", "train"])
+def test_each_stops_on_its_own_with_its_best_weights(way, watched):
+    train, validation = data(rows=40), data(1)
+    told = []
+    given = [{**one, "lr": 0.5} for one in SETTINGS[:2]] + [{"lr": 1e-3, "hidden": (8, 6)}]
+    given += [{"lr": 0.5, "hidden": (9,), "schedule": "plateau"}]
+    more = {} if watched == "train" else {watched: validation}
+    sweep = Sweep(given, device="cpu")
+    rows = sweep.fit(train, 25, early_stopping=2, on_progress=told.append, **more)
+    assert sum(told) == 25 * len(given)
+    by_number = {row.replica: row for row in rows}
+    for i, one in enumerate(given):
+        judge = None if watched == "train" else validation
+        model, history = alone(one, train, 25, judge, 2)
+        assert by_number[i].epochs == len(history)
+        assert_is(sweep.network(i), model)
+    if watched == "validation":
+        assert len({row.epochs for row in rows}) > 1
+        best = max(row.validation_accuracy for row in rows)
+        assert rows[0].validation_accuracy == best and rows[0].test_accuracy is None
+
+
+def test_numbers_are_met_too_and_one_that_diverges_is_last(way):
+    x = data().inputs
+    train = (x, x[:, 0] - 2 * x[:, 1])
+    for reduction in ("mean", "sum"):
+        loss = mlp.MeanSquaredError(reduction)
+        given = [{"lr": 1e20}, {"lr": 1e-3}, {"lr": 1e-3, "hidden": (4,), "schedule": "step"}]
+        sweep = Sweep(given, loss=loss, device="cpu")
+        rows = sweep.fit(train, 3, evaluate=train)
+        assert rows[-1].replica == 0 and rows[-1].diverged and not rows[0].diverged
+        dataset = mlp.Dataset(x, train[1][:, None])
+        for i in (1, 2):
+            model, history = alone(given[i], dataset, 3, loss=mlp.MeanSquaredError(reduction))
+            assert_is(sweep.network(i), model)
+            found = next(row for row in rows if row.replica == i)
+            assert found.train_loss == pytest.approx(history[-1]["train_loss"], rel=1e-5)
+            assert found.test_loss == min(found.test_loss, found.train_loss + 1e9)
+
+
+def test_a_rate_that_moves_every_step(way):
+    sweep = Sweep([{"hidden": (6,), "schedule": "onecycle"}], device="cpu")
+    if way == "grouped":
+        with pytest.raises(ValueError, match="schedule onecycle moves the rate every step"):
+            sweep.fit(data(), 3)
+        return
+    sweep.fit(data(), 3)
+    assert_is(sweep.network(0), alone({"hidden": (6,), "schedule": "onecycle"}, data(), 3)[0])
+
+
+def test_a_network_among_others_is_bitwise_the_same(monkeypatch):
+    pytest.importorskip("numba")
+    monkeypatch.setattr(packs, "_is_compiled", lambda member, steps: True)
+    together = Sweep(SETTINGS, device="cpu")
+    together.fit(data(), 3)
+    for i, given in enumerate(SETTINGS):
+        one = Sweep([given], device="cpu")
+        one.fit(data(), 3)
+        for a, b in zip(one.network(0).parameters(), together.network(i).parameters()):
+            assert torch.equal(a, b)
+
+
+def test_a_loss_that_no_kernel_knows_is_left_to_a_trainer():
+    loss = mlp.SoftmaxCrossEntropy(weight=torch.tensor([1.0, 3.0]))
+    given = {"hidden": (5,), "rows": list(range(50)), "schedule": "cosine"}
+    sweep = Sweep([given, {"lr": 1e30}], loss=loss, device="cpu")
+    rows = sweep.fit(data(), 3, validation=data(1), early_stopping=2)
+    model, history = alone(given, data(), 3, data(1), 2, loss)
+    assert rows[0].train_loss == pytest.approx(history[-1]["train_loss"]) and rows[1].diverged
+    assert_is(sweep.network(0), model)
+
+
+def test_a_grid_has_all_combinations_and_seeds():
+    base = packs.Settings(seed=5)
+    found = packs.grid(base, lr=[0.1, 0.2], hidden=[(4,), (5,), (6,)])
+    assert [one.seed for one in found] == [5, 6, 7, 8, 9, 10]
+    assert {(one.lr, one.hidden) for one in found} == {
+        (lr, (n,)) for lr in (0.1, 0.2) for n in (4, 5, 6)
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"width": 3}, "no setting 'width'; known: hidden, activation"),
+        ({"optimizer": "adm"}, "unknown optimizer 'adm'; known: "),
+        ({"optimizer": "adam", "momentum": 0.9}, "optimizer adam: .*momentum"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"schedule": "up"}, "unknown schedule 'up'; known: constant"),
+        ({"activation": "rel"}, "rel"),
+        ({"rows": [0, 90]}, r"rows must be at least one index from 0 to 89, got \[0, 90\]"),
+        ({"rows": []}, "got none"),
+        ({"warmup": 3}, "the warm-up must be shorter than the 3 epochs, got 3"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_trained(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Sweep([{"hidden": (4,)}, settings], device="cpu").fit(data(), 3)
+
+
+def test_sizes_without_replicas_say_what_is_missing():
+    with pytest.raises(ValueError, match="give replicas, how many networks"):
+        Sweep((7, 4, 2))
