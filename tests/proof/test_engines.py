@@ -29,6 +29,7 @@ pytestmark = [
     ),
 ]
 OTHERS = [name for name in ENGINES if name != "manual"]
+WHOLE = [name for name in OTHERS if ENGINES[name].reads_ahead]  # autograd has tests of its own
 CASES = [
     ("two launches", "cross_entropy", "adamw", "labels", "fp32"),
     ("chain", "smoothed", "dampening", "labels", "fp32"),
@@ -70,7 +71,7 @@ def expected(engine, model, loss, rule, precision):
         for case in CASES + [case for case in FULL if case not in CASES]
     ],
 )
-def test_trains_as_manual_or_refuses(model, loss, rule, kind, precision, monkeypatch):
+def test_trains_as_manual_or_refuses(model, loss, rule, kind, precision, monkeypatch, request):
     install(monkeypatch, steps=2)
     torch.manual_seed(0)
     dtype, backend, tolerance = PRECISIONS[precision]
@@ -78,7 +79,7 @@ def test_trains_as_manual_or_refuses(model, loss, rule, kind, precision, monkeyp
     with forced(backend):
         manual = copy.deepcopy(network)
         theirs = train(ENGINES["manual"], manual, ALL_LOSSES[loss](), make, kind)
-        for name in OTHERS:
+        for name in OTHERS if request.config.getoption("full") else WHOLE:
             twin, engine = copy.deepcopy(network), ENGINES[name]
             optimizer = make[0](twin.parameters(), **make[1])
             said = engine.refuses(twin, ALL_LOSSES[loss](), optimizer, 3)

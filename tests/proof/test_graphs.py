@@ -54,8 +54,8 @@ def test_two_groups_with_steps_of_their_own(monkeypatch):
         return optimizer
 
     model, loss = MODELS["two launches"](), mlp.SoftmaxCrossEntropy()
-    theirs = train(Manual, copy.deepcopy(model), loss, (make, {}), "labels")
-    assert_same(train(Graph, model, loss, (make, {}), "labels"), theirs, 1e-5)
+    theirs = train(Manual, copy.deepcopy(model), loss, (make, {}), "labels", 2)
+    assert_same(train(Graph, model, loss, (make, {}), "labels", 2), theirs, 1e-5)
 
 
 def test_a_first_step_of_some_parameters(monkeypatch):
@@ -70,8 +70,8 @@ def test_a_first_step_of_some_parameters(monkeypatch):
         return optimizer
 
     model, loss = MODELS["two launches"](), mlp.SoftmaxCrossEntropy()
-    theirs = train(Manual, copy.deepcopy(model), loss, (make, {}), "labels")
-    assert_same(train(Graph, model, loss, (make, {}), "labels"), theirs, 1e-5)
+    theirs = train(Manual, copy.deepcopy(model), loss, (make, {}), "labels", 2)
+    assert_same(train(Graph, model, loss, (make, {}), "labels", 2), theirs, 1e-5)
 
 
 @pytest.mark.parametrize("reason", ["float64", "use", "a loss of one's own"])

@@ -93,8 +93,10 @@ def epoch(trained, samples, order, batch, moves=None):
     return trained.epoch(samples, order, batch, after)
 
 
-def train(engine, model, loss, make, kind):
-    """(losses and accuracies, weights after each epoch) of a run in which everything changes."""
+def train(engine, model, loss, make, kind, epochs=8):
+    """(losses and accuracies, weights after each epoch) of a run in which everything changes, or of
+    its first epochs.
+    """
     data, optimizer, found = problem(kind), make[0](model.parameters(), **make[1]), []
     trained = engine(model, loss, optimizer)
     other = mlp.Dataset(data.inputs.clone(), data.targets.flip(0), scale=1 / 255, shift=-0.5)
@@ -108,7 +110,7 @@ def train(engine, model, loss, make, kind):
         (reloaded, other, 2),
         (moving, other, 2),
     )
-    for number, (change, samples, batch) in enumerate(plan):
+    for number, (change, samples, batch) in enumerate(plan[:epochs]):
         moves = (lambda: moving(optimizer)) if change is moving else None
         if change is not None and moves is None:
             change(model, optimizer)
