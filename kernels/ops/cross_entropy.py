@@ -636,9 +636,8 @@ def _on_tape(logits, target, weight, ignore_index, reduction, label_smoothing, _
     options = weight, ignore_index, reduction, label_smoothing
     if target.dtype != torch.int64:
         check_cross_entropy(logits, target, *options)
-        target = target.long()
     try:
-        return F.cross_entropy(logits, target, ignore_index=ignore_index)
+        return F.cross_entropy(logits, target.long(), ignore_index=ignore_index)
     except (IndexError, RuntimeError, ValueError):
         check_cross_entropy(logits, target, *options)  # these say what is wrong, and with what
         check_range(target, logits.shape[1], ignore_index)
