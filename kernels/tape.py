@@ -9,7 +9,7 @@ backward, and the reference under torch.func and for tensors that are no plain m
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -204,12 +204,16 @@ def remember(ctx, operation, args: tuple, lengths, flat: tuple, saved: tuple) ->
 
     Tensors go through save_for_backward, the inputs first. The rest goes on ctx.
     """
-    tensors = list(flat)
-    places: dict[int, _Place] = {}
-    options = args[operation.inputs :]
-    if not _NO_TENSORS.issuperset(map(type, options)):
-        options = _placed(options, tensors, places)
-    made = _placed([saved[i] for i in operation.made], tensors, places)
+    tensors, made = list(flat), []
+    for i in operation.made:
+        value = saved[i]
+        if type(value) is tuple and _SAVED.issuperset(map(type, value)):
+            start = len(tensors)
+            tensors += value
+            made.append(slice(start, len(tensors)))
+        else:
+            made += _placed((value,), tensors)
+    options = _placed(args[operation.inputs :], tensors)
     ctx.kept = operation, lengths, len(flat), options, made
     ctx.save_for_backward(*tensors)
 
@@ -219,13 +223,21 @@ def recall(ctx) -> tuple[tuple, list]:
     operation, lengths, count, options, made = ctx.kept
     tensors = ctx.saved_tensors
     arguments = _gathered(tensors[:count], lengths) + _found(options, tensors)
-    saved, remaining = [], iter(_found(made, tensors))
+    saved, remaining = [], iter(made)
     for at in operation.sources:
-        saved.append(next(remaining) if at is None else arguments[at])
+        value = next(remaining) if at is None else arguments[at]
+        if at is None:
+            kind = type(value)
+            if kind is slice or kind is _Place:
+                value = tensors[value]
+            elif kind is _Places:
+                value = _found(value, tensors)
+        saved.append(value)
     return arguments, saved
 
 
 _NO_TENSORS = {str, int, float, bool, type(None)}
+_SAVED = {torch.Tensor, torch.nn.Parameter, type(None)}  # save_for_backward takes None too
 
 
 class _Place(int):
@@ -239,35 +251,22 @@ class _Places(tuple):
 _PLACES = [_Place(i) for i in range(256)]  # made once: to make one takes longer than to look it up
 
 
-def _placed(values: Sequence, tensors: list, places: dict) -> tuple:
-    """The values with a place for each tensor, which goes to `tensors` if it is new; a `_Places` if
-    there is one.
-
-    One call for each tuple, not for each value: this runs in every forward.
+def _placed(values: tuple, tensors: list) -> tuple:
+    """The values with a place for each tensor, which goes to `tensors`; a `_Places` if there is
+    one.
     """
+    if _NO_TENSORS.issuperset(map(type, values)):
+        return values
     found: list = []
-    known = True
     for value in values:
-        kind = type(value)
-        if kind in _NO_TENSORS:
-            found.append(value)
-        elif kind is tuple:
-            if not _NO_TENSORS.issuperset(map(type, value)):
-                value = _placed(value, tensors, places)
-                known = known and type(value) is tuple
-            found.append(value)
-        elif isinstance(value, torch.Tensor):
-            at = places.get(id(value))
-            if at is None:
-                count = len(tensors)
-                at = _PLACES[count] if count < len(_PLACES) else _Place(count)
-                places[id(value)] = at
-                tensors.append(value)
-            found.append(at)
-            known = False
+        if isinstance(value, torch.Tensor):
+            count = len(tensors)
+            found.append(_PLACES[count] if count < len(_PLACES) else _Place(count))
+            tensors.append(value)
         else:
-            found.append(value)
-    return tuple(found) if known else _Places(found)
+            found.append(_placed(value, tensors) if type(value) is tuple else value)
+    known = any([type(value) in (_Place, _Places) for value in found])
+    return _Places(found) if known else tuple(found)
 
 
 def _found(values: tuple, tensors: tuple) -> tuple:

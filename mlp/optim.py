@@ -132,7 +132,7 @@ class _Ruled(_Torch):
         # subclass with a step of its own has them around that one.
         if self._is_followed() and type(self).step is _Ruled.step:
             return _followed_step(self, closure, grads=grads)
-        return self._step(closure, grads=grads)
+        return self.update(grads) if closure is None else self._step(closure, grads=grads)
 
     step.hooked = True  # type: ignore[attr-defined]  # what torch asks before it wraps a step
 
@@ -249,12 +249,27 @@ class _Ruled(_Torch):
                 params = [p for p, g in zip(params, given) if g is not None]
                 given = [g for g in given if g is not None]
             if params:
+                if given_all is not None or not self._are_known(params, given):
+                    kernels.check_update(type(self).__name__, params, given)
                 self._update(group, params, given)
+
+    def _are_known(self, params: list, grads: list) -> bool:
+        """Whether these parameters were checked before, so that their .grad, which torch keeps to
+        their shapes and types, needs no check but for its layout.
+        """
+        if not all([g.layout is torch.strided for g in grads]):
+            return False
+        known, found = self.__dict__.setdefault("_known", set()), tuple(map(id, params))
+        if found in known:
+            return True
+        if len(known) > 2 * len(self.param_groups):
+            known.clear()
+        known.add(found)
+        return False
 
     def _update(self, group, params, grads):
         """One launch for the parameters that take the same step."""
         rule, numbers, maximize = self.row(group), self._numbers(group), group["maximize"]
-        kernels.check_update(type(self).__name__, params, grads)
         if not (rule.states or self.counted):
             apply_checked(rule, params, grads, [], numbers, 2, maximize=maximize)
             return

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import launch, tape
+from .. import activations, launch, tape
 from .linear import (
     check_linear,
     layer_ref,
@@ -37,7 +37,8 @@ class MLPSaved(NamedTuple):
     x: torch.Tensor  # (…, n_0)
     weights: tuple[torch.Tensor, ...]  # (n_l, n_{l-1})
     hidden: tuple[torch.Tensor, ...]  # (…, n_l), y of every layer but the last
-    kept: tuple[torch.Tensor | None, ...]  # y or z of every layer, whichever act' is written in
+    # y or z of every layer, whichever act' is written in; None where that is a hidden y
+    kept: tuple[torch.Tensor | None, ...]
     bias: tuple[bool, ...]
     activation: str
     output_activation: str
@@ -58,7 +59,7 @@ def stack_forward(x, weights, biases, activation, output_activation, out, layer_
             act = output_activation
         inputs.append(y)
         y, s = layer_fwd(y, w, biases[layer], act, out=None if out is None else out[layer])
-        kept.append(s)
+        kept.append(None if s is y and layer < last else s)
     bias = tuple([b is not None for b in biases])
     layers = tuple(weights), tuple(inputs[1:]), tuple(kept)
     return y, MLPSaved(x, *layers, bias, activation, output_activation)
@@ -71,6 +72,8 @@ def stack_backward(dy, saved, needs, out, bwd_dz, bwd_dx, bwd_dw):
     """
     weights, kept, bias = saved.weights, saved.kept, saved.bias
     layers, inputs = len(weights), (saved.x, *saved.hidden)
+    if activations.get(saved.activation, "mlp").needs == "y":
+        kept = (*saved.hidden, kept[-1])
     needs = needs or (True,) * (2 * layers + 1)
     needs_dx, needs_dw, needs_db = needs[0], needs[1 : layers + 1], needs[layers + 1 :]
     dws, dbs = [None] * layers, [None] * layers
