@@ -144,54 +144,68 @@ def elu_bwd(dy, y):
     return tl.where(y <= 0, dy * (y + 1.0), dy)  # (eᶻ - 1)' = eᶻ
 
 
-def identity_ref(z: torch.Tensor, out: Any = None) -> torch.Tensor:
+def identity_ref(z: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     return z if out is None else out.copy_(z)
 
 
-def identity_bwd_ref(dy: torch.Tensor, y: torch.Tensor, out: Any = None) -> torch.Tensor:
+def identity_bwd_ref(
+    dy: torch.Tensor, y: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
     return dy if out is None else out.copy_(dy)
 
 
-def relu_ref(z: torch.Tensor, out: Any = None) -> torch.Tensor:
+def relu_ref(z: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     return torch.relu(z) if out is None else torch.clamp_min(z, 0, out=out)
 
 
-def relu_bwd_ref(dy: torch.Tensor, y: torch.Tensor, out: Any = None) -> torch.Tensor:
+def relu_bwd_ref(
+    dy: torch.Tensor, y: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
     return torch.where(y <= 0, dy.new_zeros(()), dy, out=out)
 
 
-def sigmoid_bwd_ref(dy: torch.Tensor, y: torch.Tensor, out: Any = None) -> torch.Tensor:
+def sigmoid_bwd_ref(
+    dy: torch.Tensor, y: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
     return torch.mul(dy, torch.addcmul(y, y, y, value=-1), out=out)  # y - y²
 
 
-def tanh_bwd_ref(dy: torch.Tensor, y: torch.Tensor, out: Any = None) -> torch.Tensor:
+def tanh_bwd_ref(
+    dy: torch.Tensor, y: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
     return torch.mul(dy, 1 - y * y, out=out)
 
 
-def leaky_relu_ref(z: torch.Tensor, out: Any = None) -> torch.Tensor:
+def leaky_relu_ref(z: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     return torch.where(z > 0, z, LEAKY_SLOPE.value * z, out=out)
 
 
-def leaky_relu_bwd_ref(dy: torch.Tensor, y: torch.Tensor, out: Any = None) -> torch.Tensor:
+def leaky_relu_bwd_ref(
+    dy: torch.Tensor, y: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
     return torch.where(y > 0, dy, LEAKY_SLOPE.value * dy, out=out)
 
 
-def gelu_ref(z: torch.Tensor, out: Any = None) -> torch.Tensor:
+def gelu_ref(z: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     return torch.mul(z, 0.5 * (1 + torch.erf(z * SQRT_1_2.value)), out=out)
 
 
-def gelu_bwd_ref(dy: torch.Tensor, z: torch.Tensor, out: Any = None) -> torch.Tensor:
+def gelu_bwd_ref(
+    dy: torch.Tensor, z: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
     cdf = 0.5 * (1 + torch.erf(z * SQRT_1_2.value))
     pdf = INV_SQRT_2PI.value * torch.exp(-0.5 * z * z)
     return torch.mul(dy, cdf + z * pdf, out=out)
 
 
-def gelu_tanh_ref(z: torch.Tensor, out: Any = None) -> torch.Tensor:
+def gelu_tanh_ref(z: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     t = torch.tanh(SQRT_2_PI.value * (z + GELU_CUBIC.value * z**3))
     return torch.mul(z, 0.5 * (1 + t), out=out)
 
 
-def gelu_tanh_bwd_ref(dy: torch.Tensor, z: torch.Tensor, out: Any = None) -> torch.Tensor:
+def gelu_tanh_bwd_ref(
+    dy: torch.Tensor, z: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
     # (1 + tanh u) / 2 = σ(2u), and σ(-2u) instead of 1 - σ(2u), which cancels: that shows in the
     # second derivative.
     c = z.clamp(
@@ -203,29 +217,33 @@ def gelu_tanh_bwd_ref(dy: torch.Tensor, z: torch.Tensor, out: Any = None) -> tor
     return torch.mul(dy, s + z * s * torch.sigmoid(-u2) * du2, out=out)
 
 
-def silu_ref(z: torch.Tensor, out: Any = None) -> torch.Tensor:
+def silu_ref(z: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     return torch.mul(z, torch.sigmoid(z), out=out)
 
 
-def silu_bwd_ref(dy: torch.Tensor, z: torch.Tensor, out: Any = None) -> torch.Tensor:
+def silu_bwd_ref(
+    dy: torch.Tensor, z: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
     s = torch.sigmoid(z)
     return torch.mul(dy, s * (1 + z * (1 - s)), out=out)
 
 
-def relu_squared_ref(z: torch.Tensor, out: Any = None) -> torch.Tensor:
+def relu_squared_ref(z: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     r = torch.relu(z)
     return torch.mul(r, r, out=out)
 
 
-def relu_squared_bwd_ref(dy: torch.Tensor, z: torch.Tensor, out: Any = None) -> torch.Tensor:
+def relu_squared_bwd_ref(
+    dy: torch.Tensor, z: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
     return torch.mul(dy, 2 * torch.relu(z), out=out)
 
 
-def elu_ref(z: torch.Tensor, out: Any = None) -> torch.Tensor:
+def elu_ref(z: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     return torch.where(z > 0, z, torch.expm1(z), out=out)
 
 
-def elu_bwd_ref(dy: torch.Tensor, y: torch.Tensor, out: Any = None) -> torch.Tensor:
+def elu_bwd_ref(dy: torch.Tensor, y: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     return torch.where(y <= 0, dy * (y + 1), dy, out=out)
 
 

@@ -184,62 +184,72 @@ def pinball(y, t, quantile):
     return loss, tl.where(d == d, g, d)  # at 0 the mean of both sides; NaN stays NaN
 
 
-def cross_entropy_ref(y: torch.Tensor, q: torch.Tensor, parameter: Any = None) -> torch.Tensor:
+def cross_entropy_ref(
+    y: torch.Tensor, q: torch.Tensor, parameter: float | torch.Tensor | None = None
+) -> torch.Tensor:
     terms = -(torch.log_softmax(y, -1) * q)
     # Beside a label an output may be -inf. Of probabilities, 0 · inf is NaN, as torch.
     return terms if q.is_floating_point() else torch.where(q == 0, 0, terms)
 
 
 def cross_entropy_gradient_ref(
-    y: torch.Tensor, q: torch.Tensor, parameter: Any = None
+    y: torch.Tensor, q: torch.Tensor, parameter: float | torch.Tensor | None = None
 ) -> torch.Tensor:
     return torch.softmax(y, -1) * q.sum(-1, keepdim=True) - q
 
 
-def squared_error_ref(y: torch.Tensor, t: torch.Tensor, parameter: Any = None) -> torch.Tensor:
+def squared_error_ref(
+    y: torch.Tensor, t: torch.Tensor, parameter: float | torch.Tensor | None = None
+) -> torch.Tensor:
     d = y - t
     return d * d
 
 
 def squared_error_gradient_ref(
-    y: torch.Tensor, t: torch.Tensor, parameter: Any = None
+    y: torch.Tensor, t: torch.Tensor, parameter: float | torch.Tensor | None = None
 ) -> torch.Tensor:
     return 2 * (y - t)
 
 
-def binary_cross_entropy_ref(y: torch.Tensor, t: torch.Tensor, pos_weight: Any) -> torch.Tensor:
+def binary_cross_entropy_ref(
+    y: torch.Tensor, t: torch.Tensor, pos_weight: float | torch.Tensor
+) -> torch.Tensor:
     return (1 - t) * y - (1 + (pos_weight - 1) * t) * F.logsigmoid(y)
 
 
 def binary_cross_entropy_gradient_ref(
-    y: torch.Tensor, t: torch.Tensor, pos_weight: Any
+    y: torch.Tensor, t: torch.Tensor, pos_weight: float | torch.Tensor
 ) -> torch.Tensor:
     return (1 - t) * torch.sigmoid(y) - pos_weight * t * torch.sigmoid(-y)
 
 
 def binary_cross_entropy_target_ref(
-    y: torch.Tensor, t: torch.Tensor, pos_weight: Any
+    y: torch.Tensor, t: torch.Tensor, pos_weight: float | torch.Tensor
 ) -> torch.Tensor:
     return F.logsigmoid(-y) - pos_weight * F.logsigmoid(y)
 
 
-def huber_ref(y: torch.Tensor, t: torch.Tensor, delta: Any) -> torch.Tensor:
+def huber_ref(y: torch.Tensor, t: torch.Tensor, delta: float | torch.Tensor) -> torch.Tensor:
     d = y - t
     a = d.abs()
     return torch.where(a > delta, delta * (a - 0.5 * delta), 0.5 * d * d)
 
 
-def huber_gradient_ref(y: torch.Tensor, t: torch.Tensor, delta: Any) -> torch.Tensor:
+def huber_gradient_ref(
+    y: torch.Tensor, t: torch.Tensor, delta: float | torch.Tensor
+) -> torch.Tensor:
     d = y - t
     return torch.where(d.abs() > delta, d.sign() * delta, d)
 
 
-def pinball_ref(y: torch.Tensor, t: torch.Tensor, quantile: Any) -> torch.Tensor:
+def pinball_ref(y: torch.Tensor, t: torch.Tensor, quantile: float | torch.Tensor) -> torch.Tensor:
     d = t - y
     return torch.where(d > 0, quantile * d, (quantile - 1) * d)
 
 
-def pinball_gradient_ref(y: torch.Tensor, t: torch.Tensor, quantile: Any) -> torch.Tensor:
+def pinball_gradient_ref(
+    y: torch.Tensor, t: torch.Tensor, quantile: float | torch.Tensor
+) -> torch.Tensor:
     d = t - y
     g = (1 - d.sign()) * 0.5 - quantile  # at d = 0 the mean of both sides, as of torch.maximum
     return torch.where(d == d, g, d)

@@ -103,7 +103,12 @@ class Stack:
         return kernels.mlp_bwd(dy, *self._saved, needs=needs, out=out)[0]
 
     def update(
-        self, dy: torch.Tensor, states: list, hyper: Any, step: Any, rule: kernels.Rule
+        self,
+        dy: torch.Tensor,
+        states: list,
+        hyper: torch.Tensor | tuple,
+        step: float | torch.Tensor,
+        rule: kernels.Rule,
     ) -> None:
         """The backward and an optimizer's step on the parameters, see `kernels.mlp_update`."""
         out = self._buffers_for(dy.shape[0])[1]
@@ -181,21 +186,21 @@ class Net:
         initialise(self.parameters, init, seed)
 
     @classmethod
-    def of(cls, module: Any) -> "Net":
+    def of(cls, module: torch.nn.Module) -> "Net":
         """A net that shares its parameters with an `mlp.MLP` or `mlp.ConvNet`.
 
         The module's parameters become views of the net's flat tensor.
         """
         net = cls.__new__(cls)
         first = next(iter(module.parameters()))
-        net._build(module.config(), first.device, first.dtype)
+        net._build(_description(module), first.device, first.dtype)
         for name, parameter in module.named_parameters():
             net.parameters[name].copy_(parameter.detach())
             parameter.data = net.parameters[name]
         return net
 
     @classmethod
-    def over(cls, module: Any) -> "Net":
+    def over(cls, module: torch.nn.Module) -> "Net":
         """A net that works on a module's parameters where they lie; the module stays as it was.
 
         Such a net has no flat tensor of parameters: `flat` is None.
@@ -203,7 +208,7 @@ class Net:
         net = cls.__new__(cls)
         parameters = {name: p.detach() for name, p in module.named_parameters()}
         first = next(iter(parameters.values()))
-        net._describe(module.config())
+        net._describe(_description(module))
         net.flat, net.parameters = None, {name: parameters[name] for name in net._shapes}
         net.flat_grad, net.grads = net._views(first.device, first.dtype)
         net._bind()
@@ -289,7 +294,12 @@ class Net:
         return None if dy is None else dy.view(*self._lead, dy.shape[-1])
 
     def update(
-        self, doutput: torch.Tensor, states: list, hyper: Any, step: Any, rule: kernels.Rule
+        self,
+        doutput: torch.Tensor,
+        states: list,
+        hyper: torch.Tensor | tuple,
+        step: float | torch.Tensor,
+        rule: kernels.Rule,
     ) -> None:
         """`backward` and an optimizer's step in one, see `kernels.mlp_update`.
 
@@ -330,6 +340,11 @@ class Net:
             raise ValueError(f"Net: parameters must be {expected}, got {shapes}")
         for name, p in self.parameters.items():
             p.copy_(state[name])
+
+
+def _description(module: Any) -> dict:
+    """`config()` of a module that has one."""
+    return module.config()
 
 
 def stages(config: dict) -> list:

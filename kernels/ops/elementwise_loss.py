@@ -45,7 +45,7 @@ class Elements(NamedTuple):
     x: Any
     t: Any
     number: float  # the parameter, where it is one number
-    parameter: Any
+    parameter: float | torch.Tensor | None
     period: int
     weight: Any
     weight_period: int
@@ -74,7 +74,7 @@ def elementwise_loss_fwd_ref(
     x: torch.Tensor,
     t: torch.Tensor,
     loss: str = "mse",
-    parameter: Any = None,
+    parameter: float | torch.Tensor | None = None,
     weight: torch.Tensor | None = None,
     reduction: str = "mean",
 ) -> tuple[torch.Tensor, tuple]:
@@ -95,7 +95,7 @@ def elementwise_loss_bwd_ref(
     x: torch.Tensor,
     t: torch.Tensor,
     loss: str,
-    parameter: Any,
+    parameter: float | torch.Tensor | None,
     weight: torch.Tensor | None,
     reduction: str,
     *,
@@ -253,7 +253,7 @@ def elementwise_loss_fwd(
     x: torch.Tensor,
     t: torch.Tensor,
     loss: str = "mse",
-    parameter: Any = None,
+    parameter: float | torch.Tensor | None = None,
     weight: torch.Tensor | None = None,
     reduction: str = "mean",
 ) -> tuple[torch.Tensor, tuple]:
@@ -302,7 +302,7 @@ def elementwise_loss_bwd(
     x: torch.Tensor,
     t: torch.Tensor,
     loss: str,
-    parameter: Any,
+    parameter: float | torch.Tensor | None,
     weight: torch.Tensor | None,
     reduction: str,
     *,

@@ -17,19 +17,21 @@ import kernels
 from .. import cpu
 from .. import loss as losses
 from ..data.dataset import Dataset
+from ..net import Net
 from ..optim import Part
 from ..state import parameters_of
 from . import takeover, updates
 from .stepwise import Demands, Engine, EpochResult
 
 
-def spec_of(model: Any, loss: Any, rule: kernels.Rule | None) -> kernels.Spec | str:
+def spec_of(
+    model: Net | torch.nn.Module, loss: Any, rule: kernels.Rule | None
+) -> kernels.Spec | str:
     """What the training kernels call this network, loss and rule; or, in words, why they have no
     name for it. rule: see `rule_of`.
     """
-    config: dict[str, Any] = (
-        model.config() if hasattr(model, "config") else {"kind": type(model).__name__}
-    )
+    describe: Any = getattr(model, "config", None)
+    config: dict[str, Any] = describe() if describe else {"kind": type(model).__name__}
     if config["kind"] != "mlp":
         return f"trains multilayer perceptrons, got {config['kind']}"
     if any(p.dtype != torch.float32 for p in parameters_of(model).values()):
@@ -51,7 +53,7 @@ def spec_of(model: Any, loss: Any, rule: kernels.Rule | None) -> kernels.Spec | 
     )
 
 
-def rule_of(model: Any, optimizer: Any) -> kernels.Rule | None:
+def rule_of(model: Net | torch.nn.Module, optimizer: torch.optim.Optimizer) -> kernels.Rule | None:
     """The one rule that updates all parameters of the model alike, or None."""
     part = updates.whole(optimizer, parameters_of(model).values())
     return None if part is None else part.rule
@@ -112,7 +114,9 @@ class Fused(Engine):
         return super().cannot(demands)
 
     @classmethod
-    def differs(cls, model: Any, loss: Any, optimizer: Any) -> str | None:
+    def differs(
+        cls, model: Net | torch.nn.Module, loss: Any, optimizer: torch.optim.Optimizer
+    ) -> str | None:
         """Why the kernels may not stand for this network, loss and optimizer."""
         return takeover.network(model) or takeover.criterion(loss) or takeover.optimizer(optimizer)
 
@@ -146,7 +150,7 @@ class Fused(Engine):
         data: Dataset,
         order: torch.Tensor,
         batch_size: int,
-        states: Any,
+        states: list[list[torch.Tensor]],
         count: torch.Tensor,
         numbers: torch.Tensor,
     ) -> kernels.Run:
@@ -169,8 +173,8 @@ class Fused(Engine):
 
     def measured(
         self,
-        values: Any,
-        correct: Any,
+        values: torch.Tensor,
+        correct: torch.Tensor,
         data: Dataset,
         order: torch.Tensor,
         batch_size: int,
@@ -180,10 +184,10 @@ class Fused(Engine):
 
         FloatingPointError names the first step that is not finite.
         """
-        values = values.tolist()
-        result = self.result(values, None, data, order, batch_size)
+        found = values.tolist()
+        result = self.result(found, None, data, order, batch_size)
         if on_step is not None:
-            on_step(len(values))
+            on_step(len(found))
         if not data.is_classification:
             return result
         return result._replace(accuracy=int(correct.sum()) / len(order))
@@ -195,7 +199,13 @@ class Epoch(Fused):
     name = "epoch"
 
     @classmethod
-    def refuses(cls, model: Any, loss: Any, optimizer: Any, batch_size: int = 1) -> str | None:
+    def refuses(
+        cls,
+        model: Net | torch.nn.Module,
+        loss: Any,
+        optimizer: torch.optim.Optimizer,
+        batch_size: int = 1,
+    ) -> str | None:
         first = next(iter(parameters_of(model).values())).detach()
         on_cpu = cpu.serves(first)
         if not on_cpu and kernels.backend(first) != "triton" and first.dtype == torch.float32:
@@ -209,7 +219,12 @@ class Epoch(Fused):
 
     @classmethod
     def costs(
-        cls, model: Any, loss: Any, optimizer: Any, batch_size: int, steps: int
+        cls,
+        model: Net | torch.nn.Module,
+        loss: Any,
+        optimizer: torch.optim.Optimizer,
+        batch_size: int,
+        steps: int,
     ) -> str | None:
         first = next(iter(parameters_of(model).values())).detach()
         spec = spec_of(model, loss, rule_of(model, optimizer))

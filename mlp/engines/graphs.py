@@ -36,7 +36,7 @@ class Bound(NamedTuple):
     length, batch: of the epoch. products: their precision in float32, and what computes them.
     """
 
-    spec: Any
+    spec: kernels.Spec | str
     parts: tuple
     scheduled: bool
     memory: tuple
@@ -47,7 +47,9 @@ class Bound(NamedTuple):
     products: tuple[str, str | None]
 
     @classmethod
-    def of(cls, engine: "Graph", spec: Any, now: "Now", data: Dataset, batch: int) -> "Bound":
+    def of(
+        cls, engine: "Graph", spec: kernels.Spec | str, now: "Now", data: Dataset, batch: int
+    ) -> "Bound":
         """As things are now."""
         states = [t for state in engine.optimizer.state.values() for t in state.values()]
         tensors = (*engine.parameters, *states, data.inputs, data.targets)

@@ -24,8 +24,9 @@ from .precision import clip
 class Separate:
     """Gradients into the net, then one of our optimizers updates from them."""
 
-    def __init__(self, net: Net, optimizer: Any, grads: list):
-        self.net, self.optimizer, self.grads = net, optimizer, grads
+    def __init__(self, net: Net, optimizer: torch.optim.Optimizer, grads: list):
+        self.net, self.grads = net, grads
+        self.optimizer: Any = optimizer  # ours, but in `Foreign`
         self.parts: list[Part] | None = None
 
     def finish(self, gradient: torch.Tensor) -> None:
@@ -73,7 +74,7 @@ class Inline(Separate):
 class Foreign(Separate):
     """An optimizer that reads .grad: torch's own, and ours where its step was changed."""
 
-    def __init__(self, net: Net, optimizer: Any, grads: list):
+    def __init__(self, net: Net, optimizer: torch.optim.Optimizer, grads: list):
         super().__init__(net, optimizer, grads)
         self.parameters = parameters(optimizer)
 
@@ -155,17 +156,18 @@ class InMemory(Separate):
             part.advance(steps)
 
 
-def parameters(optimizer: Any) -> list:
+def parameters(optimizer: torch.optim.Optimizer) -> list:
     """All parameters of an optimizer, group after group."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def whole(optimizer: Any, parameters: Iterable[torch.Tensor]) -> Part | None:
+def whole(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]) -> Part | None:
     """One of our optimizers as one part that has just these parameters, or None.
 
     None also where a number of it lies in device memory, or steps go along the gradient.
     """
-    parts = optimizer.parts() if type(optimizer) in OPTIMIZERS.values() else []
+    ours: Any = optimizer
+    parts = ours.parts() if type(optimizer) in OPTIMIZERS.values() else []
     if len(parts) != 1:
         return None
     (part,) = parts
@@ -175,7 +177,9 @@ def whole(optimizer: Any, parameters: Iterable[torch.Tensor]) -> Part | None:
     return part if same else None
 
 
-def choose(net: Net, optimizer: Any, named: dict, clip_norm: float | None = None) -> Separate:
+def choose(
+    net: Net, optimizer: torch.optim.Optimizer, named: dict, clip_norm: float | None = None
+) -> Separate:
     """The update of this net by this optimizer. named: name -> parameter, as the optimizer holds
     them. clip_norm: the largest norm of all gradients together; they are stored then.
     """

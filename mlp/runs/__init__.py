@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -42,6 +42,9 @@ from .disk import (
     write_text,
 )
 from .schema import typed
+
+if TYPE_CHECKING:
+    from ..trainer import Trainer
 
 TIMES = "times.json"  # seconds of loading, training, and everything else
 CONFIG, METRICS, LAST, PREVIOUS = "config.json", "metrics.jsonl", "last.ckpt", "previous.ckpt"
@@ -193,7 +196,7 @@ class RunFolder:
             return []
         return _history([_json(line, path) for line in _text(path).splitlines()], str(path))
 
-    def record(self, trainer: Any, epochs: int) -> None:
+    def record(self, trainer: "Trainer", epochs: int) -> None:
         """Writes an epoch's line, the weights, and what resuming needs to the disk.
 
         Of epochs that follow in less than a second, `flush` writes the last.
@@ -220,7 +223,7 @@ class RunFolder:
     def _write_history(self, history: list[dict[str, Any]]) -> None:
         write_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in history))
 
-    def resume(self, trainer: Any) -> tuple[int, str | None]:
+    def resume(self, trainer: "Trainer") -> tuple[int, str | None]:
         """Put a trainer where the run stopped: (how many epochs were asked for, a note if an
         earlier checkpoint had to be used). metrics.jsonl is cut to the epochs that are kept.
         CheckpointError if there is no good checkpoint; nothing is changed then.
