@@ -18,4 +18,7 @@ def test_examples(tmp_path, monkeypatch, capsys):
     assert len(blocks) >= 5
     assert namespace["history"][-1]["test_accuracy"] > 0.9
     assert namespace["best"].test_accuracy > 0.9
+    gradient = namespace["small"].grads["0.weight"][2, 1]
+    torch.testing.assert_close(torch.tensor(namespace["slope"]).double(), gradient.double())
+    assert namespace["grid"].evaluate(namespace["points"].test)["test_accuracy"] > 0.7
     assert "Linear" in capsys.readouterr().out  # what fuse reports
