@@ -186,21 +186,21 @@ class Net:
         initialise(self.parameters, init, seed)
 
     @classmethod
-    def of(cls, module: torch.nn.Module) -> "Net":
+    def of(cls, module: Any) -> "Net":
         """A net that shares its parameters with an `mlp.MLP` or `mlp.ConvNet`.
 
         The module's parameters become views of the net's flat tensor.
         """
         net = cls.__new__(cls)
         first = next(iter(module.parameters()))
-        net._build(_description(module), first.device, first.dtype)
+        net._build(module.config(), first.device, first.dtype)
         for name, parameter in module.named_parameters():
             net.parameters[name].copy_(parameter.detach())
             parameter.data = net.parameters[name]
         return net
 
     @classmethod
-    def over(cls, module: torch.nn.Module) -> "Net":
+    def over(cls, module: Any) -> "Net":
         """A net that works on a module's parameters where they lie; the module stays as it was.
 
         Such a net has no flat tensor of parameters: `flat` is None.
@@ -208,7 +208,7 @@ class Net:
         net = cls.__new__(cls)
         parameters = {name: p.detach() for name, p in module.named_parameters()}
         first = next(iter(parameters.values()))
-        net._describe(_description(module))
+        net._describe(module.config())
         net.flat, net.parameters = None, {name: parameters[name] for name in net._shapes}
         net.flat_grad, net.grads = net._views(first.device, first.dtype)
         net._bind()
@@ -340,11 +340,6 @@ class Net:
             raise ValueError(f"Net: parameters must be {expected}, got {shapes}")
         for name, p in self.parameters.items():
             p.copy_(state[name])
-
-
-def _description(module: Any) -> dict:
-    """`config()` of a module that has one."""
-    return module.config()
 
 
 def stages(config: dict) -> list:
