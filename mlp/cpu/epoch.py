@@ -28,7 +28,8 @@ _choices: dict[tuple, "_Choice"] = {}  # by sizes, batch and threads
 
 @functools.cache
 def compiled() -> Any:
-    """`loop.steps`, compiled or read from disk."""
+    """`loop.steps` and the products that it calls, compiled or read from disk."""
+    products.compiled()
     return rows.cached(njit, rows.named(loop.steps), nogil=True, error_model="numpy")
 
 
@@ -164,7 +165,7 @@ def train_replicas(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:
         _train(task, lists, _choice(spec, memory.batch, 1), stopped)
         return task
 
-    compiled(), products.compiled(), rows.of(spec)  # once, not by every thread
+    compiled(), rows.of(spec)  # once, not by every thread
     with team.threads(max(1, torch.get_num_threads())) as pool:
         futures = [pool.submit(one, replica) for replica in range(run.replicas)]
         try:

@@ -5,6 +5,7 @@ the network, the rows of the tables, the batch and the number of threads.
 import ctypes
 import importlib.util
 import itertools
+import os
 import signal
 import time
 
@@ -19,7 +20,7 @@ from kernels.rules import RULES, hyperparameters
 from mlp import cpu, engines
 
 pytest.importorskip("numba", reason="the compiled epoch needs numba")
-from mlp.cpu import epoch, language, rows
+from mlp.cpu import epoch, language, rows, team
 
 OPTIONS = {"lr": 0.05, "weight_decay": 0.01, "momentum": 0.9, "dampening": 0.3}
 
@@ -201,6 +202,23 @@ def test_the_number_of_threads_and_pieces_changes_no_bit(fixed):
         results.append([losses, *parameters, *states[0], *states[1]])
     for others in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others))
+
+
+def test_threads_stay_on_cores_apart_while_they_work():
+    if not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two cores, and a system that lets a thread choose")
+    before, cores = os.sched_getaffinity(0), {}
+
+    def work(worker):
+        cores[worker] = os.sched_getaffinity(0)
+
+    with team.threads(2) as pool:
+        team.together(pool, 2, work)
+        assert len(cores[0]) == 1 and cores[1] == before - cores[0]
+        assert os.sched_getaffinity(0) == before
+        assert pool.submit(os.sched_getaffinity, 0).result() == before
+    with team.threads(2) as again:
+        assert again is pool, "kept for the next epoch"
 
 
 def test_threads_are_measured_and_the_fastest_is_taken():
