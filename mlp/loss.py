@@ -123,6 +123,7 @@ class SoftmaxCrossEntropy(Criterion):
         scale: float = 1.0,
     ):
         super().__init__(reduction, scale)
+        self._listed = weight is not None and not isinstance(weight, torch.Tensor)
         if weight is not None and not isinstance(weight, torch.Tensor):
             weight = torch.tensor(weight, dtype=torch.float32)
         self.options = (weight, ignore_index, reduction, label_smoothing)
@@ -142,10 +143,16 @@ class SoftmaxCrossEntropy(Criterion):
         return super().criterion(outputs)
 
     def _options(self, output: torch.Tensor) -> tuple:
-        """The arguments of the operation, with the weights where the output is."""
+        """The arguments of the operation, with the weights where the output is. Those that were no
+        tensor follow a float64 output.
+        """
         weight = self.options[0]
-        if weight is not None and weight.device != output.device:
-            self.options = (weight.to(output.device), *self.options[1:])
+        if weight is not None:
+            dtype = weight.dtype
+            if self._listed:
+                dtype = torch.promote_types(dtype, output.dtype)
+            if (weight.device, weight.dtype) != (output.device, dtype):
+                self.options = (weight.to(output.device, dtype), *self.options[1:])
         return self.options
 
     def _on_tape(self, output, target):

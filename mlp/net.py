@@ -49,13 +49,17 @@ class Stack:
         self.bias = bias
         self._buffers: dict = {}
 
-    def bind(self, parameters: list[torch.Tensor], grads: list) -> None:
+    def bind(self, parameters: list[torch.Tensor]) -> None:
         """Take the tensors to work on: this stack's own views, in the order of `shapes`."""
         step = 2 if self.bias else 1
         self.bound, self.weights = parameters, parameters[::step]
         self.biases = parameters[1::step] if self.bias else [None] * self.layers
-        self.grads = list(zip(grads[::step], grads[1::step] if self.bias else [None] * self.layers))
         self._buffers.clear()
+
+    def bind_grads(self, grads: list[torch.Tensor]) -> None:
+        """Take the tensors that `backward` fills, in the order of `shapes`."""
+        step = 2 if self.bias else 1
+        self.grads = list(zip(grads[::step], grads[1::step] if self.bias else [None] * self.layers))
 
     def _buffers_for(self, rows):
         """Outputs (y, z) and dz of every layer for a batch of `rows`.
@@ -81,8 +85,18 @@ class Stack:
             )
             for n, name in zip(self.sizes[1:], names)
         ]
-        self._buffers[rows] = outputs, [like.new_empty(rows, n) for n in self.sizes[1:]]
+        self._buffers[rows] = outputs, self._gradient_buffers(like, rows, names)
         return self._buffers[rows]
+
+    def _gradient_buffers(self, like, rows, names):
+        """dz of every layer. A layer's dz is needed until that of the layer below is made, so every
+        second layer has the same memory. The last layer needs none if its dz is the gradient given.
+        """
+        count = self.layers - (activations.get(names[-1]).needs == "nothing")
+        widths = self.sizes[1 : count + 1]
+        memory = [like.new_empty(rows * max(widths[i::2], default=0)) for i in range(2)]
+        made = [memory[i % 2][: rows * n].view(rows, n) for i, n in enumerate(widths)]
+        return made + [None] * (self.layers - count)
 
     def forward(self, x: torch.Tensor, keep: bool = True) -> torch.Tensor:
         """(rows, sizes[0]) -> (rows, sizes[-1]); with keep, into this stack's buffers and ready for
@@ -137,10 +151,14 @@ class Convolution:
             *((side - kernel_size + 1) // max_pool for side in image_shape[1:]),
         )
 
-    def bind(self, parameters: list[torch.Tensor], grads: list) -> None:
+    def bind(self, parameters: list[torch.Tensor]) -> None:
         """Take the tensors to work on, in the order of `shapes`."""
-        self.bound, self.grads = parameters, grads
+        self.bound = parameters
         self.weight, self.bias = parameters
+
+    def bind_grads(self, grads: list[torch.Tensor]) -> None:
+        """Take the tensors that `backward` fills, in the order of `shapes`."""
+        self.grads = grads
 
     def forward(self, x: torch.Tensor, keep: bool = True) -> torch.Tensor:
         """(rows, C·H·W) -> (rows, features of the pooled result)."""
@@ -163,7 +181,8 @@ class Convolution:
 class Net:
     """A network with its gradients written out.
 
-    `parameters` and `grads`: "0.weight" -> view of `flat` and `flat_grad`.
+    `parameters` and `grads`: "0.weight" -> view of `flat` and `flat_grad`. The gradients are made
+    when they are first asked for: a training that updates in the backward has none.
 
     sizes: widths from input to output. init: see `mlp.init`; seed: of the initial weights. float32,
     float16 and bfloat16 run in the kernels, float64 on the reference.
@@ -207,21 +226,18 @@ class Net:
         """
         net = cls.__new__(cls)
         parameters = {name: p.detach() for name, p in module.named_parameters()}
-        first = next(iter(parameters.values()))
         net._describe(module.config())
         net.flat, net.parameters = None, {name: parameters[name] for name in net._shapes}
-        net.flat_grad, net.grads = net._views(first.device, first.dtype)
         net._bind()
         return net
 
     def _build(self, config, device, dtype):
         self._describe(config)
         self.flat, self.parameters = self._views(device, dtype)
-        self.flat_grad, self.grads = self._views(device, dtype)
         self._bind()
 
     def _describe(self, config):
-        self._config, self._shape = config, None
+        self._config, self._shape, self._grads = config, None, None
         self.stages = stages(config)
         self._shapes = {
             name: shape for stage in self.stages for name, shape in stage.shapes.items()
@@ -241,25 +257,51 @@ class Net:
 
     def _bind(self):
         for stage in self.stages:
-            stage.bind(
-                [self.parameters[n] for n in stage.shapes], [self.grads[n] for n in stage.shapes]
-            )
+            stage.bind([self.parameters[n] for n in stage.shapes])
+        if self._grads is not None:
+            self._bind_grads(self._grads[1])
+
+    def _bind_grads(self, grads):
+        for stage in self.stages:
+            stage.bind_grads([grads[n] for n in stage.shapes])
+
+    def _with_grads(self):
+        """(flat tensor of the gradients, its views by name)."""
+        if self._grads is None:
+            first = next(iter(self.parameters.values()))
+            with torch.inference_mode(False):
+                self._grads = self._views(first.device, first.dtype)
+            self._bind_grads(self._grads[1])
+        return self._grads
+
+    @property
+    def flat_grad(self) -> torch.Tensor:
+        """All gradients as one tensor."""
+        return self._with_grads()[0]
+
+    @property
+    def grads(self) -> dict[str, torch.Tensor]:
+        """ "0.weight" -> gradient, overwritten by `backward`."""
+        return self._with_grads()[1]
 
     def __getstate__(self):
         # The tensors themselves, because an optimizer that is copied or pickled beside the net
         # holds the same objects.
-        made = ("_config", "_shape", "_lead", "_shapes", "stages", "flat", "flat_grad")
+        made = ("_config", "_shape", "_lead", "_shapes", "stages", "flat", "_grads")
         return {name: value for name, value in vars(self).items() if name not in made} | {
-            "config": self._config
+            "config": self._config,
+            "grads": None if self._grads is None else self._grads[1],
         }
 
     @torch.no_grad()
     def __setstate__(self, state):
         parameters, grads = state.pop("parameters"), state.pop("grads")
+        pairs = [parameters] if grads is None else [parameters, grads]
         first = next(iter(parameters.values()))
         self._build(state.pop("config"), first.device, first.dtype)
         vars(self).update(state)
-        for made, kept in ((self.parameters, parameters), (self.grads, grads)):
+        for kept in pairs:
+            made = self.parameters if kept is parameters else self.grads
             for name, tensor in kept.items():
                 made[name].copy_(tensor)
                 tensor.data = made[name]
@@ -289,6 +331,7 @@ class Net:
         `input_grad`, else None.
         """
         dy = self._rows(doutput)
+        self._with_grads()
         for i in range(len(self.stages) - 1, -1, -1):
             dy = self.stages[i].backward(dy, input_grad=input_grad or i > 0)
         return None if dy is None else dy.view(*self._lead, dy.shape[-1])

@@ -14,6 +14,7 @@ import torch
 from ..net import Net
 from .epochwise import Epoch
 from .graphs import Graph
+from .lean import Lean
 from .stepwise import Autograd, Demands, Diverged, Engine, EpochResult, Manual, parameters_of
 
 __all__ = [
@@ -25,13 +26,14 @@ __all__ = [
     "Epoch",
     "EpochResult",
     "Graph",
+    "Lean",
     "Manual",
     "choose",
     "parameters_of",
 ]
 
 ENGINES: dict[str, type[Engine]] = {
-    engine.name: engine for engine in (Autograd, Manual, Graph, Epoch)
+    engine.name: engine for engine in (Lean, Autograd, Manual, Graph, Epoch)
 }
 
 

@@ -78,6 +78,20 @@ def weights(loss: Any, targets: torch.Tensor) -> torch.Tensor:
     return weight.detach().to(targets.device, torch.float64)[known] * mask
 
 
+def share(loss: Any, part: torch.Tensor, whole: torch.Tensor, ignored: bool = True) -> float:
+    """What the loss of some targets counts in that of a batch, `whole`, of which they are a part.
+
+    The batch's loss is the sum of its parts' losses, each times its share. ignored: whether the
+    loss may ignore some of them.
+    """
+    weight, ignore_index, reduction = reading(loss)
+    if reduction == "sum":
+        return float(len(part) > 0)
+    if weight is None and (ignore_index is None or not ignored):
+        return len(part) / len(whole)
+    return float(weights(loss, part).sum() / weights(loss, whole).sum())
+
+
 def mean(
     loss: Any,
     values: Sequence[float],

@@ -58,21 +58,13 @@ class Shared:
         its targets.
         """
         engine = self.engine
-        share = self._share(data, whole, mine)
+        share = means.share(engine.loss, data.targets[mine], data.targets[whole])
         # A process that has no sample computes one all the same, for the others wait for it.
         x, y = data.batch(mine if len(mine) else whole[:1], engine.dtype)
+        engine.optimizer.zero_grad()  # before the forward, which then has their memory
         with engine.precision.context(x.device):
             output = self.model(x if engine.shape is None else x.view(len(x), *engine.shape))
             value = engine.loss(output, means.aligned(y, output)) * share
-        engine.optimizer.zero_grad()
         # DistributedDataParallel takes the mean over the processes; the shares want their sum.
         engine.precision.step(value * self.world, engine.optimizer, engine.demands.clip_norm)
         return value.detach().float(), output.detach(), y
-
-    def _share(self, data: Dataset, whole: torch.Tensor, mine: torch.Tensor) -> float:
-        """What this process's loss counts in that of the whole batch."""
-        if means.reading(self.engine.loss).reduction == "sum":
-            return float(len(mine) > 0)
-        loss, targets = self.engine.loss, data.targets
-        ours, all_ = (means.weights(loss, targets[rows]).sum() for rows in (mine, whole))
-        return float(ours / all_)

@@ -20,7 +20,8 @@ from .precision import Precision
 from .replay import Recordings
 from .threads import threads
 
-_OUTPUTS = 64  # steps whose outputs are kept before their predictions are read off
+# Outputs that are kept before their predictions are read off: of so many steps, or elements.
+_OUTPUTS, _ELEMENTS = 64, 1_000_000
 # multiply-adds of a product that one CPU thread does sooner than two, or on a busy machine much
 # sooner
 _ALONE = 4_000_000
@@ -185,10 +186,21 @@ class _Predictions:
         self.outputs: list[torch.Tensor] = []
 
     def add(self, output: torch.Tensor) -> None:
-        """Keep a copy of a batch's outputs (rows, classes)."""
-        self.outputs.append(output.clone())
-        if len(self.outputs) == _OUTPUTS:
+        """Take note of a batch's outputs (rows, classes), or of the labels (rows,) they predict."""
+        if output.dim() == 1:
             self.labels()
+            self._put(output)
+        elif (len(self.outputs) + 1) * output.numel() > _ELEMENTS:
+            self.labels()
+            self._put(output.argmax(1))
+        else:
+            self.outputs.append(output.clone())
+            if len(self.outputs) == _OUTPUTS:
+                self.labels()
+
+    def _put(self, labels):
+        self.found[self.end : self.end + len(labels)] = labels
+        self.end += len(labels)
 
     def labels(self) -> torch.Tensor:
         """The labels so far."""
@@ -251,10 +263,10 @@ class Autograd(Engine):
         )
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.optimizer.zero_grad()  # before the forward, which then has their memory
         with self.precision.context(x.device):
             output = self.model(x if self.shape is None else x.view(len(x), *self.shape))
             value = self.loss(output, means.aligned(y, output))
-        self.optimizer.zero_grad()
         self.precision.step(value, self.optimizer, self.demands.clip_norm)
         return output.detach(), value.detach()
 
@@ -323,6 +335,8 @@ class Manual(Engine):
         numbers = None if self.demands.per_step else self.update.numbers()
         key = (x.data_ptr(), y.data_ptr(), len(x), numbers)
         step = self._gradients if numbers is None else self._train
+        if not self.inlines or numbers is None:
+            _ = self.update.grads  # whose memory a recording must not make
         result = self._recordings.run(key, lambda: step(x, y))
         if numbers is None:
             self.update.apply()

@@ -8,6 +8,7 @@ Of one of our optimizers an update uses two things: `update(grads)` takes a step
 the parameters that a kernel can update in its place.
 """
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,12 +23,23 @@ from .precision import clip
 
 
 class Separate:
-    """Gradients into the net, then one of our optimizers updates from them."""
+    """Gradients into the net, then one of our optimizers updates from them.
 
-    def __init__(self, net: Net, optimizer: torch.optim.Optimizer, grads: list):
-        self.net, self.grads = net, grads
+    named: name -> parameter, as the optimizer holds them.
+    """
+
+    def __init__(self, net: Net, optimizer: torch.optim.Optimizer, named: dict):
+        self.net, self.named = net, named
         self.optimizer: Any = optimizer  # ours, but in `Foreign`
         self.parts: list[Part] | None = None
+
+    @functools.cached_property
+    def grads(self) -> list:
+        """The net's gradients in the optimizer's order; None for what is no parameter of it. They
+        are made when they are first asked for.
+        """
+        names = {id(p): name for name, p in self.named.items()}
+        return [self.net.grads.get(names.get(id(p))) for p in parameters(self.optimizer)]
 
     def finish(self, gradient: torch.Tensor) -> None:
         """Backward from the gradient of the outputs, and the update."""
@@ -49,8 +61,8 @@ class Separate:
 class Inline(Separate):
     """The update in the epilogue of the backward: gradients are not stored."""
 
-    def __init__(self, net: Net, part: Part, grads: list):
-        super().__init__(net, part.optimizer, grads)
+    def __init__(self, net: Net, part: Part, named: dict):
+        super().__init__(net, part.optimizer, named)
         self.part = part
         self._written: tuple | None = None
         self._row = torch.empty(0)
@@ -74,8 +86,8 @@ class Inline(Separate):
 class Foreign(Separate):
     """An optimizer that reads .grad: torch's own, and ours where its step was changed."""
 
-    def __init__(self, net: Net, optimizer: torch.optim.Optimizer, grads: list):
-        super().__init__(net, optimizer, grads)
+    def __init__(self, net: Net, optimizer: torch.optim.Optimizer, named: dict):
+        super().__init__(net, optimizer, named)
         self.parameters = parameters(optimizer)
 
     def apply(self) -> None:
@@ -93,7 +105,7 @@ class Clipped(Separate):
     """Another update, of gradients whose norm is brought down to a limit before."""
 
     def __init__(self, update: Separate, limit: float):
-        super().__init__(update.net, update.optimizer, update.grads)
+        super().__init__(update.net, update.optimizer, update.named)
         self.update, self.limit = update, limit
 
     def apply(self) -> None:
@@ -115,13 +127,15 @@ class InMemory(Separate):
     """
 
     def __init__(self, update: Separate, parts: list, numbers: list, position: torch.Tensor):
-        super().__init__(update.net, update.optimizer, update.grads)
+        super().__init__(update.net, update.optimizer, update.named)
         # A first step of some parameters alone is no part of the backward.
         self.inline = isinstance(update, Inline) and len(parts) == 1
-        given = {id(p): g for p, g in zip(parameters(self.optimizer), update.grads, strict=True)}
+        given: dict = {}
+        if not self.inline:
+            given = {id(p): g for p, g in zip(parameters(self.optimizer), update.grads)}
         self.live: list[Part] = parts
         self.position = position
-        self.grads = [[given[id(p)] for p in part.parameters] for part in parts]
+        self.grads = [[given.get(id(p)) for p in part.parameters] for part in parts]
         self.tables = [table.clone() for table in numbers]
         self.counts = [torch.zeros(1, device=position.device) for _ in parts]
 
@@ -183,16 +197,12 @@ def choose(
     """The update of this net by this optimizer. named: name -> parameter, as the optimizer holds
     them. clip_norm: the largest norm of all gradients together; they are stored then.
     """
-    names = {id(p): name for name, p in named.items()}
-    grads = [net.grads.get(names.get(id(p))) for p in parameters(optimizer)]
     is_foreign = takeover.optimizer(optimizer) is not None
-    if clip_norm is not None:
-        return Clipped((Foreign if is_foreign else Separate)(net, optimizer, grads), clip_norm)
-    if is_foreign:
-        return Foreign(net, optimizer, grads)
-    part = whole(optimizer, named.values()) if len(net.stages) == 1 else None
+    inlines = not is_foreign and clip_norm is None and len(net.stages) == 1
+    part = whole(optimizer, named.values()) if inlines else None
     on_kernels = kernels.path(next(iter(net.parameters.values()))) == "triton"
     # Without kernels it gains only where the step is a product.
     if part is not None and (on_kernels or part.rule.product_ref is not None):
-        return Inline(net, part, grads)
-    return Separate(net, optimizer, grads)
+        return Inline(net, part, named)
+    update = (Foreign if is_foreign else Separate)(net, optimizer, named)
+    return update if clip_norm is None else Clipped(update, clip_norm)

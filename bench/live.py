@@ -1,0 +1,88 @@
+"""Bytes of tensors that are alive, counted on any device, also on meta tensors, which hold nothing.
+
+Temporaries within one of torch's operations are not seen.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Live:
+    """The results of torch's functions, until their memory is given back.
+
+    now, peak: bytes. `operations()` follows what torch's operators return, also in its own backward
+    passes; handgrad's kernels do not run then. `calls()` follows what Python calls.
+    """
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    @contextlib.contextmanager
+    def operations(self) -> Iterator[None]:
+        """While it is open, the results of all operators count."""
+        with _Operations(self):
+            yield
+
+    @contextlib.contextmanager
+    def calls(self) -> Iterator[None]:
+        """While it is open, the results of all functions of torch that Python calls count."""
+        with _Calls(self):
+            yield
+
+    def leave_out(self, *tensors: torch.Tensor) -> None:
+        """Never count the memory of these tensors, which must stay alive."""
+        self._known.update(id(tensor.untyped_storage()) for tensor in tensors)
+
+    def add(self, result: Any) -> Any:
+        """Count the memory of the tensors in a result, each piece once; the result."""
+        for tensor in tree_leaves(result):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            key = id(storage)  # torch keeps the same object as long as the memory lives
+            if key not in self._known:
+                self._known.add(key)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._freed, key, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self, live: Live):
+        super().__init__()
+        self.live = live
+
+    def __torch_dispatch__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        return self.live.add(func(*args, **(kwargs or {})))
+
+
+class _Calls(TorchFunctionMode):
+    def __init__(self, live: Live):
+        super().__init__()
+        self.live = live
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        inside = getattr(func, "__wrapped__", None)
+        if inside is not None:  # a function of Python's, with others in it
+            with _Calls(self.live):
+                return inside(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        # What only reads a tensor gives back no new one, and would be followed for ever.
+        return result if func.__name__ == "untyped_storage" else self.live.add(result)
