@@ -11,6 +11,7 @@ import torch
 
 from .data import Dataset, needs_extra
 from .engines import means
+from .engines.threads import ALONE, threads
 from .net import Net
 from .state import in_mode, parameters_of
 
@@ -28,9 +29,12 @@ def outputs(
 
     shape: of a sample, if the module does not take rows of numbers.
     """
-    first = next(iter(parameters_of(model).values()))
+    parameters = parameters_of(model).values()
+    first = next(iter(parameters))
     forward = model.predict if isinstance(model, Net) else model
-    with in_mode(model, False):
+    largest = min(rows, len(data)) * max(p.numel() for p in parameters)
+    alone = first.device.type == "cpu" and largest <= ALONE
+    with in_mode(model, False), threads(1 if alone else None):
         for x, y in data.to(first.device).chunks(rows, first.dtype):
             yield forward(x if shape is None else x.view(len(x), *shape)), y
 

@@ -8,7 +8,9 @@ To add one: its row in kernels/rules.py, and a class here that says which row se
 group. The row's names of states and hyperparameters are torch's.
 """
 
+import functools
 import operator
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +81,18 @@ class Part:
         if any([self.optimizer._fresh(self.group, p) for p in self.parameters]):
             return None
         return self.rule, self.numbers, self.maximize
+
+
+def _light(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of torch's optimizers without its wrapper, which keeps it out of compiled code.
+
+    The wrapper imports torch._dynamo, which takes a second. Until somebody else has imported that,
+    nothing can be compiled.
+    """
+    inside = getattr(method, "__wrapped__", None)
+    if inside is None or "torch._dynamo" in sys.modules:
+        return method
+    return functools.partial(inside, getattr(method, "__self__", None))
 
 
 _REFUSED = ("differentiable", "amsgrad", "centered")
@@ -171,7 +185,11 @@ class _Ruled(_Torch):
     def add_param_group(self, param_group: dict) -> None:
         """As torch's; a refused option is a ValueError."""
         self._refuse({**self.defaults, **param_group})
-        super().add_param_group(param_group)
+        _light(super().add_param_group)(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's."""
+        return _light(super().state_dict)()
 
     def load_state_dict(self, state_dict: dict) -> None:
         """As torch's; the state of an optimizer with a refused option is a ValueError.
@@ -180,7 +198,7 @@ class _Ruled(_Torch):
         """
         for group in state_dict["param_groups"]:
             self._refuse(group)
-        super().load_state_dict(state_dict)
+        _light(super().load_state_dict)(state_dict)
         for group in self.param_groups:
             for state in (self.state[p] for p in group["params"] if p in self.state):
                 if isinstance(state.get("step"), torch.Tensor) and not group.get("capturable"):

@@ -131,6 +131,8 @@ class Trainer:
         if reason is not None:
             raise ValueError(f"Trainer: {reason}")
         self.history = History()
+        # Seconds of all calls of `fit`: in the steps, and in measuring after an epoch.
+        self.times = {"steps": 0.0, "evaluate": 0.0}
         self.schedule: Schedule | None = None
         self._pending: _Pending | None = None
         self._seen: Seen | None = None
@@ -239,16 +241,17 @@ class Trainer:
             task = task._replace(train=task.shifts.epoch(epoch))
         after = self._after_step(on_step)
         result = self._epoch(epoch, task, order, after)
-        seconds = time.perf_counter() - started
+        ended = time.perf_counter()
         row = {
             "epoch": epoch,
             "train_loss": result.loss,
             "train_accuracy": result.accuracy,
             **self._validated(task.validation),
             **(self.evaluate(task.evaluate) if task.evaluate is not None else {}),
-            "seconds": seconds,
-            "samples_per_second": result.samples / seconds,
+            "seconds": ended - started,
+            "samples_per_second": result.samples / (ended - started),
         }
+        self.times["evaluate"] += time.perf_counter() - ended
         return row, after is None or not after.stopped
 
     def _validated(self, data: Dataset | None) -> dict:
@@ -378,8 +381,11 @@ class Trainer:
         scheduled = None if self.schedule is None else self.schedule.state_dict()
         self.engine.shape = self._shape
         self.engine.moves = None if self.schedule is None else self.schedule.after_step
+        started = time.perf_counter()
         try:
-            return self.engine.epoch(task.train, order, task.batch_size, after_step)
+            result = self.engine.epoch(task.train, order, task.batch_size, after_step)
+            self.times["steps"] += time.perf_counter() - started
+            return result
         except FloatingPointError as error:
             for part in before:
                 part.restore()

@@ -269,28 +269,26 @@ def _run(job: Job, run: RunFolder, values: Values) -> None:
         f"{recipe.describe(model.config())}; {count:,} parameters; {trainer.engine_note}; "
         f"{trainer.device}"
     )
-    before = sum(row["seconds"] for row in trainer.history)
     started = time.perf_counter()
-    _fit(job, run, logs.known(values["log"] or ""))
+    writing = _fit(job, run, logs.known(values["log"] or ""))
+    trained = time.perf_counter()
     if trainer.history:
         report.curves(trainer.history, run.path / "curves.png")
-    seconds = sum(row["seconds"] for row in trainer.history)
-    phases = {
-        "load": job.loading,
-        "train": seconds - before,
-        "evaluate and write": time.perf_counter() - started - (seconds - before),
-    }
+    phases = {"load": job.loading, **trainer.times, "write": writing}
+    phases["rest of the training"] = trained - started - sum([*phases.values()][1:])
+    phases["draw"] = time.perf_counter() - trained
     write_text(run.path / TIMES, json.dumps(phases) + "\n")
+    seconds = sum(row["seconds"] for row in trainer.history)
     say(f"trained {seconds:.1f} s; run folder {run.path}")
     if values["plots"]:
         results.draw(run, recipe, found.test, model)
 
 
-def _fit(job: Job, run: RunFolder, log: list[str]) -> None:
-    """Train with a progress bar, and record every epoch."""
+def _fit(job: Job, run: RunFolder, log: list[str]) -> float:
+    """Train with a progress bar, and record every epoch; seconds spent on writing and saying it."""
     from tqdm import tqdm
 
-    trainer, recipe = job.trainer, job.recipe
+    trainer, recipe, writing = job.trainer, job.recipe, 0.0
     steps = -(-len(job.data.train) // recipe.batch_size)
     remaining = job.epochs - len(trainer.history)
     with contextlib.ExitStack() as stack:
@@ -303,6 +301,8 @@ def _fit(job: Job, run: RunFolder, log: list[str]) -> None:
         ]
 
         def on_epoch(row):
+            nonlocal writing
+            ended = time.perf_counter()
             quality = tables.epoch_quality(trainer, job.data)
             row.update(quality)
             run.record(trainer, job.epochs)
@@ -311,6 +311,7 @@ def _fit(job: Job, run: RunFolder, log: list[str]) -> None:
             bar.set_postfix_str(f"loss {row['train_loss']:.4f}", refresh=False)
             with bar.external_write_mode(file=sys.stdout):
                 say(line(row) + scoring.line(quality))
+            writing += time.perf_counter() - ended
 
         try:
             trainer.fit(
@@ -334,4 +335,6 @@ def _fit(job: Job, run: RunFolder, log: list[str]) -> None:
         run.record(trainer, job.epochs)  # with the best weights
         best, epoch = trainer.stopping.best, trainer.stopping.epoch
         say(f"best {trainer.stopping.part} loss {best:.4f} at epoch {epoch}: its weights are kept")
+    flushed = time.perf_counter()
     run.flush()
+    return writing + time.perf_counter() - flushed

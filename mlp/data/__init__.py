@@ -4,9 +4,11 @@
 `dataset` says what a data set is, `arrays`, `files` and `images` how one is read.
 """
 
+import importlib.util
 import os
 from pathlib import Path
 
+import numpy
 import torch
 
 from . import files, images, scaling
@@ -32,6 +34,7 @@ __all__ = [
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
 NAMES = ("digits", *TORCHVISION)
 STANDARDIZE = ("auto", "yes", "no")
+_DIGITS = "datasets/data/digits.csv.gz"  # in scikit-learn's folder
 
 
 def default_dir() -> Path:
@@ -138,18 +141,18 @@ def _narrowed(train: Dataset, test: Dataset) -> tuple[Dataset, Dataset]:
 
 
 def _digits() -> tuple[Dataset, Dataset]:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise needs_extra("scikit-learn", "the data set digits") from None
-    bunch = load_digits()
-    pixels = (
-        torch.from_numpy(bunch.images * 255 / 16).round().to(torch.uint8)
-    )  # 0 to 16 there, as an image file here
+    found = importlib.util.find_spec("sklearn")
+    if found is None or found.origin is None:
+        raise needs_extra("scikit-learn", "the data set digits")
+    # What its load_digits reads. To import scikit-learn for it would take a second.
+    table = numpy.loadtxt(Path(found.origin).parent / _DIGITS, delimiter=",")
+    pixels, labels = table[:, :-1], table[:, -1].astype(int)
+    # 0 to 16 there, as an image file here
+    pixels = torch.from_numpy(pixels * 255 / 16).round().to(torch.uint8)
     return split(
         Dataset(
             pixels,
-            torch.from_numpy(bunch.target),
+            torch.from_numpy(labels),
             image_shape=(1, 8, 8),
             scale=1 / 255,
             name="digits",

@@ -4,6 +4,7 @@ All images are shifted at an epoch's start, where they lie, so every engine can 
 """
 
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 
 from .dataset import DataError, Dataset
 
@@ -33,23 +34,30 @@ class Shifts:
                 f"{' × '.join(map(str, data.image_shape[1:]))} pixels, got {pixels}"
             )
         self.data, self.pixels, self.seed = data, pixels, seed
+        channels, height, width = data.image_shape
+        images = data.inputs.view(len(data), channels, height, width)
+        black = 0.0 if data.levels is None else data.levels[0]
+        self.padded = torch.nn.functional.pad(images, (pixels,) * 4, value=black)
         # One place for all epochs: engines may have recorded where they read.
         self.moved = data._with(inputs=torch.empty_like(data.inputs))
 
     def epoch(self, number: int) -> Dataset:
         """The images of this epoch, in the same order; the next call overwrites them."""
-        data, p = self.data, self.pixels
-        side = 2 * p + 1
+        side = 2 * self.pixels + 1
         seed = (self.seed * _PRIME + number) % _SEEDS
         generator = torch.Generator().manual_seed(seed)
-        choice = torch.randint(side * side, (len(data),), generator=generator)
-        images = data.inputs.view(len(data), *(data.image_shape or ()))
-        black = 0.0 if data.levels is None else data.levels[0]
-        for move in range(side * side):
-            rows = (choice == move).nonzero().flatten().to(images.device)
-            down, right = move // side - p, move % side - p
-            # A negative pad cuts off.
-            edges = (right, -right, down, -down)
-            block = torch.nn.functional.pad(images.index_select(0, rows), edges, value=black)
-            self.moved.inputs.index_copy_(0, rows, block.flatten(1))
+        choice = torch.randint(side * side, (len(self.data),), generator=generator)
+        # An image that moves down is read from further up.
+        up, left = side - 1 - choice // side, side - 1 - choice % side
+        _, height, width = self.data.image_shape or ()
+        moved, every = self.moved.inputs, torch.arange(len(choice))
+        known = moved.device.type == "cpu" and moved.dtype != torch.bfloat16
+        if known:  # numpy copies such windows three times as fast
+            windows = sliding_window_view(self.padded.numpy(), (height, width), axis=(2, 3))
+            found = windows.transpose(0, 2, 3, 1, 4, 5)[every.numpy(), up.numpy(), left.numpy()]
+            moved.copy_(torch.from_numpy(found.reshape(len(found), -1)))
+            return self.moved
+        views = self.padded.unfold(2, height, 1).unfold(3, width, 1)
+        on = [index.to(moved.device) for index in (every, up, left)]
+        moved.copy_(views.permute(0, 2, 3, 1, 4, 5)[on].flatten(1))
         return self.moved

@@ -22,7 +22,7 @@ from kernels import activations
 
 from ..net import Net
 from ..state import parameters_of
-from . import means, updates
+from . import means, takeover, updates
 from .stepwise import Demands, Manual
 
 _PIECES = 16  # of a batch
@@ -51,7 +51,8 @@ class Lean(Manual):
             )
         if not hasattr(loss, "reduction"):
             return f"lean: needs one of mlp's losses, got {type(loss).__name__}"
-        if updates.whole(optimizer, parameters_of(model).values()) is None:
+        foreign = takeover.optimizer(optimizer) is not None
+        if foreign or updates.whole(optimizer, parameters_of(model).values()) is None:
             return (
                 "lean: updates a layer at a time, so it needs one parameter group of mlp's "
                 "optimizers, all of it with as many steps; use engine 'manual'"

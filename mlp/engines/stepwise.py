@@ -18,13 +18,10 @@ from ..state import parameters_of
 from . import means, shared, takeover, updates
 from .precision import Precision
 from .replay import Recordings
-from .threads import threads
+from .threads import ALONE, threads
 
 # Outputs that are kept before their predictions are read off: of so many steps, or elements.
 _OUTPUTS, _ELEMENTS = 64, 1_000_000
-# multiply-adds of a product that one CPU thread does sooner than two, or on a busy machine much
-# sooner
-_ALONE = 4_000_000
 
 
 class Diverged(ArithmeticError):
@@ -323,7 +320,7 @@ class Manual(Engine):
         self._bind()
         self.trust(data)
         largest = max((batch_size * p.numel() for p in self.net.parameters.values()), default=0)
-        alone = order.device.type == "cpu" and len(self.net.stages) == 1 and largest <= _ALONE
+        alone = order.device.type == "cpu" and len(self.net.stages) == 1 and largest <= ALONE
         with torch.no_grad(), threads(1 if alone else None):
             result = super().epoch(data, order, batch_size, on_step)
         self._bound = memory(self.model, self.optimizer)  # with the states that were made

@@ -75,9 +75,20 @@ def _layers(model) -> str | None:
     return None
 
 
+_twins: dict[str, nn.Module] = {}  # the latest, by description: to build one takes a millisecond
+
+
+def _twin(described: str, config: Any) -> nn.Module:
+    """A network of that description, without memory."""
+    if described not in _twins:
+        _twins.clear()
+        _twins[described] = build(config(), device="meta")
+    return _twins[described]
+
+
 def _settings(model) -> str | None:
     """What differs from a network that is built from the description: sizes, options, methods."""
-    twin = build(model.config(), device="meta")
+    twin = _twin(repr(model.config()), model.config)
     for (name, module), made in zip(model.named_modules(), twin.modules(), strict=True):
         name = name or type(module).__name__
         kind, expected = type(module), {k: v for k, v in vars(made).items() if k[0] != "_"}

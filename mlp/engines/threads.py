@@ -6,6 +6,10 @@ from collections.abc import Iterator
 
 import torch
 
+# Multiply-adds of a product that one CPU thread does sooner than two, or on a busy machine much
+# sooner.
+ALONE = 4_000_000
+
 
 @contextlib.contextmanager
 def threads(count: int | None) -> Iterator[None]:
