@@ -174,6 +174,7 @@ class Convolution:
         dy = dy.view(-1, *self.out_shape)
         dx, *grads = kernels.conv2d_bwd(dy, *self._saved, needs=(input_grad, True, True))
         for kept, grad in zip(self.grads, grads):
+            assert grad is not None  # it was asked for
             kept.copy_(grad)
         return None if dx is None else dx.flatten(1)
 

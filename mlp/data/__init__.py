@@ -146,9 +146,9 @@ def _digits() -> tuple[Dataset, Dataset]:
         raise needs_extra("scikit-learn", "the data set digits")
     # What its load_digits reads. To import scikit-learn for it would take a second.
     table = numpy.loadtxt(Path(found.origin).parent / _DIGITS, delimiter=",")
-    pixels, labels = table[:, :-1], table[:, -1].astype(int)
+    labels = table[:, -1].astype(int)
     # 0 to 16 there, as an image file here
-    pixels = torch.from_numpy(pixels * 255 / 16).round().to(torch.uint8)
+    pixels = torch.from_numpy(table[:, :-1] * 255 / 16).round().to(torch.uint8)
     return split(
         Dataset(
             pixels,

@@ -121,14 +121,14 @@ class _Step:
         value = value.to(self.x.device)
         for piece in self.pieces:
             share = means.share(loss, y[piece], y, ignored)
-            output, saved = kernels.linear_fwd(top[piece], *end, act)
+            output, (_, _, kept, *_) = kernels.linear_fwd(top[piece], *end, act)
             labels.append(output.argmax(1))
             if share == 0:  # all of its labels are ignored
                 self.dz[piece].zero_()
                 continue
             target = means.aligned(y[piece], output)
             value += loss.forward(output, target, labels_valid=labels_valid) * share
-            dz = kernels.linear_bwd_dz(loss.backward(), saved.s, act)
+            dz = kernels.linear_bwd_dz(loss.backward(), kept, act)
             torch.mul(dz, share, out=self.dz[piece])
         self.top = top
         return torch.cat(labels), value

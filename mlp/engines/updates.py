@@ -38,8 +38,8 @@ class Separate:
         """The net's gradients in the optimizer's order; None for what is no parameter of it. They
         are made when they are first asked for.
         """
-        names = {id(p): name for name, p in self.named.items()}
-        return [self.net.grads.get(names.get(id(p))) for p in parameters(self.optimizer)]
+        found = {id(p): self.net.grads.get(name) for name, p in self.named.items()}
+        return [found.get(id(p)) for p in parameters(self.optimizer)]
 
     def finish(self, gradient: torch.Tensor) -> None:
         """Backward from the gradient of the outputs, and the update."""
