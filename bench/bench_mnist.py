@@ -1,11 +1,16 @@
 """Seconds of training until MNIST's test accuracy is 97%, 98% and 98.4%: `--recipe fast` with our
 engines, the same network, rate and shifts in eager torch, and scikit-learn's MLPClassifier.
 
-Only training is timed, without the tests between epochs. The first epoch of ours includes what its
-compiled code takes to load, or to compile where it is not on disk.
+Only training is timed, without the tests between epochs. Before the first seed, one epoch is
+trained and forgotten. "from a new process" is timed from the start of a process, with everything
+that it does: imports, reading the data, loading compiled code, the tests between epochs. The rivals
+train with fewer seeds, because they take longer.
 """
 
+import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -20,27 +25,31 @@ from .samples import mnist
 from .table import Table, device
 
 LEVELS = (0.97, 0.98, 0.984)
-SEEDS = 3
 Epochs = Iterator[tuple[float, float]]  # seconds so far, test accuracy
 
 
 def ours(recipe, train, test, seed: int) -> Epochs:
     """The recipe by the fastest engine."""
+    seconds = 0.0
+    for row in _fit(recipe, train, test, seed):
+        seconds += row["seconds"]
+        yield seconds, row["test_accuracy"]
+
+
+def _fit(recipe, train, test, seed: int, on_epoch=None, epochs: int | None = None) -> list[dict]:
+    """The rows of a training. epochs: after so many it ends."""
     model = recipe.model(train, seed, device())
     trainer = mlp.Trainer(model, recipe.make_loss(), recipe.make_optimizer, verbose=False)
-    history = trainer.fit(
+    return trainer.fit(
         train,
-        recipe.epochs,
+        epochs or recipe.epochs,
         recipe.batch_size,
         test,
         seed,
         scheduler=recipe.scheduler(len(train)),
         augment=recipe.augment,
+        on_epoch=on_epoch,
     )
-    seconds = 0.0
-    for row in history:
-        seconds += row["seconds"]
-        yield seconds, row["test_accuracy"]
 
 
 def eager(recipe, train, test, seed: int) -> Epochs:
@@ -81,10 +90,31 @@ def sklearn(recipe, train, test, seed: int) -> Epochs:
         yield seconds, float(model.score(tx, ty))
 
 
-RUNS: dict[str, Callable[..., Epochs]] = {
-    "ours": ours,
-    "eager torch": eager,
-    "scikit-learn": sklearn,
+def new_process(recipe, train, test, seed: int) -> Epochs:
+    """`ours` in a process of its own, from that process's start."""
+    code = "import sys; from bench import bench_mnist as b; b.child(int(sys.argv[1]))"
+    started = time.time()
+    command = [sys.executable, "-c", code, str(seed)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    for ended, accuracy in json.loads(done.stdout.splitlines()[-1]):
+        yield ended - started, accuracy
+
+
+def child(seed: int) -> None:
+    """Print when each epoch of the recipe had ended and been tested, and its accuracy."""
+    recipe = recipes.get("fast")
+    train, test = (part.to(device()) for part in recipe.prepare(*data.load("mnist")))
+    found: list[tuple[float, float]] = []
+    _fit(recipe, train, test, seed, lambda row: found.append((time.time(), row["test_accuracy"])))
+    print(json.dumps(found))
+
+
+# Name -> the run, and how many seeds.
+RUNS: dict[str, tuple[Callable[..., Epochs], int]] = {
+    "ours": (ours, 10),
+    "ours, from a new process": (new_process, 3),
+    "eager torch": (eager, 3),
+    "scikit-learn": (sklearn, 2),
 }
 
 
@@ -96,14 +126,21 @@ def run() -> Table:
         return table
     recipe = recipes.get("fast")
     train, test = (part.to(device()) for part in recipe.prepare(*data.load("mnist")))
-    for name, epochs in RUNS.items():
-        found = [list(epochs(recipe, train, test, seed)) for seed in range(SEEDS)]
-        row: dict = {"what": name}
+    _fit(recipe, train, test, 0, epochs=1)  # loads, or compiles, what takes long
+    for name, (epochs, seeds) in RUNS.items():
+        found = [list(epochs(recipe, train, test, seed)) for seed in range(seeds)]
+        row: dict = {"what": name, "seeds": seeds}
         for level in LEVELS:
             first = [next((s for s, a in one if a >= level), None) for one in found]
             reached = [s for s in first if s is not None]
             row[f"s to {level:.1%}"] = statistics.median(reached) if reached else None
-            row[f"seeds at {level:.1%}"] = f"{len(reached)}/{SEEDS}"
+            row[f"seeds at {level:.1%}"] = f"{len(reached)}/{seeds}"
         row["accuracy"] = f"{statistics.mean(one[-1][1] for one in found):.2%}"
         table.rows.append(row)
+    first = table.rows[0]
+    table.headline = ", ".join(
+        f"{level:.1%} in {first[f's to {level:.1%}']:.1f} s"
+        for level in LEVELS
+        if first[f"s to {level:.1%}"] is not None
+    )
     return table

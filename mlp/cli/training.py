@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .. import recipes, schedule, scoring
 from ..engines.stepwise import Diverged
@@ -284,11 +284,30 @@ def _run(job: Job, run: RunFolder, values: Values) -> None:
         results.draw(run, recipe, found.test, model)
 
 
+class _Watch:
+    """What follows an epoch: it is recorded, logged and said. seconds: spent on that."""
+
+    def __init__(self, job: Job, run: RunFolder, bar: Any, log: list[Any]):
+        self.job, self.run, self.bar, self.log, self.seconds = job, run, bar, log, 0.0
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        trainer, started = self.job.trainer, time.perf_counter()
+        quality = tables.epoch_quality(trainer, self.job.data)
+        row.update(quality)
+        self.run.record(trainer, self.job.epochs)
+        for one in self.log:
+            one.write(trainer.history, float(trainer.optimizer.param_groups[0]["lr"]))
+        self.bar.set_postfix_str(f"loss {row['train_loss']:.4f}", refresh=False)
+        with self.bar.external_write_mode(file=sys.stdout):
+            say(line(row) + scoring.line(quality))
+        self.seconds += time.perf_counter() - started
+
+
 def _fit(job: Job, run: RunFolder, log: list[str]) -> float:
     """Train with a progress bar, and record every epoch; seconds spent on writing and saying it."""
     from tqdm import tqdm
 
-    trainer, recipe, writing = job.trainer, job.recipe, 0.0
+    trainer, recipe = job.trainer, job.recipe
     steps = -(-len(job.data.train) // recipe.batch_size)
     remaining = job.epochs - len(trainer.history)
     with contextlib.ExitStack() as stack:
@@ -299,20 +318,7 @@ def _fit(job: Job, run: RunFolder, log: list[str]) -> float:
             stack.enter_context(contextlib.closing(logs.LOGS[name](run.path, trainer.history)))
             for name in log
         ]
-
-        def on_epoch(row):
-            nonlocal writing
-            ended = time.perf_counter()
-            quality = tables.epoch_quality(trainer, job.data)
-            row.update(quality)
-            run.record(trainer, job.epochs)
-            for one in written:
-                one.write(trainer.history, float(trainer.optimizer.param_groups[0]["lr"]))
-            bar.set_postfix_str(f"loss {row['train_loss']:.4f}", refresh=False)
-            with bar.external_write_mode(file=sys.stdout):
-                say(line(row) + scoring.line(quality))
-            writing += time.perf_counter() - ended
-
+        watch = _Watch(job, run, bar, written)
         try:
             trainer.fit(
                 job.data.train,
@@ -325,7 +331,7 @@ def _fit(job: Job, run: RunFolder, log: list[str]) -> float:
                 early_stopping=recipe.early_stopping,
                 augment=recipe.augment,
                 validation=job.data.validation,
-                on_epoch=on_epoch,
+                on_epoch=watch,
                 on_step=None if bar.disable else bar.update,
             )
         except Diverged:  # the trainer went back to the end of the epoch before
@@ -337,4 +343,4 @@ def _fit(job: Job, run: RunFolder, log: list[str]) -> float:
         say(f"best {trainer.stopping.part} loss {best:.4f} at epoch {epoch}: its weights are kept")
     flushed = time.perf_counter()
     run.flush()
-    return writing + time.perf_counter() - flushed
+    return watch.seconds + time.perf_counter() - flushed
