@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import mlp
-from mlp import data, recipes
+from mlp import cpu, data, recipes
 from mlp.data.shifts import Shifts
 
 from .samples import mnist
@@ -39,7 +39,9 @@ def ours(recipe, train, test, seed: int) -> Epochs:
 def _fit(recipe, train, test, seed: int, on_epoch=None, epochs: int | None = None) -> list[dict]:
     """The rows of a training. epochs: after so many it ends."""
     model = recipe.model(train, seed, device())
-    trainer = mlp.Trainer(model, recipe.make_loss(), recipe.make_optimizer, verbose=False)
+    # "auto" would not compile anything for a single short training.
+    engine = "epoch" if cpu.serves(next(model.parameters())) else "auto"
+    trainer = mlp.Trainer(model, recipe.make_loss(), recipe.make_optimizer, engine, verbose=False)
     return trainer.fit(
         train,
         epochs or recipe.epochs,

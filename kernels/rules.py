@@ -175,7 +175,8 @@ def sgd_ref(
         grads = _decayed(params, grads, weight_decay, maximize)
     if momentum:
         if first:
-            torch._foreach_copy_(buffers, grads)
+            for buffer, g in zip(buffers, grads):
+                buffer.copy_(g)  # a DTensor has no _foreach_copy_
         else:
             torch._foreach_mul_(buffers, momentum)
             torch._foreach_add_(buffers, grads, alpha=1 - dampening)

@@ -65,6 +65,43 @@ def test_two_processes(tmp_path, monkeypatch, capsys):
     assert "epoch" in capsys.readouterr().out
 
 
+SHARDED = """
+import copy, torch, torch.distributed as dist, mlp
+from torch.distributed.fsdp import fully_shard
+
+dist.init_process_group("gloo")
+rank, g = dist.get_rank(), torch.Generator().manual_seed(1)
+for make in (lambda p: mlp.SGD(p, 0.1, momentum=0.9), lambda p: mlp.Adam(p, 0.01)):
+    torch.manual_seed(0)
+    model = mlp.MLP([6, 8, 8, 3])
+    twin = copy.deepcopy(model)
+    optimizers = make(fully_shard(model).parameters()), make(twin.parameters())
+    for step in range(3):
+        x = torch.randn(16, 6, generator=g)
+        y = x[:, :3].argmax(1)
+        for one, rows, optimizer in zip((model, twin), (x[rank::2], x), optimizers):
+            optimizer.zero_grad()
+            mlp.CrossEntropyLoss()(one(rows), y[rank::2] if one is model else y).backward()
+            optimizer.step()
+    for p, q in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(p.full_tensor(), q)
+dist.destroy_process_group()
+"""
+
+
+def test_fully_sharded(tmp_path):
+    """FSDP2 of our modules, started by torchrun, trains as one process does."""
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    words = ["torch.distributed.run", "--nproc-per-node=2", "--standalone", "sharded.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", *words]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=LIMIT
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.parametrize("name", [name for name in engines.ENGINES if name != "autograd"])
 def test_other_engines_refuse(name):
     reason = engines.ENGINES[name].cannot(engines.Demands(world=2))
