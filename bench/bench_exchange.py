@@ -140,7 +140,7 @@ def run() -> Table:
         ):  # see kernels.training.exchange.check_programs
             try:
                 row[f"{exchange} µs"] = microseconds(exchange, programs, on)
-            except Exception as error:  # the other counts are timed all the same
+            except Exception as error:  # the other counts are still timed
                 row[f"{exchange} µs"], row["why not"] = None, one_line(error)
                 table.failed = table.failed or f"{exchange}, {programs} programs: {row['why not']}"
     table.note = (

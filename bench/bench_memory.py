@@ -202,7 +202,7 @@ def run() -> Table:
                 raise ArithmeticError(
                     f"losses differ from eager's by {error:.1e}, at most {_TOLERANCE:.0e}"
                 )
-        except Exception as error:  # out of memory, or wrong: the others are measured all the same
+        except Exception as error:  # out of memory, or wrong: the others are still measured
             row["why not"] = one_line(error)
             table.failed = table.failed or f"{name}: {row['why not']}"
             continue

@@ -27,7 +27,7 @@ _WITHIN = 0.01  # of accuracy: float32 and float64, or another order of sums
 
 
 def _searches(jobs: int) -> dict[str, Any]:
-    """Searches by name; the first is the one that all are compared with."""
+    """Searches by name. All are compared with the first."""
     common = {"max_iter": EPOCHS, "random_state": 0}
     ours = mlp.MLPClassifier(**common, device="cpu", precision="fp32")
     options = {"cv": FOLDS, "refit": False}

@@ -29,7 +29,7 @@ _SIGN = 0.5  # seconds between signs of life, unless an epoch takes longer
 
 
 def train(epochs: int) -> bool:
-    """Train twice; prints signs of life and what came out as JSON objects. Whether the two were
+    """Train twice. Prints progress and results as JSON objects. Whether the two were
     equal throughout.
     """
     on = device()

@@ -45,7 +45,7 @@ def measure(providers: dict[str, Callable], rounds: int = _ROUNDS) -> dict[str, 
 
 
 def host_seconds(provider: Callable, rounds: int = _ROUNDS) -> float:
-    """Median seconds until a call returns; the GPU is idle before it, and is not waited for."""
+    """Median seconds until a call returns. The GPU is idle before, and not waited for."""
     times = []
     for _ in range(rounds):
         synchronize()
@@ -103,7 +103,7 @@ def compare(
     for name, provider in providers.items():
         try:
             results[name] = [t.float() for t in provider()]
-        except Exception as error:  # a compiler's, say: the others are timed all the same
+        except Exception as error:  # for example a compiler's: the others are still timed
             wrong[name] = one_line(error)
     for name, error in errors(results).items():
         if error > tolerance:

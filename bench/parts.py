@@ -152,7 +152,7 @@ def _sanitizer(tool: str, on_gpu: bool) -> Part:
 
 
 def parts(out: Path) -> list[Part]:
-    """All of them, for this machine; tables are written into `out`."""
+    """All parts for this machine. Tables are written into `out`."""
     on_gpu = torch.cuda.is_available()
     options = {"soak": ("--epochs", str(SOAK_EPOCHS))} if on_gpu else {}
     tables = [

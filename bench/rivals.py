@@ -46,7 +46,7 @@ class Eager:
 
     @torch.no_grad()
     def _reset(self):
-        """Back to the first step; the states of SGD and Adam are zeros there."""
+        """Go back to the first step, where the states of SGD and Adam are zeros."""
         for p, value in zip(self.model.parameters(), self.start):
             p.copy_(value)
         for state in self.optimizer.state.values():

@@ -83,7 +83,7 @@ def build(constructors: dict, data, order, tolerance: float) -> tuple[dict, dict
             missing[name] = str(reason)
         except (
             Exception
-        ) as error:  # a compiler's or a driver's: the other providers are timed all the same
+        ) as error:  # a compiler's or a driver's: the other providers are still timed
             wrong[name] = one_line(error)
     for name, error in harness.errors({name: losses[name] for name in providers}).items():
         if error > tolerance:
@@ -96,7 +96,7 @@ def build(constructors: dict, data, order, tolerance: float) -> tuple[dict, dict
 
 
 def table(title: str, command: str, constructors: dict, tolerance: float, note: str) -> Table:
-    """A row for each provider, µs a step; the ratio is to the first one's."""
+    """A row for each provider, µs a step. The ratio is to the first provider's."""
     on = device()
     data = mnist(on)
     order = datasets.permutation(len(data), 0, 0, on)[: STEPS[on.type] * BATCH]
