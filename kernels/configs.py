@@ -242,4 +242,17 @@ def training(
         "sm_"
     ):  # a lane of AMD's has twice the registers; its products want 16 rows
         return Training(columns, 16, 16, 16, num_warps=4, num_stages=1)
+    small = precision == "tf32x3" and states > 1 and block_m > 32 and older(arch)
+    if small and kernel != "exchange":
+        return Training(columns, 16, 16, rows, num_warps=8, num_stages=1)
     return Training(columns, block_k, 16, rows, num_warps=8, num_stages=3)
+
+
+def older(arch: str) -> bool:
+    """Whether it is an NVIDIA GPU before Hopper: operands of its products lie in registers."""
+    return arch.startswith("sm_") and int(arch[3:]) < 90
+
+
+def spills_shared(arch: str, precision: str, states: int, block_m: int) -> bool:
+    """Whether programs that share a network would spill, where one alone does not."""
+    return precision == "ieee" and states > 1 and block_m > 64 and older(arch)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .. import launch
-from .exchange import train_programs
+from .exchange import spills, train_programs
 from .layers import (
     backward_layer,
     batch_rows,
@@ -122,4 +122,6 @@ def shareable(run: Run) -> bool:
     """
     rows = plan(run, "exchange")[1]
     nvidia = launch.arch(run.device).startswith("sm_")
+    if spills(run):
+        return False
     return nvidia and 1 < triton.cdiv(run.spec.sizes[1], rows) <= launch.sm_count(run.device)

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import launch
+from .. import configs, launch
 from .layers import (
     backward_layer,
     backward_tile,
@@ -36,7 +36,7 @@ from .layers import (
     scratch_of,
     top,
 )
-from .network import Plan, plan
+from .network import Plan, padded, plan
 from .run import Run
 from .step import new_scratch
 
@@ -160,6 +160,13 @@ def exchange_kernel(
             dz = own_dz(scratch, net, g, y, z, own, numbers, NET)
 
 
+def spills(run: Run) -> bool:
+    """Whether programs that share this network would spill registers: see `configs`."""
+    precision, states = launch.dot_precision(), len(run.spec.rule.states)
+    arch = launch.arch(run.device)
+    return configs.spills_shared(arch, precision, states, padded(run.batch))
+
+
 def check_programs(run: Run, rows: int, programs: int | None, exchange: str) -> int:
     """How many programs share w_1.
 
@@ -179,6 +186,11 @@ def check_programs(run: Run, rows: int, programs: int | None, exchange: str) -> 
     if programs not in (None, needed):
         raise ValueError(
             f"epoch: {rows} rows of w_1 a program make {needed} programs, or 1; got {programs}"
+        )
+    if spills(run):
+        raise ValueError(
+            "epoch: programs that share a network spill registers with rule "
+            f"{run.spec.rule.name!r} at a batch of {run.batch}, more than 64; pass programs=1"
         )
     if needed > most:
         raise ValueError(

@@ -29,6 +29,7 @@ from kernels import (
     train_epoch,
     train_step,
 )
+from kernels.training.exchange import spills
 from kernels.training.network import plan
 from tests import ROOT
 from tests.compile import worker
@@ -97,7 +98,7 @@ def launched(arch, rule, precision, scheduled="", limit=""):
     ):
         train_epoch(run, programs=1)
         programs = triton.cdiv(sizes[1], plan(run, "exchange")[1])
-        for exchange in exchanges(arch):
+        for exchange in exchanges(arch) if not spills(run) else ():
             train_epoch(run, programs=programs, exchange=exchange)
         train_step(StepState(run))
     return found
@@ -208,7 +209,10 @@ def test_kernels_compile_without_spills_and_keep_their_order(arch, row):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == 3 + len(exchanges(arch))
+    shared = [kernel for kernel in found if kernel["label"].startswith("exchange")]
+    # None where they would spill, at a limit; see `configs.spills_shared`.
+    assert len(shared) == len(exchanges(arch)) or (row[3:] and not shared)
+    assert len(found) == 3 + len(shared)
     for kernel in found:
         assert "error" not in kernel, kernel
         assert kernel["moved"] == [], kernel
@@ -217,7 +221,7 @@ def test_kernels_compile_without_spills_and_keep_their_order(arch, row):
         if arch in NO_STACK:
             assert (kernel["stack"], kernel["local"]) == (0, 0), kernel
     # one in each exchange kernel
-    assert sum(kernel["waits"] for kernel in found) == len(exchanges(arch))
+    assert sum(kernel["waits"] for kernel in found) == len(shared)
 
 
 if __name__ == "__main__":

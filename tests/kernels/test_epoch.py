@@ -15,6 +15,7 @@ from kernels import (
     train_replicas,
     train_replicas_ref,
 )
+from kernels.training.epoch import shareable
 from kernels.training.network import plan
 from tests.checks import assert_equal, snapshot
 from tests.kernels.test_step import by_steps
@@ -173,6 +174,18 @@ def test_what_would_spill_is_refused(setting, batch, classes, reason, monkeypatc
     else:
         assert said.startswith(f"epoch: {reason}")
         assert said.endswith("use engine 'graph' or 'manual'")
+
+
+@pytest.mark.parametrize(
+    ("arch", "batch", "spills"), [("sm_80", 65, 1), ("sm_80", 64, 0), ("sm_90", 128, 0)]
+)
+def test_programs_do_not_share_where_they_would_spill(arch, batch, spills):
+    run = Training(Spec((12, 70, 3), rule="adam"), "cpu", batch=batch).run()
+    with launch.dry_run(arch, 108):
+        assert shareable(run) == (not spills)
+        if spills:
+            with pytest.raises(ValueError, match=r"with rule 'adam' at a batch of 65.*programs=1"):
+                train_epoch(run, programs=9)
 
 
 def test_large_layers_above_the_first_are_left_to_products():
