@@ -2,9 +2,13 @@
 together.
 """
 
+import time
 from functools import partial
 
+import torch
+
 import mlp
+from mlp import cpu
 
 from . import harness
 from .rivals import BATCH, SIZES
@@ -14,7 +18,42 @@ from .table import Table, device
 NETWORKS = {"cpu": (1, 4, 16), "cuda": (1, 8, 132)}
 STEPS = {"cpu": 20, "cuda": 1875}
 ROUNDS = 5
+DIFFERENT, DIFFERENT_STEPS = 64, 300
 _TOLERANCE = 1e-4  # of the first network's loss: how many train beside it must not matter
+
+
+def different() -> list[dict]:
+    """Settings of 64 networks of depth 1 to 3 and width 16 to 512, none like another."""
+    widths = (16, 32, 64, 128, 256, 512)
+    shapes = [(n,) * depth for depth in (1, 2, 3) for n in widths]
+    return [
+        {"hidden": shapes[i % len(shapes)], "seed": i, "lr": 0.01 * (1 + i // len(shapes))}
+        for i in range(DIFFERENT)
+    ]
+
+
+def _together() -> str:
+    """64 different networks together, beside the sum of their times alone, on a CPU."""
+    data = mnist(torch.device("cpu")).take(DIFFERENT_STEPS * BATCH)
+    every, threads, alone = different(), torch.get_num_threads(), 0.0
+    with cpu.many():  # compiled, however few the steps
+        mlp.Sweep(every[:1], device="cpu").fit(data, 1)
+        torch.set_num_threads(1)
+        try:
+            for one in every:
+                started = time.perf_counter()
+                mlp.Sweep([one], device="cpu").fit(data, 1)
+                alone += time.perf_counter() - started
+        finally:
+            torch.set_num_threads(threads)
+        started = time.perf_counter()
+        mlp.Sweep(every, device="cpu").fit(data, 1)
+        seconds = time.perf_counter() - started
+    return (
+        f"{DIFFERENT} different networks (depth 1 to 3, width 16 to 512) together take "
+        f"{seconds:.2f} s with {threads} threads, {seconds * threads / alone:.2f} times the "
+        f"{alone:.2f} s of each alone on one thread, divided by {threads}"
+    )
 
 
 def run() -> Table:
@@ -63,6 +102,8 @@ def run() -> Table:
             f"{n} is {losses[n]:.6g}" for n in wrong
         )
         table.failed += f", alone {losses[1]:.6g}"
+    if on.type == "cpu":
+        table.note += f" {_together()}."
     most = max(times)
     table.headline = f"{most} networks in {times[most] / times[1]:.2f} times the time of one"
     return table

@@ -106,11 +106,17 @@ def _print(job: Any, top: int) -> None:
 
 
 def _ranked(job: Any) -> list[int]:
-    """Numbers of trials, best first; of halving, the last rungs come first."""
+    """Numbers of trials, best first; of halving, the last rungs come first, and of a setting only
+    its last one.
+    """
     found = job.cv_results_
     rungs = numpy.asarray(found.get("iter", [0] * len(found["params"])))
     scores = numpy.nan_to_num(found["mean_test_score"], nan=-numpy.inf)
-    return list(numpy.lexsort((-scores, -rungs)))
+    best: dict[str, int] = {}
+    for i in numpy.lexsort((-scores, -rungs)):
+        setting = {k: v for k, v in found["params"][i].items() if k != "max_iter"}
+        best.setdefault(repr(setting), int(i))
+    return list(best.values())
 
 
 def _shown(value: Any) -> str:
