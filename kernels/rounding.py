@@ -63,6 +63,7 @@ STEPS = {aten.mean.default: _mean, aten.mean.dim: _mean} | get_decompositions(
         aten.nll_loss_forward,
         aten.native_layer_norm,
         aten.native_layer_norm_backward,
+        aten.sigmoid,
         aten.sigmoid_backward,
         aten.silu,
         aten.silu_backward,
