@@ -49,12 +49,16 @@ def names() -> set[str]:
 
 
 def operations(on) -> None:
-    """Forward and backward of every case of every operation in float32; products of many rows,
-    whose sums are split.
+    """Forward and backward of every case of every operation in float32.
+
+    Linear layers also with the library's products; products of many rows, whose sums are split.
     """
     for operation in OPERATIONS.values():
         for _, arguments in operation.cases(Make(on), *_SHAPE):
             operation.results(arguments)
+    with kernels.use(products="library"):
+        for _, arguments in OPERATIONS["linear"].cases(Make(on), *_SHAPE):
+            OPERATIONS["linear"].results(arguments)
     for name in (
         name for name in OPERATIONS if on.type == "cuda" and name.startswith(("linear", "mlp"))
     ):
