@@ -183,7 +183,7 @@ def convolution(kernel: str, like: torch.Tensor, m: int, n: int) -> dict:
 def all_registers(device) -> dict:
     """The launch option that lets ptxas use all registers.
 
-    Without it, ptxas stops at 80 registers, to fit a third block, and spills.
+    Without it, ptxas stops where one more block fits, at 80 or 128 registers, and spills.
     """
     return {"maxnreg": 255} if launch.arch(device).startswith("sm_") else {}
 

@@ -305,14 +305,16 @@ def _numbers_ahead(member: Member, epochs: int) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
+def _numbers_of_all(members: Sequence[Member]) -> torch.Tensor:
+    """float32 numbers of the next epoch: (members, columns), or (members, steps, columns)."""
+    rows = [_numbers_ahead(member, 1) for member in members]
+    if any(row.dim() == 2 for row in rows):
+        rows = [row.expand(member.steps, -1) for row, member in zip(rows, members, strict=True)]
+    return torch.stack(rows).float()
+
+
 def _train_groups(groups: list[list[Member]], task: Task) -> None:
     """An epoch of each group after the other, on streams of their own, until all have ended."""
-    for member in (m for group in groups for m in group):
-        if member.plan is not None and member.plan.per_step:
-            raise ValueError(
-                f"sweep: schedule {member.settings.schedule} moves the rate every step, which only "
-                "the compiled epochs of a CPU serve; choose another schedule"
-            )
     packs = [_Group(group, task) for group in groups]
     for epoch in range(1, task.epochs + 1):
         for pack in packs:
@@ -359,7 +361,7 @@ class _Group:
                 loss.columns(data.targets, self.spec.sizes[-1]).contiguous(),
                 torch.stack([m.order(epoch, len(data)) for m in self.active]),
                 self.batch,
-                torch.tensor([m.numbers() for m in self.active], device=device).float(),
+                _numbers_of_all(self.active).to(device),
                 self.count,
                 data.scale,
                 data.shift,
@@ -393,7 +395,8 @@ class _Group:
             self._copy(i, member)
             found = measure(member.model, member.loss, self.task.judges)
             row["validation_loss"] = found["test_loss"]
-        if member.plan is not None:
+        if _looks(member):
+            assert member.plan is not None
             member.part.advance(0)  # torch's schedulers ask whether a step was taken
             member.plan.after_epoch(row)
         if member.stopping is not None:

@@ -34,9 +34,6 @@ from tests import checks, interpreter, seeds  # noqa: E402
 
 pytest_plugins = ["tests.running"]
 
-# What torch.compile knows of torch's functions is read once, and must not be read while a test has
-# put others in their places.
-trace_rules.get_torch_obj_rule_map()
 if not ON_GPU:
     interpreter.improve()
 seeds.shift()
@@ -121,6 +118,9 @@ def surroundings(request, monkeypatch):
     on a CPU; its own seed.
     """
     kernels.launch.forget()
+    # What torch.compile knows of torch's functions is read once, and once more after a process
+    # group began. It must not be read while a test has put others in their places.
+    trace_rules.get_torch_obj_rule_map()
     # the same numbers whatever ran before
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
     if request.path.is_relative_to(TESTS / "kernels"):

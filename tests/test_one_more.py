@@ -184,7 +184,9 @@ def test_engine(monkeypatch):
     made = mlp.Trainer(model, verbose=False)
     made.fit(batch(), 1, 8)
     assert made.engine.name == "plain"
-    with pytest.raises(ValueError, match="known: auto, autograd, manual, graph, epoch, plain"):
+    with pytest.raises(
+        ValueError, match="known: auto, lean, autograd, manual, graph, epoch, plain"
+    ):
         mlp.Trainer(model, engine="fast")
 
 

@@ -568,7 +568,10 @@ def dw_plan(
         splits, length, library = 1, M, True
     else:
         library = False
-    return DwPlan(product.over(length, M), tiles, splits, length, library)
+    options = product.over(length, M)
+    if dz.dtype == torch.float32 and product.precision == "tf32x3":
+        options |= configs.all_registers(dz.device)  # three products of every tile
+    return DwPlan(options, tiles, splits, length, library)
 
 
 @torch.no_grad()

@@ -88,7 +88,7 @@ def test_schedules_are_stored_and_refused_past_their_end(handgrad):
     whole = (*QUICK, *rules, "--label-smoothing", "0.1", "--early-stopping", "2", "--epochs", "4")
     status, out, err = handgrad(*whole, "--out", "whole")
     assert (status, err) == (0, "") and "cosine after 1 epochs of warm-up" in out
-    assert re.search(r"^best loss [\d.]+ at epoch \d: its weights are kept$", out, re.M)
+    assert re.search(r"^best test loss [\d.]+ at epoch \d: its weights are kept$", out, re.M)
     recipe = read_json("whole/config.json")["recipe"]
     assert (recipe["schedule"], recipe["warmup"], recipe["clip_norm"]) == ("cosine", 1, 0.5)
     assert recipe["loss_options"] == {"label_smoothing": 0.1}

@@ -119,13 +119,11 @@ def test_numbers_are_met_too_and_one_that_diverges_is_last(way):
 
 
 def test_a_rate_that_moves_every_step(way):
-    sweep = Sweep([{"hidden": (6,), "schedule": "onecycle"}], device="cpu")
-    if way == "grouped":
-        with pytest.raises(ValueError, match="schedule onecycle moves the rate every step"):
-            sweep.fit(data(), 3)
-        return
+    given = [{"hidden": (6,), "schedule": name, "seed": 3} for name in ("onecycle", "constant")]
+    sweep = Sweep(given, device="cpu")
     sweep.fit(data(), 3)
-    assert_is(sweep.network(0), alone({"hidden": (6,), "schedule": "onecycle"}, data(), 3)[0])
+    for i, one in enumerate(given):
+        assert_is(sweep.network(i), alone(one, data(), 3)[0])
 
 
 def test_a_network_among_others_is_bitwise_the_same(monkeypatch):
