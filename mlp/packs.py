@@ -5,6 +5,7 @@ Elsewhere the networks of one architecture, rule and batch train in one launch a
 such group has a stream of its own on a GPU. A network that has ended is taken out of its group.
 """
 
+import inspect
 import itertools
 import math
 import operator
@@ -32,9 +33,10 @@ from .stopping import EarlyStopping
 class Settings:
     """One network of a sweep and how it is trained.
 
-    hidden: widths between the data's inputs and outputs. options: other arguments of the optimizer,
-    by torch's names. schedule, warmup: as `mlp.schedule`'s. rows: indices of the training rows that
-    it trains on, one may be there twice (bootstrap); None for all.
+    hidden: widths between the data's inputs and outputs. lr: left out of a dict that names an
+    optimizer, it is that one's default. options: other arguments of it, by torch's names.
+    schedule, warmup: as `mlp.schedule`'s. rows: indices of the training rows that it trains on, one
+    may be there twice (bootstrap); None for all.
     """
 
     hidden: tuple[int, ...] = (100, 50)
@@ -63,11 +65,15 @@ class Settings:
             raise ValueError(f"sweep: no setting {unknown[0]!r}; known: {', '.join(known)}")
         hidden = given.get("hidden", cls.hidden)
         hidden = (hidden,) if isinstance(hidden, int) else tuple(hidden)
-        made = cls(**{**given, "hidden": hidden})
-        if made.optimizer not in OPTIMIZERS:
+        optimizer = given.get("optimizer", cls.optimizer)
+        if optimizer not in OPTIMIZERS:
             raise ValueError(
-                f"sweep: unknown optimizer {made.optimizer!r}; known: {', '.join(OPTIMIZERS)}"
+                f"sweep: unknown optimizer {optimizer!r}; known: {', '.join(OPTIMIZERS)}"
             )
+        lr = cls.lr
+        if "optimizer" in given:
+            lr = inspect.signature(OPTIMIZERS[optimizer]).parameters["lr"].default
+        made = cls(**{"lr": lr, **given, "hidden": hidden})
         if operator.index(made.batch_size) < 1:
             raise ValueError(f"sweep: batch_size must be at least 1, got {made.batch_size}")
         schedule.known(made.schedule)

@@ -138,6 +138,12 @@ def test_a_network_among_others_is_bitwise_the_same(monkeypatch):
             assert torch.equal(a, b)
 
 
+def test_a_named_optimizer_has_its_own_rate_as_trainer_gives_it():
+    rates = [packs.Settings.of(one).lr for one in ({}, {"optimizer": "adam"}, {"optimizer": "sgd"})]
+    assert rates == [0.1, 1e-3, 1e-3]
+    assert packs.Settings.of({"optimizer": "lion", "lr": 0.5}).lr == 0.5
+
+
 def test_a_loss_that_no_kernel_knows_is_left_to_a_trainer():
     loss = mlp.SoftmaxCrossEntropy(weight=torch.tensor([1.0, 3.0]))
     given = {"hidden": (5,), "rows": list(range(50)), "schedule": "cosine"}
