@@ -195,7 +195,11 @@ def held_out(train: data.Dataset, share: float, count: int) -> tuple[data.Datase
     """(train, validation) of training data; share: of all `count` samples, test data included."""
     inner = share * count / len(train)
     if not inner < 1:
-        raise ValueError(f"--validation {share:g}: nothing is left to train on")
+        most = len(train) / count
+        raise ValueError(
+            f"--validation {share:g}: nothing is left to train on; it is a share of all rows, and "
+            f"must be below {most:.2g}"
+        )
     train, validation = data.split(train, inner)
     name = train.name.removesuffix(" (train)")
     return train._with(name=name), validation._with(name=f"{name} (validation)")
