@@ -162,9 +162,8 @@ def exchange_kernel(
 
 def spills(run: Run) -> bool:
     """Whether programs that share this network would spill registers: see `configs`."""
-    precision, states = launch.dot_precision(), len(run.spec.rule.states)
     arch = launch.arch(run.device)
-    return configs.spills_shared(arch, precision, states, padded(run.batch))
+    return configs.spills_shared(arch, launch.dot_precision(), padded(run.batch))
 
 
 def check_programs(run: Run, rows: int, programs: int | None, exchange: str) -> int:
@@ -189,8 +188,8 @@ def check_programs(run: Run, rows: int, programs: int | None, exchange: str) -> 
         )
     if spills(run):
         raise ValueError(
-            "epoch: programs that share a network spill registers with rule "
-            f"{run.spec.rule.name!r} at a batch of {run.batch}, more than 64; pass programs=1"
+            "epoch: programs that share a network spill registers at a batch of "
+            f"{run.batch}, more than 64; pass programs=1"
         )
     if needed > most:
         raise ValueError(

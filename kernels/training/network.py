@@ -183,9 +183,9 @@ def refusal(spec: Spec, batch: int, engine: str = "epoch") -> str | None:
         ("batch", batch, max(configs.MOST_ROWS.values())),
         (f"at float32 precision {precision}, batch", batch, configs.MOST_ROWS[precision]),
         (
-            "batch times classes, both padded to powers of two,",
+            f"at float32 precision {precision}, batch times classes, both padded to powers of two,",
             padded(batch) * padded(spec.sizes[-1]),
-            configs.MOST_OUTPUTS,
+            configs.MOST_OUTPUTS[precision],
         ),
     ]
     for what, value, limit in limits:

@@ -60,7 +60,11 @@ NO_STACK = ("sm_80", "sm_90")
 # The largest networks and batches that are served, by precision. Another layer adds code but holds
 # nothing at the same time.
 _BATCH, _CLASSES = ((784, 256, 256, 32), 128), ((784, 256, 256, 64), 64)
-LIMITS = {"ieee": [_BATCH, _CLASSES], "tf32": [_BATCH, _CLASSES], "tf32x3": [_CLASSES]}
+LIMITS = {
+    "ieee": [_BATCH, _CLASSES],
+    "tf32": [((784, 256, 256, 16), 128), ((784, 256, 256, 64), 32)],
+    "tf32x3": [_CLASSES],
+}
 REFERENCE = (784, 100, 50, 10), 32
 
 
