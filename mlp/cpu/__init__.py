@@ -29,9 +29,9 @@ NEEDS = (
 )
 # Seconds of CPU: to import numba and read what it kept on disk; to compile all. Saved by a step
 # beside engine manual, of one thread each: Python's part, and of each multiply-add. The rows
-# `epoch, one thread` and `manual` of `python -m bench cpu` show the reference network's. Measured
-# in the same way: 30-16-2 saves 88 µs, 784-256-10 187 µs with a batch of 32 and 474 with 128.
-_LOADS, _COMPILES = 0.6, 8.0
+# `epoch, one thread` and `manual` of `python -m bench cpu` show the reference network's. In CPU
+# time of one thread, 30-16-2 saved 88 µs, 784-256-10 187 µs with a batch of 32 and 474 with 128.
+_LOADS, _COMPILES = 0.6, 10.0
 _SAVED, _SAVED_EACH = 9e-5, 5e-12
 # Weights that caches hold: beyond, BLAS, which packs what it reads, is faster than tiles.
 _WEIGHTS = 1_500_000

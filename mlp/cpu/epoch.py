@@ -1,5 +1,6 @@
 """The host's side of the compiled epoch: its memory, its threads, the pieces it is cut into."""
 
+import collections
 import concurrent.futures
 import functools
 import threading
@@ -19,7 +20,7 @@ from .tiles import LANES, ROWS
 
 _PIECE = 0.25  # seconds between two looks at whether to stop, about
 _TRIAL = 0.005  # seconds of a piece that measures a number of threads
-_TRIALS = 3  # of each number at first: one may meet a neighbour, or caches that are not filled
+_TRIALS = 3  # of each number, of which the best counts: one may meet a neighbour, or cold caches
 _AGAIN = 8  # pieces until the numbers of threads that lost are measured again
 _CHUNKS = 8  # that the first layer's inputs are cut into, at most
 _SPEED, _OVERHEAD = 5e10, 1e-5  # floating-point operations a second, seconds of a step: a guess
@@ -227,15 +228,18 @@ class _Task:
 
 
 class _Choice:
-    """How many threads to use: the number that took least when it was last measured.
+    """How many threads to use: the number that took least in its last few pieces.
 
-    A neighbour that needs a core makes threads that wait for each other slow, so the numbers that
-    lost are measured again now and then. The results are the same whatever the number.
+    One slow piece says little: a thread may have started late. A neighbour that needs a core makes
+    several of them slow. The numbers that lost are measured again now and then. The results are the
+    same whatever the number.
     """
 
     def __init__(self, workers: int, guess: float):
         self.counts = [1 << i for i in range(workers.bit_length()) if 1 << i < workers] + [workers]
-        self.seconds: dict[int, float] = {}  # number of threads -> seconds of a step
+        # Number of threads -> seconds of a step, the least of the last pieces; and those of each.
+        self.seconds: dict[int, float] = {}
+        self._last = {count: collections.deque[float](maxlen=_TRIALS) for count in self.counts}
         self.guess, self.turn, self.trials = guess, 0, _TRIALS * self.counts
 
     def next(self) -> tuple[int, int]:
@@ -251,11 +255,11 @@ class _Choice:
         return workers, max(1, int(_PIECE / self.seconds[workers]))
 
     def took(self, workers: int, seconds: float) -> None:
-        """So many threads took so long for a step: the best of the trials, then the last piece."""
+        """So many threads took so long for a step."""
         if workers in self.trials:
             self.trials.remove(workers)
-            seconds = min(seconds, self.seconds.get(workers, seconds))
-        self.seconds[workers] = seconds
+        self._last[workers].append(seconds)
+        self.seconds[workers] = min(self._last[workers])
 
 
 def _choice(spec, batch: int, workers: int) -> _Choice:
