@@ -3,10 +3,10 @@
 Each has a reference in plain torch.
 
 `kernels.linear` is the function. The module that defines it is `kernels.ops.linear`, so
-`import kernels.linear` is an error. No name of this package stands for a function and a module.
+`import kernels.linear` is an error. No name in this package is both a function and a module.
 """
 
-from . import compiled_optim  # noqa: F401  it registers the operators that torch.compile sees
+from . import compiled_optim  # noqa: F401  importing it registers the operators of torch.compile
 from .activations import ACTIVATIONS, Activation
 from .launch import backend, path, use
 from .losses import LOSSES, Loss

@@ -1,12 +1,12 @@
 """The activation table: every activation of the library, once.
 
-A row holds the function z -> y and its derivative applied to an incoming gradient, (dy, s) -> dz,
-where s is what the backward needs: the output y where the derivative can be written in it, so that
-z need not be kept, else z. Each comes twice: as a scalar `@triton.jit` function, which kernels take
-as a constexpr argument, and in plain torch, which is the CPU implementation and the oracle. Nothing
-else in the library names an activation.
+A row holds the function z -> y and its backward (dy, s) -> dz, the derivative times dy. s is the
+output y if the derivative can be computed from y: then z need not be kept. Otherwise s is z.
 
-To add one: two jit functions, two torch functions, one row at the bottom.
+Each function comes twice. The scalar `@triton.jit` function is a constexpr argument of kernels. The
+plain torch function is the CPU implementation and the oracle. No other file names an activation.
+
+To add one, write two jit functions, two torch functions and one row at the bottom.
 """
 
 from collections.abc import Callable
@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import nn
 
-# In the interpreter a constexpr on the left of a product with a tensor gives a constexpr: keep them
-# on the right.
+# Keep these on the right of a product with a tensor: on the left, the interpreter returns a
+# constexpr instead of a tensor.
 LEAKY_SLOPE = tl.constexpr(0.01)  # torch.nn.LeakyReLU's default
 SQRT_1_2 = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -39,17 +39,17 @@ def identity_bwd(dy, y):
 
 @triton.jit
 def relu(z):
-    return tl.where(z <= 0, 0.0, z)  # not tl.maximum: NaN must stay NaN
+    return tl.where(z <= 0, 0.0, z)  # not tl.maximum, because NaN must stay NaN
 
 
 @triton.jit
 def relu_bwd(dy, y):
-    return tl.where(y <= 0, 0.0, dy)  # relu'(0) = 0, as torch
+    return tl.where(y <= 0, 0.0, dy)  # relu'(0) = 0, as in torch
 
 
 @triton.jit
 def sigmoid(z):
-    e = tl.exp(-tl.abs(z))  # in (0, 1]: never overflows
+    e = tl.exp(-tl.abs(z))  # in (0, 1], so it never overflows
     return tl.where(z >= 0, 1.0 / (1.0 + e), e / (1.0 + e))
 
 
@@ -63,8 +63,8 @@ def tanh(z):
     a = tl.abs(z)
     e = tl.exp(-2.0 * a)
     large = 1.0 - 2.0 * e / (1.0 + e)
-    # Near 0 that difference would cancel: an odd polynomial, with the coefficients of Cephes'
-    # tanhf.
+    # Near 0 that difference would cancel. There, tanh is an odd polynomial with the coefficients of
+    # tanhf in the Cephes library.
     q = z * z
     p = 0.133314422 + q * (-0.0537397156 + q * (0.0206390888 + q * -0.00570498873))
     small = a + a * q * (-0.333332819 + q * p)
@@ -84,7 +84,7 @@ def leaky_relu(z):
 
 @triton.jit
 def leaky_relu_bwd(dy, y):
-    return tl.where(y > 0, dy, dy * LEAKY_SLOPE)  # the slope is positive, so y has the sign of z
+    return tl.where(y > 0, dy, dy * LEAKY_SLOPE)  # the slope is positive, so y has z's sign
 
 
 @triton.jit
@@ -136,7 +136,7 @@ def relu_squared_bwd(dy, z):
 @triton.jit
 def elu(z):
     t = tanh(0.5 * z)
-    return tl.where(z > 0, z, 2.0 * t / (1.0 - t))  # eᶻ - 1, which near 0 would cancel
+    return tl.where(z > 0, z, 2.0 * t / (1.0 - t))  # equals eᶻ - 1, without its cancellation at 0
 
 
 @triton.jit
@@ -206,11 +206,10 @@ def gelu_tanh_ref(z: torch.Tensor, out: torch.Tensor | None = None) -> torch.Ten
 def gelu_tanh_bwd_ref(
     dy: torch.Tensor, z: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    # (1 + tanh u) / 2 = σ(2u), and σ(-2u) instead of 1 - σ(2u), which cancels: that shows in the
-    # second derivative.
-    c = z.clamp(
-        -16, 16
-    )  # beyond, σ is 0 or 1, and 0 times a square that overflows half precision would be NaN
+    # (1 + tanh u) / 2 = σ(2u). σ(-2u) replaces 1 - σ(2u): that difference cancels, which makes the
+    # second derivative inexact.
+    # Beyond ±16, σ is 0 or 1. There z² may overflow half precision, and 0 · inf would be NaN.
+    c = z.clamp(-16, 16)
     u2 = 2 * SQRT_2_PI.value * (c + GELU_CUBIC.value * c**3)
     du2 = 2 * SQRT_2_PI.value * (1 + 3 * GELU_CUBIC.value * c**2)
     s = torch.sigmoid(u2)
@@ -250,24 +249,23 @@ def elu_bwd_ref(dy: torch.Tensor, y: torch.Tensor, out: torch.Tensor | None = No
 class Activation(NamedTuple):
     """One row of the table: an activation, its derivative, and what the backward needs.
 
-    `forward(z) -> y` and `backward(dy, s) -> dz` are jit scalars, with references in torch. s is
-    the output or z.
+    `forward(z) -> y` and `backward(dy, s) -> dz` are jit scalars. The `_ref` functions compute the
+    same in torch, on tensors of any shape. s is the output y or the pre-activation z.
     """
 
     forward: Any
     backward: Any
     forward_ref: Callable
     backward_ref: Callable
-    torch: Callable  # what torch.nn.functional calls it: an independent oracle
+    torch: Callable  # torch's own function, an independent oracle
     needs: str  # what the backward needs: "nothing", "y" (the output) or "z" (the pre-activation)
     kinks: tuple[float, ...] = ()  # where the derivative jumps
-    module: Callable | None = (
-        None  # () -> the torch.nn module that computes it: what `mlp.fuse` recognises
-    )
+    # () -> the torch.nn module that computes it; `mlp.fuse` recognises this module
+    module: Callable | None = None
 
     @property
     def needs_z(self) -> bool:
-        """Whether the backward needs the pre-activation."""
+        """True if the backward needs the pre-activation."""
         return self.needs == "z"
 
 
@@ -323,7 +321,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def get(name: str, op: str = "activation") -> Activation:
-    """The row called `name`; a ValueError that lists the table if there is none."""
+    """The row called `name`. If there is none, a ValueError lists the known names."""
     if name not in ACTIVATIONS:
         raise ValueError(f"{op}: unknown activation {name!r}; known: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]

@@ -2,9 +2,9 @@
 
 A heuristic serves where nothing is pinned.
 
-No autotuner: tuning costs tens of seconds a shape, its winner changes the summation order from run
-to run, and several configurations cannot run in the interpreter. An entry for PINNED comes from a
-table of `python -m bench` on that GPU.
+There is no autotuner, for three reasons. Tuning costs tens of seconds a shape. Its winner changes
+the order of summation from run to run. The interpreter cannot run several configurations. An entry
+for PINNED comes from a table of `python -m bench` on that GPU.
 """
 
 from typing import NamedTuple
@@ -16,9 +16,10 @@ from . import launch
 
 
 class FromSize(NamedTuple):
-    """The smallest products of a linear layer that are torch's own, cuBLAS's; both must be reached.
+    """The size from which on torch (cuBLAS) computes a product. Both numbers must be reached.
 
-    terms: of a sum. in_turn: multiply-adds of one processor, were it the fused kernel.
+    terms: how many terms each sum of the product has. in_turn: how many multiply-adds one processor
+    would do, one after the other, in the fused kernel.
     """
 
     terms: int
@@ -26,9 +27,9 @@ class FromSize(NamedTuple):
 
 
 class Config(NamedTuple):
-    """Tile sizes of a product, how it is launched, and from which size on the library does it.
+    """Tile sizes of a product, its launch options, and the size from which on the library serves.
 
-    The product is [BLOCK_M, BLOCK_N] += [BLOCK_M, BLOCK_K] · [BLOCK_K, BLOCK_N].
+    The product of tiles is [BLOCK_M, BLOCK_N] += [BLOCK_M, BLOCK_K] · [BLOCK_K, BLOCK_N].
     """
 
     BLOCK_M: int
@@ -36,30 +37,33 @@ class Config(NamedTuple):
     BLOCK_K: int
     num_warps: int
     num_stages: int
-    library: FromSize | None = None  # from where on it is torch's own product; None: nowhere
+    library: FromSize | None = None  # from this size on it is torch's own product; None: never
 
 
 # (kernel name, architecture, "half" | "ieee" | "tf32x3" | "tf32", bucket) -> Config.
-# Empty: nothing has been measured on a GPU yet.
+# It is empty because nothing has been measured on a GPU yet.
 PINNED: dict[tuple[str, str, str, str], Config] = {}
 
-# From where on torch's own product, in two launches, beats one launch of the fused kernel.
-# REASONED, NOT MEASURED: `python -m bench linear` measures both. What an H100 is assumed to do:
+# The size from which on torch's own product, in two launches, beats one launch of the fused kernel.
+# THE SIZES ARE REASONED, NOT MEASURED. `python -m bench linear` measures both. The assumptions are
+# for an H100:
 #
-# float32 at "highest": Triton has only the FMA units and no tile of registers as deep as cuBLAS's:
-# about a third of their 2.2e11 multiply-adds a second and processor, where cuBLAS reaches two
-# thirds or more, and splits long sums over processors besides. Another launch costs 3 to 4 µs. At
-# 7e10, half a million multiply-adds take 7 µs, of which cuBLAS saves more than half. Below, as in
-# the reference network's layers (32 × 784 × 100: 0.4 million), the time is that of launches. And z
-# is written and read once more, 2.7 ps an element at 3 TB/s, which 32 terms of a sum save.
+# float32 at "highest": the FMA units do 2.2e11 multiply-adds a second and processor. Triton reaches
+# about a third of that, because its tiles in registers are smaller than cuBLAS's. cuBLAS reaches
+# two thirds or more, and also splits long sums over processors. One more launch costs 3 to 4 µs. At
+# 7e10 a second, half a million multiply-adds take 7 µs, and cuBLAS saves more than half of it.
+# Smaller products, as in the reference network (32 × 784 × 100: 0.4 million), take the time of
+# their launches. z is written and read once more: 2.7 ps an element at 3 TB/s. A sum of 32 terms
+# saves as much.
 _FMA = FromSize(32, 2**19)
-# Half precision, large results: both use tensor cores, and cuBLAS is up to twice as fast. Another
-# reading and writing of z takes 1.3 ps an element, the product K / 3e14 s: as much at K = 400.
+# Half precision, large results: both use tensor cores, and cuBLAS is up to twice as fast. Writing
+# and reading z once more takes 1.3 ps an element. The product takes K / 3e14 s an element, which is
+# as much at K = 400.
 _TENSOR_CORES = FromSize(512, 0)
 # tf32 and tf32x3: never. Torch's own product takes tf32 for both, and no library has tf32x3.
 
-# Heuristic by element type and bucket. ieee products run on the FMA units, which unroll K: K tiles
-# stay at 16.
+# Heuristic by element type and bucket. ieee products run on the FMA units, whose code unrolls K, so
+# K tiles stay at 16.
 _HEURISTIC = {
     ("half", "large"): Config(128, 128, 64, 8, 3, _TENSOR_CORES),
     ("half", "small"): Config(64, 64, 64, 8, 3),
@@ -80,8 +84,8 @@ BUCKETS = ("large", "small", "tiny")
 def bucket(m: int, n: int, sms: int) -> str:
     """The size of an m × n result: `large`, `tiny` or `small`.
 
-    `large`: 128 × 128 tiles of it keep half the device busy. `tiny`: a side is at most 32. `small`:
-    all others.
+    `tiny`: one side is at most 32. `large`: its tiles of 128 × 128 keep half the device busy, and
+    there are at least 32 of them. `small`: all others.
     """
     if min(m, n) <= 32:
         return "tiny"
@@ -91,22 +95,23 @@ def bucket(m: int, n: int, sms: int) -> str:
 def lookup(kernel: str, arch: str, precision: str, size: str) -> Config:
     """The pinned configuration, or the heuristic one.
 
-    The heuristic is cut to what the architecture can hold in shared memory.
+    The heuristic is reduced to what fits in the architecture's shared memory.
     """
     if (kernel, arch, precision, size) in PINNED:
         return PINNED[kernel, arch, precision, size]
-    # Triton has no tensor cores on Turing: every product runs on the FMA units there, and wider
-    # tiles spill.
+    # Triton does not use the tensor cores of Turing. Every product runs on the FMA units there, and
+    # wider tiles spill.
     config = _HEURISTIC["ieee" if arch == "sm_75" else precision, size]
     if not arch.startswith("sm_"):
-        # AMD's matrix cores take float32, and the interpreter is there to run the kernels.
+        # AMD's matrix cores take float32. The interpreter must run the kernels to check them.
         config = config._replace(library=None)
-    # Turing has 64 KiB and no asynchronous copies, AMD 64 KiB: deeper pipelines would not fit.
+    # Turing and AMD have 64 KiB of shared memory, and Turing cannot copy asynchronously. Deeper
+    # pipelines would not fit there.
     return config._replace(num_stages=2) if arch == "sm_75" or arch.startswith("gfx") else config
 
 
 class Product(NamedTuple):
-    """How an m × n product is computed on a device: `product` makes it."""
+    """How an m × n product is computed on a device. `product` makes it."""
 
     config: Config
     precision: str  # of float32 products
@@ -114,22 +119,22 @@ class Product(NamedTuple):
 
     @property
     def options(self) -> dict:
-        """Keyword arguments of a kernel that multiplies: tiles, precision, how it is launched."""
+        """Keyword arguments of a product kernel: tiles, precision and launch options."""
         tiles = self.config._asdict()
         del tiles["library"]
         return dict(tiles, PRECISION=self.precision)
 
     def over(self, *terms: int) -> dict:
-        """`options`, and whether sums of so many terms take whole tiles only."""
+        """`options` and WHOLE: True if sums of so many terms consist of whole tiles only."""
         whole = all([k % self.config.BLOCK_K == 0 for k in terms])
         return dict(self.options, WHOLE=whole)
 
     def grid(self, m: int, n: int) -> tuple[int, int]:
-        """Tiles of an m × n result."""
+        """(rows, columns) of tiles of an m × n result."""
         return triton.cdiv(m, self.config.BLOCK_M), triton.cdiv(n, self.config.BLOCK_N)
 
     def by_library(self, m: int, n: int, k: int) -> bool:
-        """Whether torch's own product serves, for sums of k terms, rather than the fused kernel."""
+        """True if torch's own product serves instead of the fused kernel, for sums of k terms."""
         forced = launch.products()
         if forced is not None:
             return forced == "library"
@@ -144,8 +149,8 @@ class Product(NamedTuple):
 def product(kernel: str, like: torch.Tensor, m: int, n: int, heavy: bool = False) -> Product:
     """How a product kernel computes an m × n result, for device and dtype of `like`.
 
-    heavy: its epilogue takes so many registers (act' of z, Adam) that a thread's share of 128 × 128
-    would spill.
+    heavy: the epilogue needs many registers (act' of z, Adam), so BLOCK_N is halved from 128 to
+    avoid spilling.
     """
     precision, arch = launch.dot_precision(), launch.arch(like.device)
     processors = launch.sm_count(like.device)
@@ -157,11 +162,11 @@ def product(kernel: str, like: torch.Tensor, m: int, n: int, heavy: bool = False
 
 
 def convolution(kernel: str, like: torch.Tensor, m: int, n: int) -> dict:
-    """As `product`, for a convolution, with small tiles.
+    """Launch options of a convolution with an m × n result, for device and dtype of `like`.
 
-    Each element of a patch needs an address and a mask, which take registers.
-
-    Rows, the many, are cut until every processor has a tile; columns, often few, are padded to 16.
+    Tiles are small because each element of a patch needs an address and a mask in registers. A tile
+    has at most 64 rows. The rows are halved, down to 16, until every processor has a tile. Columns
+    are often few, and are padded to 16.
     """
     precision, sms = launch.dot_precision(), launch.sm_count(like.device)
     kind = precision if like.dtype == torch.float32 else "half"
@@ -183,39 +188,40 @@ def convolution(kernel: str, like: torch.Tensor, m: int, n: int) -> dict:
 def all_registers(device) -> dict:
     """The launch option that lets ptxas use all registers.
 
-    Without it, ptxas stops where one more block fits, at 80 or 128 registers, and spills.
+    Without it, ptxas may stop at 80 or 128 registers, so that one more block fits, and spill.
     """
     return {"maxnreg": 255} if launch.arch(device).startswith("sm_") else {}
 
 
-# Multiply-adds of a step in layers 2 … L, forward and backward, beyond which a chain of products
-# is taken: each program of the training kernels would repeat them. Reasoned, not yet measured.
+# The most multiply-adds of a step in layers 2 … L, forward and backward, for training kernels. Each
+# of their programs repeats these. Above the limit, separate products serve. The number is reasoned,
+# not measured.
 MOST_REPEATED = 2_000_000
 
 
-# What a training kernel holds in registers at most, so that nothing spills: rows of a batch, by
-# precision, and rows times outputs, both padded to powers of two. tests/compile compiles these
-# limits: at twice as many outputs, 2 to 40 local accesses in ieee, and in tf32 on sm_80.
+# The most that a training kernel holds in registers without spilling, by precision: rows of a
+# batch, and rows times outputs, all padded to powers of two. tests/compile compiles these limits.
+# With twice as many outputs there are 2 to 40 local accesses in ieee, and in tf32 on sm_80.
 MOST_ROWS = {"ieee": 128, "tf32": 128, "tf32x3": 64}
 MOST_OUTPUTS = {"ieee": 128 * 32, "tf32": 128 * 16, "tf32x3": 64 * 64}
 
 
 class Training(NamedTuple):
-    """Tiles of the kernels that hold a whole training step, see `layers`.
+    """Tiles of the kernels that hold a whole training step, see `training.layers`.
 
-    They bound the registers, whatever the network.
+    They bound the registers for networks of every size.
     """
 
-    columns: int  # of a layer, computed at once
-    block_k: int  # input features read at once
-    block_r: int  # terms of a sum over hidden units taken at once
-    rows: int  # outputs of layer 1 that one program owns, where several share a network
+    columns: int  # columns of a layer that are computed at once
+    block_k: int  # input features that are read at once
+    block_r: int  # terms that are added at once in a sum over hidden units
+    rows: int  # outputs of layer 1 that one program owns, if several share a network
     num_warps: int
     num_stages: int
 
 
 # (kernel name, architecture, precision, states of a parameter, sizes, padded batch) -> Training.
-# Empty: nothing has been measured on a GPU yet.
+# It is empty because nothing has been measured on a GPU yet.
 PINNED_TRAINING: dict[tuple[str, str, str, int, tuple[int, ...], int], Training] = {}
 
 
@@ -224,7 +230,7 @@ def training(
 ) -> Training:
     """The pinned configuration, or tiles that fit the registers.
 
-    Both were checked by compiling. Nothing of them is measured.
+    tests/compile checks that these tiles do not spill. Their speed has not been measured.
     """
     pinned = PINNED_TRAINING.get((kernel, arch, precision, states, tuple(sizes), block_m))
     if pinned:
@@ -237,10 +243,9 @@ def training(
         else (16 if precision == "ieee" else 32, 16)
     )
     if precision == "ieee" and block_m > 64:
-        block_k = 16  # FMA: a thread holds what it multiplies, over all the batch
-    if not arch.startswith(
-        "sm_"
-    ):  # a lane of AMD's has twice the registers; its products want 16 rows
+        block_k = 16  # FMA: a thread holds its factors for the whole batch in registers
+    # On AMD a lane has twice the registers, and products need 16 rows.
+    if not arch.startswith("sm_"):
         return Training(columns, 16, 16, 16, num_warps=4, num_stages=1)
     small = precision == "tf32x3" and states > 1 and block_m > 32 and older(arch)
     if small and kernel != "exchange":
@@ -249,10 +254,10 @@ def training(
 
 
 def older(arch: str) -> bool:
-    """Whether it is an NVIDIA GPU before Hopper: operands of its products lie in registers."""
+    """True for NVIDIA GPUs before Hopper, whose products take their operands from registers."""
     return arch.startswith("sm_") and int(arch[3:]) < 90
 
 
 def spills_shared(arch: str, precision: str, block_m: int) -> bool:
-    """Whether programs that share a network would spill, where one alone does not."""
+    """True if programs that share a network would spill where one program alone does not."""
     return precision == "ieee" and block_m > 64 and older(arch)

@@ -1,15 +1,16 @@
 """What every operation shares: which implementation runs, how a kernel is launched, device facts.
 
-A leaf: it imports no operation. The backend is chosen here and nowhere else:
+This module imports no operation. Only this module chooses the backend:
 
-    CUDA, HIP or XPU tensor                 -> the Triton kernel
-    CPU tensor under TRITON_INTERPRET=1     -> the same kernel, in Triton's interpreter
-    any other tensor, or float64 anywhere   -> the reference, in plain torch
-    somebody follows every operation        -> the reference: torch.func, torch.export, torch.jit
-    a tensor that is no plain memory        -> the reference: DTensor, FakeTensor, other subclasses
+    CUDA, HIP or XPU tensor                   -> the Triton kernel
+    CPU tensor under TRITON_INTERPRET=1       -> the same kernel, in Triton's interpreter
+    any other tensor, or float64 anywhere     -> the reference, in plain torch
+    torch.func, torch.export or torch.jit     -> the reference, because they must see every
+    follows the operations                       operation
+    DTensor, FakeTensor, other subclasses     -> the reference, because a kernel needs plain memory
 
-and `use("torch")` or `use("triton")` forces one of them. Which kernels compute the products of
-linear layers says `configs`, and `use(products=…)` forces that.
+`use("torch")` or `use("triton")` forces one of them. `configs` chooses the kernels for the products
+of linear layers, and `use(products=…)` forces that choice.
 """
 
 import contextlib
@@ -22,8 +23,8 @@ import triton
 import triton.language as tl
 from torch.autograd import forward_ad
 
-# Read once, at import, because @triton.jit reads it once as well: later changes of the variable
-# would not reach the kernels.
+# Read once, at import. @triton.jit also reads it once, so later changes of the variable would not
+# reach the kernels.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 INTERPRET = tl.constexpr(INTERPRETED)
 
@@ -44,18 +45,18 @@ _target: tuple[str, int] | None = None  # (architecture, processors) while dry_r
 def use(
     backend: str | None = None, *, products: str | None = None
 ) -> contextlib.AbstractContextManager[None]:
-    """`with use("torch"):` forces the reference, `with use("triton"):` the kernels.
+    """A context manager. `use("torch")` forces the reference, `use("triton")` forces the kernels.
 
-    products forces how kernels multiply in linear layers. `with use(products="fused"):` product,
-    bias and activation are one Triton kernel. `with use(products="library"):` the product is
-    torch's own, by cuBLAS, and a Triton kernel applies the activation or its derivative. Without
-    it, `kernels.configs` chooses by size and precision. The library follows torch's precision
-    settings: TF32 only where torch itself would take it.
+    products forces how kernels multiply in linear layers. With "fused", one Triton kernel does
+    product, bias and activation. With "library", torch computes the product (by cuBLAS), and a
+    Triton kernel applies the activation or its derivative. Without products, `kernels.configs`
+    chooses by size and precision. The library follows torch's precision settings: it takes TF32
+    only where torch itself would.
 
-    Both hold in every thread.
+    Both settings hold in every thread.
 
-    Forcing `"triton"` on tensors that no kernel can take (float64, or a CPU without the
-    interpreter) is an error.
+    ValueError: neither argument, or an unknown value. Under `"triton"`, an operation also raises it
+    for tensors that no kernel takes (float64, or on a CPU without the interpreter).
     """
     if backend is None and products is None:
         raise ValueError('use: give a backend, "torch" or "triton", or products=, got neither')
@@ -78,10 +79,10 @@ def _using(backend, products):
 
 
 def products() -> str | None:
-    """How linear layers must multiply, `"fused"` or `"library"`; None where `configs` may choose.
+    """How linear layers must multiply: `"fused"`, `"library"`, or None if `configs` may choose.
 
-    Under torch.use_deterministic_algorithms it is the fused kernel, unless `use` says otherwise:
-    cuBLAS is deterministic only with settings of its environment, and torch refuses it without.
+    Under torch.use_deterministic_algorithms it is "fused", unless `use` forces "library". cuBLAS is
+    deterministic only with certain environment variables, and torch refuses it without them.
     """
     if _products is None and torch.are_deterministic_algorithms_enabled():
         return "fused"
@@ -96,7 +97,7 @@ def backend(*tensors: torch.Tensor | None) -> str:
     if _forced == "torch":
         return "torch"
     if _forced is None and _target is None and tensors and on_cpu(tensors[0]):
-        return "torch"  # the short way, for the CPU's training loop
+        return "torch"  # a shortcut that saves time in training loops on the CPU
     if watched() or not plain(*tensors):
         return "torch"
     real = [t for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()]
@@ -113,32 +114,33 @@ def backend(*tensors: torch.Tensor | None) -> str:
 
 
 def on_cpu(tensor: torch.Tensor | None) -> bool:
-    """Whether no kernel takes this tensor, as it lies on a CPU without the interpreter."""
+    """True if the tensor is on a CPU without the interpreter, so no kernel takes it."""
     return not INTERPRETED and tensor is not None and tensor.is_cpu
 
 
 def path(*tensors: torch.Tensor | None) -> str:
-    """Deprecated: the name that `backend` had before version 0.2; it goes with version 0.3."""
+    """Deprecated alias of `backend`, its name before version 0.2. Version 0.3 removes it."""
     return backend(*tensors)
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _NO_TENSORS = (str, type(None), int, float, bool)
-# Those of is_grads_batched=True.
+# True for the batched gradients of is_grads_batched=True.
 _batched: Callable[[Any], bool] = torch._C._functorch.is_legacy_batchedtensor
 _NO_DISPATCH = torch.Tensor.__torch_dispatch__
-# Asked in every call: each step of Python between costs as much as the answer.
+# These are torch's C functions themselves. Every call asks them, and one Python call in between
+# costs as much as the answer.
 _are_functorch_transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 _len_torch_dispatch_stack: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _is_tracing: Callable[[], bool] = torch._C._is_tracing
 
 
 def plain(*tensors: torch.Tensor | None) -> bool:
-    """Whether all of these are plain memory, which a kernel can take a pointer of.
+    """True if all tensors are plain memory, so a kernel can take pointers to them.
 
-    Not so: subclasses with a __torch_dispatch__ of their own (DTensor, FakeTensor), nested tensors,
-    and the batched gradients of is_grads_batched=True. For torch.func's see `watched`. None and
-    non-tensors are ignored.
+    False for subclasses with their own __torch_dispatch__ (DTensor, FakeTensor), for nested
+    tensors, and for the batched gradients of is_grads_batched=True. `watched` covers the tensors of
+    torch.func. None and non-tensors are ignored.
     """
     for t in tensors:
         kind: Any = type(t)
@@ -155,14 +157,17 @@ def plain(*tensors: torch.Tensor | None) -> bool:
 
 
 def has_kernels(t: torch.Tensor) -> bool:
-    """Whether kernels take a tensor of this type on this device, whoever watches or forces."""
+    """True if kernels take tensors of this dtype on this device.
+
+    It does not ask `use` or `watched`.
+    """
     if t.is_cpu and not INTERPRETED and _target is None:
-        return False  # the short way
+        return False  # a shortcut
     return t.dtype in KERNEL_DTYPES and _has_kernels(t.device)
 
 
 def is_forced() -> bool:
-    """Whether `use` says which backend to take."""
+    """True if `use` forces a backend."""
     return _forced is not None
 
 
@@ -175,19 +180,19 @@ def _has_kernels(device: torch.device) -> bool:
 
 
 _plans: dict[tuple, Any] = {}
-_MOST_PLANS = 4096  # kept: more kinds of arguments are planned anew
+_MOST_PLANS = 4096  # when so many are kept, all are dropped and planned again
 
 
 def planned(make: Callable[..., Any], tensors: tuple, *options: Any) -> Any:
-    """`make(*tensors, *options)`, once for each kind of arguments.
+    """`make(*tensors, *options)`, called once for each kind of arguments and then remembered.
 
-    For what an operation does before it allocates: checks, the choice of the implementation, tiles
-    and strides. `make` may ask of a tensor its type, shape, strides, dtype, device and layout, and
-    it may ask what is in force here and in torch's settings of products. What it returns must hold
-    no tensor. An error is raised each time.
+    An operation uses it for its work before allocation: checks, the choice of the implementation,
+    tiles and strides. `make` may read a tensor's type, shape, strides, dtype, device and layout. It
+    may also read the settings of this module and torch's settings of products. Its result must hold
+    no tensor. Errors are not remembered: each call raises them again.
     """
     if (_forced is None and _target is None and on_cpu(tensors[0])) or watched():
-        return make(*tensors, *options)  # on a CPU to ask costs as little as to look it up
+        return make(*tensors, *options)  # on a CPU, the call is as cheap as the look-up
     key: list[Any] = [make, options, _forced, _target, INTERPRETED, dot_precision(), products()]
     for t in tensors:
         if t is None:
@@ -198,7 +203,7 @@ def planned(make: Callable[..., Any], tensors: tuple, *options: Any) -> Any:
             return make(*tensors, *options)
     known = tuple(key)
     plan = _plans.get(known, _plans)
-    if plan is _plans:  # which is no plan
+    if plan is _plans:  # the default of get: there is no plan yet
         if len(_plans) >= _MOST_PLANS:
             _plans.clear()
         plan = _plans[known] = make(*tensors, *options)
@@ -206,7 +211,7 @@ def planned(make: Callable[..., Any], tensors: tuple, *options: Any) -> Any:
 
 
 def forget() -> None:
-    """Plan everything anew: for tests, which change what a device is."""
+    """Drop all plans. For tests, which change the facts of a device."""
     _plans.clear()
 
 
@@ -215,8 +220,8 @@ def run(kernel, grid: tuple[int, ...], *args, **options) -> None:
 
     An empty grid launches nothing.
 
-    Tensors whose minus sign is still to be applied, as `z.conj().imag` gives them, are inputs: the
-    kernel gets a copy that has it.
+    A tensor may have a minus sign that torch has not applied yet, as `z.conj().imag` has. The
+    kernel then gets a copy with the sign applied, so such a tensor can only be an input.
     """
     if 0 in grid:
         return
@@ -236,8 +241,9 @@ def run(kernel, grid: tuple[int, ...], *args, **options) -> None:
 
 
 def _looked_over(values: tuple) -> tuple[Any, bool]:
-    """(the first tensor among values and in their tuples, whether one of them has a minus sign
-    still to be applied).
+    """(first tensor, is_signed) of the values and the tuples among them.
+
+    is_signed: True if a tensor has a minus sign that torch has not applied yet.
     """
     first, is_signed = None, False
     for value in values:
@@ -256,9 +262,10 @@ def _looked_over(values: tuple) -> tuple[Any, bool]:
 
 
 def _signed(value):
-    """The tensors, however nested, without torch's lazy minus sign.
+    """The value, a tensor or nested tuples, with torch's lazy minus signs applied.
 
-    Pointers do not carry the sign. Strides are kept, as they have been read already.
+    A pointer does not carry the sign. The strides stay the same, because the caller has already
+    read them.
     """
     if isinstance(value, torch.Tensor) and value.is_neg():
         raw = torch._neg_view(value)  # the memory as it is
@@ -274,7 +281,7 @@ def _signed(value):
 
 @contextlib.contextmanager
 def observe(callback):
-    """Calls `callback(kernel, grid, args, options)` before every launch.
+    """A context in which `callback(kernel, grid, args, options)` is called before every launch.
 
     Benchmarks count launches and bytes with it.
     """
@@ -287,10 +294,11 @@ def observe(callback):
 
 @contextlib.contextmanager
 def dry_run(arch: str, sms: int):
-    """Choose backend and configurations as on that GPU, and launch nothing: results stay unwritten.
+    """A context that chooses backend and configurations as on that GPU, and launches nothing.
 
-    With `observe` and tensors on the meta device this lists what an operation would launch there:
-    for compiling without a GPU and for counting.
+    arch: such as "sm_90". sms: how many multiprocessors it has. Results stay unwritten. With
+    `observe` and tensors on the meta device, it shows what an operation would launch on that GPU.
+    Tests compile these kernels without a GPU, and benchmarks count them.
     """
     global _target
     before, _target = _target, (arch, sms)
@@ -306,14 +314,14 @@ def arch(device: torch.device) -> str:
 
 
 def lanes(arch: str) -> int:
-    """Threads of a warp: 64 on AMD's CDNA, 32 elsewhere."""
+    """Threads of a warp: 64 on AMD's CDNA, 32 on other devices."""
     return 64 if arch.startswith("gfx9") else 32
 
 
 def sm_count(device: torch.device) -> int:
-    """Streaming multiprocessors (compute units) of a device.
+    """How many streaming multiprocessors (compute units) a device has.
 
-    1 in the interpreter, which runs one program at a time.
+    It is 1 in the interpreter, which runs one program at a time.
     """
     return _target[1] if _target else _device_facts(device)[1]
 
@@ -334,22 +342,22 @@ def _device_facts(device: torch.device) -> tuple[str, int]:
 def dot_precision() -> str:
     """The precision of float32 products, as Triton's `input_precision`.
 
-    It follows torch.get_float32_matmul_precision(), or torch's newer setting where that is in
-    force.
+    "ieee", "tf32x3" or "tf32". It follows torch.get_float32_matmul_precision(), or torch's newer
+    setting if that one is used. On AMD it is always "ieee".
     """
     if _target[0].startswith("gfx") if _target else torch.version.hip:
         return "ieee"
     try:
         older = torch.get_float32_matmul_precision()
-    except RuntimeError:  # torch refuses to say where the newer setting contradicts it
+    except RuntimeError:  # torch raises this if the newer setting contradicts the older one
         return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[older]
 
 
 def check_same(op: str, **tensors: torch.Tensor | None) -> None:
-    """Raises a ValueError unless all tensors are dense, of one dtype, on one device.
+    """Raises a ValueError unless all tensors are dense, of one dtype and on one device.
 
-    It names the odd one. None is skipped.
+    The error names the tensor that differs. None is skipped.
     """
     if _alike(tensors.values()):
         return
@@ -365,7 +373,7 @@ def check_same(op: str, **tensors: torch.Tensor | None) -> None:
 
 
 def _alike(tensors) -> bool:
-    """Whether `check_same` has nothing to say of these: the short way, for every call."""
+    """True if `check_same` would not raise. A fast test, because every call makes it."""
     dtype = device = None
     for t in tensors:
         if t is None:
@@ -380,7 +388,7 @@ def _alike(tensors) -> bool:
 def check_placed(op: str, **tensors: torch.Tensor | None) -> None:
     """Raises a ValueError unless all tensors are dense and on one device.
 
-    It names the odd one. None is skipped.
+    The error names the tensor that differs. None is skipped.
     """
     given = {name: t for name, t in tensors.items() if t is not None}
     first, reference = next(iter(given.items()))
@@ -397,22 +405,21 @@ def check_placed(op: str, **tensors: torch.Tensor | None) -> None:
 
 
 def profiled() -> bool:
-    """Whether a profiler of torch is on, which wants a record of every step."""
+    """True if one of torch's profilers is on. It needs a record of every step."""
     return torch.autograd._profiler_enabled()
 
 
 def watched() -> bool:
     """True while something follows every torch operation.
 
-    torch.func, forward-mode AD, torch.export, torch.jit.trace, make_fx, fake tensors.
-
-    Then no kernel may run, as it would not be seen, and no value may be read.
+    Such are torch.compile, torch.func, forward-mode AD, torch.export, torch.jit.trace, make_fx and
+    fake tensors. No kernel may run then, because they would not see it. No value may be read.
     """
     return torch.compiler.is_compiling() or followed()
 
 
 def followed() -> bool:
-    """`watched` for a caller that knows that nothing is being compiled."""
+    """`watched` for a caller that has excluded torch.compile already."""
     return (
         _are_functorch_transforms_active()
         or _len_torch_dispatch_stack() > 0

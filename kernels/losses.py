@@ -1,10 +1,12 @@
 """The loss table: every loss of the library, once.
 
 Most losses are a sum over elements, ℓ = Σ_c ℓ(y_c, t_c). Such a row holds one scalar `@triton.jit`
-function, (y, t, parameter) -> (ℓ, ∂ℓ/∂y), of plain `tl` calls on elements, so that other compilers
-than Triton can take the same source. Softmax cross-entropy looks at all classes of a row at once:
-it has no scalar, but a tile of its own. Each comes again in plain torch, which is the CPU
-implementation, and with torch's own function, which is the oracle of the tests.
+function, (y, t, parameter) -> (ℓ, ∂ℓ/∂y). It consists of plain `tl` calls on elements, so compilers
+other than Triton can take the same source. Softmax cross-entropy needs all classes of a row at
+once, so it has a tile function instead of a scalar.
+
+Each row also holds the loss in plain torch, which is the CPU implementation, and torch's own
+function, which is the oracle of the tests.
 
     cross_entropy   Σ_c q_c (lse - y_c)   q: the target's weight on each class, lse = log Σ exp y
     mse             (y - t)²
@@ -12,10 +14,11 @@ implementation, and with torch's own function, which is the oracle of the tests.
     huber           ½ d² where |d| ≤ delta, else delta (|d| - ½ delta)    d = y - t
     pinball         quantile · (t - y) where t > y, else (1 - quantile) (y - t)
 
-A loss has at most one parameter: a number, or one number for each output. Nothing else in the
-library names a loss, but for the classes and functions that are called like one.
+A loss has at most one parameter: a number, or one number for each output. Elsewhere, only the
+classes and functions named after a loss name it.
 
-To add one: a jit function, two torch functions, a row at the bottom, and its class in mlp/loss.py.
+To add one, write a jit function, two torch functions, a row at the bottom, and its class in
+mlp/loss.py.
 """
 
 import dataclasses
@@ -30,16 +33,16 @@ from torch import Tensor
 
 from .activations import sigmoid
 
-# Of a column that does not exist: finite, so that 0 times it is 0.
+# The output of a column that does not exist. It is finite, so 0 times it is 0.
 LOWEST = tl.constexpr(-3.0e38)
-NEVER = tl.constexpr(-(1 << 62))  # the ignored label of losses that ignore none
+NEVER = tl.constexpr(-(1 << 62))  # the ignored label of losses that ignore no label
 
 
 class Classes(NamedTuple):
     """The facts about classes that the kernels of cross-entropy need.
 
-    How many there are, weights (count,) or None with their stride, the label that is ignored, and
-    label smoothing.
+    count: how many classes there are. weight_ptr: their weights (count,) or None, with their
+    stride. ignored: the label that counts for nothing. smoothing: of labels, in [0, 1].
     """
 
     count: Any
@@ -59,7 +62,7 @@ def target_tile(
     classes,  # Classes
     SOFT: tl.constexpr,
 ):
-    """q of cross-entropy's formula for one tile, and which classes the loss reads.
+    """(q, counted) of one tile: q of cross-entropy's formula, and which classes the loss reads.
 
     q is 0 outside the mask.
     """
@@ -81,7 +84,7 @@ def target_tile(
 def label_weight(label, valid, classes):
     """What a row adds to the mean's denominator: w_y, or 0 if the row is ignored.
 
-    NaN for a label that is no class, so that it shows.
+    It is NaN for a label that is no class, so that the loss shows the mistake.
     """
     known = (label >= 0) & (label < classes.count)
     counted = valid & (label != classes.ignored)
@@ -94,14 +97,13 @@ def label_weight(label, valid, classes):
 
 @triton.jit
 def softmax_loss_tile(z, m, s, q, counted, total):
-    """(Σ_c q (lse - z), Q p - q) of one tile.
+    """(Σ_c q (lse - z), Q p - q) of one tile: each row's loss, and the gradient.
 
-    Given are each row's maximum m, s = Σ exp(z - m) and the total Q.
+    m is each row's maximum, s is Σ exp(z - m), and total is Q.
     """
     shifted = z - m[:, None]
-    loss = tl.sum(
-        tl.where(counted, q * (tl.log(s)[:, None] - shifted), 0.0), axis=1
-    )  # 0 · inf is NaN, as torch
+    # 0 · inf is NaN, as in torch.
+    loss = tl.sum(tl.where(counted, q * (tl.log(s)[:, None] - shifted), 0.0), axis=1)
     return loss, tl.exp(shifted) / s[:, None] * total[:, None] - q
 
 
@@ -126,23 +128,26 @@ def elementwise_tile(y, q, mask, counted, parameter, NET: tl.constexpr):
 
 @triton.jit
 def first_largest(z, offs_c):
-    """The first column of each row's maximum, as torch.argmax.
+    """The first column of each row's maximum, as torch.argmax gives it.
 
-    A large number where there is none (NaN).
+    It is a large number if the row holds a NaN and has no maximum.
     """
     return tl.min(tl.where(z == tl.max(z, axis=1)[:, None], offs_c[None, :], 1 << 30), axis=1)
 
 
 @triton.jit
 def same_class(y, q, mask, offs_c):
-    """Rows whose largest output is where the largest target is."""
+    """True for rows whose largest output and largest target are in the same column."""
     z = first_largest(tl.where(mask, y, LOWEST), offs_c)
     return z == first_largest(tl.where(mask, q, LOWEST), offs_c)
 
 
 @triton.jit
 def same_signs(y, q, mask, offs_c):
-    """Rows whose outputs are positive exactly where the target is above one half. NaN is wrong."""
+    """True for rows whose outputs are positive exactly where the target is above one half.
+
+    A NaN output is wrong.
+    """
     right = tl.where(q > 0.5, y > 0, y <= 0)
     return tl.min(tl.where(mask, right.to(tl.int32), 1), axis=1) == 1
 
@@ -155,7 +160,7 @@ def squared_error(y, t, parameter):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for x in [0, 1]: what rounding 1 + x loses is put back by the quotient."""
+    """log(1 + x) for x in [0, 1]. The quotient x / d corrects the rounding of 1 + x."""
     u = 1.0 + x
     d = u - 1.0
     return tl.where(d == 0, x, tl.log(u) * (x / tl.where(d == 0, 1.0, d)))
@@ -181,14 +186,15 @@ def pinball(y, t, quantile):
     d = t - y
     loss = tl.where(d > 0, quantile * d, (quantile - 1.0) * d)
     g = tl.where(d > 0, -quantile, tl.where(d < 0, 1.0 - quantile, 0.5 - quantile))
-    return loss, tl.where(d == d, g, d)  # at 0 the mean of both sides; NaN stays NaN
+    return loss, tl.where(d == d, g, d)  # at 0 it is the mean of both sides; NaN stays NaN
 
 
 def cross_entropy_ref(
     y: torch.Tensor, q: torch.Tensor, parameter: float | torch.Tensor | None = None
 ) -> torch.Tensor:
     terms = -(torch.log_softmax(y, -1) * q)
-    # Beside a label an output may be -inf. Of probabilities, 0 · inf is NaN, as torch.
+    # With labels, an output that is not the label's may be -inf. With probabilities, 0 · inf is
+    # NaN, as in torch.
     return terms if q.is_floating_point() else torch.where(q == 0, 0, terms)
 
 
@@ -251,17 +257,17 @@ def pinball_gradient_ref(
     y: torch.Tensor, t: torch.Tensor, quantile: float | torch.Tensor
 ) -> torch.Tensor:
     d = t - y
-    g = (1 - d.sign()) * 0.5 - quantile  # at d = 0 the mean of both sides, as of torch.maximum
+    g = (1 - d.sign()) * 0.5 - quantile  # at d = 0 the mean of both sides, as in torch.maximum
     return torch.where(d == d, g, d)
 
 
 def same_class_ref(y: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """(…,) whether the largest output is where the largest target is."""
+    """(…,) True where the largest output and the largest target are in the same column."""
     return y.argmax(-1) == t.argmax(-1)
 
 
 def same_signs_ref(y: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """(…,) whether outputs are positive exactly where the target is above one half."""
+    """(…,) True where outputs are positive exactly where the target is above one half."""
     return torch.where(t > 0.5, y > 0, y <= 0).all(-1)
 
 
@@ -276,7 +282,7 @@ def unchanged(output: torch.Tensor) -> torch.Tensor:
 
 
 def shares(output: torch.Tensor) -> torch.Tensor:
-    """(…, C) outputs as shares of their sum; negative ones count as nothing."""
+    """(…, C) outputs as shares of their sum. Negative outputs count as 0."""
     positive = output.clamp_min(0)
     return positive / positive.sum(-1, keepdim=True).clamp_min(torch.finfo(output.dtype).tiny)
 
@@ -313,7 +319,7 @@ def _torchs_huber(y, t, parameter=1.0, reduction="mean"):
 
 
 def _torchs_pinball(y, t, parameter=0.5, reduction="mean"):
-    """torch has none: the larger of two lines."""
+    """The larger of two lines, because torch has no pinball loss."""
     q = torch.as_tensor(parameter, dtype=y.dtype, device=y.device)
     loss = torch.maximum(q * (t - y), (q - 1) * (t - y))
     return {"none": loss, "sum": loss.sum(), "mean": loss.mean()}[reduction]
@@ -323,23 +329,23 @@ def _torchs_pinball(y, t, parameter=0.5, reduction="mean"):
 class Loss:
     """One row. t stands for targets of y's shape: numbers, or labels as integer rows of 0 and 1.
 
-    A row is part of a constexpr of kernels: `cache_key` makes Triton's caches follow its functions.
+    A row is part of a constexpr of kernels. `cache_key` makes Triton's caches follow its functions.
     """
 
     name: str
     function: str  # the public function of `kernels` that computes it
     scalar: Any  # jit (y, t, parameter) -> (loss, gradient) of elements; None if there is none
-    value_ref: Callable  # (y, t, parameter) -> terms of y's shape, whose sum is the loss
+    value_ref: Callable  # (y, t, parameter) -> terms of y's shape; their sum is the loss
     gradient_ref: Callable  # (y, t, parameter) -> ∂(sum of the terms)/∂y
     torch: Callable  # (y, t, parameter, reduction): torch's function or formula, an oracle
     targets: str  # "classes": labels or probabilities; "numbers": also rows of 0 and 1
-    predict: Callable  # outputs -> what they say, in the targets' units
-    probabilities: Callable  # outputs -> what they give each class, where targets are labels
+    predict: Callable  # outputs -> predictions in the targets' units
+    probabilities: Callable  # outputs -> the probability of each class, where targets are labels
     parameter: str | None = None  # name of the parameter
-    default: float = 1.0  # its value, if none is given
-    check: Callable = _any  # (operation, number): raises if that cannot be the parameter
-    vector: bool = False  # whether the parameter may be one number for each output
-    target_gradient_ref: Callable | None = None  # ∂/∂t where it is not -∂/∂y
+    default: float = 1.0  # the parameter's value, if none is given
+    check: Callable = _any  # (operation, number): raises if the parameter cannot be this number
+    vector: bool = False  # True if the parameter may be one number for each output
+    target_gradient_ref: Callable | None = None  # ∂/∂t, or None if it is -∂/∂y
     tile: Any = elementwise_tile  # jit (y, t, mask, counted, parameter, NET) -> (loss, gradient)
     correct: Any = same_class  # jit (y, t, mask, columns) -> which rows are right
     correct_ref: Callable = same_class_ref  # (y, t) -> which rows are right
@@ -350,16 +356,16 @@ class Loss:
 
     @property
     def cache_key(self) -> str:
-        """Changes whenever the source of one of the row's jit functions does."""
+        """A key that changes whenever the source of one of the row's jit functions changes."""
         return "-".join(f.cache_key for f in (self.tile, self.scalar, self.correct) if f)
 
     @property
     def per_element(self) -> bool:
-        """Whether the mean is over all elements, as of losses with a scalar; else over rows."""
+        """True if the mean is over all elements, as for losses with a scalar. Else over rows."""
         return self.scalar is not None
 
     def refusal(self, outputs: int, target: Tensor) -> str | None:
-        """In words, why these targets cannot train so many outputs; None if they can."""
+        """The reason why these targets cannot train so many outputs, or None if they can."""
         if outputs > 1 or not target.is_floating_point() or self.targets != "classes":
             return None
         return (
@@ -369,10 +375,16 @@ class Loss:
         )
 
     def numbers(self, parameter: float | Sequence[float] | None) -> tuple[float, ...]:
-        """The parameter, checked, as one number or one for each output; () of a loss without."""
+        """The checked parameter: one number, one for each output, or () if the loss has none.
+
+        ValueError: a parameter for a loss that has none, too many numbers, or a number that the
+        row's `check` refuses.
+        """
         if self.parameter is None:
             if parameter is not None:
-                raise ValueError(f"{self.function}: has no parameter, got {parameter}")
+                raise ValueError(
+                    f"{self.function}: this loss has no parameter, got {parameter}; leave it out"
+                )
             return ()
         if parameter is None:
             return (self.default,)
@@ -461,7 +473,7 @@ LOSSES: dict[str, Loss] = {row.name: row for row in ROWS}
 
 
 def get(name: str, op: str = "loss") -> Loss:
-    """The row called `name`; a ValueError that lists the table if there is none."""
+    """The row called `name`. If there is none, a ValueError lists the known names."""
     if name not in LOSSES:
         raise ValueError(f"{op}: unknown loss {name!r}; known: {', '.join(LOSSES)}")
     return LOSSES[name]

@@ -13,7 +13,7 @@ from . import launch
 def cast(x, dtype: tl.constexpr):
     """x.to(dtype), rounded to nearest even.
 
-    The interpreter would truncate float32 to bfloat16.
+    The interpreter alone would truncate float32 to bfloat16, so the bits are rounded there.
     """
     if launch.INTERPRET and dtype == tl.bfloat16:
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)
@@ -24,9 +24,9 @@ def cast(x, dtype: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a·b in float32.
+    """acc + a·b, accumulated in float32.
 
-    The interpreter gets float32, because it would multiply bfloat16's raw bits.
+    The interpreter gets float32 operands, because it would multiply the raw bits of bfloat16.
     """
     if launch.INTERPRET:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
@@ -35,22 +35,23 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def settled(x):
-    """x, rounded: what a sum over lanes may take.
+    """x, rounded, so that a sum over lanes may take it.
 
-    The choice comes after the product that x may be. A bare product would be fused with the sum's
-    first addition, where a lane adds what another lane sent: each lane would round the other's
-    product and not its own, so that lanes which store one sum would hold different ones.
+    x may be a product. The compiler would fuse it with the sum's first addition, which adds
+    another lane's value. Each lane would then round the other's product but not its own, and lanes
+    that store the same sum would hold different values. The tl.where after the product prevents
+    the fusion.
     """
     return tl.where(x == 0.0, 0.0, x)
 
 
-# Rows of tiles that are done together. Eight rows, and as many columns as then run at once, make a
-# block about as high as wide for a hundred programs: it reads the fewest tiles.
+# Rows of tiles that are computed together. With a hundred programs at once, eight rows and their
+# columns make a block about as high as wide. Such a block reads the fewest tiles.
 GROUP = tl.constexpr(8)
 
 
 class Matrix(NamedTuple):
-    """A matrix as a kernel takes it: its address, how many rows it has, and its strides."""
+    """A matrix as a kernel takes it: its address, its number of rows, and its strides."""
 
     ptr: Any
     rows: Any
@@ -59,25 +60,25 @@ class Matrix(NamedTuple):
 
 
 def matrix(t: torch.Tensor) -> Matrix:
-    """t (rows, columns), of any strides, as a kernel takes it."""
+    """t (rows, columns), of any strides, as a kernel's Matrix."""
     return Matrix(t, t.shape[0], *t.stride())
 
 
 @triton.jit
 def load_tile(a, offs_m, offs_n, mask):
-    """Elements of a Matrix in float32, 0 outside the mask; the offsets are 64-bit and broadcast."""
+    """Elements of a Matrix in float32, 0 outside the mask. The offsets are 64-bit and broadcast."""
     ptrs = a.ptr + offs_m * a.stride_row + offs_n * a.stride_col
     return tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def tile_of_program():
-    """(row, column) of this program's tile, where the grid has one for each.
+    """(row, column) of this program's tile, in a grid that has one program for each tile.
 
-    A device starts programs by number, row after row of a column of tiles: those that run at once
-    would read all of the left matrix, over and over. Here they take GROUP rows of tiles, column
-    after column, then the next GROUP rows: tiles of both matrices are still in the cache when they
-    are wanted again.
+    A device starts programs by number, all rows of one column of tiles after another. Programs that
+    run at once would read the whole left matrix again for each column. Here, programs take GROUP
+    rows of tiles, column after column, then the next GROUP rows. Tiles of both matrices are then
+    still in the cache when they are read again.
     """
     rows = tl.num_programs(0)
     columns = tl.num_programs(1)
@@ -103,8 +104,8 @@ def product_tile(
 ):
     """acc[m, n] = Σ_k a[m, k] b[n, k] for k in [k_start, k_end), and with ROW_SUM also Σ_k a[m, k].
 
-    The forward and both products of the backward are this sum; they differ in strides. Offsets are
-    64-bit. WHOLE: k_end - k_start is a multiple of BLOCK_K, so no tile of the sum needs a mask.
+    The forward and both products of the backward are this sum. They differ only in strides. Offsets
+    are 64-bit. WHOLE: k_end - k_start is a multiple of BLOCK_K, so no tile of the sum needs a mask.
     """
     offs_k = k_start + tl.arange(0, BLOCK_K).to(tl.int64)
     mask_m = (offs_m < a.rows)[:, None]
@@ -131,5 +132,5 @@ def product_tile(
             row_sum += tl.sum(a_tile.to(tl.float32), axis=1)
         a_ptrs += step * a.stride_col
         b_ptrs += step * b.stride_col
-    # Triton 3.8 takes only one use of a sum that a loop carries (OptimizeThreadLocality).
+    # Triton 3.8 allows only one use of a sum that a loop carries (pass OptimizeThreadLocality).
     return acc, tl.where(offs_m < a.rows, row_sum, 0.0)
