@@ -1,8 +1,7 @@
-"""Networks and training on handgrad's kernels: the autograd modules, the manual API, the
-trainer.
+"""Networks and training on handgrad's kernels: autograd modules, the manual API, the trainer.
 
-The names are listed in `mlp/public.py`. They are loaded with the first one that is asked for, so
-that `handgrad --help` need not import torch.
+`mlp/public.py` lists the names. The first use of one of them loads them all, so that
+`handgrad --help` does not import torch.
 """
 
 import importlib

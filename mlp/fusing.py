@@ -1,19 +1,18 @@
-"""fuse: swaps torch's modules for handgrad's in a model that is already built.
+"""`fuse` replaces torch's modules by handgrad's in a model that is already built.
 
-They share every parameter.
+The new modules share every parameter with the old ones.
 
     nn.Linear, nn.Conv2d, nn.LayerNorm, and the losses
         nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss,
-        nn.HuberLoss                                         become ours where they stand: the same
-        object, of our class
+        nn.HuberLoss                                         get our class; the object stays the
+        same
     in an nn.Sequential: Linear, activation                  become mlp.Linear with that activation,
         nn.Identity
                          Conv2d, activation, MaxPool2d       become mlp.Conv2d with both,
                              nn.Identity, nn.Identity
 
-A layer that takes in its neighbours is a shallow copy, so that whoever else holds the layer, such
-as another model or a plain list, still gets from it what it computed before. Names and positions
-stay as they are.
+A layer that is fused with its neighbours is a shallow copy. Another model or a list may also hold
+the original layer, which still computes what it did before. Names and positions do not change.
 """
 
 import copy
@@ -49,26 +48,27 @@ TWINS = {
 OPTIONS: dict[type, dict[str, Any]] = {
     Linear: {"activation": "identity"},
     Conv2d: {"activation": "identity", "max_pool": 1},
-}  # what ours have besides
-_LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm)  # what has parameters
+}  # arguments that only our classes have, with the value that changes nothing
+_LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm)  # modules with parameters
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ALONE = "it does not directly follow a Linear or Conv2d in an nn.Sequential"
 
 
 def fuse(module: nn.Module, report: Callable[[str], object] | None = None) -> nn.Module:
-    """Swap what handgrad has in `module`, in place, and return it. Outputs and gradients stay the
-    same.
+    """Replace torch's modules in `module` by handgrad's, in place, and return `module`.
 
-    Parameters stay the very same objects under the same names, so optimizers and checkpoints go on
-    as before. `report` gets a line for each layer, activation and loss: what became of it, or why
-    it was left alone. `report=print` shows them, `report=lines.append` keeps them; without it they
-    go to the logger "handgrad", at level INFO.
+    Outputs and gradients stay the same. Parameters are the same objects under the same names, so
+    optimizers and checkpoints keep working. TypeError if `module` is no nn.Module.
 
-    Left alone: subclasses; parametrized, pruned and lazy layers; objects with a forward of their
-    own; an activation that does not directly follow its layer in an nn.Sequential, or where a hook
-    on either would see other values than before. Fuse after registering hooks and before
-    `torch.compile`. Code that picks single layers out of an nn.Sequential, as in `self.body[0](x)`,
-    gets the activated output.
+    report: is called with one line for each layer, activation and loss. The line says what replaced
+    it, or why it was left alone. `report=print` shows the lines and `report=lines.append` keeps
+    them. Without `report`, they go to the logger "handgrad" at level INFO.
+
+    Some modules are left alone: subclasses, parametrized, pruned and lazy layers, and objects with
+    a forward of their own. An activation is left alone if it does not directly follow its layer in
+    an nn.Sequential, or if a hook on either would see other values than before. So register hooks
+    first, then fuse, then call `torch.compile`. Code that calls one layer of an nn.Sequential, as
+    in `self.body[0](x)`, gets the activated output.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"fuse: module must be an nn.Module, got {type(module).__name__}")
@@ -80,7 +80,7 @@ def fuse(module: nn.Module, report: Callable[[str], object] | None = None) -> nn
         child,
     ) in (
         module.named_modules()
-    ):  # children are looked up after their parent was yielded, so here fused
+    ):  # named_modules looks children up after it has yielded their parent, so they are fused
         if isinstance(child, nn.Sequential):
             for slot, change in _fuse_neighbours(child, copies, reasons):
                 report(f"{path}.{slot}: {change}".lstrip("."))
@@ -97,16 +97,16 @@ def fuse(module: nn.Module, report: Callable[[str], object] | None = None) -> nn
 
 
 def _make_ours(layer, options=()):
-    """`layer` itself, of our class and with these options."""
+    """`layer` itself, with our class and these options."""
     layer.__class__ = TWINS.get(type(layer), type(layer))
     vars(layer).update(OPTIONS.get(type(layer), {}), **dict(options))
     return layer
 
 
 def _obstacle(module: nn.Module) -> str | None:
-    """Why this layer or loss cannot be swapped, or None.
+    """The reason why this layer or loss cannot be replaced, or None.
 
-    None also for modules of other kinds.
+    The result is also None for modules of other kinds.
     """
     if not any(isinstance(module, kind) for kind in TWINS):
         return None
@@ -122,16 +122,16 @@ def _obstacle(module: nn.Module) -> str | None:
         return f"this object has {', '.join(sorted(own))} of its own"
     if isinstance(module, nn.Conv2d) and (module.groups != 1 or module.padding_mode != "zeros"):
         return (
-            f"mlp.Conv2d has groups 1 and padding_mode zeros, this one {module.groups} and "
+            f"mlp.Conv2d takes groups 1 and padding_mode zeros, this one has {module.groups} and "
             f"{module.padding_mode}"
         )
     return _odd_parameters(module) if isinstance(module, _LAYERS) else None
 
 
 def _odd_parameters(layer) -> str | None:
-    """What is unusual in a layer's parameters.
+    """The reason why a layer's parameters cannot be used, or None.
 
-    Pruned, normalised, frozen as buffers, sharded, quantised or complex ones.
+    Such parameters are pruned, normalised, kept as buffers, sharded, quantised or complex.
     """
     if layer._parameters.keys() != {"weight", "bias"}:
         return (
@@ -145,10 +145,11 @@ def _odd_parameters(layer) -> str | None:
 
 
 def _fuse_neighbours(sequential, copies, reasons) -> list[tuple[str, str]]:
-    """Fuse each layer of an nn.Sequential with what follows it: [(slot, what became of it)].
+    """Fuse each layer of an nn.Sequential with the modules that follow it.
 
-    copies: those made so far, so that a layer standing in two places with the same followers is one
-    object again. reasons: id of each follower that stays -> why.
+    Returns [(slot, description of the new layer)]. copies: the fused layers made so far. A layer
+    that stands in two places with the same followers becomes one object again. reasons: gets, for
+    the id of each follower that stays, the reason.
     """
     slots = [
         (slot, child)
@@ -167,7 +168,7 @@ def _fuse_neighbours(sequential, copies, reasons) -> list[tuple[str, str]]:
             copies[key] = (
                 layer,
                 _make_ours(copy.copy(layer), options),
-            )  # the layer is kept, so that its id is
+            )  # the original is kept, so that no other object gets its id
         sequential._modules[slot] = copies[key][1]
         for (place, _), follower in zip(slots[i + 1 :], taken):
             sequential._modules[place] = nn.Identity().train(follower.training)
@@ -177,7 +178,7 @@ def _fuse_neighbours(sequential, copies, reasons) -> list[tuple[str, str]]:
 
 
 def _followers(sequential, line, reasons) -> tuple[dict, list]:
-    """The options of the layer that heads `line`, and the modules after it that they replace."""
+    """(options of the first layer of `line`, modules after it that these options replace)."""
     layer, *rest = line
     defaults = OPTIONS.get(TWINS.get(type(layer), type(layer)), {})
     options, taken = {name: getattr(layer, name, default) for name, default in defaults.items()}, []
@@ -195,9 +196,9 @@ def _followers(sequential, line, reasons) -> tuple[dict, list]:
 
 
 def _refusal(sequential, layer, options, follower, option, after) -> str | None:
-    """Why `follower` stays behind a layer that has `options` so far, or None.
+    """The reason why `follower` cannot be fused into a layer that has these options, or None.
 
-    after: the next in line.
+    after: the module that comes after `follower`, or None.
     """
     if type(sequential).forward is not nn.Sequential.forward or "forward" in vars(sequential):
         return f"its {type(sequential).__name__} has a forward of its own"
@@ -232,8 +233,8 @@ def _hooked(module) -> bool:
 
 
 def _is_follower(module) -> bool:
-    """Whether a layer may take this module in: a pooling, or one of torch's activations."""
-    if type(module) in TWINS:  # swapped where it stands
+    """True if a layer may be fused with this module: a pooling, or one of torch's activations."""
+    if type(module) in TWINS:  # it is replaced itself
         return False
     homes = {kind.__module__ for kind in type(module).__mro__}
     return type(module) is nn.MaxPool2d or (
@@ -242,9 +243,9 @@ def _is_follower(module) -> bool:
 
 
 def _option(module) -> dict:
-    """What a layer needs to do this module's work: an activation or a pooling window.
+    """The option by which a layer does this module's work: an activation or a pooling window.
 
-    {} if nothing would do.
+    {} if no option does it.
     """
     if type(module) is nn.MaxPool2d and _same(module, nn.MaxPool2d(module.kernel_size)):
         window = _spread(module.kernel_size)
@@ -256,10 +257,7 @@ def _option(module) -> dict:
 
 
 def _same(module, model) -> bool:
-    """Whether `module` has the type and the settings of `model`.
-
-    In place or not makes no difference.
-    """
+    """True if `module` has the type and the settings of `model`. `inplace` may differ."""
     settings = {
         name: value
         for name, value in vars(model).items()
@@ -271,7 +269,7 @@ def _same(module, model) -> bool:
 
 
 def _spread(setting):
-    """2 and [2, 2] as (2, 2); others as they are."""
+    """2 and [2, 2] as (2, 2). Other settings are returned unchanged."""
     if isinstance(setting, int):
         return setting, setting
     return tuple(setting) if isinstance(setting, list) else setting

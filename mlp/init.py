@@ -1,6 +1,6 @@
-"""Initialisers by name, drawn on the CPU from a seeded generator.
+"""Initialisers by name.
 
-So every device starts from the same weights.
+The values are drawn on the CPU, so that every device starts from the same weights.
 """
 
 import functools
@@ -37,11 +37,13 @@ def _draw(init: str, weight: torch.Tensor, generator) -> None:
 def initialise(
     parameters: dict[str, torch.Tensor], init: str | None = None, seed: int | None = None
 ) -> None:
-    """Fill weights and biases in place, in their order in `parameters`.
+    """Fill weights and biases in place, in the order of `parameters`, of any dtype and device.
 
-    init: "torch" or None, nn.Linear's and nn.Conv2d's own: uniform within ±1/√fan_in, weights and
-    biases; or another of NAMES for the weights, with biases 0. seed: of a generator of its own;
-    None draws from torch's global one.
+    parameters: name -> tensor. A name that ends in "weight" is a weight (out, in, …). Any other is
+    a bias (out,), which follows its weight. init: None or "torch" fills weights and biases as
+    nn.Linear and nn.Conv2d do, uniformly within ±1/√fan_in. Another of NAMES, or "normal:STD" such
+    as "normal:0.1", fills the weights, and biases become 0. seed: seeds a new generator. None draws
+    from torch's global one. ValueError for an unknown `init`.
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     bound = math.inf

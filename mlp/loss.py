@@ -1,12 +1,12 @@
 """Losses with their gradients.
 
-`forward(output, target)` returns the value, `backward()` the gradient of the output.
+`forward(output, target)` returns the value. `backward()` then returns the gradient of the output.
 
-Called as a function, `loss(output, target)`, they are differentiable: what the autograd engine
-uses. The formulas are the rows of `kernels.LOSSES`; a class here adds its arguments and keeps what
-the backward needs.
+`loss(output, target)` returns a value that torch's autograd can differentiate. The autograd engine
+uses it. The formulas are the rows of `kernels.LOSSES`. A class here adds its arguments and keeps
+what the backward needs.
 
-To add one: its row in kernels/losses.py, a class below with `row` and its arguments.
+To add one, write its row in kernels/losses.py, and a class below with `row` and its arguments.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ import kernels
 
 
 class Criterion:
-    """What all losses share. `scale` multiplies the value and the gradient."""
+    """The common part of all losses. `scale` multiplies the value and the gradient."""
 
     row: kernels.Loss
 
@@ -36,8 +36,10 @@ class Criterion:
     def forward(
         self, output: torch.Tensor, target: torch.Tensor, labels_valid: bool = False
     ) -> torch.Tensor:
-        """Outputs (N, C) and targets (N, C), or labels (N,) -> the loss. labels_valid: every label
-        is a class; unchecked.
+        """The loss of outputs (N, C) and targets (N, C), or labels (N,).
+
+        The result is a scalar, or one number for each term under reduction="none". labels_valid:
+        the caller knows that every label is a class, so the labels are not checked.
         """
         target = self.targets_for(output, target, labels_valid)
         value, self._saved = self._forward(output, target, labels_valid)
@@ -45,13 +47,16 @@ class Criterion:
         return value if self.scale == 1.0 else value * self.scale
 
     def backward(self) -> torch.Tensor:
-        """Gradient of the latest forward's value with respect to its outputs."""
+        """The gradient of the latest forward's value, of its outputs' shape and dtype.
+
+        RuntimeError before the first `forward`.
+        """
         return self._backward(self._seed(), *self._saved)
 
     def targets_for(
         self, output: torch.Tensor, target: torch.Tensor, labels_valid: bool = False
     ) -> torch.Tensor:
-        """The targets as the operation takes them for these outputs."""
+        """The targets in the form that the operation takes for these outputs."""
         raise NotImplementedError
 
     def _on_tape(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -66,20 +71,21 @@ class Criterion:
         raise NotImplementedError
 
     def columns(self, target: torch.Tensor, outputs: int) -> torch.Tensor:
-        """The targets of a data set as the training kernels take them, for so many outputs."""
+        """A data set's targets in the form that the training kernels take, for so many outputs."""
         return target
 
     def predict(self, output: torch.Tensor) -> torch.Tensor:
-        """What outputs say, in the targets' units: values, or probabilities."""
+        """Predictions from outputs, in the targets' units: values, or probabilities."""
         return self.row.predict(output)
 
     def probabilities(self, output: torch.Tensor) -> torch.Tensor:
-        """(N, C) outputs as what they give each class, where the targets are labels."""
+        """The probability of each class, (N, C), from outputs (N, C), if the targets are labels."""
         return self.row.probabilities(output)
 
     def criterion(self, outputs: int) -> dict | str:
-        """The fields of `kernels.Spec` that say this loss of a network with so many outputs; or, in
-        words, why the training kernels have no name for it.
+        """The fields of `kernels.Spec` for this loss, in a network with `outputs` outputs.
+
+        If the training kernels cannot compute it, the result is a string that says why.
         """
         if self.reduction == "none":
             return f"takes reduced losses, got {type(self).__name__} with reduction 'none'"
@@ -95,11 +101,13 @@ class Criterion:
     def _seed(self):
         """The gradient of scale · value with respect to value.
 
-        It is made once for each shape and device of values.
+        It is kept until a value has another shape, device or dtype.
         """
         value = self._value
         if value is None:
-            raise RuntimeError(f"{type(self).__name__}: forward comes before backward")
+            raise RuntimeError(
+                f"{type(self).__name__}: backward was called before forward; call forward first"
+            )
         key = (value.shape, value.device, value.dtype)
         if self._seeds is None or self._seeds[0] != key:
             self._seeds = key, torch.full_like(value, self.scale)
@@ -107,9 +115,12 @@ class Criterion:
 
 
 class SoftmaxCrossEntropy(Criterion):
-    """Softmax cross-entropy; the arguments are those of `torch.nn.CrossEntropyLoss`.
+    """Softmax cross-entropy, with the arguments of `torch.nn.CrossEntropyLoss`.
 
-    Targets are labels (N,) or probabilities (N, C).
+    Outputs are logits (N, C), floating point. Targets are integer labels (N,) or probabilities
+    (N, C). weight: a tensor or sequence (C,). scale: multiplies the loss. IndexError for a label
+    that is no class. ValueError for shapes that do not fit, and for a single output with
+    floating-point targets.
     """
 
     row = kernels.LOSSES["cross_entropy"]
@@ -131,7 +142,7 @@ class SoftmaxCrossEntropy(Criterion):
     def targets_for(
         self, output: torch.Tensor, target: torch.Tensor, labels_valid: bool = False
     ) -> torch.Tensor:
-        """The targets as they are; a ValueError where a single output cannot learn them."""
+        """The targets unchanged. ValueError if a single output cannot learn them."""
         if output.shape[-1] == 1 and (reason := self.row.refusal(1, target)):
             raise ValueError(reason)
         return target
@@ -143,8 +154,9 @@ class SoftmaxCrossEntropy(Criterion):
         return super().criterion(outputs)
 
     def _options(self, output: torch.Tensor) -> tuple:
-        """The arguments of the operation, with the weights where the output is. Those that were no
-        tensor follow a float64 output.
+        """The arguments of the operation, with the weights on the output's device.
+
+        Weights that were given as a list are widened to the output's dtype, such as float64.
         """
         weight = self.options[0]
         if weight is not None:
@@ -167,18 +179,20 @@ class SoftmaxCrossEntropy(Criterion):
 
 
 class Elementwise(Criterion):
-    """A loss over elements; the mean is over all of them.
+    """A loss that is a sum of terms, one for each element. The mean is over all elements.
 
-    Targets are numbers (N, C), or labels (N,), which become one-hot rows.
+    Outputs are (N, C), floating point. Targets are numbers (N, C), or integer labels (N,), which
+    become one-hot rows. ValueError for shapes that do not fit. IndexError for a label that is no
+    class.
     """
 
     def targets_for(
         self, output: torch.Tensor, target: torch.Tensor, labels_valid: bool = False
     ) -> torch.Tensor:
-        """Targets of the output's shape: labels as one-hot rows, numbers as `columns` says."""
+        """Targets of the output's shape: labels as one-hot rows, numbers as from `columns`."""
         op, outputs = self.row.function, output.shape[-1]
         if target.is_floating_point():
-            fits = target.shape == output.shape  # a single sample too
+            fits = target.shape == output.shape  # true also for a single sample (C,)
             return (target if fits else self.columns(target, outputs)).to(output.dtype)
         if target.shape != output.shape[:-1]:
             raise ValueError(
@@ -190,8 +204,10 @@ class Elementwise(Criterion):
         return one_hot(target, output)
 
     def columns(self, target: torch.Tensor, outputs: int) -> torch.Tensor:
-        """Numbers (N,) as the column (N, 1), numbers (N, C) as they are. A column serves all
-        outputs of a loss that has a parameter for each, as the quantiles of one value.
+        """Numbers (N,) as a column (N, 1), numbers (N, C) unchanged.
+
+        If the loss has one parameter for each output, such as several quantiles of one value, a
+        column is expanded to all outputs.
         """
         if target.is_floating_point() and target.dim() == 1:
             target = target.unsqueeze(1)
@@ -199,7 +215,7 @@ class Elementwise(Criterion):
         return target.expand(-1, outputs) if each and target.shape[1:] == (1,) else target
 
     def _options(self, output):
-        """The arguments of the operation after the target."""
+        """The arguments of the operation that follow the target."""
         parameter = self.parameter
         if isinstance(parameter, Sequence):
             kept = getattr(self, "_kept", None)
@@ -220,7 +236,10 @@ class Elementwise(Criterion):
 
 
 class MeanSquaredError(Elementwise):
-    """Squared error. reduction as `torch.nn.MSELoss`; reduction="sum", scale=0.5 is ½ Σ d²."""
+    """Squared error, as `torch.nn.MSELoss`. See `Elementwise` for shapes and errors.
+
+    scale: multiplies the loss. With d = output - target, reduction="sum" and scale=0.5 give ½ Σ d².
+    """
 
     row = kernels.LOSSES["mse"]
 
@@ -231,8 +250,9 @@ class MeanSquaredError(Elementwise):
 class BinaryCrossEntropy(Elementwise):
     """Binary cross-entropy of logits, as `torch.nn.BCEWithLogitsLoss`.
 
-    A row has several labels, each 0 or 1. pos_weight multiplies the loss of targets that are 1: a
-    number, or one for each output.
+    A row has several labels, each 0 or 1. See `Elementwise` for shapes and errors.
+    pos_weight: multiplies the loss of targets that are 1. It is one number, or one for each output.
+    scale: multiplies the loss.
     """
 
     row = kernels.LOSSES["bce"]
@@ -247,7 +267,11 @@ class BinaryCrossEntropy(Elementwise):
 
 
 class Huber(Elementwise):
-    """Squared error up to `delta`, a line beyond: `torch.nn.HuberLoss`."""
+    """Squared error up to |d| = delta, linear beyond it, as `torch.nn.HuberLoss`.
+
+    d is output - target. See `Elementwise` for shapes and errors. scale: multiplies the loss.
+    RuntimeError unless `delta` is above 0, as in torch.
+    """
 
     row = kernels.LOSSES["huber"]
 
@@ -256,9 +280,10 @@ class Huber(Elementwise):
 
 
 class Pinball(Elementwise):
-    """The loss of quantile regression: each output becomes a quantile of the targets.
+    """The loss of quantile regression: each output learns a quantile of the targets.
 
-    quantile: a number, or one for each output. A single column of targets then serves all outputs.
+    quantile: a number in (0, 1), or one for each output. With one for each output, targets (N,) or
+    (N, 1) serve all outputs. See `Elementwise` for shapes and errors. scale: multiplies the loss.
     """
 
     row = kernels.LOSSES["pinball"]
@@ -273,7 +298,7 @@ class Pinball(Elementwise):
 
 
 def _numbers(row, parameter):
-    """A parameter as a number or a tuple of them, checked."""
+    """The loss's parameter as a number or a tuple of numbers. ValueError if it is out of range."""
     if isinstance(parameter, torch.Tensor):
         parameter = parameter.detach().flatten().tolist()
     numbers = row.numbers(parameter)
@@ -283,15 +308,15 @@ def _numbers(row, parameter):
 def per_sample(loss: Any, value: float, rows: int) -> float:
     """A batch's loss as a mean over its samples.
 
-    Sums are divided, so that batches of all sizes compare.
+    A loss with reduction="sum" is divided by `rows`, so that batches of different sizes compare.
     """
     return value / rows if getattr(loss, "reduction", "mean") == "sum" else value
 
 
 def one_hot(target: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-    """Integer labels (N,) as rows of 0 and 1, shaped like output (N, C).
+    """Integer labels (N,) as rows of 0 and 1, of the shape and dtype of output (N, C).
 
-    Floating-point targets stay.
+    Floating-point targets are returned unchanged.
     """
     if target.is_floating_point():
         return target
@@ -307,7 +332,7 @@ LOSSES = {
 def get(loss: str) -> Criterion:
     """The loss of that name, with its defaults.
 
-    A ValueError lists the names if there is none.
+    ValueError for an unknown name. It lists the known ones.
     """
     if loss not in LOSSES:
         raise ValueError(f"unknown loss {loss!r}; known: {', '.join(LOSSES)}")

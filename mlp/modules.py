@@ -1,4 +1,4 @@
-"""The autograd API: nn.Modules that hold parameters and make one `kernels` call each."""
+"""The autograd API: each nn.Module holds parameters and makes one call to `kernels`."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ from .init import initialise
 
 
 def check_activations(op: str, *names: str) -> None:
-    """A ValueError with the known ones if a name is none of them, also where no layer uses it."""
+    """ValueError for an unknown activation, also if no layer uses it. It lists the known ones."""
     for name in names:
         activations.get(name, op)
 
@@ -26,7 +26,9 @@ def check_activations(op: str, *names: str) -> None:
 class Linear(nn.Linear):
     """`nn.Linear` with its activation fused in: act(x weightᵀ + bias).
 
-    Same parameters, initial weights and state_dict. The arguments are nn.Linear's, then ours.
+    weight is (out_features, in_features), bias (out_features,). Parameters, initial weights and
+    state_dict are those of `nn.Linear`. The arguments are nn.Linear's, and after them `activation`,
+    a name in `kernels.ACTIVATIONS`. ValueError for an unknown one.
     """
 
     def __init__(
@@ -51,9 +53,9 @@ class Linear(nn.Linear):
 
 
 def check_sizes(sizes: Sequence[int], op: str = "MLP") -> tuple[int, ...]:
-    """The sizes as a tuple of ints: at least an input and an output width, all positive.
+    """The sizes as a tuple of ints. Integers of numpy are accepted.
 
-    Integers of numpy will do.
+    ValueError unless there are at least two, an input and an output width, and all are positive.
     """
     sizes = tuple(sizes)
     try:
@@ -71,11 +73,15 @@ def check_sizes(sizes: Sequence[int], op: str = "MLP") -> tuple[int, ...]:
 class MLP(nn.Module):
     """A stack of linear layers, run as one operation.
 
-    Layer i is `mlp[i]`; its parameters are "i.weight" and "i.bias".
+    Layer i is `mlp[i]`. Its parameters are "i.weight", of shape (sizes[i + 1], sizes[i]), and
+    "i.bias", of shape (sizes[i + 1],).
 
-    sizes: widths from input to output. init: see `mlp.init`. While its layers are those that it
-    made, the whole stack is one node of the tape. Where one of them was replaced, hooked, pruned or
-    re-parametrised, each layer is called for itself.
+    sizes: widths from input to output, at least two. activation, output_activation: names in
+    `kernels.ACTIVATIONS`. init: see `mlp.initialise`. ValueError for sizes that are not positive
+    integers, and for unknown names.
+
+    The whole stack is one node in autograd's graph while its layers are unchanged. If one of them
+    was replaced, hooked, pruned or re-parametrised, `forward` calls the layers one by one.
     """
 
     def __init__(
@@ -113,13 +119,15 @@ class MLP(nn.Module):
         return self.layers()[index]
 
     def layers(self) -> list[nn.Module]:
-        """The layers in order: the submodules "0", "1", … Others are a subclass's own business."""
+        """The layers in order: the submodules "0", "1", … Other submodules are not called."""
         found: list[nn.Module] = []
         count = len(self.sizes) - 1
         while (layer := self._modules.get(str(len(found)))) is not None:
             found.append(layer)
         if len(found) < count:
-            raise AttributeError(f"MLP: layer {len(found)} is missing; it was made with {count}")
+            raise AttributeError(
+                f"MLP: layer {len(found)} is missing; the network was made with {count} layers"
+            )
         return found
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -130,7 +138,8 @@ class MLP(nn.Module):
             layer: Any = modules.get(str(i))
             if not _is_plain(layer, self.output_activation if i == last else activation):
                 return self._one_by_one(input)
-            # nn.Module looks a parameter up in Python, which costs as much as a small operation.
+            # `layer.weight` would run nn.Module.__getattr__, which costs as much as a small
+            # operation.
             own = layer._parameters
             weights.append(own["weight"])
             biases.append(own["bias"])
@@ -144,7 +153,7 @@ class MLP(nn.Module):
         return input
 
     def config(self) -> dict:
-        """The arguments that build this network again, as JSON can hold them."""
+        """The arguments that build this network again. They can be stored as JSON."""
         return {
             "kind": "mlp",
             "sizes": list(self.sizes),
@@ -155,16 +164,14 @@ class MLP(nn.Module):
 
 
 def _is_plain(layer: Any, activation: str) -> bool:
-    """Whether calling this layer is `kernels.linear` of its parameters with this activation, and
-    nothing besides.
-    """
+    """True if a call of this layer only runs `kernels.linear` with this activation."""
     if type(layer) is not Linear or layer.activation != activation:
         return False
     hooks = layer._forward_pre_hooks or layer._forward_hooks
     if hooks or layer._backward_pre_hooks or layer._backward_hooks:
         return False
     own, made = layer.__dict__, layer._parameters
-    # What an object has of its own hides its class's, or its parameters.
+    # An attribute of the object hides the class's method, or a parameter, of the same name.
     hidden = "forward" in own or "weight" in own or "bias" in own
     known = "weight" in made and "bias" in made
     return known and not hidden and layer._compiled_call_impl is None
@@ -173,10 +180,10 @@ def _is_plain(layer: Any, activation: str) -> bool:
 class Conv2d(nn.Conv2d):
     """`nn.Conv2d` with its activation and max-pool fused in.
 
-    Same parameters, initial weights and state_dict.
-
-    The arguments are nn.Conv2d's, of which groups must be 1 and padding_mode "zeros", else
-    ValueError; then ours.
+    Parameters, initial weights and state_dict are those of `nn.Conv2d`. The arguments are
+    nn.Conv2d's, and after them ours. activation: a name in `kernels.ACTIVATIONS`. max_pool: the
+    side of the pooling window, in pixels; 1 pools nothing. ValueError for an unknown activation,
+    and unless groups is 1 and padding_mode "zeros".
     """
 
     def __init__(
@@ -215,7 +222,10 @@ class Conv2d(nn.Conv2d):
         self.activation, self.max_pool = activation, max_pool
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(N, in, H, W) or (in, H, W) -> images of the convolution's size over max_pool."""
+        """(N, in, H, W) or (in, H, W) -> (N, out, H', W') or (out, H', W').
+
+        H' and W' are the sides that nn.Conv2d gives, divided by max_pool and rounded down.
+        """
         return kernels.conv2d(
             input,
             self.weight,
@@ -234,10 +244,12 @@ class Conv2d(nn.Conv2d):
 class ConvNet(nn.Module):
     """Convolutions, each with activation and max-pool, then a multilayer perceptron.
 
-    image_shape (C, H, W); channels, kernel_size, max_pool of the convolutions; hidden: widths of
-    the perceptron's hidden layers; classes: outputs. Parameters: "conv.0.weight", …,
-    "mlp.0.weight", … The defaults are the LeNet-like network of the recipe `convnet`: 1 → 6 → 12
-    channels, 192-120-60-10.
+    image_shape: (C, H, W). channels: outputs of each convolution. kernel_size, max_pool: sides of
+    the convolutions' windows in pixels. hidden: widths of the perceptron's hidden layers. classes:
+    outputs. init: see `mlp.initialise`. The parameters are "conv.0.weight", …, "mlp.0.weight", …
+    The defaults make the LeNet-like network of the recipe `convnet`: 1 → 6 → 12 channels,
+    192-120-60-10. ValueError for an argument that is no positive integer, an unknown name, or
+    images that are too small for the convolutions.
     """
 
     def __init__(
@@ -289,12 +301,12 @@ class ConvNet(nn.Module):
         return self.mlp(y.flatten(1))
 
     def config(self) -> dict:
-        """The arguments that build this network again, as JSON can hold them."""
+        """The arguments that build this network again. They can be stored as JSON."""
         return {"kind": "convnet", **self.arguments}
 
 
 def _whole(name: str, value, what: str = "a whole number") -> int:
-    """A positive integer, numpy's included, as an int; a ValueError that names the argument."""
+    """A positive integer, also of numpy, as an int. Else a ValueError that names the argument."""
     try:
         if (found := operator.index(value)) > 0:
             return found
@@ -304,9 +316,9 @@ def _whole(name: str, value, what: str = "a whole number") -> int:
 
 
 def conv_layers(arguments: dict) -> tuple[list[tuple[int, int]], int]:
-    """(in, out) channels of each convolution of a ConvNet, and the features left.
+    """((in, out) channels of each convolution of a ConvNet, features after the last one).
 
-    A ValueError where an image is too small.
+    ValueError if an image is too small.
     """
     channels = [arguments["image_shape"][0], *arguments["channels"]]
     size, k, pool = (
@@ -327,14 +339,18 @@ def conv_layers(arguments: dict) -> tuple[list[tuple[int, int]], int]:
 
 
 def ends(config: dict) -> tuple[int, int]:
-    """Features in and outputs of the network that a `config()` describes."""
+    """(input features, outputs) of the network that a `config()` describes."""
     if config["kind"] == "convnet":
         return math.prod(config["image_shape"]), config["classes"]
     return config["sizes"][0], config["sizes"][-1]
 
 
 class LayerNorm(nn.LayerNorm):
-    """`nn.LayerNorm` in one kernel each way. Same arguments, parameters and state_dict."""
+    """`nn.LayerNorm` in one kernel forward and one backward.
+
+    Arguments, parameters and state_dict are those of `nn.LayerNorm`. Shapes and errors: see
+    `kernels.layer_norm`.
+    """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """See `kernels.layer_norm`."""
@@ -342,7 +358,10 @@ class LayerNorm(nn.LayerNorm):
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
-    """`nn.CrossEntropyLoss`, loss and gradient in one pass over the logits."""
+    """`nn.CrossEntropyLoss`, with loss and gradient in one pass over the logits.
+
+    The arguments are torch's. Shapes and errors: see `kernels.cross_entropy`.
+    """
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """See `kernels.cross_entropy`."""
@@ -352,7 +371,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 
 
 class MSELoss(nn.MSELoss):
-    """`nn.MSELoss` for input and target of one shape."""
+    """`nn.MSELoss`. Input and target must have the same shape, else ValueError."""
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """See `kernels.mse_loss`."""
@@ -360,7 +379,11 @@ class MSELoss(nn.MSELoss):
 
 
 class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
-    """`nn.BCEWithLogitsLoss` in one pass over the logits. weight and pos_weight get no gradient."""
+    """`nn.BCEWithLogitsLoss` in one pass over the logits.
+
+    weight and pos_weight get no gradient. Shapes and errors: see
+    `kernels.binary_cross_entropy_with_logits`.
+    """
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """See `kernels.binary_cross_entropy_with_logits`."""
@@ -370,7 +393,7 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
 
 
 class HuberLoss(nn.HuberLoss):
-    """`nn.HuberLoss` for input and target of one shape."""
+    """`nn.HuberLoss`. Input and target must have the same shape, else ValueError."""
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """See `kernels.huber_loss`."""
@@ -380,8 +403,9 @@ class HuberLoss(nn.HuberLoss):
 class PinballLoss(nn.Module):
     """The loss of quantile regression.
 
-    quantile: a number between 0 and 1, or one for each column of input (N, C). A target of one
-    column then serves all of them.
+    quantile: a number between 0 and 1, or one for each column of input (N, C). With one for each
+    column, a target (N,) or (N, 1) serves all columns. Other shapes and errors: see
+    `kernels.pinball_loss`.
     """
 
     def __init__(self, quantile: float | Sequence[float] = 0.5, reduction: str = "mean"):
@@ -418,7 +442,7 @@ def _huber(m):
     return losses.Huber(m.reduction, m.delta)
 
 
-# A loss module, ours or torch's -> the loss of `mlp.loss` that computes the same, None if none does
+# Loss module, ours or torch's -> function that makes the same loss of `mlp.loss`, or returns None.
 _MANUAL = {
     nn.CrossEntropyLoss: _cross_entropy,
     CrossEntropyLoss: _cross_entropy,
@@ -433,10 +457,10 @@ _MANUAL = {
 
 
 def loss_of(loss: Any) -> Any:
-    """The loss of `mlp.loss` that this one stands for, which every engine knows.
+    """The loss of `mlp.loss` that computes the same as `loss`. Every engine can train it.
 
-    It takes a name, a module of ours or of torch's, or None for softmax cross-entropy. Anything
-    else, such as a subclass or a module with hooks, comes back as it is.
+    loss: a name, a module of ours or of torch's, or None for softmax cross-entropy. Anything else,
+    such as a subclass or a module with hooks, is returned unchanged.
     """
     if loss is None or isinstance(loss, str):
         return losses.get(loss or "cross_entropy")
@@ -453,7 +477,10 @@ def _has_hooks(module):
 def build(
     config: dict, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> torch.nn.Module:
-    """The network that a `config()` describes, with fresh weights."""
+    """The network that a `config()` describes, with new initial weights.
+
+    ValueError for an unknown kind of network.
+    """
     arguments = {key: value for key, value in config.items() if key != "kind"}
     kinds = {"mlp": MLP, "convnet": ConvNet}
     if config.get("kind") not in kinds:

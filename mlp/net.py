@@ -1,6 +1,6 @@
-"""The manual API: a network that is forward, backward and its arrays.
+"""The manual API: a network as two functions, forward and backward, and its arrays.
 
-It has no tape, no requires_grad, no modules.
+It uses no tape, no requires_grad and no modules.
 
     net = Net([784, 100, 10])
     logits = net.forward(x)                 # (batch, 10)
@@ -23,11 +23,11 @@ from kernels import activations
 from .init import initialise
 from .modules import check_activations, check_sizes, conv_layers
 
-_ALIGNMENT = 128  # bytes: a view starts on a cache line, so that loads of it can be vectorised
+_ALIGNMENT = 128  # bytes. Each view starts on a cache line, so loads from it can be vectorised.
 
 
 class Stack:
-    """The linear layers of a network as one operation: what Net runs forward and backward."""
+    """The linear layers of a network as one operation. Net runs it forward and backward."""
 
     def __init__(
         self,
@@ -50,21 +50,21 @@ class Stack:
         self._buffers: dict = {}
 
     def bind(self, parameters: list[torch.Tensor]) -> None:
-        """Take the tensors to work on: this stack's own views, in the order of `shapes`."""
+        """Set the parameters: views that only this stack uses, in the order of `shapes`."""
         step = 2 if self.bias else 1
         self.bound, self.weights = parameters, parameters[::step]
         self.biases = parameters[1::step] if self.bias else [None] * self.layers
         self._buffers.clear()
 
     def bind_grads(self, grads: list[torch.Tensor]) -> None:
-        """Take the tensors that `backward` fills, in the order of `shapes`."""
+        """Set the tensors that `backward` fills, in the order of `shapes`."""
         step = 2 if self.bias else 1
         self.grads = list(zip(grads[::step], grads[1::step] if self.bias else [None] * self.layers))
 
     def _buffers_for(self, rows):
         """Outputs (y, z) and dz of every layer for a batch of `rows`.
 
-        Those of the two latest sizes are kept. They are ordinary tensors even if made in inference
+        The buffers of the two latest sizes are kept. They are ordinary tensors even in inference
         mode, because training uses them again.
         """
         made = self._buffers.get(rows)
@@ -89,8 +89,11 @@ class Stack:
         return self._buffers[rows]
 
     def _gradient_buffers(self, like, rows, names):
-        """dz of every layer. A layer's dz is needed until that of the layer below is made, so every
-        second layer has the same memory. The last layer needs none if its dz is the gradient given.
+        """dz of every layer.
+
+        A layer's dz is needed until dz of the layer below is computed. So layers 0, 2, 4, … share
+        one memory, and layers 1, 3, 5, … another. The last layer needs no buffer if its dz is the
+        gradient of the output itself.
         """
         count = self.layers - (activations.get(names[-1]).needs == "nothing")
         widths = self.sizes[1 : count + 1]
@@ -99,8 +102,9 @@ class Stack:
         return made + [None] * (self.layers - count)
 
     def forward(self, x: torch.Tensor, keep: bool = True) -> torch.Tensor:
-        """(rows, sizes[0]) -> (rows, sizes[-1]); with keep, into this stack's buffers and ready for
-        `backward`.
+        """(rows, sizes[0]) -> (rows, sizes[-1]).
+
+        keep: write into this stack's buffers and prepare `backward`.
         """
         out = self._buffers_for(x.shape[0])[0] if keep else None
         y, saved = kernels.mlp_fwd(
@@ -111,7 +115,10 @@ class Stack:
         return y
 
     def backward(self, dy: torch.Tensor, input_grad: bool = False) -> torch.Tensor | None:
-        """Fill the gradients from dy (rows, sizes[-1]); dx (rows, sizes[0]) if asked for."""
+        """Fill the gradients from dy (rows, sizes[-1]).
+
+        Returns dx (rows, sizes[0]) if `input_grad`, else None.
+        """
         out = self._buffers_for(dy.shape[0])[1], self.grads
         needs = (input_grad, *(True,) * self.layers, *(self.bias,) * self.layers)
         return kernels.mlp_bwd(dy, *self._saved, needs=needs, out=out)[0]
@@ -124,13 +131,13 @@ class Stack:
         step: float | torch.Tensor,
         rule: kernels.Rule,
     ) -> None:
-        """The backward and an optimizer's step on the parameters, see `kernels.mlp_update`."""
+        """The backward, with an optimizer's step on the parameters. See `kernels.mlp_update`."""
         out = self._buffers_for(dy.shape[0])[1]
         kernels.mlp_update(dy, self._saved, self.bound, states, hyper, step, rule, out=out)
 
 
 class Convolution:
-    """A convolution with its activation and max-pool. Rows in and out are flattened images."""
+    """A convolution with its activation and max-pool. Each row in and out is a flattened image."""
 
     def __init__(
         self,
@@ -152,16 +159,16 @@ class Convolution:
         )
 
     def bind(self, parameters: list[torch.Tensor]) -> None:
-        """Take the tensors to work on, in the order of `shapes`."""
+        """Set the parameters, in the order of `shapes`."""
         self.bound = parameters
         self.weight, self.bias = parameters
 
     def bind_grads(self, grads: list[torch.Tensor]) -> None:
-        """Take the tensors that `backward` fills, in the order of `shapes`."""
+        """Set the tensors that `backward` fills, in the order of `shapes`."""
         self.grads = grads
 
     def forward(self, x: torch.Tensor, keep: bool = True) -> torch.Tensor:
-        """(rows, C·H·W) -> (rows, features of the pooled result)."""
+        """(rows, C·H·W) -> (rows, features of the pooled images)."""
         y, saved = kernels.conv2d_fwd(
             x.view(-1, *self.image_shape), self.weight, self.bias, *self.options
         )
@@ -170,23 +177,27 @@ class Convolution:
         return y.flatten(1)
 
     def backward(self, dy: torch.Tensor, input_grad: bool = False) -> torch.Tensor | None:
-        """Fill the gradients from dy; dx (rows, C·H·W) if asked for."""
+        """Fill the gradients from dy. Returns dx (rows, C·H·W) if `input_grad`, else None."""
         dy = dy.view(-1, *self.out_shape)
         dx, *grads = kernels.conv2d_bwd(dy, *self._saved, needs=(input_grad, True, True))
         for kept, grad in zip(self.grads, grads):
-            assert grad is not None  # it was asked for
+            assert grad is not None  # `needs` asks for it
             kept.copy_(grad)
         return None if dx is None else dx.flatten(1)
 
 
 class Net:
-    """A network with its gradients written out.
+    """A network whose gradients are written by hand.
 
-    `parameters` and `grads`: "0.weight" -> view of `flat` and `flat_grad`. The gradients are made
-    when they are first asked for: a training that updates in the backward has none.
+    `parameters` and `grads` map names such as "0.weight" to views of the one-dimensional tensors
+    `flat` and `flat_grad`. A weight is (out, in), a bias (out,). The gradients are allocated at the
+    first access, because a training that updates in the backward needs none.
 
-    sizes: widths from input to output. init: see `mlp.init`; seed: of the initial weights. float32,
-    float16 and bfloat16 run in the kernels, float64 on the reference.
+    sizes: widths from input to output, at least two. activation, output_activation: names in
+    `kernels.ACTIVATIONS`. init: see `mlp.initialise`. seed: of the initial weights, or None for
+    torch's global generator. dtype: None is torch's default. float32, float16 and bfloat16 run in
+    the kernels, float64 on the reference. ValueError for sizes that are not positive integers, and
+    for unknown names.
     """
 
     def __init__(
@@ -221,9 +232,9 @@ class Net:
 
     @classmethod
     def over(cls, module: Any) -> "Net":
-        """A net that works on a module's parameters where they lie; the module stays as it was.
+        """A net that works on a module's parameters in place. The module is not changed.
 
-        Such a net has no flat tensor of parameters: `flat` is None.
+        Such a net has no flat tensor of parameters, so `flat` is None.
         """
         net = cls.__new__(cls)
         parameters = {name: p.detach() for name, p in module.named_parameters()}
@@ -245,7 +256,7 @@ class Net:
         }
 
     def _views(self, device, dtype):
-        """A flat tensor of zeros, and its views: name -> tensor of the parameter's shape."""
+        """(a flat tensor of zeros, its views by name), each view of its parameter's shape."""
         dtype = dtype or torch.get_default_dtype()
         unit = _ALIGNMENT // torch.empty((), dtype=dtype).element_size()
         sizes = [torch.Size(shape).numel() for shape in self._shapes.values()]
@@ -282,12 +293,12 @@ class Net:
 
     @property
     def grads(self) -> dict[str, torch.Tensor]:
-        """ "0.weight" -> gradient, overwritten by `backward`."""
+        """Gradients by name, such as "0.weight". Each `backward` overwrites them."""
         return self._with_grads()[1]
 
     def __getstate__(self):
-        # The tensors themselves, because an optimizer that is copied or pickled beside the net
-        # holds the same objects.
+        # The state holds the tensors themselves. An optimizer that is copied or pickled with the
+        # net then still shares its parameters.
         made = ("_config", "_shape", "_lead", "_shapes", "stages", "flat", "_grads")
         return {name: value for name, value in vars(self).items() if name not in made} | {
             "config": self._config,
@@ -310,8 +321,9 @@ class Net:
         self._bind()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Outputs for x (…, features), kept for `backward`. They lie in a buffer that the next
-        forward overwrites.
+        """Outputs (…, outputs) for x (…, features), of the network's dtype.
+
+        They are kept for `backward`, in a buffer that the next `forward` overwrites.
         """
         self._lead = x.shape[:-1]
         y = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -321,15 +333,17 @@ class Net:
         return y if x.dim() == 2 else y.view(*self._lead, y.shape[-1])
 
     def predict(self, x: torch.Tensor) -> torch.Tensor:
-        """As `forward`, into fresh memory and without keeping anything."""
+        """The outputs of `forward`, in new memory. Nothing is kept for `backward`."""
         y = x.reshape(-1, x.shape[-1])
         for stage in self.stages:
             y = stage.forward(y, keep=False)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def backward(self, doutput: torch.Tensor, input_grad: bool = False) -> torch.Tensor | None:
-        """Overwrite `grads` from the gradient of the latest forward's output; returns dx if
-        `input_grad`, else None.
+        """Overwrite `grads` from the gradient of the latest forward's outputs.
+
+        doutput has the outputs' shape, else ValueError. RuntimeError before the first `forward`.
+        Returns the gradient of the inputs, in their shape, if `input_grad`, else None.
         """
         dy = self._rows(doutput)
         self._with_grads()
@@ -347,36 +361,35 @@ class Net:
     ) -> None:
         """`backward` and an optimizer's step in one, see `kernels.mlp_update`.
 
-        `grads` stay as they were.
-
-        Only for a network of linear layers alone (one stage). `states`: lists in the order of
-        `parameters`.
+        `grads` are not changed. The network must consist of linear layers only (one stage). states:
+        one list for each of the rule's states, in the order of `parameters`.
         """
         (stack,) = self.stages
         stack.update(self._rows(doutput), states, hyper, step, rule)
 
     def _rows(self, doutput):
-        """The gradient of the latest output as a matrix."""
+        """The gradient of the latest outputs as a matrix (rows, outputs)."""
         if self._shape is None:
-            raise RuntimeError("Net: forward comes before backward")
+            raise RuntimeError("Net: backward was called before forward; call forward first")
         if doutput.shape != self._shape:
             raise ValueError(
-                f"Net: the gradient must be {self._shape} as the output was, got "
+                f"Net: the gradient must be {self._shape}, as the latest outputs were, got "
                 f"{tuple(doutput.shape)}"
             )
         return doutput if doutput.dim() == 2 else doutput.reshape(-1, doutput.shape[-1])
 
     def config(self) -> dict:
-        """The network's description, as a module's `config()`."""
+        """The network's description, as a module's `config()` gives it."""
         return self._config
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The parameters, copied."""
+        """Copies of the parameters by name."""
         return {name: p.clone() for name, p in self.parameters.items()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Copy parameters in, from `state_dict` or from that of an `mlp.MLP` of the same sizes;
-        else a ValueError.
+        """Copy parameters from a `state_dict`, also from that of an `mlp.MLP` of the same sizes.
+
+        ValueError if names or shapes differ.
         """
         shapes = {name: tuple(t.shape) for name, t in state.items()}
         expected = {name: tuple(p.shape) for name, p in self.parameters.items()}
@@ -387,7 +400,7 @@ class Net:
 
 
 def stages(config: dict) -> list:
-    """The stages of the network that a module's `config()` describes."""
+    """The stages, in order, of the network that a module's `config()` describes."""
     if config["kind"] == "mlp":
         return [
             Stack(

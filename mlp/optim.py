@@ -1,11 +1,12 @@
-"""torch's optimizers with one launch a step, and gradients that may be handed in; and Lion.
+"""torch's optimizers, and Lion, with one kernel launch for each step of a parameter group.
 
-They are torch's classes: arguments, defaults, parameter groups, state_dict and learning-rate
-schedulers are torch's own. Only the update differs: it is a row of `kernels.RULES`. `foreach` and
-`fused` have no effect; `differentiable`, `amsgrad` and `centered` are refused.
+`step` can also take the gradients as an argument. The classes derive from torch's. Arguments,
+defaults, parameter groups, state_dict and learning-rate schedulers are torch's own. Only the update
+is ours. It is a row of `kernels.RULES`. `foreach` and `fused` have no effect. `differentiable`,
+`amsgrad` and `centered` raise a ValueError.
 
-To add one: its row in kernels/rules.py, and a class here that says which row serves a parameter
-group. The row's names of states and hyperparameters are torch's.
+To add one, write its row in kernels/rules.py and a class here. The class's `row` returns the row
+for a parameter group. The row uses torch's names of states and hyperparameters.
 """
 
 import functools
@@ -25,9 +26,9 @@ Gradients = Sequence[torch.Tensor | None] | dict[str, torch.Tensor | None]
 
 
 class Part:
-    """Parameters of one group that have taken as many steps: what a launch can update.
+    """Parameters that one launch can update: they share a group and a count of steps taken.
 
-    The parameters stay the same. All else is read from the optimizer when it is asked for.
+    The parameters are fixed. Everything else is read from the optimizer at each access.
     """
 
     __slots__ = ("group", "optimizer", "parameters")
@@ -42,16 +43,19 @@ class Part:
 
     @property
     def maximize(self) -> bool:
-        """Whether steps go along the gradient."""
+        """True if a step goes along the gradient, False if it goes against it."""
         return self.group["maximize"]
 
     @property
     def numbers(self) -> tuple:
-        """The rule's row of numbers, see `kernels.row_of`. Those in device memory stay tensors."""
+        """The rule's row of numbers, see `kernels.row_of`. Numbers on a device stay tensors."""
         return self.optimizer._numbers(self.group)
 
     def states(self) -> list[list[torch.Tensor]]:
-        """A list for each of the rule's states, in the parameters' order. Missing ones are made."""
+        """One list for each of the rule's states, in the parameters' order.
+
+        Missing states are made.
+        """
         self.optimizer._make(self.group, self.parameters)
         kept = [self.optimizer.state[p] for p in self.parameters]
         return [[state[name] for state in kept] for name in self.rule.states]
@@ -60,21 +64,22 @@ class Part:
     def taken(self) -> int | torch.Tensor:
         """Steps taken: a number, or a one-element tensor on the device.
 
-        Where torch's class counts none: 0 before the first step, then 1.
+        If torch's class keeps no count, this is 0 before the first step, then 1.
         """
         return self.optimizer._taken(self.group, self.parameters[0])
 
     def advance(self, steps: int = 1) -> int | torch.Tensor:
-        """Count steps that a kernel takes in the optimizer's place. Returns the last one's number.
+        """Count steps that a kernel takes in the optimizer's place.
 
-        Where torch's class counts none: 1 for a first step, else 2.
+        Returns the number of the last step. If torch's class keeps no count, this is 1 for a first
+        step, else 2.
         """
         return self.optimizer._advance(self.group, self.parameters, steps)[0]
 
     def frozen(self) -> tuple | None:
-        """What a step depends on besides parameters, gradients and states.
+        """(rule, numbers, maximize): all that a step reads besides parameters, gradients, states.
 
-        None while that changes from step to step, or may change unseen.
+        None if they change from step to step, or may change without notice.
         """
         if self.optimizer.counted or not self.optimizer._are_numbers(self.group):
             return None
@@ -84,10 +89,11 @@ class Part:
 
 
 def _light(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of torch's optimizers without its wrapper, which keeps it out of compiled code.
+    """A method of torch's optimizers without its wrapper.
 
-    The wrapper imports torch._dynamo, which takes a second. Until somebody else has imported that,
-    nothing can be compiled.
+    The wrapper keeps the method out of compiled code. It imports torch._dynamo, which takes a
+    second. Nothing can be compiled before another module has imported torch._dynamo, so until then
+    the wrapper is not needed.
     """
     inside = getattr(method, "__wrapped__", None)
     if inside is None or "torch._dynamo" in sys.modules:
@@ -98,7 +104,7 @@ def _light(method: Callable[..., Any]) -> Callable[..., Any]:
 _REFUSED = ("differentiable", "amsgrad", "centered")
 
 
-# Its classes are torch's as well; at run time each of them brings its own.
+# Every class below also derives from a class of torch. A type checker must know that of the base.
 if TYPE_CHECKING:
     from torch.optim import Optimizer as _Torch
 else:
@@ -106,22 +112,22 @@ else:
 
 
 class _Ruled(_Torch):
-    """A torch optimizer whose update is a row of `kernels.RULES`: what its classes share."""
+    """The common part of all optimizers here: the update is a row of `kernels.RULES`."""
 
-    counted = True  # whether the state of a parameter has a "step", as torch's class keeps it
+    counted = True  # True if torch's class keeps a "step" in the state of each parameter
 
     def row(self, group: dict) -> kernels.Rule:
         """The row of `kernels.RULES` that updates this parameter group."""
         raise NotImplementedError
 
     def initial(self, group: dict) -> float:
-        """What states are filled with before the first step."""
+        """The value of all states before the first step."""
         return 0.0
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        # torch's classes announce it under fused=True, and GradScaler then leaves it to the step to
-        # unscale gradients and to skip infinite ones. Ours leaves that to GradScaler.
+        # torch's classes return True under fused=True. Then GradScaler expects the step to unscale
+        # gradients and to skip infinite ones. Our step expects GradScaler to do both.
         return False
 
     @_step_supports_amp_scaling.setter
@@ -134,25 +140,24 @@ class _Ruled(_Torch):
         *,
         grads: Gradients | None = None,
     ) -> Any:
-        """Updates every parameter from its .grad, or from `grads`.
+        """Update every parameter from its .grad, or from `grads`.
 
-        grads: a sequence or dict in the parameters' order.
-
-        A parameter whose gradient is None is left alone, as in torch. Returns the closure's loss,
-        if one is given.
+        grads: a sequence or dict in the parameters' order. Each gradient is dense and has its
+        parameter's shape, else ValueError. A parameter whose gradient is None stays as it is, as in
+        torch. Returns the loss of `closure`, or None without one.
         """
-        # torch wraps hooks and a profiler's record around every step, which on a CPU costs as much
-        # as a small update. Here only a step that has a hook or a profiler pays for them. A
-        # subclass with a step of its own has them around that one.
+        # torch runs hooks and a profiler's record around every step. On a CPU this costs as much as
+        # a small update. Here only a step with a hook or a profiler pays for it. If a subclass
+        # defines its own step, torch wraps that one.
         if self._is_followed() and type(self).step is _Ruled.step:
             return _followed_step(self, closure, grads=grads)
         return self.update(grads) if closure is None else self._step(closure, grads=grads)
 
-    step.hooked = True  # type: ignore[attr-defined]  # what torch asks before it wraps a step
+    step.hooked = True  # type: ignore[attr-defined]  # torch then does not wrap it
 
     def _is_followed(self) -> bool:
-        """Whether a hook, a profiler or a compiler takes note of this step."""
-        if torch.compiler.is_compiling():  # which cannot trace the other questions
+        """True if a hook, a profiler or a compiler observes this step."""
+        if torch.compiler.is_compiling():  # a compiler cannot trace the checks below
             return True
         return bool(
             self._optimizer_step_pre_hooks
@@ -165,7 +170,7 @@ class _Ruled(_Torch):
     def _step(
         self, closure: Callable[[], Any] | None = None, *, grads: Gradients | None = None
     ) -> Any:
-        """`step` without what torch does around it."""
+        """`step` without torch's hooks and profiler record."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -174,7 +179,7 @@ class _Ruled(_Torch):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's, without its record for a profiler where there is none."""
+        """As torch's. Without a profiler it writes no record for one."""
         if not set_to_none or self._is_followed():
             super().zero_grad(set_to_none)
             return
@@ -183,7 +188,7 @@ class _Ruled(_Torch):
                 p.grad = None
 
     def add_param_group(self, param_group: dict) -> None:
-        """As torch's; a refused option is a ValueError."""
+        """As torch's. ValueError for an option that is not supported."""
         self._refuse({**self.defaults, **param_group})
         _light(super().add_param_group)(param_group)
 
@@ -192,9 +197,10 @@ class _Ruled(_Torch):
         return _light(super().state_dict)()
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As torch's; the state of an optimizer with a refused option is a ValueError.
+        """As torch's. ValueError if the state has an option that is not supported.
 
-        Step counts that are not for CUDA graphs go to the CPU: reading one on a GPU would wait.
+        Step counts move to the CPU unless they are for CUDA graphs (capturable). To read a count on
+        a GPU, the host would have to wait for the GPU.
         """
         for group in state_dict["param_groups"]:
             self._refuse(group)
@@ -211,8 +217,10 @@ class _Ruled(_Torch):
                 raise ValueError(f"{name}: {option}=True is not supported; use torch.optim.{name}")
 
     def parts(self, parameters: Iterable[torch.Tensor] | None = None) -> list[Part]:
-        """All parameters, or these, in parts that a launch can update: what engines do that take
-        steps themselves. An engine that only hands in gradients calls `update`.
+        """All parameters, or these, in parts that one launch can update.
+
+        An engine that takes the steps itself needs them. An engine that only has gradients calls
+        `update` instead.
         """
         chosen = None if parameters is None else {id(p) for p in parameters}
         found = []
@@ -221,7 +229,7 @@ class _Ruled(_Torch):
             for p in group["params"]:
                 if chosen is None or id(p) in chosen:
                     taken = self._taken(group, p)
-                    # Of counts in device memory one serves all: they advance together.
+                    # Counts in device memory advance together, so one of them serves all.
                     key = None if isinstance(taken, torch.Tensor) else taken
                     together.setdefault(key, []).append(p)
             found += [Part(self, group, members) for members in together.values()]
@@ -236,8 +244,8 @@ class _Ruled(_Torch):
         return count if on_device else int(count)
 
     def update(self, grads: Gradients | None = None) -> None:
-        """`step` without torch's hooks and profiler record around it, which engines call."""
-        self._opt_called = True  # torch's schedulers ask whether a step was taken
+        """`step` without torch's hooks and profiler record. Engines call it."""
+        self._opt_called = True  # torch's schedulers check that a step was taken
         given_all = None
         if grads is not None:
             given_all = list(grads.values() if isinstance(grads, dict) else grads)
@@ -253,7 +261,7 @@ class _Ruled(_Torch):
             self._update_groups(given_all)
 
     def _update_groups(self, given_all: list | None) -> None:
-        """One step of every group, from these gradients or, if None, from .grad."""
+        """One step of every group from these gradients, or from .grad if None."""
         start = 0
         for group in self.param_groups:
             params = group["params"]
@@ -272,8 +280,9 @@ class _Ruled(_Torch):
                 self._update(group, params, given)
 
     def _are_known(self, params: list, grads: list) -> bool:
-        """Whether these parameters were checked before, so that their .grad, which torch keeps to
-        their shapes and types, needs no check but for its layout.
+        """True if these parameters were checked before and no gradient is sparse.
+
+        torch ensures that .grad has its parameter's shape and dtype, so one check is enough.
         """
         if not all([g.layout is torch.strided for g in grads]):
             return False
@@ -294,7 +303,7 @@ class _Ruled(_Torch):
         steps = self._advance(group, params)
         kept = [self.state[p] for p in params]
         states = [[state[name] for state in kept] for name in rule.states]
-        # Of counts in device memory one serves all: they advance together.
+        # Counts in device memory advance together, so one of them serves all.
         if isinstance(steps[0], torch.Tensor) or steps.count(steps[0]) == len(steps):
             lists = params, grads, states
             apply_checked(rule, *lists, numbers, steps[0], maximize=maximize)
@@ -307,8 +316,8 @@ class _Ruled(_Torch):
             apply_checked(rule, *lists[:2], lists[2:], numbers, step, maximize=maximize)
 
     def _advance(self, group: dict, params: list, steps: int = 1) -> list:
-        """Counts steps; the last one's number for each parameter, see `Part.advance`."""
-        self._opt_called = True  # torch's schedulers ask whether a step was taken
+        """Count steps. Returns each parameter's number of the last one, see `Part.advance`."""
+        self._opt_called = True  # torch's schedulers check that a step was taken
         if not self.counted:
             if not self.row(group).states:
                 return [2] * len(params)
@@ -319,13 +328,13 @@ class _Ruled(_Torch):
         self._make(group, params)
         counts = [self.state[p]["step"] for p in params]
         torch._foreach_add_(counts, steps)
-        # No host read on a device, nor of fake tensors.
+        # The host must not read counts on a device or in fake tensors.
         if group.get("capturable") or not launch.plain(*counts):
             return counts
         return [int(count) for count in counts]
 
     def _fresh(self, group, p) -> bool:
-        """Whether a state of this parameter is missing, or None as older torch saved it."""
+        """True if a state of this parameter is missing, or None, as older torch saved it."""
         state = self.state.get(p, {})
         return any([state.get(name) is None for name in self.row(group).states])
 
@@ -347,23 +356,23 @@ class _Ruled(_Torch):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _hyperparameters(self, group) -> dict:
-        """The rule's hyperparameters.
+        """The rule's hyperparameters by name.
 
-        Those in CPU memory become numbers, so that kernels may have them.
+        Tensors in CPU memory become numbers, because kernels cannot read them there.
         """
         given = {name: group[name] for name, _ in self.row(group).hyperparameters}
         return {name: _number(value) for name, value in given.items()}
 
     def _are_numbers(self, group: dict) -> bool:
-        """Whether every hyperparameter is a number. A tensor, or a list, may change unseen."""
+        """True if every hyperparameter is a number. Tensors and lists may change without notice."""
         given = (group[name] for name, _ in self.row(group).hyperparameters)
         return all([type(v) in (float, int) for value in given for v in _spread(value)])
 
     def _numbers(self, group) -> tuple:
-        """The row's numbers; what lies in device memory stays there.
+        """The row's numbers. Tensors in device memory stay there.
 
-        Kept while the group holds the very same numbers. Those in tensors and lists may change
-        where they are, so they are read each time.
+        The row is kept while the group holds the same objects. Tensors and lists may change in
+        place, so a group with them is read each time.
         """
         rule = self.row(group)
         given = [group[name] for name, _ in rule.hyperparameters]
@@ -377,7 +386,7 @@ class _Ruled(_Torch):
         return row
 
 
-# `step` as torch makes it of a class's own: with its hooks and its profiler's record.
+# `step` as torch wraps it: with hooks and a profiler's record.
 _followed_step = torch.optim.Optimizer.profile_hook_step(_Ruled._step)
 
 
@@ -386,7 +395,7 @@ def _spread(value) -> tuple:
 
 
 def _number(value):
-    """A hyperparameter that is a tensor on the CPU as a number, a pair element by element."""
+    """A hyperparameter, where tensors on the CPU become numbers. A pair is converted by element."""
     if isinstance(value, (tuple, list)):
         return tuple(map(_number, value))
     on_host = isinstance(value, torch.Tensor) and value.device.type == "cpu"
@@ -394,9 +403,10 @@ def _number(value):
 
 
 class SGD(_Ruled, torch.optim.SGD):
-    """`torch.optim.SGD`: momentum, dampening, weight decay, Nesterov, maximize.
+    """`torch.optim.SGD`, with all its options but `differentiable`.
 
-    lr: a number, or a tensor on the device.
+    lr: a number, or a tensor on the parameters' device. The parameters may be float32, float16,
+    bfloat16 or float64. ValueError: see `torch.optim.SGD`, and for `differentiable`.
     """
 
     counted = False
@@ -409,18 +419,22 @@ class SGD(_Ruled, torch.optim.SGD):
 
 
 class Adam(_Ruled, torch.optim.Adam):
-    """`torch.optim.Adam`.
+    """`torch.optim.Adam`, with all its options but `amsgrad` and `differentiable`.
 
-    With capturable=True the step counts live on the device, for CUDA graphs.
+    With capturable=True the step counts are on the device, for CUDA graphs. ValueError: see
+    `torch.optim.Adam`, and for the two options.
     """
 
     def row(self, group: dict) -> kernels.Rule:
-        """Adam, or AdamW where decoupled_weight_decay is set."""
+        """AdamW if decoupled_weight_decay is set, else Adam."""
         return kernels.RULES["adamw" if group.get("decoupled_weight_decay") else "adam"]
 
 
 class AdamW(Adam, torch.optim.AdamW):
-    """`torch.optim.AdamW`: Adam whose weight decay does not pass through the moments."""
+    """`torch.optim.AdamW`: Adam, but the weight decay does not enter the moments.
+
+    ValueError: as for `Adam`.
+    """
 
     def row(self, group: dict) -> kernels.Rule:
         """AdamW."""
@@ -428,31 +442,37 @@ class AdamW(Adam, torch.optim.AdamW):
 
 
 class RMSprop(_Ruled, torch.optim.RMSprop):
-    """`torch.optim.RMSprop`, with momentum or without; `centered` is refused."""
+    """`torch.optim.RMSprop`, with or without momentum.
+
+    ValueError: see `torch.optim.RMSprop`, and for `centered` and `differentiable`.
+    """
 
     def row(self, group: dict) -> kernels.Rule:
-        """With momentum or without."""
+        """The row with momentum if the group has one, else the row without."""
         return kernels.RULES["rmsprop_momentum" if group["momentum"] else "rmsprop"]
 
 
 class Adagrad(_Ruled, torch.optim.Adagrad):
-    """`torch.optim.Adagrad`: lr_decay, weight decay, initial_accumulator_value, maximize."""
+    """`torch.optim.Adagrad`, with all its options but `differentiable`.
+
+    ValueError: see `torch.optim.Adagrad`, and for `differentiable`.
+    """
 
     def row(self, group: dict) -> kernels.Rule:
         """Adagrad."""
         return kernels.RULES["adagrad"]
 
     def initial(self, group: dict) -> float:
-        """The sums' initial value."""
+        """The initial value of the sums of squares."""
         return group["initial_accumulator_value"]
 
 
 class Lion(_Ruled, torch.optim.Optimizer):
-    """Lion (Chen et al. 2023): steps of one size, in the direction of the sign of an average.
+    """Lion (Chen et al. 2023): every step has size lr, along the sign of an average gradient.
 
-    lr is usually 3 to 10 times smaller than Adam's, weight_decay as many times larger. betas: of
-    the average that is stepped along, and of the one that is kept. ValueError: lr, a beta or
-    weight_decay out of range.
+    lr is usually 3 to 10 times smaller than Adam's, and weight_decay as many times larger. betas:
+    the first is for the average whose sign is taken, the second for the average that is kept.
+    ValueError if lr or weight_decay is negative, or a beta is outside [0, 1).
     """
 
     counted = False

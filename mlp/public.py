@@ -1,4 +1,4 @@
-"""The public names of `mlp`, one by one. `mlp/__init__.py` loads this file at the first use."""
+"""The public names of `mlp`. `mlp/__init__.py` loads this file at the first use of a name."""
 
 import importlib
 from typing import Any
@@ -67,7 +67,7 @@ __all__ = [
     "save",
 ]
 
-# They stand on scikit-learn, which need not be there and takes a second to import.
+# They need scikit-learn, which may be missing and takes a second to import.
 ESTIMATORS = {"MLPClassifier": "estimators", "MLPRegressor": "estimators", "SearchCV": "search"}
 
 

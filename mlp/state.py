@@ -1,4 +1,4 @@
-"""What a network holds: parameters and buffers by name, copies of them, and its modes."""
+"""A network's parameters and buffers by name, copies of them, and its modes."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,15 +9,15 @@ from .net import Net
 
 
 def parameters_of(model: Net | torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> parameter, of a Net or a module. A shared parameter is listed once."""
+    """The parameters of a Net or a module by name. A shared parameter is listed once."""
     return model.parameters if isinstance(model, Net) else dict(model.named_parameters())
 
 
 def state_of(model: Net | torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> tensor of everything that a checkpoint must hold: parameters and buffers, detached.
+    """All tensors that a checkpoint must hold, by name: parameters and buffers, detached.
 
-    The names are those of `model.state_dict()`: a shared parameter stands under each of its names,
-    and buffers that the module does not want saved are left out.
+    The names are those of `model.state_dict()`. A shared parameter is listed under each of its
+    names. Buffers with persistent=False are left out.
     """
     if isinstance(model, Net):
         return dict(model.parameters)
@@ -26,19 +26,24 @@ def state_of(model: Net | torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def load_state(model: Net | torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Copy what `state_of` gave into a network; ValueError for another one, before any change."""
+    """Copy the tensors of a `state_of` into a network.
+
+    ValueError if names or shapes differ. Then nothing is changed.
+    """
     found, expected = (
         {name: tuple(t.shape) for name, t in tensors.items()}
         for tensors in (state, state_of(model))
     )
     if found != expected:
-        raise ValueError(f"the state of another network: has {found}, needs {expected}")
+        raise ValueError(
+            f"the state is of another network: it has {found}, but {expected} is needed"
+        )
     for name, tensor in state_of(model).items():
         tensor.copy_(state[name])
 
 
 class Snapshot:
-    """Copies of all parameters and buffers of a network, to go back to after a failed epoch."""
+    """Copies of all parameters and buffers of a network. `restore` undoes a failed epoch."""
 
     def __init__(self, model: Net | torch.nn.Module):
         self.model = model
@@ -50,7 +55,7 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Copy the values back into the tensors that now have these names."""
+        """Copy the values back into the tensors that have these names now."""
         for name, tensor in self._tensors().items():
             if name in self.copies and tensor.shape == self.copies[name].shape:
                 tensor.copy_(self.copies[name])
@@ -58,7 +63,7 @@ class Snapshot:
 
 @contextlib.contextmanager
 def in_mode(model: Net | torch.nn.Module, training: bool) -> Iterator[None]:
-    """The network in training or evaluation mode; afterwards each submodule has its mode back."""
+    """Set training or evaluation mode. At the end each submodule gets its earlier mode back."""
     before = [] if isinstance(model, Net) else [(m, m.training) for m in model.modules()]
     if not isinstance(model, Net):
         model.train(training)

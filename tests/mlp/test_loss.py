@@ -237,17 +237,19 @@ def test_errors():
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_backward_before_forward(loss):
-    with pytest.raises(RuntimeError, match="forward comes before backward"):
+    with pytest.raises(
+        RuntimeError, match="backward was called before forward; call forward first"
+    ):
         loss().backward()
 
 
 def test_a_net_says_in_what_order_and_shape():
     net = Net([6, 5, 3])
-    with pytest.raises(RuntimeError, match="Net: forward comes before backward"):
+    with pytest.raises(RuntimeError, match="Net: backward was called before forward"):
         net.backward(torch.zeros(4, 3))
     net.forward(torch.zeros(4, 6))
     with pytest.raises(
-        ValueError, match=r"the gradient must be \(4, 3\) as the output was, got \(5, 3\)"
+        ValueError, match=r"the gradient must be \(4, 3\) as the latest outputs were, got \(5, 3\)"
     ):
         net.backward(torch.zeros(5, 3))
 

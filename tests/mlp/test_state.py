@@ -105,7 +105,9 @@ def test_copied_nets(through):
     filled.flat.fill_(0.5)
     assert torch.equal(other.forward(torch.ones(2, 6)), filled.forward(torch.ones(2, 6)))
     assert not (net.flat == 0.5).all()
-    with pytest.raises(RuntimeError, match="forward comes before backward"):
+    with pytest.raises(
+        RuntimeError, match="backward was called before forward; call forward first"
+    ):
         through(net).backward(torch.zeros(2, 3))
 
 
@@ -259,7 +261,7 @@ def test_buffers_belong_to_the_model():
     for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(tensor, state["model"][name]), name
     assert float(trainer.model.passing) == 6
-    with pytest.raises(ValueError, match="the state of another network"):
+    with pytest.raises(ValueError, match="the state is of another network"):
         Trainer(MLP(SIZES), verbose=False).load_state_dict(state)
 
 
