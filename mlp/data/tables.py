@@ -298,6 +298,8 @@ def read(path: str | Path) -> "pandas.DataFrame":
     except ImportError:
         raise needs_extra("pandas", "reading tables") from None
     path = Path(path)
+    if not path.exists():
+        raise DataError(f"there is no file {str(path)!r}")
     try:
         if path.suffix.lower() == ".parquet":
             frame = pandas.read_parquet(path)
@@ -323,7 +325,8 @@ def guess_task(frame: "pandas.DataFrame", targets: Sequence[str]) -> str:
     """The task that the targets' types stand for.
 
     Several targets: multi-label if all are 0 or 1, else regression. One: classification if it holds
-    text or truth values, or whole numbers of at most MAX_INTEGER_CLASSES kinds; else regression.
+    text or truth values, or whole numbers of at most MAX_INTEGER_CLASSES kinds, each in at least
+    two rows on average; else regression.
     """
     from pandas.api import types
 
@@ -335,7 +338,9 @@ def guess_task(frame: "pandas.DataFrame", targets: Sequence[str]) -> str:
     if not types.is_numeric_dtype(only) or types.is_bool_dtype(only):
         return "classification"
     whole = (only.dropna() % 1 == 0).all()
-    return "classification" if whole and only.nunique() <= MAX_INTEGER_CLASSES else "regression"
+    kinds = only.nunique()
+    few = kinds <= min(MAX_INTEGER_CLASSES, len(only) / 2)
+    return "classification" if whole and few else "regression"
 
 
 def fit(frame: "pandas.DataFrame", targets: Sequence[str], task: str = "auto") -> Table:
@@ -460,6 +465,21 @@ def load(path: str | Path, choice: Choice, table: Table | None = None) -> Parts:
     )
 
 
+def _why_not_split(labels: numpy.ndarray | None, error: ValueError) -> str:
+    """Why the rows cannot be split so that each part has each class, and the way out."""
+    if labels is None:
+        return f"cannot be split: {error}"
+    classes, counts = numpy.unique(labels, return_counts=True)
+    rare = [f"{name} ({rows})" for name, rows in zip(classes, counts) if rows < 3]
+    found = f"{len(classes)} classes in {len(labels)} rows"
+    if rare:
+        found += f"; too few rows have {_listed(rare)}"
+    return (
+        f"cannot be split with all classes in each part: {found}; leave out rare classes, or use "
+        "--task regression if the target is a quantity"
+    )
+
+
 def split_rows(
     count: int, validation: float, labels: numpy.ndarray | None, name: str
 ) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
@@ -483,9 +503,7 @@ def split_rows(
         try:
             left, out = train_test_split(rows, test_size=share, random_state=0, stratify=stratify)
         except ValueError as error:
-            raise DataError(
-                f"{name}: cannot be split with all classes in each part: {error}"
-            ) from None
+            raise DataError(f"{name}: {_why_not_split(labels, error)}") from None
         return numpy.sort(left), numpy.sort(out)
 
     train, test = part(rows, TEST_SHARE)

@@ -48,6 +48,22 @@ def test_targets_come_back_in_their_units(frame):
     torch.testing.assert_close(table.units(y)[:, 0], torch.tensor(ROWS["price"]))
 
 
+@pytest.mark.parametrize(
+    "values, task",
+    [
+        ([0, 1, 2] * 10, "classification"),
+        ([1.0, 2.0] * 10, "classification"),
+        (["a", "b"], "classification"),
+        ([True, False], "classification"),
+        ([210_000, 340_000, 515_000], "regression"),  # a kind for each row: prices
+        (list(range(21)) * 3, "regression"),
+        ([0.5, 1.5], "regression"),
+    ],
+)
+def test_the_targets_type_decides_the_task(values, task):
+    assert tables.guess_task(pandas.DataFrame({"y": values}), ["y"]) == task
+
+
 def test_json_holds_everything(frame):
     table = tables.fit(frame, ["price"])
     again = tables.Table.from_json(json.loads(json.dumps(table.to_json())))

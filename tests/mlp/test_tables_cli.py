@@ -131,7 +131,11 @@ def test_resumed_as_if_never_stopped(handgrad):
             ("--target", "price"),
             "looks like a name or an id; leave it out with --drop name",
         ),
-        ({"price": ["a"] * 99 + ["b"]}, ("--target", "price"), "all classes in each part"),
+        (
+            {"price": ["a"] * 99 + ["b"]},
+            ("--target", "price"),
+            "too few rows have b (1); leave out",
+        ),
     ],
 )
 def test_bad_tables_get_one_line(change, options, message, handgrad, files, monkeypatch):
