@@ -1,20 +1,22 @@
 """The operations as torch.library operators: for `torch.compile`, one opaque node each way.
 
 An operator calls the launchers that eager mode calls, so a compiled network has the gradients of an
-eager one, bit for bit. Its fake implementation, which tells shapes to the compiler, is the same
-function by the reference, run on fake tensors. Eager mode does not come through here: the wrapper
-of an operator costs tens of µs a call.
+eager one, bit for bit. Its fake implementation tells the compiler the shapes. It is the reference,
+run on fake tensors, unless the operation has a fake of its own. Eager mode does not use these
+operators, because the wrapper of an operator costs tens of µs a call.
 
 `register` makes both operators of any operation, with one schema for all:
 
     handgrad::linear(Tensor[] tensors, str arguments) -> Tensor[]
     handgrad::linear_bwd(Tensor dy, Tensor[] saved, str fields, bool[] needs) -> Tensor[]
 
-`arguments` is the tuple of arguments as Python writes it, with `...` for each tensor: for linear,
-"(..., ..., None, 'relu', )". So options of any kind pass, and a new operation needs no code here.
-An operator may return neither its inputs nor None nor one tensor twice. So a forward returns y and
-only what it made beside it; for the rest there are marks, tensors without elements whose shape says
-what stands there. A backward returns only the gradients that `needs` asks for.
+`arguments` is the tuple of arguments as Python writes it, with `...` for each tensor. For linear it
+is "(..., ..., None, 'relu', )". Options of any kind can pass this way, and a new operation needs no
+code here.
+
+An operator may not return its inputs, None, or one tensor twice. So a forward returns y and the
+other tensors that it made. Marks replace the rest. A mark is a tensor without elements whose shape
+says what it replaces. A backward returns only the gradients that `needs` asks for.
 """
 
 import ast
@@ -27,14 +29,15 @@ ops = torch.ops.handgrad
 # name of an operation -> its forward operator: (tensors, arguments) -> [y, …]
 operators: dict = {}
 
-# What a mark stands for: its shape is (0, kind, number).
-_NOTHING, _OUTPUT, _TUPLE = range(3)  # None; the fresh tensor `number`, y the first; a tuple
+# A mark has the shape (0, kind, number). It stands for None, for output `number` (y is 0), or for a
+# tuple of `number` items.
+_NOTHING, _OUTPUT, _TUPLE = range(3)
 
 
 def written(value, tensors: list) -> str:
-    """A value as Python writes it, with `...` for each tensor, which goes to `tensors`.
+    """A value as Python writes it, with `...` for each tensor. The tensors are added to `tensors`.
 
-    torch.compile traces this, so it is made of what that knows.
+    torch.compile traces this function, so it uses only what torch.compile can trace.
     """
     if isinstance(value, torch.Tensor):
         tensors.append(value)
@@ -52,7 +55,7 @@ _literal = functools.cache(ast.literal_eval)
 
 
 def read(text: str, tensors) -> tuple:
-    """The value that `written` wrote, with these tensors in their places; lists are tuples."""
+    """The value that `written` wrote, with these tensors in their places. Lists become tuples."""
     remaining = iter(tensors)
 
     def fill(value):
@@ -72,7 +75,7 @@ def flat(values) -> list:
 
 
 def register(operation) -> None:
-    """Make the two operators of a `tape.Differentiable`, and the gradient of the first."""
+    """Registers the two operators of a `tape.Differentiable`, and the gradient of the first."""
 
     def forward(tensors, arguments):
         return _outputs(operation, *operation.fwd(*read(arguments, tensors)))
@@ -97,7 +100,7 @@ def register(operation) -> None:
         ),
     }
     for operator, (schema, function, fake) in schemas.items():
-        make: Any = torch.library.custom_op  # its stubs know no schema of a plain function
+        make: Any = torch.library.custom_op  # its stubs allow no schema with a plain function
         registered = make(f"handgrad::{operator}", function, mutates_args=[], schema=schema)
         registered.register_fake(fake)
         if operator == name:
@@ -120,7 +123,7 @@ def _autograd(operation):
     def backward(ctx, dys):
         given = ctx.needs_input_grad[0]
         first = flat(read(ctx.arguments, given)[: operation.inputs])
-        needs = [need is True for need in first]  # a bool for each tensor; None stays one
+        needs = [need is True for need in first]  # one bool for each argument; None gives False
         backward_operator = getattr(ops, f"{operation.name}_bwd")
         grads = iter(backward_operator(dys[0], list(ctx.saved_tensors), ctx.fields, needs))
         count = sum(need is not None for need in first)
@@ -130,19 +133,19 @@ def _autograd(operation):
 
 
 def _gradients(bwd, dy, saved, fields, needs) -> list[torch.Tensor]:
-    """The gradients that are needed, contiguous: fake and real implementation agree."""
+    """The gradients that are needed, contiguous. The fake implementation returns the same."""
     grads = flat(bwd(dy, *read(fields, saved), needs=tuple(needs)))
     return [g.contiguous() for g, needed in zip(grads, needs) if needed]
 
 
 def _made(operation) -> list[str]:
-    """The fields of what an operation saves that its forward made: no arguments, not derived."""
+    """Names of the saved fields that the forward made: no arguments and no derived values."""
     known = {*operation.parameters, *operation.derived}
     return [field for field in operation.saved._fields if field not in known]
 
 
 def _outputs(operation, y, saved) -> list[torch.Tensor]:
-    """y, then what the forward made and saved, with marks for all that no operator may return."""
+    """y, then what the forward made and saved, with marks for what an operator may not return."""
     outputs, places = [y.contiguous()], {id(y): 0}
 
     def mark(kind, number=0):
@@ -155,7 +158,7 @@ def _outputs(operation, y, saved) -> list[torch.Tensor]:
             mark(_TUPLE, len(value))
             for item in value:
                 put(item)
-        elif not isinstance(value, torch.Tensor):  # a number that the kernels have as a tensor
+        elif not isinstance(value, torch.Tensor):  # a number, which the kernels give as a tensor
             dtype = torch.promote_types(y.dtype, torch.float32)
             outputs.append(torch.full((), value, dtype=dtype, device=y.device))
         elif id(value) in places:
@@ -170,7 +173,7 @@ def _outputs(operation, y, saved) -> list[torch.Tensor]:
 
 
 def _saved(operation, args: tuple, outputs: list) -> tuple:
-    """What the forward saved, put together from its arguments and what its operator returned."""
+    """What the forward saved, built from its arguments and from what its operator returned."""
     named = dict(zip(operation.parameters, args))
     remaining = iter(outputs[1:])
 

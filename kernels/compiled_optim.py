@@ -1,4 +1,4 @@
-"""The optimizers' updates as torch.library operators that mutate their tensors: see `compiled`."""
+"""The optimizers' updates as torch.library operators that mutate their tensors, see `compiled`."""
 
 import torch
 
@@ -9,7 +9,7 @@ ops = torch.ops.handgrad
 
 
 def mutating(schema: str):
-    """Register the function below, which returns nothing, as the operator of this schema."""
+    """A decorator that registers a function as the operator of this schema. It returns nothing."""
 
     def register(function):
         name, _, rest = schema.partition("(")
@@ -23,9 +23,9 @@ def mutating(schema: str):
     return register
 
 
-# A learning rate, or step, that is a tensor is given beside the number, which is then ignored.
-# Without momentum there are no buffers: sgd's own convention, the parameters twice, would be
-# mutated under two names.
+# A learning rate or step may be a tensor. It is passed in its own argument, and the number beside
+# it is then ignored. Without momentum, `buffers` is empty. sgd's own convention passes the
+# parameters in its place, but an operator may not mutate one tensor under two names.
 
 
 @mutating(

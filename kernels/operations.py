@@ -1,9 +1,9 @@
-"""The table of operations, each with cases to try it on and torch's own function beside it.
+"""The table of operations, each with cases to run it on and torch's own function for comparison.
 
 `handgrad info`, the tests and the compile checks iterate over it.
 
-A row of a `tape.Differentiable` makes an operation whole: its operators for torch.compile are
-registered by the file that defines it, and every test of operations takes the row.
+A new operation needs one `tape.Differentiable` and one row here. The file that defines it registers
+its operators for torch.compile, and every test of operations takes the row.
 """
 
 import itertools
@@ -29,26 +29,29 @@ from .tape import Differentiable
 
 
 class Make:
-    """Seeded random arguments on one device in one dtype; on the meta device, shapes only."""
+    """Seeded random arguments on one device in one dtype. On the meta device they have no values.
+
+    device, dtype: of the arguments. seed: of the generator.
+    """
 
     def __init__(self, device="cpu", dtype=torch.float32, seed=0):
         self.device, self.dtype = torch.device(device), dtype
         self.generator = torch.Generator().manual_seed(seed)
 
     def real(self, *shape):
-        """Standard normal numbers."""
+        """A tensor of this shape with standard normal numbers."""
         if self.device.type == "meta":
             return torch.empty(shape, dtype=self.dtype, device="meta")
         return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
 
     def positive(self, *shape):
-        """Uniform numbers in [0.1, 1.1)."""
+        """A tensor of this shape with uniform numbers in [0.1, 1.1)."""
         if self.device.type == "meta":
             return self.real(*shape)
         return (torch.rand(shape, generator=self.generator) + 0.1).to(self.device, self.dtype)
 
     def labels(self, classes, *shape):
-        """Integers in [0, classes)."""
+        """A tensor of this shape with int64 numbers in [0, classes)."""
         if self.device.type == "meta":
             return torch.empty(shape, dtype=torch.int64, device="meta")
         return torch.randint(0, classes, shape, generator=self.generator).to(self.device)
@@ -60,8 +63,9 @@ class Operation(NamedTuple):
     `cases(make, m, k, n)` yields (label, arguments of fwd) for a batch of m, k features in and n
     out.
 
-    Differentiable ones have the rest: `function`, which users call with these arguments; `oracle`,
-    the same in torch's functions; `definition`, what the operation's file says of it.
+    Differentiable operations have the other fields too. `function` is what users call with these
+    arguments. `oracle` is the same in torch's functions. `definition` is the operation's
+    `tape.Differentiable`.
     """
 
     cases: Callable[[Make, int, int, int], Iterator[tuple[str, tuple]]]
@@ -81,9 +85,10 @@ class Operation(NamedTuple):
         return cls(cases, op.fwd, op.fwd_ref, op.bwd, op.bwd_ref, function, oracle, op)
 
     def results(self, args: tuple, dy=None, *, reference: bool = False) -> list[torch.Tensor]:
-        """The forward's output and every gradient, flat.
+        """The forward's output and every gradient, as one flat list.
 
-        They come from the kernels' launchers, or from the reference. dy: ones if None.
+        They come from the launchers, or with `reference` from the reference. dy: the gradient of
+        the output, ones if None.
         """
         y, saved = (self.fwd_ref if reference else self.fwd)(*args)
         outputs = flatten(y)
@@ -94,7 +99,7 @@ class Operation(NamedTuple):
 
 
 def flatten(value) -> list[torch.Tensor]:
-    """The tensors in nested tuples and lists, in order; everything else is dropped."""
+    """The tensors in nested tuples and lists, in order. Everything else is dropped."""
     if isinstance(value, torch.Tensor):
         return [value]
     return [t for item in value for t in flatten(item)] if isinstance(value, (tuple, list)) else []
@@ -166,7 +171,8 @@ def _elementwise_loss_cases(make, m, k, n):
 
 
 def _elementwise_loss_torch(x, t, loss, parameter, weight, reduction):
-    if torch.is_autocast_enabled(x.device.type):  # torch has no pinball loss to cast by itself
+    # torch has no pinball loss that would cast by itself.
+    if torch.is_autocast_enabled(x.device.type):
         x, t = (v if v.dtype == torch.float64 else v.float() for v in (x, t))
     row = LOSSES[loss]
     value = row.torch(x, t, row.default if parameter is None else parameter, "none")
@@ -177,7 +183,8 @@ def _elementwise_loss_torch(x, t, loss, parameter, weight, reduction):
 def _conv2d_cases(make, m, k, n):
     """Cases of k channels in and n out.
 
-    Images and numbers are small enough for the interpreter, unless only shapes are asked for.
+    On the meta device, images have the size of MNIST's. On others they are small enough for the
+    interpreter.
     """
     small = make.device.type != "meta"
     m, k, n = (min(m, 3), min(k, 2), min(n, 5)) if small else (m, k, n)
@@ -200,8 +207,10 @@ def _layer_norm_cases(make, m, k, n):
     yield "(N, …, S, S)", (make.real(m, 2, *shape), make.real(*shape), make.real(*shape), shape)
     yield "no bias", (make.real(m, n), make.real(n), None, (n,), 0.1)
     if make.device.type == "meta":
-        yield "no weight", (make.real(m, n), None, None, (n,))  # its rows' sums have gradient 0
-        # Wider than a tile, which takes the interpreter long.
+        # Without weight, a row's sum is 0 for every x. Its gradient is 0, which gives no scale for
+        # errors.
+        yield "no weight", (make.real(m, n), None, None, (n,))
+        # This case is wider than a tile, and takes long in the interpreter.
         yield "wide", (make.real(m, 4099), make.real(4099), make.real(4099), (4099,))
 
 
@@ -214,7 +223,7 @@ def _layer_norm_torch(x, w, b, normalized_shape, *eps):
 
 
 def _updates(update):
-    """An optimizer's update as a forward: on copies, returning everything it changed."""
+    """An optimizer's update as a forward. It works on copies and returns everything it changed."""
 
     def forward(lists, *options):
         lists = [[t.clone() for t in tensors] for tensors in lists]
@@ -227,7 +236,7 @@ def _updates(update):
 def _parameters(make, k, n, copies):
     """`copies` lists of tensors shaped like a small network's parameters.
 
-    The last list is positive.
+    The numbers of the last list are positive.
     """
     shapes = ((n, k), (n,), (10, n), (10,))
     return [
@@ -250,7 +259,10 @@ def _adam_cases(make, m, k, n):
 
 
 def _mlp_update(fwd, update):
-    """A stack's training step on copies: forward, then update. Returns everything it changed."""
+    """A stack's training step as a forward: forward, then update, on copies.
+
+    It returns everything it changed.
+    """
 
     def forward(x, dy, parameters, states, hyper, step, rule, bias):
         parameters, *states = [[t.clone() for t in ts] for ts in (parameters, *states)]

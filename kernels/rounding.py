@@ -1,22 +1,22 @@
-"""Simulated rounding: what a computation in a given precision may give, drawn at random.
+"""Simulated rounding: results that a computation in a given precision may give, drawn at random.
 
-`selfcheck` and the tests use it to say which error is still rounding.
+`selfcheck` and the tests use it to decide whether an error can still be rounding.
 
-Each operation of torch is computed in float64, then disturbed as a computer of less precision may
-disturb it, and all that follows uses the disturbed numbers. So an error is carried on as a real
-one is: through a tanh that is saturated, through a difference that cancels. This is Monte Carlo
-arithmetic (Parker, 1997), with two sources of errors:
+Each operation of torch is computed in float64. Its result is then disturbed as rounding in the
+lower precision may disturb it, and all later operations use the disturbed numbers. So an error
+grows or shrinks as a real one does, for example in a saturated tanh or in a difference that
+cancels. This is Monte Carlo arithmetic (Parker, 1997), with two sources of errors:
 
 - A result is rounded up or down to a number of the precision (standard model: Higham, Accuracy and
-  Stability of Numerical Algorithms, 2nd edition, section 2.2). A number that has no more digits
-  than that stays as it is.
+  Stability of Numerical Algorithms, 2nd edition, section 2.2). A result that the precision can
+  represent stays as it is.
 - A sum of n terms is off by Σ δ_k s_k over its partial sums s_k, with |δ_k| ≤ u (Higham, section
-  4.2). Nobody promises an order of the terms, so they are taken to come in a random one (section
-  4.5): then s_k is k/n of the sum s, and deviates from that with the spread of the terms,
+  4.2). The order of the terms is not known, so a random order is assumed (section 4.5). Then s_k is
+  k/n of the sum s, plus a deviation that comes from the spread of the terms,
 
-      E Σ s_k² = s² n/3 + (q - s²/n) n/6,    q = Σ (term)²,
+      E Σ s_k² = s² n/3 + (q - s²/n) n/6,    q = Σ (term)².
 
-  and δ_k, uniform in [-u, u], has the variance u²/3. A sum may cancel; its terms, in q, do not.
+  δ_k is uniform in [-u, u], so its variance is u²/3. The sum s may cancel. The terms in q do not.
 """
 
 import itertools
@@ -33,11 +33,11 @@ SIMULATIONS = 8
 
 
 def floor(dtype: torch.dtype, device: torch.device) -> float:
-    """The error that a result may have in any case, relative to the tensor's largest number.
+    """The error that every result may have, relative to the tensor's largest number.
 
-    One ulp. On a GPU three in float32: there Triton divides by div.full.f32, good to two ulps, and
-    takes exponentials by ex2.approx.f32, good to two ulps (PTX ISA, floating-point instructions),
-    where the compiler of torch's own kernels divides to the nearest.
+    It is one ulp, and three ulps for float32 on a GPU. There, Triton divides by div.full.f32 and
+    computes exponentials by ex2.approx.f32. Each has an error of up to two ulps (PTX ISA,
+    floating-point instructions). The compiler of torch's own kernels rounds a quotient to nearest.
     """
     gpu = device.type != "cpu" and dtype == torch.float32
     return torch.finfo(dtype).eps * (3 if gpu else 1)
@@ -48,7 +48,7 @@ def _mean(x, *args, **kwargs):
     return total / (x.numel() / max(total.numel(), 1))
 
 
-# Operations that are several steps, each of which rounds.
+# Operations that consist of several steps. Each step rounds.
 STEPS = {aten.mean.default: _mean, aten.mean.dim: _mean} | get_decompositions(
     [
         aten._log_softmax,
@@ -72,8 +72,8 @@ STEPS = {aten.mean.default: _mean, aten.mean.dim: _mean} | get_decompositions(
         aten.threshold_backward,
     ]
 )
-# Operations that are sums of products of their arguments, or of those themselves: given ones they
-# count the terms, and given squares they sum the terms' squares.
+# Operations that are sums of their arguments, or of products of these. With ones as arguments they
+# count the terms. With squares they sum the terms' squares.
 SUMS = {
     aten.addmm.default,
     aten.addmm_.default,
@@ -91,7 +91,7 @@ SUMS = {
 
 
 def summed(func, change, args, kwargs) -> list[torch.Tensor]:
-    """The results of a sum with `change` made to every factor of its terms."""
+    """The results of a sum after `change` is applied to every factor of its terms."""
 
     def apply(value):
         return change(value) if isinstance(value, torch.Tensor) else value
@@ -110,12 +110,13 @@ def one(value):
 
 
 class Rounding(TorchDispatchMode):
-    """Inside, float64 operations give what they may give in `dtype`, with sums in float32.
+    """A mode in which float64 operations give results of `dtype`, with sums in float32.
 
-    choices: what comparisons and searches for a maximum found, in the order of the operations. An
-    empty list is filled; a full one is obeyed, so that the simulation decides as the exact
-    computation did: which of two nearly equal numbers is larger is not a question of accuracy.
-    seed: of the errors; None makes none.
+    choices: results that are not floating point, such as those of comparisons and of argmax, in the
+    order of the operations. Without a seed they are appended. With a seed they are read back, so
+    the simulation decides as the exact computation did. Which of two nearly equal numbers is larger
+    is not a question of accuracy.
+    seed: of the random errors. None makes no errors.
     """
 
     def __init__(self, dtype: torch.dtype, choices: list[torch.Tensor], seed: int | None):
@@ -143,7 +144,10 @@ class Rounding(TorchDispatchMode):
         return result
 
     def disturb(self, t, n, q) -> None:
-        """Change a result in place. Of a sum, n: the number of its terms, q: Σ (term)²."""
+        """Disturbs a result in place. For a sum, n is the number of its terms, and q is Σ (term)².
+
+        n and q are None for other operations.
+        """
         if not t.is_floating_point():
             if self.left is None:
                 self.choices.append(t.clone())
@@ -161,7 +165,7 @@ class Rounding(TorchDispatchMode):
 
 
 def written(func, args) -> list:
-    """The arguments that an operation in place writes."""
+    """The arguments that an in-place operation writes."""
     return [
         value
         for value, argument in zip(args, func._schema.arguments)
@@ -172,7 +176,7 @@ def written(func, args) -> list:
 def errors(result: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     """|result - exact| in float64.
 
-    0 for the same infinity or NaN on both sides, infinite for one on one side.
+    It is 0 where both are NaN or the same infinity, and infinite where only one of them is.
     """
     result, exact = result.detach().double(), exact.detach().double()
     difference = (result - exact).abs().nan_to_num(nan=float("inf"))
@@ -180,15 +184,15 @@ def errors(result: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
 
 
 def worst(result: torch.Tensor, exact: torch.Tensor) -> float:
-    """The largest error among the finite results; 0.0 if there are none."""
+    """The largest error among the finite results, or 0.0 if there are none."""
     finite = result.isfinite()
     return errors(result, exact)[finite].amax().item() if finite.any() else 0.0
 
 
 def worst_errors(compute, dtype: torch.dtype) -> list[float]:
-    """How far each of `compute()`'s results may be off in `dtype`: the worst of SIMULATIONS draws.
+    """The largest error of each of `compute()`'s results in `dtype`, over SIMULATIONS draws.
 
-    compute: a function of no arguments that computes in float64, the same every time; its results
+    compute: a function without arguments that computes in float64, the same every time. Its results
     may be in nested lists and tuples.
     """
     choices: list = []

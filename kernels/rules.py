@@ -1,6 +1,6 @@
-"""The table of update rules: every optimizer's arithmetic of the library, once.
+"""The table of update rules: the arithmetic of every optimizer, written once.
 
-    g: the gradient, negated to maximise        λ: weight_decay
+    g: the gradient, negated to maximise        λ: weight_decay        t: the step, 1 at the first
 
     sgd        g ← g + λ p                                              p ← p - lr g
     momentum   g ← g + λ p    v ← μ v + (1 - dampening) g  (v ← g at the first step)
@@ -17,13 +17,13 @@
     adagrad    g ← g + λ p    s ← s + g²
                p ← p - lr / (1 + (t - 1) lr_decay) · g / (√s + ε)
 
-A row holds the names of what a rule keeps and needs, and its formula twice: as a scalar
-`@triton.jit` function, which kernels take as a constexpr argument, and in plain torch. Nothing else
-in the library names a rule. To add one: the functions of its formula and one `Rule` at the bottom.
+A row holds the names of a rule's states and numbers, and its formula twice. Kernels take the scalar
+`@triton.jit` function as a constexpr argument. The other is in plain torch. No other code branches
+on a rule's name. To add one, write the functions of its formula, and one `Rule` at the bottom.
 
 Numbers come in three forms. *Hyperparameters* are what a user gives, by torch's names. A *row*
-holds what is kept of them in device memory, one column each, so that a run may change them:
-`hyperparameters` makes it. The *numbers* of a step follow from a row and the step count.
+holds the numbers made from them, one for each column. `hyperparameters` puts it in device memory,
+where a run may change it. The *numbers* of a step follow from a row and the step count.
 """
 
 import dataclasses
@@ -42,12 +42,12 @@ from . import launch
 
 @triton.jit
 def bias_correction(step, log_beta):
-    """1 - βᵗ in float32.
+    """1 - βᵗ in float32, as -expm1(t log β).
 
-    It is -expm1(t log β), by its series near 0, where the difference would cancel.
+    Near 0 expm1 is a series, because the difference eᵘ - 1 would cancel there.
     """
     u = step * log_beta
-    # Σ uⁿ / n!, nested. At -0.5 the first term left out is below a float32's last bit.
+    # Σ uⁿ / n!, nested. At -0.5 the first omitted term is below the last bit of a float32.
     tail = 0.00833333333 + u * (0.00138888888 + u * (0.00019841269 + u * 0.00002480158))
     series = u * (1.0 + u * (0.5 + u * (0.16666666666 + u * (0.04166666666 + u * tail))))
     return -tl.where(u > -0.5, series, tl.exp(u) - 1.0)
@@ -62,7 +62,8 @@ def sgd_update(p, g, states, numbers):
 
 @triton.jit
 def momentum_at(row, step):
-    # The first step's v = g is v ← μ · 0 + (1 - 0) g. Without momentum there is no dampening.
+    # With dampening 0 and v = 0, the first step gives v = g. Without momentum there is no
+    # dampening.
     lr, decay, momentum, dampening = row
     return lr, decay, momentum, tl.where((step == 1) | (momentum == 0), 0.0, dampening)
 
@@ -93,7 +94,10 @@ def adam_at(row, step):
 
 @triton.jit
 def adam_moments(p, g, states, numbers):
-    """What adam and adamw share; rates are 1 - β, which float32's β would give to 1e-5 only."""
+    """The part that adam and adamw share.
+
+    The rates are 1 - β, made in float64. From β in float32 they would be exact to 1e-5 only.
+    """
     lr, _, rate1, rate2, eps, correction1, correction2 = numbers
     m = (1.0 - rate1) * states[0] + rate1 * g
     v = (1.0 - rate2) * states[1] + rate2 * g * g
@@ -170,7 +174,7 @@ def sgd_ref(
     maximize: bool = False,
     first: bool = False,
 ) -> None:
-    """The reference of `kernels.sgd`: a few torch calls for all tensors."""
+    """The reference of `kernels.sgd`: same arguments, same results, a few torch calls in all."""
     if maximize or weight_decay:
         grads = _decayed(params, grads, weight_decay, maximize)
     if momentum:
@@ -201,7 +205,7 @@ def adam_ref(
     decoupled: bool = False,
     maximize: bool = False,
 ) -> None:
-    """The reference of `kernels.adam`."""
+    """The reference of `kernels.adam`: same arguments, same results, plain torch."""
     if _one_pass(step, lr, params, grads, exp_avgs, exp_avg_sqs):
         update: Any = torch._fused_adamw_ if decoupled else torch._fused_adam_
         counts = [torch.tensor(float(step))] * len(params)
@@ -228,7 +232,7 @@ _UNSCALED = {"grad_scale": None, "found_inf": None}
 
 
 def _one_pass(step, lr, *lists) -> bool:
-    """Whether torch's fused update for CPUs serves: it reads each tensor once, as plain memory."""
+    """True if torch's fused update for CPUs serves. It reads each tensor once, as plain memory."""
     if not lists[0]:
         return False
     first = lists[0][0]
@@ -248,17 +252,17 @@ def _one_pass(step, lr, *lists) -> bool:
 
 
 def _without_dimensions(value):
-    """A one-element tensor without dimensions, as torch's foreach functions want it."""
+    """A one-element tensor without dimensions, as torch's foreach functions need it."""
     return value.reshape(()) if isinstance(value, torch.Tensor) else value
 
 
 def _correction(beta, step):
-    """1 - βᵗ; of a step that is a float32 tensor by expm1, since the difference would cancel."""
+    """1 - βᵗ. If step is a float32 tensor, expm1 computes it, because the difference cancels."""
     return -torch.expm1(step * _log(beta)) if isinstance(step, torch.Tensor) else 1 - beta**step
 
 
 def _log(beta):
-    """log β of a number or a tensor; of 0 a number so low that βᵗ is 0."""
+    """log β of a number or a tensor. For β = 0 it is so low that βᵗ is 0."""
     if isinstance(beta, torch.Tensor):
         return beta.log().clamp_min(-1e30)
     return math.log(beta) if beta else -1e30
@@ -298,8 +302,8 @@ def _momentum_lists(params, grads, states, row, step, nesterov=False):
 def _adam_lists(params, grads, states, row, step, decoupled=False):
     lr, decay, rate1, rate2, eps, _, _ = row
     if _is_fusible((params, grads, *states), (*row, step)):
-        # torch's own loop over the elements: one pass over memory, where the calls of `adam_ref`
-        # take eight.
+        # torch's own loop over the elements passes over memory once. The calls of `adam_ref` pass
+        # eight times.
         fused = torch._fused_adamw_ if decoupled else torch._fused_adam_
         fused(
             params,
@@ -320,8 +324,10 @@ def _adam_lists(params, grads, states, row, step, decoupled=False):
 
 
 def _is_fusible(lists, numbers) -> bool:
-    """Whether torch's fused updates serve: contiguous float32 on the CPU, plain memory that nobody
-    follows, and numbers that are no tensors.
+    """True if torch's fused updates serve.
+
+    They need contiguous float32 tensors in plain CPU memory, numbers that are no tensors, and
+    nothing that follows operations (`launch.watched`).
     """
     tensors = [t for ts in lists for t in ts]
     if not tensors or tensors[0].device.type != "cpu" or launch.watched():
@@ -347,7 +353,8 @@ def _momentum_product(add, params, states, row, step):
     return True
 
 
-# In place on one tensor; numbers may be tensors that broadcast against it: one for each network.
+# These work in place on one tensor. The numbers may be tensors that broadcast against it, with one
+# number for each network.
 
 
 def _plain_numbers(row, step):
@@ -369,7 +376,7 @@ def _expm1(value):
 
 
 def _add(t, other, factor):
-    """t ← t + other · factor, which is a number or a tensor that broadcasts."""
+    """t ← t + other · factor. The factor is a number or a tensor that broadcasts."""
     if isinstance(factor, torch.Tensor):
         return t.addcmul_(other, factor)
     return t.add_(other, alpha=factor)
@@ -448,27 +455,27 @@ def _rmsprop_row(lr, weight_decay, alpha, eps, *momentum):
 class Rule:
     """One row of the table. States are zeros before the first step, and shaped like the parameter.
 
-    A kernel takes it as a constexpr argument; `update`, `at` and `columns` are what kernels use.
+    A kernel takes the row as a constexpr argument. It uses `update`, `at` and `columns`.
     """
 
     name: str
     hyperparameters: tuple[tuple[str, Any], ...]  # torch's names and defaults; betas are a pair
-    states: tuple[str, ...]  # torch's names of what is kept for a parameter
-    columns: tuple[str, ...]  # of a row
+    states: tuple[str, ...]  # torch's names of a parameter's states
+    columns: tuple[str, ...]  # names of a row's columns
     row: Callable  # hyperparameters in order, pairs spread -> a row: numbers, or tensors of numbers
     at: Any  # jit (row, step) -> the step's numbers, one for each column; step 1 is the first
     update: Any  # jit (p, g, states, numbers) -> (p, states), elementwise in float32
-    at_ref: Callable  # `at` in torch: of numbers, or of tensors
-    update_ref: Callable  # (p, g, states, numbers): one tensor and its states in place
+    at_ref: Callable  # `at` for Python numbers or tensors
+    update_ref: Callable  # (p, g, states, numbers): updates one tensor and its states in place
     torch: Callable | None  # () -> (torch's class, options that make it this rule): an oracle
     lists_ref: Callable | None = None  # (params, grads, states, row, step): all tensors at once
-    # (add, params, states, row, step) -> whether it could: the step without a gradient in memory,
-    # where add(targets, beta, alpha) does targets ← beta targets + alpha g in one product
+    # (add, params, states, row, step) -> True if it took the step, with no gradient in memory.
+    # add(targets, beta, alpha) computes targets ← beta targets + alpha g in one product.
     product_ref: Callable | None = None
 
     @functools.cached_property
     def cache_key(self) -> str:
-        """What Triton's cache on disk knows of a constexpr: here, the source of the functions."""
+        """The key of this constexpr in Triton's cache on disk: a hash of the functions' source."""
         return key_of(self.name, self.at, self.update)
 
     def __repr__(self) -> str:
@@ -476,7 +483,7 @@ class Rule:
 
 
 def key_of(*facts) -> str:
-    """A hash of facts; of jit functions, of their source and of all that they call."""
+    """A hash of facts. For a jit function it covers its source and all functions that it calls."""
     text = "\n".join(f"{fact!r} {getattr(fact, 'cache_key', '')}" for fact in facts)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -614,7 +621,7 @@ RULES: dict[str, Rule] = {
 
 
 def get(rule: "str | Rule", op: str = "rule") -> Rule:
-    """The row of that name, or the row given; if there is none, a ValueError with the table's."""
+    """The row of that name, or the row given. If there is none, a ValueError lists the names."""
     if isinstance(rule, Rule):
         return rule
     if rule not in RULES:
@@ -623,15 +630,17 @@ def get(rule: "str | Rule", op: str = "rule") -> Rule:
 
 
 def row_of(rule: "str | Rule", **hyperparameters: Any) -> tuple:
-    """The row of a rule's hyperparameters as numbers; those not given are the table's.
+    """The row of a rule's hyperparameters: a tuple with one number for each of `rule.columns`.
 
-    A value may also be a tensor (a learning rate in device memory), of which columns then are made.
+    rule: a row of the table, or its name. hyperparameters: by torch's names, `betas` as a pair.
+    Those not given have the table's values. A value may be a tensor, such as a learning rate in
+    device memory. Its columns are then tensors too. ValueError: an unknown rule or hyperparameter.
     """
     rule = get(rule)
     known = dict(rule.hyperparameters)
     if unknown := hyperparameters.keys() - known:
         raise ValueError(
-            f"{rule.name}: has no {', '.join(sorted(unknown))}; its hyperparameters are "
+            f"{rule.name}: this rule has no {', '.join(sorted(unknown))}; its hyperparameters are "
             f"{', '.join(known)}"
         )
     spread: list = []
@@ -651,10 +660,11 @@ def hyperparameters(
 ) -> torch.Tensor:
     """The row of numbers that the training kernels read: (columns,), or (replicas, columns).
 
-    values: the rule's hyperparameters by torch's names, see `Rule`. Each is a number (`betas` two),
-    or with `replicas` a sequence or tensor of so many. Column 0 is the learning rate:
-    `hyper[..., 0] = 0.01` changes it, also for a captured graph. Rates such as 1 - β are made in
-    float64: float32's β would be off in them. ValueError: a name that the rule does not have.
+    values: the rule's hyperparameters by torch's names, see `Rule`. Each is a number (`betas` two
+    numbers). With `replicas` it may also be a sequence or tensor of so many numbers. Column 0 is
+    the learning rate. `hyper[..., 0] = 0.01` changes it, also for a captured graph. Rates such as
+    1 - β are made in float64, because β in float32 is not exact enough. device, dtype: of the
+    result. ValueError: an unknown rule, or a name that the rule does not have.
     """
 
     def as_column(value):
@@ -682,9 +692,9 @@ def apply_ref(
 ) -> None:
     """One step of a rule in place, in plain torch.
 
-    params, grads: lists of tensors; states: a list of such lists for each of rule.states; row: its
-    numbers, as `row_of` gives them, or a tensor (replicas, columns) for parameters that are stacked
-    along a first dimension; step: 1 at the first.
+    params, grads: lists of tensors of the same shapes. states: such a list for each of rule.states.
+    row: the rule's numbers, as `row_of` gives them. For parameters that are stacked along a first
+    dimension, a tensor (replicas, columns). step: the count of this step, 1 at the first.
     """
     if rule.lists_ref is not None and not isinstance(row, torch.Tensor):
         return rule.lists_ref(params, grads, states, row, step)

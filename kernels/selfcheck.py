@@ -1,8 +1,8 @@
-"""Every kernel against its float64 reference, on this machine.
+"""Compares every kernel with its float64 reference, on this machine.
 
-`python -m kernels.selfcheck`, and part of `handgrad info`.
+Run it as `python -m kernels.selfcheck`. `handgrad info` runs it too.
 
-On a machine without a GPU the kernels run in Triton's interpreter, in a process of their own.
+On a machine without a GPU, the kernels run in Triton's interpreter, in separate processes.
 """
 
 import functools
@@ -18,13 +18,13 @@ import torch
 from . import launch, rounding
 from .operations import OPERATIONS, Make
 
-_SHAPE = (33, 17, 7)  # batch, features in, features out: nothing divides anything
+_SHAPE = (33, 17, 7)  # batch, features in, features out; no tile size divides them
 
 
 class Check(NamedTuple):
     """The worst result of an operation's cases in one dtype.
 
-    Errors are relative to the result's scale.
+    Errors are relative to the largest number of the result.
     """
 
     operation: str
@@ -36,16 +36,16 @@ class Check(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """Whether the error is at most twice plain torch's in the same dtype, plus an ulp or three.
+        """True if the error is at most the allowed error.
 
-        The ulps are of the result's scale, see `rounding.floor`. Or at most twice what simulated
-        rounding gives.
+        Allowed is twice the error of plain torch in the same dtype plus `rounding.floor`, or twice
+        what simulated rounding gives, whichever is larger.
         """
         return self.error <= self.allowed
 
 
 def doubled(value):
-    """Floating-point tensors, however nested, in float64 on the CPU."""
+    """The value on the CPU, nested tuples and lists too. Floating-point tensors become float64."""
     if isinstance(value, torch.Tensor):
         return value.cpu().double() if value.is_floating_point() else value.cpu()
     return type(value)(map(doubled, value)) if isinstance(value, (tuple, list)) else value
@@ -54,7 +54,7 @@ def doubled(value):
 def errors(operation, args, dtype) -> list[tuple[float, float, float]]:
     """(kernel error, reference error, allowed error) of each output of one case.
 
-    Relative to the output's largest number.
+    All three are relative to the output's largest number.
     """
     compute = functools.partial(operation.results, doubled(args), reference=True)
     exact = compute()
@@ -74,9 +74,10 @@ def errors(operation, args, dtype) -> list[tuple[float, float, float]]:
 
 
 def checks(device: str, names: Sequence[str] = ()) -> Iterator[Check]:
-    """One Check for each operation and dtype, as soon as it is known.
+    """Yields one Check for each operation and dtype, as soon as it is known.
 
-    Of the output that fails, or else that errs most. names: of the operations, None for all.
+    The Check shows an output that fails, or else the output with the largest error. names: the
+    operations to check; none means all.
     """
     for name in names or OPERATIONS:
         operation = OPERATIONS[name]
@@ -95,7 +96,7 @@ HEADER = f"{'operation':<22}{'dtype':<10}{'error':>9}  {'plain torch':>11}  {'':
 
 
 def line(row: Check) -> str:
-    """A check for people."""
+    """A check as one line of text."""
     return (
         f"{row.operation:<22}{row.dtype:<10}{row.error:>9.1e}  {row.reference_error:>11.1e}  "
         f"{'ok' if row.passed else 'FAIL':<4}  {row.case}"
@@ -103,9 +104,9 @@ def line(row: Check) -> str:
 
 
 def run(say: Callable[[str], None] = print, names: Sequence[str] = ()) -> bool:
-    """Whether all checks passed, on the GPU if there is one, else in the interpreter.
+    """Runs the checks on the GPU if there is one, else in the interpreter. True if all passed.
 
-    `say` gets each when it is done. The interpreter has a process for each core.
+    `say` gets each check's line when it is done. The interpreter runs in one process for each core.
     """
     on_gpu = torch.cuda.is_available()
     if not on_gpu and not launch.INTERPRETED:
@@ -118,7 +119,7 @@ def run(say: Callable[[str], None] = print, names: Sequence[str] = ()) -> bool:
 
 
 def _in_processes(say: Callable[[str], None]) -> bool:
-    """All checks, dealt out to as many processes as there are cores."""
+    """Runs all checks in as many processes as there are cores. True if all passed."""
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1",

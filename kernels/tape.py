@@ -1,9 +1,12 @@
 """How an operation joins autograd: how a call is dispatched, what is kept, and the derivative.
 
-An operation file ends with one `Differentiable`: its two launchers, their two references, and the
-NamedTuple that its forward returns beside y. Everything else follows from that row: the node of the
-tape, casting under torch.autocast, the operators that torch.compile sees (`compiled`), double
-backward, and the reference under torch.func and for tensors that are no plain memory.
+An operation file ends with one `Differentiable`. It holds two launchers, their two references, and
+the NamedTuple that the forward returns beside y. Everything else follows from this row:
+
+- the node of the tape, and double backward
+- casting under torch.autocast
+- the operators that torch.compile sees (`compiled`)
+- the reference under torch.func, and for tensors that are not plain memory
 """
 
 import dataclasses
@@ -20,24 +23,25 @@ from . import compiled, launch
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Differentiable:
-    """An operation with a gradient. To make one registers it for torch.compile.
+    """An operation with a gradient. Creating one registers it for torch.compile.
 
-    name: its name in the table of operations, and of its operators.
-    fwd, fwd_ref: `(*arguments) -> (y, saved)`; the arguments are positional.
-    bwd, bwd_ref: `(dy, *saved, needs) -> gradients` of the first `inputs` arguments, in order; for
-        a list of tensors a list. `needs` has one bool for each tensor of those arguments; where it
-        is False the gradient is None.
+    name: its name in the table of operations, and the name of its operators.
+    fwd, fwd_ref: `(*arguments) -> (y, saved)`. The arguments are positional.
+    bwd, bwd_ref: `(dy, *saved, needs) -> gradients` of the first `inputs` arguments, in order. For
+        a list of tensors it is a list. `needs` has one bool for each tensor of those arguments. If
+        it is False, the gradient is None.
     saved: the NamedTuple that both forwards return. A field named like an argument of `fwd` is that
         argument. A field in `derived` is computed from the arguments, by name. Every other field is
         a tensor that the forward made, None, a number, or a tuple of these.
-    inputs: so many of the first arguments have gradients.
-    autocast: the dtype under torch.autocast, or None for autocast's own; on devices of the types
-        `autocast_on`, as torch's own function does.
-    on_tape: (*arguments) -> y by torch's own differentiable function, or None: where there is no
-        kernel, and torch's tape, in C++, is done before a Function in Python begins. Its gradients
-        are those of the reference, bit for bit. `use("torch")` takes the Function.
+    inputs: how many of the first arguments have gradients.
+    autocast: the dtype under torch.autocast, or None for autocast's own dtype.
+    autocast_on: the types of devices on which autocast applies, as for torch's own function.
+    on_tape: (*arguments) -> y by torch's own differentiable function, or None if it does not serve.
+        It serves where there is no kernel: torch's tape is in C++ and faster than a Function in
+        Python. Its gradients are those of the reference, bit for bit. If `use` forces a backend,
+        the Function runs.
     fake_fwd, fake_bwd: results of the right shapes, for operations whose references ask fake
-        tensors more than their shapes; None for the references.
+        tensors for more than their shapes. None means the references.
     """
 
     name: str
@@ -68,21 +72,22 @@ class Differentiable:
 
     @functools.cached_property
     def sources(self) -> tuple[int | None, ...]:
-        """For each field of `saved` the argument that it is, by position; None if it is none."""
+        """For each field of `saved`, the position of the argument that it is, or None."""
         positions = {name: i for i, name in enumerate(self.parameters)}
         fields: tuple[str, ...] = self.saved._fields  # type: ignore[attr-defined]  # a NamedTuple
         return tuple(positions.get(field) for field in fields)
 
     @functools.cached_property
     def made(self) -> tuple[int, ...]:
-        """The fields of `saved`, by position, that are no argument."""
+        """Positions of the fields of `saved` that are no arguments."""
         return tuple(i for i, at in enumerate(self.sources) if at is None)
 
 
 def traceable(function: Callable) -> Callable:
     """A public function that torch.fx records as one call, and that tensor subclasses may override.
 
-    This is `__torch_function__`, the protocol of torch's own functions. `input` decides.
+    This is `__torch_function__`, the protocol of torch's own functions. It applies if `input` is
+    such a tensor.
     """
 
     @functools.wraps(function)
@@ -95,9 +100,11 @@ def traceable(function: Callable) -> Callable:
 
 
 def call(operation: Differentiable, *args) -> torch.Tensor:
-    """y of an operation: what a public function does with its arguments.
+    """y of an operation. Every public function calls this with its arguments.
 
-    Dispatch: autocast, then the compiled operator, the traced reference, or the autograd Function.
+    Dispatch: autocast, then the compiled operator, torch's own function (`on_tape`), the autograd
+    Function, or the traced reference. TypeError: `input` is not a tensor. ValueError: a nested
+    tensor, or what the operation's forward raises.
     """
     first = args[0]
     if not isinstance(first, torch.Tensor):
@@ -128,7 +135,10 @@ def call(operation: Differentiable, *args) -> torch.Tensor:
 
 
 def _traced(operation: Differentiable, args: tuple) -> torch.Tensor:
-    """y for a compiler: the compiled operator, or the reference in operations that it follows."""
+    """y for a compiler, by the compiled operator.
+
+    torch.export and torch.func get the reference, whose operations they follow.
+    """
     if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
         return operation.fwd(*args)[0]
     tensors: list[torch.Tensor] = []
@@ -136,8 +146,10 @@ def _traced(operation: Differentiable, args: tuple) -> torch.Tensor:
 
 
 class Function(torch.autograd.Function):
-    """An operation as one node of the tape. args: its arguments; flat: those with gradients once
-    more, lists of tensors spread out, as torch looks for tensors among the arguments themselves.
+    """An operation as one node of the tape.
+
+    args: its arguments. flat: those with gradients once more, with the lists of tensors spread out,
+    because torch looks for tensors only among the direct arguments. lengths: of these lists.
     """
 
     @staticmethod
@@ -152,8 +164,9 @@ class Function(torch.autograd.Function):
 
 
 def _spread(inputs: tuple) -> tuple[tuple, tuple | None]:
-    """The arguments with tuples among them spread out, and the lengths of these; None if there are
-    no tuples.
+    """(flat, lengths): the arguments with their tuples spread out, and the lengths of the tuples.
+
+    lengths has None for an argument that is no tuple. It is None if there are no tuples.
     """
     if tuple not in map(type, inputs):
         return inputs, None
@@ -176,7 +189,7 @@ def _gathered(flat: tuple, lengths: tuple | None) -> tuple:
 
 
 def autocasting(tensor: torch.Tensor) -> bool:
-    """Whether torch.autocast is on for this tensor's device."""
+    """True if torch.autocast is on for this tensor's device."""
     if tensor.is_cpu:
         return torch.is_autocast_enabled("cpu")
     device = tensor.device.type
@@ -184,9 +197,9 @@ def autocasting(tensor: torch.Tensor) -> bool:
 
 
 def _autocast(value, device: str, dtype: torch.dtype):
-    """The floating-point tensors on this device, cast to this dtype.
+    """The value, with its floating-point tensors on this device cast to this dtype.
 
-    float64 stays, as in torch.
+    float64 stays, as in torch. Lists become tuples.
     """
     if isinstance(value, (list, tuple)):
         return tuple(_autocast(v, device, dtype) for v in value)
@@ -202,7 +215,7 @@ def _autocast(value, device: str, dtype: torch.dtype):
 def remember(ctx, operation, args: tuple, lengths, flat: tuple, saved: tuple) -> None:
     """Keeps a Function's arguments and what its forward made.
 
-    Tensors go through save_for_backward, the inputs first. The rest goes on ctx.
+    Tensors go through save_for_backward, the inputs first. Everything else is stored on ctx.
     """
     tensors, made = list(flat), []
     for i in operation.made:
@@ -241,19 +254,20 @@ _SAVED = {torch.Tensor, torch.nn.Parameter, type(None)}  # save_for_backward tak
 
 
 class _Place(int):
-    """Where a tensor stands among those that a node of the tape saved."""
+    """The position of a tensor among those that a node of the tape saved."""
 
 
 class _Places(tuple):
-    """A tuple with places in it."""
+    """A tuple with a `_Place` in it or in one of its tuples."""
 
 
-_PLACES = [_Place(i) for i in range(256)]  # made once: to make one takes longer than to look it up
+_PLACES = [_Place(i) for i in range(256)]  # made once, because a look-up is faster than making one
 
 
 def _placed(values: tuple, tensors: list) -> tuple:
-    """The values with a place for each tensor, which goes to `tensors`; a `_Places` if there is
-    one.
+    """The values with a `_Place` for each tensor. The tensors are added to `tensors`.
+
+    The result is a `_Places` if it has a place in it, else a tuple.
     """
     if _NO_TENSORS.issuperset(map(type, values)):
         return values
@@ -270,7 +284,7 @@ def _placed(values: tuple, tensors: list) -> tuple:
 
 
 def _found(values: tuple, tensors: tuple) -> tuple:
-    """The values with the tensors that `_placed` put elsewhere."""
+    """The values with the tensors back in the places that `_placed` made."""
     if type(values) is not _Places:
         return values
     found: list = []
@@ -286,9 +300,9 @@ def _found(values: tuple, tensors: tuple) -> tuple:
 def differentiate(ctx, dy: torch.Tensor, needs: tuple[bool, ...]) -> list:
     """The gradients of a Function's first inputs, one after the other.
 
-    By `bwd(dy, *saved)`; under create_graph=True by the reference, itself differentiable: the
-    kernels' results carry no graph, so what the second derivative needs is computed again from the
-    inputs. By the reference too for a dy that is no plain memory, as is_grads_batched gives one.
+    They come from `bwd(dy, *saved)`. Under create_graph=True they come from the reference, which is
+    itself differentiable. The kernels' results carry no graph, so the forward runs again from the
+    inputs. The reference also serves a dy that is not plain memory, as in is_grads_batched=True.
     """
     if autocasting(dy):
         with torch.autocast(dy.device.type, enabled=False):
