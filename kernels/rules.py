@@ -4,7 +4,7 @@
 
     sgd        g ← g + λ p                                              p ← p - lr g
     momentum   g ← g + λ p    v ← μ v + (1 - dampening) g  (v ← g at the first step)
-               p ← p - lr v
+               p ← p - lr v         with μ = 0 the buffer v stays as it is, as in torch
     nesterov   as momentum, but p ← p - lr (g + μ v)
     adam       g ← g + λ p    m ← β1 m + (1 - β1) g    v ← β2 v + (1 - β2) g²
                p ← p - lr / (1 - β1ᵗ) · m / (√v / √(1 - β2ᵗ) + ε)
@@ -69,11 +69,17 @@ def momentum_at(row, step):
 
 
 @triton.jit
+def buffer_after(momentum, old, new):
+    # Without momentum torch does not touch the buffer.
+    return tl.where(momentum == 0, old, new)
+
+
+@triton.jit
 def momentum_update(p, g, states, numbers):
     lr, decay, momentum, dampening = numbers
     g += decay * p
     v = momentum * states[0] + (1.0 - dampening) * g
-    return p - lr * v, (v,)
+    return p - lr * v, (buffer_after(momentum, states[0], v),)
 
 
 @triton.jit
@@ -82,7 +88,7 @@ def nesterov_update(p, g, states, numbers):
     g += decay * p
     v = momentum * states[0] + (1.0 - dampening) * g
     g += momentum * v
-    return p - lr * g, (v,)
+    return p - lr * g, (buffer_after(momentum, states[0], v),)
 
 
 @triton.jit
@@ -145,7 +151,7 @@ def rmsprop_momentum_update(p, g, states, numbers):
     g += decay * p
     v = (1.0 - rate) * states[0] + rate * g * g
     b = momentum * states[1] + g / (tl.sqrt(v) + eps)
-    return p - lr * b, (v, b)
+    return p - lr * b, (v, buffer_after(momentum, states[1], b))
 
 
 @triton.jit
@@ -345,7 +351,7 @@ def _sgd_product(add, params, states, row, step):
 
 def _momentum_product(add, params, states, row, step):
     lr, decay, momentum, dampening = row
-    if decay or step == 1:
+    if decay or step == 1 or not momentum:
         return False
     add(states[0], momentum, 1 - dampening)
     for p, v in zip(params, states[0]):
@@ -390,8 +396,17 @@ def _sgd_tensor(p, g, states, numbers):
 def _momentum_tensor(p, g, states, numbers, nesterov=False):
     (v,), (lr, decay, momentum, dampening) = states, numbers
     g = _add(g.clone(), p, decay)
-    _add(v.mul_(momentum), g, 1 - dampening)
-    _add(p, _add(g, v, momentum) if nesterov else v, -lr)
+    u = _add(v * momentum, g, 1 - dampening)
+    _keep(v, u, momentum)
+    _add(p, _add(g, u, momentum) if nesterov else u, -lr)
+
+
+def _keep(buffer, new, momentum):
+    """buffer ← new, but where momentum is 0: `buffer_after`."""
+    if isinstance(momentum, torch.Tensor):
+        torch.where(momentum == 0, buffer, new, out=buffer)
+    elif momentum:
+        buffer.copy_(new)
 
 
 def _adam_tensor(p, g, states, numbers, decoupled=False):
@@ -419,7 +434,8 @@ def _rmsprop_tensor(p, g, states, numbers):
     _add(v.mul_(1 - rate), g * g, rate)
     u = g / (v.sqrt().add_(eps))
     for b, factor in zip(buffers, momentum):
-        u = b.mul_(factor).add_(u)
+        u = u.add_(b * factor)
+        _keep(b, u, factor)
     _add(p, u, -lr)
 
 

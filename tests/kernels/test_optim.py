@@ -8,6 +8,7 @@ import torch
 import kernels
 from kernels import launch
 from kernels.ops import optim
+from kernels.rules import apply_ref
 from tests.checks import DTYPES, assert_as_accurate, assert_equal, double, snapshot
 
 SHAPES = [(33, 17), (1100,), (1,), (), (0, 3), (2, 3, 4)]
@@ -210,3 +211,38 @@ def test_of_nothing(device):
     """No parameters, no launch and no error."""
     kernels.sgd([], [], [], 0.1)
     kernels.adam([], [], [], [], 1, 0.1)
+
+
+def by_kernel(rule, params, grads, states, row, step):
+    with kernels.use("triton"):
+        kernels.apply_rule(rule, params, grads, states, row, step)
+
+
+def by_rows(rule, params, grads, states, row, step):
+    """As of two networks whose parameters are stacked, each with its own row."""
+    rows = torch.tensor([row, row], device=params[0].device)
+    apply_ref(rule, params, grads, states, rows, step)
+
+
+@pytest.mark.parametrize("update", [by_kernel, apply_ref, by_rows])
+@pytest.mark.parametrize(
+    "rule", [rule for rule in kernels.RULES.values() if "momentum" in rule.columns], ids=str
+)
+def test_without_momentum_the_buffer_stays(rule, update, device):
+    """As torch has it: momentum for a step, none for a step, and momentum again."""
+    params, grads = draw(device, torch.float32, [(2, 33)])
+    kind, options = rule.torch()
+    theirs = torch.nn.Parameter(params[0].clone())
+    optimizer = kind([theirs], **{**options, "lr": 0.1, "momentum": 0.9})
+    states = [[torch.zeros_like(params[0])] for _ in rule.states]
+    for step, (g, momentum) in enumerate(zip(grads, (0.9, 0.0, 0.5, 0.0)), 1):
+        (buffer,) = states[rule.states.index("momentum_buffer")]
+        before = buffer.clone()
+        update(rule, params, g, states, kernels.row_of(rule, lr=0.1, momentum=momentum), step)
+        assert bool((buffer == before).all()) == (momentum == 0)
+        optimizer.param_groups[0]["momentum"] = momentum
+        theirs.grad = g[0].clone()
+        optimizer.step()
+        for name, (state,) in zip(rule.states, states, strict=True):
+            torch.testing.assert_close(state, optimizer.state[theirs][name])
+        torch.testing.assert_close(params[0], theirs.detach())
