@@ -48,10 +48,10 @@ LAYERS = {
     ),
     "lazy": (lambda: nn.LazyLinear(3), "no weights yet"),
     "complex": (lambda: nn.Linear(3, 3, dtype=torch.complex64), "torch.complex64"),
-    "grouped": (lambda: nn.Conv2d(3, 3, 2, groups=3), "this one 3 and zeros"),
+    "grouped": (lambda: nn.Conv2d(3, 3, 2, groups=3), "this one has 3 and zeros"),
     "reflecting": (
         lambda: nn.Conv2d(3, 3, 2, padding=1, padding_mode="reflect"),
-        "this one 1 and reflect",
+        "this one has 1 and reflect",
     ),
 }
 

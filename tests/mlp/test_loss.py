@@ -249,7 +249,7 @@ def test_a_net_says_in_what_order_and_shape():
         net.backward(torch.zeros(4, 3))
     net.forward(torch.zeros(4, 6))
     with pytest.raises(
-        ValueError, match=r"the gradient must be \(4, 3\) as the latest outputs were, got \(5, 3\)"
+        ValueError, match=r"the gradient must be \(4, 3\), as the latest outputs were, got \(5, 3\)"
     ):
         net.backward(torch.zeros(5, 3))
 

@@ -320,7 +320,9 @@ def test_stack_of_changed_layers():
         assert torch.equal(model(x), y), name
     model = MLP(SIZES)
     del model._modules["1"]
-    with pytest.raises(AttributeError, match="layer 1 is missing; it was made with 3"):
+    with pytest.raises(
+        AttributeError, match="layer 1 is missing; the network was made with 3 layers"
+    ):
         model(x)
 
 

@@ -68,7 +68,7 @@ def test_the_state_of_another_network(device):
     other = Trainer(MLP((6, 9, 3)).to(device), verbose=False)
     before = copy.deepcopy(other.model.state_dict())
     with pytest.raises(
-        ValueError, match=r"the state of another network: has .*\(8, 6\).*, needs .*\(9, 6\)"
+        ValueError, match=r"another network: it has .*\(8, 6\).*, but .*\(9, 6\).* is needed"
     ):
         other.load_state_dict(make(device).state_dict())
     assert all(torch.equal(p, before[name]) for name, p in other.model.state_dict().items())
