@@ -17,9 +17,16 @@ cancels. This is Monte Carlo arithmetic (Parker, 1997), with two sources of erro
       E Σ s_k² = s² n/3 + (q - s²/n) n/6,    q = Σ (term)².
 
   δ_k is uniform in [-u, u], so its variance is u²/3. The sum s may cancel. The terms in q do not.
+
+The errors are random, but not independent (Higham, section 2.8). A computer rounds equal numbers in
+equal ways and opposite numbers in opposite ways. So n equal rows of a batch have equal errors, and
+in a gradient these add up to n times one error; independent errors would add up to √n times one.
+Therefore an error here is a hash of the operation, of its result and, for a sum, of q. The seed
+chooses the hash.
 """
 
 import itertools
+import zlib
 
 import torch
 from torch._decomp import get_decompositions
@@ -109,6 +116,22 @@ def one(value):
     return torch.ones_like(value) if isinstance(value, torch.Tensor) else 1
 
 
+def hashed(seed: int, *numbers: torch.Tensor) -> torch.Tensor:
+    """Numbers in (0, 1), each a hash of the seed and of the elements of `numbers` at its place.
+
+    The elements are rounded to float32 first, because two computations of one sum in float64 may
+    differ in the last bits. The bits are mixed as in SplitMix64 (Steele, Lea and Flood, Fast
+    Splittable Pseudorandom Number Generators, 2014).
+    """
+    bits = torch.tensor(seed, device=numbers[0].device)
+    for t in numbers:
+        bits = bits ^ t.float().view(torch.int32).long()
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+            above = (bits >> shift) & ((1 << (64 - shift)) - 1)  # int64 fills with its sign
+            bits = (bits ^ above) * (factor - (factor >> 63 << 64))
+    return ((bits >> 11 & ((1 << 53) - 1)).double() + 0.5) / (1 << 53)
+
+
 class Rounding(TorchDispatchMode):
     """A mode in which float64 operations give results of `dtype`, with sums in float32.
 
@@ -123,7 +146,6 @@ class Rounding(TorchDispatchMode):
         super().__init__()
         self.dtype, self.choices, self.seed = dtype, choices, seed
         self.left = None if seed is None else iter(choices)
-        self.generator = torch.Generator().manual_seed(seed or 0)
         self.unit = torch.finfo(dtype).eps / 2
         self.unit_of_sums = min(self.unit, torch.finfo(torch.float32).eps / 2)
 
@@ -140,13 +162,13 @@ class Rounding(TorchDispatchMode):
         if not func.is_view:
             changed = [t for t in flatten(written(func, args) or result) if t.numel()]
             for t, n, q in itertools.zip_longest(changed, count, squares):
-                self.disturb(t, n, q)
+                self.disturb(func, t, n, q)
         return result
 
-    def disturb(self, t, n, q) -> None:
-        """Disturbs a result in place. For a sum, n is the number of its terms, and q is Σ (term)².
+    def disturb(self, func, t, n, q) -> None:
+        """Disturbs a result of `func` in place.
 
-        n and q are None for other operations.
+        For a sum, n is the number of its terms, and q is Σ (term)². Else they are None.
         """
         if not t.is_floating_point():
             if self.left is None:
@@ -154,14 +176,13 @@ class Rounding(TorchDispatchMode):
             else:
                 t.copy_(next(self.left))
         elif t.dtype == torch.float64 and self.seed is not None:
+            seed = zlib.crc32(f"{func} {self.seed}".encode())
             if n is not None:
                 partial = t * t * n / 3 + (q - t * t / n).clamp(min=0) * n / 6  # E Σ s_k²
-                t += self.unit_of_sums * (partial / 3).sqrt() * self.draw(torch.randn, t)
-            between = self.unit / 2 * t.abs() * (2 * self.draw(torch.rand, t) - 1)
+                size = self.unit_of_sums * (partial / 3).sqrt().copysign(t)
+                t += size * torch.special.ndtri(hashed(seed, t.abs(), q))
+            between = self.unit / 2 * t * (2 * hashed(seed, t.abs()) - 1)
             t.copy_((t + between).to(self.dtype))
-
-    def draw(self, kind, t):
-        return kind(t.shape, generator=self.generator, dtype=torch.float64).to(t.device)
 
 
 def written(func, args) -> list:

@@ -5,7 +5,9 @@ tests of each run.
                                             words; all, if none
 
 By hand, never by pytest. Works in a temporary copy of the tree. A fault is caught if a test fails
-that passes without it; exits with 1 if one survives.
+that passes without it: at the end, all tests that failed run once more without any fault. The
+column "rule" says whether the test failed by the rule of accuracy in tests/checks.py. Exits with 1
+if a fault survives.
 
 In mutants.txt a fault is a description, the code as it is (-) and the code with the fault (+). The
 code is found once in the file of kernels/ that the heading (#) names, in whatever folder. Words and
@@ -13,6 +15,7 @@ signs are compared: how they are broken into lines, comments, and a comma after 
 make no difference.
 """
 
+import json
 import os
 import re
 import shutil
@@ -31,6 +34,7 @@ import triton  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 1200  # seconds for the tests of a fault
+SURVIVED = "**survived**", ""
 
 # What a fault in a file of kernels/ is looked for with, up to the first failure; where not named,
 # test_<file>.py.
@@ -135,104 +139,103 @@ def read() -> list[Mutant]:
     return mutants
 
 
-class FirstFailure:
-    """A plugin for pytest that notes the first test that fails, or the first file that cannot be
-    imported.
-    """
+class Failure(NamedTuple):
+    """A test that failed, or what went wrong instead of one."""
 
-    name = None
+    test: str
+    by_rule: bool = False  # whether the message is that of checks.assert_as_accurate
+
+
+class Failures:
+    """A plugin for pytest that notes the tests that fail and the files that cannot be imported."""
+
+    def __init__(self):
+        self.found: list[Failure] = []
 
     def pytest_runtest_logreport(self, report):
-        if report.failed and self.name is None:
-            self.name = report.nodeid
+        if report.failed:
+            by_rule = bool(re.search(r"are off by more than [\d.]", report.longreprtext))
+            self.found.append(Failure(report.nodeid.removeprefix("tests/kernels/"), by_rule))
 
     pytest_collectreport = pytest_runtest_logreport
 
 
-def run(tree, tests) -> str | None:
-    """pytest in this process, on the copy of the tree: the first test that fails, or None if all
-    pass.
-    """
+def run(tree, tests, options) -> list[Failure]:
+    """pytest in this process, on the copy of the tree: the tests that fail."""
     os.chdir(tree)
     sys.path[:] = [str(tree), *(p for p in sys.path if p not in ("", str(ROOT)))]
     for module in [m for m in sys.modules if m.partition(".")[0] in ("tests", "kernels", "mlp")]:
         del sys.modules[module]
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    noted = FirstFailure()
-    options = ["-x", "-p", "no:cacheprovider", "--tb=no", "--rootdir", str(tree)]
+    noted = Failures()
+    options = [*options, "-p", "no:cacheprovider", "--tb=short", "--rootdir", str(tree)]
     code = pytest.main([*options, *(f"tests/kernels/{t}" for t in tests)], plugins=[noted])
-    return (
-        (noted.name or f"pytest, which ended with {code}").removeprefix("tests/kernels/")
-        if code
-        else None
-    )
+    if code and not noted.found:
+        noted.found.append(Failure(f"pytest, which ended with {code}"))
+    return noted.found
 
 
-def first_failure(tree, tests) -> str | None:
-    """The first of the copy's tests that fails, or None if all pass.
+def failures(tree, tests, *options) -> list[Failure]:
+    """Those of the copy's tests that fail.
 
     In a fork of this process, which has imported all but kernels and tests: that takes longer than
     most tests.
     """
-    name = tree / "failed"
-    name.unlink(missing_ok=True)
+    file = tree / "failures.json"
+    file.unlink(missing_ok=True)
     child = os.fork()
     if child == 0:
         try:
             signal.alarm(LIMIT)
-            failed = run(tree, tests)
-            if failed:
-                name.write_text(failed)
+            file.write_text(json.dumps(run(tree, tests, options)))
         finally:
             os._exit(0 if sys.exc_info()[0] is None else 1)
     _, status = os.waitpid(child, 0)
     if status:
-        return f"pytest, which ended with status {status} (within {LIMIT} s)"
-    return name.read_text() if name.exists() else None
+        return [Failure(f"pytest, which ended with status {status} (within {LIMIT} s)")]
+    return [Failure(*found) for found in json.loads(file.read_text())]
 
 
-def caught_by(tree, mutant, passing: set) -> str | None:
-    """The test that fails with the fault, and passes without it; None if there is none. `passing`:
-    tests known to pass.
-    """
+def caught_by(tree, mutant) -> Failure | None:
+    """The first test that fails with the fault; None if all pass."""
     path, file = tree / mutant.path, mutant.path.stem
     text = path.read_text()
     mutant.put_into(tree)
     try:
-        failed = first_failure(tree, TESTS.get(file, (f"test_{file}.py",)))
+        found = failures(tree, TESTS.get(file, (f"test_{file}.py",)), "-x")
     finally:
         path.write_text(text)
-    if failed and "::" in failed and failed not in passing:
-        if first_failure(tree, [failed]):
-            raise SystemExit(f"{failed} fails without any fault too")
-        passing.add(failed)
-    return failed
+    return found[0] if found else None
 
 
 def main(named) -> int:
     chosen = [m for m in read() if not named or any(n in f"{m.path}: {m.fault}" for n in named)]
-    survivors, passing = 0, set()
-    sys.dont_write_bytecode = (
-        True  # a fault may be as long as what it replaces, and as old by the second
-    )
+    caught: list[Failure] = []
+    # A fault may be as long as what it replaces, and as old by the second.
+    sys.dont_write_bytecode = True
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
         for name in ("kernels", "mlp", "tests"):
             shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", tree)
-        print("| # | fault | where | caught by | s |\n|---|---|---|---|---|", flush=True)
+        print("| # | fault | where | caught by | rule | s |\n|---|---|---|---|---|---|", flush=True)
         for number, mutant in enumerate(chosen, 1):
             started = time.perf_counter()
-            caught = caught_by(tree, mutant, passing)
-            survivors += caught is None
+            found = caught_by(tree, mutant)
+            caught += [found] if found else []
+            test, rule = (found.test, "yes" if found.by_rule else "") if found else SURVIVED
             print(
-                f"| {number} | {mutant.fault} | {mutant.path}:{mutant.line} | "
-                f"{caught or '**survived**'} | "
+                f"| {number} | {mutant.fault} | {mutant.path}:{mutant.line} | {test} | {rule} | "
                 f"{time.perf_counter() - started:.0f} |",
                 flush=True,
             )
-    print(f"\n{len(chosen) - survivors} of {len(chosen)} caught")
-    return survivors > 0
+        tests = sorted({found.test for found in caught if "::" in found.test})
+        wrong = failures(tree, tests) if tests else []
+    for found in wrong:
+        print(f"\n{found.test} fails without any fault too")
+    rule = sum(found.by_rule for found in caught)
+    print(f"\n{len(caught)} of {len(chosen)} caught, {rule} of them by the rule of accuracy")
+    return len(caught) < len(chosen) or bool(wrong)
 
 
 if __name__ == "__main__":

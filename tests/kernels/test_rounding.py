@@ -1,0 +1,59 @@
+"""Simulated rounding, which says how far a result may be off (kernels/rounding.py)."""
+
+import pytest
+import torch
+
+from kernels.operations import Make
+from kernels.rounding import Rounding, worst_errors
+from tests.checks import DTYPES
+
+PRECISIONS = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def rounded(compute, dtype, seed=0):
+    """What `compute()` gives under the simulation; it compares nothing and searches nothing."""
+    with Rounding(dtype, [], seed):
+        return compute()
+
+
+def layer(x, w, dy):
+    """An output, and the gradient of the weights."""
+    y = torch.sigmoid(x @ w.t())
+    return y, (dy * y * (1 - y)).t() @ x
+
+
+@PRECISIONS
+def test_equal_rows_have_equal_errors_and_opposite_rows_opposite_ones(dtype):
+    make = Make("cpu", torch.float64)
+    x, w = (make.real(n, 36).to(dtype).double() for n in (1, 8))
+    x = x.expand(36, 36)
+    for seed in range(4):
+        y = rounded(lambda: torch.tanh(x @ w.t()), dtype, seed)
+        assert (y == y[0]).all() and (y[0] != torch.tanh(x @ w.t())[0]).all()
+        assert torch.equal(rounded(lambda: torch.tanh(-x @ w.t()), dtype, seed), -y)
+    assert not torch.equal(*(rounded(lambda: x @ w.t(), dtype, seed) for seed in (0, 1)))
+
+
+@PRECISIONS
+def test_equal_errors_add_up(dtype):
+    """The gradient of n equal rows is off n times as far as that of one row, relative to dy."""
+    make = Make("cpu", torch.float64)
+    x, w = make.real(1, 36), make.real(8, 36)
+    one, many = (
+        worst_errors(lambda n=n: layer(x.expand(n, 36), w, torch.ones(n, 8).double())[1], dtype)[0]
+        for n in (1, 64)
+    )
+    assert many > 32 * one
+
+
+@PRECISIONS
+def test_errors_are_those_of_the_precision(dtype):
+    """Neither nothing nor too much: what torch gives in that precision is off half as far at least,
+    and the simulation at most eight times as far as torch.
+    """
+    make = Make("cpu", torch.float64)
+    exact = [make.real(64, 300).to(dtype).double(), make.real(50, 300).to(dtype).double()]
+    x, w = (t.to(dtype) for t in exact)
+    off = (x @ w.t() - exact[0] @ exact[1].t()).abs().max().item()
+    (simulated,) = worst_errors(lambda: exact[0] @ exact[1].t(), dtype)
+    assert off / 2 <= simulated <= 8 * off
