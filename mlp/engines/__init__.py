@@ -1,10 +1,10 @@
-"""The table of engines: all train on the same batches in the same order.
+"""The table of engines.
 
-Their losses agree to rounding.
+All engines train on the same batches in the same order. Their losses agree to rounding.
 
-An engine says in `refuses` why it cannot serve a network, else it is built and its `epoch` called
-once an epoch. To add one: a class with `name`, `refuses` and `epoch`, and its place in the table:
-"auto" takes the last that serves.
+`refuses` of an engine returns the reason why it cannot serve a network, or None. A trainer then
+builds the engine and calls its `epoch` once for each epoch. To add one, write a class with `name`,
+`refuses` and `epoch`, and put it into the table. "auto" takes the last engine that serves.
 """
 
 from typing import Any
@@ -46,8 +46,11 @@ def choose(
     demands: Demands | None = None,
     steps: int | None = None,
 ) -> tuple[Engine, str]:
-    """The engine of that name, or under "auto" the last of ENGINES that serves, and that pays for
-    so many steps if their number is known; and one line that says why.
+    """(the engine, one line that says why it was chosen).
+
+    name: a key of ENGINES, or "auto" for the last engine that serves. steps: the number of steps of
+    the training, if known. "auto" then passes over engines whose start costs more than they save.
+    ValueError for an unknown name, and if no engine serves.
     """
     if name != "auto" and name not in ENGINES:
         raise ValueError(f"unknown engine {name!r}; known: auto, {', '.join(ENGINES)}")

@@ -1,9 +1,9 @@
 """The engine `graph`: launches of many steps, captured in CUDA graphs and replayed over an epoch.
 
-Captured are the two launches of `kernels.train_step` where they serve, else the manual step. A
-replay reads the memory that the capture read, and repeats the numbers that the host had then. So
-everything that changes from step to step, or that a run may change, lies in device memory; and all
-else is compared before each epoch (`Bound`), and captured anew where it differs.
+A graph holds the two launches of `kernels.train_step` if they serve, else the manual step. A replay
+reads the same memory as the capture, and repeats the numbers that the host had at the capture. So
+everything that changes from step to step, or during a run, is in device memory. Everything else is
+compared before each epoch (`Bound`). If it differs, a new graph is captured.
 """
 
 import contextlib
@@ -28,12 +28,13 @@ _CAPTURED = 25  # steps in one CUDA graph
 
 
 class Bound(NamedTuple):
-    """What a capture depends on, besides the contents of the tensors that it reads.
+    """Everything that a capture depends on, except the contents of the tensors that it reads.
 
-    spec: of `spec_of`. parts: the rule, and what else is compiled in, of each part of the
-    optimizer's parameters. scheduled: whether every step has numbers of its own. memory: of
-    everything that is read. loss: its arguments. reading: scale, shift and kind of the data.
-    length, batch: of the epoch. products: their precision in float32, and what computes them.
+    spec: see `spec_of`. parts: for each part of the optimizer's parameters, the rule and everything
+    else that is compiled in. scheduled: True if every step has its own numbers. memory: the place
+    and layout of every tensor that is read. loss: its class and arguments. reading: scale, shift
+    and kind of the data. length: samples of the epoch. batch: samples of a step. products: their
+    precision in float32, and the instructions that compute them.
     """
 
     spec: kernels.Spec | str
@@ -50,7 +51,7 @@ class Bound(NamedTuple):
     def of(
         cls, engine: "Graph", spec: kernels.Spec | str, now: "Now", data: Dataset, batch: int
     ) -> "Bound":
-        """As things are now."""
+        """The values for an epoch that starts now."""
         states = [t for state in engine.optimizer.state.values() for t in state.values()]
         tensors = (*engine.parameters, *states, data.inputs, data.targets)
         facts = {k: _fact(v) for k, v in vars(engine.loss).items() if not k.startswith("_")}
@@ -68,11 +69,11 @@ class Bound(NamedTuple):
 
 
 class Now(NamedTuple):
-    """What an epoch begins with.
+    """The start of an epoch.
 
-    order: of its samples. parts: of the optimizer. counts: of each part the steps taken, asked
-    before the states were made, so that a first step is known. numbers: of each part, see
-    `Fused.numbers`.
+    order: indices of its samples. parts: of the optimizer. counts: the steps that each part has
+    taken. They are read before the states are made, because after that a first step looks like any
+    other. numbers: of each part, see `Fused.numbers`.
     """
 
     order: torch.Tensor
@@ -82,9 +83,9 @@ class Now(NamedTuple):
 
 
 def _fact(value: Any) -> Any:
-    """A value to compare; of a tensor, where it lies and how."""
+    """A value that can be compared. For a tensor these are its address, layout and dtype."""
     if isinstance(value, torch.Tensor):
-        # A count on the CPU is read before the epoch: its place does not matter.
+        # A count on the CPU is read before the epoch, so its address does not matter.
         on_host = value.device.type == "cpu" and value.numel() == 1
         place = None if on_host else value.data_ptr()
         return place, tuple(value.shape), value.stride(), value.dtype, value.device
@@ -142,12 +143,12 @@ class Graph(Fused):
             spec, parts = self.spec, self.optimizer.parts(parameters_of(self.model).values())
             counts = [self.count(part) for part in parts]
             for part in parts:
-                part.states()  # makes them
+                part.states()  # makes missing states
             numbers = self.numbers(parts, math.ceil(len(order) / batch_size))
             now = Now(order, parts, counts, numbers)
             bound = Bound.of(self, spec, now, data, batch_size)
             if self._steps is None or bound != self._bound:
-                self._bound = self._steps = None  # gives their memory back first
+                self._bound = self._steps = None  # frees their memory first
                 kind = _TwoLaunches if _served(bound.spec, batch_size) else _Chain
                 self._steps = kind(self, data, now, batch_size)
                 self._bound = bound
@@ -156,14 +157,14 @@ class Graph(Fused):
 
 
 def _served(spec: kernels.Spec | str, batch: int) -> bool:
-    """Whether the two launches of a step serve, and are the faster way."""
+    """True if the two launches of `kernels.train_step` serve and are faster than the chain."""
     if not isinstance(spec, kernels.Spec):
         return False
     return not (kernels.refusal(spec, batch, "graph") or kernels.outgrown(spec, batch, "graph"))
 
 
 class _TwoLaunches:
-    """`kernels.train_step`: order, numbers and count are written before each epoch."""
+    """Steps by `kernels.train_step`. Order, numbers and count are written before each epoch."""
 
     def __init__(self, engine: Graph, data: Dataset, now: Now, batch_size: int):
         self.engine = engine
@@ -171,7 +172,7 @@ class _TwoLaunches:
         own = now.order.clone(), batch_size, part.states(), count.clone(), numbers.clone()
         run = engine.run(data, *own)
         self.state = kernels.StepState(run)
-        self.state.position[0] = run.steps  # past the end: compiles the kernels and trains nothing
+        self.state.position[0] = run.steps  # past the end, so the first call only compiles
         step = lambda: kernels.train_step(self.state)  # noqa: E731
         self.replay = _captured(step, _CAPTURED, run.device)
 
@@ -183,9 +184,9 @@ class _TwoLaunches:
         run.hyper.copy_(numbers)
         run.count.copy_(count)
         if run.targets.data_ptr() != data.targets.data_ptr():
-            run.targets.copy_(self.engine.targets(data))  # columns made of the targets
+            run.targets.copy_(self.engine.targets(data))  # the run holds a copy as columns
         self.state.position.zero_()
-        # The step past the last applies its pending update.
+        # A step's update is applied by the step after it, so one more step follows the last.
         for _ in range(math.ceil((run.steps + 1) / _CAPTURED)):
             self.replay()
         part.advance(run.steps)
@@ -194,9 +195,9 @@ class _TwoLaunches:
 
 
 class _Chain:
-    """The manual step with everything that changes in device memory.
+    """The manual step, with all that changes from step to step in device memory.
 
-    Position, batch, numbers and counts of the optimizer, losses.
+    This is the position, the batch, the optimizer's numbers and counts, and the losses.
     """
 
     def __init__(self, engine: Graph, data: Dataset, now: Now, batch_size: int):
@@ -216,8 +217,9 @@ class _Chain:
         self._held: list[dict] = []
 
     def step(self) -> None:
-        """Train on the batch at `position` and move on; every host value in here is frozen at
-        capture.
+        """Train on the batch at `position` and advance it.
+
+        A capture freezes every value of the host in here.
         """
         indices = self.order.index_select(0, self.position * self.batch_size + self.offsets)
         self._train(indices)
@@ -231,7 +233,10 @@ class _Chain:
             self.correct += (output.argmax(1) == y).sum()
 
     def run(self, data: Dataset, now: Now) -> tuple[torch.Tensor, torch.Tensor]:
-        """Losses of every step and correct predictions: whole batches by replays, then the rest."""
+        """Losses of every step, and correct predictions.
+
+        Replays train the whole batches. A last smaller batch is trained without a graph.
+        """
         full, rest = divmod(len(now.order), self.batch_size)
         self.order.copy_(now.order)
         wanted = [_CAPTURED] * (full // _CAPTURED) + [1] * (full % _CAPTURED)
@@ -249,9 +254,9 @@ class _Chain:
         return self.losses, self.correct
 
     def _capture(self, steps, now):
-        """Captures after one step that compiles every kernel.
+        """A capture of so many steps.
 
-        What that step changed is put back.
+        One step runs before, to compile every kernel. Then its changes are undone.
         """
         states = [t for part in now.parts for ts in part.states() for t in ts]
         tensors = [*parameters_of(self.engine.model).values(), *states]
@@ -261,8 +266,8 @@ class _Chain:
         replay = _captured(self.step, steps, self.order.device)
         for t, good in zip(tensors, before, strict=True):
             t.copy_(good)
-        # The graph reads and writes buffers of the net, the data set and the loss: keep them when
-        # these make others.
+        # The graph reads and writes buffers of the net, the data set and the loss. They must live
+        # as long as the graph, also when their owners make new ones.
         owners = (self.data, *self.engine.net.stages)
         self._held += [dict(owner._buffers) for owner in owners if hasattr(owner, "_buffers")]
         self._held.append(dict(vars(self.engine.loss)))
@@ -274,19 +279,19 @@ def _has_graphs(device: torch.device) -> bool:
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager:
-    """The device as the current one: streams, graphs and launches are made on that."""
+    """A context with this device as the current one, for streams, graphs and launches."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _captured(step: Callable[[], None], times: int, device: torch.device) -> Callable[[], None]:
-    """A function that repeats `times` calls of step by replaying a CUDA graph of their launches."""
+    """A function that replays a CUDA graph of the launches of `times` calls of `step`."""
     stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
-        step()  # compiles what it launches
+        step()  # compiles the kernels
     current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # Without a stream of its own, torch takes one of the device that captured first.
+    # Without `stream`, torch takes a stream of the device that captured first.
     with torch.cuda.graph(graph, stream=stream):
         for _ in range(times):
             step()

@@ -1,7 +1,7 @@
-"""Means over samples of what batches measured: the loss, and the share of right predictions.
+"""Means over all samples from the values of batches: the loss, and the share of right predictions.
 
-A batch's mean divides by the weights of its labels. So the mean over an epoch weights each batch by
-that sum: it is then the loss that all samples would have as one batch.
+A batch's mean loss is divided by the sum of the weights of its labels. The mean over an epoch
+weights each batch by that sum. So it equals the loss of all samples in one batch.
 """
 
 import functools
@@ -20,9 +20,9 @@ _FUNCTIONS = (F.cross_entropy, F.nll_loss)
 
 
 class Reading(NamedTuple):
-    """How a loss reduces a batch: what labels weigh, which label it ignores, mean or sum.
+    """How a loss reduces a batch: weights of labels, ignored label, mean or sum.
 
-    weight: (classes,) tensor or None; ignore_index: None for a loss that ignores none.
+    weight: a (classes,) tensor or None. ignore_index: a label, or None if the loss ignores none.
     """
 
     weight: torch.Tensor | None = None
@@ -31,9 +31,10 @@ class Reading(NamedTuple):
 
 
 def reading(loss: Any) -> Reading:
-    """The reading of one of our losses, of torch's, or of torch's functions, also as a partial.
+    """How this loss reduces a batch.
 
-    Any other function is taken for a mean over the samples.
+    loss: one of our losses, of torch's modules, or of torch's functions, also as a partial. Any
+    other function is treated as a mean over the samples.
     """
     if isinstance(loss, SoftmaxCrossEntropy):
         weight, ignore_index, reduction, _ = loss.options
@@ -49,13 +50,13 @@ def reading(loss: Any) -> Reading:
 
 
 def is_entropy(loss: Any) -> bool:
-    """Whether the loss reads outputs as logits of classes."""
+    """True if the loss reads outputs as logits of classes."""
     function = loss.func if isinstance(loss, functools.partial) else loss
     return isinstance(loss, _ENTROPIES) or function in _FUNCTIONS
 
 
 def counted(loss: Any, targets: torch.Tensor) -> torch.Tensor | None:
-    """(N,) bool: the labels that the loss does not ignore. None if it ignores none."""
+    """(N,) bool, True for labels that the loss does not ignore. None if it ignores no label."""
     ignored = reading(loss).ignore_index
     if ignored is None or targets.is_floating_point():
         return None
@@ -63,10 +64,10 @@ def counted(loss: Any, targets: torch.Tensor) -> torch.Tensor | None:
 
 
 def weights(loss: Any, targets: torch.Tensor) -> torch.Tensor:
-    """(N,) float64: what each sample adds to the number that a batch's loss was divided by.
+    """(N,) float64: the share of each sample in the number that divides a batch's loss.
 
-    targets: labels (N,), or numbers (N, …), of which every sample weighs 1. A sum divides by
-    nothing, and its mean is taken over the samples that count.
+    targets: labels (N,), or numbers (N, …), where every sample weighs 1. A loss with reduction
+    "sum" is not divided. Its mean is taken over the samples that are not ignored, 1 each.
     """
     weight, _, reduction = reading(loss)
     mask = counted(loss, targets)
@@ -79,10 +80,10 @@ def weights(loss: Any, targets: torch.Tensor) -> torch.Tensor:
 
 
 def share(loss: Any, part: torch.Tensor, whole: torch.Tensor, ignored: bool = True) -> float:
-    """What the loss of some targets counts in that of a batch, `whole`, of which they are a part.
+    """The factor of the loss of `part` in the loss of the batch `whole` that contains it.
 
-    The batch's loss is the sum of its parts' losses, each times its share. ignored: whether the
-    loss may ignore some of them.
+    The batch's loss is the sum of its parts' losses, each times its share. ignored: False if the
+    caller knows that the loss ignores no label of them.
     """
     weight, ignore_index, reduction = reading(loss)
     if reduction == "sum":
@@ -99,10 +100,11 @@ def mean(
     batch_size: int,
     finite: bool = True,
 ) -> float:
-    """The loss of all samples, from that of batches of `batch_size` and the targets in their order.
+    """The loss of all samples, from the losses of their batches of `batch_size`.
 
-    finite: FloatingPointError names the first batch whose loss is not finite. A batch of ignored
-    labels alone has no loss and does not count.
+    targets: of all samples, in the order of the batches. A batch with only ignored labels has no
+    loss and does not count. finite: raise FloatingPointError for the first batch whose loss is not
+    finite. The result is NaN if no sample counts.
     """
     sums, some = _batches(loss, targets, batch_size)
     total, is_sum = 0.0, reading(loss).reduction == "sum"
@@ -116,7 +118,7 @@ def mean(
 
 
 def _batches(loss, targets: torch.Tensor, batch_size: int) -> tuple[list[float], list[bool]]:
-    """For each batch: the sum of its weights, and whether it has a label that counts."""
+    """(sums of the weights of each batch, True for each batch with a label that counts)."""
     sizes = [min(batch_size, len(targets) - s) for s in range(0, len(targets), batch_size)]
     mask = counted(loss, targets)
     plain = mask is None or (reading(loss).weight is None and bool(mask.all()))
@@ -129,7 +131,7 @@ def _batches(loss, targets: torch.Tensor, batch_size: int) -> tuple[list[float],
 
 
 def right(loss: Any, predictions: torch.Tensor, targets: torch.Tensor) -> tuple[int, int]:
-    """(correct, counted) of the labels (N,) that the loss does not ignore."""
+    """(correct predictions, labels) of the labels (N,) that the loss does not ignore."""
     mask, hits = counted(loss, targets), predictions == targets
     if mask is None:
         return int(hits.sum()), len(targets)
@@ -137,6 +139,9 @@ def right(loss: Any, predictions: torch.Tensor, targets: torch.Tensor) -> tuple[
 
 
 def aligned(target: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-    """Numbers (N,) as a column where the outputs are one: else the loss would pair all with all."""
+    """Numbers (N,) as a column (N, 1) if the outputs are (N, 1), else the targets unchanged.
+
+    Without the column, the loss would broadcast them to (N, N).
+    """
     column = (*target.shape, 1)
     return target.view(column) if target.is_floating_point() and output.shape == column else target

@@ -1,9 +1,9 @@
-"""Mixed precision on the tape: products in half the bits, weights and their update in float32.
+"""Mixed precision for autograd: products in 16 bits, weights and their update in float32.
 
-fp32    the network's own dtype, whatever that is
+fp32    the network's own dtype, without autocast
 bf16    torch.autocast: weights stay float32, products take bfloat16
-fp16    the same with float16, and the loss is scaled so that small gradients do not vanish; a step
-        whose gradients overflow is skipped, and the scale is halved
+fp16    the same with float16, and the loss is scaled so that small gradients do not vanish. If a
+        gradient overflows, the step is skipped and the scale is halved.
 """
 
 import contextlib
@@ -11,14 +11,14 @@ from collections.abc import Sequence
 
 import torch
 
-_TINY = 1e-6  # added to a norm, as torch does, so that 0 divides nothing
+_TINY = 1e-6  # added to a norm before a division, as torch does, because the norm may be 0
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def clip(grads: Sequence[torch.Tensor | None], limit: float) -> None:
-    """Scales gradients in place so that their norm, all together, is at most `limit`.
+    """Scale gradients in place so that the norm of all together is at most `limit`.
 
-    As `torch.nn.utils.clip_grad_norm_`.
+    The result is that of `torch.nn.utils.clip_grad_norm_`.
     """
     given = [grad for grad in grads if grad is not None]
     if not given:
@@ -28,15 +28,15 @@ def clip(grads: Sequence[torch.Tensor | None], limit: float) -> None:
 
 
 def _clip_of(optimizer: torch.optim.Optimizer, limit: float | None) -> None:
-    """Clip what the optimizer's parameters have in .grad, if there is a limit."""
+    """Clip .grad of the optimizer's parameters, unless `limit` is None."""
     if limit is not None:
         clip([p.grad for group in optimizer.param_groups for p in group["params"]], limit)
 
 
 class Precision:
-    """How one step computes and updates. `skipped` counts the steps that overflowed.
+    """The precision of a step. `skipped` counts the steps that were skipped after an overflow.
 
-    name: one of PRECISIONS; device_type: "cpu", "cuda", …
+    name: a key of PRECISIONS, else ValueError. device_type: "cpu", "cuda", …
     """
 
     def __init__(self, name: str = "fp32", device_type: str = "cpu"):
@@ -47,7 +47,7 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device_type) if is_scaled else None
 
     def refuses(self, parameters: dict[str, torch.Tensor]) -> str | None:
-        """Why weights of these dtypes cannot be trained so, or None."""
+        """The reason why weights of these dtypes cannot be trained in this precision, or None."""
         other = [p.dtype for p in parameters.values() if p.dtype != torch.float32]
         if self.dtype is None or not other:
             return None
@@ -58,7 +58,7 @@ class Precision:
         )
 
     def context(self, device: torch.device) -> contextlib.AbstractContextManager:
-        """What forward and loss run under."""
+        """The context in which forward and loss run."""
         if self.dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(device.type, dtype=self.dtype)
@@ -69,9 +69,9 @@ class Precision:
         optimizer: torch.optim.Optimizer,
         clip_norm: float | None = None,
     ) -> None:
-        """Backward from the loss, and the optimizer's step unless a gradient overflowed.
+        """Run the backward from the loss, then the optimizer's step unless a gradient overflowed.
 
-        clip_norm: the largest norm that all gradients together may have.
+        clip_norm: the largest norm of all gradients together, or None.
         """
         if self.scaler is None:
             value.backward()
@@ -87,7 +87,7 @@ class Precision:
         self.scaler.update()
         if self.scaler.get_scale() < scale:
             self.skipped += 1
-            vars(optimizer)["_opt_called"] = True  # torch's schedulers ask whether a step was taken
+            vars(optimizer)["_opt_called"] = True  # torch's schedulers check that a step was taken
 
     def state_dict(self) -> dict:
         """The scale of the loss and the count of skipped steps."""
@@ -95,7 +95,7 @@ class Precision:
         return {"name": self.name, "skipped": self.skipped, "scaler": scaler}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where `state_dict` was taken; another precision starts anew."""
+        """Restore a `state_dict` of this precision. That of another precision has no effect."""
         if state["name"] == self.name:
             self.skipped = state["skipped"]
             if self.scaler is not None:

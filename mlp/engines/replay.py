@@ -1,11 +1,11 @@
-"""Records the torch calls of a step once, then repeats them without the Python between.
+"""Records the torch calls of a step once, then repeats them without the Python code between.
 
-It is on the CPU what a CUDA graph is on a GPU.
+It does on a CPU what a CUDA graph does on a GPU.
 
-A step of a small network is some thirty calls of a few microseconds each, and as much again of
-Python around them. Its buffers stay the same from step to step, so the calls do too. Every result
-gets a fixed home: views and constants are made once, calls that wrote into `out` or in place are
-repeated as they are, the others write where their first result lies.
+A step of a small network makes about thirty calls of a few microseconds each. The Python code
+around them takes as long again. The buffers are the same in every step, so the calls are too. Every
+result has a fixed place. Views and constants are made once. Calls that wrote into `out` or in place
+are repeated unchanged. All other calls write into the memory of their first result.
 """
 
 import functools
@@ -47,7 +47,7 @@ _CONSTANTS = ("new_full", "new_zeros", "new_ones", "zeros_like", "ones_like", "f
 
 
 class NotReplayable(RuntimeError):
-    """The computation reads a tensor on the host: a replay would not see it read again."""
+    """The computation reads a tensor on the host. A replay would not repeat this reading."""
 
 
 def _tensors(value) -> list[torch.Tensor]:
@@ -61,9 +61,9 @@ def _memory(tensor) -> int:
 
 
 class Replay(TorchFunctionMode):
-    """`with Replay() as replay: …` runs and records; `replay()` repeats.
+    """`with Replay() as replay: …` runs and records the calls. `replay()` repeats them.
 
-    It works on what its input buffers hold by then.
+    It reads the contents that the input buffers have at that time.
     """
 
     def __init__(self):
@@ -93,13 +93,13 @@ class Replay(TorchFunctionMode):
             for t in _tensors(kwargs["out"] if kwargs.get("out") is not None else args[0]):
                 if (
                     _memory(t) in self._constants
-                ):  # no constant after all: make it anew where it was made
+                ):  # it is changed in place, so it is no constant: a replay makes it again
                     position, remake = self._constants.pop(_memory(t))
                     self.calls[position] = remake
             self.calls.append(functools.partial(func, *args, **kwargs))
         elif isinstance(result, torch.Tensor):
             if name in _BUFFERS:
-                pass  # to be written by a later call
+                pass  # a later call writes into it
             elif not inputs or name in _CONSTANTS:
                 self._constants[_memory(result)] = (
                     len(self.calls),
@@ -115,12 +115,12 @@ class Replay(TorchFunctionMode):
         return result
 
     def _into(self, result, name, func, args, kwargs):
-        """The call that writes where `result` lies."""
+        """The call that writes into the memory of `result`."""
         function = getattr(torch, _OPERATORS.get(name, name), None)
         kwargs = {key: value for key, value in kwargs.items() if key != "out"}
         try:
             function(*args, **kwargs, out=result)
-        except TypeError:  # no such function, or one without `out`
+        except TypeError:  # torch has no such function, or it takes no `out`
             return lambda: result.copy_(func(*args, **kwargs))
         return functools.partial(function, *args, **kwargs, out=result)
 
@@ -128,24 +128,24 @@ class Replay(TorchFunctionMode):
 class Recordings:
     """The replays of a step for the two latest keys.
 
-    A key is what a recording depends on besides the contents of its buffers.
+    A key holds everything that a recording depends on, except the contents of its buffers.
     """
 
     def __init__(self):
         self._known = {}
 
     def __reduce__(self):
-        return Recordings, ()  # a copy records anew: it has other tensors
+        return Recordings, ()  # a copy has other tensors, so it records again
 
     def __contains__(self, key) -> bool:
         return key in self._known
 
     def clear(self) -> None:
-        """Forget them: they work on tensors that are no longer used."""
+        """Remove all recordings, when their tensors are no longer used."""
         self._known.clear()
 
     def run(self, key: tuple, function: Callable[[], Any]) -> Any:
-        """The result of `function`, by a replay if it was recorded under this key."""
+        """The result of `function`, from a replay if one is recorded under this key."""
         if key in self._known:
             replay, result = self._known[key]
             replay()

@@ -1,7 +1,7 @@
-"""Whether an engine may compute in the place of the network, the loss or the optimizer it is given.
+"""Checks that an engine may replace the calls of a network, loss or optimizer by its own code.
 
-The engines beside autograd know a network by its description. They may take it over only if calling
-it computes just that. Each function here returns None if so, else the reason in words.
+All engines but autograd compute what the network's `config()` describes. They may do so only if a
+call of the network computes exactly that. Each function here returns None if so, else the reason.
 """
 
 import inspect
@@ -17,19 +17,19 @@ from ..modules import MLP, Conv2d, ConvNet, Linear, build
 from ..net import Net
 from ..optim import OPTIMIZERS
 
-# What each class computed when it was defined: a forward put into the class later is noticed.
+# The forward of each class at its definition. A later replacement is noticed.
 _FORWARD = {kind: kind.forward for kind in (MLP, ConvNet, Linear, Conv2d)}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
 def network(model: Net | torch.nn.Module) -> str | None:
-    """Why calling `model` may compute or train something else than its description says."""
+    """The reason why a call of `model` may compute or train something else than its description."""
     return description(model) or _hooks(model) or _parameters(model)
 
 
 def description(model: Net | torch.nn.Module) -> str | None:
-    """Why `model.config()` may not describe what the model computes."""
+    """The reason why `model.config()` may not describe what the model computes, or None."""
     if isinstance(model, Net):
         return _net(model)
     kind = type(model)
@@ -54,7 +54,7 @@ def _net(net: Net) -> str | None:
 
 
 def _layers(model) -> str | None:
-    """The first submodule that is none of those that the class makes."""
+    """The first difference from the submodules that the class makes, or None."""
     lists: list[tuple[Any, str, type]]
     if type(model) is ConvNet:
         if model._modules.keys() != {"conv", "mlp"}:
@@ -75,11 +75,11 @@ def _layers(model) -> str | None:
     return None
 
 
-_twins: dict[str, nn.Module] = {}  # the latest, by description: to build one takes a millisecond
+_twins: dict[str, nn.Module] = {}  # the latest twin by description; building one takes 1 ms
 
 
 def _twin(described: str, config: Any) -> nn.Module:
-    """A network of that description, without memory."""
+    """A network of that description, on the meta device. Its parameters take no memory."""
     if described not in _twins:
         _twins.clear()
         _twins[described] = build(config(), device="meta")
@@ -87,7 +87,10 @@ def _twin(described: str, config: Any) -> nn.Module:
 
 
 def _settings(model) -> str | None:
-    """What differs from a network that is built from the description: sizes, options, methods."""
+    """The first difference in sizes, options or methods from a network built from the description.
+
+    None if there is none.
+    """
     twin = _twin(repr(model.config()), model.config)
     for (name, module), made in zip(model.named_modules(), twin.modules(), strict=True):
         name = name or type(module).__name__
@@ -129,7 +132,7 @@ def _hooks(model) -> str | None:
 
 
 def _parameters(model) -> str | None:
-    """What keeps the parameters from being trained as plain tensors of one kind."""
+    """The reason why the parameters cannot be trained as plain tensors of one kind, or None."""
     if isinstance(model, Net):
         return None
     named = dict(model.named_parameters(remove_duplicate=False))
@@ -158,7 +161,7 @@ def _parameters(model) -> str | None:
 
 
 def criterion(loss: Any) -> str | None:
-    """Why the loss may be something else than its class computes, or has no gradient written."""
+    """The reason why the loss may differ from its class, or has no gradient of ours; or None."""
     if type(loss) in losses.LOSSES.values():
         changed = [name for name in vars(loss) if hasattr(type(loss), name)]
         return f"this {type(loss).__name__} has a {changed[0]} of its own" if changed else None
@@ -174,7 +177,7 @@ def criterion(loss: Any) -> str | None:
 
 
 def optimizer(optimizer: torch.optim.Optimizer) -> str | None:
-    """Why a step of the optimizer may be something else than the update of its class."""
+    """The reason why a step of the optimizer may differ from its class's update, or None."""
     kind = type(optimizer)
     if kind not in OPTIMIZERS.values():
         names = ", ".join(known.__name__ for known in OPTIMIZERS.values())
@@ -183,14 +186,14 @@ def optimizer(optimizer: torch.optim.Optimizer) -> str | None:
         return f"this {kind.__name__} has a hook on its steps"
     if _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
         return "a hook on the steps of all optimizers is registered"
-    own = vars(optimizer).get("step")  # torch's schedulers wrap step, and compute nothing else
+    own = vars(optimizer).get("step")  # torch's schedulers wrap step without changing its result
     if own is not None and getattr(own, "__wrapped__", None) is not kind.step:
         return f"this {kind.__name__} has a step of its own"
     return None
 
 
 def needs_closure(optimizer: torch.optim.Optimizer) -> str | None:
-    """Why an optimizer cannot be stepped after one backward, or None: LBFGS and its like."""
+    """The reason why one backward is not enough for an optimizer's step, as for LBFGS; or None."""
     for name, parameter in inspect.signature(type(optimizer).step).parameters.items():
         if name == "closure" and parameter.default is parameter.empty:
             return (

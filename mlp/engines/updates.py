@@ -1,11 +1,11 @@
-"""How the manual step updates the parameters: in the backward, by our optimizer, or by another one.
+"""Updates of the manual step: in the backward, by an optimizer of ours, or by another optimizer.
 
-An update is made for an epoch. `finish(gradient)` runs the backward and updates; `numbers()` gives
-what a recording of that would freeze, or None if a recording must stop before the update, which is
-then `apply()`.
+An update object is made for each epoch. `finish(gradient)` runs the backward and the update.
+`numbers()` returns the numbers that a recording of `finish` would freeze. If it returns None, a
+recording must stop before the update, and `apply()` updates.
 
-Of one of our optimizers an update uses two things: `update(grads)` takes a step, and `parts()` are
-the parameters that a kernel can update in its place.
+An update uses two things of our optimizers. `update(grads)` takes a step. `parts()` are parameters
+that a kernel can update instead.
 """
 
 import functools
@@ -23,35 +23,36 @@ from .precision import clip
 
 
 class Separate:
-    """Gradients into the net, then one of our optimizers updates from them.
+    """The backward stores the gradients in the net, then an optimizer of ours updates from them.
 
-    named: name -> parameter, as the optimizer holds them.
+    named: name -> parameter. The parameters are the objects that the optimizer holds.
     """
 
     def __init__(self, net: Net, optimizer: torch.optim.Optimizer, named: dict):
         self.net, self.named = net, named
-        self.optimizer: Any = optimizer  # ours, but in `Foreign`
+        self.optimizer: Any = optimizer  # one of ours, except in `Foreign`
         self.parts: list[Part] | None = None
 
     @functools.cached_property
     def grads(self) -> list:
-        """The net's gradients in the optimizer's order; None for what is no parameter of it. They
-        are made when they are first asked for.
+        """The net's gradients in the optimizer's order, None for parameters that the net lacks.
+
+        The first access allocates them.
         """
         found = {id(p): self.net.grads.get(name) for name, p in self.named.items()}
         return [found.get(id(p)) for p in parameters(self.optimizer)]
 
     def finish(self, gradient: torch.Tensor) -> None:
-        """Backward from the gradient of the outputs, and the update."""
+        """Run the backward from the gradient of the outputs, then update."""
         self.net.backward(gradient)
         self.apply()
 
     def apply(self) -> None:
-        """The update from the gradients that are in the net."""
+        """Update from the gradients that the net holds."""
         self.optimizer.update(self.grads)
 
     def numbers(self) -> tuple | None:
-        """The optimizer's numbers, if they can be frozen."""
+        """The optimizer's numbers, or None if a recording must not freeze them."""
         if self.parts is None:
             self.parts = self.optimizer.parts()
         found = [part.frozen() for part in self.parts]
@@ -59,7 +60,7 @@ class Separate:
 
 
 class Inline(Separate):
-    """The update in the epilogue of the backward: gradients are not stored."""
+    """The update in the epilogue of the backward, which stores no gradients."""
 
     def __init__(self, net: Net, part: Part, named: dict):
         super().__init__(net, part.optimizer, named)
@@ -68,12 +69,12 @@ class Inline(Separate):
         self._row = torch.empty(0)
 
     def finish(self, gradient: torch.Tensor) -> None:
-        """Backward and update in one."""
+        """Run backward and update in one."""
         part, step = self.part, self.part.advance()
         self.net.update(gradient, part.states(), self._hyper(gradient.device), step, part.rule)
 
     def _hyper(self, device: torch.device) -> torch.Tensor | tuple:
-        """The part's numbers as they are now; on a GPU a row, written when they change."""
+        """The part's numbers as they are now. On a GPU a tensor, written when they change."""
         numbers = self.part.numbers
         if device.type == "cpu":
             return numbers
@@ -84,51 +85,53 @@ class Inline(Separate):
 
 
 class Foreign(Separate):
-    """An optimizer that reads .grad: torch's own, and ours where its step was changed."""
+    """An optimizer that reads .grad: one of torch's, or one of ours with a changed step."""
 
     def __init__(self, net: Net, optimizer: torch.optim.Optimizer, named: dict):
         super().__init__(net, optimizer, named)
         self.parameters = parameters(optimizer)
 
     def apply(self) -> None:
-        """Hand the gradients to .grad and step."""
+        """Put the gradients into .grad and call the optimizer's step."""
         for p, gradient in zip(self.parameters, self.grads):
             p.grad = gradient
         self.optimizer.step()
 
     def numbers(self) -> tuple | None:
-        """Never frozen: what another optimizer does is not ours to know."""
+        """None, because it is unknown what another optimizer does."""
         return None
 
 
 class Clipped(Separate):
-    """Another update, of gradients whose norm is brought down to a limit before."""
+    """Another update, after the norm of all gradients is scaled down to a limit."""
 
     def __init__(self, update: Separate, limit: float):
         super().__init__(update.net, update.optimizer, update.named)
         self.update, self.limit = update, limit
 
     def apply(self) -> None:
-        """Clip what is in the net, and update from it."""
+        """Clip the gradients that the net holds, and update from them."""
         clip(self.grads, self.limit)
         self.update.apply()
 
     def numbers(self) -> tuple | None:
-        """Never frozen: a recording stops at the gradients."""
+        """None, so that a recording stops before the gradients are clipped."""
         return None
 
 
 class InMemory(Separate):
-    """The update with every number and count of the optimizer in device memory, for a CUDA graph:
-    `write` brings them up to date, and `advance` takes note of the steps that replays made.
+    """The update with all numbers and counts of the optimizer in device memory, for a CUDA graph.
 
-    parts: of the optimizer. numbers: of each part a row, or a table of which row `position`, a
-    one-element tensor, is the next step's.
+    `write` copies the current values there. `advance` counts the steps that replays took.
+
+    parts: of the optimizer. numbers: for each part one row, or a table with a row for each step.
+    position: a one-element tensor, the index of the next step's row.
     """
 
     def __init__(self, update: Separate, parts: list, numbers: list, position: torch.Tensor):
         super().__init__(update.net, update.optimizer, update.named)
-        # A first step of some parameters alone is no part of the backward.
+        # With several parts, some parameters are at another step, such as their first. The backward
+        # can take only one step for all.
         self.inline = isinstance(update, Inline) and len(parts) == 1
         given: dict = {}
         if not self.inline:
@@ -140,14 +143,14 @@ class InMemory(Separate):
         self.counts = [torch.zeros(1, device=position.device) for _ in parts]
 
     def write(self, parts: list, counts: list, numbers: list) -> None:
-        """Parts, counts and numbers as they are now."""
+        """Copy the current parts, counts and numbers."""
         self.live = parts
         own = *self.counts, *self.tables
         for kept, given in zip(own, (*counts, *numbers), strict=True):
             kept.copy_(given)
 
     def finish(self, gradient: torch.Tensor) -> None:
-        """Backward and update, in one where it was."""
+        """Run backward and update, in one if the original update did so."""
         for count in self.counts:
             count += 1
         rows = [
@@ -165,20 +168,20 @@ class InMemory(Separate):
             kernels.apply_rule(part.rule, *lists, row.unbind(), count, maximize=part.maximize)
 
     def advance(self, steps: int) -> None:
-        """Take note of so many steps."""
+        """Count so many steps."""
         for part in self.live:
             part.advance(steps)
 
 
 def parameters(optimizer: torch.optim.Optimizer) -> list:
-    """All parameters of an optimizer, group after group."""
+    """All parameters of an optimizer, in the order of its groups."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def whole(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]) -> Part | None:
-    """One of our optimizers as one part that has just these parameters, or None.
+    """An optimizer of ours as one part with exactly these parameters, or None.
 
-    None also where a number of it lies in device memory, or steps go along the gradient.
+    The result is also None if a number is in device memory, or if steps go along the gradient.
     """
     ours: Any = optimizer
     parts = ours.parts() if type(optimizer) in OPTIMIZERS.values() else []
@@ -194,14 +197,16 @@ def whole(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]) 
 def choose(
     net: Net, optimizer: torch.optim.Optimizer, named: dict, clip_norm: float | None = None
 ) -> Separate:
-    """The update of this net by this optimizer. named: name -> parameter, as the optimizer holds
-    them. clip_norm: the largest norm of all gradients together; they are stored then.
+    """The update of this net by this optimizer.
+
+    named: name -> parameter. The parameters are the objects that the optimizer holds. clip_norm:
+    the largest norm of all gradients together, or None. With a limit, the gradients are stored.
     """
     is_foreign = takeover.optimizer(optimizer) is not None
     inlines = not is_foreign and clip_norm is None and len(net.stages) == 1
     part = whole(optimizer, named.values()) if inlines else None
     on_kernels = kernels.path(next(iter(net.parameters.values()))) == "triton"
-    # Without kernels it gains only where the step is a product.
+    # Without kernels, an inline update is faster only if the rule is one matrix product.
     if part is not None and (on_kernels or part.rule.product_ref is not None):
         return Inline(net, part, named)
     update = (Foreign if is_foreign else Separate)(net, optimizer, named)
