@@ -364,6 +364,10 @@ def check_same(op: str, **tensors: torch.Tensor | None) -> None:
     given = {name: t for name, t in tensors.items() if t is not None}
     first, reference = next(iter(given.items()))
     for name, t in given.items():
+        if t.dtype != reference.dtype and t.is_floating_point() > reference.is_floating_point():
+            raise ValueError(
+                f"{op}: {first} must be {t.dtype} as {name} is, got {reference.dtype}; convert it"
+            )
         if t.dtype != reference.dtype:
             raise ValueError(
                 f"{op}: {name} must be {reference.dtype} as {first} is, got {t.dtype}; convert "

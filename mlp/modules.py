@@ -3,7 +3,7 @@
 import itertools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -57,15 +57,14 @@ def check_sizes(sizes: Sequence[int], op: str = "MLP") -> tuple[int, ...]:
 
     ValueError unless there are at least two, an input and an output width, and all are positive.
     """
-    sizes = tuple(sizes)
     try:
         found = tuple(operator.index(size) for size in sizes)
-    except TypeError:
+    except TypeError:  # not a sequence, or not of integers
         found = ()
     if len(found) < 2 or min(found) < 1:
         raise ValueError(
             f"{op}: sizes must be at least two positive integers, such as (784, 100, 10), got "
-            f"{sizes}"
+            f"{tuple(sizes) if isinstance(sizes, Iterable) else sizes}"
         )
     return found
 
@@ -268,12 +267,14 @@ class ConvNet(nn.Module):
         super().__init__()
         check_activations("ConvNet", activation)
         self.arguments: dict[str, Any] = {
-            "image_shape": [_whole("image_shape", size) for size in image_shape],
-            "channels": [_whole("channels", size) for size in channels],
-            "kernel_size": _whole("kernel_size", kernel_size, "one whole number for both sides"),
-            "max_pool": _whole("max_pool", max_pool, "one whole number for both sides"),
-            "hidden": [_whole("hidden", size) for size in hidden],
-            "classes": _whole("classes", classes),
+            "image_shape": [whole("ConvNet: image_shape", size) for size in image_shape],
+            "channels": [whole("ConvNet: channels", size) for size in channels],
+            "kernel_size": whole(
+                "ConvNet: kernel_size", kernel_size, "one whole number for both sides"
+            ),
+            "max_pool": whole("ConvNet: max_pool", max_pool, "one whole number for both sides"),
+            "hidden": [whole("ConvNet: hidden", size) for size in hidden],
+            "classes": whole("ConvNet: classes", classes),
             "activation": activation,
         }
         layers, features = conv_layers(self.arguments)
@@ -305,14 +306,19 @@ class ConvNet(nn.Module):
         return {"kind": "convnet", **self.arguments}
 
 
-def _whole(name: str, value, what: str = "a whole number") -> int:
-    """A positive integer, also of numpy, as an int. Else a ValueError that names the argument."""
+def whole(name: str, value: object, what: str = "a whole number", least: int | None = 1) -> int:
+    """An integer, also of numpy, as an int.
+
+    ValueError that names the argument if it is something else or below `least`.
+    """
     try:
-        if (found := operator.index(value)) > 0:
+        found = operator.index(value)  # type: ignore[arg-type]
+        if least is None or found >= least:
             return found
     except TypeError:
         pass
-    raise ValueError(f"ConvNet: {name} must be {what}, at least 1, got {value!r}")
+    limit = "" if least is None else f", at least {least}"
+    raise ValueError(f"{name} must be {what}{limit}, got {value!r}")
 
 
 def conv_layers(arguments: dict) -> tuple[list[tuple[int, int]], int]:

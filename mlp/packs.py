@@ -8,7 +8,6 @@ such group has a stream of its own on a GPU. A network that has ended is taken o
 import inspect
 import itertools
 import math
-import operator
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
@@ -24,7 +23,7 @@ from .engines.epochwise import rule_of, spec_of
 from .engines.stepwise import Diverged
 from .init import initialise
 from .metrics import measure
-from .modules import MLP
+from .modules import MLP, whole
 from .optim import OPTIMIZERS
 from .stopping import EarlyStopping
 
@@ -74,8 +73,7 @@ class Settings:
         if "optimizer" in given:
             lr = inspect.signature(OPTIMIZERS[optimizer]).parameters["lr"].default
         made = cls(**{"lr": lr, **given, "hidden": hidden})
-        if operator.index(made.batch_size) < 1:
-            raise ValueError(f"sweep: batch_size must be at least 1, got {made.batch_size}")
+        whole("sweep: batch_size", made.batch_size)
         schedule.known(made.schedule)
         return made
 

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import operator
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from .engines.precision import Precision
 from .engines.stepwise import Demands, Diverged
 from .engines.updates import parameters as parameters_in
 from .metrics import measure, outputs
-from .modules import ends, loss_of
+from .modules import ends, loss_of, whole
 from .net import Net
 from .optim import OPTIMIZERS, SGD
 from .schedule import Schedule, options_of, restore_options
@@ -191,8 +190,10 @@ class Trainer:
         """
         task = self._task(train, batch_size, (evaluate, validation), seed, drop_last)
         if augment:
-            task = task._replace(shifts=Shifts(task.train, operator.index(augment), task.seed))
-        epochs = operator.index(epochs)
+            task = task._replace(
+                shifts=Shifts(task.train, whole("fit: augment", augment), task.seed)
+            )
+        epochs = whole("fit: epochs", epochs, least=0)
         schedule = self._scheduled(scheduler, interval)
         self._check(task, epochs, schedule)
         self.schedule, self._pending = schedule, None
@@ -269,7 +270,7 @@ class Trainer:
         taken = given.take(train, ignored)
         size = batch_size if batch_size is not None else taken.batch_size or _BATCH_SIZE
         drops = drop_last if drop_last is not None else bool(taken.drop_last)
-        size = operator.index(size)
+        size = whole("fit: batch_size", size)
         if taken.note is not None and self.verbose:
             print(f"{taken.note}, {size} at a time")
         like = taken.data if taken.words else None
@@ -279,8 +280,8 @@ class Trainer:
         )
         train = self._fitted(taken.data)
         self._seen = Seen.of(taken)
-        count = len(train) // size * size if drops and size > 0 else len(train)
-        return _Task(train, evaluate, validation, size, count, operator.index(seed))
+        count = len(train) // size * size if drops else len(train)
+        return _Task(train, evaluate, validation, size, count, whole("fit: seed", seed, least=None))
 
     def _fitted(self, data: Dataset) -> Dataset:
         """A data set as this network can meet it."""
@@ -314,11 +315,6 @@ class Trainer:
 
     def _check(self, task: _Task, epochs: int, schedule: Schedule | None) -> None:
         """Raise before anything is trained, and choose an engine for this task."""
-        if task.batch_size < 1 or epochs < 0:
-            raise ValueError(
-                f"fit: batch_size must be positive and epochs not negative, got {task.batch_size} "
-                f"and {epochs}"
-            )
         if task.samples == 0:
             raise ValueError(
                 f"fit: drop_last leaves nothing of {len(task.train)} samples in batches of "
@@ -425,17 +421,25 @@ class Trainer:
                 f"(N, classes), but the targets of {data.name} are numbers "
                 f"{tuple(data.targets.shape)}; use MeanSquaredError for them"
             )
+        self._check_features("fit", data)
         if takeover.description(self.model) is not None:
             return
-        features, width = ends(self.model.config())
-        if features != data.features:
-            raise ValueError(
-                f"fit: the network takes {features} features, but {data.name} has {data.features}"
-            )
+        width = ends(self.model.config())[1]
         if data.is_classification and width < len(data.classes):
             raise ValueError(
                 f"fit: the network has {width} outputs, but {data.name} has {len(data.classes)} "
                 "classes"
+            )
+
+    def _check_features(self, op: str, data: Dataset, hint: str = "") -> None:
+        """ValueError if the network is ours and takes rows of another width."""
+        if takeover.description(self.model) is not None:
+            return
+        features = ends(self.model.config())[0]
+        if features != data.features:
+            raise ValueError(
+                f"{op}: the network takes {features} features, but {data.name} has "
+                f"{data.features}{hint}"
             )
 
     def evaluate(self, data: Any) -> dict:
@@ -447,6 +451,7 @@ class Trainer:
         ignored = means.reading(self.loss).ignore_index
         like = None if self._seen is None else self._seen.like()
         data = self._fitted(given.take(data, ignored, like).data)
+        self._check_features("evaluate", data)
         return measure(self.model, self.loss, data, self._shape)
 
     def predict(self, x: Any) -> torch.Tensor | np.ndarray:
@@ -485,11 +490,14 @@ class Trainer:
     @torch.no_grad()
     def _outputs(self, x) -> torch.Tensor:
         """The network's outputs for rows that are read as the training data were."""
+        hint = ""
         if not isinstance(x, Dataset):
+            hint = "; give one row as x[None]" if np.ndim(x) == 1 else ""
             dtype = torch.promote_types(self.engine.dtype, torch.float32)
             seen = self._seen
             plain = rows(arrays.numbers(x, "predict: x")[0]) if seen is None else None
             x = seen.read(x, dtype) if seen is not None else plain
+        self._check_features("predict", x, hint)
         found = outputs(self.model, x.to(self.device), shape=self._shape)
         return torch.cat([out for out, _ in found])
 

@@ -94,7 +94,7 @@ def in_memory(value: Any, name: str, like: Dataset | None) -> tuple[torch.Tensor
     if not targets.is_floating_point() and targets.dim() == 2:
         raise DataError(
             f"{name}: labels must be (N,), got {tuple(targets.shape)}: give argmax(1) of one-hot "
-            "rows, and floating-point numbers for a regression"
+            "rows, or floating-point numbers for a regression or several labels a row"
         )
     return targets, () if targets.is_floating_point() else known
 

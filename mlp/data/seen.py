@@ -73,4 +73,4 @@ class Seen(NamedTuple):
 
 def rows(inputs: torch.Tensor) -> Dataset:
     """Inputs without targets, as a data set."""
-    return Dataset(inputs, torch.zeros(len(inputs), dtype=torch.int64))
+    return Dataset(inputs, torch.zeros(len(inputs), dtype=torch.int64), name="x")

@@ -169,7 +169,7 @@ def test_a_grid_has_all_combinations_and_seeds():
         ({"width": 3}, "no setting 'width'; known: hidden, activation"),
         ({"optimizer": "adm"}, "unknown optimizer 'adm'; known: "),
         ({"optimizer": "adam", "momentum": 0.9}, "optimizer adam: .*momentum"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be a whole number, at least 1, got 0"),
         ({"schedule": "up"}, "unknown schedule 'up'; known: constant"),
         ({"activation": "rel"}, "rel"),
         ({"rows": [0, 90]}, r"rows must be at least one index from 0 to 89, got \[0, 90\]"),

@@ -44,7 +44,7 @@ def test_what_does_not_fit(device):
         ((x, y), (x[:, :5], y), 32, "fit: the network takes 6 features, but data has 5"),
         ((x, y + 1), None, 32, "fit: the network has 3 outputs, but data has 4 classes"),
         ((x, numbers), None, 32, r"\(\d+, 3\).*\(\d+, 2\)"),
-        ((x, y), None, 0, "batch_size must be positive and epochs not negative, got 0 and 1"),
+        ((x, y), None, 0, "batch_size must be a whole number, at least 1, got 0"),
         ((x[:0], y[:0]), None, 32, "data: empty"),
     ):
         with pytest.raises(ValueError, match=message) as error:
@@ -72,3 +72,23 @@ def test_the_state_of_another_network(device):
     ):
         other.load_state_dict(make(device).state_dict())
     assert all(torch.equal(p, before[name]) for name, p in other.model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["epochs", "batch_size", "seed", "augment"])
+def test_an_argument_that_is_no_integer(name):
+    trainer = Trainer(MLP((6, 3)), verbose=False)
+    with pytest.raises(ValueError, match=f"fit: {name} must be a whole number.*, got 1.5"):
+        trainer.fit(tensors(), **{name: 1.5})
+
+
+def test_rows_of_another_width_are_refused_by_name():
+    trainer = Trainer(MLP((6, 3)), verbose=False)
+    trainer.fit(tensors(), 1)
+    x, y = tensors()
+    takes = "the network takes 6 features, but"
+    with pytest.raises(ValueError, match=f"predict: {takes} x has 5"):
+        trainer.predict(x[:, :5])
+    with pytest.raises(ValueError, match=f"predict: {takes} x has 1; give one row as x\\[None\\]"):
+        trainer.predict(x[0])
+    with pytest.raises(ValueError, match=f"evaluate: {takes} data has 5"):
+        trainer.evaluate((x[:, :5], y))
