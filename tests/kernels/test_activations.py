@@ -1,5 +1,5 @@
-"""Every row of the activation table: values and derivatives as torch's, at kinks, at infinities and
-NaN too.
+"""Every row of the activation table gives torch's values and derivatives, also at kinks, infinities
+and NaN.
 """
 
 import functools
@@ -19,22 +19,20 @@ INFINITY = float("inf")
 
 
 def apply(name, z):
-    """(act(z), what its backward needs) through the forward kernel, with the weight [[1]] so that z
-    comes out exact.
-    """
+    """(act(z), what its backward needs), by the forward kernel. The weight [[1]] keeps z exact."""
     y, (_, _, s, _, _) = linear_fwd(z[:, None], z.new_ones(1, 1), None, name)
     return y[:, 0], s
 
 
 def derivative(name, z):
-    """torch's act'(z), by its own autograd."""
+    """act'(z) by torch's autograd."""
     z = z.clone().requires_grad_()
     with torch.enable_grad():
         return torch.autograd.grad(ACTIVATIONS[name].torch(z).sum(), z)[0]
 
 
 def grid(device, dtype):
-    """Points to ±12, and as many near zero; exactly zero is tested apart."""
+    """Points from -12 to 12, as many near zero, and ±1e4. test_kink tests zero itself."""
     z = torch.cat(
         [
             torch.linspace(-12, 12, 257),
@@ -56,15 +54,14 @@ def test_forward(name, dtype, device):
 @CASES
 @PRECISIONS
 def test_backward(name, dtype, device):
-    """By the kernel of its own, and in the epilogue of the layer above's dx, given the s that
-    forward keeps.
+    """dz = dy · act' comes from a kernel of its own, and from the epilogue of the next layer's dx.
+    Both start from the s that forward keeps.
     """
     z = grid(device, dtype)
     _, s = apply(name, z)
     dy = torch.linspace(0.5, 2, z.numel()).to(z)
     exact = lambda: dy.double() * derivative(name, z.double())  # noqa: E731
-    # Where s is the output, torch's own backward starts from the output too, rounded in the same
-    # way.
+    # Where s is the output, torch's backward also starts from the rounded output.
     torchs = dy * derivative(name, z)
     s = torch.zeros_like(z)[:, None] if s is None else s
     assert_as_accurate(linear_bwd_dz(dy[:, None], s, name)[:, 0], torchs, exact, f"{name}, dz")
@@ -76,7 +73,7 @@ def test_backward(name, dtype, device):
 @CASES
 @PRECISIONS
 def test_reference(name, dtype):
-    """The row's torch functions, with and without `out`, against torch's own activation."""
+    """The row's torch functions, with and without `out`, compute torch's own activation."""
     row, z = ACTIVATIONS[name], grid("cpu", dtype)
     y = row.forward_ref(z)
     s = {"nothing": z, "y": y, "z": z}[row.needs]
@@ -100,8 +97,8 @@ def test_reference(name, dtype):
 
 @CASES
 def test_kinks_are_listed(name):
-    """The table's kinks are where the first or the second derivative jumps, so that other tests may
-    keep away from them.
+    """The table lists every point where the first or second derivative jumps. Other tests avoid
+    these points.
     """
     z = torch.linspace(-4, 4, 801, dtype=torch.float64)  # every hundredth
     curvature = derivative(name, z).diff() / 0.01
@@ -114,7 +111,7 @@ def test_kinks_are_listed(name):
 )
 @PRECISIONS
 def test_kink(name, kink, dtype, device):
-    """Exactly at a kink, from either signed zero, the derivative is torch's: relu'(0) = 0."""
+    """Exactly at a kink, for both signs of zero, the derivative is torch's. So relu'(0) = 0."""
     z = torch.tensor([kink, -kink], dtype=dtype, device=device)
     y, s = apply(name, z)
     assert_equal(y, ACTIVATIONS[name].torch(z), name)
@@ -134,8 +131,8 @@ def test_kink(name, kink, dtype, device):
 @PRECISIONS
 @pytest.mark.parametrize("value", [math.nan, INFINITY, -INFINITY, 1e4, -1e4], ids=str)
 def test_extremes(name, value, dtype, device):
-    """At the ends of the range as torch or, where torch makes 0 · inf of a limit that exists, the
-    limit.
+    """At the ends of the range we give what torch gives. Where torch computes 0 · inf although the
+    limit exists, the limit also passes.
     """
     z = torch.tensor([value], dtype=dtype, device=device)
     row = ACTIVATIONS[name]

@@ -1,5 +1,5 @@
-"""torch.autocast: dtypes as torch's, values within half precision of them, gradients in the
-parameters' dtype.
+"""Under torch.autocast, dtypes are torch's, values agree within half precision, and gradients have
+their parameter's dtype.
 """
 
 import pytest
@@ -24,7 +24,7 @@ def under(function, device, args, dtype=HALF):
 
 
 def worst(results, exact) -> list[float]:
-    """How far each result is off, relative to the largest number of the exact one."""
+    """The error of each result, relative to the largest number of the exact result."""
     return [
         ((r.double() - e).abs().max() / e.abs().max().clamp(min=1e-30)).item()
         for r, e in zip(results, exact)
@@ -35,8 +35,8 @@ def worst(results, exact) -> list[float]:
 @EACH_DTYPE
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 def test_as_torch(name, dtype, half, device):
-    """Dtypes of the output and of every gradient; no further from float64 than torch under autocast
-    is, twice, and an ulp.
+    """The output and every gradient have torch's dtypes. Their error against float64 is at most
+    twice that of torch under autocast, plus one ulp.
     """
     ours, torchs, _ = PAIRS[name]
     for args in cases(name, device, dtype):
@@ -59,7 +59,9 @@ def cast(value, dtype):
 
 @EACH_OPERATION
 def test_is_the_operation_on_cast_arguments(name, device):
-    """Bitwise: products in autocast's dtype, losses in float32."""
+    """Autocast casts the arguments and changes nothing else, bit for bit. Products run in
+    autocast's dtype, losses in float32.
+    """
     for args in cases(name, device):
         if name == "linear_cross_entropy":
             x, w, b, *options = args
@@ -74,8 +76,8 @@ def test_is_the_operation_on_cast_arguments(name, device):
 
 @EACH_OPERATION
 def test_backward_within_autocast(name, device):
-    """A backward computes as its forward did, whether autocast is on or off by then; so does a
-    second derivative.
+    """A backward computes in its forward's precision, whether autocast is on or off by then. The
+    same holds for a second derivative.
     """
     for args in cases(name, device)[:1]:
         results = []
@@ -89,7 +91,7 @@ def test_backward_within_autocast(name, device):
 
 @pytest.mark.parametrize("inside", [True, False], ids=["inside", "around"])
 def test_compiled(inside, device):
-    """Autocast inside the compiled function, or around it: as eager."""
+    """The compiled function equals eager, with autocast inside it or around it."""
     torch._dynamo.reset()
 
     def step(x, weights, biases, target):
@@ -107,8 +109,8 @@ def test_compiled(inside, device):
 
 
 def test_off_for_other_devices_and_inside(device):
-    """Autocast of a device that the tensors are not on changes nothing, and no operation leaves it
-    changed.
+    """Autocast for another device than the tensors' changes nothing. An operation leaves autocast
+    as it found it.
     """
     (args, *_) = cases("linear", device)
     other = "xpu" if device == "cpu" else "cpu"

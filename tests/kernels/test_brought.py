@@ -1,5 +1,5 @@
-"""Tensors that are no plain memory, or whose minus sign is still to come: every operation takes
-them, or says in one line what would do.
+"""Tensors that users bring: with a pending minus sign, fake, distributed, nested. Every operation
+computes with them or says in one line what to do.
 """
 
 import io
@@ -18,7 +18,7 @@ EACH_OPERATION = pytest.mark.parametrize("name", PAIRS)
 
 
 def negated(t):
-    """The same values, minus sign pending: what `z.conj().imag` gives."""
+    """The same values with a pending minus sign, as `z.conj().imag` gives them."""
     if not (isinstance(t, torch.Tensor) and t.dtype == torch.float32):
         return t
     view = torch.complex(torch.zeros_like(t), -t).conj().imag
@@ -27,14 +27,14 @@ def negated(t):
 
 
 def wanting(args, name):
-    """The tensors that want gradients."""
+    """The tensors of `args` that want gradients."""
     found = tree_leaves(args[: PAIRS[name][2]])
     return [t for t in found if isinstance(t, torch.Tensor) and t.requires_grad]
 
 
 @EACH_OPERATION
 def test_pending_minus_sign(name, device):
-    """Of inputs, and of incoming gradients."""
+    """Inputs and incoming gradients may have one."""
     for args in cases(name, device, shape=(4, 6, 5)):
         given = leaves(name, args)
         expected = gradients([PAIRS[name][0](*given)], given)
@@ -51,7 +51,7 @@ def test_pending_minus_sign(name, device):
 
 @EACH_OPERATION
 def test_batched_gradients(name, device):
-    """is_grads_batched=True: as one after the other."""
+    """is_grads_batched=True gives the gradients that single calls give."""
     for args in cases(name, device, shape=(4, 6, 5)):
         given = leaves(name, args)
         y, tensors = PAIRS[name][0](*given), wanting(given, name)
@@ -64,7 +64,7 @@ def test_batched_gradients(name, device):
 @EACH_OPERATION
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated", "ignore::torch.jit.TracerWarning")
 def test_traced_for_torchscript(name, device):
-    """The trace serves other numbers, and can be saved."""
+    """The trace computes with other numbers than it was made from, and it can be saved."""
     for args in cases(name, device, shape=(4, 6, 5)):
         call, tensors = of_tensors(PAIRS[name][0], args)
         others = [t.flip(0) for t in tensors]
@@ -75,7 +75,7 @@ def test_traced_for_torchscript(name, device):
 
 @EACH_OPERATION
 def test_fake_tensors(name):
-    """Shapes and dtypes without numbers, and nothing is read."""
+    """Fake tensors give shapes without numbers, so no operation may read a value."""
     with FakeTensorMode():
         for args in cases(name, "cpu", shape=(4, 6, 5)):
             given = leaves(name, args)
@@ -87,7 +87,7 @@ def test_fake_tensors(name):
 
 @pytest.mark.parametrize("optimizer", [mlp.SGD, mlp.Adam, mlp.AdamW])
 def test_optimizers_of_other_tensors(optimizer, device):
-    """Fake parameters take a step; a gradient with a pending minus sign is what it says."""
+    """Fake parameters can take a step. A pending minus sign of a gradient counts."""
     with FakeTensorMode():
         p = nn.Parameter(torch.randn(3, 4))
         p.grad = torch.randn(3, 4)
@@ -102,7 +102,7 @@ def test_optimizers_of_other_tensors(optimizer, device):
 
 
 def test_parameters_with_a_pending_minus_sign_are_refused(device):
-    """They, and states, are written in place: a kernel would write a copy that has the sign."""
+    """Parameters and states are written in place. A kernel would write to a copy instead."""
     p, g, v = (torch.ones(6, device=device) for _ in range(3))
     row = 0.1, 0.0, 0.9, 0.0
     for params, states, what in (
@@ -118,7 +118,7 @@ def test_parameters_with_a_pending_minus_sign_are_refused(device):
 
 @pytest.fixture
 def mesh():
-    """One process that is a group of its own."""
+    """A device mesh of one process."""
     from torch.distributed import destroy_process_group, init_process_group
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -128,7 +128,9 @@ def mesh():
 
 
 def test_distributed_tensors(mesh):
-    """DTensor: every operation but those whose loss torch cannot shard, and the optimizers."""
+    """Every operation and optimizer takes a DTensor. elementwise_loss is left out, because torch
+    cannot shard all of its losses.
+    """
     from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
     def spread(t):

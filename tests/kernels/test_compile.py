@@ -1,5 +1,5 @@
-"""torch.compile of every operation: one graph, equal to eager bit for bit; and the operators it is
-made of.
+"""torch.compile makes one graph of every operation, equal to eager bit for bit. Its operators pass
+torch's opcheck.
 """
 
 import pytest
@@ -17,11 +17,11 @@ from tests.checks import assert_equal
 from tests.pairs import PAIRS, cases, gradients, leaves, of_tensors
 
 EACH_OPERATION = pytest.mark.parametrize("name", PAIRS)
-# Of the kernels only what differs from the reference: what they return, beside what the fake
-# implementation promises.
+# With the kernels only the returned tensors can differ from the reference's, so only their schema
+# and the fake implementation's shapes are checked.
 CHECKED = {"torch": list(DEFAULT_TEST_UTILS), "triton": ["test_schema", "test_faketensor"]}
 
-# What tests/kernels/test_one_more_operation.py adds, in the same process.
+# tests/kernels/test_one_more_operation.py registers these in the same process.
 BY_TESTS = {"glu", "glu_bwd"}
 
 
@@ -35,18 +35,18 @@ def compiled(function):
 
 
 @EACH_OPERATION
-@pytest.mark.parametrize("path", ["torch", "triton"])
-def test_as_eager(name, path, device):
-    """Every case of the table in one graph, through the reference and through the kernels."""
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_as_eager(name, backend, device):
+    """All cases of an operation in one graph equal eager, by the reference and by the kernels."""
     every = lambda *arguments: [PAIRS[name][0](*args) for args in arguments]  # noqa: E731
     arguments = [leaves(name, args) for args in cases(name, device, shape=(4, 6, 5))]
-    with kernels.use(path):
+    with kernels.use(backend):
         expected = gradients(every(*arguments), arguments)
         assert_equal(gradients(compiled(every)(*arguments), arguments), expected, name)
 
 
 class Recorder(TorchDispatchMode):
-    """Notes every call of our operators: [(operator, arguments)]."""
+    """Collects every call of our operators in `calls`, as (operator, arguments)."""
 
     def __init__(self):
         super().__init__()
@@ -59,20 +59,20 @@ class Recorder(TorchDispatchMode):
 
 
 def leaf(forward):
-    """A recorded argument as opcheck may use it: no longer part of a graph, wanting a gradient if
-    it is a forward's.
+    """A function that detaches a recorded argument for opcheck. An argument of a forward then wants
+    a gradient.
     """
     return lambda t: t.detach().requires_grad_(forward and t.is_floating_point())
 
 
 @EACH_OPERATION
-@pytest.mark.parametrize("path", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf"
 )  # opcheck, of its own copies
-def test_opcheck(name, path, device, monkeypatch):
-    """Schema, fake implementation, gradient and dynamic shapes: the forward operator and its
-    backward, on every case.
+def test_opcheck(name, backend, device, monkeypatch):
+    """opcheck tests schema, fake implementation, gradient and dynamic shapes, for the forward
+    operator and its backward, on every case.
     """
 
     def operator(operation, *args):
@@ -89,13 +89,15 @@ def test_opcheck(name, path, device, monkeypatch):
         for op, given in recorder.calls:
             called.add(str(op).removeprefix("handgrad.").removesuffix(".default"))
             given = tree_map_only(torch.Tensor, leaf("_bwd" not in str(op)), given)
-            with kernels.use(path):
-                opcheck(op, given, test_utils=CHECKED[path])
+            with kernels.use(backend):
+                opcheck(op, given, test_utils=CHECKED[backend])
     assert called == {name, f"{name}_bwd"}
 
 
 def test_every_operator_is_checked():
-    """Those that the library registers are those of the table, two for each row with a gradient."""
+    """The library registers two operators for each row with a gradient, three updates, and no
+    others.
+    """
     registered = {
         name.removeprefix("handgrad::")
         for name in torch._C._dispatch_get_all_op_names()
@@ -109,7 +111,7 @@ def test_every_operator_is_checked():
 
 @pytest.mark.parametrize("update", ["sgd", "adam"])
 def test_opcheck_updates(update):
-    """The optimizers' operators mutate what they say, and nothing else."""
+    """The optimizers' operators mutate the arguments that their schema names, and nothing else."""
     tensors = lambda: [torch.rand(3, 4), torch.rand(5)]  # noqa: E731
     rate = torch.tensor(0.1)
     for args in {
@@ -155,9 +157,7 @@ def test_opcheck_updates(update):
 
 @pytest.mark.parametrize("rule", kernels.RULES)
 def test_opcheck_rules(rule):
-    """The operator of every rule likewise, with numbers and with a rate and a step that are
-    tensors.
-    """
+    """The same for every rule. Rate and step are numbers once, tensors once."""
     tensors = lambda: [torch.rand(3, 4), torch.rand(5)]  # noqa: E731
     row, states = list(kernels.row_of(rule)), len(kernels.RULES[rule].states)
     one, three = torch.tensor(0.1), torch.tensor(3.0)
@@ -191,13 +191,13 @@ def test_opcheck_rules(rule):
     ],
 )
 def test_errors_while_tracing(call, message):
-    """torch wraps an error that is raised while it traces; it still names both values."""
+    """torch wraps an error that is raised while it traces. The message still names both values."""
     with pytest.raises(RuntimeError, match=message):
         compiled(call)(torch.randn(3, 4), torch.randn(5, 6))
 
 
 def test_labels_are_checked_when_the_graph_runs():
-    """On a CPU, as in eager mode."""
+    """On a CPU a compiled graph refuses a wrong label, as eager mode does."""
     run = compiled(kernels.cross_entropy)
     run(torch.randn(3, 4), torch.tensor([1, 3, 2]))
     with pytest.raises(IndexError, match=r"target\[1\] is 7, but there are 4 classes"):
@@ -206,8 +206,8 @@ def test_labels_are_checked_when_the_graph_runs():
 
 @EACH_OPERATION
 def test_nothing_is_read_while_traced(name):
-    """make_fx sees the operations as torch's, on fake tensors. The trace serves other numbers and
-    other labels too.
+    """make_fx traces the operations on fake tensors. The trace also computes with other numbers and
+    labels.
     """
     for args in cases(name):
         call, tensors = of_tensors(PAIRS[name][0], args)

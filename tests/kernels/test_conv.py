@@ -1,5 +1,5 @@
-"""conv2d: against torch's conv2d, activation and max_pool2d, for every geometry; ties, second
-derivatives, errors.
+"""conv2d against torch's conv2d, activation and max_pool2d in every geometry, with ties, second
+derivatives and errors.
 """
 
 import itertools
@@ -15,8 +15,8 @@ from kernels.activations import ACTIVATIONS
 from kernels.ops.conv_bwd import NARROW
 from tests.checks import DTYPES, assert_equal, compare, double, gradient_penalty
 
-# name -> (input, weight, options): each thing that can vary, alone and together with a window that
-# does not divide.
+# name -> (input's shape, weight's shape, options). Each option varies alone, and in "all" together
+# with a pooling window that does not divide the output.
 GEOMETRIES = {
     "1 × 1": ((2, 3, 4, 3), (2, 3, 1, 1), {}),
     "kernel as large as the image": ((2, 2, 4, 3), (3, 2, 4, 3), {}),
@@ -36,7 +36,7 @@ GEOMETRIES = {
     "wide": ((2, 17, 5, 5), (20, 17, 3, 3), {"max_pool": 2}),
 }
 EACH_GEOMETRY = pytest.mark.parametrize("name", GEOMETRIES)
-# torch warns that it pads a copy where "same" padding is longer at the end.
+# torch warns that it pads a copy where "same" padding is one longer at the end.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 
 
@@ -45,9 +45,7 @@ def by_torch(x, w, b, activation="identity", max_pool=1, **options):
 
 
 def draw(name, activation="identity", device="cpu", dtype=torch.float64, seed=0):
-    """x, w, b where no rounding could carry z across a kink, or another element of a window to
-    victory.
-    """
+    """x, w, b such that rounding cannot move z across a kink or change a window's maximum."""
     x_shape, w_shape, options = GEOMETRIES[name]
     pool, options = (
         options.get("max_pool", 1),
@@ -71,13 +69,13 @@ def draw(name, activation="identity", device="cpu", dtype=torch.float64, seed=0)
         first, *second = windows.topk(min(2, windows.shape[-1])).values.unbind(-1)
         won = all(
             ((first - s > 1e-4) | (first == 0)).all() for s in second
-        )  # 0: relu's, without a gradient
+        )  # equal zeros of relu are harmless: they have no gradient
         if won and all(((z - kink).abs() > 1e-4).all() for kink in ACTIVATIONS[activation].kinks):
             return x, w, b
 
 
 def pair(name, activation="identity"):
-    """The same function by us and by torch."""
+    """(our function, torch's function) of x, w, b."""
     options = {"activation": activation, **GEOMETRIES[name][2]}
     return lambda *args: conv2d(*args, **options), lambda *args: by_torch(*args, **options)
 
@@ -93,12 +91,12 @@ def test_gradcheck(activation, bias):
 
 @EACH_GEOMETRY
 def test_reference(name, monkeypatch):
-    """The reference against torch and differentiated twice; both of its formulas for dw."""
+    """The reference agrees with torch, also differentiated twice, with both formulas for dw."""
     for narrow in (0, NARROW):
         monkeypatch.setattr(kernels.ops.conv_bwd, "NARROW", narrow)
         with kernels.use("torch"):
             compare(*pair(name, "tanh"), draw(name, "tanh", dtype=torch.float32))
-        if GEOMETRIES[name][0][0] and name != "wide":  # numbers enough to take a while
+        if GEOMETRIES[name][0][0] and name != "wide":  # "wide" would take too long
             assert gradgradcheck(
                 pair(name, "tanh")[0], [t.requires_grad_() for t in draw(name, "tanh")]
             )
@@ -106,7 +104,7 @@ def test_reference(name, monkeypatch):
 
 @EACH_GEOMETRY
 def test_geometries(name, device):
-    # sigmoid is flat: what differs is where things lie, not how sums round
+    # sigmoid is flat, so a difference comes from a wrong place in memory, not from rounding
     compare(
         *pair(name, "sigmoid"),
         draw(name, "sigmoid", device, torch.float32),
@@ -121,26 +119,24 @@ def test_activations(activation, dtype, device):
 
 
 def test_second_derivative_through_kernels(device):
-    """create_graph=True on the kernels' path, then the gradient of a gradient penalty, as
-    torch's.
-    """
+    """With create_graph=True the kernels give torch's gradient of a gradient penalty."""
     compare(
         *map(gradient_penalty, pair("valid", "gelu")), draw("valid", "gelu", device, torch.float32)
     )
 
 
-@pytest.mark.parametrize("path", ["kernel", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("max_pool", [2, (1, 3), (3, 2)], ids=str)
-def test_ties(max_pool, path, device):
-    """Among equal maxima the first has the gradient; NaN wins, and of two the later: exactly as in
-    torch.
+def test_ties(max_pool, backend, device):
+    """Among equal maxima the first gets the gradient. NaN counts as largest, and the last NaN gets
+    it. Torch does exactly the same.
     """
     torch.manual_seed(0)
     x = torch.randint(-1, 2, (3, 2, 6, 7), device=device).float()
     x[1] = float("-inf")
     x[2, 0, :3, :3], x[2, 1, 2, 2], x[2, 1, 3, 3] = float("nan"), float("nan"), float("inf")
     w = torch.ones(1, 1, 1, 1, device=device)
-    with kernels.use("torch" if path == "reference" else "triton"):
+    with kernels.use(backend):
         y, saved = conv2d_fwd(x.view(6, 1, 6, 7), w, max_pool=max_pool)
     expected, winner = F.max_pool2d(x.view(6, 1, 6, 7), max_pool, return_indices=True)
     assert_equal((y, saved[3].long()), (expected, winner))

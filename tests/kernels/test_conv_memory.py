@@ -1,5 +1,5 @@
-"""conv2d's launchers: any strides in, only the gradients asked for, and the same bits however
-often.
+"""conv2d's launchers take any strides, compute only the gradients asked for, and repeat to the
+bit.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from tests.kernels.test_conv import draw
     "layouts", list(itertools.product([*LAYOUTS, "channels_last"], repeat=2)), ids="-".join
 )
 def test_layouts(layouts, device):
-    """Inputs, weights, biases and incoming gradients of any strides, NaN in the gaps."""
+    """Input, weight, bias and incoming gradient may have any strides. The gaps hold NaN."""
     choices = LAYOUTS | {
         "channels_last": lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t
     }
@@ -27,8 +27,8 @@ def test_layouts(layouts, device):
     x, w, b = draw("valid", "silu", device, torch.float32)
     x, w, b = first(x), second(w), second(b)
 
-    def results(path, dtype=torch.float32):
-        with kernels.use(path):
+    def results(backend, dtype=torch.float32):
+        with kernels.use(backend):
             y, saved = conv2d_fwd(
                 x.to(dtype), w.to(dtype), b.to(dtype), activation="silu", max_pool=2
             )
@@ -40,7 +40,7 @@ def test_layouts(layouts, device):
 
 @pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=3)), ids=str)
 def test_needs(needs, device):
-    """Gradients that are not wanted are None; the others do not depend on it."""
+    """An unwanted gradient is None. The others keep their bits."""
     y, saved = conv2d_fwd(
         *draw("valid", "relu", device, torch.float32), activation="relu", max_pool=2
     )
@@ -51,8 +51,8 @@ def test_needs(needs, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_split_batch(dtype, device, monkeypatch):
-    """Positions that are split over processors, in the middle of an image too, give the sum in a
-    fixed order.
+    """dw's positions are split over processors, also within an image. Their sums are added in a
+    fixed order, so a second run gives the same bits.
     """
     monkeypatch.setattr(launch, "sm_count", lambda device: 3)
     x, dz, launched = (

@@ -1,5 +1,5 @@
-"""cross_entropy: every kind of target and option against torch.nn.functional, gradients and second
-derivatives too.
+"""cross_entropy against torch.nn.functional for every kind of target and option, with gradients and
+second derivatives.
 """
 
 import functools
@@ -31,9 +31,7 @@ EACH_OPTION = pytest.mark.parametrize("options", OPTIONS)
 
 
 def draw(shape, target, options, seed=0):
-    """Logits, target, keywords, in float64. Probabilities need not sum to one: torch does not ask
-    for it either.
-    """
+    """Logits, target and keywords, in float64. Probabilities need not sum to one, as in torch."""
     weighted, smoothing, ignored = OPTIONS[options]
     torch.manual_seed(seed)
     logits, classes = 2 * torch.randn(shape, dtype=torch.float64), shape[min(1, len(shape) - 1)]
@@ -49,12 +47,12 @@ def draw(shape, target, options, seed=0):
 
 
 def loss(function, target, keywords, reduction):
-    """The loss as a function of what has a gradient: the logits, and probabilities given as a
-    second tensor.
+    """The loss as a function of the tensors with a gradient: the logits and, if given as a second
+    tensor, probabilities.
     """
 
     def of(logits, probabilities=None):
-        # Class weights in the precision that is asked for.
+        # class weights have the logits' dtype
         k = {
             name: v.to(logits) if isinstance(v, torch.Tensor) else v for name, v in keywords.items()
         }
@@ -68,13 +66,11 @@ def loss(function, target, keywords, reduction):
 @EACH_OPTION
 @EACH_TARGET
 def test_gradcheck(target, options, reduction):
-    """Of the logits and of probabilities, once and twice."""
+    """Logits and probabilities have correct first and second derivatives."""
     for shape in [(3, 4), (2, 3, 2), (4,)]:
         logits, t, keywords = draw(shape, target, options)
         of = loss(kernels.cross_entropy, t, keywords, reduction)
-        if (
-            of(logits).isnan().any()
-        ):  # the mean of nothing, when all are ignored: nothing to differentiate
+        if of(logits).isnan().any():  # the mean of no labels has no derivative to check
             assert loss(F.cross_entropy, t, keywords, reduction)(logits).isnan()
             continue
         tensors = [
@@ -87,10 +83,10 @@ def test_gradcheck(target, options, reduction):
 @EACH_REDUCTION
 @EACH_OPTION
 @EACH_TARGET
-@pytest.mark.parametrize("path", ["triton", "torch"])
-def test_against_torch(path, target, options, reduction, device):
-    """Every shape, by the kernel and by the reference. The gradient of probabilities too, which has
-    no kernel.
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_against_torch(backend, target, options, reduction, device):
+    """Kernel and reference agree with torch in every shape, also in the gradient of probabilities,
+    which has no kernel.
     """
     for shape in SHAPES:
         _, t, keywords = draw(shape, target, options)
@@ -98,15 +94,15 @@ def test_against_torch(path, target, options, reduction, device):
             loss(f, t, keywords, reduction) for f in (kernels.cross_entropy, F.cross_entropy)
         )
         drawn = draw(shape, target, options)[: 2 if target == "probabilities" else 1]
-        with kernels.use(path):
+        with kernels.use(backend):
             compare(ours, torchs, [x.to(device, torch.float32) for x in drawn], what=f"{shape}")
 
 
-@pytest.mark.parametrize("path", ["triton", "torch"])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("value", [-math.inf, math.inf, math.nan], ids=str)
-def test_zero_times_infinity(value, path, device):
-    """Is NaN where torch multiplies: by an absent smoothing it does not, by a probability or a
-    class weight of 0 it does.
+def test_zero_times_infinity(value, backend, device):
+    """0 · inf is NaN where torch multiplies. Torch does not multiply by a smoothing of 0, but does
+    by a probability or class weight of 0.
     """
     logits = torch.tensor([[0.5, value, 1.0], [0.1, 0.2, 0.3]], device=device)
     certain, possible = (
@@ -129,7 +125,7 @@ def test_zero_times_infinity(value, path, device):
 
             return loss
 
-        with kernels.use(path):
+        with kernels.use(backend):
             ours = with_gradients(of(kernels.cross_entropy), [logits])
         torchs, exact = (
             functools.partial(with_gradients, of(F.cross_entropy), tensors)

@@ -1,5 +1,5 @@
-"""cross_entropy's kernels where the formula is hardest on them: extremes, many classes, odd labels,
-memory layouts.
+"""cross_entropy's kernels in their hard cases: extreme logits, many classes, odd labels, memory
+layouts.
 """
 
 import functools
@@ -19,14 +19,16 @@ PRECISIONS = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def pair(target, **options):
-    """The same loss of the logits by us and by torch."""
+    """(our loss, torch's loss) of the logits."""
     return tuple(lambda z, f=f: f(z, target, **options) for f in (cross_entropy, F.cross_entropy))
 
 
 @PRECISIONS
 @pytest.mark.parametrize("classes", [1, 7, 16, 17, 33, 100, 5000])
 def test_numbers_of_classes(classes, dtype, device):
-    """From one class to more than a tile holds: 5,000 take the online softmax through two tiles."""
+    """From one class to more than a tile holds. 5,000 classes need two tiles and the online
+    softmax.
+    """
     torch.manual_seed(classes)
     target = torch.randint(0, classes, (5,), device=device)
     compare(*pair(target, reduction="none"), [torch.randn(5, classes).to(device, dtype)])
@@ -34,8 +36,8 @@ def test_numbers_of_classes(classes, dtype, device):
 
 @pytest.mark.parametrize("soft", [False, True], ids=["labels", "probabilities"])
 def test_many_tiles(soft, device, monkeypatch):
-    """Rows and classes over many small tiles, the maximum rising from tile to tile and falling: the
-    rescaling is right.
+    """Rows and classes take many small tiles. The maximum rises and falls from tile to tile, which
+    tests the rescaling of the sum.
     """
     monkeypatch.setattr(module, "_TILE", 16)
     logits = 20 * torch.sin(torch.arange(7 * 100, device=device) / 9).view(7, 100)
@@ -50,8 +52,8 @@ def test_50000_classes_in_one_row(device):
 
 @PRECISIONS
 def test_sum_over_programs(dtype, device):
-    """More partial losses, weights and counts than the reducing program adds at a time, and with
-    the last lanes empty.
+    """The program that adds partial sums gets more than it adds at a time. Its last lanes are
+    empty.
     """
     parts = torch.rand(3 * 2500, device=device)
     loss, denominator = module.finish(parts, 2500, parts.to(dtype), (), "mean")
@@ -84,8 +86,8 @@ def test_sum_over_programs(dtype, device):
     ids=str,
 )
 def test_extreme_logits(row, dtype, device):
-    """Losses and gradients are infinite, NaN or finite where torch's are, and no other row
-    notices.
+    """Losses and gradients are infinite, NaN or finite where torch's are. The other row stays
+    right.
     """
     logits = torch.tensor([row, [0.5, -1.0, 2.0]]).to(device, dtype)
     for label in (0, 1):
@@ -101,8 +103,8 @@ def test_extreme_logits(row, dtype, device):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(7, 17), (3, 5, 4)], ids=str)
 def test_layouts(shape, layout, dtype, device):
-    """Logits, labels, probabilities, class weights and incoming gradients of any strides, NaN in
-    the gaps.
+    """Logits, targets, class weights and incoming gradients may have any strides. The gaps hold
+    NaN.
     """
     arrange = LAYOUTS[layout]
     torch.manual_seed(0)
@@ -124,11 +126,11 @@ def test_layouts(shape, layout, dtype, device):
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)
 def test_integer_types_of_labels(dtype, device):
-    """torch takes uint8 and int64; we take every integer, on both paths."""
+    """torch takes uint8 and int64. We take every integer type, in kernels and reference."""
     target = torch.tensor([0, 2, 1], device=device)
     logits = torch.randn(3, 4, device=device)
-    for path in ("triton", "torch"):
-        with kernels.use(path):
+    for backend in ("triton", "torch"):
+        with kernels.use(backend):
             assert torch.equal(
                 cross_entropy(logits, target.to(dtype)), cross_entropy(logits, target)
             )
@@ -136,15 +138,15 @@ def test_integer_types_of_labels(dtype, device):
 
 @pytest.mark.parametrize("bad", [4, -1, 1 << 40])
 def test_label_out_of_range(bad, device, monkeypatch):
-    """The CPU names the label; on a GPU, which is not asked to wait, the loss is NaN, and
-    check_labels() asks.
+    """On a CPU an error names the label. On a GPU the loss is NaN, because a check would wait for
+    the GPU. check_labels() turns the check on.
     """
     logits, target = torch.randn(3, 4, device=device), torch.tensor([0, bad, 1], device=device)
     message = (
         rf"target\[1\] is {bad}, but there are 4 classes: labels are 0 to 3, or ignore_index = -100"
     )
-    for path in ("torch", "triton"):
-        with kernels.use(path), kernels.check_labels(), pytest.raises(IndexError, match=message):
+    for backend in ("torch", "triton"):
+        with kernels.use(backend), kernels.check_labels(), pytest.raises(IndexError, match=message):
             cross_entropy(logits, target)
     monkeypatch.setattr(module, "check_range", lambda *args: False)
     assert cross_entropy(logits, target).isnan()
@@ -154,7 +156,7 @@ def test_label_out_of_range(bad, device, monkeypatch):
 
 def test_check_labels_ends_with_its_context(device, monkeypatch):
     check_range, target = module.check_range, torch.tensor([9], device="meta")
-    assert check_range(target, 4, -100) is False  # elsewhere than on the CPU, nothing is read
+    assert check_range(target, 4, -100) is False  # outside the CPU no label is read
     with kernels.check_labels(), pytest.raises(Exception, match="meta"):
         check_range(target, 4, -100)
     assert check_range(target, 4, -100) is False
@@ -173,15 +175,15 @@ def test_logits_are_not_overwritten_and_gradients_are_fresh(device):
     assert len({t.data_ptr() for t in (logits, saved[0], *gradients)}) == 4
 
 
-@pytest.mark.parametrize("path", ["torch", None], ids=["reference", "kernels"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("ignored", [(), (0, 1, 2)], ids=["counted", "ignored"])
-def test_mean_of_weights_that_are_all_zero(ignored, path, device):
-    """Where labels count, loss and gradient are 0/0, as torch's; where all are ignored, only the
-    loss is.
+def test_mean_of_weights_that_are_all_zero(ignored, backend, device):
+    """Loss and gradient are NaN where labels count, as in torch. Where all labels are ignored, only
+    the loss is NaN.
     """
     target, w = torch.tensor([0, 2, 1], device=device), torch.zeros(4, device=device)
     target[list(ignored)] = -100
-    with kernels.use(path) if path else kernels.use("triton"):
+    with kernels.use(backend):
         for smoothing in (0.0, 0.1):
             compare(
                 *(
@@ -198,11 +200,11 @@ def test_mean_of_weights_that_are_all_zero(ignored, path, device):
         )
 
 
-@pytest.mark.parametrize("path", ["torch", None], ids=["reference", "kernels"])
-def test_label_that_wraps_to_the_ignored_one(path, device):
-    """156 is -100 in eight bits, but no ignored label."""
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_label_that_wraps_to_the_ignored_one(backend, device):
+    """156 as uint8 has the bits of -100 as int8. It still is a wrong label, not an ignored one."""
     target = torch.tensor([0, 156], dtype=torch.uint8, device=device)
-    with kernels.use(path) if path else kernels.use("triton"), kernels.check_labels():
+    with kernels.use(backend), kernels.check_labels():
         with pytest.raises(IndexError, match=r"target\[1\] is 156"):
             kernels.cross_entropy(torch.randn(2, 4, device=device), target)
         with pytest.raises(IndexError, match=r"target\[1\] is 156"):
@@ -212,7 +214,7 @@ def test_label_that_wraps_to_the_ignored_one(path, device):
 
 
 def test_label_smoothing_out_of_range():
-    """torch's type of error."""
+    """We raise the type of error that torch raises."""
     for function in (kernels.cross_entropy, F.cross_entropy):
         with pytest.raises(RuntimeError, match="label_smoothing must be between 0"):
             function(torch.randn(2, 4), torch.tensor([0, 1]), label_smoothing=1.5)

@@ -1,5 +1,5 @@
-"""The same bits every time: operations whose work is split, training started anew, and a process of
-its own.
+"""Results repeat to the bit: operations whose work is split, trainings that start again, and a
+training in another process.
 """
 
 import hashlib
@@ -19,19 +19,19 @@ from tests.mlp.test_engines import OPTIONS, train
 
 # CUDA graphs need CUDA, and a whole epoch in one launch needs the kernels.
 RUNS = [
-    (engine, path)
+    (engine, backend)
     for engine in ENGINES
-    for path in ("torch", None)
+    for backend in ("torch", None)
     if not (engine == "graph" and not torch.cuda.is_available())
-    and not (engine == "epoch" and path)
+    and not (engine == "epoch" and backend)
 ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_split_work(name, dtype, device, monkeypatch):
-    """Where a device has many processors and a batch many rows, sums are split over programs, and
-    added in one order.
+    """With many processors and many rows, sums are split over programs. They are added in one fixed
+    order, so a second run gives the same bits.
     """
     monkeypatch.setattr(launch, "sm_count", lambda device: 8)
     op = OPERATIONS[name]
@@ -40,15 +40,17 @@ def test_split_work(name, dtype, device, monkeypatch):
     assert_equal(op.results(args), first, f"{name}, {label}")
 
 
-@pytest.mark.parametrize(("engine", "path"), RUNS)
-def test_training_started_anew(engine, path, device):
-    """A new module, trainer and optimizer from the same seed: losses and weights bitwise equal."""
+@pytest.mark.parametrize(("engine", "backend"), RUNS)
+def test_training_started_anew(engine, backend, device):
+    """A new module, trainer and optimizer from the same seed give the same losses and weights, bit
+    for bit.
+    """
     runs = []
     for _ in range(2):
-        if path is None:
+        if backend is None:
             runs.append(train(engine, device, epochs=1))
         else:
-            with kernels.use(path):
+            with kernels.use(backend):
                 runs.append(train(engine, device, epochs=2))
     assert runs[0][0] == runs[1][0]
     assert_equal(*(weights for _, weights in runs))
@@ -65,15 +67,15 @@ def test_manual_engine_started_anew_with_states(optimizer):
 
 
 def digest() -> str:
-    """A hash of the weights that a short run of the manual engine ends with."""
+    """A hash of the weights after a short training by the manual engine."""
     with kernels.use("torch"):
         _, weights = train("manual", "cpu", optimizer=OPTIONS["adamw"], epochs=1)
     return hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights)).hexdigest()
 
 
 def test_in_another_process():
-    """Nothing hangs on the order of a set or on an address: another process, with another seed of
-    hashes, agrees.
+    """Another process with another seed of hashes gets the same weights. So no result depends on
+    the order of a set or on an address.
     """
     environment = {**os.environ, "PYTHONHASHSEED": "12345", "TRITON_INTERPRET": "1"}
     script = (

@@ -1,5 +1,5 @@
-"""Losses over elements against torch's functions, gradients of input and target, twice: every row
-of the table that has a scalar.
+"""Losses over elements against torch's functions, with first and second derivatives in input and
+target. Every row of the loss table with a scalar is tested.
 """
 
 import math
@@ -23,7 +23,7 @@ PARAMETERS = {"mse": None, "bce": None, "huber": 0.75, "pinball": 0.2}
 
 
 def pair(loss, reduction, parameter=None, weight=None):
-    """The same loss of (input, target) by us and by torch."""
+    """(our loss, torch's loss) of input and target."""
     parameter = PARAMETERS[loss] if parameter is None else parameter
     return tuple(
         lambda x, t, f=f: f(x, t, loss, in_dtype(parameter, x), in_dtype(weight, x), reduction)
@@ -36,7 +36,7 @@ def in_dtype(value, x):
 
 
 def draws(shape, device, dtype, count=4):
-    """Inputs, and targets between 0 and 1, as binary cross-entropy takes them."""
+    """`count` pairs of input and target. Targets lie between 0 and 1 for binary cross-entropy."""
     torch.manual_seed(0)
     return [[f(shape).to(device, dtype) for f in (torch.randn, torch.rand)] for _ in range(count)]
 
@@ -61,24 +61,24 @@ def test_gradcheck(loss, reduction):
 @PRECISIONS
 @pytest.mark.parametrize("shape", [(), (7, 33), (2, 3, 4, 5), (3, 0), (1100,)], ids=str)
 def test_against_torch(loss, shape, dtype, reduction, device):
-    """From a single number to two blocks."""
+    """Shapes from a single number to more elements than one block holds."""
     compare(*pair(loss, reduction), *draws(shape, device, dtype), what=f"{shape}")
 
 
-@pytest.mark.parametrize("path", ["torch", None], ids=["reference", "kernels"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("shape", [(4,), (3, 1), (3, 4), (1,), ()], ids=str)
 @pytest.mark.parametrize("loss", [name for name in ROWS if LOSSES[name].vector])
-def test_tensors_that_broadcast(loss, shape, path, device):
-    """Weights and parameters for each column, row, element, or one for all."""
+def test_tensors_that_broadcast(loss, shape, backend, device):
+    """Weights and parameters may be given for each column, row or element, or once for all."""
     parameter, weight = torch.rand(shape) * 0.8 + 0.1, torch.rand(shape) + 0.5
-    with kernels.use(path) if path else kernels.use("triton"):
+    with kernels.use(backend):
         for reduction in ("mean", "none"):
             functions = pair(loss, reduction, parameter, weight)
             compare(*functions, *draws((3, 4), device, torch.float32))
 
 
 def test_as_called_like_torchs(device):
-    """Names and places of arguments are those of torch.nn.functional."""
+    """Arguments have the names and places of torch.nn.functional."""
     (x, t) = draws((5, 3), device, torch.float64, 1)[0]
     w, p = torch.rand(5, 3).to(x), torch.rand(3).to(x)
     for ours, theirs in (
@@ -101,7 +101,9 @@ def test_as_called_like_torchs(device):
 
 
 def test_where_the_slope_jumps(device):
-    """At t = y the mean of both sides, as torch.maximum; at |d| = delta both sides agree."""
+    """Pinball's slope at t = y is the mean of both sides, as torch.maximum gives it. Huber's sides
+    agree at |d| = delta.
+    """
     x = torch.zeros(3, device=device)
     compare(*pair("pinball", "none"), [x, x])
     compare(*pair("huber", "none"), [x, torch.tensor([0.75, -0.75, 0.0], device=device)])
@@ -109,7 +111,7 @@ def test_where_the_slope_jumps(device):
 
 @EACH_LOSS
 def test_many_parts(loss, device, monkeypatch):
-    """More partial sums than the program that adds them takes at a time, and with its last lanes
+    """The program that adds partial sums gets more than it adds at a time. Its last lanes are
     empty.
     """
     monkeypatch.setattr(kernels.ops.elementwise_loss, "_BLOCK", 16)
@@ -130,7 +132,7 @@ def test_reference_against_torch(loss, reduction):
     "layouts", [("transposed", "sliced"), ("expanded", "transposed")], ids="-".join
 )
 def test_layouts(loss, layouts, reduction, dtype, device):
-    """Input, target and incoming gradient of any strides."""
+    """Input, target and incoming gradient may have any strides."""
     (x, t), (dy, _) = draws((7, 33), device, dtype, 2)
     x, t = LAYOUTS[layouts[0]](x), LAYOUTS[layouts[1]](t)
     dy = LAYOUTS[layouts[0]](dy.abs()) if reduction == "none" else dy[0, 0].abs()
@@ -156,22 +158,22 @@ def test_second_derivative_through_kernels(loss, reduction, device):
 @EACH_LOSS
 @pytest.mark.parametrize("value", [1e4, -1e4, math.inf, -math.inf], ids=str)
 @PRECISIONS
-@pytest.mark.parametrize("path", ["torch", None], ids=["reference", "kernels"])
-def test_extremes(loss, value, dtype, path, device):
-    """Outputs as large as they come, against targets of 0 and 1."""
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_extremes(loss, value, dtype, backend, device):
+    """Very large and infinite outputs give torch's loss, for targets of 0 and 1."""
     x = torch.tensor([value, value, 1.0], dtype=dtype, device=device)
-    with kernels.use(path) if path else kernels.use("triton"):
+    with kernels.use(backend):
         compare(*pair(loss, "none"), [x, torch.tensor([0, 1, 0]).to(x)], what=str(value))
 
 
 @EACH_LOSS
-@pytest.mark.parametrize("path", ["torch", None], ids=["reference", "kernels"])
-def test_nan_shows(loss, path, device):
-    """In the loss and in both gradients of its element, and nowhere else."""
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_nan_shows(loss, backend, device):
+    """NaN appears in its element's loss and input gradient, and in no other element."""
     odd = torch.tensor([math.nan, 1.0], device=device)
     for x, t in ((odd, torch.zeros_like(odd)), (torch.zeros_like(odd), odd)):
         x, t = x.clone().requires_grad_(), t.clone().requires_grad_()
-        with kernels.use(path) if path else kernels.use("triton"):
+        with kernels.use(backend):
             y = elementwise_loss(x, t, loss, reduction="none")
             dx, dt = torch.autograd.grad(y.sum(), (x, t))
         for result in (y, dx):

@@ -1,4 +1,4 @@
-"""One-program epochs and replicas: whole short trainings against the references in float64."""
+"""Epochs and replicas by one program each: short trainings against the references in float64."""
 
 import functools
 
@@ -35,8 +35,8 @@ def test_epoch_agrees_with_reference(name, device):
 
 @pytest.mark.parametrize("name", ["wider than a tile, momentum", "z kept, wide"])
 def test_with_the_tiles_of_an_h100(name, device, monkeypatch):
-    """Epoch and steps; the interpreter's own tiles are others. For several programs see the
-    exchange's tests.
+    """The interpreter has tiles of its own, so this tests an H100's, for epochs and for steps.
+    test_exchange.py tests several programs.
     """
     if device == "cpu":
         monkeypatch.setattr(launch, "arch", lambda device: "sm_90")
@@ -100,8 +100,8 @@ def test_label_that_is_no_class_shows_in_the_loss(mean, device):
 @pytest.mark.parametrize("whole_batch", [False, True])
 @pytest.mark.parametrize("mean", [True, False])
 def test_ignored_labels(mean, whole_batch, device):
-    """They count in no mean. A batch of nothing else has no gradient; the mean of nothing is NaN,
-    as in torch.
+    """Ignored labels count in no mean. A batch with only such labels has no gradient, and its mean
+    loss is NaN, as in torch.
     """
     spec = Spec((6, 5, 3), "tanh", loss_mean=mean)
     for replicas, ours, reference in (
@@ -109,9 +109,8 @@ def test_ignored_labels(mean, whole_batch, device):
         (3, train_replicas, train_replicas_ref),
     ):
         run = Training(spec, device, replicas=replicas)
-        run.targets[
-            run.order[..., 5 if whole_batch else 6 : 10]
-        ] = -100  # of the second batch, its rows 5 to 9
+        ignored = run.order[..., 5 if whole_batch else 6 : 10]  # rows 5 to 9 are the second batch
+        run.targets[ignored] = -100
         (parameters, (losses,)), (correct,) = run.train(ours)
         (weights, (values,)), (right,) = run.train(reference, torch.float64)
         torch.testing.assert_close(
@@ -168,7 +167,7 @@ def test_refusals_name_the_limit_and_what_to_do(change, batch, expected):
     ],
 )
 def test_what_would_spill_is_refused(setting, batch, classes, reason, monkeypatch):
-    """Registers hold a batch and its outputs; how much room is left depends on the precision."""
+    """Registers hold a batch and its outputs. The room for them depends on the precision."""
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: setting)
     said = refusal(Spec((784, 256, classes)), batch)
     if reason is None:
@@ -191,7 +190,9 @@ def test_programs_do_not_share_where_they_would_spill(arch, batch, spills):
 
 
 def test_large_layers_above_the_first_are_left_to_products():
-    """Each program repeats them. The first layer, whose rows are shared, may be of any size."""
+    """Each program repeats the layers above the first, so they must be small. Programs share the
+    first layer's rows, so it may have any size.
+    """
     assert outgrown(Spec((784, 100, 50, 10)), 32) is None
     assert outgrown(Spec((100_000, 256, 10)), 128) is None
     assert outgrown(Spec((784, 256, 256, 10)), 128, "graph") == (
@@ -211,7 +212,7 @@ def test_an_unknown_loss_lists_the_known():
 
 
 def test_cross_entropy_of_one_output_is_refused(device):
-    """It would be 0 whatever the network does."""
+    """This loss would be 0 whatever the network computes."""
     run = Training(Spec((12, 7, 1), "relu"), device, soft=True)
     with pytest.raises(ValueError, match="use MeanSquaredError"):
         run.train(train_epoch)

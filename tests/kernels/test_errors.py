@@ -1,4 +1,6 @@
-"""Errors come before any work, name both values and say what to do; the same ones on both paths."""
+"""Errors come before any work, name both values and say what to do. Kernels and reference raise the
+same ones.
+"""
 
 import pytest
 
@@ -157,13 +159,13 @@ ERRORS = {
 }
 
 
-@pytest.mark.parametrize("path", ["torch", None], ids=["reference", "kernels"])
+@pytest.mark.parametrize("backend", ["torch", None], ids=["reference", "kernels"])
 @pytest.mark.parametrize(("call", "message"), ERRORS.values(), ids=ERRORS)
-def test_message(call, message, path):
+def test_message(call, message, backend):
     kind = IndexError if "classes: labels" in message else ValueError
-    if path is None:
+    if backend is None:
         with pytest.raises(kind, match=message):
             call()
     else:
-        with kernels.use(path), pytest.raises(kind, match=message):
+        with kernels.use(backend), pytest.raises(kind, match=message):
             call()

@@ -1,5 +1,8 @@
-"""Programs that share one network. The interpreter runs a grid one program at a time, which would
-wait for ever: here every program is an operating-system process, on tensors in shared memory."""
+"""Programs that share one network and wait for each other.
+
+The interpreter runs the programs of a grid one by one, so the first would wait for ever. Here every
+program is an operating-system process, and the tensors lie in shared memory.
+"""
 
 import functools
 import os
@@ -31,7 +34,7 @@ SPECS = {
 
 
 def by_processes(kind):
-    """`train_epoch` with a process for each program of `module.exchange_kernel`."""
+    """`train_epoch`, with one process for each program of `module.exchange_kernel`."""
 
     def train(run):
         run.losses.fill_(float("nan"))
@@ -50,16 +53,16 @@ def by_processes(kind):
 
 
 def check(name):
-    """One case by both exchanges, against the reference and each other."""
+    """Compares both exchanges in one case, with each other and with the reference."""
     spec, hyper = SPECS[name]
-    run = Training(spec, "cpu", n=13, **hyper)  # three steps: the third writes where the first was
+    run = Training(spec, "cpu", n=13, **hyper)  # 3 steps: the third reuses the first one's buffer
     results = {kind: run.train(by_processes(kind)) for kind in module.EXCHANGES}
     assert_equal(results["counter"], results["words"], "counter and words")
     assert_near(results["words"], run, train_epoch_ref)
 
 
 def test_programs_agree_with_reference():
-    """In a process of its own, without threads, that can fork."""
+    """The check runs in a process of its own, because a process with threads cannot fork safely."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.kernels.test_exchange"],

@@ -1,6 +1,4 @@
-"""Numbers at the ends of their range, and sizes of 0 and 1, where the other tests have none of
-them.
-"""
+"""Numbers at the ends of their range, and sizes of 0 and 1, wherever no other test has them."""
 
 import functools
 import math
@@ -22,10 +20,10 @@ INF = math.inf
 
 
 def subnormals(dtype, device, product=True):
-    """A few subnormal numbers.
+    """A few subnormal numbers, or none for some uses of bfloat16.
 
-    Of bfloat16 none in the interpreter, which converts them to other numbers; and none in a product
-    on a GPU, whose tensor cores may take them for 0: only some vendors say that theirs do not.
+    The interpreter converts subnormal bfloat16 wrongly. In a product on a GPU, tensor cores may
+    take it for 0, and only some vendors rule that out.
     """
     smallest = torch.finfo(dtype).smallest_normal
     left_out = dtype == torch.bfloat16 and (product or device == "cpu")
@@ -35,7 +33,9 @@ def subnormals(dtype, device, product=True):
 @PRECISIONS
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_near_zero(name, dtype, device):
-    """Relative to a small result, not to 1: each number by itself, down to subnormals."""
+    """Small results are accurate relative to themselves, down to subnormals. So each number is
+    compared by itself.
+    """
     row = ACTIVATIONS[name]
     smallest = torch.finfo(dtype).smallest_normal
     for z in (0.2, 0.03, 1e-3, -1e-3, 1e-4, 64 * smallest, *subnormals(dtype, device)):
@@ -47,7 +47,9 @@ def test_activations_near_zero(name, dtype, device):
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="simulates a GPU's division in the interpreter")
 def test_a_gpus_division_is_within_the_rule(monkeypatch):
-    """div.full.f32 may be off by two ulps, always to the same side; a CPU's may not."""
+    """A GPU's div.full.f32 may be two ulps off, always to the same side, and still pass. With a
+    CPU's tolerance such a division fails.
+    """
     divide = InterpreterBuilder.create_fdiv
 
     def off(self, a, b):
@@ -67,7 +69,7 @@ def test_a_gpus_division_is_within_the_rule(monkeypatch):
 @PRECISIONS
 @pytest.mark.parametrize("value", [math.nan, INF, -INF, "largest", "subnormal"], ids=str)
 def test_one_odd_row_of_linear(value, dtype, device):
-    """It comes out as torch's, and no other row notices."""
+    """An odd row gives torch's result and leaves the other rows unchanged."""
     value = (
         torch.finfo(dtype).max
         if value == "largest"
@@ -106,8 +108,8 @@ def test_subnormal_losses(dtype, device):
 
 
 def test_half_precision_sums_beyond_its_range(device):
-    """Sums are float32 inside: a mean is finite though the sum is not, and the sum overflows as
-    torch's does.
+    """Sums are float32 inside, so a mean is finite even where the sum overflows half precision. The
+    sum itself overflows as torch's does.
     """
     x, target = (
         torch.full((300, 10), 30.0, dtype=torch.float16, device=device),
@@ -126,15 +128,15 @@ def test_half_precision_sums_beyond_its_range(device):
             )
 
 
-@pytest.mark.parametrize("path", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize(
     ("rows", "classes", "ignored"),
     [(2, 1, ()), (3, 4, (0, 1, 2)), (3, 4, (1,)), (1, 300, ())],
     ids=str,
 )
-def test_linear_cross_entropy_of_odd_sizes(rows, classes, ignored, path, device):
-    """One class: no loss, no gradient. All rows ignored: NaN, and no gradient. 300 classes: by two
-    operations.
+def test_linear_cross_entropy_of_odd_sizes(rows, classes, ignored, backend, device):
+    """One class has no loss and no gradient. With all rows ignored, the loss is NaN and there is no
+    gradient. 300 classes take two operations.
     """
     torch.manual_seed(0)
     target = torch.arange(rows, device=device) % classes
@@ -147,7 +149,7 @@ def test_linear_cross_entropy_of_odd_sizes(rows, classes, ignored, path, device)
         [torch.randn(shape, device=device) for shape in ((rows, 3), (classes, 3), (classes,))]
         for _ in range(2)
     ]
-    with kernels.use(path):
+    with kernels.use(backend):
         compare(lambda x, w, b: kernels.linear_cross_entropy(x, w, b, target), theirs, *draws)
 
 
@@ -157,12 +159,10 @@ def test_no_images(device):
     compare(ours, lambda x, w, b: F.max_pool2d(F.conv2d(x, w, b).tanh(), 2), tensors)
 
 
-@pytest.mark.parametrize("path", ["torch", None], ids=["reference", "kernels"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("gradient", [0.0, 1e-30, 1e-42, 1e30, INF, -INF, math.nan], ids=str)
-def test_updates_by_odd_gradients(gradient, path, device):
-    """Weights become what torch's optimizers make of them: unmoved, moved by lr, infinite or
-    NaN.
-    """
+def test_updates_by_odd_gradients(gradient, backend, device):
+    """Weights become what torch's optimizers give: unmoved, moved by lr, infinite or NaN."""
     for name, ours, theirs in (
         ("SGD", kernels.sgd, torch.optim.SGD),
         ("Adam", kernels.adam, torch.optim.Adam),
@@ -179,11 +179,8 @@ def test_updates_by_odd_gradients(gradient, path, device):
             if name == "SGD"
             else ([p], [g], [torch.zeros_like(p)], [torch.zeros_like(p)], 1)
         )
-        if path is None:
+        with kernels.use(backend):
             ours(*states, 0.1)
-        else:
-            with kernels.use(path):
-                ours(*states, 0.1)
         torch.testing.assert_close(
             p, parameter.detach(), equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
         )

@@ -1,6 +1,4 @@
-"""torch.func and forward-mode derivatives: computed by the reference, in operations that torch
-transforms, never by a kernel.
-"""
+"""torch.func and forward-mode derivatives run through the reference, never through a kernel."""
 
 import pytest
 import torch
@@ -12,8 +10,7 @@ import mlp
 from kernels import launch
 from tests.pairs import PAIRS, cases, leaves, of_tensors
 
-# torch's own: forward-mode rules of some operators are scripted, which torch says it will stop
-# doing.
+# torch scripts the forward-mode rules of some operators and warns that scripting is deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 
 EACH_OPERATION = pytest.mark.parametrize("name", PAIRS)
@@ -35,7 +32,7 @@ TRANSFORMS = {
 
 @pytest.fixture(autouse=True)
 def no_kernel_runs():
-    """While a transform is active. Outside of it kernels may run."""
+    """Fails the test if a kernel runs while a transform is active."""
 
     def refuse(kernel, grid, args, options):
         assert not launch.watched(), f"{kernel} ran within a transform"
@@ -45,8 +42,8 @@ def no_kernel_runs():
 
 
 def pair(name, args):
-    """The sum of ours and of torch's, as functions of the tensors that have gradients, and those
-    tensors.
+    """(sum of our output, sum of torch's, tensors). Both sums are functions of the tensors, which
+    are the arguments with gradients.
     """
     ours, torchs, _ = PAIRS[name]
     wanted = lambda t: t.requires_grad  # noqa: E731
@@ -58,10 +55,10 @@ def pair(name, args):
 @EACH_OPERATION
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms(transform, name, device):
-    """Every case of the table against torch's functions under the same transform."""
-    for args in cases(
-        name, device, torch.float64, (3, 4, 5)
-    ):  # second derivatives in float32 are mostly rounding
+    """Every case of the table equals torch's function under the same transform. It runs in float64,
+    because a second derivative in float32 is mostly rounding.
+    """
+    for args in cases(name, device, torch.float64, (3, 4, 5)):
         ours, torchs, given = pair(name, args)
         torch.testing.assert_close(
             TRANSFORMS[transform](ours, given), TRANSFORMS[transform](torchs, given)
@@ -70,7 +67,7 @@ def test_transforms(transform, name, device):
 
 @EACH_OPERATION
 def test_vmap(name, device):
-    """Over a new dimension of every tensor at once, labels too, wherever it lies: as one by one."""
+    """vmap over a new first or last dimension of every tensor, labels too, equals single calls."""
     for place in (0, -1):
         for args in cases(name, device):
             call, tensors = of_tensors(PAIRS[name][0], args)
@@ -81,7 +78,7 @@ def test_vmap(name, device):
 
 @EACH_OPERATION
 def test_dual_numbers(name, device):
-    """Forward-mode derivatives without torch.func."""
+    """Forward-mode derivatives without torch.func are torch's."""
     for args in cases(name, device):
         ours, torchs, given = pair(name, args)
         with forward_ad.dual_level():
@@ -93,8 +90,8 @@ def test_dual_numbers(name, device):
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_gradients_of_each_sample(network, device):
-    """vmap of grad through functional_call: what as many backward passes by hand give, on the whole
-    batch their mean.
+    """vmap of grad through functional_call gives the gradients of single backward passes. Their
+    mean is the whole batch's gradient.
     """
     torch.manual_seed(0)
     net = NETWORKS[network](device)
@@ -118,7 +115,7 @@ def test_gradients_of_each_sample(network, device):
     "transform", [grad, lambda f: vmap(grad(f), in_dims=(None, 0))], ids=["grad", "vmap of grad"]
 )
 def test_compiled(transform, device):
-    """torch.compile of a transformed function: the reference is traced."""
+    """torch.compile of a transformed function traces the reference and gives the same numbers."""
     torch._dynamo.reset()
 
     def loss(w, x):

@@ -1,4 +1,4 @@
-"""Which implementation runs, on what device, and what a dry run lists."""
+"""How the backend is chosen, what a dry run lists, and which checks a launch plan saves."""
 
 import threading
 
@@ -42,7 +42,7 @@ def test_cpu_needs_the_interpreter(interpreted, monkeypatch):
         == kernels.backend(x, None, torch.ones(2))
         == ("triton" if interpreted else "torch")
     )
-    kernels.sgd([], [], [], 0.1)  # nothing to choose by, and nothing to do
+    kernels.sgd([], [], [], 0.1)  # without tensors there is nothing to choose by or to do
 
 
 def test_use_forces_and_ends(device):
@@ -56,7 +56,7 @@ def test_use_forces_and_ends(device):
         thread = threading.Thread(target=lambda: seen.append(kernels.backend(x)))
         thread.start()
         thread.join()
-        assert seen == ["torch"], "autograd's threads must take the same path"
+        assert seen == ["torch"], "autograd's threads must use the same backend"
     with pytest.raises(KeyError), kernels.use("torch"):
         raise KeyError
     assert kernels.backend(x) == "triton"
@@ -81,8 +81,8 @@ def test_use_triton_refuses_what_no_kernel_takes(device, monkeypatch):
         kernels.use("cuda")
 
 
-def test_backward_takes_the_path_of_its_own_time(device):
-    """A graph recorded on one path can be run on the other: what is saved is the same."""
+def test_backward_may_use_another_backend_than_forward(device):
+    """Both backends save the same tensors, so a graph recorded on one can run on the other."""
     x = torch.ones(2, 3, device=device, requires_grad=True)
     for forward, backward in (("torch", "triton"), ("triton", "torch")):
         for function in (
@@ -98,7 +98,7 @@ def test_backward_takes_the_path_of_its_own_time(device):
 
 
 def test_empty_grid_launches_nothing():
-    """Not even a device to launch on is asked for."""
+    """An empty grid asks for no kernel and no device."""
     assert recorded(lambda: launch.run("no kernel", (3, 0))) == []
 
 
@@ -114,7 +114,7 @@ def test_observers_end_with_their_context(device):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_dry_run_writes_nothing(name, device):
-    """On meta tensors, as on that architecture: launches are listed and none runs."""
+    """A dry run on meta tensors lists an architecture's launches. None of them runs."""
     op, listed = OPERATIONS[name], []
     with launch.dry_run("sm_90", 132), launch.observe(lambda *launched: listed.append(launched)):
         for _, args in op.cases(Make("meta", torch.bfloat16), 33, 17, 16):
@@ -138,10 +138,12 @@ def test_precision_of_float32_products(setting, precision, monkeypatch):
 
 @pytest.mark.parametrize(("setting", "precision"), [("tf32", "tf32"), ("ieee", "ieee")])
 def test_torchs_newer_precision_setting(setting, precision):
-    """Where it contradicts the older one, torch raises at a look at the older."""
+    """We read the newer setting first, because torch raises when the older one is read and the two
+    disagree.
+    """
     backends = torch.backends
     if not hasattr(backends, "fp32_precision"):
-        pytest.skip("torch has one setting only before 2.9")
+        pytest.skip("torch before 2.9 has only the older setting")
     before = backends.fp32_precision, backends.cuda.matmul.fp32_precision
     # PyTorch's own test helpers, which other tests import, lock these settings.
     with getattr(backends, "__allow_nonbracketed_mutation")():
@@ -176,13 +178,12 @@ def test_pinned_configurations_win(monkeypatch):
     monkeypatch.setitem(configs.PINNED, ("linear_fwd", "sm_90", "half", "tiny"), pinned)
     assert configs.lookup("linear_fwd", "sm_90", "half", "tiny") is pinned
     assert configs.lookup("linear_bwd_dx", "sm_90", "half", "tiny") != pinned
-    assert (
-        configs.lookup("linear_fwd", "sm_75", "half", "large").num_stages == 2
-    )  # no asynchronous copies
+    # sm_75 has no asynchronous copies
+    assert configs.lookup("linear_fwd", "sm_75", "half", "large").num_stages == 2
 
 
 class Subclass(torch.Tensor):
-    """With a __torch_dispatch__ of its own: no plain memory."""
+    """A tensor with its own __torch_dispatch__, so its memory may not be read directly."""
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -190,7 +191,7 @@ class Subclass(torch.Tensor):
 
 
 def kinds(device):
-    """Pairs of tensors that a plan must tell apart, by what makes the difference."""
+    """(what differs, a pair of tensors), each pair of a kind that needs a plan of its own."""
     x, w = torch.ones(4, 6, device=device), torch.ones(6, 6, device=device)
     yield "first", (x, w)
     yield "shape", (x[:3], w)
@@ -212,12 +213,12 @@ def test_a_plan_is_made_once_for_each_kind(device):
     plan = lambda tensors, option="a": launch.planned(make, tensors, option)  # noqa: E731
     made = {name: plan(tensors) for name, tensors in kinds(device)}
     assert sorted(made.values()) == list(range(1, 1 + len(made)))
-    # Other tensors of the same kinds, wherever they lie and whatever the tape needs of them.
+    # Other tensors of the same kinds use the same plans, also parameters.
     for name, tensors in kinds(device):
         assert plan(tensors) == made[name], name
     x, w = next(kinds(device))[1]
     assert plan((torch.nn.Parameter(x), w.clone().requires_grad_())) == made["first"]
-    # What is in force makes a plan of its own, and the first is there again afterwards.
+    # Each setting in force has a plan of its own. Afterwards the first plan serves again.
     others = [plan((x, w), "b")]
     for context in (
         kernels.use("triton"),
@@ -233,7 +234,7 @@ def test_a_plan_is_made_once_for_each_kind(device):
     assert plan((x, w)) == made["first"]
 
 
-def test_what_is_no_plain_memory_is_asked_each_time(device):
+def test_tensors_without_plain_memory_are_planned_each_time(device):
     asked, x = [], torch.ones(4, 6, device=device)
     make = lambda *tensors: asked.append(None)  # noqa: E731
     for tensors in (
@@ -251,7 +252,7 @@ def test_what_is_no_plain_memory_is_asked_each_time(device):
 
 
 def test_errors_are_raised_each_time(device):
-    """Also where arguments that fit were seen before, and between them."""
+    """Errors are raised again, also between calls with correct arguments."""
     x, w = torch.ones(4, 6, device=device), torch.ones(3, 6, device=device)
     for _ in range(2):
         assert kernels.linear(x, w, None, "relu").shape == (4, 3)

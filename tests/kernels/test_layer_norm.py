@@ -1,4 +1,4 @@
-"""Layer normalisation beside torch's: layouts, wide rows, split sums, dtypes, derivatives."""
+"""Layer normalisation against torch's: layouts, wide rows, split sums, dtypes, derivatives."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.checks import LAYOUTS, assert_as_accurate, assert_equal, compare, dou
 
 
 def inputs(shape, normalized, device, dtype=torch.float32):
-    """x away from 0, where a difference of large sums would show, w and b."""
+    """x, w, b. x has mean 3, so a variance from a difference of large sums would show its error."""
     x = (3 + torch.randn(shape)).to(device, dtype)
     return x, *(torch.randn(normalized).to(device, dtype) for _ in range(2))
 
@@ -21,7 +21,9 @@ def inputs(shape, normalized, device, dtype=torch.float32):
     [((5, 7), (7,)), ((2, 3, 4, 2), (4, 2)), ((9,), (9,)), ((2, 3), (2, 3))],
 )
 def test_layouts(shape, normalized, layout, device):
-    """Inputs and incoming gradients of every layout, any number of normalised dimensions."""
+    """Inputs and incoming gradients may have any layout, with any number of normalised
+    dimensions.
+    """
     given = [LAYOUTS[layout](t) for t in inputs(shape, normalized, device)]
     ours = lambda x, w, b: kernels.layer_norm(x, normalized, w, b)  # noqa: E731
     torchs = lambda x, w, b: F.layer_norm(x, normalized, w, b)  # noqa: E731
@@ -43,7 +45,9 @@ def test_without_weight_or_bias(given, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_wider_than_a_tile(dtype, device):
-    """Statistics of several tiles, the last partly empty, with a mean far from 0."""
+    """Statistics of a row come from several tiles, the last partly empty. The values range far from
+    0.
+    """
     x, w, b = inputs((2, 5000), (5000,), device, dtype)
     x = x * 4 + torch.linspace(-40, 40, 5000, device=device, dtype=dtype)
     ours = lambda *t: kernels.layer_norm(t[0], 5000, *t[1:])  # noqa: E731
@@ -52,7 +56,7 @@ def test_rows_wider_than_a_tile(dtype, device):
 
 
 def test_sums_over_split_rows(device, monkeypatch):
-    """dw and db of rows that several programs share: those of one program, and twice the same."""
+    """dw and db are as accurate from several programs as from one, and repeat to the bit."""
     x, w, b = inputs((201, 3), (3,), device)
     dy = torch.randn_like(x)
     _, saved = layer_norm_fwd(x, w, b, (3,))
@@ -69,7 +73,7 @@ def test_sums_over_split_rows(device, monkeypatch):
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
 def test_parameters_in_float32_beside_half_precision(half, device):
-    """As torch: y has the input's dtype, gradients their tensors'."""
+    """y has the input's dtype, and each gradient its own tensor's, as in torch."""
     x, w, b = inputs((4, 6), (6,), device)
     x = x.to(half).requires_grad_()
     w, b = w.requires_grad_(), b.requires_grad_()
@@ -93,7 +97,7 @@ def test_nothing(shape, normalized, device):
 
 
 def test_derivatives(device):
-    """First and second derivatives in float64, and of the kernels by create_graph."""
+    """First and second derivatives are right in float64, and in kernels with create_graph."""
     x, w, b = (t.double().requires_grad_() for t in inputs((3, 2, 3), (2, 3), device))
     function = lambda *t: kernels.layer_norm(t[0], (2, 3), *t[1:], 0.1)  # noqa: E731
     assert torch.autograd.gradcheck(function, (x, w, b))

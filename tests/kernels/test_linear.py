@@ -1,4 +1,4 @@
-"""linear: against torch, in every precision, for every shape of batch, differentiated twice."""
+"""linear against torch, in every precision, for every shape of batch, differentiated twice."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ PRECISIONS = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def draw(activation, m, k, n, device="cpu", dtype=torch.float64, seed=0):
-    """x, w, b with no pre-activation so near a kink that rounding could carry it across."""
+    """x, w, b such that rounding cannot move a pre-activation across a kink."""
     while True:
         torch.manual_seed(seed)
         x, w, b = (torch.randn(*shape).to(device, dtype) for shape in ((m, k), (n, k), (n,)))
@@ -37,7 +37,7 @@ def by_torch(x, w, b, activation):
 
 
 def pair(activation):
-    """The same function by us and by torch."""
+    """(our function, torch's function) of x, w, b."""
     return lambda *args: kernels.linear(*args, activation), lambda *args: by_torch(
         *args, activation
     )
@@ -55,15 +55,13 @@ def test_gradcheck(activation, bias):
 @EACH_ACTIVATION
 @PRECISIONS
 def test_against_torch(activation, dtype, device):
-    """The whole function, through autograd, against torch.nn.functional's through autograd."""
+    """Values and gradients by autograd agree with those of torch.nn.functional."""
     compare(*pair(activation), draw(activation, 17, 33, 7, device, dtype))
 
 
 @EACH_ACTIVATION
 def test_second_derivative_through_kernels(activation, device):
-    """create_graph=True on the kernels' path, then the gradient of a gradient penalty, as
-    torch's.
-    """
+    """With create_graph=True the kernels give torch's gradient of a gradient penalty."""
     compare(
         *map(gradient_penalty, pair(activation)),
         draw(activation, 17, 16, 17, device, torch.float32),
@@ -78,7 +76,7 @@ def test_leading_dimensions(shape, device):
 
 @pytest.mark.parametrize("sizes", [(0, 3, 4), (5, 0, 4), (5, 3, 0), (0, 0, 0)], ids=str)
 def test_empty(sizes, device):
-    """No rows, no features or no outputs: sums of nothing are 0, and nothing is left unwritten."""
+    """Without rows, features or outputs, empty sums are 0 and every element is written."""
     m, k, n = sizes
     compare(
         *pair("sigmoid"), [torch.randn(shape, device=device) for shape in ((m, k), (n, k), (n,))]
@@ -88,8 +86,8 @@ def test_empty(sizes, device):
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @PRECISIONS
 def test_split_batch(bias, dtype, device, monkeypatch):
-    """A batch that is split over processors gives the sum, in a fixed order, also where the last
-    split is short.
+    """The batch is split over processors, and the last split is short. The parts are added in a
+    fixed order, so a second run gives the same bits.
     """
     monkeypatch.setattr(launch, "sm_count", lambda device: 8)
     dz, x, launched = (
@@ -108,8 +106,8 @@ def test_split_batch(bias, dtype, device, monkeypatch):
 
 @pytest.mark.parametrize("size", configs.BUCKETS)
 def test_every_bucket(size, device, monkeypatch):
-    """The tiles of every bucket give the same numbers; small tests would only ever see one of
-    them.
+    """The tiles of every bucket give the same numbers. Without this, small tests would use one
+    bucket only.
     """
     monkeypatch.setattr(configs, "bucket", lambda m, n, sms: size)
     compare(*pair("tanh"), draw("tanh", 150, 17, 140, device, torch.float16))
@@ -117,7 +115,9 @@ def test_every_bucket(size, device, monkeypatch):
 
 @triton.jit
 def place_kernel(places_ptr):
-    """Each program writes where its tile is, in the order in which a device starts programs."""
+    """Each program writes the place of its tile. Rows are in the order in which a device starts
+    programs.
+    """
     row, column = tile_of_program()
     number = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     tl.store(places_ptr + 2 * number, row)
@@ -126,7 +126,9 @@ def place_kernel(places_ptr):
 
 @pytest.mark.parametrize("grid", [(1, 1), (3, 4), (8, 5), (9, 1), (19, 5), (16, 2)], ids=str)
 def test_programs_walk_bands_of_tiles(grid, device):
-    """Every tile once; those of eight rows before any below; column by column within."""
+    """Every tile is taken once. Bands of eight rows come one after the other, and within a band the
+    columns.
+    """
     rows, columns = grid
     places = torch.empty(rows * columns, 2, dtype=torch.int32, device=device)
     launch.run(place_kernel, grid, places)
@@ -136,7 +138,9 @@ def test_programs_walk_bands_of_tiles(grid, device):
 
 
 def test_masks_are_left_out_of_whole_sums_only():
-    """Of a split batch all splits must be whole, and the last is what remains of the batch."""
+    """A kernel leaves out masks only where its sum fills whole tiles. In a split batch every split
+    must be whole, the last one too.
+    """
     make = Make("meta", torch.float32)
     seen = {}
 
@@ -159,8 +163,8 @@ def test_masks_are_left_out_of_whole_sums_only():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_rounding(dtype, device):
-    """Of an exact float32 sum to the nearest, halfway to even; the interpreter's own conversion to
-    bfloat16 truncates.
+    """An exact float32 sum is rounded to the nearest, and halfway to even. The interpreter's own
+    conversion to bfloat16 truncates, so we replace it.
     """
     ulp = torch.finfo(dtype).eps
     sums = [

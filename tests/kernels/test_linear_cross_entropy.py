@@ -1,4 +1,4 @@
-"""linear_cross_entropy: the last layer and its loss in one kernel, against torch's two
+"""linear_cross_entropy, the last layer and its loss in one kernel, against torch's two
 functions.
 """
 
@@ -14,7 +14,7 @@ from kernels import launch, linear_cross_entropy_bwd, linear_cross_entropy_fwd
 from kernels.ops.linear_cross_entropy import FUSED_CLASSES
 from tests.checks import DTYPES, LAYOUTS, assert_as_accurate, compare, double
 
-# What is given besides the labels; "probabilities" replaces them.
+# Keywords of each case. weight=True means class weights. "probabilities" replaces the labels.
 OPTIONS = {
     "mean": {},
     "sum": {"reduction": "sum"},
@@ -35,7 +35,7 @@ def draw(m, k, c, device="cpu", dtype=torch.float64, seed=0):
 
 
 def pair(options, m, c, device):
-    """The same function of (x, w, b) by us and by torch."""
+    """(our function, torch's function) of x, w, b."""
     keywords = dict(OPTIONS[options])
     weighted = keywords.pop("weight", False)
     target = (
@@ -85,7 +85,7 @@ def test_no_bias(device):
 
 @pytest.mark.parametrize("classes", [FUSED_CLASSES, FUSED_CLASSES + 1])
 def test_fused_up_to(classes, device):
-    """At the limit the logits are never stored; one class beyond, the two operations run, to the
+    """Up to the limit the logits are never stored. With one class more, two operations run, to the
     same accuracy.
     """
     x, w, b = draw(5, 7, classes, device, torch.float32)
@@ -146,7 +146,7 @@ def test_labels_out_of_range(device, monkeypatch):
 
 
 def test_is_the_two_operations(device):
-    """float64 goes by the reference, to the last bit the two functions one after the other."""
+    """In float64 the reference runs. It equals the two functions, bit for bit."""
     x, w, b = double(draw(7, 5, 4, device))
     target = torch.arange(7, device=device) % 4
     expected = kernels.cross_entropy(kernels.linear(x, w, b), target)

@@ -1,4 +1,6 @@
-"""linear's launchers: any strides in, given buffers out, and only the gradients asked for."""
+"""linear's launchers take any strides, fill given buffers, and compute only the gradients asked
+for.
+"""
 
 import itertools
 
@@ -28,8 +30,8 @@ def draw(m, k, n, device):
 
 @pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, repeat=2)), ids="-".join)
 def test_layouts(layouts, device):
-    """Inputs, weights, biases, incoming gradients and saved tensors of any strides, NaN in the
-    gaps.
+    """Input, weight, bias, incoming gradient and saved tensors may have any strides. The gaps hold
+    NaN.
     """
     first, second = (LAYOUTS[name] for name in layouts)
     draws = []
@@ -57,7 +59,7 @@ def test_layouts(layouts, device):
 
 @pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=3)), ids=str)
 def test_needs(needs, device):
-    """Gradients that are not wanted are None; the others do not depend on it."""
+    """An unwanted gradient is None. The others keep their bits."""
     y, saved = linear_fwd(*draw(7, 5, 3, device), "relu")
     whole = linear_bwd(torch.ones_like(y), *saved)
     parts = linear_bwd(torch.ones_like(y), *saved, needs=needs)
@@ -67,7 +69,7 @@ def test_needs(needs, device):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_out(activation, device):
-    """Given buffers are filled and returned, with the same bits as fresh ones."""
+    """Given buffers are filled and returned. They hold the same bits as fresh ones."""
     x, w, b = draw(17, 5, 7, device)
     fresh_y, (_, _, s, _, _) = linear_fwd(x, w, b, activation)
     y, z = torch.empty_like(fresh_y), torch.empty_like(fresh_y)
@@ -82,16 +84,15 @@ def test_out(activation, device):
     assert_equal(dx, linear_bwd_dx(y, w, x, activation), "dx")
     dz = torch.empty_like(y)
     result = linear_bwd_dz(y, s, activation, out=dz)
-    assert (
-        result.data_ptr() == (y if s is None else dz).data_ptr()
-    )  # the identity has nothing to write
+    # the identity writes nothing: its dz is dy
+    assert result.data_ptr() == (y if s is None else dz).data_ptr()
     assert_equal(result, linear_bwd_dz(y, s, activation), "dz")
 
 
-@pytest.mark.parametrize("path", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("lead", [(3,), (2, 3)], ids=str)
-def test_output_may_be_overwritten(lead, path, device):
-    """What follows may work in place, as after torch's: the output is no view."""
+def test_output_may_be_overwritten(lead, backend, device):
+    """The output is no view, so the next operation may overwrite it, as after torch's linear."""
     inputs = [torch.randn(*shape, device=device) for shape in ((*lead, 4), (5, 4), (5,))]
-    with launch.use(path):
+    with launch.use(backend):
         compare(lambda *i: F.relu_(kernels.linear(*i)), lambda *i: F.relu_(F.linear(*i)), inputs)

@@ -1,4 +1,4 @@
-"""mlp: a whole stack as one node, against the same stack of torch's functions."""
+"""mlp, a whole stack as one node, against the same stack of torch's functions."""
 
 import itertools
 
@@ -33,9 +33,7 @@ def draw(widths, batch, device="cpu", dtype=torch.float64, seed=0):
 
 
 def away_from_kinks(tensors, activation):
-    """Whether no pre-activation of a hidden layer is so near a kink that rounding could carry it
-    across.
-    """
+    """True if rounding cannot move any pre-activation across a kink."""
     y, *parameters = double(tensors)
     layers = len(parameters) // 2
     margin = []
@@ -47,7 +45,7 @@ def away_from_kinks(tensors, activation):
 
 
 def pair(activation, output_activation="identity"):
-    """The same function of (x, *weights, *biases) by us and by torch."""
+    """(our function, torch's function) of x, *weights, *biases."""
 
     def by_kernels(x, *parameters):
         layers = len(parameters) // 2
@@ -84,8 +82,8 @@ def test_against_torch(activation, device):
 @EACH_ACTIVATION
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_is_a_stack_of_linear(activation, dtype, device):
-    """Bitwise the same value and gradients as kernels.linear, layer on layer, but for what an
-    unstored dy rounds.
+    """The value equals layers of kernels.linear, bit for bit, and in float32 the gradients too. In
+    half precision a stack of linear rounds dy between the layers; mlp does not.
     """
     tensors = draw(WIDTHS, 17, device, dtype)
 
@@ -115,7 +113,7 @@ def test_leading_dimensions(shape, device):
 
 
 def test_only_the_gradients_wanted(device):
-    """Each input alone, and each left out, gets the gradient it gets among all."""
+    """A gradient keeps its bits, whether it is asked for alone or with others."""
     x, *parameters = draw(WIDTHS, 7, device, torch.float32)
     y, saved = mlp_fwd(x, parameters[:3], parameters[3:], "sigmoid")
     flat = lambda dx, dws, dbs: [dx, *dws, *dbs]  # noqa: E731
@@ -128,9 +126,9 @@ def test_only_the_gradients_wanted(device):
             assert torch.equal(part, gradient) if needed else part is None
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu"])  # one that keeps y, one that keeps z
+@pytest.mark.parametrize("activation", ["relu", "gelu"])  # relu keeps y, gelu keeps z
 def test_out(activation, device):
-    """With every buffer given, the numbers are the same and no tensor but views is made."""
+    """Given buffers are filled and returned. They hold the same bits as fresh ones."""
     x, *parameters = draw(WIDTHS, 17, device, torch.float32)
     weights, biases = parameters[:3], parameters[3:]
     y, saved = mlp_fwd(x, weights, biases, activation)

@@ -1,5 +1,5 @@
-"""mlp_update: the backward that takes the optimizer's step trains as torch's network and
-torch.optim do.
+"""mlp_update, a backward that also takes the optimizer's step, trains as torch's network with
+torch.optim does.
 """
 
 import functools
@@ -52,8 +52,8 @@ TORCH = {
 
 
 def network(bias=True, dtype=torch.float64):
-    """torch's network with seeded weights, and inputs and targets of six steps, the last a smaller
-    batch.
+    """torch's network with seeded weights, and (inputs, targets) of six steps. The last batch is
+    smaller.
     """
     torch.manual_seed(0)
     layers = [torch.nn.Linear(k, n, bias, dtype=dtype) for k, n in itertools.pairwise(SIZES)]
@@ -66,7 +66,7 @@ def network(bias=True, dtype=torch.float64):
 
 
 def train_by_us(parameters, batches, rule, hyper, bias, step_of=int):
-    """The same steps of ½ Σ (y - t)² on these parameters, in place."""
+    """Takes a step of ½ Σ (y - t)² for each batch. The parameters change in place."""
     states = [[torch.zeros_like(p) for p in parameters] for _ in RULES[rule].states]
     weights, biases = (
         parameters[:: 1 + bias],
@@ -102,16 +102,16 @@ def test_reference_trains_as_torch(rule, bias):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("rule", TORCH)
 def test_kernels_train_as_the_reference(rule, device):
-    """Whole trainings, with the step counted on the device."""
+    """Whole trainings are as accurate as the reference's. The step is counted on the device."""
     model, batches = network(dtype=torch.float32)
     start, hyper = (
         [p.detach() for p in model.parameters()],
         hyperparameters(rule, lr=0.05, **TORCH[rule][2]),
     )
 
-    def trained(on, path, dtype=torch.float32):
+    def trained(on, backend, dtype=torch.float32):
         parameters = [p.to(on, dtype, copy=True) for p in start]
-        with launch.use(path):
+        with launch.use(backend):
             train_by_us(
                 parameters,
                 [(x.to(on, dtype), t.to(on, dtype)) for x, t in batches],
@@ -132,7 +132,7 @@ def test_kernels_train_as_the_reference(rule, device):
 
 @pytest.mark.interpreter
 def test_split_batch(device, monkeypatch):
-    """Parts of the batch are added before the step is taken."""
+    """Where the batch is split, its parts are added before the step is taken."""
     monkeypatch.setattr(launch, "sm_count", lambda device: 8)
     op = OPERATIONS["mlp_update"]
     launched = []
@@ -147,7 +147,7 @@ def test_split_batch(device, monkeypatch):
 
 
 def test_many_tiles(device):
-    """Of a layer wider than a tile: only the first column of tiles takes the bias's step."""
+    """In a layer wider than a tile, only the first column of tiles updates the bias."""
     op = OPERATIONS["mlp_update"]
     for label, args in op.cases(Draw(device), 5, 150, 9):
         torchs, exact = (
@@ -157,7 +157,7 @@ def test_many_tiles(device):
 
 
 def test_gradient_is_not_stored(device):
-    """Among what a step allocates nothing is as large as the widest layer's gradient."""
+    """No tensor that a step allocates is as large as the widest layer's gradient."""
     x, w = torch.randn(2, 512, device=device), torch.randn(512, 512, device=device)
     hyper = hyperparameters(lr=0.1, device=device)
     allocated = []
@@ -212,7 +212,9 @@ def test_bad_arguments(wrong, message):
 
 @pytest.mark.parametrize(("tile", "shared"), [((16, 16), False), ((8, 8), True)])
 def test_small_tiles_are_read_whole_before_one_writes(tile, shared, monkeypatch):
-    """Of a tile with fewer elements than a program has threads, several warps hold the same."""
+    """Where a tile has fewer elements than a program has threads, several warps hold the same
+    elements. All of them must read before one writes.
+    """
     sizes = dict(zip(("BLOCK_M", "BLOCK_N"), tile))
     options = {**sizes, "BLOCK_K": 16, "PRECISION": "ieee", "num_warps": 8, "num_stages": 2}
     plan = DwPlan(options, (1, 1), splits=1, rows=9, library=False)

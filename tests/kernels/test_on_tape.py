@@ -1,5 +1,5 @@
-"""On a CPU without the interpreter torch's tape differentiates plain cross-entropy: the numbers are
-those of the Function and of the manual API, bit for bit.
+"""On a CPU without the interpreter, torch's tape differentiates plain cross-entropy. The Function
+and the manual API give the same numbers, bit for bit.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ EACH_IGNORED = pytest.mark.parametrize("ignored", IGNORED)
 
 @pytest.fixture(autouse=True)
 def no_kernels(monkeypatch):
-    """As for a user on a CPU."""
+    """Users on a CPU have no interpreter."""
     monkeypatch.setattr(launch, "INTERPRETED", False)
 
 
@@ -35,7 +35,7 @@ def drawn(dtype=torch.float32, ignored="none"):
 
 
 def gradient(function, logits, target, dy=None, **options):
-    """Loss and gradient, for dy that is no power of two."""
+    """Loss and gradient. The default dy is no power of two, so a product with it rounds."""
     logits = logits.clone().requires_grad_()
     value = function(logits, target, **options)
     dy = torch.full_like(value, 0.7) if dy is None else dy
@@ -46,7 +46,9 @@ def gradient(function, logits, target, dy=None, **options):
 @EACH_IGNORED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_the_same_bits(dtype, ignored, reduction):
-    """By torch's tape, by our Function, by hand; in float32 and float64 also by torch itself."""
+    """torch's tape, our Function and the manual API give the same bits. In float32 and float64
+    torch itself does too.
+    """
     logits, target = drawn(dtype, ignored)
     on_tape = gradient(kernels.cross_entropy, logits, target, reduction=reduction)
     with kernels.use("torch"):
@@ -61,7 +63,9 @@ def test_the_same_bits(dtype, ignored, reduction):
 
 
 def test_which_node():
-    """torch's for the mean of plain labels; ours where it is forced, and for everything else."""
+    """The node is torch's for the mean over plain labels. It is ours in all other cases, and where
+    `use("torch")` forces it.
+    """
     logits, target = drawn()
     logits.requires_grad_()
     ours = tape.Function._backward_cls
@@ -79,7 +83,7 @@ def test_which_node():
 @EACH_REDUCTION
 @pytest.mark.parametrize("forced", [False, True])
 def test_derivatives(forced, reduction):
-    """Once and twice, on the tape and in the Function."""
+    """First and second derivatives are right, on the tape and in the Function."""
     logits, target = drawn(torch.float64, "some")
     with kernels.use("torch") if forced else contextlib.nullcontext():
         of = lambda z: kernels.cross_entropy(z, target, reduction=reduction)  # noqa: E731
@@ -89,7 +93,7 @@ def test_derivatives(forced, reduction):
 
 @EACH_REDUCTION
 def test_many_gradients_at_once(reduction):
-    """is_grads_batched=True gives a dy that is no plain memory."""
+    """is_grads_batched=True passes a dy without plain memory. The gradients are still right."""
     logits, target = drawn()
     with kernels.use("torch"):
         value = kernels.cross_entropy(logits.requires_grad_(), target, reduction=reduction)
@@ -115,13 +119,15 @@ def test_errors_are_ours():
         "integer labels or floating-point probabilities": (ValueError, target > 2),
     }
     for message, (kind, bad) in wrong.items():
-        for path in (contextlib.nullcontext(), kernels.use("torch")):
-            with path, pytest.raises(kind, match=re.escape(message)):
+        for context in (contextlib.nullcontext(), kernels.use("torch")):
+            with context, pytest.raises(kind, match=re.escape(message)):
                 kernels.cross_entropy(logits, bad)
 
 
 def test_a_network_and_its_twin_by_hand():
-    """A whole step of module and Net, bit for bit, with a batch that is no power of two."""
+    """Steps of a module and of its Net agree bit for bit. The batch is no power of two, so the mean
+    rounds.
+    """
     torch.manual_seed(0)
     module, net = mlp.MLP([6, 5, 4], "sigmoid"), mlp.Net([6, 5, 4], "sigmoid")
     net.load_state_dict(module.state_dict())

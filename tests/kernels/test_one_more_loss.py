@@ -1,7 +1,7 @@
-"""One more loss, as CONTRIBUTING.md has it: what it takes is here, and every engine trains with it.
+"""Adds a loss as CONTRIBUTING.md says, then trains with it on every engine.
 
-A scalar, two torch functions and a row of the table in kernels/losses.py; a class in mlp/loss.py.
-Its cases in the table of operations follow from the row.
+A loss needs a scalar, two torch functions and a row in kernels/losses.py, and a class in
+mlp/loss.py. Its cases in the table of operations follow from the row.
 """
 
 import pytest
@@ -61,19 +61,19 @@ class LogCosh(losses.Elementwise):
 
 @pytest.fixture(autouse=True)
 def listed(monkeypatch):
-    """The row and the class in their tables."""
+    """Adds the row and the class to their tables."""
     monkeypatch.setitem(LOSSES, "log_cosh", ROW)
     monkeypatch.setitem(losses.LOSSES, "log_cosh", LogCosh)
 
 
-@pytest.mark.parametrize("path", ["torch", None], ids=["reference", "kernels"])
-def test_operation(path, device):
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_operation(backend, device):
     pair = [
         lambda x, t: kernels.elementwise_loss(x, t, "log_cosh", reduction="none"),
         lambda x, t: torchs_log_cosh(x, t, None, "none"),
     ]
     draws = [[torch.randn(7, 5, device=device) for _ in range(2)] for _ in range(4)]
-    with kernels.use(path) if path else kernels.use("triton"):
+    with kernels.use(backend):
         compare(*pair, *draws)
     labels = [label for label, _ in OPERATIONS["elementwise_loss"].cases(Make(device), 3, 4, 5)]
     assert "log_cosh, mean" in labels
@@ -82,7 +82,9 @@ def test_operation(path, device):
 @pytest.mark.parametrize("engine", [*mlp.ENGINES, "replicas"])
 @pytest.mark.parametrize("kind", ["labels", "numbers"])
 def test_every_engine(engine, kind, device):
-    """By name, as the autograd engine trains it on the reference."""
+    """Every engine finds the loss by name and trains as the autograd engine does on the
+    reference.
+    """
     torch.manual_seed(0)
     x, y = torch.randn(20, 6, device=device), torch.rand(20, 3, device=device)
     data = mlp.Dataset(x, y.argmax(1) if kind == "labels" else y)

@@ -1,7 +1,6 @@
-"""One more operation, as CONTRIBUTING.md lists its places: everything it takes is here, and the
-tests of every operation pass with it.
+"""Adds an operation as CONTRIBUTING.md says, then runs the tests of every operation on it.
 
-A gated linear unit, because torch has its function, its module and its gradient.
+It is a gated linear unit, because torch has its function, module and gradient.
 """
 
 from collections.abc import Sequence
@@ -24,7 +23,8 @@ from tests import pairs, test_structure
 from tests.checks import DTYPES, assert_equal
 from tests.kernels import test_compile, test_operations, test_smoke
 
-# 1. What kernels/ops/glu.py would hold.
+# The numbers are those of the list in CONTRIBUTING.md.
+# 1. kernels/ops/glu.py would hold this.
 
 
 class GluSaved(NamedTuple):
@@ -130,13 +130,13 @@ def glu(input: torch.Tensor) -> torch.Tensor:
 
 
 def glu_cases(make, m, k, n):
-    """3. Its cases in kernels/operations.py."""
+    """3. Cases to try it on, from kernels/operations.py."""
     yield "rows", (make.real(m, 2 * n),)
     yield "more dimensions", (make.real(2, m, 2 * k),)
 
 
 class Gated(torch.nn.GLU):
-    """4. Its module."""
+    """4. The module."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return glu(input)
@@ -144,7 +144,7 @@ class Gated(torch.nn.GLU):
 
 @pytest.fixture(autouse=True)
 def listed(monkeypatch):
-    """2. The five public names, 3. the row, 4. torch's module among the twins."""
+    """2. Adds the five public names, 3. the row, 4. torch's module to the twins."""
     names = {
         function.__name__: function for function in (glu_fwd, glu_fwd_ref, glu_bwd, glu_bwd_ref)
     }
@@ -172,9 +172,9 @@ def test_gradients():
         kernels.glu(x[:, :3])
 
 
-@pytest.mark.parametrize("path", ["torch", "triton"])
-def test_compiles(path, device):
-    test_compile.test_as_eager("glu", path, device)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_compiles(backend, device):
+    test_compile.test_as_eager("glu", backend, device)
 
 
 def test_is_whole():

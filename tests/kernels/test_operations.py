@@ -1,5 +1,5 @@
-"""Every operation of the table, in every precision, on ragged shapes: accurate, repeatable, and
-inputs left alone.
+"""Every operation of the table is accurate, repeats to the bit and leaves its inputs alone, on
+ragged shapes in every precision.
 """
 
 import functools
@@ -11,9 +11,10 @@ import torch
 from kernels.operations import OPERATIONS, flatten
 from tests.checks import DTYPES, Draw, assert_as_accurate, assert_equal, double, snapshot
 
-# (batch, in, out): tiles left partly empty on each side; nothing at all. In every precision.
+# (batch, in, out), in every precision: two shapes that leave tiles partly empty on each side, and
+# one without rows.
 EVERY = [(7, 33, 16), (33, 17, 100), (0, 7, 17)]
-# One of everything; exact tiles; several tiles; one output.
+# In float32 only: one of everything, whole tiles, several tiles, one output.
 FLOAT32 = [(1, 1, 1), (16, 16, 16), (100, 16, 7), (17, 100, 1)]
 CASES = [
     *itertools.product(EVERY, DTYPES),

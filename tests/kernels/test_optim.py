@@ -1,4 +1,4 @@
-"""sgd and adam against torch.optim, step after step: parameters and every state."""
+"""sgd and adam against torch.optim over several steps, parameters and every state."""
 
 import functools
 
@@ -32,7 +32,7 @@ PRECISIONS = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def draw(device, dtype, shapes=SHAPES):
-    """Parameters, and gradients for every step."""
+    """(parameters, a list of gradients for each step)."""
     torch.manual_seed(0)
     first, *rest = (
         [torch.randn(shape).to(device, dtype) for shape in shapes] for _ in range(STEPS + 1)
@@ -41,16 +41,14 @@ def draw(device, dtype, shapes=SHAPES):
 
 
 def together(*lists):
-    """Each list of tensors in one: the error of torch in a tensor of one element is a matter of
-    luck.
+    """Each list of tensors as one tensor. In a tensor of one element, torch's error may be 0 by
+    luck, so no limit can follow from it.
     """
     return [torch.cat([t.detach().flatten() for t in tensors]) for tensors in lists]
 
 
 def by_torch(optimizer, params, grads, lr, **options):
-    """Parameters, then the states that torch.optim leaves, after one step for each entry of
-    grads.
-    """
+    """Parameters, then states, after a step of torch.optim for each entry of `grads`."""
     params = [p.detach().clone().requires_grad_() for p in params]
     optimizer = optimizer(params, lr=lr, foreach=False, **options)
     for step in grads:
@@ -94,12 +92,12 @@ def torch_adam(params, grads, lr, decoupled=False, **options):
     )
 
 
-@pytest.mark.parametrize("path", ["triton", "torch"])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
 @PRECISIONS
 @pytest.mark.parametrize("options", SGD.values(), ids=SGD)
-def test_sgd(options, dtype, path, device):
+def test_sgd(options, dtype, backend, device):
     params, grads = draw(device, dtype)
-    with kernels.use(path):
+    with kernels.use(backend):
         ours = sgd(params, grads, 0.1, **options)
     torchs = by_torch(torch.optim.SGD, params, grads, 0.1, **options)
     assert_as_accurate(
@@ -107,12 +105,12 @@ def test_sgd(options, dtype, path, device):
     )
 
 
-@pytest.mark.parametrize("path", ["triton", "torch"])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
 @PRECISIONS
 @pytest.mark.parametrize("options", ADAM.values(), ids=ADAM)
-def test_adam(options, dtype, path, device):
+def test_adam(options, dtype, backend, device):
     params, grads = draw(device, dtype)
-    with kernels.use(path):
+    with kernels.use(backend):
         ours = adam(params, grads, 0.01, **options)
     torchs = torch_adam(params, grads, 0.01, **options)
     exact = functools.partial(torch_adam, *double((params, grads)), 0.01, **options)
@@ -121,7 +119,7 @@ def test_adam(options, dtype, path, device):
 
 @pytest.mark.parametrize("step", [1, 2, 10, 100, 1000, 100_000])
 def test_bias_correction(step, device):
-    """Early steps, where 1 - βᵗ would cancel in float32, and late ones, where it is 1."""
+    """The step is accurate early, where 1 - βᵗ could cancel in float32, and late, where it is 1."""
     params, grads = draw(device, torch.float32, [(33,)])
 
     def updated(update, cast=torch.Tensor.clone, step=step):
@@ -135,20 +133,20 @@ def test_bias_correction(step, device):
     assert_as_accurate(
         updated(kernels.adam),
         updated(kernels.adam_ref),
-        # a tensor: kernels compute 1 - βᵗ in float32 too, so its rounding counts
+        # The step is a tensor, so simulated rounding reaches 1 - βᵗ. Kernels round it too.
         lambda: updated(kernels.adam_ref, double, torch.tensor(float(step), dtype=torch.float64)),
         f"step {step}",
     )
 
 
-@pytest.mark.parametrize("path", ["triton", "torch"])
-def test_rate_and_step_as_tensors(path, device):
-    """What a captured graph needs: new values in the same tensors are seen, with the bits of the
-    plain numbers.
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_rate_and_step_as_tensors(backend, device):
+    """Rate and step may be tensors, whose new values are seen, as a captured graph needs. sgd gives
+    the bits of plain numbers.
     """
     params, grads = draw(device, torch.float32)
     lr, step = torch.tensor(0.25, device=device), torch.zeros((), device=device)
-    with kernels.use(path):
+    with kernels.use(backend):
         assert_equal(
             sgd(params, grads, lr, momentum=0.5), sgd(params, grads, 0.25, momentum=0.5), "sgd"
         )
@@ -175,7 +173,7 @@ def test_more_tensors_than_one_launch_takes(count, device, monkeypatch):
 
 @pytest.mark.parametrize("name", ["sgd", "adam"])
 def test_layouts(name, device):
-    """Parameters, gradients and states each transposed or not, or with gaps: all are updated in
+    """Parameters, gradients and states may each be transposed or have gaps. All are updated in
     place.
     """
     (p,), grads = draw(device, torch.float32, [(7, 5)])
@@ -208,7 +206,7 @@ def test_layouts(name, device):
 
 
 def test_of_nothing(device):
-    """No parameters, no launch and no error."""
+    """Without parameters there is no launch and no error."""
     kernels.sgd([], [], [], 0.1)
     kernels.adam([], [], [], [], 1, 0.1)
 

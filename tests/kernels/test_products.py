@@ -1,6 +1,7 @@
-"""Linear layers by torch's own product and one kernel for the rest, and where `configs` takes that.
+"""Linear layers by torch's own product and one kernel for the rest, and where `configs` chooses
+this.
 
-On a CPU the product is the BLAS's and what follows it is interpreted, so these are quick.
+On a CPU the BLAS computes the product and only the rest is interpreted, so these tests are quick.
 """
 
 import functools
@@ -37,7 +38,7 @@ library = functools.partial(kernels.use, products="library")
 
 
 def launched(function, arch=None, processors=132):
-    """Names of the kernels that a function launches; with an arch, as there, and none runs."""
+    """Names of the kernels that a function launches. With an arch it is a dry run for that arch."""
     seen = []
     with launch.observe(lambda kernel, *_: seen.append(kernel.fn.__name__)):
         if arch is None:
@@ -63,7 +64,7 @@ def test_against_torch(activation, dtype, bias, device):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @PRECISIONS
 def test_layouts(layout, dtype, device):
-    """Inputs of any strides, and gradients of any strides, also below an activation."""
+    """Inputs and incoming gradients may have any strides, also for a dx that multiplies by act'."""
     arrange = LAYOUTS[layout]
     x, w, b = (arrange(t) for t in draw("tanh", 17, 33, 7, device, dtype))
     dy = arrange(torch.randn(17, 7, device=device).to(dtype))
@@ -96,7 +97,7 @@ def test_empty_and_leading_dimensions(sizes, device):
 
 @pytest.mark.parametrize("name", BY_LIBRARY)
 def test_accuracy(name, device):
-    """Every case of the operations made of linear layers; the inputs are left alone."""
+    """Every case of the operations made of linear layers is accurate. Inputs keep their values."""
     op = OPERATIONS[name]
     for dtype in DTYPES:
         for label, args in op.cases(Draw(device, dtype), 33, 17, 20):
@@ -136,7 +137,7 @@ def test_compiled_as_eager(name, device):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_updates(rule, bias, device):
-    """A float32 gradient by the library goes through the rule's kernel; see the fused tests."""
+    """The library computes a float32 gradient, and the rule's kernel takes the step with it."""
     make = Draw(device)
     dz, x = make.real(9, 7), make.real(9, 5)
     start = [make.real(7, 5), make.real(7)][: 1 + bias]
@@ -144,7 +145,7 @@ def test_updates(rule, bias, device):
 
     def updated(use, dtype=torch.float32):
         lists = [[t.to(dtype, copy=True) for t in ts] for ts in (start, *states)]
-        # Without momentum the references leave its buffers alone.
+        # with a momentum of 0 the references would not use its buffers
         given = {"momentum": 0.9} if "momentum" in RULES[rule].columns else {}
         numbers = hyperparameters(rule, lr=0.05, **given, dtype=dtype).to(device), 3, rule
         with use():
@@ -159,7 +160,7 @@ def test_updates(rule, bias, device):
 
 
 def test_a_half_precision_update_keeps_its_float32_gradient(device):
-    """So its product stays in the kernel."""
+    """The library would round the gradient to half precision, so a kernel computes it."""
     w, dz, x = (torch.randn(s, device=device).bfloat16() for s in ((7, 5), (9, 7), (9, 5)))
     with library():
         update = lambda: linear_update(dz, x, [w], [], hyperparameters(), 1, "sgd")  # noqa: E731
@@ -168,7 +169,7 @@ def test_a_half_precision_update_keeps_its_float32_gradient(device):
 
 @EACH_ACTIVATION
 def test_one_launch_a_product_at_most(activation, device):
-    """Torch's eager mode has one kernel for the product and one for the activation; so have we."""
+    """Besides the product there is at most one launch, for the activation, as in torch."""
     x, w, b = draw(activation, 5, 3, 4, device, torch.float32)
     identity = ACTIVATIONS[activation].needs == "nothing"
     with library():
@@ -184,7 +185,7 @@ def test_one_launch_a_product_at_most(activation, device):
 
 
 def test_parameters_that_want_a_gradient_may_be_given(device):
-    """The launchers hold no tape: a module's parameters go in as they are."""
+    """Launchers record no graph, so a module's parameters can be passed as they are."""
     layer = torch.nn.Linear(3, 4, device=device)
     x = torch.randn(5, 3, device=device)
     with library():
@@ -193,9 +194,9 @@ def test_parameters_that_want_a_gradient_may_be_given(device):
     assert not any(t.requires_grad for t in (y, dx, dw, db))
 
 
-# (batch, in, out), dtype -> whether forward, dx, dw are torch's own products on an H100.
+# (batch, in, out), dtype -> True where forward, dx, dw are torch's own products on an H100.
 CHOSEN = {
-    ((32, 784, 100), torch.float32): (False, False, False),  # the reference network: launches
+    ((32, 784, 100), torch.float32): (False, False, False),  # one fused launch takes less time
     ((32, 100, 50), torch.float32): (False, False, False),
     ((64, 64, 64), torch.float32): (False, False, False),
     ((256, 784, 256), torch.float32): (True, True, True),
@@ -203,14 +204,14 @@ CHOSEN = {
     ((8192, 4096, 4096), torch.float32): (True, True, True),
     ((32, 4096, 4096), torch.float32): (True, True, True),
     ((8192, 4096, 4096), torch.bfloat16): (True, True, True),
-    ((8192, 1024, 1024), torch.float16): (True, True, False),  # dw is a small result there
+    ((8192, 1024, 1024), torch.float16): (True, True, False),  # dw is small here
     ((8192, 256, 4096), torch.bfloat16): (False, True, False),
     ((256, 784, 128), torch.bfloat16): (False, False, False),
 }
 
 
 def by_library(sizes, dtype, arch="sm_90"):
-    """Whether each of the three products is torch's own."""
+    """True for each of the three products that is torch's own."""
     m, k, n = sizes
     make = Make("meta", dtype)
     x, w, dy = make.real(m, k), make.real(n, k), make.real(m, n)
@@ -231,15 +232,17 @@ def test_what_is_chosen(sizes, dtype):
     assert by_library(sizes, dtype) == CHOSEN[sizes, dtype]
 
 
-def test_never_where_it_would_be_of_another_precision(monkeypatch):
-    """`high` is tf32x3 and `medium` tf32 in kernels; torch's own products would be tf32."""
+def test_library_is_not_chosen_in_another_precision(monkeypatch):
+    """In kernels `high` is tf32x3 and `medium` tf32. Torch's own products would be tf32 in both."""
     for setting, chosen in (("highest", True), ("high", False), ("medium", False)):
         monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda s=setting: s)
         assert by_library((1024, 1024, 1024), torch.float32) == (chosen,) * 3
 
 
 def test_torch_takes_no_tf32_where_the_library_is_chosen():
-    """Under every mixture of torch's older and newer settings."""
+    """The library is never chosen while torch would multiply in tf32, in any mixture of its older
+    and newer settings.
+    """
     matmul = torch.backends.cuda.matmul
     before = torch.get_float32_matmul_precision(), matmul.fp32_precision
     seen = set()
@@ -262,12 +265,14 @@ def test_amds_matrix_cores_take_float32():
 
 
 def test_turing_multiplies_by_the_library():
-    """Triton dropped its tensor cores, cuBLAS has not."""
+    """Triton no longer uses Turing's tensor cores, but cuBLAS does."""
     assert by_library((8192, 256, 4096), torch.float16, "sm_75") == (True,) * 3
 
 
 def test_deterministic_algorithms_are_kernels():
-    """cuBLAS needs settings of its environment for it, without which torch refuses."""
+    """cuBLAS is deterministic only with an environment variable, without which torch refuses. So
+    kernels run.
+    """
     torch.use_deterministic_algorithms(True)
     try:
         assert by_library((1024, 1024, 1024), torch.float32) == (False,) * 3

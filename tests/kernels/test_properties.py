@@ -1,5 +1,5 @@
-"""Properties, on arguments that hypothesis draws: as accurate as torch's own operations, and what
-holds for every input.
+"""Operations on arguments that hypothesis draws: they are as accurate as torch's, and properties of
+their mathematics hold.
 """
 
 import functools
@@ -29,8 +29,8 @@ reductions = st.sampled_from(["mean", "sum", "none"])
 
 
 def gradients(function, tensors, dy=None):
-    """[value, gradient of each tensor]; dy: numbers from 0.5 to 2.5 if None, so that sums do not
-    cancel.
+    """[value, gradient of each tensor]. If dy is None, it holds numbers from 0.5 to 2.5, so that
+    sums do not cancel.
     """
     tensors = [t.detach().requires_grad_() for t in tensors]
     y = function(*tensors)
@@ -43,16 +43,14 @@ def gradients(function, tensors, dy=None):
 
 
 def assert_accurate(ours, theirs, draw, seed):
-    """On `draw(seed)`'s tensors."""
+    """Compares values and gradients on the tensors of `draw(seed)`."""
     tensors = draw(seed)
     exact = functools.partial(gradients, theirs, double(tensors))
     assert_as_accurate(gradients(ours, tensors), gradients(theirs, tensors), exact)
 
 
 def smooth_at(z, activation):
-    """Whether no pre-activation is so near a kink that rounding could carry it across, where a
-    derivative is luck.
-    """
+    """True if rounding cannot move any pre-activation across a kink, where the derivative jumps."""
     margin = 64 * torch.finfo(z.dtype).eps * (z.abs().max().item() if z.numel() else 0)
     return all(((z.double() - kink).abs() > margin).all() for kink in ACTIVATIONS[activation].kinks)
 
@@ -133,9 +131,7 @@ def test_cross_entropy(
     )
     if ignored and not soft:
         options["ignore_index"] = int(target.flatten()[0])
-        assume(
-            (target != options["ignore_index"]).any()
-        )  # the mean of nothing has a test of its own
+        assume((target != options["ignore_index"]).any())  # test_cross_entropy.py ignores all
 
     def of(function, z):
         t, w = double((target, weight)) if z.dtype == torch.float64 else (target, weight)
@@ -166,8 +162,8 @@ def test_mse_loss(device, shape, dtype, first, second, reduction, seed):
 @few(max_examples=15)
 @given(sizes, sizes, sizes, activations, seeds)
 def test_permuting_the_batch_permutes_dx(device, m, k, n, activation, seed):
-    """A row's result does not depend on the rows beside it: on a GPU not by a bit. The
-    interpreter's products are numpy's, whose BLAS may add another row in another order.
+    """A row's result does not depend on the other rows, on a GPU not even by a bit. The interpreter
+    multiplies by numpy, whose BLAS may sum each row in its own order.
     """
     make = Draw(device, seed=seed)
     x, w, b, dy = make.real(m, k), make.real(n, k), make.real(n), make.real(m, n)
@@ -187,8 +183,8 @@ def test_permuting_the_batch_permutes_dx(device, m, k, n, activation, seed):
 @few(max_examples=15)
 @given(sizes, sizes, st.integers(-20, 20), st.booleans(), seeds)
 def test_shifted_logits(device, n, c, shift, soft, seed):
-    """A number added to all logits of a row changes neither loss nor gradient; here the sum is
-    exact, so not by a bit.
+    """A number added to all logits of a row changes neither loss nor gradient. The additions here
+    are exact, so no bit changes.
     """
     make = Draw(device, seed=seed)
     logits = (make.real(n, c) * 1024).round() / 1024
@@ -202,7 +198,7 @@ def test_shifted_logits(device, n, c, shift, soft, seed):
 @few(max_examples=15)
 @given(sizes, sizes, sizes, activations, st.integers(-6, 6), seeds)
 def test_scaling_dy_scales_all_gradients(device, m, k, n, activation, power, seed):
-    """By a power of two: exactly."""
+    """A power of two scales all gradients exactly."""
     make = Draw(device, seed=seed)
     tensors, dy = [make.real(m, k), make.real(n, k), make.real(n)], make.real(m, n)
     once, scaled = (
@@ -215,7 +211,9 @@ def test_scaling_dy_scales_all_gradients(device, m, k, n, activation, power, see
 @few(max_examples=15)
 @given(sizes, st.integers(1, 300), st.booleans(), seeds)
 def test_dlogits_of_a_row_add_to_zero(device, n, c, soft, seed):
-    """Σ_c (Q p_c - q_c) = 0; of C terms of at most Q, rounding leaves C ulps."""
+    """Σ_c (Q p_c - q_c) = 0. Each of the C terms is at most Q, so rounding leaves at most C ulps of
+    Q.
+    """
     make = Draw(device, seed=seed)
     target = make.positive(n, c) if soft else make.labels(c, n)
     _, dz = gradients(

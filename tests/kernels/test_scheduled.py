@@ -1,5 +1,5 @@
-"""Numbers that move from step to step: kernels read a row for each step, and train as one launch of
-a single step after another does with its row.
+"""Hyperparameters that change at each step. A kernel that reads a row for each step trains as
+launches of single steps do, each with its own row.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ from tests.checks import assert_equal
 from tests.kernels.trainings import Training
 
 SIZES = (6, 5, 4, 3)
-# What a scheduler may move, at each of five steps: one cycle of the rate and of what torch moves
-# against it.
+# The values at each of five steps: one cycle of the rate, and of the numbers that torch's
+# OneCycleLR moves against it.
 MOVED = {
     "lr": (0.01, 0.05, 0.1, 0.02, 0.0),
     "weight_decay": (0.0, 0.1, 0.2, 0.1, 0.0),
@@ -44,7 +44,7 @@ def by_steps(run):
 
 
 def by_exchange(run):
-    """By a single program, which the interpreter can run."""
+    """The shared epoch with a single program, which the interpreter can run."""
     train_programs(run)
     return run.results()
 
@@ -58,7 +58,7 @@ WAYS = {
 
 
 def scheduled(rule, device, **options):
-    """A training of five steps with a table of numbers."""
+    """A training of five steps with a table of hyperparameters."""
     training = Training(Spec(SIZES, "tanh", rule=rule), device, **options)
     known = dict(RULES[rule].hyperparameters)
     moved = {name: values for name, values in MOVED.items() if name in known}
@@ -67,7 +67,7 @@ def scheduled(rule, device, **options):
 
 
 def one_after_the_other(training):
-    """(parameters, losses) of an epoch for each step, with that step's row."""
+    """(parameters, losses) after a launch for each step, with that step's row."""
     run, losses = training.run(), []
     for row, rows in zip(training.hyper, training.order.split(training.batch)):
         step = dataclasses.replace(run, order=rows, hyper=row, losses=None, correct=None)

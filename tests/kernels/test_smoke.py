@@ -1,5 +1,5 @@
-"""A minute's check of any machine and any versions of torch and triton: every operation once, and
-that the tests can fail.
+"""A check of a machine and its versions of torch and triton in one minute. It runs every operation
+once, and shows that the tests can fail.
 """
 
 import functools
@@ -50,15 +50,17 @@ def test_tolerance_is_not_loose():
         with pytest.raises(AssertionError):
             assert_as_accurate(wrong, torchs, exact)
     overflown = torchs.clone().index_fill_(0, torch.tensor(3), float("inf"))
-    assert_as_accurate(overflown, overflown, exact)  # what torch overflows may overflow
+    assert_as_accurate(overflown, overflown, exact)  # where torch overflows, we may too
 
 
 def test_tolerance_knows_the_terms_of_a_sum():
-    """Terms that cancel leave the rounding of the terms, in any order; a term too few is seen."""
+    """Where terms cancel, the limit follows from the size of the terms, for any order of the sum. A
+    missing term still fails.
+    """
     terms = torch.cos(torch.arange(64.0))
     x, ones = torch.cat([terms, -terms.flip(0)])[None], torch.ones(128, 1)
     exact = lambda: x.double() @ ones.double()  # noqa: E731
-    right = exact().float()  # as a BLAS may be that happens to round nothing
+    right = exact().float()  # a BLAS may happen to have no error at all
     ours = functools.reduce(torch.add, x.split(1, 1))
     assert (ours - right).abs() > 1e-7
     assert_as_accurate(ours, right, exact)
@@ -68,7 +70,9 @@ def test_tolerance_knows_the_terms_of_a_sum():
 
 
 def test_tolerance_follows_rounding_through_a_computation():
-    """tanh' of a saturated tanh: 1 - y² has lost what rounding took from y."""
+    """For a saturated tanh, y is rounded first, so 1 - y² has few correct digits. The limit allows
+    for that.
+    """
     z = torch.linspace(3, 5, 50)
     exact = lambda: 1 - z.double().tanh() ** 2  # noqa: E731
     right, ours = exact().float(), 1 - z.tanh() ** 2

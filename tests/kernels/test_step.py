@@ -1,6 +1,4 @@
-"""The two launches of a step: whole short trainings, and everything that lives on the device
-between them.
-"""
+"""Steps of two launches: short trainings, and the state that stays on the device between steps."""
 
 import functools
 
@@ -13,8 +11,8 @@ from tests.kernels.trainings import CASES, SOFT, Training, assert_agrees
 
 
 def by_steps(run, extra=1):
-    """An epoch as `train_epoch` does it; `extra` steps past the end, of which one has something to
-    do.
+    """An epoch by steps, and `extra` steps past its end. The first of these completes the last
+    update.
     """
     run.losses.fill_(float("nan"))
     state = StepState(run)
@@ -38,7 +36,7 @@ def test_steps_agree_with_reference(name, device):
     )
 
 
-def test_uint8_pixels_and_a_state_kept_on_the_cpu_path(device):
+def test_uint8_pixels_by_kernels_and_reference(device):
     run = Training(Spec((18, 5, 3), "sigmoid"), device, uint8=True)
     assert_agrees(run, by_steps, train_epoch_ref)
     with launch.use("torch"):
@@ -47,7 +45,7 @@ def test_uint8_pixels_and_a_state_kept_on_the_cpu_path(device):
 
 @pytest.mark.parametrize(("label", "correct"), [(0, 5), (1, 0), (2, 0)])
 def test_the_first_of_equal_outputs_is_predicted(label, correct, device):
-    """As torch.argmax does. All outputs of zero weights are equal."""
+    """torch.argmax does the same. With zero weights all outputs are equal."""
     run = Training(Spec((12, 7, 3)), device)
     run.parameters = [torch.zeros_like(p) for p in run.parameters]
     run.targets.fill_(label)
@@ -89,7 +87,7 @@ def test_flush_completes_weights_in_mid_epoch_and_may_be_repeated(device):
 
 
 def test_hyperparameters_and_permutation_are_read_from_the_device(device):
-    """What a captured graph relies on: the same launches, new contents."""
+    """The same launches see new contents of the same tensors. A captured graph relies on this."""
     run = Training(Spec((17, 9, 3), "sigmoid"), device)
     state = make_state(run)
     before = []

@@ -1,6 +1,4 @@
-"""Short whole trainings that the tests of step, epoch, exchange and replicas run on kernels and
-references.
-"""
+"""Short trainings, for the tests of step, epoch, exchange and replicas."""
 
 import torch
 
@@ -10,7 +8,7 @@ from kernels.operations import flatten
 from tests.checks import assert_as_accurate, assert_equal, double
 
 ADAM = {"lr": 0.01, "betas": (0.9, 0.999)}
-# Each row is there for what it adds: the settings of hyperparameters() last.
+# name -> (spec, keywords of hyperparameters()). The name says what the row adds.
 CASES = {
     "three layers": (Spec((17, 9, 5, 3), "sigmoid"), {}),
     "wider than a tile, momentum": (
@@ -49,7 +47,7 @@ CASES = {
     ),
     "quantiles": (Spec((12, 7, 3), "tanh", loss="pinball", loss_parameter=(0.1, 0.5, 0.9)), {}),
 }
-# What only a derivative written in z needs: z of the hidden layers kept, z of the outputs.
+# Derivatives that need z: kernels keep z of hidden layers, of outputs, or of both.
 CASES |= {
     "z kept, wide": (Spec((20, 70, 5, 4), "gelu", "silu", rule="momentum"), {"momentum": 0.9}),
     "z of a single layer": (Spec((12, 20), output_activation="gelu_tanh", loss="mse"), {}),
@@ -68,8 +66,9 @@ SOFT = ("float targets", "probabilities", "several labels, weights", "quantiles"
 
 
 class Training:
-    """Everything a training takes, seeded, on one device: n rows of data in batches of 5, the last
-    of 3.
+    """All arguments of a training, seeded, on one device.
+
+    By default there are 23 rows in batches of 5, so the last batch has 3.
     """
 
     def __init__(
@@ -99,15 +98,16 @@ class Training:
         self.options = {"scale": 1 / 64, "shift": -2.0} if uint8 else {}
 
     def run(self, n=None) -> kernels.Run:
-        """What a kernel takes, on copies of what it changes. n: the first samples of the order."""
+        """A kernels.Run with copies of all tensors that it changes. n: only the order's first n."""
         parameters, *states = ([t.clone() for t in ts] for ts in (self.parameters, *self.states))
         samples = self.data, self.targets, self.order[..., :n], self.batch
         numbers = self.hyper.clone(), self.count.clone()
         return kernels.Run(self.spec, parameters, states, *samples, *numbers, **self.options)
 
     def train(self, implementation, dtype=torch.float32, lrs=(None,)):
-        """(parameters, losses) and correct predictions after an epoch at each learning rate, from
-        the same start.
+        """(parameters, losses), correct predictions, after one epoch for each learning rate.
+
+        None keeps the rate. Every call starts from the same weights.
         """
         keep = double if dtype == torch.float64 else lambda x: x
         parameters, *states = (
@@ -137,13 +137,14 @@ class Training:
 
 
 def assert_agrees(run, ours, reference, **options):
-    """Weights and losses by the project's tolerance or to 1e-6 of the tensor's norm, predictions
-    exactly.
-    """
+    """`assert_near` of a training by `ours`."""
     assert_near(run.train(ours, **options), run, reference, **options)
 
 
 def assert_near(ours, run, reference, **options):
+    """`ours`, results of `run.train`, equals the reference: predictions exactly, weights and losses
+    to 1e-6 of their norm, or to 1e-5 where the project's tolerance allows it.
+    """
     (results, correct), (exact, right) = ours, run.train(reference, torch.float64, **options)
     theirs, _ = run.train(reference, **options)
     assert_equal([c.long() for c in correct], [r.long() for r in right])

@@ -1,4 +1,4 @@
-"""`python -m bench all`: a summary of every part, whatever one of them does."""
+"""`python -m bench all` writes a summary of every part, whatever one of them does."""
 
 import json
 import os
@@ -12,7 +12,8 @@ from bench.parts import Part
 from tests import ROOT
 
 EXTRAS = ("tqdm", "typer", "sklearn", "torchvision", "matplotlib", "PIL", "scipy")
-WITHOUT_EXTRAS = f"import sys; sys.modules.update(dict.fromkeys({EXTRAS}))"  # importing them fails
+# Python code that makes every later import of them fail
+WITHOUT_EXTRAS = f"import sys; sys.modules.update(dict.fromkeys({EXTRAS}))"
 
 
 def script(code):
@@ -30,7 +31,7 @@ def run_all(out, skipped, **more):
 
 
 def test_a_part_that_fails_or_hangs_leaves_the_others(tmp_path):
-    # so does its child
+    # the part's child hangs, too
     hanging = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while 1: pass'])"
     fakes = [
         Part("good", script("print('7 of 7')"), 1, quote=lambda log: log.strip()),
@@ -84,8 +85,10 @@ def test_a_run_that_is_cut_off_leaves_what_it_had(tmp_path):
 
 
 def test_every_part_is_in_the_summary_without_any_extra(tmp_path):
-    """Run for real with what is short, where nothing but torch, triton, numpy and pytest is
-    installed: a table that needs more says so, the rest goes on. What was left out is named.
+    """Runs two short parts for real, as if only torch, triton, numpy and pytest were installed.
+
+    A part that needs another package says so, and the rest goes on. The summary names the parts
+    that were left out.
     """
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_EXTRAS)
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
@@ -120,7 +123,7 @@ def test_unknown_parts_are_refused(tmp_path):
 
 
 def recorded(monkeypatch, failing=()):
-    """Limits by part, of parts that take no time."""
+    """Replaces running a part by noting its time limit. The result is {part's name: limit}."""
     limits = {}
 
     def execute(part, limit, out):
@@ -132,8 +135,8 @@ def recorded(monkeypatch, failing=()):
 
 
 def test_time_is_shared_by_what_parts_need(tmp_path, monkeypatch):
-    """A part has what those after it do not need; one that needs more than is left is not begun,
-    unless nothing ran before it.
+    """A part may use all the time that the parts after it do not need. A part that needs more than
+    is left does not start, unless it is the first.
     """
     fakes = [Part("a", seconds=30), Part("b", seconds=10), Part("c", seconds=20)]
     limits = recorded(monkeypatch)
@@ -177,8 +180,8 @@ def test_parts_alone(tmp_path):
 
 
 def test_tests_in_parts_are_the_whole_suite():
-    """Every folder of tests has a part of its own, or is in the rest; each fits ten minutes on 16
-    cores.
+    """Every folder of tests has a part of its own or is in the rest. Each part fits the time of one
+    GPU run on 16 cores.
     """
     assert {chosen[0] for chosen, _, _ in parts.TESTS.values()} >= {"tests", "tests/kernels"}
     chosen = {arguments[0] for arguments, _, _ in parts.TESTS.values()} - {"tests"}

@@ -1,10 +1,7 @@
-"""The benchmark of the exchange alone: it computes what it says with a process for each program,
-and compiles for GPUs.
+"""The benchmark of the exchange alone passes on the right numbers and compiles for GPUs.
 
-python -m tests.mlp.test_bench_exchange compile sm_90      # one JSON object a line: what was
-                                                           compiled
-python -m tests.mlp.test_bench_exchange                    # programs as processes, in the
-                                                           interpreter
+python -m tests.mlp.test_bench_exchange                # in the interpreter, a process a program
+python -m tests.mlp.test_bench_exchange compile sm_90  # a line of JSON for each kernel compiled
 """
 
 import json
@@ -24,7 +21,7 @@ PROGRAMS, STEPS = 3, 5
 
 
 def check(kind):
-    """Every program received, in the last step, what the others published."""
+    """Checks that every program received, in the last step, what the others published."""
     from tests.programs import as_processes
 
     args, options = bench.prepare(kind, PROGRAMS, STEPS, "cpu", rows=4, batch=16)
@@ -34,7 +31,7 @@ def check(kind):
 
 
 def described(arch):
-    """What came out of compiling both means for 13 programs, as `tests.compile.worker` says it."""
+    """`tests.compile.worker`'s description of each exchange, compiled for 13 programs."""
     from tests.compile import worker
 
     for kind in exchange.EXCHANGES:
@@ -53,7 +50,7 @@ def run(environment, *arguments):
 
 
 def test_programs_receive_what_the_others_published():
-    """In a process of its own, without threads, that can fork."""
+    """The check runs in a process of its own, because a process with threads cannot fork safely."""
     done = run({**os.environ, "TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -75,5 +72,5 @@ if __name__ == "__main__":
     else:
         torch.set_num_threads(1)
         interpreter.improve()
-        for means in exchange.EXCHANGES:
-            check(means)
+        for each in exchange.EXCHANGES:
+            check(each)

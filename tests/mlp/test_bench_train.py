@@ -1,6 +1,4 @@
-"""The benchmarks of trainings: what they compare is the same training, and what they cannot run is
-named.
-"""
+"""The benchmarks of trainings compare the same training. They name what they cannot run."""
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ from bench import bench_memory, rivals, training
 
 @pytest.fixture
 def small(monkeypatch):
-    """Trainings of two steps on as few samples as that takes."""
+    """Makes every training two steps long."""
     g = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (2 * rivals.BATCH, 784), dtype=torch.uint8, generator=g)
     labels = torch.randint(0, 10, (len(pixels),), generator=g)
@@ -22,7 +20,9 @@ def small(monkeypatch):
 
 @pytest.mark.parametrize("name", ["train", "adam"])
 def test_trainings_agree_or_say_why_not(name, small, monkeypatch):
-    """Every engine that serves here has a time; what needs a GPU is named; nothing is compiled."""
+    """Every engine that runs here has a time, and the note names those that need a GPU. To be
+    quick, the test skips compiled modes.
+    """
     module = __import__(f"bench.bench_{name}", fromlist=["run"])
     monkeypatch.setattr(module, "MODES", (), raising=False)
     table = module.run()
@@ -39,8 +39,8 @@ def test_trainings_agree_or_say_why_not(name, small, monkeypatch):
 
 
 def test_a_training_that_is_wrong_gets_no_time(small):
-    """Another learning rate shows from the second loss on. A provider that raises is a row with its
-    error.
+    """A training with another learning rate gets no time, because its losses differ. An engine that
+    raises has a row with its error.
     """
     sgd = lambda lr: lambda parameters: torch.optim.SGD(parameters, lr=lr)  # noqa: E731
 
@@ -65,7 +65,7 @@ def test_a_training_that_is_wrong_gets_no_time(small):
 
 
 def test_memory_of_a_step(monkeypatch):
-    """All three networks of a small size agree; what a GPU would say of memory is made up."""
+    """All three networks agree in a small size. The GPU's figures of memory are made up."""
     for name in ("memory_allocated", "max_memory_allocated", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda: 1 << 30)
     on = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -81,8 +81,8 @@ def test_memory_of_a_step(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["autograd", "manual"])
-def test_what_keeps_the_host_is_the_same_training(name, small):
-    """`enqueue`, whose time is the host's, leaves the network where `epoch` leaves it."""
+def test_enqueue_is_the_same_training(name, small):
+    """`enqueue`, which measures the host's time, trains the same weights as `epoch`."""
     data = training.mnist(torch.device("cpu"))
     order = torch.arange(len(data))
     losses = []

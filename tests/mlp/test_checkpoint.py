@@ -1,5 +1,5 @@
-"""checkpoint: what is saved loads again, what cannot be loaded changes nothing, and writing is all
-or nothing.
+"""Checkpoints: a saved model loads again, a bad file changes nothing, and a failed write leaves the
+old file.
 """
 
 import copy
@@ -32,8 +32,8 @@ def values(model):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_round_trip(kind, tmp_path, device):
-    """A module with the same description, weights and dtype, sharing nothing; safetensors reads the
-    file as well.
+    """`load` gives a module with the same description and weights, on the device asked for.
+    safetensors can read the file, too.
     """
     model = MODELS[kind]()
     mlp.save(model, tmp_path / "w.safetensors")
@@ -48,8 +48,8 @@ def test_round_trip(kind, tmp_path, device):
 
 
 def test_plain_state_dict(tmp_path):
-    """Of an nn.Sequential of the same shapes, "0.weight" and "2.weight": by order; with the same
-    names, by name.
+    """A plain state_dict goes in by name where the names are the same. Else it goes in by order, as
+    "0.weight", "2.weight" of an nn.Sequential.
     """
     sequential = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
     torch.save(sequential.state_dict(), tmp_path / "sequential.pth")
@@ -76,9 +76,9 @@ def damaged(path, keep):
     path.write_bytes(content[: int(len(content) * keep)])
 
 
-def test_files_that_are_none(tmp_path):
-    """Empty, cut, of another kind, of another network: one line that names the file, and the model
-    as it was.
+def test_files_that_are_no_checkpoints(tmp_path):
+    """An empty, cut or foreign file, or one of another network, is refused in one line that names
+    it. The model keeps its weights.
     """
     model = MLP(SIZES)
     before = copy.deepcopy(model.state_dict())
@@ -134,8 +134,8 @@ def test_failed_writing_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_names_that_differ_in_prefix_and_numbers(tmp_path):
-    """Twelve layers whose names sort as 0, 10, 11, 1, … arrive in their own order; so do names with
-    a prefix, and fc1, fc2, ….
+    """Twelve layers load in order, although their names sort as 0, 10, 11, 1, …. So do names with a
+    prefix, and fc1, fc2, ….
     """
     sizes = [3] * 13
     net = MLP(sizes, init="normal")
@@ -167,7 +167,7 @@ def test_names_that_differ_in_prefix_and_numbers(tmp_path):
     ],
 )
 def test_names_without_an_order_are_refused(names, tmp_path):
-    """Same shapes, but which layer is which cannot be known: both sides are named."""
+    """The shapes fit, but the names do not say which layer is which. The error lists both sides."""
     torch.save({name: torch.randn(3, 3) for name in names}, tmp_path / "w.pth")
     model = MLP([3, 3, 3], bias=False)
     before = copy.deepcopy(model.state_dict())
@@ -177,8 +177,8 @@ def test_names_without_an_order_are_refused(names, tmp_path):
 
 
 def test_buffers_belong_to_the_network(tmp_path):
-    """A full state_dict of torch goes in, running statistics and num_batches_tracked with it, and
-    `save` keeps them; tied weights count once for each name.
+    """Running statistics and num_batches_tracked are loaded and saved with the weights. A tied
+    weight may stand once for each of its names.
     """
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 3), nn.Linear(3, 3))
     model[3].weight = model[2].weight
@@ -194,14 +194,14 @@ def test_buffers_belong_to_the_network(tmp_path):
 
 
 def test_a_file_of_a_gpu_loads_without_one(tmp_path):
-    """A .pth whose storages say cuda:0."""
+    """A .pth whose tensors lay on cuda:0 loads on a CPU."""
     storage = torch.arange(6.0)
     torch.save({"0.weight": storage.view(2, 3)}, tmp_path / "w.pth")
     with zipfile.ZipFile(tmp_path / "w.pth") as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(tmp_path / "cuda.pth", "w") as archive:
         for name, content in parts.items():
-            # a pickled text: its length in four bytes, then its letters
+            # pickle writes a text as its length in four bytes, then its letters
             moved = content.replace(b"X\x03\0\0\0cpu", b"X\x06\0\0\0cuda:0")
             archive.writestr(name, moved)
             assert (moved != content) == name.endswith("data.pkl")
@@ -210,7 +210,9 @@ def test_a_file_of_a_gpu_loads_without_one(tmp_path):
 
 
 def test_every_flipped_bit_is_noticed(tmp_path):
-    """200 random places of a file that `save` wrote, header and numbers."""
+    """Any flipped bit, in header or numbers, makes a saved file refused. 200 random ones are
+    tried.
+    """
     path, model = tmp_path / "w.safetensors", MLP(SIZES)
     mlp.save(model, path)
     content, generator = path.read_bytes(), torch.Generator().manual_seed(0)
@@ -227,7 +229,9 @@ def described(path, state, description):
 
 
 def test_descriptions_of_the_wrong_kind(tmp_path):
-    """None of them is built: one line that names the file, and nothing is allocated for it."""
+    """A wrong description is refused in one line that names the file. No network is built from
+    it.
+    """
     path, good = tmp_path / "w.safetensors", MLP([4, 3]).config()
     state = {"0.weight": torch.zeros(3, 4), "0.bias": torch.zeros(3)}
     described(path, state, json.dumps(good))

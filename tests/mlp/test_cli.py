@@ -1,5 +1,5 @@
-"""cli: the commands as a user meets them, on digits: what they print, what lies in the run folder,
-what --force may do.
+"""The commands as a user meets them, on digits: what they print, what they write into the run
+folder, what --force may do.
 """
 
 import ast
@@ -110,7 +110,9 @@ def rows(run):
 
 
 def test_train_and_evaluate(handgrad, tmp_path):
-    """Every file of the run folder, a line an epoch; `evaluate` finds what the last epoch found."""
+    """`train` writes every file of the run folder and prints a line for each epoch. `evaluate`
+    prints the last epoch's figures.
+    """
     status, out, err = handgrad(*QUICK, "--epochs", "3", "--lr", "0.02", "--seed", "5")
     assert (status, err) == (0, "")
     assert set(os.listdir("runs/digits")) == FILES
@@ -200,7 +202,7 @@ def test_a_damaged_run_is_left_alone(file, argv, message, handgrad):
 
 
 def test_the_checkpoint_before_a_damaged_one_is_used(handgrad):
-    """The damaged file is named, and what is used in its place."""
+    """A note names the damaged file and the one that is used in its place."""
     assert handgrad(*QUICK, "--epochs", "2", "--out", "run")[0] == 0
     _, out, _ = handgrad("evaluate", "run")
     halve("run/model.safetensors")
@@ -217,7 +219,9 @@ def test_the_checkpoint_before_a_damaged_one_is_used(handgrad):
 
 
 def test_diverged_keeps_the_last_good_weights(handgrad):
-    """One line with epoch, step and learning rate; what the run had written before stays."""
+    """A diverged training ends with one line that has epoch, step and learning rate. The files
+    written before stay.
+    """
     assert handgrad(*QUICK, "--epochs", "1", "--out", "run")[0] == 0
     state = torch.load("run/last.ckpt", weights_only=True)
     state["trainer"]["optimizer"]["param_groups"][0]["lr"] = 1e30
@@ -244,8 +248,8 @@ def test_precision(precision, handgrad):
 
 
 def test_half_precision_keeps_float32_weights(handgrad):
-    """20 epochs of digits with a learning rate whose steps vanish in bfloat16 weights: as in
-    float32.
+    """Half precision trains as float32 does, to 5%. With bfloat16 weights these small steps would
+    vanish, so this shows that weights stay float32.
     """
     argv = ("train", "digits", "--lr", "0.001", "--device", "cpu", "--epochs")
     found = {}
@@ -276,7 +280,7 @@ def test_half_precision_keeps_float32_weights(handgrad):
 
 
 def test_recipes_are_listed(handgrad):
-    """Each with all its settings, and every name that an option takes."""
+    """`recipes` lists each recipe with all its settings, and every name that an option takes."""
     status, out, _ = handgrad("recipes")
     assert status == 0 and re.findall(r"^([a-z][a-z-]*): ", out, re.M) == list(RECIPES)
     block = out[out.index("classifier: ") : out.index("sigmoid: ")]
@@ -296,7 +300,7 @@ def test_version(handgrad):
 
 
 def test_the_first_line_describes_what_is_trained(handgrad):
-    """Whatever the recipe's own words say."""
+    """It shows the settings in use, not the recipe's description."""
     argv = "train digits --activation tanh --optimizer adam --hidden 7,5 --batch-size 64 --epochs 1"
     status, out, _ = handgrad(*argv.split(), "--device", "cpu", "--engine", "manual")
     assert status == 0 and out.splitlines()[1] == (
@@ -306,7 +310,7 @@ def test_the_first_line_describes_what_is_trained(handgrad):
 
 
 def test_resume_takes_what_repeats_the_run(handgrad):
-    """Every option of the first call, and where the data lie now."""
+    """--resume takes every option of the first call with the same value, and refuses others."""
     argv = ("--lr", "0.02", "--seed", str(2**63), "--recipe", "default", "--batch-size", "64")
     assert handgrad(*QUICK, *argv, "--epochs", "1", "--out", "run")[0] == 0
     config = read_json("run/config.json")
@@ -347,7 +351,7 @@ def test_data_are_found_from_another_folder_and_recognised(handgrad, tmp_path, m
 
 
 def test_a_run_that_diverged_at_once_can_be_started_again(handgrad):
-    """In place, with other options; or with --resume, with its own."""
+    """It starts again in the same folder, with other options, or by --resume with its own."""
     assert handgrad(*QUICK, "--epochs", "1", "--lr", "1e30", "--out", "run")[0] == 2
     assert os.listdir("run") == ["config.json"]
     status, _, err = handgrad("train", "--out", "run", "--resume")
@@ -357,7 +361,7 @@ def test_a_run_that_diverged_at_once_can_be_started_again(handgrad):
 
 
 def test_control_characters_are_shown_escaped(handgrad):
-    """In names of files, in class names, in arguments: nothing reaches the terminal raw."""
+    """No control character in a file's name, a class's name or an argument reaches the terminal."""
     evil = "a\x1b[2J\rb"
     arrays(f"{evil}.npz")
     argv = ("--hidden", "4", "--device", "cpu", "--engine", "manual", "--epochs", "1")
@@ -383,7 +387,9 @@ def test_control_characters_are_shown_escaped(handgrad):
 
 
 def test_all_printing_goes_through_one_function():
-    """`say` escapes; only the help, which is our own text, is printed as it is."""
+    """All commands print by `say`, which escapes. Only the help is printed directly, because it is
+    our own text.
+    """
     for path in Path(cli.__file__).parent.glob("*.py"):
         calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
         printed = [ast.unparse(call) for call in calls if ast.unparse(call.func) == "print"]
@@ -398,7 +404,7 @@ def test_convnet_says_which_images_it_takes(handgrad):
 
 
 def test_numbers_are_no_classes(handgrad):
-    """Float targets train by squared error, and what is printed is its mean over the test data."""
+    """Float targets train by squared error. The printed loss is its mean over the test data."""
     generator = np.random.default_rng(0)
     x = generator.normal(size=(200, 3)).astype(np.float32)
     y = (x @ np.array([1.0, -2.0, 0.5]) + 3).astype(np.float32)

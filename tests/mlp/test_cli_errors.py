@@ -1,4 +1,4 @@
-"""cli: bad input is one line on stderr and exit status 2, and leaves every file as it was."""
+"""Bad input gives one line on stderr and exit status 2, and changes no file."""
 
 import re
 import urllib.error
@@ -92,7 +92,7 @@ BAD = {
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder with data sets that are wrong in some way, and a network that is down."""
+    """A folder with data sets that are wrong in some way. Downloads fail."""
     datasets = pytest.importorskip("torchvision.datasets")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
@@ -123,7 +123,7 @@ def test_one_line_and_status_2(case, folder, capsys):
     assert status == 2
     assert err.startswith("handgrad: ") and err.count("\n") == 1 and re.search(message, err), err
     after = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    if case == "diverged":  # its run had begun
+    if case == "diverged":  # the run had started
         assert [p.name for p in after.keys() - before.keys()] == ["config.json"]
     else:
         assert after == before and out == ""

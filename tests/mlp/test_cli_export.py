@@ -1,4 +1,6 @@
-"""`handgrad export`: other programs compute from raw inputs what ours compute from a data set."""
+"""After `handgrad export`, other programs compute from raw inputs what we compute from the data
+set.
+"""
 
 import numpy as np
 import pytest
@@ -19,7 +21,9 @@ def a_folder_of_its_own(tmp_path, monkeypatch):
 
 
 def write_table(targets):
-    """A data set whose columns differ a millionfold, so that it is standardised."""
+    """Writes data.npz and returns its inputs. Its columns differ a millionfold, so it is
+    standardised.
+    """
     made = np.random.default_rng(0)
     x = made.normal([1e6, 0.0, 5.0], [10.0, 1.0, 1e-2], (60, 3))
     np.savez("data.npz", X=x, y=targets(x))
@@ -27,7 +31,7 @@ def write_table(targets):
 
 
 def expected(settings, model):
-    """What the run's own reading of its test data and its network give."""
+    """The network's answers for the test data as the run reads them."""
     found = setup.suited(settings, setup.load_run(settings), loss_chosen=True)
     loss, units = settings.recipe.make_loss(), found.facts.units
     outputs = torch.cat([out for out, _ in metrics.outputs(model, found.test)]).detach()
@@ -36,7 +40,7 @@ def expected(settings, model):
     return outputs if units is None else units.own(outputs)
 
 
-@pytest.mark.filterwarnings("ignore")  # the exporter's own deprecations
+@pytest.mark.filterwarnings("ignore")  # torch's exporter warns about its own deprecations
 @pytest.mark.parametrize("kind", ["digits", "classes", "numbers"])
 def test_onnx_agrees_from_raw_inputs(kind, monkeypatch, capsys):
     onnxruntime = pytest.importorskip("onnxruntime")

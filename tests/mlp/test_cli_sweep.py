@@ -1,4 +1,4 @@
-"""cli: `handgrad sweep`: what it prints and writes, and what it refuses before it trains."""
+"""`handgrad sweep`: what it prints and writes, and what it refuses before it trains."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def run(tmp_path, monkeypatch, capsys):
 
 
 def test_sweep(run):
-    """A line that says what is trained, a table best first, a file for every network."""
+    """It prints what is trained and a table, best first. It writes a file for every network."""
     status, out, err = run(f"{QUICK} --replicas 3 --epochs 3 --lr 0.01:1e12 --seed 4 --out all")
     assert (status, err) == (0, "")
     lines = out.splitlines()
@@ -76,7 +76,7 @@ def test_nothing_is_trained_before_all_is_checked(case, run, monkeypatch, tmp_pa
 
 
 def test_large_seeds(run):
-    """Up to 2⁶³: each network's own is stored."""
+    """Seeds may be up to 2⁶³. Each network's own seed is stored."""
     seed = 2**63
     assert run(f"{QUICK} --replicas 2 --epochs 1 --seed {seed} --out all")[0] == 0
     with open("all/sweep.jsonl") as file:

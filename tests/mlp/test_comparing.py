@@ -1,4 +1,4 @@
-"""Runs side by side: `runs`, `report` of several, `--seeds`, and a run's page in HTML."""
+"""Comparing runs: `runs`, `report` of several, `--seeds`, and a run's page in HTML."""
 
 import html.parser
 import json
@@ -27,7 +27,7 @@ def last(run):
 
 
 class Page(html.parser.HTMLParser):
-    """The tags of a page, and what it refers to."""
+    """The tags of a page, its references (src, href), and the titles of its images."""
 
     def __init__(self, text):
         super().__init__()
@@ -41,7 +41,7 @@ class Page(html.parser.HTMLParser):
 
 
 def test_runs_side_by_side(capsys):
-    """Seeds, their mean and deviation, the list of runs, and the figure of several."""
+    """--seeds prints mean and deviation, `runs` lists the runs, and `report` draws several."""
     assert main(["train", "digits", *QUICK, "--seeds", "3", "--seed", "5", "--out", "s"]) == 0
     out = capsys.readouterr().out
     paths = ["s/seed-5", "s/seed-6", "s/seed-7"]
@@ -67,7 +67,9 @@ def test_runs_side_by_side(capsys):
 
 
 def test_score_is_of_the_weights_that_are_kept(capsys):
-    """Early stopping by the validation loss keeps an epoch that is not the last."""
+    """Early stopping by the validation loss keeps the weights of an earlier epoch. `runs` and
+    `evaluate` give that epoch's accuracy.
+    """
     words = ["--epochs", "9", "--lr", "3", "--early-stopping", "2", "--validation", "0.2"]
     assert main(["train", "digits", *QUICK, *words, "--out", "run"]) == 0
     history = rows("run")

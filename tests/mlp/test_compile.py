@@ -1,5 +1,5 @@
-"""torch.compile and torch.export of networks: equal to eager, compiled once for every size of a
-batch.
+"""torch.compile and torch.export of networks equal eager. One graph serves every later batch
+size.
 """
 
 import copy
@@ -61,8 +61,8 @@ def twins(network, device):
 @EACH_NETWORK
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_training(network, optimizer, device):
-    """Forward and loss in one graph, with its backward; the update in another. They serve every
-    later batch.
+    """Forward, loss and their backward are one graph, the update is another. Later batches of any
+    size use the same graphs.
     """
     loss = CrossEntropyLoss(label_smoothing=0.1)
     runs = []
@@ -94,7 +94,7 @@ def test_training(network, optimizer, device):
     ],
 )
 def test_every_optimizer(optimizer, options, device):
-    """Each step is one graph, and takes the steps of eager mode."""
+    """The step of every optimizer is one graph and equals eager mode's."""
     eager, ours = (
         [torch.linspace(-1, 1, n, device=device).requires_grad_() for n in (7, 12)]
         for _ in range(2)
@@ -106,7 +106,7 @@ def test_every_optimizer(optimizer, options, device):
             for p in params:
                 p.grad = torch.cos(i * p.detach())
             step()
-    # Counts of steps are tensors while traced: their powers are then rounded to float32.
+    # While traced, the count of steps is a tensor, so its powers are rounded to float32.
     torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
     assert not counters["graph_break"]
 
@@ -124,7 +124,7 @@ def test_every_optimizer(optimizer, options, device):
     ids=lambda loss: repr(loss)[:40],
 )
 def test_losses(loss, device):
-    """Of one module for every size of a batch, the gradient of a target with one too."""
+    """A compiled loss equals eager for every batch size, also in the target's gradient."""
     run = compiled(loss.to(device))
     for x, _ in batches(device):
         tensors = [x.requires_grad_(), x.detach().softmax(1).requires_grad_()]
@@ -156,9 +156,8 @@ def test_a_whole_step_is_one_graph(device):
                 step(networks[0], optimizers[0], x, t), run(networks[1], optimizers[1], x, t)
             )
     assert_equal(*(list(net.parameters()) for net in networks))
-    assert (
-        counters["stats"]["unique_graphs"] == 2
-    )  # for the first size of a batch, and for every other
+    # one graph for the first batch size, one for all others
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler on the CPU")
@@ -175,8 +174,8 @@ def test_inductor(device):
 
 @EACH_NETWORK
 def test_export(network):
-    """A trained network exports as torch's own operators, for every size of a batch: it runs
-    without this library.
+    """A trained network exports as torch's own operators, for every batch size. So it runs without
+    this library.
     """
     net = NETWORKS[network]()
     optimizer = SGD(net.parameters(), 0.1)

@@ -1,5 +1,6 @@
-"""The epoch in one compiled call: what it trains is what the references train, in float64, whatever
-the network, the rows of the tables, the batch and the number of threads.
+"""The epoch in one compiled call trains as the references in float64 do.
+
+This holds for every network, row of the tables, batch size and number of threads.
 """
 
 import ctypes
@@ -33,7 +34,7 @@ def on_the_cpu():
 
 @pytest.fixture
 def fixed(monkeypatch):
-    """A function that makes every piece so many steps by so many threads."""
+    """A function of (workers, steps) that gives every piece this many threads and steps."""
 
     def use(workers, steps):
         monkeypatch.setattr(epoch._Choice, "next", lambda choice: (workers, steps))
@@ -65,7 +66,9 @@ def options(rule):
 
 
 def check(spec, parameters, states, data, targets, order, batch=32, taken=0):
-    """Train it both ways; losses agree to 1e-6, parameters and states to 1e-5 of their largest."""
+    """Trains in float32 and by the reference in float64. Losses must agree to 1e-6, parameters and
+    states to 1e-5 of their largest number.
+    """
     hyper = hyperparameters(spec.rule, dtype=torch.float64, **options(spec.rule))
     scale, shift = (1 / 255, -0.3) if data.dtype == torch.uint8 else (1.0, 0.0)
     exact = [p.double() for p in parameters], [[s.double() for s in lists] for lists in states]
@@ -136,9 +139,9 @@ def test_every_rule_from_the_first_step_and_later(name):
     [
         ((784, 100, 50, 10), 32, 70),  # the reference network, and a last batch of 6
         ((784, 100, 50, 10), 1, 3),
-        ((1, 1), 32, 40),  # nothing but padding
-        ((4, 3), 200, 70),  # one layer, one batch larger than the data
-        ((300, 260, 256, 70), 50, 120),  # wider and more classes than the GPU's kernels take
+        ((1, 1), 32, 40),  # vectors are nearly all padding
+        ((4, 3), 200, 70),  # one layer, and a batch larger than the data
+        ((300, 260, 256, 70), 50, 120),  # too wide, with too many classes, for GPU kernels
         ((20, 9, 9, 9, 9, 4), 3, 10),
     ],
 )
@@ -206,7 +209,7 @@ def test_the_number_of_threads_and_pieces_changes_no_bit(fixed):
 
 def test_threads_stay_on_cores_apart_while_they_work():
     if not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("needs two cores, and a system that lets a thread choose")
+        pytest.skip("needs two cores, and a system where a thread can choose its core")
     before, cores = os.sched_getaffinity(0), {}
 
     def work(worker):
@@ -218,27 +221,27 @@ def test_threads_stay_on_cores_apart_while_they_work():
         assert os.sched_getaffinity(0) == before
         assert pool.submit(os.sched_getaffinity, 0).result() == before
     with team.threads(2) as again:
-        assert again is pool, "kept for the next epoch"
+        assert again is pool, "the pool must be kept for the next epoch"
 
 
 def test_threads_are_measured_and_the_fastest_is_taken():
     choice = epoch._Choice(6, 1e-3)
     assert choice.counts == [1, 2, 4, 6]
     seconds = {1: 3e-4, 2: 2e-4, 4: 1e-4, 6: 5e-4}
-    for slower in (2, 1, 3):  # of three trials the best counts
+    for slower in (2, 1, 3):  # the best of three trials counts
         for workers in (1, 2, 4, 6):
             assert choice.next()[0] == workers
             choice.took(workers, seconds[workers] * slower)
     assert choice.seconds == seconds
     assert choice.next() == (4, 2500)  # a quarter of a second
-    choice.took(4, 4e-4)  # one piece: a thread that started late
+    choice.took(4, 4e-4)  # one slow piece changes nothing: a thread may have started late
     assert choice.next() == (4, 2500)
     for _ in range(2):
-        choice.took(4, 4e-4)  # a neighbour came
+        choice.took(4, 4e-4)  # three slow pieces do: another program takes time
     assert choice.next() == (2, 1250)
     workers, steps = zip(*(choice.next() for _ in range(40)))
-    assert set(workers) == {1, 2, 4, 6}, "those that lost are measured again"
-    assert min(steps) * 2e-4 < 0.011, "but not for long"
+    assert set(workers) == {1, 2, 4, 6}, "slower counts must be measured again"
+    assert min(steps) * 2e-4 < 0.011, "a slower count must be measured briefly"
 
 
 def test_an_interrupt_is_answered_within_the_epoch(fixed):
@@ -331,9 +334,10 @@ def test_auto_takes_it_where_it_pays(monkeypatch):
     assert engines.choose(*arguments, steps=1_000_000)[0].name == "epoch"
     monkeypatch.setattr(epoch, "is_compiled", lambda: True)
     assert engines.choose(*arguments, steps=10_000)[0].name == "epoch"
-    assert engines.choose("epoch", *arguments[1:], steps=1)[0].name == "epoch", "as asked for"
+    chosen, _ = engines.choose("epoch", *arguments[1:], steps=1)
+    assert chosen.name == "epoch", "an engine that is asked for by name is taken"
     monkeypatch.setattr(cpu, "is_loaded", lambda: True)
-    assert engines.choose(*arguments, steps=1)[0].name == "epoch", "nothing is left to load"
+    assert engines.choose(*arguments, steps=1)[0].name == "epoch", "numba is loaded already"
 
 
 def test_without_numba_the_note_says_what_would_be_faster(monkeypatch):
@@ -349,7 +353,7 @@ def test_many_networks_are_trained_as_the_reference_trains_them(monkeypatch, thr
     torch.manual_seed(0)
     x, y = torch.rand(70, 12), torch.randint(0, 4, (70,))
     results = []
-    for reason in (None, "the reference, then"):
+    for reason in (None, "so the reference trains"):
         monkeypatch.setattr(cpu, "costs", lambda *_, reason=reason: reason)
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
         sweep = mlp.Sweep([12, 9, 4], 5, [0.01, 0.1, 0.2, 0.3, 0.4], momentum=0.9)
@@ -424,7 +428,7 @@ def test_softmax_the_one_formula_written_twice_is_its_row():
 def test_code_on_disk_is_found_by_its_digest():
     assert epoch.is_compiled() or epoch.compiled().stats.cache_path is None
     one, two = (rows.scalar(ACTIVATIONS[name].forward).text for name in ("silu", "sigmoid"))
-    assert two in one, "what a scalar calls belongs to its digest"
+    assert two in one, "the digest of a scalar must include the functions that it calls"
 
     def other():
         return 2

@@ -1,4 +1,4 @@
-"""data: data sets by name, how rows are read, in which order, and what is said when they cannot be
+"""Data sets by name: how rows are read, in which order, and the errors when a data set cannot be
 had.
 """
 
@@ -75,8 +75,8 @@ def test_mnist():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["uint8", "float32", "float64"])
 def test_batch_is_indexing(kind, dtype, device):
-    """A batch is raw · scale + shift of its rows; normalisations add up, and nothing stored
-    changes.
+    """A batch is raw · scale + shift of its rows. Normalisations add up, and the stored rows stay
+    unchanged.
     """
     raw = pixels().inputs if kind == "uint8" else torch.randn(20, 6, dtype=getattr(torch, kind))
     stored = (
@@ -101,9 +101,7 @@ def test_batch_is_indexing(kind, dtype, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_batches_reuse_their_buffers(dtype):
-    """The same memory for every batch of a size, whatever is stored: what engines that repeat
-    recorded calls rely on.
-    """
+    """All batches of a size use the same memory. Engines that repeat recorded calls need this."""
     for inputs in (pixels().inputs, torch.randn(20, 6), torch.randn(20, 6, dtype=torch.float64)):
         stored = Dataset(inputs, torch.randn(20, 2), shift=1.0)
         batches = [stored.batch(torch.arange(start, start + 4), dtype) for start in (0, 4, 8)]
@@ -138,8 +136,8 @@ def test_data_sets_that_cannot_be():
     assert not Dataset(x, torch.randn(4, 2)).is_classification
 
 
-def test_what_data_by_name_are_not():
-    """A shape or a task that was asked for is never passed over in silence."""
+def test_options_that_do_not_fit_a_named_data_set():
+    """A shape or a task that does not fit is refused, never ignored."""
     assert data.load("digits", image="8x8")[0].image_shape == (1, 8, 8)
     with pytest.raises(DataError, match=r"digits: its images are \(1, 8, 8\), but 4x16 was asked"):
         data.load("digits", image="4x16")
@@ -165,7 +163,9 @@ def test_unknown_name():
 )
 @pytest.mark.parametrize("name", data.TORCHVISION)
 def test_no_network(name, fail, tmp_path, monkeypatch):
-    """Says how to place the files by hand, and that digits needs none."""
+    """Without a network, the error says where to put the files by hand, and that digits needs no
+    download.
+    """
     kind = getattr(pytest.importorskip("torchvision.datasets"), data.TORCHVISION[name])
     monkeypatch.setattr(kind, "download", lambda self: (_ for _ in ()).throw(fail))
     message = f"{name}: cannot be downloaded into.*{kind.__name__}/raw by hand, or train on digits"
@@ -175,8 +175,8 @@ def test_no_network(name, fail, tmp_path, monkeypatch):
 
 
 def test_folder_that_cannot_be_written(tmp_path, monkeypatch):
-    """A file in its place, or no permission: named before anything is downloaded. (root may write
-    everywhere.)
+    """A folder that cannot be written is named before anything is downloaded. os.access is
+    replaced, because root may write everywhere.
     """
     pytest.importorskip("torchvision")
     (tmp_path / "file").write_text("")
@@ -202,7 +202,7 @@ def test_default_folder(monkeypatch):
     "content", [b"", b"junk", bytes([0, 0, 8, 3] + [0, 0, 0, 9] * 3)], ids=["empty", "junk", "cut"]
 )
 def test_damaged_mnist_file(content, tmp_path):
-    """Empty, other, or cut after the header."""
+    """An empty, foreign or cut file is refused in one line."""
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):

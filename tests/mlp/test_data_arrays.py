@@ -1,4 +1,4 @@
-"""data: what is in an array: which axes are an image's, which values are black and white, which
+"""How arrays are understood: which axes are an image's, which values are black and white, which
 labels are classes.
 """
 
@@ -17,14 +17,14 @@ LABELS = np.arange(20) % 3
 
 
 def together(parts):
-    """All inputs as read, in the order of the first column, and the parts' common fields."""
+    """(all inputs as read, sorted by the first column; the training part)."""
     train, _ = parts
     rows = torch.cat([part.read(part.inputs) for part in parts])
     return rows[rows[:, 0].argsort()], train
 
 
 def byte_images(*axes):
-    """Pixels from 0 to 255; the first one numbers the images."""
+    """Pixels from 0 to 255. An image's first pixel is its number."""
     images = RNG.integers(0, 256, (20, *axes), dtype=np.uint8)
     images.reshape(20, -1)[:, 0] = np.arange(20)
     images.reshape(20, -1)[:, 1] = 255
@@ -94,7 +94,7 @@ def test_the_shape_that_was_asked_for():
 
 
 def test_a_table_is_no_image():
-    """25 columns are no image of 5 × 5, but 784 pixels are, with a note."""
+    """25 columns are no image, but rows of 784 pixels are one, with a note."""
     for table in (RNG.normal(size=(20, 25)), byte_images(25), RNG.normal(size=(20, 784))):
         assert from_arrays(table, LABELS)[0].image_shape is None
     train, _ = from_arrays(byte_images(784), LABELS, name="mine")
@@ -110,7 +110,7 @@ def test_a_table_is_no_image():
 
 BYTES = byte_images(8, 8)
 UNIT = (BYTES / 255).astype(np.float32)
-# what a file holds, levels, the dtype here, whether there is a note
+# (array in the file, levels of black and white, dtype of the inputs, True if there is a note)
 RANGES = {
     "uint8": (BYTES, (0, 255), torch.uint8, False),
     "int64": (BYTES.astype(np.int64), (0, 255), torch.uint8, True),
@@ -138,7 +138,9 @@ RANGES = {
 @pytest.mark.parametrize("flat", [False, True], ids=["images", "rows"])
 @pytest.mark.parametrize("kind", RANGES)
 def test_black_and_white(kind, flat):
-    """Every way to hold pixels reads black as 0 and white as 1, or as the file has them."""
+    """However pixels are stored, black reads as 0 and white as 1. Where the levels are unknown, the
+    numbers stay.
+    """
     images, levels, dtype, noted = RANGES[kind]
     if flat:
         images = images.reshape(20, 64)
@@ -157,7 +159,7 @@ def test_black_and_white(kind, flat):
 
 
 def test_flat_pixels_without_a_shape():
-    """Bytes in wider types are pixels where there are 64 or more; a table keeps its numbers."""
+    """Whole numbers up to 255 are pixels where a row has at least 64. A table keeps its numbers."""
     train, _ = from_arrays(BYTES.reshape(20, 64).astype(float), LABELS)
     assert (train.scale, train.levels, train.image_shape) == (1 / 255, (0, 255), None)
     assert "float64 0 to 255: white is taken for 255, read as 0 to 1" in train.notes[0]
@@ -165,14 +167,14 @@ def test_flat_pixels_without_a_shape():
     for numbers in (table, table.astype(float)):
         train, _ = from_arrays(numbers, LABELS)
         assert (train.scale, train.levels, train.notes) == (1, None, ())
-        assert train.inputs.dtype == torch.float64, "as a standardisation needs it"
+        assert train.inputs.dtype == torch.float64, "a standardisation needs float64"
 
 
 def test_training_and_test_data_are_read_alike():
     train, test = from_arrays(BYTES, LABELS, BYTES.astype(float), LABELS)
     assert train.reading == test.reading
     assert torch.equal(train.inputs, test.inputs)
-    dark = BYTES // 200  # joint range: the test data alone would be a mask
+    dark = BYTES // 200  # alone these would be a mask of 0 and 1
     train, test = from_arrays(BYTES, LABELS, dark, LABELS)
     assert test.levels == (0, 255) and test.inputs.max() == 1
     with pytest.raises(
@@ -231,7 +233,7 @@ def test_two_classes():
     assert names == ("5",) and set(numbers) == {0} and "nothing to learn" in notes[-1]
 
 
-def test_labels_of_the_test_data_are_mapped_with_the_training_datas():
+def test_training_and_test_labels_have_one_list_of_classes():
     x = np.arange(20.0)[:, None]
     train, test = from_arrays(x, LABELS + 5, x[:3], np.array([7, 5, 9]))
     assert train.classes == test.classes == ("5", "6", "7", "9")
@@ -296,6 +298,18 @@ def test_what_is_not_finite_is_found(part, value):
         DataError, match=rf"d \({name}\): inputs must be finite, got {value} in row 7, column 3"
     ):
         from_arrays(pair[0], LABELS, pair[1], LABELS, name="d")
+
+
+def test_mnist_in_wider_types_is_scaled():
+    """MNIST's pixels as floats or wider integers, flat or not, are read as bytes are."""
+    pixels = RNG.integers(0, 256, (40, 28, 28), dtype=np.uint8)
+    labels = np.arange(40) % 10
+    wanted, _ = from_arrays(pixels, labels)
+    for dtype in (np.float32, np.float64, np.int64, np.uint16):
+        for shape in ((40, 28, 28), (40, 784)):
+            train, _ = from_arrays(pixels.astype(dtype).reshape(shape), labels)
+            assert torch.equal(train.inputs, wanted.inputs) and train.image_shape == (1, 28, 28)
+            assert train.scale == 1 / 255 and train.notes
 
 
 def test_a_reading_survives_json():

@@ -1,4 +1,4 @@
-"""data: the command line on people's data: what it says, and that `evaluate` and `predict` read as
+"""The command line on people's data: what it says, and that `evaluate` and `predict` read data as
 `train` did.
 """
 
@@ -8,13 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from mlp.runs import RunFolder
 
 Image = pytest.importorskip("PIL.Image")
 RNG = np.random.default_rng(0)
-# Two classes of 4 × 4 pixels: a fifth of white, and four fifths of it.
+# Two classes of 4 × 4 pixels, one near a fifth of white, the other near four fifths.
 LABELS = np.arange(60) % 2
 SHARES = np.where(LABELS, 0.8, 0.2)[:, None, None] + RNG.uniform(-0.1, 0.1, (60, 4, 4))
 QUICK = ("--hidden", "8", "--epochs", "15", "--device", "cpu", "--engine", "manual", "--out", "run")
@@ -37,7 +36,7 @@ HELD = {
 
 @pytest.mark.parametrize("held", HELD)
 def test_predict_reads_as_train_did(held, handgrad):
-    """A PNG of grey 51 is the class of a fifth of white, whatever training held its pixels in."""
+    """A PNG of grey 51 gets the class of a fifth of white, for every type of training pixels."""
     np.savez("data.npz", x_train=HELD[held], y_train=LABELS)
     status, out, err = handgrad("train", "data.npz", *QUICK)
     assert status == 0, err
@@ -68,7 +67,9 @@ def rows_of_a_table():
 
 
 def test_a_table_is_standardised(handgrad):
-    """By default, with a note; evaluate takes the mean and deviation that are stored."""
+    """A table is standardised by default, with a note. `evaluate` uses the stored mean and
+    deviation.
+    """
     np.savez("t.npz", X=rows_of_a_table(), y=LABELS)
     status, out, err = handgrad("train", "t.npz", *QUICK)
     assert status == 0 and re.match(r"note: t \(train\): every column is standardised \(their", err)
@@ -82,7 +83,7 @@ def test_a_table_is_standardised(handgrad):
     np.savez("t.npz", X=changed + 1e9, y=LABELS)
     status, out, err = handgrad("evaluate", "run")
     assert status == 0 and "have changed since the run began" in err
-    assert f"accuracy {accuracy:.2%}" not in out, "standardised anew it would be as good as before"
+    assert f"accuracy {accuracy:.2%}" not in out, "the table was standardised again"
 
 
 def test_standardize_is_an_option(handgrad):
@@ -156,7 +157,7 @@ def test_pictures_of_data(kind, handgrad):
     for name in names:
         with Image.open(name) as image:
             assert image.format == "PNG" and image.getcolors(10**6) is not None
-            assert len(image.getcolors(10**6)) > 3, "not an empty sheet"
+            assert len(image.getcolors(10**6)) > 3, "the picture is empty"
     status, _, err = handgrad("data", "d.npz", "--plots", "--out", "nowhere")
     assert status == 2 and "--out nowhere: there is no such folder" in err
 
@@ -185,17 +186,3 @@ def test_a_reading_that_cannot_be(case, handgrad):
     Path("run/config.json").write_text(json.dumps(config))
     status, out, err = handgrad("evaluate", "run")
     assert (status, out) == (2, "") and err.startswith("handgrad: run/config.json: data: reading: ")
-
-
-def test_mnist_in_wider_types_is_scaled():
-    """Pixels from 0 to 255 as floats or whole numbers, flat or not, are read as bytes are."""
-    from mlp.data import from_arrays
-
-    pixels = RNG.integers(0, 256, (40, 28, 28), dtype=np.uint8)
-    labels = np.arange(40) % 10
-    wanted, _ = from_arrays(pixels, labels)
-    for dtype in (np.float32, np.float64, np.int64, np.uint16):
-        for shape in ((40, 28, 28), (40, 784)):
-            train, _ = from_arrays(pixels.astype(dtype).reshape(shape), labels)
-            assert torch.equal(train.inputs, wanted.inputs) and train.image_shape == (1, 28, 28)
-            assert train.scale == 1 / 255 and train.notes

@@ -1,4 +1,4 @@
-"""data: .npz, .npy and .mat files, and one line for every way that they can be wrong."""
+""".npz, .npy and .mat files. Each way that they can be wrong gives one clear line."""
 
 import functools
 import os
@@ -24,8 +24,8 @@ def write_mat(path, **arrays):
 
 @pytest.mark.parametrize("keys", KEYS, ids="-".join)
 def test_npz(keys, tmp_path):
-    """Every spelling of the keys; pixels stay uint8 and are read in [0, 1]; floats are read as they
-    are.
+    """Every spelling of the keys is known. Pixels stay uint8 and are read in [0, 1]. Floats are
+    read unchanged.
     """
     path = tmp_path / "images.npz"
     np.savez(path, **dict(zip(keys, (IMAGES, LABELS, IMAGES[:5], LABELS[:5].reshape(-1, 1)))))
@@ -58,7 +58,7 @@ def test_capitals_make_no_difference(tmp_path):
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_npy(count, tmp_path):
-    """Inputs and labels, training and test, in the order in which they are given."""
+    """.npy files stand for inputs and labels, then test inputs and labels, in the given order."""
     arrays = (IMAGES, LABELS, IMAGES[:5], LABELS[:5])[:count]
     for name, array in zip("abcd", arrays):
         np.save(tmp_path / f"{name}.npy", array)
@@ -86,7 +86,7 @@ def test_what_is_not_used_is_said(tmp_path, capsys):
 
 
 def test_mat_variables_of_all_kinds(tmp_path):
-    """Sparse numbers, words as characters, and words in cells are used."""
+    """A .mat file may hold sparse numbers, words as characters, and words in cells."""
     sparse = pytest.importorskip("scipy.sparse")
     numbers = np.eye(20, 5)
     words = np.array(["ant", "bee", "wolf"])[LABELS]
@@ -100,7 +100,7 @@ def test_mat_variables_of_all_kinds(tmp_path):
 
 @pytest.mark.parametrize("files", ["one", "two"])
 def test_mat(files, tmp_path):
-    """Rows of pixels and a column of labels, in one file or a pair."""
+    """Rows of pixels and a column of labels may lie in one .mat file or in two."""
     x, y = {"training_data": IMAGES.reshape(20, 16)}, {"training_label": LABELS.reshape(-1, 1)}
     source = f"{write_mat(tmp_path / 'data.mat', **x)},{write_mat(tmp_path / 'label.mat', **y)}"
     if files == "one":
@@ -157,7 +157,7 @@ def cells(*arrays):
 
 
 def bomb(tmp_path, shape):
-    """An archive of an array of zeros."""
+    """A small archive of a large array of zeros."""
     with zipfile.ZipFile(tmp_path / "f.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, rows in (("x_train", shape), ("y_train", (shape[0],))):
             with archive.open(f"{name}.npy", "w") as file:
@@ -169,7 +169,7 @@ def bomb(tmp_path, shape):
 
 
 def mat_bomb(tmp_path):
-    """As `bomb`; its variables are compressed one by one, and whosmat reads no more than sizes."""
+    """The same as a .mat file, whose variables are compressed one by one."""
     path = tmp_path / "f.mat"
     zeros = np.zeros((20, 1 << 17), np.uint8)
     pytest.importorskip("scipy.io").savemat(path, {"X": zeros, "y": LABELS}, do_compression=True)
@@ -276,7 +276,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_one_clear_line(case, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_HARMLESS", 2**20)  # small bombs will do
+    monkeypatch.setattr(files, "_HARMLESS", 2**20)  # so that small bombs suffice
     make, message = BAD[case]
     source = str(make(tmp_path))
     with pytest.raises(DataError, match=message) as error:

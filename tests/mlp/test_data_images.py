@@ -1,5 +1,5 @@
-"""data: image files of every mode, folders as people have them, and new images read as the training
-data were.
+"""Image files of every mode, folders as people have them, and new images that are read as the
+training data were.
 """
 
 import os
@@ -19,7 +19,9 @@ RED = np.stack([GREY, 255 - GREY, GREY // 3], 2)
 
 
 def write_images(folder, modes=("L",), sizes=((4, 4),), names=("ant", "bee", "cat"), count=4):
-    """Image i of class c is grey 10 · c + i; modes and sizes take turns."""
+    """Writes a folder of images for each class. Image i of class c is grey 10 · c + i. Modes and
+    sizes take turns.
+    """
     for c, name in enumerate(names):
         (folder / name).mkdir(parents=True)
         for i in range(count):
@@ -43,7 +45,7 @@ def palette(path):
 
 
 def with_alpha(levels, alpha):
-    """An image of these levels with a constant alpha, and what lies on white."""
+    """(an image of these levels with a constant alpha, its levels on white)."""
     plane = np.full((*levels.shape[:2], 1), alpha, np.uint8)
     stack = np.concatenate([levels.reshape(*levels.shape[:2], -1), plane], 2)
     return Image.fromarray(stack), 255 + (levels.astype(float) - 255) * alpha / 255
@@ -56,7 +58,7 @@ def transparent_palette(path):
 
 
 def oriented(path):
-    """A picture that a camera held on its side: shown turned by 90 degrees."""
+    """A picture by a camera held on its side. It is shown turned by 90 degrees."""
     exif = Image.Exif()
     exif[0x0112] = 6
     return saved(Image.fromarray(GREY), path, exif=exif)
@@ -64,7 +66,7 @@ def oriented(path):
 
 SHORT = (GREY.astype(np.uint16) * 257) - (GREY > 0) * np.uint16(3)
 COLOURS = np.eye(3, dtype=np.uint8)[[[0, 1, 2], [2, 1, 0]]] * 255
-# how a file is written, its pixels, the value of white
+# (how the file is written, its pixels, the value of white)
 MODES = {
     "L": (lambda p: saved(Image.fromarray(GREY), p), GREY, 255),
     "1": (lambda p: saved(Image.fromarray(GREY > 127), p), (GREY > 127) * 255, 255),
@@ -125,7 +127,7 @@ def test_an_image_keeps_its_levels(mode, tmp_path):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_folder_is_read_as_its_images_are(mode, tmp_path):
-    """In a folder, and by predict: the numbers that a network gets are the same."""
+    """A network gets the same numbers from a folder's image and from a new image."""
     write, pixels, white = MODES[mode]
     for name in "ab":
         (tmp_path / name).mkdir()
@@ -142,7 +144,7 @@ def test_a_folder_is_read_as_its_images_are(mode, tmp_path):
     torch.testing.assert_close(train.reading.numbers(row), numbers, rtol=1e-6, atol=1e-7)
 
 
-# how training held pixels of which 0.2 is grey 51
+# How training stored its pixels, which are shares of white.
 HELD = {
     "uint8": lambda x: (x * 255).round().astype(np.uint8),
     "int64": lambda x: (x * 255).round().astype(np.int64),
@@ -159,7 +161,7 @@ HELD = {
 @pytest.mark.parametrize("held", HELD)
 @pytest.mark.parametrize("new", ["8 bits", "16 bits", "RGB"])
 def test_new_images_are_read_as_the_training_data(new, held, tmp_path):
-    """Grey 51 is the number that training had for a fifth of white, however it was held."""
+    """Grey 51 gives the number that training had for a fifth of white, in whatever type."""
     shares = np.linspace(0, 1, 20 * 16).reshape(20, 4, 4)
     train, _ = from_arrays(HELD[held](shares), np.arange(20) % 2, image="4x4")
     levels = {
@@ -222,7 +224,7 @@ def test_new_images_are_resized(tmp_path):
         (Reading(image_shape=(4, 2, 3), levels=(0, 1)), "has 1 or 3 channels, but 4 are needed"),
     ],
 )
-def test_networks_that_no_image_is_for(reading, message, tmp_path):
+def test_networks_that_take_no_images(reading, message, tmp_path):
     with pytest.raises(DataError, match=message):
         open_image(saved(Image.fromarray(GREY), tmp_path / "a.png"), reading)
 
@@ -251,7 +253,9 @@ def test_colour_channels_stay_apart(tmp_path):
 
 
 def test_modes_that_are_mixed(tmp_path):
-    """One colour image makes all RGB; one of 16 bits makes all 16-bit; floats do not mix."""
+    """One colour image makes all RGB, and one of 16 bits makes all 16-bit. Floats do not mix with
+    whole numbers.
+    """
     write_images(tmp_path / "a", ["L", "RGB"])
     train, _ = data.load(str(tmp_path / "a"))
     assert train.image_shape == (3, 4, 4) and "6 of 12 images are grey" in train.notes[0]
@@ -290,8 +294,8 @@ def test_splits_in_all_spellings(train, test, tmp_path):
 
 
 def test_other_splits(tmp_path):
-    """Training data alone are split; validation data beside test data are not used, and it is
-    said. `test` may be a class where there is no folder of training data.
+    """Training data alone are split. Next to test data, validation data are not used, and a note
+    says so. Without a folder of training data, `test` may be a class.
     """
     write_images(tmp_path / "a" / "train")
     assert [len(part) for part in data.load(str(tmp_path / "a"))] == [10, 2]
@@ -311,8 +315,8 @@ def make_run(folder):
     Image.fromarray(GREY).save(folder / "curves.png")
 
 
-def test_what_is_no_data(tmp_path):
-    """Hidden files and folders, and runs that were trained here, are no classes and no images."""
+def test_hidden_files_and_runs_are_no_data(tmp_path):
+    """Hidden files and folders, and folders of runs, are neither classes nor images."""
     write_images(tmp_path)
     for hidden in (".ipynb_checkpoints", "__MACOSX", ".git", "@eaDir"):
         (tmp_path / hidden).mkdir()
@@ -352,7 +356,7 @@ def spoiled(spoil, **options):
 
 
 def header_of_a_huge_png(path):
-    """40,000 × 40,000 pixels in 8 kB: the header is patched, and the checksum made anew."""
+    """Writes a small PNG whose header, with a right checksum, says 40,000 × 40,000 pixels."""
     import struct
     import zlib
 

@@ -1,6 +1,4 @@
-"""data: what a program holds becomes a data set unchanged: arrays, frames, datasets and loaders of
-torch.
-"""
+"""Arrays, frames, and torch's datasets and loaders become a data set with the same numbers."""
 
 import numpy as np
 import pytest
@@ -22,7 +20,7 @@ PAIR = TensorDataset(torch.from_numpy(X), torch.from_numpy(Y))
 
 
 class Squares(torch.utils.data.Dataset):
-    """Samples one by one, as people write them."""
+    """A map-style data set that gives samples one by one."""
 
     def __len__(self):
         return 20
@@ -80,7 +78,7 @@ def test_numbers_stay_as_they_are(kind):
     assert Dataset.of(data) is data
 
 
-def test_words_are_classes_in_the_training_datas_order():
+def test_words_are_classes_in_the_order_of_training():
     words = np.array(["cat", "ant", "bee"])[Y]
     train = Dataset.of(X, words, name="train")
     assert train.classes == ("ant", "bee", "cat") and train.targets[:3].tolist() == [2, 0, 1]
@@ -180,7 +178,9 @@ def test_one_clear_line(kind):
 
 
 def test_fingerprint():
-    """Equal for equal contents; another for another number, label, shape, dtype or class name."""
+    """Equal contents have equal fingerprints. Another number, label, shape, dtype or class name
+    gives another.
+    """
     data = Dataset.of(X, Y)
     print_ = data.fingerprint()
     assert print_ == Dataset.of(X.copy(), torch.from_numpy(Y)).fingerprint()
@@ -197,5 +197,5 @@ def test_fingerprint():
     ]
     hashes = [other.fingerprint().hash for other in others]
     assert len({*hashes, print_.hash}) == 7
-    assert data.standardized().fingerprint() == print_, "of what was standardised"
+    assert data.standardized().fingerprint() == print_, "it must be that of the original data"
     assert data.standardized().take(5).fingerprint() != print_

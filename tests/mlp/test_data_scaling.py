@@ -1,4 +1,4 @@
-"""data: standardised tables, and what is said of a data set before anyone trains on it."""
+"""Standardised tables, and the description of a data set before training."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,9 @@ def table(scales, shifts=0.0, **options):
 
 
 def test_standardized():
-    """Mean 0 and deviation 1 for each feature, by the training data; kept for new rows."""
+    """Each feature of the training data gets mean 0 and deviation 1. New rows use the same
+    numbers.
+    """
     train, test = table([1e-3, 1.0, 1e6], 5.0), table([1e-3, 1.0, 1e6], 5.0)
     done = train.standardized()
     mean, std = train.inputs.mean(0), train.inputs.std(0, unbiased=False)
@@ -30,11 +32,13 @@ def test_standardized():
     torch.testing.assert_close(by.inputs.double(), (test.inputs - mean) / std, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(test.standardized(done.reading).inputs, by.inputs)
     torch.testing.assert_close(done.reading.numbers(test.inputs), by.inputs)
-    assert train.mean is None and train.inputs.dtype == torch.float64, "the original stays"
+    assert train.mean is None and train.inputs.dtype == torch.float64, "the original changed"
 
 
 def test_standardized_before_it_is_rounded():
-    """Seconds since 1970 that differ by minutes are equal in float32."""
+    """Times in seconds since 1970 that differ by minutes are equal in float32. Standardised before
+    rounding, they differ.
+    """
     seconds = 1.7e9 + 60 * torch.arange(40.0, dtype=torch.float64)
     train = Dataset(seconds[:, None], LABELS)
     assert train.inputs.float().unique().numel() < 25 and lost_in_float32(train) == [0]
@@ -51,7 +55,7 @@ def test_what_float32_hides_is_said(tmp_path):
 
 
 def test_standardized_constant_columns():
-    """A column that never changes becomes 0, whatever its value; nothing is divided by 0."""
+    """A constant column becomes 0, without a division by 0."""
     x = torch.randn(40, 3, dtype=torch.float64)
     x[:, 1] = 0.1
     train = Dataset(x, LABELS).standardized()
@@ -61,7 +65,9 @@ def test_standardized_constant_columns():
 
 
 def test_standardized_pixels():
-    """Of pixels too: what black and white are stays known, and a normalisation is undone."""
+    """Standardised pixels keep their levels of black and white. An earlier normalisation has no
+    effect.
+    """
     pixels = torch.randint(0, 256, (40, 12), dtype=torch.uint8)
     train = Dataset(pixels, LABELS, image_shape=(1, 3, 4), scale=1 / 255, levels=(0.0, 255.0))
     done, again = train.standardized(), train.normalized(0.5, 0.5).standardized()
@@ -137,7 +143,7 @@ def test_numbers_too_large_for_float32(tmp_path):
 
 
 def test_breast_cancer(tmp_path):
-    """scikit-learn's table, whose columns have deviations from 0.002 to 570."""
+    """A table whose columns have deviations from 0.002 to 570 is learnt, as it is standardised."""
     from mlp import recipes
     from mlp.trainer import Trainer
 

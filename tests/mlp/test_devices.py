@@ -1,4 +1,6 @@
-"""Two processes on the CPU share a training: the losses of one process, and what a death leaves."""
+"""Two processes on the CPU share a training. Losses are those of one process, and the death of one
+ends both cleanly.
+"""
 
 import json
 import os
@@ -14,9 +16,9 @@ from mlp import engines
 from mlp.__main__ import main
 from tests import ROOT
 
-# 33 and 1438 = 43 · 33 + 19 are odd: the processes' parts differ in size.
+# The batch of 33 and the last one of 19 are odd, so the two processes' parts differ in size.
 RULES = ("--hidden", "8", "--batch-size", "33", "--device", "cpu", "--clip-norm", "1")
-LIMIT = 300  # seconds until a test that hangs is ended
+LIMIT = 300  # seconds after which a test that hangs fails
 
 
 def rows(run):
@@ -24,7 +26,7 @@ def rows(run):
 
 
 def rank_of(process):
-    """RANK in a process's environment, "" if it has none."""
+    """The variable RANK in a process's environment, or "" if it has none."""
     words = Path(f"/proc/{process}/environ").read_bytes().decode().split("\0")
     return next((word.removeprefix("RANK=") for word in words if word.startswith("RANK=")), "")
 

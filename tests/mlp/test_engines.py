@@ -1,5 +1,5 @@
-"""engines: the same batches in the same order, losses that agree to rounding, and a word on who
-serves what.
+"""All engines take the same batches in the same order, and their losses agree to rounding.
+`auto` says why it takes an engine.
 """
 
 import pytest
@@ -27,7 +27,7 @@ OPTIONS = {
 
 
 def problem(kind="labels", count=75):
-    """Pixels and targets that a small network learns; the last batch of 16 has 11."""
+    """Pixels and targets that a small network learns. In batches of 16 the last one has 11."""
     torch.manual_seed(0)
     pixels = torch.randint(0, 256, (count, 12), dtype=torch.uint8)
     sums = pixels.float() @ torch.randn(12, 4)
@@ -49,8 +49,8 @@ def train(
     model=None,
     **options,
 ):
-    """(losses and accuracies of each epoch, weights) of a run from a fixed seed; skips where the
-    engine does not serve.
+    """([(loss, accuracy) of each epoch], weights) of a run from a fixed seed. Skips the test, with
+    the reason, where the engine refuses.
     """
     torch.manual_seed(1)
     model = (model or (lambda: MLP((12, 10, 8, 4), **{"activation": "tanh", **options})))().to(
@@ -85,7 +85,7 @@ def test_same_run_with_every_activation(activation, engine, device):
 @EACH
 @pytest.mark.parametrize("optimizer", OPTIONS.values(), ids=OPTIONS)
 def test_same_run_with_every_optimizer(optimizer, engine, device):
-    """torch's own optimizers included."""
+    """This includes an optimizer of torch."""
     assert_same_run(
         *(train(e, device, optimizer=optimizer) for e in (engine, "autograd")), tolerance=1e-4
     )
@@ -133,7 +133,9 @@ def test_same_run_of_a_convnet(engine, device):
 
 
 def test_auto_says_why(device, capsys):
-    """The last of the table that serves; the note names it and what the others lacked."""
+    """`auto` takes the last engine of the table that serves. The note names it, and says for each
+    later one why not.
+    """
     model = MLP((12, 6, 4)).to(device)
     trainer = Trainer(model)
     trainer.fit(problem(), 1, 16)

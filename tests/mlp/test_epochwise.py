@@ -1,5 +1,5 @@
-"""epochwise: epochs and steps inside kernels (on a CPU, in the interpreter) train as the reference
-path does.
+"""Epochs and steps inside kernels train as the reference does. On a CPU the kernels run in the
+interpreter.
 """
 
 from contextlib import nullcontext
@@ -27,7 +27,7 @@ def by_the_reference(data, **options):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_losses_are_the_references(engine, device):
-    """A short run on the kernels has the losses of the reference path, to 1e-5."""
+    """A short run on the kernels has the reference's losses and weights, to 1e-5."""
     data = problem(count=40)
     assert_same_run(train(engine, device, data, epochs=2), by_the_reference(data))
 
@@ -52,7 +52,9 @@ def test_every_optimizer(optimizer, engine, device):
     ids=["quantiles", "pos_weight", "delta", "by name"],
 )
 def test_losses_with_parameters(loss, engine, device):
-    """Modules and names, in `Trainer`'s hands; one column of targets serves several quantiles."""
+    """`Trainer` takes losses as modules and by name. One column of targets serves several
+    quantiles.
+    """
     given = loss()
     torch.manual_seed(0)
     x, y = torch.randn(20, 12), torch.rand(20, 3)

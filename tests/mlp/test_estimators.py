@@ -1,4 +1,4 @@
-"""The estimators are scikit-learn's: its own checks pass, and the same network comes out."""
+"""The estimators replace scikit-learn's: they pass its own checks and train the same network."""
 
 import pickle
 import subprocess
@@ -24,8 +24,8 @@ NAMES = ("MLPClassifier", "MLPRegressor")
 
 
 def pair(name, **options):
-    # torch adds epsilon to Adam's denominator after the bias correction, scikit-learn before: with
-    # a tiny one both are the same.
+    # torch adds Adam's epsilon after the bias correction, scikit-learn before. With a tiny epsilon
+    # both give the same.
     options = {"random_state": 0, "max_iter": 8, "epsilon": 1e-30, **options}
     options = {"hidden_layer_sizes": (7, 5), **options}
     return getattr(mlp, name)(device="cpu", **options), getattr(neural_network, name)(**options)
@@ -52,7 +52,7 @@ def test_parameters_are_scikit_learns(name):
     assert getattr(mlp, name)(**given).get_params(deep=False) == given
 
 
-# The checks that train most often are slow: the whole list runs with --full.
+# scikit-learn's whole list takes long, so it runs with --full only.
 @pytest.mark.parametrize("name", NAMES)
 def test_scikit_learns_own_checks(name, request):
     estimator = getattr(mlp, name)(device="cpu", max_iter=100)
@@ -91,7 +91,9 @@ OPTIONS = {
 
 
 def assert_same(ours, theirs, x):
-    """Losses, weights and predictions are those of scikit-learn, in float64."""
+    """Losses, weights and predictions in float64 equal scikit-learn's to 1e-9, as only the order of
+    sums differs.
+    """
     assert ours.n_iter_ == theirs.n_iter_ and ours.t_ == theirs.t_
     numpy.testing.assert_allclose(ours.loss_curve_, theirs.loss_curve_, rtol=1e-9)
     for a, b in zip([*ours.coefs_, *ours.intercepts_], [*theirs.coefs_, *theirs.intercepts_]):
@@ -204,9 +206,11 @@ COMPILED = [
 
 
 @pytest.mark.parametrize(("name", "changes"), COMPILED)
-@pytest.mark.parametrize("rows", [150, 90])  # 90: two classes, whose targets are signs
+@pytest.mark.parametrize("rows", [150, 90])  # the first 90 rows have only two classes
 def test_many_compiled_epochs_are_scikit_learns(name, changes, rows):
-    """Losses with their penalty, the epoch that ends it, the best weights, the random state."""
+    """Many epochs in one compiled call give scikit-learn's losses with their penalty, last epoch,
+    best weights and random state.
+    """
     pytest.importorskip("numba")
     if kernels.backend(torch.empty(0)) != "torch":
         pytest.skip("the compiled epoch serves where no kernel does")
@@ -237,7 +241,9 @@ def test_many_compiled_epochs_are_scikit_learns(name, changes, rows):
     ],
 )
 def test_compiled_epochs_are_the_manual_ones(changes):
-    """Weight decay on weights alone, another one in the last batch, rates that change."""
+    """The compiled epoch equals the manual engine, also where weight decay applies to weights only,
+    differs in the last batch, or rates change.
+    """
     pytest.importorskip("numba")
     if kernels.backend(torch.empty(0)) != "torch":
         pytest.skip("the compiled epoch serves where no kernel does")

@@ -1,4 +1,4 @@
-"""Exported networks compute what ours compute: plain torch modules, and ONNX by onnxruntime."""
+"""Exported networks compute what ours compute, as plain torch modules and as ONNX."""
 
 import sys
 
@@ -55,9 +55,9 @@ def test_other_classes_are_refused():
         export.plain(Wider([4, 2]))
 
 
-@pytest.mark.parametrize("bad", [mlp.MLP([4, 2]).half(), mlp.MLP([4, 2]).double()])
-def test_dtypes_stay(bad):
-    assert export.plain(bad)[0].weight.dtype == bad[0].weight.dtype
+@pytest.mark.parametrize("model", [mlp.MLP([4, 2]).half(), mlp.MLP([4, 2]).double()])
+def test_dtypes_stay(model):
+    assert export.plain(model)[0].weight.dtype == model[0].weight.dtype
 
 
 def test_torch_file_is_a_plain_state_dict(tmp_path):
@@ -70,7 +70,7 @@ def test_torch_file_is_a_plain_state_dict(tmp_path):
     torch.testing.assert_close(plain(x), model(x))
 
 
-@pytest.mark.filterwarnings("ignore")  # the exporter's own deprecations
+@pytest.mark.filterwarnings("ignore")  # torch's exporter warns about its own deprecations
 def test_onnx_agrees(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -1,5 +1,5 @@
-"""fuse: models of many kinds give what they gave before, keep parameters, names and hooks, and say
-what was left alone.
+"""Fused models of many kinds give the same outputs and gradients. They keep their parameters and
+names.
 """
 
 import copy
@@ -16,7 +16,7 @@ from tests.checks import assert_as_accurate, assert_equal
 
 
 class Mixer(nn.Module):
-    """A block of MLP-Mixer: torchvision's MLP over 6 tokens, then over 8 channels."""
+    """A block of MLP-Mixer, which is torchvision's MLP over 6 tokens, then over 8 channels."""
 
     def __init__(self):
         from torchvision.ops import MLP
@@ -35,7 +35,7 @@ class Mixer(nn.Module):
 
 
 class ActorCritic(nn.Module):
-    """Two heads on one trunk, which is registered three times."""
+    """Two heads on one trunk. The trunk is registered three times."""
 
     def __init__(self):
         super().__init__()
@@ -70,7 +70,7 @@ def perceptron():
 
 
 def vgg():
-    """torchvision's VGG with its own features, but fewer of them, and as few in the classifier."""
+    """torchvision's VGG, with fewer features and a smaller classifier."""
     from torchvision.models.vgg import VGG, make_layers
 
     with torch.device("meta"):
@@ -89,10 +89,10 @@ def vgg():
     return model
 
 
-# A model, the shape of its input, and how many of its activations and poolings stay
+# name -> (model, shape of its input, number of activations and poolings that are not fused)
 MODELS = {
     "perceptron": (perceptron, (9, 7), 0),
-    "mixer": (Mixer, (3, 6, 8), 1),  # behind a LayerNorm
+    "mixer": (Mixer, (3, 6, 8), 1),  # one GELU follows a LayerNorm
     "transformer": (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), (3, 6, 8), 0),
     "vgg": (vgg, (3, 3, 12, 12), 0),
     "autoencoder": (autoencoder, (5, 20), 0),
@@ -120,8 +120,8 @@ def with_gradients(model, x):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_same_model(name, device):
-    """Outputs and gradients in float32 and float64; the same parameters under the same names; twice
-    is once.
+    """Outputs and gradients stay the same in float32 and float64, and parameters keep their names.
+    A second `fuse` changes nothing.
     """
     model, x = built(name, device)
     before, parameters = copy.deepcopy(model), dict(model.named_parameters())
@@ -150,7 +150,7 @@ def test_same_model(name, device):
 
 @pytest.mark.parametrize("name", ["mixer", "vgg"])
 def test_training_mode(name):
-    """Dropout draws what it drew before."""
+    """Dropout in a fused model draws the same numbers."""
     model, x = built(name)
     results = []
     for each in (copy.deepcopy(model).train(), fuse(model.train())):
@@ -160,9 +160,7 @@ def test_training_mode(name):
 
 
 def test_optimizer_goes_on(device):
-    """Adam's moments survive; fusing between two steps, with the loss inside the model, changes
-    nothing.
-    """
+    """Fusing between two steps of Adam changes nothing, also with the loss inside the model."""
     net, x = (t.double() for t in built("autoencoder", device))
     model = nn.ModuleDict({"net": net, "loss": nn.MSELoss()})
     twin = copy.deepcopy(model)
@@ -179,7 +177,7 @@ def test_optimizer_goes_on(device):
 
 
 def test_shared_layers():
-    """A layer in several places, inside and outside of the model, is right in each, and stays
+    """A layer used in several places, also outside of the model, is right in each and stays
     tied.
     """
     fc, act = nn.Linear(4, 4), nn.Tanh()

@@ -1,4 +1,4 @@
-"""fuse: what it says: what was swapped, and what was left alone, why, and unharmed."""
+"""What `fuse` reports: the modules that it replaced, those that it left alone, and why."""
 
 import copy
 import logging
@@ -16,7 +16,7 @@ from tests.checks import assert_equal, with_gradients
 
 @pytest.mark.parametrize("activation", [name for name, row in ACTIVATIONS.items() if row.module])
 def test_every_activation(activation):
-    """A row's module computes what the row does, and is recognised."""
+    """`fuse` recognises each row's module. The module computes what the row does."""
     row, z = ACTIVATIONS[activation], torch.linspace(-3, 3, 101, dtype=torch.float64)
     assert_equal(row.module()(z), row.torch(z))
     assert fuse(nn.Sequential(nn.Linear(3, 2), row.module()))[0].activation == activation
@@ -33,7 +33,7 @@ class Scaled(nn.Linear):
 
 
 def patched(module):
-    """With its forward on the object, as libraries do that wrap it."""
+    """The module with a forward of its own, as libraries that wrap modules set it."""
     module.forward = module.forward
     return module
 
@@ -74,7 +74,7 @@ def linear():
     return nn.Linear(8, 8)
 
 
-NEIGHBOURS = {  # a model, the place that stays and the reason
+NEIGHBOURS = {  # name -> (model, place of the module that is left alone, reason)
     "slope": (
         lambda: nn.Sequential(linear(), nn.LeakyReLU(0.2)),
         1,
@@ -151,8 +151,8 @@ def test_neighbours(name):
 @pytest.mark.parametrize("place", [0, 1, 2])
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_full_backward_hook"])
 def test_hooks(register, place):
-    """Every hook sees what it saw: its activation stays apart, also in place, until the hook is
-    gone.
+    """A hook sees the same tensors after `fuse`, because the activation stays a module until the
+    hook is removed.
     """
     model, seen, lines = (
         nn.Sequential(nn.Linear(4, 3), nn.Identity(), nn.LeakyReLU()).double(),
@@ -175,8 +175,8 @@ def test_hooks(register, place):
 
 
 def test_losses(caplog):
-    """With their options; the module itself may be the one to swap. Without `report`, lines go to
-    the log.
+    """A loss keeps its options, also where it is the whole model. Without `report`, lines go to the
+    log.
     """
     options = {
         "weight": torch.rand(5),
@@ -196,8 +196,8 @@ def test_losses(caplog):
 
 
 def test_attention():
-    """torch files MultiheadAttention under activations, and uses its output layer's weight without
-    calling it.
+    """MultiheadAttention uses its output layer's weight without calling the layer, so that layer is
+    left alone. torch lists the attention among activations.
     """
     lines = []
     fuse(nn.TransformerEncoderLayer(8, 2), lines.append)
@@ -208,7 +208,7 @@ def test_attention():
 
 @pytest.mark.parametrize(("window", "stride"), [(2, None), ([2, 2], 2), ((2, 3), [2, 3])])
 def test_windows(window, stride):
-    """However a window and its stride are written."""
+    """A window and its stride may be a number, a tuple or a list."""
     model, x = nn.Sequential(conv(), nn.MaxPool2d(window, stride)), torch.randn(1, 2, 8, 8)
     before = model(x)
     assert fuse(model)[0].max_pool == (window if window == (2, 3) else 2)

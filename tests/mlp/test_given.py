@@ -1,4 +1,4 @@
-"""given: what people hand to fit, predict and the constructors is taken as it is meant."""
+"""What people pass to fit, predict and the constructors is taken as they mean it."""
 
 import io
 
@@ -20,7 +20,7 @@ def tensors(rows=70):
 
 
 class Pairs(Dataset):
-    """A map-style data set of one's own."""
+    """A map-style data set."""
 
     def __init__(self, x, y):
         self.x, self.y = x, y
@@ -59,7 +59,7 @@ def trainer(**options):
 
 @pytest.mark.parametrize("name", GIVEN)
 def test_same_run(name):
-    """Whatever holds them, the numbers are the same, and so is the run."""
+    """The same numbers in any container give the same run."""
     expected = trainer().fit((X, Y), 2, 16, evaluate=(X, Y))
     rows = trainer().fit(GIVEN[name], 2, 16, evaluate=GIVEN[name])
     for key in ("train_loss", "train_accuracy", "test_loss", "test_accuracy"):
@@ -67,7 +67,9 @@ def test_same_run(name):
 
 
 def test_a_loaders_batches(capsys):
-    """Its batch size and drop_last, unless fit is given others; one line says what is used."""
+    """A loader's batch size and drop_last are used, unless `fit` gets others. One line says what is
+    used.
+    """
     plain, steps = TensorDataset(X, Y), []
     count = lambda n=1: steps.append(n)  # noqa: E731
     for loader, options, expected in (
@@ -136,7 +138,9 @@ def test_a_word_that_training_did_not_have():
 
 
 def test_names_classes_and_numpys_integers():
-    """optimizer="adam", loss="mse"; sizes, epochs, batches and seeds of numpy."""
+    """Losses and optimizers may be names, classes or functions. Sizes, epochs, batches and seeds
+    may be numpy's.
+    """
     model = MLP(tuple(np.array([6, 8, 3])))
     assert model.config()["sizes"] == [6, 8, 3] and type(model.sizes[0]) is int
     adam = Trainer(model, "cross_entropy", "adam", verbose=False)
@@ -165,7 +169,7 @@ def test_names_classes_and_numpys_integers():
 
 
 def test_images_and_sequences_keep_their_shape():
-    """A module of another's gets samples as they were given, in fit, evaluate and predict."""
+    """A foreign module gets samples in their given shape, in fit, evaluate and predict."""
     images = torch.randn(40, 2, 5, 4)
     labels = (images.mean((1, 2, 3)) > 0).long()
     seen = set()
@@ -194,7 +198,9 @@ def test_images_and_sequences_keep_their_shape():
 
 @pytest.mark.parametrize("kind", [MLP, Net])
 def test_predict(kind):
-    """Labels as they were given, arrays for arrays and tensors for tensors; probabilities."""
+    """`predict` gives labels as training had them: arrays for arrays, tensors for tensors.
+    `predict_proba` gives probabilities.
+    """
     torch.manual_seed(0)
     made = Trainer(kind((6, 8, 3)), engine="manual", verbose=False)
     made.fit((X, Y), 30, 16)
@@ -223,7 +229,9 @@ def test_predict_numbers():
 
 
 def test_predict_reads_as_training_did():
-    """Pixels are scaled, columns are standardised; what cannot be meant is refused."""
+    """`predict` scales pixels and standardises columns as training did. Inputs that cannot be meant
+    are refused.
+    """
     pixels = torch.randint(0, 256, (70, 6), dtype=torch.uint8)
     data = mlp.Dataset(pixels, Y, scale=1 / 255, shift=-0.5)
     made = trainer()
@@ -244,7 +252,7 @@ def test_predict_reads_as_training_did():
 
 
 def test_a_loaded_trainer_predicts_likewise():
-    """How training read its inputs, and which words its labels were, are part of the state."""
+    """The state holds how training read its inputs and which words its labels were."""
     pixels = torch.randint(0, 256, (70, 6), dtype=torch.uint8)
     table = X * 50 + 3
     numbers = X[:, 0] - X[:, 1]
