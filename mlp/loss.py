@@ -91,6 +91,11 @@ class Criterion:
             return f"takes reduced losses, got {type(self).__name__} with reduction 'none'"
         mean = self.reduction == "mean"
         numbers = self.row.numbers(self.parameter)
+        if numbers and len(numbers) not in (1, outputs):
+            return (
+                f"takes one {self.row.parameter}, or one for each of {outputs} outputs, got "
+                f"{len(numbers)}"
+            )
         return {
             "loss": self.row,
             "loss_scale": self.scale / (outputs if mean and self.row.per_element else 1),

@@ -426,9 +426,10 @@ class Trainer:
             return
         width = ends(self.model.config())[1]
         if data.is_classification and width < len(data.classes):
+            as_numbers = "" if means.is_entropy(self.loss) else "; give numbers as floating point"
             raise ValueError(
                 f"fit: the network has {width} outputs, but {data.name} has {len(data.classes)} "
-                "classes"
+                f"classes{as_numbers}"
             )
 
     def _check_features(self, op: str, data: Dataset, hint: str = "") -> None:

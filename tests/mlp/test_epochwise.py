@@ -74,6 +74,16 @@ def test_losses_with_parameters(loss, engine, device):
     assert_same_run(*results)
 
 
+def test_quantiles_that_are_not_the_outputs():
+    """No engine of whole epochs takes them over, so that the operation refuses the shapes."""
+    model, loss = mlp.MLP((12, 7, 2)), mlp.Pinball((0.1, 0.5, 0.9))
+    reason = ENGINES["epoch"].refuses(model, loss, mlp.SGD(model.parameters(), lr=0.1), 8)
+    assert reason is not None and "one for each of 2 outputs, got 3" in reason
+    trainer = mlp.Trainer(model, loss, verbose=False)
+    with pytest.raises(ValueError, match=r"quantile must broadcast to input \(8, 2\), got \(3,\)"):
+        trainer.fit((torch.randn(20, 12), torch.rand(20)), 2, 8)
+
+
 @IN_KERNELS
 @pytest.mark.parametrize("kind", ["labels", "numbers"])
 @pytest.mark.parametrize("loss", LOSSES)
