@@ -1,7 +1,8 @@
 """Data sets by name or by path.
 
-`load("digits")`, `load("mnist")`, … or a path: .npz, .npy and .mat files, or a folder of images.
-`dataset` says what a data set is, `arrays`, `files` and `images` how one is read.
+`load` takes a name, such as "digits" or "mnist", or a path. A path leads to .npz, .npy and .mat
+files, or to a folder of images. The module `dataset` defines a data set. `arrays`, `files` and
+`images` read one.
 """
 
 import importlib.util
@@ -38,7 +39,7 @@ _DIGITS = "datasets/data/digits.csv.gz"  # in scikit-learn's folder
 
 
 def default_dir() -> Path:
-    """$HANDGRAD_DATA, else handgrad in the user's cache folder."""
+    """The folder of downloaded data: $HANDGRAD_DATA, else handgrad in the user's cache folder."""
     if os.environ.get("HANDGRAD_DATA"):
         return Path(os.environ["HANDGRAD_DATA"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "handgrad"
@@ -53,15 +54,16 @@ def load(
     standardize: "str | Reading" = "no",
     verbose: bool = True,
 ) -> tuple[Dataset, Dataset]:
-    """(train, test) of a data set by name (see NAMES) or by path: .npz, .npy and .mat files, with
-    commas between several, or a folder of images.
+    """(train, test) of a data set by name (see NAMES) or by path.
 
-    torchvision downloads what is missing into `data_dir`; `digits` comes with scikit-learn. image:
-    the shape of an image, "28x28" or "3x32x32", for flat rows; for a folder, the size to which all
-    images are resized. task: "classification" or "regression" where the targets' type says another
-    thing. standardize: "yes", "no", "auto" (a table whose columns need it), or the `Reading` of a
-    trained network, whose mean and deviation are used. What was decided is printed on stderr if
-    verbose, and is in `notes`. DataError in one line.
+    source: a name, .npz, .npy and .mat files with commas between several, or a folder of images.
+    data_dir: the folder into which torchvision downloads missing files. `digits` comes with
+    scikit-learn. image: the shape of an image in pixels, "28x28" or "3x32x32" (channels first), for
+    flat rows. For a folder, all images are resized to it. task: "classification" or "regression",
+    if the targets' type would decide otherwise. standardize: "yes", "no", "auto" (if a table's
+    columns need it), or the `Reading` of a trained network, whose mean and deviation are used.
+    verbose: print on stderr what was decided. It is also in `notes`. DataError, in one line, for
+    data that cannot be found, read or used.
     """
     parts = _standardized(_named_or_read(str(source), data_dir, image, task), standardize)
     if verbose:
@@ -83,7 +85,9 @@ def _named_or_read(
         )
         shape = parts[0].image_shape
         if image is not None and shape and image_size(image) not in (shape, shape[1:]):
-            raise DataError(f"{source}: its images are {shape}, but {image} was asked for")
+            raise DataError(
+                f"{source}: its images are {shape}, but {image} was asked for; leave image out"
+            )
         return _with_task(parts, task)
     names = [source] if source and Path(source).exists() else source.split(",")
     paths = [Path(name) for name in names]
@@ -97,22 +101,24 @@ def _named_or_read(
         )
     if paths[0].is_dir():
         if len(paths) > 1:
-            raise DataError(f"{source}: one folder of images, not {len(paths)} paths")
+            raise DataError(
+                f"{source}: a folder of images must be the only path, got {len(paths)} paths"
+            )
         return _with_task(images.read_folder(paths[0], image), task)
     return files.read(paths, image, task)
 
 
 def _with_task(parts: tuple[Dataset, Dataset], task: str | None) -> tuple[Dataset, Dataset]:
-    """Data sets of labels; DataError if a regression was asked for."""
+    """Data sets of labels, unchanged. DataError if a regression was asked for."""
     if task not in (None, "classification"):
-        raise DataError(f"{parts[0].name}: has classes, but the task is {task!r}")
+        raise DataError(f"{parts[0].name}: has classes, but the task is {task!r}; leave task out")
     return parts
 
 
 def _standardized(
     parts: tuple[Dataset, Dataset], standardize: "str | Reading"
 ) -> tuple[Dataset, Dataset]:
-    """Both parts by the training data's mean and deviation, if that is wanted; float32 after it."""
+    """Both parts as float32, standardised by the training data's mean and deviation if wanted."""
     train, test = parts
     if isinstance(standardize, Reading):
         if standardize.mean is None:
@@ -131,12 +137,12 @@ def _standardized(
 
 
 def _narrowed(train: Dataset, test: Dataset) -> tuple[Dataset, Dataset]:
-    """Both parts in float32, with a note of columns whose changes that hides."""
+    """Both parts as float32, with a note of the columns whose changes float32 cannot resolve."""
     lost = scaling.lost_in_float32(train) if train.inputs.dtype == torch.float64 else []
     notes = train.notes
     if lost:
         shown = ", ".join(train.columns[i] if train.columns else str(i) for i in lost[:5])
-        notes += (f"{train.name}: columns {shown} change less than float32 resolves: standardise",)
+        notes += (f"{train.name}: columns {shown} change less than float32 resolves; standardise",)
     return train.narrowed()._with(notes=notes), test.narrowed()
 
 
@@ -144,10 +150,10 @@ def _digits() -> tuple[Dataset, Dataset]:
     found = importlib.util.find_spec("sklearn")
     if found is None or found.origin is None:
         raise needs_extra("scikit-learn", "the data set digits")
-    # What its load_digits reads. To import scikit-learn for it would take a second.
+    # This is the file that sklearn's load_digits reads. Importing scikit-learn takes a second.
     table = numpy.loadtxt(Path(found.origin).parent / _DIGITS, delimiter=",")
     labels = table[:, -1].astype(int)
-    # 0 to 16 there, as an image file here
+    # The file's pixels are 0 to 16. Here they are 0 to 255, as in an image file.
     pixels = torch.from_numpy(table[:, :-1] * 255 / 16).round().to(torch.uint8)
     return split(
         Dataset(
@@ -181,7 +187,7 @@ def _torchvision(name: str, root: Path) -> tuple[Dataset, Dataset]:
         except (RuntimeError, ValueError, OSError, AssertionError) as error:
             if not str(error).startswith(
                 "Dataset not found"
-            ):  # torchvision's words where a file is missing
+            ):  # torchvision's message for a missing file
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 raise DataError(
                     f"{name}: a file in {root / kind.__name__ / 'raw'} is damaged ({reason}); "
@@ -211,9 +217,7 @@ def _download(kind, root: Path, train: bool, name: str):
     except (RuntimeError, ValueError, OSError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise DataError(
-            f"{name}: cannot be downloaded into {root} ({reason}): is there no network? Then "
-            "place its four "
-            f"*-ubyte.gz files in {root / kind.__name__ / 'raw'} by hand, or train on digits, "
-            "which is "
-            "embedded"
+            f"{name}: cannot be downloaded into {root} ({reason}); without a network, place its "
+            f"four *-ubyte.gz files in {root / kind.__name__ / 'raw'} by hand, or train on digits, "
+            "which is embedded"
         ) from None

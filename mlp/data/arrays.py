@@ -1,8 +1,8 @@
-"""Arrays as data sets: which axes are an image's, what black and white are, what the labels say.
+"""Arrays as data sets: the axes of images, the values of black and white, the labels' classes.
 
-`in_memory` takes what a program holds and changes no number, as torch would. `from_arrays` takes
-what a file holds: pixels get their scale and labels their classes, and a note tells what was
-decided.
+`in_memory` takes arrays of a program. Like torch, it changes no number. `from_arrays` takes arrays
+of a file. It decides the scale of pixels and the classes of labels, and adds a note on each
+decision.
 """
 
 from typing import Any
@@ -19,41 +19,47 @@ _GATHERED = 1024  # samples in one call of a dataset's collate function
 
 
 def is_sparse(value: Any) -> bool:
-    """Whether this is a sparse matrix or array of scipy, which keeps no dense numbers."""
+    """True if this is a sparse matrix or array of scipy."""
     return hasattr(value, "toarray") and hasattr(value, "nnz")
 
 
 def dense(value: Any, what: str) -> Any:
-    """A sparse matrix of scipy or torch with its zeros written out; refused by size."""
+    """A sparse matrix of scipy or torch as a dense one. Other values are returned unchanged.
+
+    DataError, which starts with `what`, if the dense matrix takes more than 8 GiB.
+    """
     scipy_like = is_sparse(value)
     if not scipy_like and not (torch.is_tensor(value) and value.layout != torch.strided):
         return value
     size = int(np.prod(value.shape, dtype=object)) * 8
     if size > _LARGEST:
         raise DataError(
-            f"{what}: sparse, and {tuple(value.shape)} numbers would take {size / 2**30:.0f} GiB "
-            f"when its zeros are stored, more than {_LARGEST / 2**30:.0f}: leave columns out"
+            f"{what}: a sparse array of shape {tuple(value.shape)} would take "
+            f"{size / 2**30:.0f} GiB with its zeros, more than {_LARGEST / 2**30:.0f}; leave "
+            "columns out"
         )
     return value.toarray() if scipy_like else value.to_dense()
 
 
 def _from_frame(frame: Any, what: str) -> tuple[Any, tuple[str, ...]]:
-    """The numbers of a frame, missing ones as NaN, and its columns' names."""
+    """(numbers of a frame, with NaN for missing ones; names of its columns)."""
     names = tuple(str(column) for column in frame.columns)
-    if not hasattr(frame, "iloc"):  # not of pandas
+    if not hasattr(frame, "iloc"):  # a frame of another library than pandas
         return frame.to_numpy(), names
     kinds = [getattr(dtype, "kind", None) for dtype in frame.dtypes]
     if bad := [n for n, kind in zip(names, kinds) if kind not in ("b", "i", "u", "f")]:
         raise DataError(
             f"{what}: column {bad[0]} holds {frame.dtypes.iloc[names.index(bad[0])]}, "
-            "not numbers: encode it or leave it out"
+            "not numbers; encode it or leave it out"
         )
     return frame.to_numpy(dtype="float64", na_value=np.nan), names
 
 
 def numbers(value: Any, what: str) -> tuple[torch.Tensor, tuple[str, ...]]:
-    """(tensor of real numbers, names of its columns) of anything that holds an array; DataError
-    that starts with `what`. uint16 and wider become int64, bool becomes uint8.
+    """(tensor of real numbers, names of its columns) of any object that holds an array.
+
+    uint16, uint32 and uint64 become int64, bool becomes uint8. DataError, which starts with `what`,
+    for anything else than real numbers.
     """
     columns: tuple[str, ...] = ()
     if hasattr(value, "columns") and hasattr(value, "dtypes"):
@@ -66,7 +72,10 @@ def numbers(value: Any, what: str) -> tuple[torch.Tensor, tuple[str, ...]]:
             raise DataError(f"{what}: not an array ({error})") from None
         value = _tensor(array, what)
     if value.is_complex():
-        raise DataError(f"{what}: complex numbers; store real and imaginary parts as columns")
+        raise DataError(
+            f"{what}: must be real numbers, got complex ones; store real and imaginary parts as "
+            "columns"
+        )
     value = value.detach()
     if value.dtype == torch.bool:
         value = value.to(torch.uint8)
@@ -77,13 +86,13 @@ def numbers(value: Any, what: str) -> tuple[torch.Tensor, tuple[str, ...]]:
 
 def _tensor(array: np.ndarray, what: str) -> torch.Tensor:
     if isinstance(array, np.ma.MaskedArray):
-        array = np.ma.filled(array.astype(np.float64), np.nan)  # what is masked is missing
+        array = np.ma.filled(array.astype(np.float64), np.nan)  # masked numbers are missing
     if array.dtype == np.uint64 and array.size and array.max() >= 2**63:
         array = array.astype(np.float64)
     if array.dtype.names:
         raise DataError(
-            f"{what}: records with the fields {', '.join(array.dtype.names)}: store one array of "
-            "numbers"
+            f"{what}: must be an array of numbers, got records with the fields "
+            f"{', '.join(array.dtype.names)}; store one array of numbers"
         )
     if array.dtype.kind == "O":
         try:
@@ -96,13 +105,13 @@ def _tensor(array: np.ndarray, what: str) -> torch.Tensor:
         raise DataError(f"{what}: must be arrays of numbers, got {array.dtype}")
     kind = np.float64 if array.dtype.kind == "f" and array.dtype.itemsize > 8 else array.dtype
     native = np.dtype(kind).newbyteorder("=")
-    # torch takes no negative strides and warns of memory that it must not write.
+    # torch accepts no negative strides, and warns about read-only memory.
     array = np.require(array, native, ["C_CONTIGUOUS", "WRITEABLE"])
     return torch.from_numpy(array)
 
 
 def _gathered(dataset: Any, collate: Any, name: str) -> tuple[Any, Any]:
-    """(inputs, targets) of a map-style dataset of torch, in its own order."""
+    """(inputs, targets) of a map-style dataset of torch, in the order of its indices."""
     batches = []
     for batch in DataLoader(dataset, batch_size=_GATHERED, collate_fn=collate):
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
@@ -130,16 +139,15 @@ def _taken_apart(source: Any, name: str) -> tuple[Any, Any]:
         )
         if not plain:
             raise DataError(
-                f"{name}: a DataLoader with a {type(sampler).__name__} draws samples in a way that "
-                "is not kept here, where batches are drawn from all samples: give the dataset "
-                "itself"
+                f"{name}: the {type(sampler).__name__} of this DataLoader cannot be used, because "
+                "batches are drawn from all samples here; give the dataset itself"
             )
         source = source.dataset
     if isinstance(source, TensorDataset) and len(source.tensors) == 2:
         return source.tensors
     if isinstance(source, torch.utils.data.Dataset):
         if not hasattr(source, "__getitem__") or not hasattr(source, "__len__"):
-            raise DataError(f"{name}: an iterable dataset has no known end: give tensors")
+            raise DataError(f"{name}: an iterable dataset has no known end; give tensors")
         return _gathered(source, collate, name)
     if isinstance(source, (tuple, list)) and len(source) == 2:
         return source[0], source[1]
@@ -164,8 +172,8 @@ def in_memory(
     shape = {3: (1, *x.shape[1:]), 4: tuple(x.shape[1:])}.get(x.dim())
     if x.dim() == 4 and min(x.shape[1:3]) > 4 and x.shape[3] in (1, 3):
         raise DataError(
-            f"{name}: inputs {tuple(x.shape)} have their channels last; networks take them first: "
-            "x.permute(0, 3, 1, 2), or x.flatten(1) where no image is meant"
+            f"{name}: inputs {tuple(x.shape)} have their channels last, but networks take them "
+            "first; give x.permute(0, 3, 1, 2), or x.flatten(1) if they are no images"
         )
     if not x.is_floating_point() and x.dtype != torch.uint8:
         exact = x.to(torch.float32)
@@ -174,7 +182,7 @@ def in_memory(
 
 
 def _dtype_name(dtype: Any) -> str:
-    """ "float64" of numpy's or torch's dtype, in whichever byte order."""
+    """The name of numpy's or torch's dtype, such as "float64", for either byte order."""
     return getattr(dtype, "name", None) or str(dtype).removeprefix("torch.")
 
 
@@ -198,13 +206,14 @@ def from_arrays(
     task: str | None = None,
     named_image: bool = False,
 ) -> tuple[Dataset, Dataset]:
-    """(train, test) of arrays as files hold them; a fifth is held out where there are no test data.
+    """(train, test) of arrays as files hold them.
 
-    x: (N, features), (N, H, W), (N, C, H, W) or (N, H, W, C). y: labels of any kind, (N,), (N, 1)
-    or one-hot, or floating-point targets (N, outputs). image: the shape of an image, "28x28" or
-    "3x32x32" (channels first), for flat rows and where the axes are ambiguous. task:
-    "classification" or "regression" where the targets' type says another thing. named_image: the
-    arrays' name says that rows are images. `notes` of the data sets tell what was decided.
+    Without test arrays, a fifth of the samples is held out. x: (N, features), (N, H, W),
+    (N, C, H, W) or (N, H, W, C), real numbers. y: labels of any kind, (N,), (N, 1) or one-hot, or
+    floating-point targets (N, outputs). image: the shape of an image, "28x28" or "3x32x32"
+    (channels first), for flat rows and for ambiguous axes. task: "classification" or "regression",
+    if the targets' type would decide otherwise. named_image: the arrays' names say that rows are
+    images. The data sets' `notes` say what was decided. DataError for arrays that cannot be used.
     """
     parts = [(x, y)] if x_test is None else [(x, y), (x_test, y_test)]
     read = [numbers(part, f"{name}: inputs") for part, _ in parts]

@@ -1,10 +1,10 @@
 """Samples as tensors on one device.
 
-Pixels stay uint8 and are scaled where they are read. Batches are rows picked by index, so there is
-no DataLoader.
+Pixels stay uint8 and are scaled when a batch reads them. A batch is a set of rows chosen by index,
+so no DataLoader is needed.
 
-A stored number x is read as `x · scale + shift`. `Reading` holds what a trained network's input
-went through, so that `predict` can treat new inputs the same way.
+A stored number x is read as `x · scale + shift`. `Reading` records how a network's training read
+its inputs, so that `predict` can read new inputs the same way.
 """
 
 import copy
@@ -17,27 +17,27 @@ from typing import Any, NamedTuple
 
 import torch
 
-_PRIME = 1_000_003  # separates the seeds of one run's epochs from those of the next run
-_SEEDS = 2**63  # what a generator takes
-_SHOWN = 5  # columns that an error lists
-_PIECE = 2**16  # numbers of a large tensor that are worked on at a time
-# Labels are numbers of classes. More classes than this, and than there are samples, are ids.
+_PRIME = 1_000_003  # keeps the seeds of a run's epochs apart from those of the next run
+_SEEDS = 2**63  # a generator's seeds are below this
+_SHOWN = 5  # the most columns that an error lists
+_PIECE = 2**16  # a large tensor is processed in pieces of this many numbers
+# If labels number more classes than this and more than the samples, they are probably ids.
 _MANY_CLASSES = 1000
 
 
 class DataError(ValueError):
-    """A data set that cannot be found, read or used, in one line."""
+    """A data set cannot be found, read or used. The message is one line."""
 
 
 def needs_extra(package: str, what: str, extra: str = "train") -> DataError:
-    """The error for a missing optional package: says which extra to install."""
+    """The error for a missing optional package. It names the extra to install."""
     return DataError(f"{what} needs {package}: install the extra, pip install 'handgrad[{extra}]'")
 
 
 def announce(notes: Sequence[str]) -> None:
-    """Prints what was decided about the data on stderr, one line each.
+    """Print notes about the data on stderr, one line each.
 
-    Names in it come from files, so control characters are escaped.
+    Names in them come from files, so control characters are escaped.
     """
     for note in notes:
         line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in note)
@@ -46,8 +46,9 @@ def announce(notes: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What tells whether two data sets are the same: shape and dtype of the inputs, a hash of
-    inputs, targets and class names.
+    """Facts that are equal for equal data sets.
+
+    shape, dtype: of the inputs. hash: of inputs, targets and class names.
     """
 
     shape: list[int]
@@ -57,12 +58,13 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class Reading:
-    """How a network's training read its inputs; plain data, stored with the run.
+    """How a network's training read its inputs. It is plain data, stored with the run.
 
-    A stored number becomes `((x - mean) / std) · scale + shift`; without mean and std, which have
-    one number for each feature, `x · scale + shift`. image_shape: (C, H, W) or None. levels: the
-    stored values of black and of white, None where they are not known. stored: the dtype of the
-    training inputs before any standardisation.
+    A stored number x is read as `((x - mean) / std) · scale + shift`, or as `x · scale + shift` if
+    mean and std are None. mean, std: one number for each feature. image_shape: (C, H, W) or None.
+    levels: the stored values of (black, white), or None if not known. stored: the dtype of the
+    training inputs before any standardisation. DataError for numbers that are not finite, a std of
+    0, or levels that are not in order.
     """
 
     scale: float = 1.0
@@ -84,20 +86,23 @@ class Reading:
         if len(mean) != len(std) or not all(
             math.isfinite(m) and 0 < s < math.inf for m, s in zip(mean, std)
         ):
-            raise DataError("mean and std must be finite, as many and std above 0")
+            raise DataError(
+                f"mean and std must be finite, of one length, with std above 0; got {len(mean)} "
+                f"and {len(std)} numbers"
+            )
 
     def check_same(self, other: "Reading", name: str) -> None:
-        """DataError if other data, called `name`, would be read in another way than these were."""
+        """DataError if other data, called `name`, are read in another way than these."""
         for what in ("image_shape", "levels", "scale", "shift"):
             ours, theirs = getattr(self, what), getattr(other, what)
             if ours != theirs:
                 raise DataError(
                     f"{name}: is read with {what} {theirs}, but the network was trained with "
-                    f"{ours}: the data have changed"
+                    f"{ours}; the data have changed"
                 )
 
     def numbers(self, raw: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Inputs (N, features) as they lie in a file, as the numbers that the network takes."""
+        """The network's inputs (N, features), in `dtype`, from numbers as a file stores them."""
         raw = raw.double()
         if self.mean is not None:
             if raw.shape[-1] != len(self.mean):
@@ -117,14 +122,15 @@ class Reading:
 class Dataset:
     """Inputs (N, features) and targets, on one device.
 
-    An input is read as `inputs · scale + shift`.
+    An input is read as `inputs · scale + shift`. Inputs are uint8 or floating point.
 
-    targets: (N,) int64 labels in [0, len(classes)), or floating point, (N, outputs). image_shape:
-    (C, H, W) if the features are an image's. levels: the stored values of black and white, if the
-    inputs are pixels. columns: names of the features. mean, std: what `standardized` subtracted and
-    divided by, one number a feature. stored: the dtype in the file. notes: what was decided when
-    the data were read. ignored: a label that stands for none, a loss's ignore_index. DataError for
-    lengths that differ, no data, labels out of range, numbers that are not finite.
+    targets: (N,) int64 labels in [0, len(classes)), or floating point, (N, outputs). classes: their
+    names. image_shape: (C, H, W) if the features are the pixels of an image. levels: the stored
+    values of (black, white), if the inputs are pixels. columns: names of the features. mean, std:
+    (features,), the numbers by which `standardized` shifted and divided. stored: the dtype in the
+    file. notes: the decisions that were made when the data were read. ignored: a label that stands
+    for no class, as a loss's ignore_index. DataError for lengths that differ, no samples, labels
+    out of range, and numbers that are not finite.
     """
 
     inputs: torch.Tensor
@@ -167,8 +173,8 @@ class Dataset:
             if largest >= max(_MANY_CLASSES, len(self)):
                 raise DataError(
                     f"{self.name}: label {largest} would make {largest + 1:,} classes of "
-                    f"{len(self):,} samples: labels are numbers of classes from 0; are these ids, "
-                    "or targets of a regression (then give floating point)?"
+                    f"{len(self):,} samples, because labels number the classes from 0; leave ids "
+                    "out, or give targets of a regression as floating point"
                 )
             self.classes = tuple(str(c) for c in range(largest + 1))
         bad = (self.targets < 0) | (self.targets >= len(self.classes))
@@ -185,7 +191,7 @@ class Dataset:
         counted = self.targets[self.targets != self.ignored]
         if not len(counted):
             raise DataError(
-                f"{self.name}: every label is {self.ignored}, which the loss ignores: there is "
+                f"{self.name}: every label is {self.ignored}, which the loss ignores, so there is "
                 "nothing to learn"
             )
         return counted
@@ -200,15 +206,18 @@ class Dataset:
         name: str = "data",
         ignored: int | None = None,
     ) -> "Dataset":
-        """A data set from what is in memory: numbers stay as they are.
+        """A data set from objects in memory. Numbers are not changed.
 
-        inputs: a Dataset (returned as it is), a pair (inputs, targets), a TensorDataset, another
-        map-style dataset of torch, or a DataLoader, whose order and batches are not used; or, with
-        targets beside them, tensors, numpy arrays, frames of pandas, lists or sparse matrices.
-        Image arrays keep their axes: (N, H, W), (N, C, H, W) or (N, H, W, C). Whole numbers are
-        labels, as in torch: they are numbers of classes from 0 and are not mapped. Words are
-        classes, mapped in sorted order, or in that of `like`: give the training data there for
-        test data. ignored: a label that stands for none. DataError in one line.
+        Without targets, `inputs` is a Dataset (returned unchanged), a pair (inputs, targets), a
+        TensorDataset, another map-style dataset of torch, or a DataLoader. The order and the
+        batches of a DataLoader are not used. With targets, both are tensors, numpy arrays, frames
+        of pandas, lists or sparse matrices. Inputs are (N,), (N, features), or images (N, H, W) or
+        (N, C, H, W).
+
+        Whole numbers as targets are labels, as in torch. They number the classes from 0. Words are
+        class names. They are numbered in sorted order, or in that of `like`. like: the training
+        data, if these are test data. ignored: a label that stands for no class. DataError, in one
+        line, for data that cannot be used, also for images with their channels last.
         """
         from .arrays import in_memory
 
@@ -221,29 +230,29 @@ class Dataset:
 
     @property
     def features(self) -> int:
-        """Numbers in one input."""
+        """The count of numbers in one input."""
         return self.inputs.shape[1]
 
     @property
     def is_classification(self) -> bool:
-        """Whether the targets are labels."""
+        """True if the targets are labels, False if they are floating point."""
         return not self.targets.is_floating_point()
 
     def class_counts(self) -> torch.Tensor:
-        """(classes,) int64 on the CPU: how many samples each class has."""
+        """(classes,) int64 on the CPU: the count of samples of each class."""
         labels = self.targets if self.ignored is None else self._counted()
         return torch.bincount(labels.flatten().cpu(), minlength=len(self.classes))
 
     @property
     def reading(self) -> Reading:
-        """How these inputs are read, to be stored with a network trained on them."""
+        """How these inputs are read. It is stored with a network that is trained on them."""
         mean, std = (None if t is None else tuple(t.tolist()) for t in (self.mean, self.std))
         return Reading(
             self.scale, self.shift, self.image_shape, self.levels, mean, std, self.stored
         )
 
     def _with(self, **changes: Any) -> "Dataset":
-        """A copy with other fields, which are known to be good: nothing is checked again."""
+        """A copy with these fields changed. They are known to be valid, so nothing is checked."""
         other = copy.copy(self)
         other._buffers = {}
         for field_name, value in changes.items():
@@ -259,7 +268,7 @@ class Dataset:
         return self.rows(slice(count))
 
     def rows(self, chosen: torch.Tensor | slice, name: str | None = None) -> "Dataset":
-        """The samples at these indices, or in this slice."""
+        """The samples at these indices (rows,), or in this slice. DataError if there are none."""
         inputs, targets = self.inputs[chosen], self.targets[chosen]
         if len(inputs) == 0:
             raise DataError(f"{self.name}: empty: none of its {len(self)} samples was chosen")
@@ -271,14 +280,18 @@ class Dataset:
         return self._with(inputs=inputs, targets=targets, name=name or self.name, _origin=origin)
 
     def normalized(self, mean: float, std: float) -> "Dataset":
-        """Read as (x - mean) / std, with x as it was read before. Nothing is copied."""
+        """The same data, read as (x - mean) / std, where x is the number read so far.
+
+        The tensors are shared with this data set.
+        """
         return self._with(scale=self.scale / std, shift=(self.shift - mean) / std)
 
     def standardized(self, by: "Dataset | Reading | None" = None) -> "Dataset":
-        """Every feature with mean 0 and standard deviation 1, stored as float32.
+        """The data with mean 0 and standard deviation 1 for every feature, stored as float32.
 
-        by: the training data, or their reading, if these are test data: their mean and deviation
-        are used. Without it, they are measured here. A feature that never changes becomes 0.
+        A constant feature becomes 0. by: the standardised training data, or their reading, if these
+        are test data. Their mean and deviation are used. Without `by`, both are measured here.
+        DataError if the data are standardised already, or if `by` is not or has other features.
         """
         if self.mean is not None:
             raise DataError(f"{self.name}: is standardised already")
@@ -286,7 +299,7 @@ class Dataset:
         if by is None:
             found = moments(self.inputs)
             constant = found.low == found.high
-            # A mean is rounded: a constant column must become exactly 0.
+            # A mean is rounded, but a constant column must become exactly 0.
             mean = torch.where(constant, found.low, found.mean)
             std = found.std.masked_fill(constant, 1.0)
         else:
@@ -313,20 +326,21 @@ class Dataset:
         )
 
     def narrowed(self) -> "Dataset":
-        """Inputs wider than float32 as float32: what is left to do when nothing is standardised."""
+        """The data with inputs wider than float32 stored as float32. DataError if they overflow."""
         if self.inputs.dtype == torch.uint8 or self.inputs.dtype == torch.float32:
             return self
         narrow = self._with(inputs=self.inputs.float())
         if not bool(narrow.inputs.isfinite().all()):
             raise DataError(
                 f"{self.name}: numbers up to {float(self.inputs.abs().max()):.3g} are too large "
-                "for float32: standardise them"
+                "for float32; standardise them"
             )
         return narrow
 
     def fingerprint(self) -> Fingerprint:
-        """Of the contents, equal for equal data on whatever device. Standardised data have the
-        fingerprint of what they were made from.
+        """The fingerprint of the contents. It is the same on every device.
+
+        Standardised data have the fingerprint of the data that they were made from.
         """
         if self._origin is not None:
             return self._origin
@@ -341,7 +355,7 @@ class Dataset:
         dtype: torch.dtype = torch.float32,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Rows of `inputs` as numbers: raw · scale + shift in `dtype`."""
+        """Rows of `inputs` as the network's numbers: raw · scale + shift, in `dtype`."""
         x = torch.mul(
             raw if raw.dtype == torch.uint8 and dtype == torch.float32 else raw.to(dtype),
             self.scale,
@@ -354,16 +368,16 @@ class Dataset:
     def batch(
         self, indices: torch.Tensor, dtype: torch.dtype = torch.float32
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs (rows, features) and targets of these samples.
+        """Inputs (rows, features) and targets of the samples at these indices (rows,).
 
-        They lie in buffers that the next batch overwrites.
+        They are in buffers that the next batch overwrites.
         """
         rows = len(indices)
         key = (rows, dtype)
         if key not in self._buffers:
             while len(self._buffers) > 1:
                 self._buffers.pop(next(iter(self._buffers)))
-            with torch.inference_mode(False):  # training uses them again
+            with torch.inference_mode(False):  # training may use them after an evaluation
                 self._buffers[key] = (
                     self.inputs.new_empty(rows, self.features),
                     self.inputs.new_empty(rows, self.features, dtype=dtype),
@@ -377,10 +391,7 @@ class Dataset:
     def chunks(
         self, size: int, dtype: torch.dtype = torch.float32
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(inputs, targets) of consecutive pieces of at most `size` samples, in order.
-
-        For evaluation.
-        """
+        """(inputs, targets) of consecutive pieces of at most `size` samples, for evaluation."""
         for start in range(0, len(self), size):
             yield (
                 self.read(self.inputs[start : start + size], dtype),
@@ -389,7 +400,7 @@ class Dataset:
 
 
 class Moments(NamedTuple):
-    """Of each column, (features,) float64: smallest, largest, mean and standard deviation."""
+    """(features,) float64 each: smallest, largest, mean and standard deviation of each column."""
 
     low: torch.Tensor
     high: torch.Tensor
@@ -398,11 +409,14 @@ class Moments(NamedTuple):
 
 
 def moments(inputs: torch.Tensor) -> Moments:
-    """Measured in float64, in pieces: a copy of all inputs would take eight times their bytes."""
+    """The moments of each column of inputs (N, features), in float64.
+
+    They are computed in pieces, because a float64 copy may take eight times the memory of inputs.
+    """
     low, high = inputs.amin(0).double(), inputs.amax(0).double()
     zero = torch.zeros_like(inputs[0], dtype=torch.float64)
     mean = sum((piece.double().sum(0) for piece in _pieces(inputs)), zero) / len(inputs)
-    # Squares of very large or small numbers would not be finite, or 0.
+    # Squares of very large numbers would overflow, and those of very small ones would become 0.
     size = torch.maximum(high - mean, mean - low)
     inverse = torch.where(size > 0, 1 / size, 0.0)
     squares = sum(
@@ -412,12 +426,12 @@ def moments(inputs: torch.Tensor) -> Moments:
 
 
 def _pieces(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Rows of a tensor in pieces that fit into a processor's cache."""
+    """The rows of a tensor in pieces that fit into a processor's cache."""
     return tensor.split(max(1, _PIECE // max(1, tensor[0].numel())))
 
 
 def _digest(tensor: torch.Tensor, *said: str) -> str:
-    """A hash of a tensor's bytes, after these words."""
+    """A hash of these words, followed by the tensor's bytes."""
     state = hashlib.blake2b(repr(said).encode(), digest_size=16)
     for piece in _pieces(tensor):
         state.update(piece.cpu().contiguous().view(torch.uint8).numpy().data)
@@ -427,7 +441,7 @@ def _digest(tensor: torch.Tensor, *said: str) -> str:
 def _check_finite(data: Dataset, part: str, columns: tuple[str, ...] = ()) -> None:
     """DataError with row and column of the first number that is NaN or infinite."""
     values = getattr(data, part)
-    # A sum is one pass without a temporary. It may overflow, so only then every number is asked.
+    # A sum is one pass without a temporary. It may overflow, so then each number is checked.
     if not values.is_floating_point() or bool(values.sum().isfinite()):
         return
     bad = (~values.isfinite()).nonzero()
@@ -444,23 +458,23 @@ def _check_finite(data: Dataset, part: str, columns: tuple[str, ...] = ()) -> No
             more += f" in columns {', '.join(names[1:])}{', …' * (len(odd) > _SHOWN)}"
     raise DataError(
         f"{data.name}: {part} must be finite, got {float(values[tuple(bad[0])])} in {where}{more}"
-        "; rows and columns count from 0: fill such values in or leave their rows out"
+        "; rows and columns count from 0; fill such values in or leave their rows out"
     )
 
 
 def permutation(
     count: int, seed: int, epoch: int, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """The order of an epoch's samples.
+    """The order of an epoch's samples: a random permutation (count,), int64, on the device.
 
-    It is the same for the same count, seed, epoch and kind of device.
+    It depends only on count, seed, epoch and the kind of device.
     """
     generator = torch.Generator(device).manual_seed((seed * _PRIME + epoch) % _SEEDS)
     return torch.randperm(count, generator=generator, device=device)
 
 
 def split(data: Dataset, test_share: float = 0.2) -> tuple[Dataset, Dataset]:
-    """A fixed random split into (train, test)."""
+    """(train, test) by a fixed random split. DataError for a single sample."""
     if len(data) < 2:
         raise DataError(f"{data.name}: one sample cannot be split into training and test data")
     order = permutation(len(data), seed=0, epoch=0)

@@ -1,9 +1,9 @@
-"""What a data set holds, in words: one line for `train`, a page for `handgrad data`."""
+"""Descriptions of a data set in words: one line for `train`, a page for `handgrad data`."""
 
 from .dataset import Dataset
 from .scaling import columns, lost_in_float32
 
-_SHOWN = 20  # classes or columns that are listed
+_SHOWN = 20  # the most classes or columns that are listed
 
 
 def _times(shape: tuple[int, ...]) -> str:
@@ -11,7 +11,7 @@ def _times(shape: tuple[int, ...]) -> str:
 
 
 def inputs(data: Dataset) -> str:
-    """ "8 × 8 grey pixels" or "30 columns"."""
+    """The inputs in words, such as "8 × 8 grey pixels" or "30 columns"."""
     if data.image_shape is None:
         return f"{data.features} column{'s' * (data.features > 1)}"
     channels, *size = data.image_shape
@@ -20,7 +20,7 @@ def inputs(data: Dataset) -> str:
 
 
 def scale(data: Dataset) -> str:
-    """How a stored number is read: "x / 255" or "(x - mean) / std of each column"."""
+    """The formula that reads a stored number: "x / 255" or "(x - mean) / std of each column"."""
     x = "x" if data.mean is None else "(x - mean) / std of each column"
     if data.scale != 1:
         inverse = 1 / data.scale
@@ -30,19 +30,19 @@ def scale(data: Dataset) -> str:
 
 
 def stored_range(data: Dataset) -> tuple[float, float]:
-    """Smallest and largest input as it was stored in the file."""
+    """(smallest, largest) input, as the file stored them."""
     x = data.inputs
     if data.mean is not None and data.std is not None:
         mean, std = data.mean.to(x.device), data.std.to(x.device)
         x = x * std + mean
     low, high = float(x.min()), float(x.max())
-    # Standardised numbers were rounded to float32: what is left of a 0 is far below the others.
+    # Standardised numbers are rounded to float32, so an original 0 comes back as a tiny number.
     nothing = 1e-6 * max(abs(low), abs(high))
     return (0.0 if abs(low) < nothing else low), (0.0 if abs(high) < nothing else high)
 
 
 def targets(data: Dataset) -> str:
-    """ "10 classes of 139 to 146 samples", or the outputs of a regression and their range."""
+    """The targets in words: "10 classes of 139 to 146 samples", or a regression's outputs."""
     if data.is_classification:
         counts = data.class_counts().tolist()
         least, most = min(counts), max(counts)
@@ -56,7 +56,7 @@ def targets(data: Dataset) -> str:
 def describe(train: Dataset, test: Dataset | None = None) -> str:
     """One line about a data set.
 
-    Samples, inputs, dtype and range, how they are read, classes, size of the test data.
+    It names samples, inputs, dtype, range, how inputs are read, classes, and test samples.
     """
     low, high = stored_range(train)
     parts = [
@@ -70,9 +70,10 @@ def describe(train: Dataset, test: Dataset | None = None) -> str:
 
 
 def page(train: Dataset, test: Dataset) -> list[str]:
-    """Lines for people about a data set.
+    """A page about a data set, one string for each line.
 
-    What was read, how it is read, the split, the classes and their balance, columns that are odd.
+    It shows the inputs, how they are read, the split, the classes with their balance, and columns
+    that are constant or that float32 cannot resolve.
     """
     low, high = stored_range(train)
     said = [

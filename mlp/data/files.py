@@ -1,7 +1,7 @@
-"""Files that hold arrays: .npz, .npy and .mat, one or several, read into one table of arrays.
+"""Files that hold arrays: .npz, .npy and .mat. One or several are read into one table of arrays.
 
-Sizes are read from a file's directory and headers before anything is unpacked, so that a file that
-would not fit into memory is refused.
+Sizes are read from a file's directory and headers before anything is unpacked. So a file that would
+not fit into memory is refused.
 """
 
 import os
@@ -16,7 +16,7 @@ import numpy as np
 from .arrays import from_arrays
 from .dataset import DataError, Dataset, needs_extra
 
-# Names of training inputs, training labels, test inputs, test labels; capitals make no difference.
+# Names of training inputs, training labels, test inputs and test labels, in any case of letters.
 KEYS = (
     ("x_train", "y_train", "x_test", "y_test"),
     ("train_data", "train_labels", "test_data", "test_labels"),
@@ -27,14 +27,14 @@ KEYS = (
     ("data", "target", "test_data", "test_target"),
     ("inputs", "targets", "test_inputs", "test_targets"),
 )
-# Bytes that may be unpacked although they are more than a hundred times the file's own.
+# A file may grow to this many bytes, or to _GROWTH times its own size, whichever is more.
 _HARMLESS = 2**28
 _GROWTH = 100
-_HEADER = 10_000  # bytes; numpy's own limit for the header of an array
+_HEADER = 10_000  # bytes, numpy's own limit for the header of an array
 
 
 def check_regular(path: Path) -> None:
-    """DataError for a pipe, a device or a socket, which opening might never return from."""
+    """DataError if the path is no regular file. Opening a pipe or a device might never return."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
@@ -48,46 +48,51 @@ def check_regular(path: Path) -> None:
             (stat.S_ISDIR, "a folder"),
         )
         kind = next((said for is_kind, said in kinds if is_kind(mode)), "no regular file")
-        raise DataError(f"{path}: is {kind}, not a file: save the data to a file first")
+        raise DataError(f"{path}: is {kind}, not a file; save the data to a file first")
 
 
 def memory() -> int:
-    """Bytes of this machine's memory; what a data set may take at most is half of it."""
+    """Bytes of this machine's memory. A data set may take at most half of it."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):  # not known on every system
+    except (ValueError, OSError, AttributeError):  # some systems do not tell it
         return 2**34
 
 
 def check_size(size: int, packed: int | None, what: str) -> None:
-    """DataError if `size` bytes are more than half the memory, or come from far fewer in a file."""
+    """DataError if `size` bytes are more than half the memory, or suspiciously many for a file.
+
+    packed: the bytes in the file, or None if they are not compressed. `what` starts the message.
+    """
     if packed is not None and size > max(_HARMLESS, _GROWTH * packed):
         raise DataError(
-            f"{what}: {packed:,} bytes would grow to {size:,} when unpacked: save them unpacked "
-            "(numpy.savez) if that is meant"
+            f"{what}: {packed:,} bytes would grow to {size:,} when unpacked; save them unpacked "
+            "(numpy.savez) if that is intended"
         )
     if size > memory() // 2:
         raise DataError(
-            f"{what}: takes {size / 2**30:,.1f} GiB, and this machine has "
-            f"{memory() / 2**30:,.1f} GiB of memory: store fewer samples or a smaller dtype"
+            f"{what}: takes {size / 2**30:,.1f} GiB, more than half of the "
+            f"{memory() / 2**30:,.1f} GiB of memory here; store fewer samples or a smaller dtype"
         )
 
 
 def _check_array_header(file: Any, size: int, what: str) -> None:
-    """DataError if the header of a .npy announces another size than there is, or objects."""
+    """DataError if the header of a .npy announces Python objects, or more bytes than it has."""
     version = np.lib.format.read_magic(file)
     readers = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
     }
     if version not in readers:
-        return  # numpy says what it thinks of it
+        return  # numpy then reads it or raises an error
     shape, _, dtype = readers[version](file, max_header_size=_HEADER)
     if dtype.hasobject:
-        raise DataError(f"{what}: holds Python objects: store numbers, or words as numpy strings")
+        raise DataError(f"{what}: holds Python objects; store numbers, or words as numpy strings")
     announced = int(np.prod(shape, dtype=object)) * dtype.itemsize
     if announced > size:
-        raise DataError(f"{what}: damaged: its header says {announced:,} bytes, there are {size:,}")
+        raise DataError(
+            f"{what}: is damaged, its header announces {announced:,} bytes, but it has {size:,}"
+        )
 
 
 def _npz(path: Path) -> dict[str, Any]:
@@ -95,7 +100,7 @@ def _npz(path: Path) -> dict[str, Any]:
         members = [m for m in archive.infolist() if m.filename.endswith(".npy")]
         names = [member.filename.removesuffix(".npy") for member in members]
         if twice := {name for name in names if names.count(name) > 1}:
-            raise DataError(f"{path}: has the array {min(twice)} twice")
+            raise DataError(f"{path}: has the array {min(twice)} twice; leave one out")
         size = sum(member.file_size for member in members)
         check_size(size, sum(member.compress_size for member in members), str(path))
         for member in members:
@@ -120,7 +125,7 @@ def _mat(path: Path) -> dict[str, Any]:
         raise needs_extra("scipy (with scikit-learn)", "reading .mat files") from None
     try:
         listed = whosmat(path)
-        # A class of MATLAB takes at most 8 bytes a number; sparse ones and cells take what they do.
+        # A number of MATLAB takes at most 8 bytes. The size of sparse arrays and cells is unknown.
         size = sum(
             8 * int(np.prod(shape, dtype=object))
             for _, shape, kind in listed
@@ -128,18 +133,18 @@ def _mat(path: Path) -> dict[str, Any]:
         )
         names = [name for name, *_ in listed]
         if twice := {name for name in names if names.count(name) > 1}:
-            raise DataError(f"{path}: has the variable {min(twice)} twice")
+            raise DataError(f"{path}: has the variable {min(twice)} twice; leave one out")
         check_size(size, path.stat().st_size, str(path))
         return {name: v for name, v in loadmat(path).items() if not name.startswith("__")}
     except NotImplementedError:
-        raise DataError(f"{path}: a MATLAB 7.3 file; save it with -v7") from None
+        raise DataError(f"{path}: is a MATLAB 7.3 file; save it with -v7") from None
 
 
 READERS: dict[str, Callable[[Path], dict[str, Any]]] = {".npz": _npz, ".npy": _npy, ".mat": _mat}
 
 
 def _contents(path: Path) -> dict[str, Any]:
-    """Name -> array of one file; DataError if it is not readable."""
+    """The arrays of one file by name. DataError if the file is not readable."""
     suffix = path.suffix.lower()
     if suffix not in READERS:
         raise DataError(
@@ -151,26 +156,29 @@ def _contents(path: Path) -> dict[str, Any]:
         return READERS[suffix](path)
     except (DataError, ImportError):
         raise
-    except Exception as error:  # zipfile, zlib, numpy and scipy each raise their own
+    except Exception as error:  # zipfile, zlib, numpy and scipy raise different classes
         raise DataError(
             f"{path}: not a readable {suffix} file ({type(error).__name__}: {error})"
         ) from None
 
 
 def _merged(paths: Sequence[Path]) -> dict[str, Any]:
-    """The arrays of all files; DataError where two have one of the same name."""
+    """The arrays of all files by name. DataError if two files have an array of the same name."""
     merged: dict[str, Any] = {}
     origin: dict[str, Path] = {}
     for path in paths:
         for name, array in _contents(path).items():
             if name in merged:
-                raise DataError(f"{name} is in {origin[name]} and in {path}: leave one of them out")
+                raise DataError(f"{name} is in {origin[name]} and in {path}; leave one of them out")
             merged[name], origin[name] = array, path
     return merged
 
 
 def _chosen(arrays: dict[str, Any], paths: Sequence[Path]) -> list[str | None]:
-    """Names of training inputs and labels, and of test inputs and labels, or None, in `arrays`."""
+    """Names in `arrays` of training inputs, training labels, test inputs and test labels.
+
+    The last two are None if there are no such arrays.
+    """
     if len(paths) in (2, 4) and all(path.suffix.lower() == ".npy" for path in paths):
         return [*arrays, None, None][:4]
     exact = {name: name for name in arrays}
@@ -187,12 +195,14 @@ def _chosen(arrays: dict[str, Any], paths: Sequence[Path]) -> list[str | None]:
 
 
 def _check_kind(value: Any, what: str) -> None:
-    """DataError for a variable of a .mat file that is no array of numbers or words."""
+    """DataError if a variable of a .mat file is no array of numbers or words."""
     fields = getattr(getattr(value, "dtype", None), "names", None)
     if fields:
-        raise DataError(f"{what}: a struct with the fields {', '.join(fields)}, not an array")
+        raise DataError(
+            f"{what}: is a struct with the fields {', '.join(fields)}, not an array; save one array"
+        )
     if type(value).__name__ in ("MatlabOpaque", "MatlabFunction", "MatlabObject"):
-        raise DataError(f"{what}: an object of MATLAB, not an array: save its numbers")
+        raise DataError(f"{what}: is an object of MATLAB, not an array; save its numbers")
 
 
 def read(
@@ -200,8 +210,11 @@ def read(
     image: str | tuple[int, ...] | None = None,
     task: str | None = None,
 ) -> tuple[Dataset, Dataset]:
-    """(train, test) of the arrays in these files, which are found by their names, see KEYS; 2 or 4
-    .npy files hold inputs, labels, test inputs and test labels. image, task: see `from_arrays`.
+    """(train, test) of the arrays in these files.
+
+    The arrays are found by their names, see KEYS. 2 or 4 .npy files are inputs, labels, test inputs
+    and test labels, in this order. image, task: see `from_arrays`. DataError for files that cannot
+    be read or used.
     """
     arrays = _merged(paths)
     where, name = ",".join(map(str, paths)), paths[0].stem

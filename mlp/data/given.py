@@ -1,6 +1,7 @@
-"""What `fit` is given, as a data set.
+"""The data argument of `fit` as a data set.
 
-And what the object said besides: a loader's batches, the shape of a sample, labels that were words.
+`Given` also keeps what the object says about a loader's batches, a sample's shape, and labels that
+are words.
 """
 
 from dataclasses import replace
@@ -14,10 +15,11 @@ from .dataset import DataError, Dataset
 
 
 class Given(NamedTuple):
-    """data: the data set. shape: of a sample with more than one dimension, as the object has it.
+    """A data set and facts about the object that it was made from.
 
-    words: the classes, where the labels were words. batch_size, drop_last: a DataLoader's, else
-    None. note: a line for people on what becomes of a DataLoader.
+    shape: of a sample with more than one dimension, else None. words: the classes if the labels
+    were words, else None. batch_size, drop_last: of a DataLoader, else None. note: one line that
+    says how a DataLoader is used, else None.
     """
 
     data: Dataset
@@ -29,8 +31,10 @@ class Given(NamedTuple):
 
 
 def take(given: Any, ignored: int | None = None, like: Dataset | None = None) -> Given:
-    """Anything that `Dataset.of` takes. ignored: a label that stands for none. like: the training
-    data, for test data. DataError in one line.
+    """Take anything that `Dataset.of` takes.
+
+    ignored: a label that stands for no class. like: the training data, if these are test data.
+    DataError for data that cannot be used.
     """
     if isinstance(given, Dataset):
         return Given(given)
@@ -39,8 +43,8 @@ def take(given: Any, ignored: int | None = None, like: Dataset | None = None) ->
         type(None),
     ):
         raise DataError(
-            f"data: a DataLoader with a {type(given.batch_sampler).__name__} draws batches in a "
-            "way that is not kept here: give the dataset itself"
+            f"data: the {type(given.batch_sampler).__name__} of this DataLoader cannot be used, "
+            "because batches are drawn from all samples here; give the dataset itself"
         )
     data = Dataset.of(given, like=like, ignored=ignored)
     taken = Given(data, _shape(given, data), _words(given, data))
@@ -54,7 +58,7 @@ def take(given: Any, ignored: int | None = None, like: Dataset | None = None) ->
 
 
 def _shape(given: Any, data: Dataset) -> tuple[int, ...] | None:
-    """Of a sample, if it has more than one dimension."""
+    """The shape of a sample if it has more than one dimension, else None."""
     if isinstance(given, (tuple, list)):
         rows = given[0]
     elif isinstance(given, TensorDataset):
@@ -68,7 +72,7 @@ def _shape(given: Any, data: Dataset) -> tuple[int, ...] | None:
 
 
 def _words(given: Any, data: Dataset) -> tuple[str, ...] | None:
-    """The classes, if the labels of a pair are words."""
+    """The classes if the labels of a pair are words, else None."""
     if not isinstance(given, (tuple, list)) or torch.is_tensor(given[1]):
         return None
     labels = given[1].to_numpy() if hasattr(given[1], "to_numpy") else np.asarray(given[1])
@@ -76,8 +80,10 @@ def _words(given: Any, data: Dataset) -> tuple[str, ...] | None:
 
 
 def fitted(data: Dataset, device: torch.device, dtype: torch.dtype, outputs: int | None) -> Dataset:
-    """A data set on the device. Numbers to be met are of the network's dtype, and a column where it
-    is known to have one output.
+    """The data set on this device.
+
+    The targets of a regression get the network's dtype. If the network has one output, they become
+    a column (N, 1). outputs: of the network, or None if not known.
     """
     data = data.to(device)
     if data.is_classification:

@@ -1,8 +1,8 @@
-"""Image files: one by one, and folders with a folder for each class.
+"""Image files: single files, and folders with one folder for each class.
 
-An image keeps the levels that its file has: 8-bit pixels stay bytes, 16-bit ones and floating-point
-ones become float32. What is transparent is laid on white. The orientation that a camera wrote into
-the file is applied, and palettes become the colours that they stand for.
+An image keeps the levels of its file. 8-bit pixels stay bytes, 16-bit and floating-point pixels
+become float32. Transparent pixels are laid on white. The orientation that a camera wrote into the
+file is applied. Palettes become their colours.
 """
 
 import os
@@ -19,12 +19,12 @@ from .files import check_regular, check_size
 from .pixels import image_size, levels_of
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
-# One image may have this many pixels; more is no picture for a network, or a trap.
+# The most pixels of one image. A file with more is hardly meant for a network, and may be a trap.
 _MOST_PIXELS = 100_000_000
 _BYTE, _SHORT = 255, 65535
 _FLOAT_MODES, _SHORT_MODES = ("F",), ("I", "I;16", "I;16B", "I;16L", "I;16N")
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
-# Formats of which a file may hold many pictures that are not the same one in other sizes.
+# Formats whose files may hold many different pictures. Others may hold one in several sizes.
 _ANIMATED = ("GIF", "TIFF", "PNG", "WEBP")
 _HIDDEN = ("__macosx", "thumbs.db", "desktop.ini", "@eadir")
 _SPELLINGS = {
@@ -33,13 +33,15 @@ _SPELLINGS = {
     "val": ("val", "valid", "validation", "dev", "eval"),
 }
 _SPLITS = {name: kind for kind, names in _SPELLINGS.items() for name in names}
-# A folder with the first file and one of the others is a run that was trained here.
+# A folder with the first file and one of the others is a run folder of handgrad.
 _RUN = ("config.json", ("metrics.jsonl", "model.safetensors", "last.ckpt"))
 
 
 class Picture(NamedTuple):
-    """pixels: (H, W) or (H, W, 3); uint8, uint16 or float32. white: 255, 65535, or None for
-    floating point, whose range the file does not tell.
+    """The pixels of an image file.
+
+    pixels: (H, W) or (H, W, 3), uint8, uint16 or float32. white: the value of white, 255 or 65535,
+    or None for floating point, because such a file does not tell its range.
     """
 
     pixels: np.ndarray
@@ -47,12 +49,12 @@ class Picture(NamedTuple):
 
     @property
     def is_grey(self) -> bool:
-        """Whether there is one channel."""
+        """True if there is one channel."""
         return self.pixels.ndim == 2
 
     @property
     def size(self) -> tuple[int, int]:
-        """(H, W)."""
+        """(H, W), in pixels."""
         return self.pixels.shape[:2]
 
 
@@ -65,21 +67,24 @@ def _pillow() -> Any:
 
 
 def decode(path: Path) -> Picture:
-    """An image file with all its levels; DataError in one line if it is none, or too large."""
+    """The picture in an image file, with all its levels.
+
+    DataError, in one line, if the file is missing, is no image, is too large or holds several.
+    """
     Image, ImageOps = _pillow()
     if not path.exists():
         raise DataError(f"{path}: no such file")
     check_regular(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large images: the check below refuses those
+            warnings.simplefilter("ignore")  # Pillow warns of large images, refused below
             with Image.open(path) as image:
                 width, height = image.size
                 if width * height > _MOST_PIXELS:
                     raise DataError(_too_large(path, f"{width}×{height} pixels"))
                 if image.format in _ANIMATED and getattr(image, "n_frames", 1) > 1:
                     raise DataError(
-                        f"{path}: holds {image.n_frames} pictures: save the one that is meant"
+                        f"{path}: holds {image.n_frames} pictures; save the one that is intended"
                     )
                 image.load()
                 return _levels(ImageOps.exif_transpose(image), Image, path)
@@ -87,12 +92,13 @@ def decode(path: Path) -> Picture:
         raise
     except Image.DecompressionBombError as error:
         raise DataError(_too_large(path, str(error).split(",")[0])) from None
-    except Exception as error:  # Pillow's readers of formats each raise their own
+    except Exception as error:  # Pillow's readers raise different classes for each format
         raise DataError(f"{path}: not a readable image ({error})") from None
 
 
 def _too_large(path: Path, said: str) -> str:
-    return f"{path}: {said}; an image may have {_MOST_PIXELS:,}: make it smaller first"
+    most = f"an image may have {_MOST_PIXELS:,} pixels"
+    return f"{path}: is too large ({said}), {most}; make it smaller first"
 
 
 def _levels(image: Any, Image: Any, path: Path) -> Picture:
@@ -105,8 +111,8 @@ def _levels(image: Any, Image: Any, path: Path) -> Picture:
         pixels = np.array(image).astype(np.int64)
         if pixels.min() < 0 or pixels.max() > _SHORT:
             raise DataError(
-                f"{path}: pixels from {pixels.min()} to {pixels.max()}, of which black and white "
-                f"are not known: save 16 bits (0 to {_SHORT}), or floats from 0 to 1"
+                f"{path}: has pixels from {pixels.min()} to {pixels.max()}, so its values of black "
+                f"and white are not known; save 16 bits (0 to {_SHORT}), or floats from 0 to 1"
             )
         transparent = image.info.get("transparency")
         if isinstance(transparent, int):
@@ -129,7 +135,7 @@ def _levels(image: Any, Image: Any, path: Path) -> Picture:
 
 
 def _resized(channel: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """(H, W) of `size`; floats, for levels beyond 255 must be kept."""
+    """The channel (H, W) resized to `size`, float32, which can hold levels beyond 255."""
     Image, _ = _pillow()
     image = Image.fromarray(channel.astype(np.float32))
     pixels = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC))
@@ -137,7 +143,10 @@ def _resized(channel: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
 
 
 def as_array(picture: Picture, shape: tuple[int, ...]) -> np.ndarray:
-    """(C, H, W) of this shape, in the picture's own levels: grey or RGB, resized if need be."""
+    """The picture as an array (C, H, W) of this shape, in the picture's own levels.
+
+    Its colours become grey or RGB, and it is resized, if the shape asks for it.
+    """
     Image, _ = _pillow()
     pixels = picture.pixels
     if shape[0] not in (1, 3):
@@ -153,11 +162,12 @@ def as_array(picture: Picture, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def open_image(path: str | Path, reading: Reading) -> tuple[torch.Tensor, str | None]:
-    """(one row of stored values, a note or None) of an image file, as the training data that
-    `reading` tells of would have held it: for `Reading.numbers`.
+    """(values, note) of an image file, for a network whose training data have this reading.
 
-    Grey or RGB and the size as in training, with a note if it was resized. Black and white of the
-    file become those of the training data. DataError if these are not known.
+    values: (C·H·W,) float64, as the training data would store them, for `Reading.numbers`. The
+    image becomes grey or RGB and gets the size of the training images. Black and white of the file
+    become those of the training data. note: says that the image was resized, or which values are
+    taken for black and white, or None. DataError if black and white are not known.
     """
     path = Path(path)
     if reading.image_shape is None:
@@ -165,7 +175,7 @@ def open_image(path: str | Path, reading: Reading) -> tuple[torch.Tensor, str | 
     if reading.levels is None:
         raise DataError(
             f"{path}: the network was trained on images of {reading.stored} whose values of black "
-            "and white are not known: train it on pixels from 0 to 1 or 0 to 255"
+            "and white are not known; train it on pixels from 0 to 1 or 0 to 255"
         )
     picture, notes = decode(path), []
     shape = reading.image_shape
@@ -180,13 +190,13 @@ def open_image(path: str | Path, reading: Reading) -> tuple[torch.Tensor, str | 
     if reading.stored.startswith("float"):
         if low < black or high > white:
             raise DataError(
-                f"{path}: floats from {low:.6g} to {high:.6g}, but the network was trained on "
-                f"{black:.6g} to {white:.6g}"
+                f"{path}: has floats from {low:.6g} to {high:.6g}, but the network was trained on "
+                f"{black:.6g} to {white:.6g}; rescale its pixels"
             )
         return values, "; ".join(notes) or None
     levels, said = levels_of([values], "float32")
     if levels is None:
-        raise DataError(f"{path}: {said}: save pixels from 0 to 1 or 0 to 255")
+        raise DataError(f"{path}: {said}; save pixels from 0 to 1 or 0 to 255")
     notes += [said] if said else []
     fraction = (values - levels[0]) / (levels[1] - levels[0])
     return black + (white - black) * fraction, "; ".join(notes) or None
@@ -197,7 +207,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether this is a run folder, or holds nothing but such."""
+    """True if this is a run folder, or a folder that holds only run folders."""
     if (folder / _RUN[0]).exists() and any((folder / name).exists() for name in _RUN[1]):
         return True
     inside = [path for path in folder.iterdir() if not _is_hidden(path.name)]
@@ -205,7 +215,11 @@ def _is_run(folder: Path) -> bool:
 
 
 class _Class(NamedTuple):
-    """images of a folder, at any depth; those right in it; other files' names."""
+    """The contents of a class's folder.
+
+    images: its image files, at any depth. direct: the count of images directly in it. others: names
+    of its other files.
+    """
 
     images: list[Path]
     direct: int
@@ -218,7 +232,7 @@ def _scan(folder: Path) -> _Class:
     direct, seen = 0, set()
     for root, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
-        if real in seen:  # a link back to a folder above
+        if real in seen:  # a link to a folder that was scanned before
             folders.clear()
             continue
         seen.add(real)
@@ -237,7 +251,7 @@ def _scan(folder: Path) -> _Class:
 
 
 def _folders(root: Path) -> dict[str, Path]:
-    """Name -> folder of what may be classes or splits in `root`."""
+    """The folders in `root` that may be classes or splits, by name."""
     try:
         inside = sorted(root.iterdir(), key=lambda path: path.name)
     except OSError as error:
@@ -250,7 +264,10 @@ def _folders(root: Path) -> dict[str, Path]:
 
 
 def _parts(root: Path) -> tuple[dict[str, Path], list[str]]:
-    """({"train": folder, "test": folder} or {"train": root} where nothing is split, notes)."""
+    """(folders of the training and test data, notes).
+
+    The folders are {"train": folder, "test": folder}, or {"train": root} without a split.
+    """
     folders = _folders(root)
     kinds = {name: _SPLITS.get(name.lower()) for name in folders}
     named = {name for name, kind in kinds.items() if kind is not None}
@@ -259,48 +276,52 @@ def _parts(root: Path) -> tuple[dict[str, Path], list[str]]:
         return {"train": root}, []
     if loose := sorted(named - nested):
         raise DataError(
-            f"{root}: {loose[0]} holds images: they go into one folder for each class, such as "
-            f"{Path(loose[0], 'cat', '1.png')}"
+            f"{root}: {loose[0]} holds images directly; put them into one folder for each class, "
+            f"such as {Path(loose[0], 'cat', '1.png')}"
         )
     if strange := sorted(folders.keys() - named):
         raise DataError(
             f"{root}: has folders of splits ({', '.join(sorted(named))}) and others "
-            f"({', '.join(strange)}): move one kind out"
+            f"({', '.join(strange)}); move one kind out"
         )
     found: dict[str, Path] = {}
     for name in sorted(named):
         kind = _SPLITS[name.lower()]
         if kind in found:
-            raise DataError(f"{root}: {found[kind].name} and {name} both are {kind} data")
+            raise DataError(
+                f"{root}: {found[kind].name} and {name} are both {kind} data; move one out"
+            )
         found[kind] = folders[name]
     if "train" not in found:
-        raise DataError(f"{root}: has {', '.join(sorted(named))}, but no folder of training data")
+        raise DataError(
+            f"{root}: has {', '.join(sorted(named))}, but no folder of training data; call it train"
+        )
     notes = []
     if "test" not in found and "val" in found:
         found["test"] = found.pop("val")
     if left := found.pop("val", None):
-        notes.append(f"{root}: {left.name} is not used, {found['test'].name} is the test data")
+        notes.append(f"{root}: {left.name} is not used, because {found['test'].name} is there")
     return {part: found[part] for part in ("train", "test") if part in found}, notes
 
 
 def _classes(part: Path) -> tuple[dict[str, _Class], list[str]]:
-    """(class -> its images, notes) of a folder with a folder for each class."""
+    """(contents by class, notes) of a folder with one folder for each class."""
     folders = _folders(part)
     scanned = {name: _scan(folder) for name, folder in folders.items()}
     known = ", ".join(SUFFIXES)
     if not scanned:
         raise DataError(
-            f"{part}: Couldn't find any class folder; images go into one folder for each class"
+            f"{part}: Couldn't find any class folder; put images into one folder for each class"
         )
     if empty := [name for name, found in scanned.items() if not found.images]:
         raise DataError(
-            f"{part}: {empty[0]} holds no images ({known}); images go into one folder for each "
+            f"{part}: {empty[0]} holds no images ({known}); put images into one folder for each "
             "class"
         )
     if not any(found.direct for found in scanned.values()):
         raise DataError(
-            f"{part}: its folders ({', '.join(scanned)}) hold only folders, and no images: give "
-            f"one of them, such as {part / next(iter(scanned))}"
+            f"{part}: its folders ({', '.join(scanned)}) hold only folders and no images; give one "
+            f"of them, such as {part / next(iter(scanned))}"
         )
     notes = []
     loose = [p.name for p in part.iterdir() if p.is_file() and not _is_hidden(p.name)]
@@ -313,7 +334,11 @@ def _classes(part: Path) -> tuple[dict[str, _Class], list[str]]:
 def _decoded(
     paths: Sequence[Path], size: tuple[int, ...] | None, root: Path
 ) -> tuple[list[Picture], int]:
-    """(all images, how many were resized), of one size; the whole must fit into memory."""
+    """(all pictures, the count of resized ones).
+
+    size: (H, W) to which all are resized, or None. DataError if the pictures differ in size, or if
+    all together do not fit into memory.
+    """
     pictures: list[Picture] = []
     resized = 0
     for path in paths:
@@ -327,7 +352,7 @@ def _decoded(
         elif picture.size != pictures[0].size:
             (height, width), (h, w) = pictures[0].size, picture.size
             raise DataError(
-                f"{path}: images must all be {width}×{height}, got {w}×{h}: give a size, such as "
+                f"{path}: images must all be {width}×{height}, got {w}×{h}; give a size, such as "
                 f"image {height}x{width}, and all are resized"
             )
         pictures.append(picture)
@@ -335,15 +360,18 @@ def _decoded(
 
 
 def _common_white(pictures: Sequence[Picture], paths: Sequence[Path]) -> int | None:
-    """The largest white of these pictures, None if all are floating point; DataError for both."""
+    """The largest white of these pictures, or None if all are floating point.
+
+    DataError if only some are floating point.
+    """
     floats = [picture.white is None for picture in pictures]
     if all(floats):
         return None
     if any(floats):
         odd = floats.index(not floats[0])
         raise DataError(
-            f"{paths[odd]}: floating-point and whole pixels have no common black and white, and "
-            f"{paths[0]} is of the other kind"
+            f"{paths[odd]}: floating-point and whole pixels have no common black and white, but "
+            f"{paths[0]} is of the other kind; save all alike"
         )
     return max(picture.white or 0 for picture in pictures)
 
@@ -351,7 +379,10 @@ def _common_white(pictures: Sequence[Picture], paths: Sequence[Path]) -> int | N
 def _stacked(
     pictures: Sequence[Picture], paths: Sequence[Path], root: Path
 ) -> tuple[torch.Tensor, tuple[float, float], list[str]]:
-    """(pixels (N, C, H, W), levels, notes) of pictures of one size: grey if all are."""
+    """(pixels (N, C, H, W), levels, notes) of pictures of one size.
+
+    They become RGB unless all are grey.
+    """
     white, notes = _common_white(pictures, paths), []
     coloured = sum(not picture.is_grey for picture in pictures)
     if 0 < coloured < len(pictures):
@@ -365,12 +396,12 @@ def _stacked(
         if white is not None and picture.white is not None and picture.white != white:
             row *= white // picture.white
     if white is not None and any(picture.white != white for picture in pictures):
-        notes.append(f"{root}: 8-bit and 16-bit images are mixed: all are taken as 16-bit")
+        notes.append(f"{root}: 8-bit and 16-bit images are mixed, so all are taken as 16-bit")
     levels, said = (0.0, float(white or 0)), ""
     if white is None:
         measured, said = levels_of([torch.from_numpy(pixels)], "float32")
         if measured is None:
-            raise DataError(f"{root}: {said}: save pixels from 0 to 1 or 0 to 255")
+            raise DataError(f"{root}: {said}; save pixels from 0 to 1 or 0 to 255")
         levels = measured
     return torch.from_numpy(pixels), levels, [*notes, *([f"{root}: {said}"] if said else [])]
 
@@ -390,9 +421,10 @@ def _labelled(
 def read_folder(root: Path, image: str | tuple[int, ...] | None = None) -> tuple[Dataset, Dataset]:
     """(train, test) of root/CLASS/image, or of root/train/CLASS/image and root/test/CLASS/image.
 
-    Splits may be called train, training, test, testing, val, valid or validation, in capitals too.
-    A fifth is held out where there are no test data. Hidden files, and runs trained in the folder,
-    are left out. image: a size to which all are resized; else all must have the size of the first.
+    The folders of splits may have any name in _SPELLINGS, such as training or Test. Without test
+    data, validation data take their place. Without both, a fifth of the samples is held out. Hidden
+    files and run folders are left out. image: a size to which all images are resized. Without it,
+    all must have the size of the first. DataError, in one line, for a folder that cannot be used.
     """
     asked = None if image is None else image_size(image)[-2:]
     parts, notes = _parts(root)
@@ -400,7 +432,8 @@ def read_folder(root: Path, image: str | tuple[int, ...] | None = None) -> tuple
     names = {part: tuple(classes) for part, (classes, _) in found.items()}
     if names["train"] != names.get("test", names["train"]):
         raise DataError(
-            f"{root}: train and test have the classes {names['train']} and {names['test']}"
+            f"{root}: train and test must have the same classes, got {names['train']} and "
+            f"{names['test']}"
         )
     notes += [note for _, said in found.values() for note in said]
     paths, targets = _labelled([classes for classes, _ in found.values()])

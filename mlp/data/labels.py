@@ -1,7 +1,7 @@
-"""Targets as they come: labels of any kind become numbers of classes, floating-point targets stay.
+"""Targets: labels of any kind become numbers of classes, floating-point targets stay.
 
-In memory, whole numbers are numbers of classes already, as for torch. In a file they are only
-values: classes are then named by them.
+In memory, whole numbers are numbers of classes, as for torch. In a file they are only values. Each
+value is then a class with this value as its name.
 """
 
 from collections.abc import Sequence
@@ -13,15 +13,18 @@ import torch
 from .dataset import DataError, Dataset
 
 TASKS = ("classification", "regression")
-# More classes than this are refused as ids, unless there are 20 samples for each.
+# More classes than this are refused as ids, unless each has 20 samples on average.
 _MANY = 1000
 _SAMPLES_EACH = 20
-# Whole floating-point targets with more values than this are a regression's.
+# Whole floating-point targets with more different values than this belong to a regression.
 _FEW = 20
 
 
 class Targets(NamedTuple):
-    """targets: a tensor for each part: (N,) int64, or (N, outputs) floating point."""
+    """Targets of training and test data, with the classes' names and notes on what was decided.
+
+    targets: one tensor for each part, (N,) int64, or (N, outputs) floating point.
+    """
 
     targets: list[torch.Tensor]
     classes: tuple[str, ...]
@@ -29,7 +32,10 @@ class Targets(NamedTuple):
 
 
 def plain(value: Any, what: str) -> np.ndarray:
-    """Targets as an array of bool, numbers or words in native byte order; DataError otherwise."""
+    """Targets as an array of bools, numbers or words, in native byte order.
+
+    DataError, which starts with `what`, for anything else.
+    """
     if torch.is_tensor(value):
         value = value.detach().cpu()
         value = value.float() if value.dtype == torch.bfloat16 else value
@@ -57,14 +63,14 @@ def plain(value: Any, what: str) -> np.ndarray:
 
 
 def _of_objects(array: np.ndarray, what: str) -> np.ndarray:
-    """Words or numbers out of Python objects, or out of the cells of a .mat file."""
+    """Words or numbers from Python objects, or from the cells of a .mat file."""
     items = [
         item.reshape(-1)[0] if isinstance(item, np.ndarray) and item.size == 1 else item
         for item in array.reshape(-1)
     ]
     missing = [i for i, v in enumerate(items) if v is None or (isinstance(v, float) and v != v)]
     if missing:
-        raise DataError(f"{what}: sample {missing[0]} has none: leave its row out")
+        raise DataError(f"{what}: sample {missing[0]} has none; leave its row out")
     if all(isinstance(item, str) for item in items):
         return np.array(items, dtype=np.str_).reshape(array.shape)
     if all(isinstance(item, (int, float, np.number, bool, np.bool_)) for item in items):
@@ -74,7 +80,10 @@ def _of_objects(array: np.ndarray, what: str) -> np.ndarray:
 
 
 def in_memory(value: Any, name: str, like: Dataset | None) -> tuple[torch.Tensor, tuple[str, ...]]:
-    """(targets, classes) as torch would take them. Words are mapped, in the order of `like`."""
+    """(targets, classes) from values in memory, as torch would take them.
+
+    Words become numbers, in the order of the classes of `like` if given, else in sorted order.
+    """
     known = like.classes if like is not None and like.is_classification else ()
     if torch.is_tensor(value) and value.layout == torch.strided:
         targets = value.detach()
@@ -85,7 +94,7 @@ def in_memory(value: Any, name: str, like: Dataset | None) -> tuple[torch.Tensor
         if array.dtype == np.uint64:
             array = array.astype(np.int64)
         targets = torch.from_numpy(np.require(array, requirements=["C", "W"]))
-        # numpy's numbers are float64 unless one says otherwise, and a network's are not.
+        # numpy's default is float64, but that of a network is torch's default dtype.
         targets = targets.to(torch.get_default_dtype()) if targets.is_floating_point() else targets
     if targets.is_complex():
         raise DataError(f"{name}: labels: must be numbers or words, got {targets.dtype}")
@@ -93,7 +102,7 @@ def in_memory(value: Any, name: str, like: Dataset | None) -> tuple[torch.Tensor
         targets = targets.flatten()
     if not targets.is_floating_point() and targets.dim() == 2:
         raise DataError(
-            f"{name}: labels must be (N,), got {tuple(targets.shape)}: give argmax(1) of one-hot "
+            f"{name}: labels must be (N,), got {tuple(targets.shape)}; give argmax(1) of one-hot "
             "rows, or floating-point numbers for a regression or several labels a row"
         )
     return targets, () if targets.is_floating_point() else known
@@ -115,18 +124,18 @@ def _numbered(
 
 
 def _check_count(classes: int, samples: int, name: str) -> None:
-    """Refuse labels that are no classes: nearly one for each sample, or thousands."""
+    """DataError for labels that are probably no classes: nearly one a sample, or thousands."""
     each = classes > _FEW and 2 * classes > samples
     if each or classes > max(_MANY, samples // _SAMPLES_EACH):
         raise DataError(
             f"{name}: {classes:,} different labels in {samples:,} samples look like ids or the "
-            "targets of a regression, not like classes: store targets of a regression as "
+            "targets of a regression, not like classes; store targets of a regression as "
             "fractions (floating point), or give task='regression'"
         )
 
 
 def _rows(array: np.ndarray, samples: int, name: str) -> np.ndarray:
-    """Targets with the samples along the first axis: (N,) or (N, outputs)."""
+    """Targets with samples along the first axis, (N,) or (N, outputs). DataError for others."""
     if array.ndim == 2 and 1 in array.shape and array.size == samples:
         return array.reshape(-1)
     if array.ndim not in (1, 2):
@@ -147,10 +156,11 @@ def _is_one_hot(array: np.ndarray) -> bool:
 def read(
     parts: Sequence[Any], shapes: Sequence[tuple[int, ...]], name: str, task: str | None = None
 ) -> Targets:
-    """The targets of a file's training and test data, which are understood together.
+    """The targets of a file's training and test data. The two parts are understood together.
 
-    shapes: of the inputs beside them. task: None lets their type decide: words, whole numbers and
-    one-hot rows are labels, fractions are targets of a regression.
+    shapes: of the inputs of each part. task: "classification", "regression", or None to decide by
+    the targets' type. Then words, whole numbers and one-hot rows are labels, and fractions are
+    targets of a regression. DataError, which starts with `name`, for targets that cannot be used.
     """
     if task is not None and task not in TASKS:
         raise DataError(f"{name}: unknown task {task!r}; known: {', '.join(TASKS)}")
@@ -165,7 +175,7 @@ def read(
     _check_finite(arrays, name)
     notes: tuple[str, ...] = ()
     if task != "regression" and all(_is_one_hot(array) for array in arrays):
-        notes = (f"{name}: labels are one-hot rows of {arrays[0].shape[1]}: their column is taken",)
+        notes = (f"{name}: labels are one-hot rows of {arrays[0].shape[1]}; their column is taken",)
         width = arrays[0].shape[1]
         tensors = [torch.from_numpy(array.argmax(1)) for array in arrays]
         return Targets(tensors, tuple(map(str, range(width))), notes)
@@ -173,8 +183,8 @@ def read(
         return _regression(arrays, name, task)
     if arrays[0].ndim != 1:
         raise DataError(
-            f"{name}: inputs {tuple(shapes[0])} need as many labels, got {arrays[0].shape}: one "
-            "a sample, one-hot rows, or floating-point targets of a regression"
+            f"{name}: inputs {tuple(shapes[0])} need as many labels, got {arrays[0].shape}; give "
+            "one a sample, one-hot rows, or floating-point targets of a regression"
         )
     return _classes(arrays, name)
 
@@ -187,7 +197,7 @@ def _check_finite(arrays: Sequence[np.ndarray], name: str) -> None:
             raise DataError(
                 f"{name}: {part} targets must be finite, got {array[tuple(place)]} in row {row}"
                 + (f", column {column[0]}" if column else "")
-                + "; rows and columns count from 0: leave such rows out"
+                + "; rows and columns count from 0; leave such rows out"
             )
 
 
@@ -195,7 +205,9 @@ def _is_regression(arrays: Sequence[np.ndarray], name: str, task: str | None) ->
     if task is not None:
         words = any(array.dtype.kind == "U" for array in arrays)
         if task == "regression" and words:
-            raise DataError(f"{name}: targets are words, which no regression takes")
+            raise DataError(
+                f"{name}: targets are words, but the task is 'regression'; leave task out"
+            )
         return task == "regression"
     if not any(array.dtype.kind == "f" for array in arrays):
         return False
@@ -234,19 +246,22 @@ def _classes(arrays: Sequence[np.ndarray], name: str) -> Targets:
     )
     _check_negative(values, together, len(values), name)
     if len(set(names)) < len(names):
-        raise DataError(f"{name}: labels {names} are too large to be told apart")
+        raise DataError(f"{name}: labels {names} are too large to be distinguished")
     tensors = list(torch.from_numpy(numbers.reshape(-1)).split([len(a) for a in arrays]))
     return Targets(tensors, names, _notes(names, tensors, together.dtype.kind, name))
 
 
 def _check_negative(values: np.ndarray, together: np.ndarray, count: int, name: str) -> None:
-    """-1 and 1 are two classes. Any other negative label often marks one that is missing."""
+    """DataError for a negative label, because it often marks a missing one.
+
+    -1 and 1 alone are two classes.
+    """
     if values.dtype.kind in "if" and values[0] < 0 and values.tolist() != [-1, 1]:
         others = int((values >= 0).sum())
         i = int(np.argmax(together < 0))
         raise DataError(
             f"{name}: label {int(together[i])} of sample {i} is not one of the {others} classes, "
-            f"0 to {int(values[-1])}: leave such rows out, or store the labels as words"
+            f"0 to {int(values[-1])}; leave such rows out, or store the labels as words"
         )
 
 
@@ -258,7 +273,7 @@ def _notes(
         shown = ", ".join(names if len(names) <= 5 else (*names[:3], "…", names[-1]))
         found.append(f"{name}: labels {shown} are {len(names)} classes, named by these values")
     if len(names) == 1:
-        found.append(f"{name}: all samples have the label {names[0]}: there is nothing to learn")
+        found.append(f"{name}: all samples have the label {names[0]}, so nothing can be learned")
     if len(tensors) == 2:
         only = sorted(set(tensors[1].tolist()) - set(tensors[0].tolist()))
         if only:

@@ -1,9 +1,8 @@
-"""What numbers are pixels.
+"""Decides which numbers are pixels, the shape of images, and the values of black and white.
 
-The shape of an image comes from the array's axes; here is also which values are black and white.
-
-A network must read new images as it read those that it was trained on. So the values of black and
-white are found once, from the type and the range of the training data, and stored with the network.
+The shape of an image comes from the array's axes. A network must read new images in the same way as
+its training images. So the values of black and white are found once, from the type and the range of
+the training data. They are stored with the network.
 """
 
 import math
@@ -14,20 +13,24 @@ import torch
 
 from .dataset import DataError
 
-# Flat rows of these lengths, if they hold pixels, are images of well-known data sets.
+# If flat rows of these lengths hold pixels, they are images of this shape, as in known data sets.
 _WELL_KNOWN = {784: (1, 28, 28), 3072: (3, 32, 32)}
-# Fewer columns of small whole numbers are a table's.
+# Rows with fewer columns of small whole numbers are taken for a table.
 _ROW_OF_PIXELS = 64
-# Whole pixels are 0 to one of these: a mask, the digits of scikit-learn, 8, 10, 12 and 16 bits.
+# Whole pixels go from 0 to a mask's 1, scikit-learn's digits' 16, or 8, 10, 12 or 16 bits.
 _WHITES = (1, 16, 255, 1023, 4095, 65535)
 _BYTE = 255
-# A byte's range is recognised in other types only if more than half of it is used.
+# In other types than uint8, bytes are recognised only if the largest is at least this.
 _HALF_BYTE = 128
 _SMALL = 10.0
 
 
 class Layout(NamedTuple):
-    """shape: (C, H, W). moved: the axes are (H, W, C) and must be moved. note: or ""."""
+    """The image in an array.
+
+    shape: (C, H, W). moved: True if the axes are (H, W, C) and must be moved. note: one line on
+    what was decided, or "".
+    """
 
     shape: tuple[int, ...]
     moved: bool = False
@@ -35,7 +38,7 @@ class Layout(NamedTuple):
 
 
 class Look(NamedTuple):
-    """How inputs are seen: fields of a Dataset."""
+    """How inputs are understood, as fields of a Dataset."""
 
     shape: tuple[int, ...] | None
     levels: tuple[float, float] | None
@@ -45,7 +48,10 @@ class Look(NamedTuple):
 
 
 def image_size(image: str | Sequence[int]) -> tuple[int, ...]:
-    """(H, W) or (C, H, W) of "28x28", "3x32x32" or a sequence of numbers; DataError otherwise."""
+    """(H, W) or (C, H, W) from "28x28", "3x32x32" or a sequence of numbers, in pixels.
+
+    DataError for anything else.
+    """
     try:
         parts = image.lower().replace("×", "x").split("x") if isinstance(image, str) else image
         size = tuple(int(part) for part in parts)
@@ -60,7 +66,11 @@ def image_size(image: str | Sequence[int]) -> tuple[int, ...]:
 
 
 def layout(shape: Sequence[int], name: str, image: str | Sequence[int] | None = None) -> Layout:
-    """The image in an array of shape (N, H, W), (N, C, H, W) or (N, H, W, C)."""
+    """The image in an array of shape (N, H, W), (N, C, H, W) or (N, H, W, C).
+
+    image: its shape, if the caller gave one. DataError, which starts with `name`, if the axes do
+    not tell it, or if it differs from `image`.
+    """
     axes = tuple(int(n) for n in shape[1:])
     asked = None if image is None else image_size(image)
     if len(axes) == 2:
@@ -77,13 +87,13 @@ def layout(shape: Sequence[int], name: str, image: str | Sequence[int] | None = 
         front, back = axes[0] in channels, axes[2] in channels
         if front and back:
             raise DataError(
-                f"{name}: inputs {tuple(shape)} may have their channels first or last: say which, "
+                f"{name}: inputs {tuple(shape)} may have their channels first or last; say which, "
                 f"by image {_times(first)} or {_times(last)} (channels x height x width)"
             )
         if front or back:
             return Layout(first) if front else Layout(last, True)
     raise DataError(
-        f"{name}: inputs {tuple(shape)} are no images of 1 to 4 channels: flatten them to "
+        f"{name}: inputs {tuple(shape)} are no images of 1 to 4 channels; flatten them to "
         f"(N, {math.prod(axes)}), or say what they are, by image {_times(first)} or {_times(last)} "
         "(channels x height x width)"
     )
@@ -96,7 +106,11 @@ def _times(shape: Sequence[int]) -> str:
 def _flat_shape(
     features: int, name: str, image: str | Sequence[int] | None, named: bool, bytes_like: bool
 ) -> Layout | None:
-    """The image in a flat row: what was asked for, or what the arrays' name or length says."""
+    """The image in a flat row, from what was asked for, or from the row's length or name.
+
+    None if the row is no image. named: the arrays' names say that rows are images. bytes_like: the
+    numbers may be bytes of pixels.
+    """
     if image is not None:
         size = image_size(image)
         shape = size if len(size) == 3 else (features // (size[0] * size[1]) or 1, *size)
@@ -120,7 +134,7 @@ def _flat_shape(
 
 
 def _extent(tensors: Sequence[torch.Tensor]) -> tuple[float, float, bool]:
-    """(smallest, largest, whether all are whole numbers) of these tensors."""
+    """(smallest, largest, True if all are whole numbers) of these tensors."""
     low = min(float(t.min()) for t in tensors)
     high = max(float(t.max()) for t in tensors)
     whole = all(not t.is_floating_point() or bool((t == t.round()).all()) for t in tensors)
@@ -130,11 +144,14 @@ def _extent(tensors: Sequence[torch.Tensor]) -> tuple[float, float, bool]:
 def levels_of(
     tensors: Sequence[torch.Tensor], dtype: str
 ) -> tuple[tuple[float, float] | None, str]:
-    """((black, white) or None, what to say about it) of pixels that a file holds as `dtype`."""
+    """((black, white), a note) of pixels that a file stores as `dtype`.
+
+    The values are None if they cannot be known. The note is "" if they are the usual ones.
+    """
     low, high, whole = _extent(tensors)
     seen = f"{dtype} {low:.6g} to {high:.6g}"
     if not (math.isfinite(low) and math.isfinite(high)):
-        return None, ""  # the data set is refused, with row and column
+        return None, ""  # Dataset then raises an error with row and column
     if whole and low >= 0 and high <= _WHITES[-1]:
         usual = {"uint8": 255, "uint16": 65535, "bool": 1}.get(dtype)
         if high == 0:
@@ -155,7 +172,10 @@ def levels_of(
 
 
 def _reads(levels: tuple[float, float]) -> tuple[float, float]:
-    """(scale, shift) that read black as 0 and white as 1; what lies in [-1, 1] stays as it is."""
+    """(scale, shift) that read black as 0 and white as 1.
+
+    Levels within [-1, 1] are not changed.
+    """
     black, white = levels
     if black >= -1 and white <= 1:
         return 1.0, 0.0
@@ -165,7 +185,7 @@ def _reads(levels: tuple[float, float]) -> tuple[float, float]:
 def _same_levels(
     tensors: Sequence[torch.Tensor], dtypes: Sequence[str], name: str
 ) -> tuple[tuple[float, float] | None, str]:
-    """The levels of training and test data; refused where each has its own."""
+    """The levels of training and test data, as `levels_of`. DataError if the two differ."""
     if len(set(dtypes)) == 1:
         return levels_of(tensors, dtypes[0])
     each = [levels_of([tensor], dtype) for tensor, dtype in zip(tensors, dtypes)]
@@ -175,13 +195,13 @@ def _same_levels(
             for t, dtype in zip(tensors, dtypes)
         ]
         raise DataError(
-            f"{name}: training inputs are {said[0]}, test inputs {said[1]}: store both alike"
+            f"{name}: training inputs are {said[0]}, test inputs {said[1]}; store both alike"
         )
     return each[0]
 
 
 def is_flat_pixels(tensors: Sequence[torch.Tensor], dtypes: Sequence[str]) -> bool:
-    """Whether flat rows hold bytes of pixels: 64 or more whole numbers, up to 255."""
+    """True if flat rows may hold bytes of pixels: 64 or more whole numbers, from 0 up to 255."""
     if tensors[0].dim() != 2 or tensors[0].shape[1] < _ROW_OF_PIXELS:
         return False
     if set(dtypes) == {"uint8"}:
@@ -202,15 +222,16 @@ def understood(
     image: str | Sequence[int] | None = None,
     named: bool = False,
 ) -> tuple[list[torch.Tensor], Look]:
-    """Training and test inputs as they are stored here, and how they are seen.
+    """(training and test inputs as a Dataset stores them, how they are understood).
 
-    Images become (N, C, H, W), pixels of whole numbers up to 255 become uint8. A table's numbers
-    stay as they are.
+    Images become (N, C, H, W). Pixels of whole numbers from 0 to 255 become uint8. The numbers of a
+    table are not changed. dtypes: of the file's arrays. image, named: see `_flat_shape`. DataError,
+    which starts with `name`, for inputs that cannot be used.
     """
     dims = inputs[0].dim()
     if dims > 4:
         raise DataError(
-            f"{name}: inputs {tuple(inputs[0].shape)} have {dims} axes: flatten them to "
+            f"{name}: inputs {tuple(inputs[0].shape)} have {dims} axes; flatten them to "
             f"(N, {inputs[0][0].numel()})"
         )
     inputs = [t[:, None] if t.dim() == 1 else t for t in inputs]
@@ -239,7 +260,10 @@ def understood(
 
 
 def _as_table(tensor: torch.Tensor) -> torch.Tensor:
-    """A table keeps all its digits, for a standardisation subtracts before it rounds."""
+    """A table as floating point with all its digits.
+
+    A standardisation must subtract the mean before it rounds to float32.
+    """
     return tensor if tensor.is_floating_point() else tensor.double()
 
 

@@ -1,24 +1,25 @@
-"""Whether the columns of a table need to be standardised, and what is odd about them."""
+"""Checks of a table's columns: do they need to be standardised, and does float32 resolve them?"""
 
 from .dataset import Dataset, Moments, moments
 
-# Columns that differ more than this in scale are not trained together at one learning rate.
+# If columns differ in scale by more than this factor, one learning rate does not suit all.
 _TENFOLD = 10.0
-_EPS = 2.0**-24  # half a step of float32, next to 1
+_EPS = 2.0**-24  # half the distance from 1 to the next number of float32
 
 
 def columns(data: Dataset) -> Moments:
-    """The range, mean and deviation of each feature, of the numbers as they are read."""
+    """The range, mean and deviation of each feature, (features,) float64, of numbers as read."""
     found = moments(data.inputs)
     low, high, mean = (t * data.scale + data.shift for t in found[:3])
     return Moments(low, high, mean, found.std * abs(data.scale))
 
 
 def why_standardize(data: Dataset) -> str:
-    """Why the columns of a table should be standardised; "" where they need not be, and for images.
+    """The reason why a table's columns should be standardised, or "". It is "" for images.
 
-    They should where their deviations or their sizes differ more than tenfold, or where the numbers
-    are far from 1, for which initial weights and usual learning rates are meant.
+    They should if their deviations or their sizes differ by more than a factor of ten. They also
+    should if the numbers are far from 1, because initial weights and usual learning rates suit
+    numbers near 1.
     """
     if data.levels is not None or data.image_shape is not None:
         return ""
@@ -38,7 +39,7 @@ def why_standardize(data: Dataset) -> str:
 
 
 def lost_in_float32(data: Dataset) -> list[int]:
-    """Columns whose changes are hardly more than the rounding of float32."""
+    """Indices of columns whose deviation is below 100 times the rounding of float32."""
     found = columns(data)
     lost = (found.low != found.high) & (found.std < 100 * _EPS * found.mean.abs())
     return lost.nonzero().flatten().tolist()

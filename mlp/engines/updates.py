@@ -206,7 +206,8 @@ def choose(
     inlines = not is_foreign and clip_norm is None and len(net.stages) == 1
     part = whole(optimizer, named.values()) if inlines else None
     on_kernels = kernels.path(next(iter(net.parameters.values()))) == "triton"
-    # Without kernels, an inline update is faster only if the rule is one matrix product.
+    # Without kernels, an inline update is faster only if the rule takes its step within the
+    # gradient's matrix product.
     if part is not None and (on_kernels or part.rule.product_ref is not None):
         return Inline(net, part, named)
     update = (Foreign if is_foreign else Separate)(net, optimizer, named)

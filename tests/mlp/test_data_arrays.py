@@ -57,11 +57,11 @@ def test_the_axes_are_the_images(case):
 @pytest.mark.parametrize(
     "axes, message",
     [
-        ((3, 8, 3), "may have their channels first or last: .* image 3x8x3 or 3x3x8"),
+        ((3, 8, 3), "may have their channels first or last; .* image 3x8x3 or 3x3x8"),
         ((1, 8, 1), "may have their channels first or last"),
         ((3, 3, 3), "may have their channels first or last"),
-        ((7, 9, 8), r"are no images of 1 to 4 channels: flatten them to \(N, 504\)"),
-        ((2, 3, 4, 5), r"have 5 axes: flatten them to \(N, 120\)"),
+        ((7, 9, 8), r"are no images of 1 to 4 channels; flatten them to \(N, 504\)"),
+        ((2, 3, 4, 5), r"have 5 axes; flatten them to \(N, 120\)"),
         ((0, 4), "have no numbers in a sample"),
     ],
     ids=str,
@@ -178,7 +178,7 @@ def test_training_and_test_data_are_read_alike():
     train, test = from_arrays(BYTES, LABELS, dark, LABELS)
     assert test.levels == (0, 255) and test.inputs.max() == 1
     with pytest.raises(
-        DataError, match="training inputs are uint8 0 to 255, test inputs float32 0 to 1: store"
+        DataError, match="training inputs are uint8 0 to 255, test inputs float32 0 to 1; store"
     ):
         from_arrays(BYTES, LABELS, UNIT, LABELS)
     with pytest.raises(DataError, match="training images are 1x8x8, test images 1x4x16"):
@@ -214,7 +214,7 @@ KINDS = {
     "one-hot": (
         np.eye(3)[LABELS],
         ("0", "1", "2"),
-        "data: labels are one-hot rows of 3: their column is taken",
+        "data: labels are one-hot rows of 3; their column is taken",
     ),
 }
 
@@ -230,7 +230,7 @@ def test_two_classes():
     assert classes_of(two == 1) == (("False", "True"), two.tolist(), ())
     assert classes_of(two * 2 - 1)[:2] == (("-1", "1"), two.tolist())
     names, numbers, notes = classes_of(np.full(20, 5))
-    assert names == ("5",) and set(numbers) == {0} and "nothing to learn" in notes[-1]
+    assert names == ("5",) and set(numbers) == {0} and "nothing can be learned" in notes[-1]
 
 
 def test_training_and_test_labels_have_one_list_of_classes():

@@ -207,7 +207,7 @@ BAD = {
     ),
     "whole numbers in columns": (
         functools.partial(pair, IMAGES, np.eye(20, dtype=int) * 3),
-        r"need as many labels, got \(20, 20\): one a sample, one-hot rows, or floating-point",
+        r"need as many labels, got \(20, 20\); give one a sample, one-hot rows, or floating-point",
     ),
     "a number": (
         functools.partial(pair, np.float32(1), LABELS),
@@ -239,21 +239,24 @@ BAD = {
     ),
     "repeated": (
         lambda t: f"{good_npz(t)},{npz(t / 'more', y_train=LABELS)}",
-        "y_train is in .*f.npz and in .*more/f.npz: leave one of them out",
+        "y_train is in .*f.npz and in .*more/f.npz; leave one of them out",
     ),
     "repeated in .mat": (
         lambda t: f"{good_mat(t)},{write_mat(t / 'g.mat', training_label=LABELS)}",
         "training_label is in .*f.mat and in .*g.mat",
     ),
     "one array alone": (lambda t: npy(t, IMAGES), "needs arrays called .*; found f"),
-    "folder and file": (lambda t: f"{t},{good_npz(t)}", "one folder of images, not 2 paths"),
+    "folder and file": (
+        lambda t: f"{t},{good_npz(t)}",
+        "a folder of images must be the only path, got 2",
+    ),
     "objects": (
         functools.partial(pair, IMAGES, np.array([None, "a"] * 10, object)),
         "f.npz: y_train.npy: holds Python objects",
     ),
     "struct": (
         lambda t: write_mat(t / "f.mat", X={"a": IMAGES, "b": 1}, y=LABELS),
-        "X: a struct with the fields a, b, not an array",
+        "X: is a struct with the fields a, b, not an array",
     ),
     "cell of arrays": (
         lambda t: write_mat(t / "f.mat", X=cells(IMAGES, LABELS), y=LABELS),
@@ -267,7 +270,10 @@ BAD = {
         lambda t: mat_bomb(t),
         r"f.mat: [\d,]+ bytes would grow to [\d,]+ when unpacked",
     ),
-    "header that lies": (lambda t: lying(t), "its header says 8,000,000,000,000 bytes, there are"),
+    "header that lies": (
+        lambda t: lying(t),
+        "header announces 8,000,000,000,000 bytes, but it has",
+    ),
     "pipe": (lambda t: pipe(t / "f.npz"), "f.npz: is a pipe, not a file"),
     "device": (lambda t: link(t / "f.npy", "/dev/zero"), "f.npy: is a device, not a file"),
     "missing": (lambda t: t / "none.npz", "there is no .*none.npz"),

@@ -275,7 +275,7 @@ def test_modes_that_are_mixed(tmp_path):
 
 def test_images_are_resized_on_request(tmp_path):
     write_images(tmp_path / "d", sizes=[(4, 4), (5, 4)])
-    with pytest.raises(DataError, match="images must all be 4×4, got 5×4: give a size, such as"):
+    with pytest.raises(DataError, match="images must all be 4×4, got 5×4; give a size, such as"):
         data.load(str(tmp_path / "d"))
     train, test = data.load(str(tmp_path / "d"), image="3x2")
     assert train.image_shape == (1, 3, 2) and "12 images are resized to 2×3" in train.notes[0]
@@ -303,7 +303,7 @@ def test_other_splits(tmp_path):
         write_images(tmp_path / "b" / name)
     train, test = data.load(str(tmp_path / "b"))
     assert test.name.endswith("test")
-    assert train.notes == (f"{tmp_path / 'b'}: val is not used, test is the test data",)
+    assert train.notes == (f"{tmp_path / 'b'}: val is not used, because test is there",)
     write_images(tmp_path / "c", names=("control", "test"))
     assert data.load(str(tmp_path / "c"))[0].classes == ("control", "test")
 
@@ -383,7 +383,7 @@ BAD = {
     "no classes": (lambda d: d.mkdir(), "Couldn't find any class folder.*one folder for each"),
     "one level too deep": (
         lambda d: write_images(d / "photos"),
-        r"its folders \(photos\) hold only folders, and no images: give one of them, such as .*os",
+        r"its folders \(photos\) hold only folders and no images; give one of them, such as .*os",
     ),
     "folds": (
         lambda d: (write_images(d / "fold1"), write_images(d / "fold2")),
@@ -395,11 +395,11 @@ BAD = {
     ),
     "splits of images": (
         lambda d: write_images(d, names=("train", "test")),
-        "test holds images: they go into one folder for each class",
+        "test holds images directly; put them into one folder for each class",
     ),
     "two of a kind": (
         lambda d: (write_images(d / "train"), write_images(d / "Training")),
-        "Training and train both are train data",
+        "Training and train are both train data",
     ),
     "tests alone": (
         lambda d: (write_images(d / "test"), write_images(d / "val")),
@@ -407,11 +407,11 @@ BAD = {
     ),
     "other classes": (
         lambda d: (write_images(d / "train"), write_images(d / "test", names=("ant", "bee"))),
-        r"train and test have the classes \('ant', 'bee', 'cat'\) and \('ant', 'bee'\)",
+        r"must have the same classes, got \('ant', 'bee', 'cat'\) and \('ant', 'bee'\)",
     ),
     "32 bits": (
         spoiled(lambda d: Image.fromarray(GREY.astype(np.int32) * 10**6).save(d / "ant/9.tif")),
-        "9.tif: pixels from 0 to 255000000, of which black and white are not known: save 16 bits",
+        "9.tif: has pixels from 0 to 255000000, so .* are not known; save 16 bits",
     ),
     "an animation": (
         spoiled(
@@ -419,7 +419,7 @@ BAD = {
                 d / "ant/9.gif", save_all=True, append_images=[Image.fromarray(255 - GREY)]
             )
         ),
-        "9.gif: holds 2 pictures: save the one that is meant",
+        "9.gif: holds 2 pictures; save the one that is intended",
     ),
     "many pages": (
         spoiled(
@@ -439,11 +439,11 @@ BAD = {
             or Image.fromarray(GREY * np.float32(3.3)).save(folder / "a.tif")
             for name in "ab"
         ],
-        "float32 0 to 841.5: which values are black and white is not known: save pixels from 0",
+        "float32 0 to 841.5: which values are black and white is not known; save pixels from 0",
     ),
     "a huge image": (
         spoiled(lambda d: header_of_a_huge_png(d / "ant" / "9.png")),
-        r"9.png: .*(40000×40000 pixels|1600000000 pixels).*; an image may have 100,000,000",
+        r"is too large .*(40000×40000|1600000000) pixels.*, an image may have 100,000,000",
     ),
     "a pipe": (spoiled(lambda d: os.mkfifo(d / "ant" / "9.png")), "9.png: is a pipe, not a file"),
     "a device": (
@@ -469,7 +469,7 @@ def test_one_clear_line(case, tmp_path):
 def test_more_images_than_memory_holds(tmp_path, monkeypatch):
     write_images(tmp_path / "d")
     monkeypatch.setattr("mlp.data.files.memory", lambda: 16 * 12)
-    with pytest.raises(DataError, match=r"GiB, and this machine has .* store fewer samples"):
+    with pytest.raises(DataError, match=r"GiB, more than half of the .* store fewer samples"):
         data.load(str(tmp_path / "d"))
 
 

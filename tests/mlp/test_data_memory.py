@@ -124,7 +124,7 @@ class Endless(IterableDataset):
 BAD = {
     "channels last": (lambda: (np.zeros((20, 8, 9, 3)), Y), "channels last.*permute"),
     "words": (lambda: (np.array([["a"]] * 20), Y), "inputs: must be arrays of numbers, got <U1"),
-    "complex": (lambda: (X.astype(complex), Y), "inputs: complex numbers"),
+    "complex": (lambda: (X.astype(complex), Y), "inputs: must be real numbers, got complex"),
     "records": (lambda: (np.zeros(20, [("a", "f4"), ("b", "i4")]), Y), "the fields a, b"),
     "a column of words": (lambda: (one_column(b=["x"] * 20), Y), "column b holds"),
     "missing": (
@@ -159,12 +159,12 @@ BAD = {
     "three tensors": (lambda: TensorDataset(*PAIR.tensors, PAIR.tensors[0]), r"got list of 3|of 3"),
     "weighted draws": (
         lambda: DataLoader(PAIR, 3, sampler=WeightedRandomSampler([1.0] * 20, 20)),
-        "DataLoader with a WeightedRandomSampler.*give the dataset itself",
+        "WeightedRandomSampler of this DataLoader cannot be used.*give the dataset itself",
     ),
     "endless": (Endless, "an iterable dataset has no known end"),
     "too sparse": (
         lambda: (pytest.importorskip("scipy.sparse").coo_array((10**6, 10**6)), Y),
-        r"sparse, and \(1000000, 1000000\) numbers would take 7451 GiB",
+        r"sparse array of shape \(1000000, 1000000\) would take 7451 GiB",
     ),
 }
 

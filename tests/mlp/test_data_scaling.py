@@ -48,7 +48,7 @@ def test_standardized_before_it_is_rounded():
 def test_what_float32_hides_is_said(tmp_path):
     seconds = 1.7e9 + 60 * np.arange(40.0)
     np.savez(tmp_path / "t.npz", X=np.stack([seconds, np.arange(40.0)], 1), y=LABELS.numpy())
-    note = "t (train): columns 0 change less than float32 resolves: standardise"
+    note = "t (train): columns 0 change less than float32 resolves; standardise"
     assert data.load(str(tmp_path / "t.npz"))[0].notes == (note,)
     train, _ = data.load(str(tmp_path / "t.npz"), standardize="auto", verbose=False)
     assert train.inputs[:, 0].unique().numel() == len(train) and note not in train.notes

@@ -109,11 +109,11 @@ class Endless(torch.utils.data.IterableDataset):
     [
         (
             DataLoader(TensorDataset(X, Y), sampler=WeightedRandomSampler([1.0] * 70, 70)),
-            "WeightedRandomSampler draws samples in a way that is not kept",
+            "the WeightedRandomSampler of this DataLoader cannot be used",
         ),
         (
             DataLoader(TensorDataset(X, Y), batch_sampler=Batches()),
-            "a DataLoader with a Batches draws batches in a way that is not kept here",
+            "the Batches of this DataLoader cannot be used",
         ),
         (DataLoader(Endless()), "no known end|_InfiniteConstantSampler"),
         (Endless(), "no known end"),

@@ -66,9 +66,9 @@ def test_engines_train_on_the_same_images():
 
 def test_refused():
     rows = Dataset(torch.rand(4, 20), torch.arange(4))
-    with pytest.raises(DataError, match="random shifts are for images"):
+    with pytest.raises(DataError, match="random shifts need images"):
         Shifts(rows, 1)
     with pytest.raises(DataError, match="smaller than an image of 4 × 5 pixels, got 4"):
         Shifts(images(), 4)
-    with pytest.raises(DataError, match="1 pixel or more, got -1"):
+    with pytest.raises(DataError, match="at least 1 pixel, got -1"):
         Shifts(images(), -1)
