@@ -4,8 +4,8 @@ A row holds the function z -> y and its backward (dy, s) -> dz, the derivative t
 output y if the derivative can be computed from y: then z need not be kept. Otherwise s is z.
 
 Each function comes twice. The scalar `@triton.jit` function is a constexpr argument of kernels. The
-plain torch function is the CPU implementation and the oracle. No other code branches on an
-activation's name.
+plain torch function is the CPU implementation and the oracle. No other code in kernels/ branches on
+an activation's name.
 
 To add one, write two jit functions, two torch functions and one row at the bottom.
 """

@@ -14,8 +14,8 @@ function, which is the oracle of the tests.
     huber           ½ d² where |d| ≤ delta, else delta (|d| - ½ delta)    d = y - t
     pinball         quantile · (t - y) where t > y, else (1 - quantile) (y - t)
 
-A loss has at most one parameter: a number, or one number for each output. No other code branches
-on a loss's name.
+A loss has at most one parameter: a number, or one number for each output. No other code in kernels/
+branches on a loss's name.
 
 To add one, write a jit function, two torch functions, a row at the bottom, and its class in
 mlp/loss.py.

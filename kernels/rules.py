@@ -18,8 +18,9 @@
                p ← p - lr / (1 + (t - 1) lr_decay) · g / (√s + ε)
 
 A row holds the names of a rule's states and numbers, and its formula twice. Kernels take the scalar
-`@triton.jit` function as a constexpr argument. The other is in plain torch. No other code branches
-on a rule's name. To add one, write the functions of its formula, and one `Rule` at the bottom.
+`@triton.jit` function as a constexpr argument. The other is in plain torch. No other code in
+kernels/ branches on a rule's name. To add one, write the functions of its formula, and one `Rule`
+at the bottom.
 
 Numbers come in three forms. *Hyperparameters* are what a user gives, by torch's names. A *row*
 holds the numbers made from them, one for each column. `hyperparameters` puts it in device memory,

@@ -1,5 +1,5 @@
-"""The operations, a file each: formulas, references in torch, kernels, launchers, the function.
+"""The operations, one file each: formulas, references in torch, kernels, launchers, the function.
 
-This package re-exports nothing. `kernels.linear` is the function, `kernels.ops.linear` the module
-that defines it, and no name stands for both.
+This package re-exports nothing. `kernels.linear` is the function. `kernels.ops.linear` is the
+module that defines it. No name stands for both.
 """

@@ -1,4 +1,4 @@
-"""Softmax cross-entropy: loss and gradient of the logits in one pass over them.
+"""Softmax cross-entropy: loss and gradient of the logits in one pass over the logits.
 
     z (N, C) or (N, C, d1, …) or (C,): logits; one row is the C logits of one item
     p = softmax(z)     q_c: the target's weight on class c     Q = Σ_c q_c
@@ -8,9 +8,9 @@
 One formula serves every kind of target. With class weights w and label smoothing ε:
     a label y:            q_c = w_c ((1 - ε) [c = y] + ε / C), all zero where y is `ignore_index`
     probabilities t:      q_c = w_c ((1 - ε) t_c + ε / C)
-The mean divides Σ ℓ by Σ w_y over the labels not ignored, or by the number of rows for
-probabilities, as torch does. The gradient is kept before that division, so that half precision does
-not underflow; the backward only scales it.
+The mean divides Σ ℓ by Σ w_y over the labels that are not ignored, as torch does. For probabilities
+it divides by the number of rows. The gradient is kept before that division, so that half precision
+does not underflow. The backward only scales it.
 """
 
 import contextlib
@@ -36,19 +36,19 @@ _check_labels_on_device = False
 class CrossEntropySaved(NamedTuple):
     """What the forward keeps for the backward."""
 
-    grad: torch.Tensor  # ∂ℓ/∂z, of the logits' shape; where `late`, log p
-    dtarget: torch.Tensor | None  # ∂ℓ/∂t, where probabilities want a gradient
-    denominator: torch.Tensor | int | None  # of the mean; where `late`, the labels that count
+    grad: torch.Tensor  # ∂ℓ/∂z, of the logits' shape; if `late`, log p
+    dtarget: torch.Tensor | None  # ∂ℓ/∂t, if probabilities need a gradient
+    denominator: torch.Tensor | int | None  # of the mean; if `late`, the number of counted labels
     reduction: str
     target: torch.Tensor
     ignore_index: int
-    late: bool  # whether the backward forms ∂ℓ/∂z, see `is_late`
+    late: bool  # True if the backward computes ∂ℓ/∂z, see `is_late`
 
 
 class Items(NamedTuple):
     """A tensor (N, C, D) as a kernel takes it: its address and strides.
 
-    Labels (N, D) have no stride for classes.
+    For labels (N, D), the stride of classes is 0.
     """
 
     ptr: Any
@@ -58,7 +58,7 @@ class Items(NamedTuple):
 
 
 def items(t: torch.Tensor) -> Items:
-    """t (N, C, D), or labels (N, D), of any strides, as a kernel takes it."""
+    """t (N, C, D), or labels (N, D), of any strides, as a kernel's Items."""
     n, *c, d = t.stride()
     return Items(t, n, c[0] if c else 0, d)
 
@@ -66,7 +66,7 @@ def items(t: torch.Tensor) -> Items:
 def class_options(
     count: int, weight: torch.Tensor | None, ignore_index: int, label_smoothing: float
 ) -> Classes:
-    """The options of cross-entropy, weight (count,) or None, as its kernels take them."""
+    """The options of cross-entropy as a kernel's Classes. weight: (count,) or None."""
     stride = 0 if weight is None else weight.stride(0)
     return Classes(count, weight, stride, ignore_index, float(label_smoothing))
 
@@ -75,7 +75,8 @@ def class_options(
 def check_labels() -> Iterator[None]:
     """Inside `with check_labels():`, labels on a GPU are checked as they are on the CPU.
 
-    It costs a host synchronisation in each call.
+    A label that is no class is then an IndexError instead of a loss of NaN. The check costs one
+    host synchronisation in each call.
     """
     global _check_labels_on_device
     before, _check_labels_on_device = _check_labels_on_device, True
@@ -91,9 +92,9 @@ def expected_shape(logits):
 
 
 def _rows(logits, target):
-    """Logits as (N, C, D), and the target as labels (N, D) or probabilities (N, C, D).
+    """(logits (N, C, D), target): the target is labels (N, D) or probabilities (N, C, D).
 
-    Views where the strides allow it.
+    Both are views where the strides allow it.
     """
     if logits.dim() == 1:
         logits, target = logits.unsqueeze(0), target.unsqueeze(0)
@@ -109,10 +110,11 @@ def _rows(logits, target):
 def check_range(
     target: torch.Tensor, classes: int, ignore_index: int = NEVER.value, op: str = "cross_entropy"
 ) -> bool:
-    """True if all labels were checked and are valid.
+    """True if all labels were checked and are classes.
 
-    False where they cannot be read (on a GPU, traced), or if some are ignored. IndexError: names
-    the first label that is neither a class nor ignored.
+    target: integer labels of any shape. classes: how many there are. op: a name for the error.
+    False where labels cannot be read (on a GPU, traced), or if the range of labels includes
+    ignore_index. IndexError: names the first label that is neither a class nor ignored.
     """
     if launch.watched() or not launch.plain(target):
         return False
@@ -120,7 +122,7 @@ def check_range(
         return False
     if target.numel() == 0:
         return True
-    target = target.long()  # a label of 156 is no ignored -100, as it were compared in uint8
+    target = target.long()  # in uint8, a label of 156 would compare equal to -100
     lowest, highest = torch.aminmax(target)
     low, high = lowest.item(), highest.item()
     if low >= 0 and high < classes:
@@ -150,10 +152,7 @@ def cross_entropy_fwd_ref(
     *,
     labels_valid: bool = False,
 ) -> tuple[torch.Tensor, tuple]:
-    """The reference of `cross_entropy_fwd`.
-
-    With `target_grad`, the gradient of probability targets is kept too.
-    """
+    """The reference of `cross_entropy_fwd`: same arguments, same results, plain torch."""
     z, t = (logits, target) if logits.dim() > 1 else (logits.unsqueeze(0), target.unsqueeze(0))
     if z.dtype in (torch.float16, torch.bfloat16):
         z = z.float()
@@ -195,8 +194,9 @@ def is_late(
     weight: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> bool:
-    """Whether the reference leaves ∂ℓ/∂z to its backward: for labels (N,) without weights, where
-    there is no kernel.
+    """True if the reference leaves ∂ℓ/∂z to its backward.
+
+    It does so for labels (N,) without weights or smoothing, where there is no kernel.
     """
     if weight is not None or label_smoothing != 0 or logits.dim() != 2:
         return False
@@ -213,7 +213,7 @@ def _late_fwd_ref(logits, logp, target, ignore_index, reduction, labels_valid):
         else:
             loss, counted = _nll(logp, t, None, kind, ignore_index)
     except IndexError:
-        check_range(target, logp.shape[1], ignore_index)  # says which label it is
+        check_range(target, logp.shape[1], ignore_index)  # its error names the label
         raise
     loss = loss if loss.dtype == logits.dtype else loss.to(logits.dtype)
     kept = logp, None, counted, reduction, target, ignore_index, True
@@ -221,12 +221,14 @@ def _late_fwd_ref(logits, logp, target, ignore_index, reduction, labels_valid):
 
 
 def _late_bwd_ref(dy, logp, counted, reduction, target, ignore_index):
-    """Forward was log p = z - lse and ℓ = -log p_y, so g = ∂ℓ/∂log p is -dy at the label, over the
-    number of labels for the mean, and dz_c = g_c - p_c Σ g. These are torch's own operators: what
-    its tape calls for `F.cross_entropy`.
+    """dlogits of `_late_fwd_ref`.
+
+    Forward was log p = z - lse and ℓ = -log p_y. So g = ∂ℓ/∂log p is -dy at the label, divided by
+    the number of labels for the mean, and dz_c = g_c - p_c Σ g. torch's own operators compute them,
+    the same that its tape calls for `F.cross_entropy`.
     """
     options = reduction, target, ignore_index
-    if not launch.plain(dy):  # as is_grads_batched gives it
+    if not launch.plain(dy):  # batched, by is_grads_batched=True
         one = torch.ones(dy.shape, dtype=dy.dtype, device=dy.device)
         unit = _late_bwd_ref(one, logp, counted, *options)
         return unit * (dy.unsqueeze(1) if reduction == "none" else dy)
@@ -238,9 +240,9 @@ def _late_bwd_ref(dy, logp, counted, reduction, target, ignore_index):
 
 
 def _label_terms_ref(logp, t, w, ignore_index, label_smoothing):
-    """Losses (N, …), gradient before reduction, and the mean's denominator.
+    """(losses (N, …), gradient before reduction, the mean's denominator).
 
-    For labels t (N, 1, …) and weights w (C, …).
+    t: labels (N, 1, …). w: weights (C, …) or None.
     """
     valid = t != ignore_index
     t = t.masked_fill(~valid, 0)
@@ -257,7 +259,10 @@ def _label_terms_ref(logp, t, w, ignore_index, label_smoothing):
 
 
 def _denominator_ref(w_label, valid):
-    """The sum of the labels' weights; NaN, as torch's 0/0, if it is 0 though labels count."""
+    """The sum of the labels' weights. It is NaN if labels count but their weights sum to 0.
+
+    torch gives NaN there too, as 0 / 0.
+    """
     total = w_label.sum()
     return torch.where((total == 0) & valid.any(), float("nan"), total)
 
@@ -274,16 +279,15 @@ def cross_entropy_bwd_ref(
     *,
     needs: Sequence[bool] = (True, True),
 ) -> tuple[torch.Tensor | None, ...]:
-    """The reference of `cross_entropy_bwd`."""
+    """The reference of `cross_entropy_bwd`: same arguments, same results, plain torch."""
     if late:
         options = denominator, reduction, target, ignore_index
         return _late_bwd_ref(dy, grad, *options) if needs[0] else None, None
     if reduction == "none":
         scale = dy if grad.dim() == 1 else dy.unsqueeze(1)
     elif reduction == "mean" and isinstance(denominator, torch.Tensor):
-        scale = torch.where(
-            denominator == 0, 0, dy / denominator
-        )  # every row ignored: no gradient, as torch
+        # If every row is ignored there is no gradient, as in torch.
+        scale = torch.where(denominator == 0, 0, dy / denominator)
     else:
         scale = dy / max(denominator, 1) if reduction == "mean" else dy
     dz = dt = None
@@ -297,9 +301,9 @@ def cross_entropy_bwd_ref(
 
 @triton.jit
 def store_loss(loss_ptr, rows, mask, loss, weight, counted, REDUCE: tl.constexpr):
-    """Stores each row's loss, or under REDUCE this program's partial sums.
+    """Stores each row's loss, or with REDUCE this program's partial sums.
 
-    The sums are of losses, weights and counted rows, side by side.
+    There are three sums for each program: of losses, of weights and of counted rows.
     """
     loss = tl.where(mask, tl.where(weight == weight, loss, float("nan")), 0.0)
     pid, programs = tl.program_id(0), tl.num_programs(0)
@@ -313,7 +317,7 @@ def store_loss(loss_ptr, rows, mask, loss, weight, counted, REDUCE: tl.constexpr
 
 @triton.jit
 def labels(t_ptrs, mask_r, classes, SOFT: tl.constexpr):
-    """(label, weight in the mean) of each row; for probabilities (0, 1)."""
+    """(label, weight in the mean) of each row. For probabilities they are (0, 1)."""
     label = tl.zeros(mask_r.shape, tl.int64)
     weight = tl.where(mask_r, 1.0, 0.0)
     if not SOFT:
@@ -334,7 +338,7 @@ def softmax_rows(
     SOFT: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """(maximum m, Σ exp(z - m), Q) of each row, tile by tile: an online softmax."""
+    """(maximum m, Σ exp(z - m), Q) of each row, computed tile by tile (an online softmax)."""
     m = tl.full(mask_r.shape, float("-inf"), tl.float32)
     s = tl.zeros(mask_r.shape, tl.float32)
     total = tl.zeros(mask_r.shape, tl.float32)
@@ -366,9 +370,10 @@ def cross_entropy_fwd_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Loss and gradient of rows r = n·D + d: an online softmax, then both, tile by tile.
+    """Loss and gradient of rows r = n·D + d.
 
-    The second reading comes from the cache.
+    The first loop over tiles is an online softmax. The second computes loss and gradient, and reads
+    the logits from the cache.
     """
     SOFT: tl.constexpr = t.ptr.dtype.element_ty.is_floating()  # probabilities
     pid = tl.program_id(0)
@@ -400,10 +405,11 @@ def cross_entropy_fwd_kernel(
 def cross_entropy_reduce_kernel(
     loss_ptr, denominator_ptr, parts_ptr, count, MEAN: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One program adds partial losses, weights and counted rows, (3, count), in a fixed order.
+    """Adds partial losses, weights and counted rows, (3, count), in one program and a fixed order.
 
-    For the mean it divides. Weights that are all 0 have the denominator NaN, as torch's 0 / 0: then
-    loss and gradient are NaN. If no row counts, the denominator is 0, and so is the gradient.
+    For the mean it divides. If rows count but their weights sum to 0, the denominator is NaN, as
+    torch's 0 / 0. Loss and gradient are then NaN. If no row counts, the denominator is 0, and the
+    gradient is 0 too.
     """
     loss = tl.zeros((BLOCK,), tl.float32)
     weight = tl.zeros((BLOCK,), tl.float32)
@@ -435,9 +441,9 @@ def cross_entropy_bwd_kernel(
     SCALAR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dz = ∂ℓ/∂z · dy, over the denominator for the mean.
+    """dz = ∂ℓ/∂z · dy, divided by the denominator for the mean.
 
-    Forward kept ∂ℓ/∂z. dy is one number, or one for each row.
+    Forward kept ∂ℓ/∂z. dy is one number (SCALAR), or one for each row.
     """
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
@@ -447,9 +453,8 @@ def cross_entropy_bwd_kernel(
         dy = tl.load(dy_ptr + offs // row_size * D + offs % D, mask=mask, other=0.0).to(tl.float32)
     if denominator_ptr is not None:
         denominator = tl.load(denominator_ptr)
-        dy = tl.where(
-            denominator == 0, 0.0, dy / denominator
-        )  # every row ignored: no gradient, as torch
+        # If every row is ignored there is no gradient, as in torch.
+        dy = tl.where(denominator == 0, 0.0, dy / denominator)
     grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     tl.store(dz_ptr + offs, cast(grad * dy, dz_ptr.dtype.element_ty), mask=mask)
 
@@ -457,13 +462,12 @@ def cross_entropy_bwd_kernel(
 def check_cross_entropy(
     logits, target, weight, ignore_index, reduction, label_smoothing, op="cross_entropy"
 ) -> None:
-    """Raises a ValueError unless shapes, dtypes and options are as torch requires them.
+    """Raises a ValueError, which names both values, unless shapes, dtypes and options fit.
 
-    For labels an IndexError. Both name the two values.
+    The requirements are torch's. label_smoothing out of [0, 1] is a RuntimeError, as in torch.
     """
     check_reduction(op, reduction)
     if not 0 <= label_smoothing <= 1:
-        # torch's type of error
         raise RuntimeError(f"{op}: label_smoothing must be between 0 and 1, got {label_smoothing}")
     if logits.dim() == 0 or not logits.is_floating_point():
         raise ValueError(
@@ -516,16 +520,19 @@ def cross_entropy_fwd(
     *,
     labels_valid: bool = False,
 ) -> tuple[torch.Tensor, tuple]:
-    """(loss, what `cross_entropy_bwd` takes after dy).
+    """The loss and the CrossEntropySaved that `cross_entropy_bwd` takes after dy.
 
-    One reading of the logits, one writing of their gradient.
+    logits: (N, C), (N, C, d1, …) or (C,), floating point. target: integer labels (N, d1, …), or
+    probabilities of logits' shape and dtype. weight: (C,) of logits' dtype, or None. Strides may be
+    any, and logits stay unchanged. reduction: "mean", "sum" or "none". The loss has logits' dtype:
+    a scalar, or (N, d1, …) for "none". target_grad: keep the gradient of probabilities too, by the
+    reference. labels_valid: the caller knows that every label is a class, so nothing is checked.
 
-    logits (N, C), (N, C, d1, …) or (C,); target: integer labels (N, d1, …), or probabilities of
-    logits' shape and dtype; weight (C,) or None. Loss: a scalar, or (N, d1, …) for reduction
-    "none". Any strides; logits are left as they are. Float32 throughout, sums in a fixed order:
-    deterministic. Labels out of range: IndexError on the CPU; on a GPU the loss is NaN (no host
-    synchronisation; `check_labels()` turns the CPU's check on). `target_grad` keeps the gradient of
-    probabilities too, by the reference. `labels_valid`: every label is a class; unchecked.
+    Reads the logits once from memory and writes their gradient once. Computes in float32 and adds
+    in a fixed order, so it is deterministic. ValueError: shapes, dtypes, devices or a reduction
+    that do not fit. RuntimeError: label_smoothing out of [0, 1]. IndexError: a label that is no
+    class, on the CPU. On a GPU the loss is then NaN, because a check would need a host
+    synchronisation. `check_labels()` turns the check on.
     """
     check_cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing)
     if target_grad or launch.backend(logits, weight) == "torch":
@@ -567,7 +574,10 @@ def cross_entropy_fwd(
 
 
 def finish(rows, programs, like, shape, reduction):
-    """Reduce what the forward kernel left: (loss, denominator of the mean)."""
+    """(loss, denominator of the mean or None), reduced from what the forward kernel stored.
+
+    rows: losses, or partial sums (3 · programs,). like: a tensor of the loss's dtype and device.
+    """
     if reduction == "none":
         return rows.view(shape), None
     loss = like.new_empty(())
@@ -597,11 +607,12 @@ def cross_entropy_bwd(
     *,
     needs: Sequence[bool] = (True, True),
 ) -> tuple[torch.Tensor | None, ...]:
-    """(dlogits, dtarget or None) from dy and what the forward saved, in one scaling pass.
+    """(dlogits, dtarget) from dy and what `cross_entropy_fwd` saved, in one scaling pass.
 
-    dy is a scalar, or one number for each row.
+    dy: a scalar, or (N, d1, …) for reduction "none". dlogits has the shape and dtype of the logits.
+    dtarget is None unless the forward kept it. needs: two bools. Deterministic.
     """
-    # A number is what the reference leaves.
+    # Only the reference saves a number as denominator.
     number = denominator is not None and not isinstance(denominator, torch.Tensor)
     of_reference = late or number or dtarget is not None
     if of_reference or launch.backend(dy, grad, denominator) == "torch":
@@ -627,8 +638,9 @@ def cross_entropy_bwd(
 
 
 def _on_tape(logits, target, weight, ignore_index, reduction, label_smoothing, _):
-    """The loss by torch's own function, where its gradient is that of the reference, bit for bit;
-    or None.
+    """The loss by torch's own function, or None.
+
+    It serves where its gradient equals that of the reference, bit for bit.
     """
     plain = reduction == "mean" and logits.dtype in (torch.float32, torch.float64)
     if not plain or not is_late(logits, target, weight, label_smoothing):
@@ -639,7 +651,7 @@ def _on_tape(logits, target, weight, ignore_index, reduction, label_smoothing, _
     try:
         return F.cross_entropy(logits, target.long(), ignore_index=ignore_index)
     except (IndexError, RuntimeError, ValueError):
-        check_cross_entropy(logits, target, *options)  # these say what is wrong, and with what
+        check_cross_entropy(logits, target, *options)  # these two errors name both values
         check_range(target, logits.shape[1], ignore_index)
         raise
 
@@ -671,9 +683,12 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """`torch.nn.functional.cross_entropy`, loss and gradient in one pass.
+    """`torch.nn.functional.cross_entropy`, with loss and gradient in one pass over the logits.
 
-    Shapes and errors: see `cross_entropy_fwd`.
+    input: logits (N, C), (N, C, d1, …) or (C,). target: integer labels (N, d1, …), or probabilities
+    of input's shape and dtype, which may need a gradient. weight: (C,) or None. reduction: "mean",
+    "sum" or "none". The result has input's dtype. Differentiable twice. Errors: see
+    `cross_entropy_fwd`.
     """
     options = weight, ignore_index, reduction, label_smoothing, target.requires_grad
     return tape.call(CROSS_ENTROPY, input, target, *options)

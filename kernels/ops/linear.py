@@ -1,6 +1,6 @@
 """Linear layer with its activation: y = act(z), z = x wᵀ + b.
 
-    x (…, K)   w (N, K)   b (N,)   z, y (…, N)        leading dimensions of x are flattened to M
+    x (…, K)   w (N, K)   b (N,)   z, y (…, N)        the leading dimensions of x become one, M
 
 Backward, from dy (…, N):
     dz = dy ⊙ act'(z)          (M, N)    element by element
@@ -8,12 +8,12 @@ Backward, from dy (…, N):
     dw = dzᵀ x                 (N, K)    ∂z_n/∂w_nk = x_k, summed over the batch
     db = Σ_m dz                (N,)      ∂z_n/∂b_n = 1, summed over the batch
 
-In a stack, dx of this layer is dy of the one beneath: `linear_bwd_dx` multiplies by that layer's
-act' before it stores.
+In a stack, dx of this layer is dy of the layer below. `linear_bwd_dx` multiplies it by that layer's
+act' before it stores it.
 
-Each product is one fused kernel. Or, where `configs` finds that faster, it is torch's own product
-and one kernel for what is left, act or act'. That never takes longer than torch's eager mode: the
-product is the same, and what follows it is one kernel there too.
+Each product is one fused kernel. Where `configs` expects that to be faster, it is torch's own
+product followed by one kernel for act or act'. That does the same work as torch's eager mode: the
+same product, and one kernel after it.
 """
 
 import math
@@ -27,7 +27,7 @@ import triton.language as tl
 from .. import activations, configs, launch, tape
 from ..tiles import Matrix, cast, load_tile, matrix, product_tile, tile_of_program
 
-MAX_SPLITS = 32  # of the batch in dw: the workspace is at most this many times dw
+MAX_SPLITS = 32  # of the batch in dw; the workspace is at most this many times as large as dw
 
 
 class LinearSaved(NamedTuple):
@@ -35,19 +35,19 @@ class LinearSaved(NamedTuple):
 
     x: torch.Tensor  # (…, K)
     w: torch.Tensor  # (N, K)
-    s: torch.Tensor | None  # y or z, whichever act' is written in
+    s: torch.Tensor | None  # y, z or None: what act' is computed from
     bias: bool
     activation: str
 
 
 def kept(act: activations.Activation, y, z):
-    """What the derivative of an activation is written in: y, z or nothing."""
+    """y, z or None: what the activation's derivative is computed from."""
     needs = act.needs
     return y if needs == "y" else z if needs == "z" else None
 
 
 def as_matrix(t: torch.Tensor) -> torch.Tensor:
-    """t (…, n) as (M, n); also where n = 0, which leaves reshape(-1, n) no answer."""
+    """t (…, n) as (M, n). It also works for n = 0, where reshape(-1, n) fails."""
     return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
@@ -72,7 +72,7 @@ def layer_ref(
     *,
     out: Any = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """y of `linear_fwd_ref`, and what act' is written in: y, z or nothing."""
+    """(y, s): y of `linear_fwd_ref`, and y, z or None, from which act' is computed."""
     act = activations.get(activation, "linear")
     y, z = out or (None, None)
     x2 = x if x.dim() == 2 else as_matrix(x)
@@ -80,7 +80,7 @@ def layer_ref(
     z = torch.mm(x2, w.t(), out=target) if b is None else torch.addmm(b, x2, w.t(), out=target)
     y = z if act.needs == "nothing" else act.forward_ref(z, out=y)
     if x2 is not x:
-        # No view, whose output torch would not let anyone overwrite outside of the graph.
+        # torch forbids in-place changes to a view that a Function returns, so this is no view.
         y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], w.shape[0]))
     return y, kept(act, y, z)
 
@@ -88,7 +88,7 @@ def layer_ref(
 def linear_bwd_dz_ref(
     dy: torch.Tensor, s: torch.Tensor | None, activation: str, *, out: Any = None
 ) -> Any:
-    """The reference of `linear_bwd_dz`."""
+    """The reference of `linear_bwd_dz`: same arguments, same results, plain torch."""
     dy = as_matrix(dy)
     if s is None:
         return dy
@@ -103,7 +103,7 @@ def linear_bwd_dx_ref(
     *,
     out: Any = None,
 ) -> Any:
-    """The reference of `linear_bwd_dx`."""
+    """The reference of `linear_bwd_dx`: same arguments, same results, plain torch."""
     dx = torch.mm(dz, w, out=out)
     if s_below is None:
         return dx
@@ -113,7 +113,7 @@ def linear_bwd_dx_ref(
 def linear_bwd_dw_ref(
     dz: torch.Tensor, x: torch.Tensor, bias: bool = True, *, out: Any = None
 ) -> Any:
-    """The reference of `linear_bwd_dw`."""
+    """The reference of `linear_bwd_dw`: same arguments, same results, plain torch."""
     dw, db = out or (None, None)
     dw = torch.mm(dz.t(), as_matrix(x), out=dw)
     return dw, torch.sum(dz, 0, out=db) if bias else None
@@ -129,7 +129,7 @@ def linear_bwd_ref(
     *,
     needs: Sequence[bool] = (True, True, True),
 ) -> tuple[torch.Tensor | None, ...]:
-    """The reference of `linear_bwd`."""
+    """The reference of `linear_bwd`: same arguments, same results, plain torch."""
     return _backward(
         dy,
         x,
@@ -145,7 +145,7 @@ def linear_bwd_ref(
 
 
 def _backward(dy, x, w, s, bias, activation, needs, bwd_dz, bwd_dx, bwd_dw):
-    """The three products of one layer in order, with either implementation of each."""
+    """(dx, dw, db) of one layer, by the given implementations of dz, dx and dw."""
     needs_dx, needs_dw, needs_db = needs
     dz = bwd_dz(dy, s, activation)
     dx = bwd_dx(dz, w).view(x.shape) if needs_dx else None
@@ -163,7 +163,7 @@ def linear_fwd_kernel(
     stride_b,
     K,
     ACT: tl.constexpr,
-    WHOLE: tl.constexpr,  # whether K is a multiple of BLOCK_K
+    WHOLE: tl.constexpr,  # K is a multiple of BLOCK_K
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -171,7 +171,7 @@ def linear_fwd_kernel(
 ):
     """One tile of y = act(x wᵀ + b).
 
-    z is stored too where z_ptr is not None. y and z are contiguous (M, N).
+    z is stored too if z_ptr is not None. y and z are contiguous (M, N).
     """
     row, column = tile_of_program()
     offs_m = row * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -189,7 +189,7 @@ def linear_fwd_kernel(
 
 @triton.jit
 def linear_act_kernel(y_ptr, z_ptr, SIZE, ACT: tl.constexpr, BLOCK: tl.constexpr):
-    """y = act(z), element by element; y may be z."""
+    """y = act(z), element by element. y may be the same memory as z."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     z = tl.load(z_ptr + offs, mask=offs < SIZE, other=0.0).to(tl.float32)
     tl.store(y_ptr + offs, cast(ACT(z), y_ptr.dtype.element_ty), mask=offs < SIZE)
@@ -205,7 +205,7 @@ def linear_bwd_dz_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Forward was y = act(z), so dz = dy ⊙ act'(z), with act' written in s: y or z."""
+    """Forward was y = act(z), so dz = dy ⊙ act'(z). act' is computed from s, which is y or z."""
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     mask = (offs_m < dy.rows) & (offs_n < N)
@@ -221,7 +221,7 @@ def linear_bwd_dx_kernel(
     s,  # Matrix [M, K], or None
     N,
     ACT_BWD: tl.constexpr,
-    WHOLE: tl.constexpr,  # whether N is a multiple of BLOCK_K
+    WHOLE: tl.constexpr,  # N is a multiple of BLOCK_K
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -231,8 +231,7 @@ def linear_bwd_dx_kernel(
 
     Forward was z_mn = Σ_k x_mk w_nk, so dx_mk = Σ_n dz_mn w_nk.
 
-    Here a tile's columns are k and its sum runs over n, so the names of the block sizes follow the
-    result (M, K).
+    A tile of the result (M, K) is BLOCK_M × BLOCK_N. Its sum runs over n, BLOCK_K terms at a time.
     """
     row, column = tile_of_program()
     offs_m = row * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -256,7 +255,7 @@ def linear_bwd_dw_kernel(
     M,
     rows,
     split_stride,
-    WHOLE: tl.constexpr,  # whether the rows of every split are a multiple of BLOCK_K
+    WHOLE: tl.constexpr,  # the rows of every split are a multiple of BLOCK_K
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -264,9 +263,9 @@ def linear_bwd_dw_kernel(
 ):
     """Forward was z_mn = Σ_k x_mk w_nk + b_n, so dw_nk = Σ_m dz_mn x_mk and db_n = Σ_m dz_mn.
 
-    A tile's rows are n, its columns k, its sum runs over the batch rows [split·rows, split·rows +
-    rows). The programs of the first column of tiles have dz in hand and sum db: no atomics. Splits
-    write apart, split_stride elements on.
+    A tile's rows are n and its columns are k. Its sum runs over the batch rows [split·rows,
+    split·rows + rows). The programs of the first column of tiles read all of dz, so they also sum
+    db, without atomics. Each split writes its own part, split_stride elements after the last one's.
     """
     row, column = tile_of_program()
     offs_n = row * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -278,7 +277,7 @@ def linear_bwd_dw_kernel(
     end = tl.minimum(start + rows, M)
     BIAS: tl.constexpr = db_ptr is not None
     dw, db = product_tile(dz, x, offs_n, offs_k, start, end, BLOCK_K, PRECISION, BIAS, WHOLE)
-    if BIAS:  # noqa: SIM102  known at compile time, unlike the next
+    if BIAS:  # noqa: SIM102  this is known at compile time, the next is not
         if column == 0:
             db_ptrs = db_ptr + split.to(tl.int64) * split_stride + offs_n
             tl.store(db_ptrs, cast(db, db_ptr.dtype.element_ty), mask=offs_n < N)
@@ -290,7 +289,7 @@ def linear_bwd_dw_kernel(
 
 @triton.jit
 def sum_of_splits(parts_ptr, offs, size, splits, split_stride):
-    """The splits' parts at offs, added in their order; 0 from `size` on."""
+    """The splits' parts at offs, added in their order. It is 0 from `size` on."""
     total = tl.zeros(offs.shape, dtype=tl.float32)
     for split in range(splits):
         total += tl.load(
@@ -303,9 +302,9 @@ def sum_of_splits(parts_ptr, offs, size, splits, split_stride):
 def linear_bwd_reduce_kernel(
     dw_ptr, db_ptr, parts_ptr, SIZE, N, splits, split_stride, BLOCK: tl.constexpr
 ):
-    """Sums the splits' parts in a fixed order: dw, and db where db_ptr is not None.
+    """Sums the splits' parts, (splits, SIZE + N), in a fixed order.
 
-    The parts are (splits, N·K + N).
+    The first SIZE = N·K sums are dw. The others are db, stored if db_ptr is not None.
     """
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = sum_of_splits(parts_ptr, offs, SIZE + N, splits, split_stride)
@@ -319,7 +318,10 @@ def linear_bwd_reduce_kernel(
 
 
 def check_linear(x, w, b, op="linear") -> None:
-    """Shapes, dtypes and devices of a linear layer; a ValueError that names both values."""
+    """Raises a ValueError, which names both values, unless shapes, dtypes and devices fit.
+
+    x (…, K), w (N, K), b (N,) or None, of one floating-point dtype on one device.
+    """
     if w.dim() != 2 or x.dim() < 1 or x.shape[-1] != w.shape[1]:
         features = x.shape[-1] if x.dim() else "at least one dimension"
         raise ValueError(
@@ -347,14 +349,16 @@ def linear_fwd(
     *,
     out: Any = None,
 ) -> tuple[torch.Tensor, tuple]:
-    """y = act(x wᵀ + b), bias and activation in the product's epilogue.
+    """y = act(x wᵀ + b), (…, N), and the LinearSaved that `linear_bwd` takes after dy.
 
-    x (…, K), w (N, K), b (N,) or None, of one dtype; any strides. `out`: a pair (y, z) of
-    contiguous (M, N) buffers to fill, z only for activations whose backward needs it. Returns y (…,
-    N) and what `linear_bwd` takes after dy. Accumulates in float32, deterministic; reads x once per
-    column of tiles, w once per row of tiles. Where `configs` takes torch's own product, all of that
-    is as torch has it, and one kernel more applies act. ValueError: shapes that do not fit, mixed
-    dtypes or devices, an unknown activation.
+    x (…, K), w (N, K), b (N,) or None, of one floating-point dtype and any strides. out: a pair
+    (y, z) of contiguous (M, N) buffers to fill. z may be None unless the activation needs z.
+
+    The product's kernel adds the bias and applies act before it stores y. It accumulates in float32
+    and is deterministic. It reads x once for each column of tiles, and w once for each row of
+    tiles. Where `configs` takes torch's own product, torch decides these points, and one more
+    kernel applies act. ValueError: shapes that do not fit, mixed dtypes or devices, an unknown
+    activation.
     """
     plan = launch.planned(_plan_fwd, (x, w, b), activation)
     if plan is None:
@@ -373,42 +377,46 @@ def linear_fwd(
 
 
 class Plan(NamedTuple):
-    """What a product of a linear layer does with arguments of one kind."""
+    """How one product of a linear layer is computed, for one kind of arguments."""
 
     act: activations.Activation
     sizes: tuple[int, int, int]  # rows and columns of the result, terms of a sum
-    library: bool  # by torch's own product
+    library: bool  # True if it is torch's own product
     grid: tuple[int, int]
     options: dict  # of the fused kernel
-    left: tuple  # rows and strides of each operand's Matrix
-    right: tuple
+    left: tuple  # rows and strides of the left operand's Matrix
+    right: tuple  # and of the right operand's
     stride_b: int = 0
 
 
 def _plan_fwd(x, w, b, activation) -> Plan | None:
-    """How `linear_fwd` serves these, which are checked; None: by the reference."""
+    """Checks the arguments of `linear_fwd` and plans it. None means the reference."""
     check_linear(x, w, b)
     act = activations.get(activation, "linear")
     if launch.backend(x, w, b) == "torch":
         return None
-    x = as_matrix(x)
-    M, (N, K) = x.shape[0], w.shape
-    product = configs.product("linear_fwd", x, M, N, heavy=act.needs == "z")
-    options = dict(product.over(K), ACT=act.forward)
+    plan = _plan_product("linear_fwd", act, as_matrix(x), w, ACT=act.forward)
+    return plan if b is None else plan._replace(stride_b=b.stride(0))
+
+
+def _plan_product(kernel, act, left, right, **options) -> Plan:
+    """The Plan of act(left rightᵀ), (M, N), for matrices left (M, K) and right (N, K)."""
+    (M, K), N = left.shape, right.shape[0]
+    product = configs.product(kernel, left, M, N, heavy=act.needs == "z")
+    options |= product.over(K)
     grid, library = product.grid(M, N), product.by_library(M, N, K)
-    stride = 0 if b is None else b.stride(0)
-    return Plan(act, (M, N, K), library, grid, options, matrix(x)[1:], matrix(w)[1:], stride)
+    return Plan(act, (M, N, K), library, grid, options, matrix(left)[1:], matrix(right)[1:])
 
 
 @torch.no_grad()
 def _library_fwd(x, w, b, act, y, z) -> None:
-    """`linear_fwd` by torch's own product, into z where that is kept and else into y itself."""
+    """`linear_fwd` by torch's own product, into z if that is kept, else into y itself."""
     product = z if act.needs == "z" else y
     if b is None:
         torch.mm(x, w.t(), out=product)
     else:
         torch.addmm(b, x, w.t(), out=product)
-    if act.needs != "nothing":  # of the table, the identity alone needs nothing
+    if act.needs != "nothing":  # only the identity needs nothing
         size = product.numel()
         grid = (triton.cdiv(size, 1024),)
         launch.run(linear_act_kernel, grid, y, product, size, ACT=act.forward, BLOCK=1024)
@@ -417,11 +425,11 @@ def _library_fwd(x, w, b, act, y, z) -> None:
 def linear_bwd_dz(
     dy: torch.Tensor, s: torch.Tensor | None, activation: str, *, out: Any = None
 ) -> Any:
-    """dz = dy ⊙ act', (M, N), from dy (…, N) of any strides and s as saved.
+    """dz = dy ⊙ act', (M, N), from dy (…, N) of any strides, and s (…, N) as `linear_fwd` saved it.
 
-    dy itself where act is the identity.
-
-    One read of dy and s, one write. `out`: a contiguous (M, N) buffer.
+    Where act is the identity, s is None and the result is dy itself. activation: its name. out: a
+    contiguous (M, N) buffer to fill. Reads dy and s once and writes dz once. ValueError: an unknown
+    activation.
     """
     if launch.backend(dy, s) == "torch" or s is None:
         return linear_bwd_dz_ref(dy, s, activation, out=out)
@@ -453,12 +461,12 @@ def linear_bwd_dx(
     *,
     out: Any = None,
 ) -> Any:
-    """dx = dz w, (M, K), from dz (M, N) and w (N, K).
+    """dx = dz w, (M, K), from dz (M, N) and w (N, K) of one dtype and any strides.
 
-    It is multiplied by act' of the layer below where s_below (M, K) is given.
-
-    Float32 accumulation, the derivative applied to the float32 sum; after torch's own product to
-    the sum as it was stored. `out`: a contiguous (M, K) buffer.
+    If s_below (M, K) is given, dx is multiplied by act' of the layer below. out: a contiguous
+    (M, K) buffer to fill. The kernel accumulates in float32 and applies the derivative to the
+    float32 sum. It is deterministic. After torch's own product, the derivative is applied to the
+    stored sum. ValueError: an unknown activation.
     """
     plan = launch.planned(_plan_dx, (dz, w), activation_below)
     if plan is None:
@@ -477,49 +485,35 @@ def linear_bwd_dx(
 
 
 def _plan_dx(dz, w, activation) -> Plan | None:
-    """How `linear_bwd_dx` serves these; None: by the reference."""
+    """Plans `linear_bwd_dx`. None means the reference."""
     act = activations.get(activation)
     if launch.backend(dz, w) == "torch":
         return None
-    (M, N), K = dz.shape, w.shape[1]
-    product = configs.product("linear_bwd_dx", dz, M, K, heavy=act.needs == "z")
-    options = dict(product.over(N), ACT_BWD=act.backward)
-    grid, library = product.grid(M, K), product.by_library(M, K, N)
-    return Plan(act, (M, K, N), library, grid, options, matrix(dz)[1:], matrix(w.t())[1:])
+    return _plan_product("linear_bwd_dx", act, dz, w.t(), ACT_BWD=act.backward)
 
 
 def linear_bwd_dw(dz: torch.Tensor, x: torch.Tensor, bias: bool = True, *, out: Any = None) -> Any:
     """dw = dzᵀ x, (N, K), and db = Σ_m dz, (N,) or None without bias, from dz (M, N) and x (…, K).
 
-    Where dw has fewer tiles than the device has processors the batch is split: each split writes
-    its own float32 part and a second kernel adds them in a fixed order, so two runs are bitwise
-    equal. Or it is torch's own product, and torch's sum. `out`: a pair of contiguous buffers.
+    dz and x have one dtype and any strides. out: a pair (dw, db) of contiguous buffers to fill.
+
+    If dw has fewer tiles than the device has processors, the batch is split. Each split writes its
+    own float32 part, and a second kernel adds the parts in a fixed order. So two runs are bitwise
+    equal. Where `configs` takes torch's own product, torch also computes the sum.
     """
     plan = launch.planned(_plan_dw, (dz, x))
     if plan is None:
         return linear_bwd_dw_ref(dz, x, bias, out=out)
     x = as_matrix(x)
-    (M, N), K = dz.shape, x.shape[1]
+    N, K = dz.shape[1], x.shape[1]
     dw, db = out or (dz.new_empty(N, K), dz.new_empty(N) if bias else None)
     if plan.library:
         _library_dw(dz, x, dw, db)
         return dw, db
-    size = N * K
     if plan.splits == 1:
-        launch.run(
-            linear_bwd_dw_kernel,
-            (*plan.tiles, 1),
-            dw,
-            db,
-            matrix(dz.t()),
-            matrix(x.t()),
-            M,
-            plan.rows,
-            0,
-            **plan.options,
-        )
+        _fused_dw(dz, x, dw, db, 0, plan)
         return dw, db
-    parts = dw_parts(dz, x, bias, plan)
+    size, parts = N * K, dw_parts(dz, x, bias, plan)
     launch.run(
         linear_bwd_reduce_kernel,
         (triton.cdiv(size + N, 512),),
@@ -536,33 +530,33 @@ def linear_bwd_dw(dz: torch.Tensor, x: torch.Tensor, bias: bool = True, *, out: 
 
 
 def _plan_dw(dz, x) -> "DwPlan | None":
-    """How `linear_bwd_dw` serves these; None: by the reference."""
+    """Plans `linear_bwd_dw`. None means the reference."""
     if launch.backend(dz, x) == "torch":
         return None
     return dw_plan("linear_bwd_dw", dz, (*dz.shape, x.shape[-1]))
 
 
 class DwPlan(NamedTuple):
-    """How dzᵀ x is computed."""
+    """How dw = dzᵀ x is computed."""
 
     options: dict  # of the kernel
-    tiles: tuple[int, int]
-    splits: int  # of the batch
-    rows: int  # of the batch in each
-    library: bool  # by torch's own product, in one part
+    tiles: tuple[int, int]  # rows and columns of tiles of dw
+    splits: int  # parts of the batch
+    rows: int  # of the batch in each part
+    library: bool  # True if it is torch's own product, in one part
 
 
 def dw_plan(
     kernel: str, dz, sizes: tuple[int, int, int], heavy: bool = False, library: bool = True
 ) -> DwPlan:
-    """How to compute dzᵀ x of sizes (M, N, K).
+    """How to compute dw = dzᵀ x of sizes (M, N, K).
 
-    heavy: see `configs`. library: whether torch's own product may serve.
+    heavy: see `configs.product`. library: True if torch's own product may serve.
     """
     M, N, K = sizes
     product = configs.product(kernel, dz, N, K, heavy)
     rows, columns = product.grid(N, K)
-    tiles = rows, max(columns, 1)  # one for db if K = 0
+    tiles = rows, max(columns, 1)  # if K = 0, one column for db
     splits, length = _split_batch(M, tiles[0] * tiles[1], dz.device)
     if library and product.by_library(N, K, length):
         splits, length, library = 1, M, True
@@ -570,7 +564,7 @@ def dw_plan(
         library = False
     options = product.over(length, M)
     if dz.dtype == torch.float32 and product.precision == "tf32x3":
-        options |= configs.all_registers(dz.device)  # three products of every tile
+        options |= configs.all_registers(dz.device)  # each product of tiles is three products
     return DwPlan(options, tiles, splits, length, library)
 
 
@@ -578,43 +572,43 @@ def dw_plan(
 def _library_dw(dz, x, dw, db) -> None:
     """`linear_bwd_dw` by torch's own product and sum.
 
-    The sum reads dz again: of all that the product reads and computes, next to nothing.
+    The sum reads dz once more. That is little beside the work of the product.
     """
     torch.mm(dz.t(), x, out=dw)
     if db is not None:
         torch.sum(dz, 0, out=db)
 
 
+def _fused_dw(dz, x, dw, db, split_stride, plan: DwPlan) -> None:
+    """Launches `linear_bwd_dw_kernel`. The splits' parts lie split_stride elements apart.
+
+    dw, db: where the first split writes. db is None without bias.
+    """
+    matrices = matrix(dz.t()), matrix(x.t())
+    sizes = dz.shape[0], plan.rows, split_stride
+    grid = *plan.tiles, plan.splits
+    launch.run(linear_bwd_dw_kernel, grid, dw, db, *matrices, *sizes, **plan.options)
+
+
 def dw_parts(dz, x, bias, plan: DwPlan):
     """dw and db of every split of the batch, side by side in float32: (splits, N·K + N).
 
-    By the library there is one split, and dz must be float32.
+    With torch's own product there is one split, and dz must be float32.
     """
-    (M, N), K = dz.shape, x.shape[1]
+    N, K = dz.shape[1], x.shape[1]
     size = N * K
     parts = dz.new_empty(plan.splits, size + N, dtype=torch.float32)
     if plan.library:
         _library_dw(dz, x, parts[0, :size].view(N, K), parts[0, size:] if bias else None)
-        return parts
-    launch.run(
-        linear_bwd_dw_kernel,
-        (*plan.tiles, plan.splits),
-        parts,
-        parts[:, size:] if bias else None,
-        matrix(dz.t()),
-        matrix(x.t()),
-        M,
-        plan.rows,
-        size + N,
-        **plan.options,
-    )
+    else:
+        _fused_dw(dz, x, parts, parts[:, size:] if bias else None, size + N, plan)
     return parts
 
 
 def _split_batch(M: int, tiles: int, device) -> tuple[int, int]:
-    """(splits, rows of each): at least 256 rows a split.
+    """(splits, rows of each) of a batch of M rows.
 
-    There are no more splits than keep the device busy.
+    A split has at least 256 rows. There are no more splits than the device needs to be busy.
     """
     wanted = min(MAX_SPLITS, M // 256, launch.sm_count(device) // max(tiles, 1))
     rows = triton.cdiv(M, max(wanted, 1))
@@ -631,9 +625,11 @@ def linear_bwd(
     *,
     needs: Sequence[bool] = (True, True, True),
 ) -> tuple[torch.Tensor | None, ...]:
-    """(dx, dw, db) from dy (…, N) and what `linear_fwd` saved.
+    """(dx, dw, db) from dy (…, N) and what `linear_fwd` saved, of x's dtype.
 
-    None for each that `needs` does not ask for.
+    dx has x's shape, dw (N, K), db (N,). needs: three bools. A gradient is None if it is not needed
+    or if there is no bias. Accumulates in float32, deterministic. See `linear_bwd_dz`,
+    `linear_bwd_dx` and `linear_bwd_dw`.
     """
     return _backward(
         dy, x, w, s, bias, activation, needs, linear_bwd_dz, linear_bwd_dx, linear_bwd_dw
@@ -661,9 +657,10 @@ def linear(
 ) -> torch.Tensor:
     """act(input weightᵀ + bias): `torch.nn.functional.linear` and its activation in one kernel.
 
-    input (…, in), weight (out, in), bias (out,) or None -> (…, out). Differentiable, twice too;
-    float64 by the reference. As in torch, weight may also be (in,), with bias () or None: one
-    output, without its dimension.
+    input (…, in), weight (out, in), bias (out,) or None, of one floating-point dtype -> (…, out).
+    As in torch, weight may also be (in,), with bias () or None. The result is then (…). activation:
+    a name in `kernels.ACTIVATIONS`. Differentiable twice. float64 is computed by the reference.
+    ValueError: shapes that do not fit, mixed dtypes or devices, an unknown activation.
     """
     if weight.dim() == 1 and input.dim() and input.shape[-1:] == weight.shape:
         bias = None if bias is None else bias.unsqueeze(0)

@@ -2,9 +2,10 @@
 
     x (M, K)   w (C, K)   b (C,)   target (M,) labels or (M, C) probabilities
 
-Up to FUSED_CLASSES classes one kernel holds a row of logits in one tile: product, softmax, loss and
-∂ℓ/∂z, and the logits are never stored. With more, the two operations run one after the other.
-Backward: ∂ℓ/∂z scaled as in `cross_entropy`, then dx, dw and db of `linear`.
+Up to FUSED_CLASSES classes, one kernel holds a row of logits in one tile. It computes product,
+softmax, loss and ∂ℓ/∂z, and never stores the logits. With more classes, the two operations run one
+after the other. The backward scales ∂ℓ/∂z as `cross_entropy` does, then computes dx, dw and db as
+`linear` does.
 """
 
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ FUSED_CLASSES = 128
 
 
 class LinearCrossEntropySaved(NamedTuple):
-    """What the forward keeps for the backward; from `grad` on as `cross_entropy`."""
+    """What the forward keeps for the backward. From `grad` on, the fields are cross_entropy's."""
 
     x: torch.Tensor  # (M, K)
     w: torch.Tensor  # (C, K)
@@ -55,7 +56,7 @@ class LinearCrossEntropySaved(NamedTuple):
 def linear_cross_entropy_fwd_ref(
     x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, target: torch.Tensor, *options: Any
 ) -> tuple[torch.Tensor, tuple]:
-    """The reference of `linear_cross_entropy_fwd`."""
+    """The reference of `linear_cross_entropy_fwd`: same arguments, same results, plain torch."""
     logits, _ = linear_fwd_ref(x, w, b)
     loss, saved = cross_entropy_fwd_ref(logits, target, *options)
     return loss, LinearCrossEntropySaved(x, w, b is not None, *saved)
@@ -69,7 +70,7 @@ def linear_cross_entropy_bwd_ref(
     *saved: Any,
     needs: Sequence[bool] = (True, True, True),
 ) -> tuple[torch.Tensor | None, ...]:
-    """The reference of `linear_cross_entropy_bwd`."""
+    """The reference of `linear_cross_entropy_bwd`: same arguments, same results, plain torch."""
     dz: Any = cross_entropy_bwd_ref(dy, *saved)[0]
     return linear_bwd_ref(dz, x, w, None, bias, "identity", needs=needs)
 
@@ -90,9 +91,9 @@ def linear_cross_entropy_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Logits, softmax, loss and gradient of rows in one tile [BLOCK_M, BLOCK_N].
+    """Logits, softmax, loss and gradient of BLOCK_M rows, in one tile [BLOCK_M, BLOCK_N].
 
-    The logits x wᵀ + b are never stored.
+    BLOCK_N holds all classes. The logits x wᵀ + b are never stored.
     """
     SOFT: tl.constexpr = t.ptr.dtype.element_ty.is_floating()  # probabilities
     pid = tl.program_id(0)
@@ -131,12 +132,15 @@ def linear_cross_entropy_fwd(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, tuple]:
-    """The last layer and its loss.
+    """The loss of x wᵀ + b, and the LinearCrossEntropySaved that the backward takes after dy.
 
-    Up to 128 classes, one kernel does both and never stores the logits. Beyond, two do.
+    x (M, K), w (C, K), b (C,) or None, of one floating-point dtype. target: labels (M,), or
+    probabilities (M, C). weight: (C,) or None. The other options are those of `cross_entropy_fwd`.
+    The loss is a scalar, or (M,) for reduction "none".
 
-    x (M, K), w (C, K), b (C,) or None, target and options as `cross_entropy_fwd`. Errors as the two
-    operations.
+    Up to 128 classes, one kernel does both and never stores the logits. With more, two kernels do.
+    Computes in float32, deterministic. ValueError: x is not two-dimensional. Other errors are those
+    of `linear_fwd` and `cross_entropy_fwd`.
     """
     options = (weight, ignore_index, reduction, label_smoothing)
     check_linear(x, w, b, "linear_cross_entropy")
@@ -187,9 +191,11 @@ def linear_cross_entropy_bwd(
     *saved: Any,
     needs: Sequence[bool] = (True, True, True),
 ) -> tuple[torch.Tensor | None, ...]:
-    """(dx, dw, db) from dy and what the forward saved.
+    """(dx, dw, db) from dy and what `linear_cross_entropy_fwd` saved.
 
-    The loss's gradient is scaled, then goes through the layer's backward.
+    dy: a scalar, or (M,) for reduction "none". dx (M, K), dw (C, K), db (C,). needs: three bools. A
+    gradient is None if it is not needed or if there is no bias. The saved gradient of the logits is
+    scaled by dy and then goes through `linear_bwd`. Deterministic.
     """
     dz: Any = cross_entropy_bwd(dy, *saved)[0]
     return linear_bwd(dz, x, w, None, bias, "identity", needs=needs)
@@ -224,11 +230,12 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """cross_entropy(linear(input, weight, bias), target, …) as one operation.
 
-    input (N, in), weight (C, in), bias (C,) or None. `class_weight` and the rest are
-    cross_entropy's keywords. Probability targets get no gradient here: use the two operations where
-    they need one.
+    input (N, in), weight (C, in), bias (C,) or None, of one floating-point dtype. target: labels
+    (N,), or probabilities (N, C). class_weight: (C,) or None. The other options are those of
+    `cross_entropy`. Probability targets get no gradient here. Where they need one, call the two
+    operations. Differentiable twice. Errors: see `linear_cross_entropy_fwd`.
     """
     options = class_weight, ignore_index, reduction, label_smoothing
-    if tape.autocasting(input):  # torch computes the product in half precision, the loss not
+    if tape.autocasting(input):  # as in torch, only the product is in half precision
         return cross_entropy(linear(input, weight, bias), target, *options)
     return tape.call(LINEAR_CROSS_ENTROPY, input, weight, bias, target, *options)

@@ -1,15 +1,17 @@
 """A stack of linear layers as one operation: y_0 = x, y_l = act_l(y_{l-1} w_lᵀ + b_l), l = 1 … L.
 
-    x (…, n_0)   w_l (n_l, n_{l-1})   b_l (n_l,)   y_L (…, n_L)      hidden layers share an
-        activation, the last has its own
+    x (…, n_0)   w_l (n_l, n_{l-1})   b_l (n_l,)   y_L (…, n_L)
 
-Backward, from dy (…, n_L), with s_l the output or the pre-activation of layer l:
+Hidden layers share one activation. The last layer has its own.
+
+Backward, from dy (…, n_L), with s_l the output or the pre-activation of layer l, for l = L … 1:
     dz_L = dy ⊙ act_L'(s_L)
-    dw_l = dz_lᵀ y_{l-1},  db_l = Σ dz_l                        l = L … 1
-    dz_{l-1} = (dz_l w_l) ⊙ act'(s_{l-1})                       act' in the epilogue of dx: dy_{l-1}
-        is never stored
+    dw_l = dz_lᵀ y_{l-1},  db_l = Σ_m dz_l
+    dz_{l-1} = (dz_l w_l) ⊙ act'(s_{l-1})
     dx = dz_1 w_1
-The kernels are those of `linear`.
+
+The kernels are those of `linear`. The kernel of dx also multiplies by act', so dy_{l-1} is never
+stored.
 """
 
 from collections.abc import Sequence
@@ -32,12 +34,12 @@ from .linear import (
 
 
 class MLPSaved(NamedTuple):
-    """What the forward keeps for the backward; layer l of L."""
+    """What the forward keeps for the backward. The tuples have one item for each layer l."""
 
     x: torch.Tensor  # (…, n_0)
     weights: tuple[torch.Tensor, ...]  # (n_l, n_{l-1})
-    hidden: tuple[torch.Tensor, ...]  # (…, n_l), y of every layer but the last
-    # y or z of every layer, whichever act' is written in; None where that is a hidden y
+    hidden: tuple[torch.Tensor, ...]  # (…, n_l), y of every layer except the last
+    # What act' of each layer is computed from: y, z or None. None also stands for a hidden y.
     kept: tuple[torch.Tensor | None, ...]
     bias: tuple[bool, ...]
     activation: str
@@ -45,13 +47,13 @@ class MLPSaved(NamedTuple):
 
 
 def _layer(x, w, b, activation, *, out=None):
-    """`layer_ref` by the kernel."""
+    """`layer_ref`, by the kernel."""
     y, saved = linear_fwd(x, w, b, activation, out=out)
     return y, saved.s
 
 
 def stack_forward(x, weights, biases, activation, output_activation, out, layer_fwd):
-    """`mlp_fwd` by one implementation of `layer_ref`."""
+    """`mlp_fwd` with `layer_fwd` for each layer, which is `layer_ref` or a function like it."""
     inputs, kept, act = [], [], activation
     last, y = len(weights) - 1, x
     for layer, w in enumerate(weights):
@@ -66,9 +68,9 @@ def stack_forward(x, weights, biases, activation, output_activation, out, layer_
 
 
 def stack_backward(dy, saved, needs, out, bwd_dz, bwd_dx, bwd_dw):
-    """The gradient of a stack, `mlp_bwd`, by one implementation of each of its parts.
+    """The gradient of a stack as in `mlp_bwd`, by the given implementations of dz, dx and dw.
 
-    A layer's dx is taken before `bwd_dw` is called, which may therefore change the weights.
+    A layer's dx is computed before `bwd_dw` is called, so `bwd_dw` may change the weights.
     """
     weights, kept, bias = saved.weights, saved.kept, saved.bias
     layers, inputs = len(weights), (saved.x, *saved.hidden)
@@ -104,14 +106,14 @@ def mlp_fwd_ref(
     *,
     out: Any = None,
 ) -> tuple[torch.Tensor, tuple]:
-    """The reference of `mlp_fwd`."""
+    """The reference of `mlp_fwd`: same arguments, same results, plain torch."""
     return stack_forward(x, weights, biases, activation, output_activation, out, layer_ref)
 
 
 def mlp_bwd_ref(
     dy: torch.Tensor, *saved: Any, needs: Sequence[bool] | None = None, out: Any = None
 ) -> tuple[torch.Tensor | None, ...]:
-    """The reference of `mlp_bwd`."""
+    """The reference of `mlp_bwd`: same arguments, same results, plain torch."""
     parts = linear_bwd_dz_ref, linear_bwd_dx_ref, linear_bwd_dw_ref
     return stack_backward(dy, MLPSaved(*saved), needs, out, *parts)
 
@@ -119,12 +121,13 @@ def mlp_bwd_ref(
 def check_mlp(x, weights, biases) -> None:
     """Raises a ValueError unless the layers fit together.
 
-    There must be at least one layer, as many biases (or None) as weights, and widths that chain.
+    There must be at least one layer, and as many biases (or None) as weights. Each layer's input
+    must be as wide as the output of the layer before.
     """
     if not weights or len(weights) != len(biases):
         raise ValueError(
-            f"mlp: as many biases (or None) as weights, at least one, got {len(weights)} and "
-            f"{len(biases)}"
+            "mlp: there must be as many biases (or None) as weights, at least one, got "
+            f"{len(weights)} weights and {len(biases)} biases"
         )
     wide = weights[0].shape
     for layer in range(1, len(weights)):
@@ -147,11 +150,13 @@ def mlp_fwd(
     *,
     out: Any = None,
 ) -> tuple[torch.Tensor, tuple]:
-    """y_L (…, n_L) of the stack, one launch a layer, and what `mlp_bwd` takes after dy.
+    """y_L (…, n_L) of the stack, and the MLPSaved that `mlp_bwd` takes after dy.
 
-    x (…, n_0); weights: (n_l, n_{l-1}) each; biases: (n_l,) or None each. Saved: the inputs of
-    every layer, and z only for activations whose derivative needs it. `out`: per layer the (y, z)
-    buffers of `linear_fwd`. Errors as `linear_fwd`.
+    x (…, n_0), weights (n_l, n_{l-1}), biases (n_l,) or None, of one floating-point dtype. out: for
+    each layer the (y, z) buffers of `linear_fwd`. The forward saves the input of every layer, and z
+    only for activations whose derivative needs it. One launch for each layer, accumulation in
+    float32, deterministic. ValueError: layers that do not fit together, or what `linear_fwd`
+    raises.
     """
     check_mlp(x, weights, biases)
     if launch.backend(x, *weights) == "torch":
@@ -165,10 +170,9 @@ def mlp_bwd(
 ) -> tuple[torch.Tensor | None, ...]:
     """(dx, [dw_1 … dw_L], [db_1 … db_L]) from dy (…, n_L) and what `mlp_fwd` saved.
 
-    Two launches a layer.
-
-    `needs`: which of x, every weight, every bias want a gradient (all, if None); the others are
-    None. `out`: (per layer dz buffers, per layer (dw, db) buffers).
+    needs: one bool for x, then for every weight, then for every bias. None means all. A gradient
+    that is not needed is None. out: (for each layer a dz buffer, for each layer the (dw, db)
+    buffers). Two launches for each layer, accumulation in float32, deterministic.
     """
     kept = MLPSaved(*saved)
     if launch.backend(dy, kept.x, *kept.weights) == "torch":
@@ -197,10 +201,12 @@ def mlp(
     activation: str = "relu",
     output_activation: str = "identity",
 ) -> torch.Tensor:
-    """A multilayer perceptron as one operation: see the module's formulas.
+    """A multilayer perceptron as one operation, (…, n_L). The module has the formulas.
 
-    input (…, n_0); weights: sequence of (n_l, n_{l-1}); biases: sequence of (n_l,) or None, or None
-    for no biases.
+    input (…, n_0). weights: a sequence of (n_l, n_{l-1}). biases: a sequence of (n_l,) or None, or
+    None for no biases. All have one floating-point dtype. activation: of the hidden layers;
+    output_activation: of the last. Differentiable twice. float64 is computed by the reference.
+    ValueError: layers that do not fit together, mixed dtypes or devices, an unknown activation.
     """
     biases = (None,) * len(weights) if biases is None else biases
     return tape.call(MLP, input, tuple(weights), tuple(biases), activation, output_activation)

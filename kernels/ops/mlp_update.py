@@ -1,16 +1,15 @@
 """The backward of a stack of linear layers, with an optimizer's step in it.
 
-No weight gradient is ever stored whole, but where a large float32 product is torch's own (see
-`linear`): one kernel then reads that and takes the step.
-
-For every layer, from the last down, with dz_l and y_{l-1} as in `mlp` and the rules of `optim`:
+For every layer, from the last down, with dz_l and y_{l-1} as in `mlp` and the rules of `rules`:
 
     dz_{l-1} = (dz_l w_l) ⊙ act'(s_{l-1})                 with w_l as it was in the forward
-    w_l ← rule(w_l, dz_lᵀ y_{l-1})    b_l ← rule(b_l, Σ_m dz_l)           in the epilogue of the
-        product
+    w_l ← rule(w_l, dz_lᵀ y_{l-1})    b_l ← rule(b_l, Σ_m dz_l)
 
-The gradient is read out of the accumulator: in float32 also where the weights are float16 or
-bfloat16.
+The kernel of the product takes the step, so a weight's gradient is not stored. There are two
+exceptions. If the batch is split, the float32 parts are stored. If a large float32 product is
+torch's own (see `linear`), its result is stored. One more kernel then takes the step.
+
+The step gets the gradient in float32, also if the weights are float16 or bfloat16.
 """
 
 import functools
@@ -49,7 +48,7 @@ def linear_update_ref(
     step: float | torch.Tensor,
     rule: str | Rule,
 ) -> None:
-    """The reference of `linear_update`."""
+    """The reference of `linear_update`: same arguments, same results, plain torch."""
     rule, x = rules.get(rule, "mlp_update"), as_matrix(x)
     row = hyper.tolist() if isinstance(hyper, torch.Tensor) else hyper
     add = functools.partial(_add_products, dz, x)
@@ -59,7 +58,7 @@ def linear_update_ref(
 
 
 def _add_products(dz, x, targets, beta, alpha):
-    """t ← beta t + alpha g for w and b, where g is dzᵀ x and Σ_m dz."""
+    """t ← beta t + alpha g for w and b. g is dzᵀ x for w, and Σ_m dz for b."""
     targets[0].addmm_(dz.t(), x, beta=beta, alpha=alpha)
     if len(targets) == 2:
         targets[1].addmv_(dz.t(), dz.new_ones(dz.shape[0]), beta=beta, alpha=alpha)
@@ -74,16 +73,17 @@ def linear_update_kernel(
     step,  # Number
     M,
     RULE: tl.constexpr,
-    SHARED: tl.constexpr,  # whether a tile has fewer elements than the program has threads
-    WHOLE: tl.constexpr,  # whether M is a multiple of BLOCK_K
+    SHARED: tl.constexpr,  # a tile has fewer elements than the program has threads
+    WHOLE: tl.constexpr,  # M is a multiple of BLOCK_K
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile of w after its step.
+    """Takes the step of one tile of w.
 
-    The programs of the first column of tiles do b. The tiles are those of `linear_bwd_dw_kernel`.
+    The programs of the first column of tiles also take the step of b. The tiles are those of
+    `linear_bwd_dw_kernel`.
     """
     row, column = tile_of_program()
     offs_n = row * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -93,7 +93,7 @@ def linear_update_kernel(
     K = x.rows
     BIAS: tl.constexpr = len(net.tensors) == 2
     dw, db = product_tile(dz, x, offs_n, offs_k, 0, M, BLOCK_K, PRECISION, BIAS, WHOLE)
-    if BIAS:  # noqa: SIM102  known at compile time, unlike the next
+    if BIAS:  # noqa: SIM102  this is known at compile time, the next is not
         if column == 0:
             b = tl.load(net.tensors[1] + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
             # Several warps hold the same elements of a bias.
@@ -117,7 +117,7 @@ def linear_update_reduce_kernel(
     RULE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """As `linear_bwd_reduce_kernel`, but the sums go into w's step, then into b's."""
+    """Adds the splits' parts as `linear_bwd_reduce_kernel` does, and takes the steps of w and b."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     numbers = numbers_at(hyper_ptr, read(step), RULE)
     g = sum_of_splits(parts_ptr, offs, SIZE + N, splits, split_stride)
@@ -132,11 +132,13 @@ def linear_update_reduce_kernel(
 def linear_update(dz, x, parameters, states, hyper, step, rule):
     """One step of `rule` on one layer, in place, from dz (M, N) and the layer's input x (…, K).
 
-    parameters: [w (N, K)] or [w, b (N,)]; states: for each of the rule's states a list of the same
-    shapes; all contiguous. hyper: a row of `hyperparameters`, or its numbers; step: 1 at the first,
-    a number or a one-element device tensor. Deterministic: where the batch is split as in
-    `linear_bwd_dw`, the parts are added in a fixed order before the step. A float32 product by the
-    library is taken as the only part.
+    parameters: [w (N, K)] or [w, b (N,)]. states: for each of the rule's states a list of the same
+    shapes. All are contiguous. hyper: a row of `hyperparameters`, or its numbers. step: the count
+    of this step, 1 at the first, as a number or a one-element device tensor. rule: a row of
+    `rules`, or its name.
+
+    Deterministic: if the batch is split as in `linear_bwd_dw`, the parts are added in a fixed order
+    before the step. A float32 product by the library counts as the only part.
     """
     if launch.backend(dz, x, *parameters) == "torch":
         return linear_update_ref(dz, x, parameters, states, hyper, step, rule)
@@ -145,7 +147,7 @@ def linear_update(dz, x, parameters, states, hyper, step, rule):
     net = Parameters(tuple(parameters), tuple(map(tuple, states)))
     hyper = torch.as_tensor(hyper, dtype=torch.float32, device=dz.device)
     heavy = len(rule.states) > 1
-    # In half precision the library would round the gradient before the step.
+    # In half precision, the library would round the gradient before the step.
     library = dz.dtype == torch.float32
     plan = dw_plan("linear_update", dz, (M, N, K), heavy=heavy, library=library)
     if plan.splits == 1 and not plan.library:
@@ -183,11 +185,9 @@ def linear_update(dz, x, parameters, states, hyper, step, rule):
 
 
 def check_mlp_update(saved, parameters, states, hyper, rule) -> None:
-    """Raises a ValueError unless states and parameters are what the rule and the forward need.
+    """Raises a ValueError unless hyper, states and parameters fit the rule and the forward.
 
-    Parameters must be contiguous, and the forward's own.
-
-    A ValueError unless the parameters are contiguous and the forward's.
+    There must be as many parameters as the forward had, and all tensors must be contiguous.
     """
     layers, bias = len(saved.weights), saved.bias
     if len(hyper) != len(rule.columns):
@@ -203,17 +203,18 @@ def check_mlp_update(saved, parameters, states, hyper, rule) -> None:
     if len(parameters) != layers + sum(bias) or any(len(s) != len(parameters) for s in states):
         counts = [len(parameters), *map(len, states)]
         raise ValueError(
-            f"mlp_update: {layers + sum(bias)} parameters and as many states, got {counts}"
+            f"mlp_update: there must be {layers + sum(bias)} parameters and as many of each state, "
+            f"got {counts}"
         )
     if bad := [tuple(t.shape) for ts in (parameters, *states) for t in ts if not t.is_contiguous()]:
         raise ValueError(
-            "mlp_update: parameters and states must be contiguous, got strides in one of shape "
-            f"{bad[0]}"
+            "mlp_update: parameters and states must be contiguous, got a tensor of shape "
+            f"{bad[0]} that is not; pass .contiguous() and copy back"
         )
 
 
 def _update(dy, saved, lists, numbers, out, bwd_dz, bwd_dx, update_layer):
-    """`stack_backward` with a layer's update in the place of its dw."""
+    """`stack_backward` with a layer's update instead of its dw."""
     counts = [1 + bias for bias in saved.bias]
     ends = list(itertools.accumulate(counts))
     layers = [[ts[end - n : end] for ts in lists] for n, end in zip(counts, ends)]
@@ -238,7 +239,7 @@ def mlp_update_ref(
     *,
     out: Any = None,
 ) -> None:
-    """The reference of `mlp_update`."""
+    """The reference of `mlp_update`: same arguments, same results, plain torch."""
     lists, numbers = (parameters, *states), (hyper, step, rule)
     parts = linear_bwd_dz_ref, linear_bwd_dx_ref, linear_update_ref
     _update(dy, saved, lists, numbers, out, *parts)
@@ -255,14 +256,18 @@ def mlp_update(
     *,
     out: Any = None,
 ) -> None:
-    """`mlp_bwd` and an optimizer's step on all parameters, in place.
+    """`mlp_bwd` and an optimizer's step on all parameters, in place. It returns None.
 
-    Two launches a layer; no gradient in memory.
+    dy (…, n_L). saved: what `mlp_fwd` returned beside y. parameters: the forward's own tensors,
+    [w_1, b_1, w_2, …], or [w_1, w_2, …] without biases. states: for each of the rule's states a
+    list of tensors of the same shapes, zeros at first. hyper: a row of `hyperparameters`, or its
+    numbers. step: the count of this step, 1 at the first, as a number or a one-element device
+    tensor. rule: a row of `kernels.RULES`, or its name. out: for each layer an (M, n_l) buffer for
+    dz.
 
-    dy (…, n_L); saved: what `mlp_fwd` returned beside y; parameters: [w_1, b_1, w_2, …], the
-    forward's own, or without biases; states: for each of the rule's states a list shaped like them,
-    zeros at first. hyper, step, rule as in `linear_update`. `out`: per layer (M, n_l) buffers for
-    dz. No dx: what is below the stack is data. ValueError: see `check_mlp_update`.
+    Two launches for each layer (three if the batch is split), and gradients stay out of memory (see
+    the module). Deterministic. There is no dx, because the input of the stack is data. ValueError:
+    an unknown rule, or what `check_mlp_update` raises.
     """
     rule = rules.get(rule, "mlp_update")
     check_mlp_update(saved, parameters, states, hyper, rule)

@@ -48,8 +48,8 @@ ERRORS = {
         lambda: kernels.linear(x, w, b, "swish"),
         r"linear: unknown activation 'swish'; known: identity, relu",
     ),
-    "no layers": (lambda: kernels.mlp(x, []), r"mlp: as many biases .* at least one, got 0 and 0"),
-    "biases": (lambda: kernels.mlp(x, [w, w], [b]), r"got 2 and 1"),
+    "no layers": (lambda: kernels.mlp(x, []), r"as many biases .* at least one, got 0 weights"),
+    "biases": (lambda: kernels.mlp(x, [w, w], [b]), r"got 2 weights and 1 biases"),
     "widths": (
         lambda: kernels.mlp(x, [w, make.real(10, 99)]),
         r"mlp: weight 1 must be \(out, 100\) after weight 0 \(100, 784\), got \(10, 99\)",

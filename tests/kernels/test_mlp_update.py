@@ -189,10 +189,13 @@ def test_gradient_is_not_stored(device):
             {"hyper": (0.1,)},
             r"hyper must be a row of 2 numbers \(lr, weight_decay\), see hyperparameters, got 1",
         ),
-        ({"parameters": [torch.zeros(5, 17)]}, r"2 parameters and as many states, got \[1\]"),
+        (
+            {"parameters": [torch.zeros(5, 17)]},
+            r"2 parameters and as many of each state, got \[1\]",
+        ),
         (
             {"parameters": [torch.zeros(17, 5).t(), torch.zeros(5)]},
-            r"must be contiguous, got strides in one of shape \(5, 17\)",
+            r"must be contiguous, got a tensor of shape \(5, 17\) that is not",
         ),
     ],
 )
