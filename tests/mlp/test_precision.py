@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import math
 
 import pytest
@@ -57,24 +58,31 @@ def test_small_updates_are_not_lost(device):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_overflow_skips_the_step(optimizer, device):
-    """The scale is halved until the gradients fit; skipped steps are counted and change nothing."""
+    """The scale is halved until the gradients fit. A skipped step is counted and changes nothing,
+    any other step changes the weights.
+    """
     torch.manual_seed(0)
     model = MLP((6, 16, 3)).to(device)
     make = lambda p: OPTIMIZERS[optimizer](p, lr=0.01)  # noqa: E731
     trainer = Trainer(model, None, make, verbose=False, precision="fp16")
     trainer.precision.scaler._init_scale = 2.0**40
-    weights = []
+    seen = [(0, model[0].weight.detach().clone())]  # before the first step, then after each
+
+    def on_step(n=1):
+        seen.append((trainer.precision.skipped, model[0].weight.detach().clone()))
+
     row = trainer.fit(
         [t.to(device) for t in tensors()],
-        6,
+        8,
         16,
-        on_step=lambda n=1: weights.append(model[0].weight.detach().clone()),
+        on_step=on_step,
         scheduler=lambda o: lr_scheduler.StepLR(o, 10),
     )[-1]
-    skipped = trainer.precision.skipped
-    assert 10 < skipped < 36 and math.isfinite(row["train_loss"])
-    assert all(torch.equal(w, weights[0]) for w in weights[:skipped])
-    assert not torch.equal(weights[-1], weights[0])
+    assert len(seen) == 1 + 48 and math.isfinite(row["train_loss"])
+    for (skipped, before), (now, after) in itertools.pairwise(seen):
+        assert now - skipped in (0, 1)
+        assert torch.equal(before, after) == (now > skipped)
+    assert 10 < now < 48
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
