@@ -14,19 +14,22 @@ from tests import ROOT
 REGISTERS, SHARED, PROCESSORS = 65_536, 232_448, 132
 
 
-def launched(*options):
-    """What `tests.proof.worker` said."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""  # the stub is the only device
-    command = [sys.executable, "-m", "tests.proof.worker", *options]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
-
-
-@pytest.mark.skipif(
+NEEDS_COMPILER = pytest.mark.skipif(
     shutil.which(os.environ.get("CC", "cc")) is None, reason="needs a C compiler: apt install gcc"
 )
+
+
+def said(module, *options):
+    """What a module of this folder printed, run against the stub as the only device."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, "-m", f"tests.proof.{module}", *options]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@NEEDS_COMPILER
 @pytest.mark.parametrize(
     "options",
     [
@@ -36,7 +39,7 @@ def launched(*options):
     ids=["one case each", "every case"],
 )
 def test_no_launch_is_refused(options):
-    seen = launched(*options)
+    seen = json.loads(said("worker", *options))
     assert seen["refused"] == []
     assert seen["launches"] == sum(seen["kernels"].values()) - len(seen["host tensor"])
     assert seen["launches"] >= (300 if options else 25)
@@ -47,3 +50,12 @@ def test_no_launch_is_refused(options):
         assert row["shared"] <= SHARED, row
     # The stub does refuse: a number in the host's memory has no pointer that a kernel can follow.
     assert seen["refused by the driver"] == len(seen["host tensor"])
+
+
+@pytest.mark.full
+@NEEDS_COMPILER
+def test_what_a_launch_costs_is_printed():
+    _, *lines = said("timing").splitlines()
+    costs = {line[:24].strip(): float(line[24:31]) for line in lines}
+    assert list(costs)[:3] == ["kernels.linear_fwd", "its launch.run", "Triton's part"]
+    assert all(cost > 0 for cost in costs.values())
