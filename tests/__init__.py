@@ -1,4 +1,4 @@
-"""The tests, and what they share."""
+"""The tests and their shared helpers."""
 
 from pathlib import Path
 

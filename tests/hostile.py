@@ -1,9 +1,9 @@
-"""Files that are not what they should be: `python -m tests.hostile [COUNT]`.
+"""Hostile files for the command line: `python -m tests.hostile [COUNT]`.
 
-Makes variants of everything that a run folder and a data set hold: wrong types, missing and extra
-fields, huge and negative numbers, cut files, flipped bits. The command line reads each. It may
-succeed, or refuse the file in one line that names it; an internal exception is a fault, and so is
-a file that it changed where it refused.
+Makes bad variants of every file of a run folder and of a data set: wrong types, missing and extra
+fields, huge and negative numbers, cut files, flipped bits. The command line reads each one. It may
+succeed, or refuse the file in one line that names it. An internal exception is a fault. A refusal
+that changed a file is a fault, too.
 """
 
 import contextlib
@@ -39,7 +39,9 @@ COMMANDS = {
 
 
 class Case(NamedTuple):
-    """One hostile file: what it is, which file it replaces, and how it is written."""
+    """A hostile file: what is wrong with it, the file that it replaces, a function that writes it,
+    and the commands to try.
+    """
 
     what: str
     path: str
@@ -48,7 +50,7 @@ class Case(NamedTuple):
 
 
 def places(value: Any, at: tuple = ()) -> Iterator[tuple]:
-    """The way to every value inside a nested one."""
+    """The keys and indices that lead to each value inside a nested one."""
     yield at
     if isinstance(value, (dict, list)):
         items = value.items() if isinstance(value, dict) else enumerate(value)
@@ -57,12 +59,12 @@ def places(value: Any, at: tuple = ()) -> Iterator[tuple]:
 
 
 def places_of(value: Any) -> list[tuple]:
-    """As `places`, without the whole and with two items of a long list at most."""
+    """The same without the whole value, and with at most two items of each list."""
     return [p for p in places(value) if p and not any(isinstance(k, int) and k > 1 for k in p)]
 
 
 def put(value: Any, place: tuple, new: Any) -> Any:
-    """A copy with another value at a place."""
+    """A copy of `value` with `new` at a place."""
     if not place:
         return new
     made = copy.copy(value)
@@ -71,7 +73,7 @@ def put(value: Any, place: tuple, new: Any) -> Any:
 
 
 def variants(value: dict, generator: random.Random, count: int) -> Iterator[tuple[str, Any]]:
-    """(what it is, a nested value with one thing wrong)."""
+    """(what is wrong, a copy of `value` with one fault)."""
     yield from ((f"whole is {wrong!r:.30}", wrong) for wrong in WRONG[:6])
     yield "an extra field", {**value, "extra": 1}
     for name in value:
@@ -83,7 +85,7 @@ def variants(value: dict, generator: random.Random, count: int) -> Iterator[tupl
 
 
 def cut_and_flipped(path: str, content: bytes, generator: random.Random) -> Iterator[Case]:
-    """The same bytes with damage."""
+    """The file cut, with a flipped bit, or replaced by a text or a folder."""
     for keep in (0, 1, 10, len(content) // 2, len(content) - 1):
         yield Case(f"cut to {keep}", path, lambda p, keep=keep: p.write_bytes(content[:keep]))
     for _ in range(10):
@@ -95,7 +97,7 @@ def cut_and_flipped(path: str, content: bytes, generator: random.Random) -> Iter
 
 
 def json_cases(folder: Path, generator: random.Random) -> Iterator[Case]:
-    """config.json and metrics.jsonl."""
+    """Bad variants of config.json and metrics.jsonl."""
     path = "run/config.json"
     content = (folder / path).read_bytes()
     for what, value in variants(json.loads(content), generator, 200):
@@ -112,7 +114,7 @@ def json_cases(folder: Path, generator: random.Random) -> Iterator[Case]:
 
 
 def weights_cases(folder: Path, generator: random.Random) -> Iterator[Case]:
-    """model.safetensors: descriptions, tensors, and bytes."""
+    """Bad variants of model.safetensors: descriptions, tensors and bytes."""
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
@@ -144,7 +146,7 @@ def weights_cases(folder: Path, generator: random.Random) -> Iterator[Case]:
 
 
 def state_cases(folder: Path, generator: random.Random) -> Iterator[Case]:
-    """last.ckpt: nested values of wrong types under a checksum that is right, and bytes."""
+    """Bad variants of last.ckpt: wrong values under a right checksum, and bytes."""
     path = "run/last.ckpt"
     good = torch.load(folder / path, weights_only=True)
 
@@ -159,7 +161,7 @@ def state_cases(folder: Path, generator: random.Random) -> Iterator[Case]:
 
 
 def _deeper(good: dict, generator: random.Random, count: int) -> Iterator[tuple[str, Any]]:
-    """Variants of what the trainer holds, where the top level is right."""
+    """Variants inside the trainer's state, where the top level is right."""
     for part in ("model", "optimizer", "history"):
         found = places_of({part: good["trainer"][part]})
         for _ in range(count // 3):
@@ -169,7 +171,7 @@ def _deeper(good: dict, generator: random.Random, count: int) -> Iterator[tuple[
 
 
 def data_cases(folder: Path, generator: random.Random) -> Iterator[Case]:
-    """The .npz that a run was trained on, and one to begin with."""
+    """Bad variants of the .npz that a run was trained on, or that a new one starts with."""
     path, content = "data.npz", (folder / "data.npz").read_bytes()
     x, y = np.zeros((12, 2, 2), np.uint8), np.arange(12) % 3
     for what, arrays in {
@@ -219,7 +221,7 @@ def data_cases(folder: Path, generator: random.Random) -> Iterator[Case]:
 
 
 def run(arguments: tuple[str, ...]) -> tuple[int, str]:
-    """The status of a command, and what it said on stderr."""
+    """(exit status, stderr) of a command."""
     err = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
         status = main(list(arguments))
@@ -227,13 +229,14 @@ def run(arguments: tuple[str, ...]) -> tuple[int, str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file and its bytes."""
+    """Every file's bytes by its path."""
     return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def faults_of(case: Case, folder: Path) -> Iterator[str]:
-    """What is wrong with how the commands took a hostile file. `folder` holds the good files, and
-    is the current directory.
+    """The faults of the commands with a hostile file, as text.
+
+    `folder` holds the good files and is the current directory.
     """
     good = contents(folder)
     commands = {**COMMANDS, "new": ("train", "data.npz", "--epochs", "1", "--out", "new", *OPTIONS)}
@@ -267,7 +270,7 @@ def _restore(folder: Path, good: dict[str, bytes]) -> None:
 
 
 def prepare(folder: Path) -> None:
-    """A good run in the current directory `folder`, its data and an image."""
+    """Makes a good run in the current directory `folder`, with its data and an image."""
     from PIL import Image
 
     generator = np.random.default_rng(0)
@@ -280,7 +283,7 @@ def prepare(folder: Path) -> None:
 
 
 def cases(folder: Path, seed: int = 0) -> list[Case]:
-    """All variants, in an order that mixes the kinds."""
+    """All variants in random order."""
     generator = random.Random(seed)
     found = [
         case
@@ -292,9 +295,7 @@ def cases(folder: Path, seed: int = 0) -> list[Case]:
 
 
 def check(count: int | None = None, seed: int = 0, quick: bool = False) -> tuple[int, list[str]]:
-    """(how many hostile files were tried, what went wrong with any of them). quick: one command
-    for each file, not all.
-    """
+    """(number of hostile files tried, faults). quick: tries one command for each file, not all."""
     home = os.getcwd()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()

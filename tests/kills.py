@@ -1,9 +1,9 @@
-"""Kill a training at random moments and resume it: `python -m tests.kills [COUNT]`.
+"""Kills a training at random moments and resumes it: `python -m tests.kills [COUNT]`.
 
 Each round starts `handgrad train` in a process of its own, sends it SIGKILL after a random time,
-looks at the run folder, and goes on with --resume in this process. A round is survived if every
-file is readable, metrics.jsonl tells of no epoch that last.ckpt does not hold, and the finished
-training has the losses of one that nobody killed.
+checks the run folder, and goes on with --resume in this process. A round passes if every file is
+readable, last.ckpt holds every epoch of metrics.jsonl, and the finished training has the losses of
+one that ran through.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ ARGUMENTS = (
 
 
 def train(*arguments: str) -> None:
-    """`handgrad train` in this process, in silence."""
+    """Runs `handgrad train` in this process, without output."""
     with (
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()) as err,
@@ -41,20 +41,21 @@ def train(*arguments: str) -> None:
 
 
 def losses(run: Path) -> list[float]:
-    """Of every epoch."""
+    """The training loss of every epoch."""
     return [row["train_loss"] for row in RunFolder(run).history]
 
 
 def _child(run: Path) -> None:
-    """Train with a write after every epoch, however quick it is."""
+    """Trains, with a checkpoint after every epoch."""
     runs._EVERY = 0.0
     train(*ARGUMENTS, "--out", str(run))
 
 
 def killed(run: Path, after: float) -> bool:
-    """Train into `run` and kill it so many seconds after it began to write; whether it still ran.
+    """Trains into `run` and kills the process `after` seconds from its first write.
 
-    The process is forked, so that it need not import everything again.
+    Returns True if it still ran. The process is forked, so that it need not import everything
+    again.
     """
     process = multiprocessing.get_context("fork").Process(target=_child, args=(run,))
     process.start()
@@ -67,7 +68,7 @@ def killed(run: Path, after: float) -> bool:
 
 
 def inspect(run: Path) -> int:
-    """Look at what a kill left; how many epochs the checkpoint holds."""
+    """Checks the run folder after a kill. Returns the number of epochs in the checkpoint."""
     folder = RunFolder(run)
     if not folder.trained:
         return 0
@@ -82,8 +83,9 @@ def inspect(run: Path) -> int:
 
 
 def survive(count: int, seed: int = 0) -> tuple[int, list[int]]:
-    """(rounds that were killed while they trained, the epochs that each had finished); an
-    AssertionError says what was lost.
+    """(number of rounds killed while they trained, finished epochs of each round).
+
+    Raises AssertionError with what was lost.
     """
     generator, survived, epochs = random.Random(seed), 0, []
     with tempfile.TemporaryDirectory() as folder:
@@ -98,7 +100,7 @@ def survive(count: int, seed: int = 0) -> tuple[int, list[int]]:
             epochs.append(inspect(run))
             if (run / runs.CONFIG).exists():
                 train("--out", str(run), "--resume")
-            else:  # killed before it wrote its settings: it begins again in place
+            else:  # it was killed before it wrote its settings, so it starts again
                 train(*ARGUMENTS, "--out", str(run))
             assert losses(run) == losses(straight), f"round {number}: other losses"
             left = [path.name for path in run.iterdir() if path.name.startswith(".")]

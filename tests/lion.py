@@ -1,4 +1,4 @@
-"""Lion as its paper writes it, in plain torch: the oracle of `mlp.Lion`, which torch has not."""
+"""Lion by its paper, in plain torch. It is the oracle of `mlp.Lion`, because torch has no Lion."""
 
 import torch
 
@@ -14,7 +14,7 @@ class Lion(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step, after the closure if there is one."""
+        """Takes one step, after the closure if there is one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -31,5 +31,5 @@ class Lion(torch.optim.Optimizer):
 
 
 def oracle(cls):
-    """torch's optimizer of the name of one of ours; Lion's is here."""
+    """torch's optimizer with the name of one of ours, or this Lion."""
     return getattr(torch.optim, cls.__name__, Lion)

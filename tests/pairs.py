@@ -1,5 +1,5 @@
-"""Every differentiable operation as users call it, beside the same written in torch's functions, on
-the cases of the table.
+"""Every differentiable operation as users call it, with torch's function, and cases to compare them
+on.
 """
 
 import torch
@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from kernels.operations import OPERATIONS, Make, flatten
 
-# Operation -> ours, torch's, and how many of the first arguments have gradients.
+# operation -> (our function, torch's, the number of first arguments that have gradients)
 PAIRS = {
     name: (op.function, op.oracle, op.definition.inputs)
     for name, op in OPERATIONS.items()
@@ -21,8 +21,9 @@ def cases(name, device="cpu", dtype=torch.float32, shape=(7, 17, 5)) -> list[tup
 
 
 def of_tensors(function, args, chosen=lambda t: True):
-    """`function` as one of the chosen tensors among its arguments, however nested, and those
-    tensors.
+    """(`function` as a function of the chosen tensors among its arguments, those tensors).
+
+    The arguments may be nested. The others stay as they are.
     """
     values, structure = tree_flatten(args)
     places = [
@@ -39,8 +40,8 @@ def of_tensors(function, args, chosen=lambda t: True):
 
 
 def leaves(name, args) -> tuple:
-    """Copies of the arguments whose floating-point tensors want gradients, where the operation
-    gives some.
+    """Copies of the arguments. Floating-point tensors that the operation gives gradients for want
+    them.
     """
 
     def leaf(value):
@@ -57,6 +58,6 @@ def leaves(name, args) -> tuple:
 
 
 def gradients(outputs, args) -> list:
-    """[*outputs, the gradient of each leaf among the arguments], of the outputs' sum."""
+    """[*outputs, *gradients of the outputs' sum by each leaf among the arguments]."""
     tensors = [t for t in flatten(args) if t.requires_grad]
     return [*outputs, *torch.autograd.grad(sum(y.float().sum() for y in outputs), tensors)]

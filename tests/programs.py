@@ -1,5 +1,5 @@
-"""A grid whose programs wait for each other, in the interpreter: every program is a process, on
-tensors in shared memory.
+"""Runs a grid whose programs wait for each other in the interpreter. Every program is a process,
+and the tensors are in shared memory.
 """
 
 import multiprocessing
@@ -9,12 +9,12 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from kernels.operations import flatten
 
-PATIENCE = 60  # seconds for one launch; each takes one or two
+PATIENCE = 60  # seconds for one launch, which takes one or two
 
 
 def _wait(seconds):
-    """Let this process sleep before it looks for another program's word; there are more programs
-    than processors.
+    """Makes this process sleep before each look for another program's word, because there are more
+    programs than processors.
     """
     load, add = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_atomic_rmw
     InterpreterBuilder.create_masked_load = lambda *args: (
@@ -25,11 +25,11 @@ def _wait(seconds):
 
 
 def as_processes(kernel, programs: int, args, options, first: float) -> None:
-    """`kernel[(programs,)](*args, 0, **options)`; the last argument is what counts a program's
-    number from.
+    """Runs `kernel[(programs,)](*args, 0, **options)`. The last argument is the first program's
+    number.
 
-    first: seconds that program 0 sleeps before each look, so that the others are ahead of it as far
-    as the exchange lets them.
+    first: seconds that program 0 sleeps before each look, so that the others get ahead of it as far
+    as the exchange allows.
     """
     for tensor in flatten(args):
         tensor.share_memory_()

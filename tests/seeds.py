@@ -1,4 +1,4 @@
-"""Other random numbers for every test: HANDGRAD_TEST_SEED is added to every seed."""
+"""HANDGRAD_TEST_SEED is added to every seed, which gives every test other random numbers."""
 
 import os
 
@@ -13,7 +13,7 @@ class Generator(torch.Generator):
 
 
 def shift() -> None:
-    """From here on, in this process: torch's generators, its own and new ones."""
+    """Shifts the seeds of torch's global generator and of new ones, from now on in this process."""
     if SHIFT:
         torch.Generator, seed_all = Generator, torch.manual_seed
         torch.manual_seed = lambda seed: seed_all(seed + SHIFT)

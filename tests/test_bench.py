@@ -1,4 +1,4 @@
-"""The benchmarks' own machinery: nothing here is timed to pass."""
+"""The machinery of the benchmarks. No test depends on a measured time."""
 
 import json
 import subprocess

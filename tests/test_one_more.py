@@ -1,7 +1,8 @@
-"""One more activation, rule, data set, engine and recipe, as CONTRIBUTING.md lists their places:
-each is added here at run time, and every engine trains with it.
+"""Adds an activation, a rule, an engine, a recipe, a data set and a file format as CONTRIBUTING.md
+says, and trains with them.
 
-tests/kernels/test_one_more_operation.py and test_one_more_loss.py do the same for those.
+tests/kernels/test_one_more_operation.py and test_one_more_loss.py do the same for an operation and
+a loss.
 """
 
 from types import SimpleNamespace
@@ -84,7 +85,7 @@ SIGN = Rule(
 
 
 class Sign(optim._Ruled, torch.optim.Optimizer):
-    """Steps of one size in the direction of the gradient's sign."""
+    """Steps of size lr against the sign of the gradient."""
 
     counted = False
 
@@ -97,7 +98,7 @@ class Sign(optim._Ruled, torch.optim.Optimizer):
 
 
 class Plain(Engine):
-    """One step on the tape, and nothing else."""
+    """An engine that takes one step by autograd at a time."""
 
     name = "plain"
 
@@ -134,7 +135,9 @@ def trained(engine, activation, optimizer, device):
 
 
 def every_engine(activation, optimizer, device) -> list[str]:
-    """Trains on each engine as the reference on the tape does; the names of those that could."""
+    """Checks that each engine trains as autograd on the reference does. Returns the names of those
+    that serve here.
+    """
     with kernels.use("torch"):
         expected = trained("autograd", activation, optimizer, device)
     served = []
@@ -147,7 +150,7 @@ def every_engine(activation, optimizer, device) -> list[str]:
 
 
 def test_activation(monkeypatch, device):
-    """A row of `kernels.ACTIVATIONS`."""
+    """An activation needs only a row of `kernels.ACTIVATIONS`."""
     monkeypatch.setitem(ACTIVATIONS, "softplus", SOFTPLUS)
     z = torch.linspace(-30, 30, 61, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(softplus_ref(z), F.softplus(z))
@@ -160,7 +163,7 @@ def test_activation(monkeypatch, device):
 
 
 def test_rule(monkeypatch, device):
-    """A row of `kernels.RULES`, and a class in mlp/optim.py."""
+    """A rule needs a row of `kernels.RULES` and a class in mlp/optim.py."""
     monkeypatch.setitem(RULES, "sign", SIGN)
     monkeypatch.setitem(optim.OPTIMIZERS, "sign", Sign)
     model = mlp.MLP((6, 3))
@@ -174,7 +177,9 @@ def test_rule(monkeypatch, device):
 
 
 def test_engine(monkeypatch):
-    """A class, and its place in `mlp.engines.ENGINES`: "auto" takes the last that serves."""
+    """An engine needs a class and its place in `mlp.engines.ENGINES`. "auto" takes the last that
+    serves.
+    """
     monkeypatch.setitem(ENGINES, "plain", Plain)
     optimizer = lambda p: torch.optim.SGD(p, lr=0.1)  # noqa: E731
     found = trained("plain", "tanh", optimizer, "cpu")
@@ -191,7 +196,7 @@ def test_engine(monkeypatch):
 
 
 def test_recipe(monkeypatch):
-    """A row of `mlp.recipes.RECIPES`."""
+    """A recipe needs only a row of `mlp.recipes.RECIPES`."""
     row = Recipe("6-4-3 tanh, Adam", hidden=(4,), activation="tanh", optimizer="adam", epochs=2)
     monkeypatch.setitem(RECIPES, "small", row)
     recipe = recipes.get("small")
@@ -207,7 +212,7 @@ def test_recipe(monkeypatch):
 
 
 def test_data_set(monkeypatch, tmp_path):
-    """A name and torchvision's class in `mlp.data.TORCHVISION`."""
+    """A data set needs its name and torchvision's class in `mlp.data.TORCHVISION`."""
     datasets = pytest.importorskip("torchvision.datasets")
 
     def squares(root, train, **download):
@@ -230,7 +235,7 @@ def test_data_set(monkeypatch, tmp_path):
 
 
 def test_format_of_files(monkeypatch, tmp_path):
-    """A reader in `mlp.data.files.READERS`."""
+    """A format of files needs a reader in `mlp.data.files.READERS`."""
     path = tmp_path / "points.rows"
     np.savetxt(path, np.column_stack([np.arange(40) % 5, np.arange(40) % 2]))
 

@@ -1,5 +1,5 @@
-"""The rules of the layout, read from the syntax tree: who imports whom, and what each place must
-not hold.
+"""The rules of the layout, checked in the syntax tree: which package may import which, and what a
+place must not hold.
 """
 
 import ast
@@ -32,15 +32,17 @@ OPS = [name for name in KERNELS if name.startswith("kernels/ops/") and "__" not 
 
 @functools.cache
 def tree(name):
-    """A file's syntax tree: parsed where it is asked for, as every process of the suite imports
-    this.
+    """A file's syntax tree.
+
+    Every process of the suite imports this file, so a tree is parsed only when a test asks for it.
     """
     return ast.parse(FILES[name].read_text(), name)
 
 
 def imports(name):
-    """Modules that a file imports, absolute: `kernels.tiles` for `from ..tiles import cast` in
-    kernels/ops/.
+    """The full names of the modules that a file imports.
+
+    In kernels/ops/, `from ..tiles import cast` gives `kernels.tiles`.
     """
     package = Path(name).parent.parts
     for node in ast.walk(tree(name)):
@@ -49,13 +51,13 @@ def imports(name):
         elif isinstance(node, ast.ImportFrom):
             parents = package[: len(package) + 1 - node.level] if node.level else ()
             base = ".".join([*parents, *filter(None, [node.module])])
-            # `from . import launch` imports a module, `from .launch import run` a name of one.
+            # `from . import launch` imports a module, but `from .launch import run` a name in it.
             names = [f"{base}.{alias.name}" for alias in node.names]
             yield from ([n for n in names if module_exists(n)] or [base])
 
 
 def module_exists(name):
-    """Whether a file or a folder of the project is the module of this name."""
+    """True if the project has a file or folder for the module of this name."""
     path = name.replace(".", "/")
     return f"{path}.py" in FILES or f"{path}/__init__.py" in FILES
 
@@ -65,7 +67,7 @@ def ours(name):
 
 
 def attributes(tree):
-    """Everything that is called by a name: variables, attributes, keywords, imports."""
+    """All names in a tree: of variables, attributes, keywords and imports."""
     for node in ast.walk(tree):
         for field in ("id", "attr", "arg", "name", "module"):
             if isinstance(getattr(node, field, None), str):
@@ -91,7 +93,7 @@ def test_imports_run_one_way(name):
     if package == "kernels":
         assert found <= {"kernels", "torch", "triton", *sys.stdlib_module_names}
     if package == "mlp":
-        assert "triton" not in found, "kernels live in kernels/"
+        assert "triton" not in found, "kernels belong into kernels/"
 
 
 @pytest.mark.parametrize(
@@ -129,13 +131,13 @@ def test_manual_api_has_no_tape(name):
 @pytest.mark.parametrize("name", LIBRARY)
 def test_no_autotuner(name):
     assert not {"autotune", "Autotuner"} & set(attributes(tree(name))), (
-        "configurations are pinned: see configs.py"
+        "configurations are fixed in kernels/configs.py"
     )
 
 
 @pytest.mark.parametrize("name", [name for name in LIBRARY if name != "kernels/activations.py"])
 def test_nothing_else_decides_by_an_activations_name(name):
-    # "identity" is how one says that there is none.
+    # "identity" means no activation, so code may compare with it.
     assert_compares_none_of(set(ACTIVATIONS) - {"identity"}, name, "kernels/activations.py")
 
 
@@ -145,7 +147,7 @@ def test_nothing_else_decides_by_a_losss_name(name):
 
 
 def assert_compares_none_of(names, file, table):
-    """No comparison or match in the file has one of these strings in it."""
+    """Checks that no comparison or match in the file contains one of these strings."""
     for node in ast.walk(tree(file)):
         compared = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
         compared += [node.value] if isinstance(node, ast.MatchValue) else []
@@ -171,9 +173,7 @@ def test_functions_of_autograd_hold_no_arithmetic(name):
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_names_of_kernels(name):
-    """What is launched is called …_kernel, and what is called …_kernel is never called by
-    another.
-    """
+    """A jit function that is launched is named …_kernel. No jit function calls one of that name."""
     for node in ast.walk(tree(name)):
         if (
             isinstance(node, ast.Call)
@@ -188,14 +188,14 @@ def test_names_of_kernels(name):
             assert not [function for function in called if function.endswith("_kernel")]
 
 
-# They compute on the host.
+# These files compute on the host.
 HOST = ("kernels/selfcheck.py", "kernels/rounding.py", "kernels/rules.py")
 
 
 @pytest.mark.parametrize("name", [name for name in KERNELS if name not in HOST])
 def test_no_host_synchronisation(name):
-    """Nothing waits for the GPU, but the check of labels where it is asked for, and references that
-    run on the host.
+    """No function waits for the GPU. The check of labels, which users ask for, may, and references
+    may.
     """
     for function in tree(name).body:
         if (
@@ -212,7 +212,7 @@ def test_no_host_synchronisation(name):
 
 @pytest.mark.parametrize("package", [name for name in FILES if name.endswith("__init__.py")])
 def test_no_name_stands_for_a_module_and_something_else(package):
-    """Importing a module gives the module: no package binds a module's name to anything else."""
+    """No package binds the name of one of its modules to anything else."""
     here = importlib.import_module(Path(package).parent.as_posix().replace("/", "."))
     for name, value in vars(here).copy().items():
         if module_exists(f"{here.__name__}.{name}"):
@@ -220,7 +220,7 @@ def test_no_name_stands_for_a_module_and_something_else(package):
 
 
 def test_a_function_and_its_module():
-    """`kernels.linear` is the function, and importing a module of that name is an error."""
+    """`kernels.linear` is the function. The import of a module of that name fails."""
     assert OPS and callable(kernels.linear) and kernels.ops.linear.linear is kernels.linear
     assert all(isinstance(getattr(kernels.ops, Path(n).stem), types.ModuleType) for n in OPS)
     with pytest.raises(ModuleNotFoundError, match=r"No module named 'kernels\.linear'"):
@@ -229,9 +229,7 @@ def test_a_function_and_its_module():
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_operation_has_a_row(name):
-    """A file with launchers of a forward and its backward defines a Differentiable, and the table
-    in kernels/operations.py has its row.
-    """
+    """Each forward launcher with a reference belongs to a row of kernels/operations.py."""
     functions = {n.name for n in tree(name).body if isinstance(n, ast.FunctionDef)}
     for function in functions:
         base = function.removesuffix("_fwd")
@@ -243,9 +241,7 @@ def test_every_operation_has_a_row(name):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operation_is_whole(name):
-    """Launchers and references of every row are public, and so is the function that
-    differentiates.
-    """
+    """Each row's launchers, references and public function are names of `kernels`."""
     op = OPERATIONS[name]
     if op.bwd is None:
         assert {name, f"{name}_ref"} <= set(kernels.__all__)
@@ -260,7 +256,9 @@ def test_operation_is_whole(name):
 
 @pytest.mark.parametrize("name", [name for name in LIBRARY if name.startswith("mlp/engines/")])
 def test_engines_ask_two_things_of_an_optimizer(name):
-    """`update(grads)` takes a step; `parts()` are what a kernel can update. The rest is torch's."""
+    """Engines use only `update(grads)`, which takes a step, and `parts()`, which a kernel can
+    update. All else is torch's interface.
+    """
     torchs = {*dir(torch.optim.Optimizer), "param_groups", "state"}
     asked = {
         node.attr
@@ -276,28 +274,28 @@ TABLES = ("kernels/rules.py", "kernels/losses.py")
 
 @pytest.mark.parametrize("name", [name for name in LIBRARY if name not in TABLES])
 def test_rules_and_losses_are_rows_that_are_handed_on(name):
-    """Nothing is chosen by comparing a rule's or a loss's name, or by counting a rule's states."""
+    """No code chooses by comparing a rule's or loss's name, or by counting a rule's states."""
     for node in ast.walk(tree(name)):
         if not isinstance(node, ast.Compare):
             continue
         equal = all(isinstance(op, ast.Eq | ast.NotEq) for op in node.ops)
-        # `"momentum" in options` asks for a key; `rule in ("sgd", "adam")` compares names.
+        # `"momentum" in options` asks for a key, but `rule in ("sgd", "adam")` compares names.
         compared = [*node.comparators, *([node.left] if equal else [])]
         strings = {n.value for c in compared for n in ast.walk(c) if isinstance(n, ast.Constant)}
         text = ast.unparse(node)
-        # scikit-learn has a solver of its own called so.
+        # scikit-learn's `solver` has values with the same names.
         assert not strings & ROWS or "solver" in text, f"line {node.lineno}: {text}: ask the row"
         counts = equal and "states)" in text and "len(" in text
         assert not (counts and strings), f"line {node.lineno}: {text}: ask the row"
 
 
-# torch.optim's own arguments.
+# These take torch.optim's own arguments.
 WIDE = ("sgd_ref", "adam_ref")
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_what_travels_together_is_one_argument(name):
-    """A kernel has at most 13 parameters; a function of the host, of training and rules, 8."""
+    """A kernel has at most 13 parameters, a host function of training and rules at most 8."""
     most = 8 if name.startswith("kernels/training/") or name in TABLES[:1] else math.inf
     for node in ast.walk(tree(name)):
         if isinstance(node, ast.FunctionDef) and node.name not in WIDE:

@@ -1,5 +1,5 @@
-"""Every parameter and every result of a public function has a type; jit functions take what they
-are given.
+"""Every parameter and every result of a public function has a type. Compiled functions are left
+out.
 """
 
 import importlib
@@ -14,19 +14,19 @@ import mlp
 
 ROOT = Path(__file__).parents[1]
 LAUNCHERS = ("_fwd", "_bwd", "_ref")
-# numba compiles their functions, as Triton does the kernels.
+# numba compiles the functions of these modules.
 COMPILED = {f"mlp.cpu.{name}" for name in ("language", "loop", "tiles", "waiting")}
 
 
 def modules(package):
-    """Every module of the package but `__main__`."""
+    """Every module of the package, except `__main__` and compiled ones."""
     for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         if not found.name.endswith("__main__") and found.name not in COMPILED:
             yield importlib.import_module(found.name)
 
 
 def public():
-    """(name, function) of all public functions and methods that are ours, each once."""
+    """{name: function} of all our public functions and methods, each once."""
     both = (kernels, mlp)
     named = [(f"{p.__name__}.{name}", getattr(p, name)) for p in both for name in p.__all__]
     named += [(f"mlp.{name}", getattr(mlp, name)) for name in mlp.public.ESTIMATORS]
@@ -52,7 +52,9 @@ def public():
 
 
 def methods(name, value):
-    """(name, function) of a class's own public methods, properties and constructor."""
+    """(name, function) of a class's public methods, properties and constructor, as far as they are
+    ours.
+    """
     if not inspect.isclass(value):
         return
     for base in value.__mro__:
@@ -66,7 +68,7 @@ def methods(name, value):
 
 
 def untyped(function) -> list[str]:
-    """The parameters of a function that have no type, and "return"."""
+    """The parameters of a function that have no type, and "return" if its result has none."""
     signature = inspect.signature(function)
     names = list(signature.parameters.values())
     first = "." in function.__qualname__ and names and names[0].name in ("self", "cls")
@@ -95,7 +97,7 @@ def test_counts_what_has_no_type():
 
 
 def test_types_are_installed():
-    """py.typed, in both packages and in what is built from them."""
+    """Both packages have py.typed, and pyproject.toml includes it in a build."""
     for package in (kernels, mlp):
         assert Path(package.__path__[0], "py.typed").is_file()
     assert '"py.typed"' in (ROOT / "pyproject.toml").read_text()

@@ -1,5 +1,5 @@
-"""Which entries of torch's op_db are ours, as functions of the same arguments, and what of them we
-refuse.
+"""The entries of torch's op_db that we have, as functions of the same arguments, and the samples
+that we refuse.
 """
 
 import torch
@@ -9,7 +9,7 @@ import kernels
 
 
 def activation(name):
-    """An activation by itself: a layer with one input and one output, of weight 1."""
+    """An activation alone, as a layer with one input, one output and weight 1."""
 
     def of(x, approximate="none"):
         row = name if approximate == "none" else f"{name}_{approximate}"
@@ -21,9 +21,7 @@ def activation(name):
 
 
 def log_softmax(x, dim, dtype=None):
-    """-cross_entropy of every class: the logits are repeated, with stride 0, once for each
-    label.
-    """
+    """-cross_entropy of every class. The logits are repeated for each label, with stride 0."""
     x = x.to(dtype or x.dtype)
     rows = (x if x.dim() else x.unsqueeze(0)).movedim(dim, -1)
     classes = rows.shape[-1]
@@ -34,17 +32,17 @@ def log_softmax(x, dim, dtype=None):
 
 
 def nll_loss(x, target, **options):
-    """torch's loss of log-probabilities, which are made here of the sample's numbers."""
+    """torch's nll_loss of the sample's numbers, which log_softmax makes log-probabilities first."""
     return F.nll_loss(F.log_softmax(x, min(x.dim() - 1, 1)), target, **options)
 
 
 def pool_of(z):
-    """A window of 2 × 2 as far as it fits into the convolution's result."""
+    """A window of 2 × 2, or smaller where the convolution's result is smaller."""
     return tuple(min(2, side) for side in z.shape[-2:])
 
 
 def conv_relu_pool(x, *args, **options):
-    """The three in one, as our kernel has them."""
+    """Convolution, relu and pooling in one call, as our kernel computes them."""
     return kernels.conv2d(
         x, *args, **options, activation="relu", max_pool=pool_of(F.conv2d(x, *args, **options))
     )
@@ -56,7 +54,7 @@ def torchs_conv_relu_pool(*args, **options):
 
 
 def max_pool2d(x, kernel_size, **options):
-    """The pooling by itself: after a convolution of one tap that copies every channel."""
+    """The pooling alone, after a 1 × 1 convolution that copies every channel."""
     return kernels.conv2d(
         x,
         torch.eye(x.shape[-3], dtype=x.dtype, device=x.device)[..., None, None],
@@ -64,7 +62,7 @@ def max_pool2d(x, kernel_size, **options):
     )
 
 
-# Our name -> (name in op_db, ours, torch's if it is not the operator itself)
+# our name -> (name in op_db, our function, torch's function or None for the operator itself)
 OPERATORS = {
     "linear": ("nn.functional.linear", kernels.linear, None),
     "cross_entropy": ("nn.functional.cross_entropy", kernels.cross_entropy, None),
@@ -106,10 +104,10 @@ def other_windows(
     )
 
 
-# What torch accepts and we do not: operator -> (why, which samples, what the error says or None:
-# there is no argument for it)
+# Samples that torch accepts and we do not: operator -> (reason, function that says which samples,
+# text of our error, or None where our function has no such argument).
 GROUPS = (
-    "groups other than 1: a convolution of each group of channels does it",
+    "groups other than 1: call it once for each group of channels",
     groups,
     "groups must be 1",
 )
@@ -117,12 +115,11 @@ REFUSED = {
     "conv2d": GROUPS,
     "conv2d, relu, max_pool2d": GROUPS,
     "max_pool2d": (
-        "windows that overlap, leave gaps or are padded, and the places of maxima: each output "
-        "has one winner and "
-        "each input at most one output",
+        "windows that overlap, leave gaps or are padded, and return_indices: ours has windows side "
+        "by side only",
         other_windows,
         None,
     ),
 }
-# its samples ask for float64, which no kernel computes: left to the reference
+# Its samples ask for float64. No kernel computes that, so only the reference is tested.
 FLOAT64 = "log_softmax.with_dtype"

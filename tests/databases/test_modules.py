@@ -1,5 +1,5 @@
-"""torch's module_db: every sample and error input of the modules we have, with the same parameters
-in both.
+"""Every sample and error input of torch's module_db for the modules that we have. Both modules
+share their parameters.
 """
 
 import pytest
@@ -35,7 +35,7 @@ def compare(cls, device, dtype) -> int:
         ours, theirs = (
             build(kind, sample.constructor_input, device, dtype) for kind in (MODULES[cls], cls)
         )
-        # One and the same parameters, so that both functions have their gradients by them.
+        # Both modules use these parameters, so that gradients by them can be compared.
         for name, parameter in theirs.named_parameters():
             setattr(ours, name, parameter)
         given = sample.forward_input
@@ -51,7 +51,7 @@ def compare(cls, device, dtype) -> int:
 @EACH
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_by_the_reference(cls, dtype):
-    torch.manual_seed(0)  # the samples are random; float32 sums differ in their last digits
+    torch.manual_seed(0)  # fixes the samples: other numbers round otherwise
     with kernels.use("torch"):
         assert compare(cls, "cpu", dtype)
 
@@ -66,7 +66,9 @@ def test_by_the_kernels(cls, device):
 def test_error_inputs(cls):
     info = torchs.module(cls)
     func = info.module_error_inputs_func
-    for case in func(info, "cpu", torch.float32, False, True) if func else ():
+    if func is None:
+        pytest.skip("by design: torch lists no error inputs of this module")
+    for case in func(info, "cpu", torch.float32, False, True):
         given = case.module_error_input
         with pytest.raises((ValueError, IndexError, TypeError, RuntimeError)) as error:
             module = build(MODULES[cls], given.constructor_input, "cpu", torch.float32)

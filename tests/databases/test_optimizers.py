@@ -1,5 +1,5 @@
-"""torch's optim_db: every sample and error input of the optimizers we have, over five steps from
-the same weights.
+"""Every sample and error input of torch's optim_db for the optimizers that we have, over five
+steps from the same weights.
 """
 
 import copy
@@ -36,9 +36,7 @@ def parameters(device, dtype):
 
 
 def trained(cls, device, dtype, keywords):
-    """Weights and state_dict after five steps, the third of which has no gradient for the first
-    parameter.
-    """
+    """(weights, state_dict) after five steps. In the third, the first parameter has no gradient."""
     params = parameters(device, dtype)
     optimizer = cls(params, **copy.deepcopy(keywords))
     for step in range(5):
@@ -53,9 +51,7 @@ def trained(cls, device, dtype, keywords):
 
 
 def samples(kind):
-    """The database's keywords, and each again with the flags that choose an implementation in
-    torch.
-    """
+    """The database's keywords, alone and with the flags that choose an implementation in torch."""
     known = inspect.signature(kind.__init__).parameters
     flags = [{}, *({name: True} for name in ("foreach", "fused") if name in known)]
     for sample in torchs.optimizer(kind).optim_inputs_func("cpu"):
@@ -101,7 +97,7 @@ def test_by_the_kernels(kind, device):
 
 @EACH
 def test_error_inputs(kind):
-    """What torch takes for an error or warns of, at construction or at a step, is one here."""
+    """torch's errors and warnings, at construction or at a step, are errors here too."""
     for case in torchs.optimizer(kind).optim_error_inputs_func("cpu", torch.float32):
         given = case.optimizer_error_input
         params = parameters("cpu", torch.float32) if given.params is None else given.params
@@ -112,7 +108,7 @@ def test_error_inputs(kind):
 @EACH
 @pytest.mark.parametrize("option", REFUSED)
 def test_a_refused_option_of_a_single_group(kind, option):
-    """Is not passed over: torch's constructor checks only what it is given for all groups."""
+    """Such an option is refused. torch's own constructor checks only the options of all groups."""
     ours, group = (
         OPTIMIZERS[kind],
         {"params": parameters("cpu", torch.float32), option: True},

@@ -1,7 +1,7 @@
-"""PyTorch's own databases of test cases, and how one of them is compared: ours against torch, on
-the same tensors.
+"""PyTorch's own databases of test cases, and the comparison of our function with torch's on one of
+them.
 
-They come with torch, in torch.testing._internal, and need the package expecttest.
+The databases come with torch, in torch.testing._internal. They need the package expecttest.
 """
 
 import functools
@@ -12,43 +12,44 @@ from torch.utils._pytree import tree_leaves
 
 @functools.cache
 def databases():
-    """(op_db, module_db, optim_db). They take seconds to import, so a test asks for them when it
-    runs: every process of the suite imports the tests.
+    """(op_db, module_db, optim_db).
+
+    Their import takes seconds. Every process of the suite imports the tests, so only a test that
+    runs imports them.
     """
     from torch.testing._internal.common_methods_invocations import op_db
     from torch.testing._internal.common_modules import module_db
     from torch.testing._internal.common_optimizers import optim_db
 
-    # Their import forbids setting torch.backends' flags, which is not for us to decide for the
-    # other tests.
+    # Their import forbids setting torch.backends' flags, which other tests do.
     torch.backends.__allow_nonbracketed_mutation_flag = True
     return op_db, module_db, optim_db
 
 
 def operators(name) -> list:
-    """The entries of op_db of that name, in its order."""
+    """The entries of op_db with this name, in op_db's order."""
     return [entry for entry in databases()[0] if entry.name == name]
 
 
 def module(cls):
-    """The one entry of module_db of a class."""
+    """The only entry of module_db for a class."""
     (entry,) = [entry for entry in databases()[1] if entry.module_cls is cls]
     return entry
 
 
 def optimizer(cls):
-    """The one entry of optim_db of a class."""
+    """The only entry of optim_db for a class."""
     (entry,) = [entry for entry in databases()[2] if entry.optim_cls is cls]
     return entry
 
 
 def tensors_in(inputs) -> list:
-    """The tensors in nested containers."""
+    """The tensors in `inputs`, however nested."""
     return [t for t in tree_leaves(inputs) if isinstance(t, torch.Tensor)]
 
 
 def weights_like(t):
-    """Numbers between 0.5 and 2.5 in t's shape: what a sum over t's elements is weighted by."""
+    """Weights for a sum over t's elements, from 0.5 to 2.5, in t's shape."""
     return (
         (1.5 + torch.cos(torch.arange(t.numel(), device=t.device, dtype=torch.float64)))
         .view(t.shape)
@@ -57,8 +58,9 @@ def weights_like(t):
 
 
 def outcome(function, inputs, second):
-    """[value, its gradients by every tensor of the inputs that wants one, and if `second` those of
-    their weighted sum].
+    """[value, the gradient by each tensor of `inputs` that wants one, …].
+
+    If `second`, the gradients of the weighted sum of these gradients follow.
     """
     y = function()
     wanted = [t for t in tensors_in(inputs) if t.requires_grad]
@@ -72,10 +74,10 @@ def outcome(function, inputs, second):
 
 
 def assert_same(ours, theirs, inputs, what):
-    """Values, gradients and, in float64, second derivatives: equal within torch.testing's tolerance
-    of the dtype.
+    """Checks values, gradients and, in float64, second derivatives, within torch.testing's
+    tolerance for the dtype.
 
-    `inputs`: the tensors that both functions use, in any containers.
+    inputs: the tensors that both functions use, in any containers.
     """
     second = all(t.dtype == torch.float64 for t in tensors_in(inputs) if t.requires_grad)
     with torch.backends.cudnn.flags(allow_tf32=False):
@@ -90,7 +92,7 @@ def assert_same(ours, theirs, inputs, what):
 
 
 def describe(inputs) -> str:
-    """The inputs for people: shapes of tensors, other values as they are."""
+    """The inputs as text, with shapes in place of tensors."""
     if isinstance(inputs, torch.Tensor):
         return str(tuple(inputs.shape))
     if isinstance(inputs, dict):
@@ -103,6 +105,6 @@ def describe(inputs) -> str:
 
 
 def assert_clear(error):
-    """An error of the usual kinds that says on one line what is wrong."""
+    """Checks that the error is of a usual kind and has a text of one line."""
     assert isinstance(error, (ValueError, IndexError, TypeError, RuntimeError)), repr(error)
     assert str(error) and "\n" not in str(error).strip(), str(error)

@@ -1,4 +1,4 @@
-"""Hostile files and kills: a few rounds of `tests.hostile` and of `tests.kills`."""
+"""A few rounds of `tests.hostile` (hostile files) and of `tests.kills` (killed trainings)."""
 
 import os
 import subprocess
@@ -8,14 +8,15 @@ from tests import ROOT, hostile
 
 
 def test_hostile_files():
-    """No internal exception reaches a user, and a refused file is named in one line."""
+    """No internal exception reaches a user. One line names the file that is refused."""
     tried, faults = hostile.check(30, quick=True)
     assert (tried, faults) == (30, [])
 
 
 def test_kills():
-    """Two trainings, killed and resumed: the losses are those of one that nobody killed. In a
-    process of its own, which has no other thread and can fork.
+    """Two trainings are killed and resumed. Their losses equal those of one that ran through.
+
+    They run in a process of their own, because a process with threads cannot fork safely.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)

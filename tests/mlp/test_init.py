@@ -1,4 +1,4 @@
-"""init: every initialiser's distribution, and that a seed decides all."""
+"""Every initialiser has its distribution, and a seed fixes every number."""
 
 import math
 
@@ -10,7 +10,7 @@ from mlp.init import NAMES
 from tests.checks import assert_equal
 
 N, K = 300, 400
-# Standard deviations from the initialisers' definitions; a uniform one has limit √3 times that.
+# Standard deviations by the definitions. A uniform distribution's limit is √3 times its deviation.
 DEVIATIONS = {
     "torch": 1 / math.sqrt(3 * K),
     "normal": 1.0,
@@ -22,7 +22,7 @@ DEVIATIONS = {
 
 
 def fresh(**shapes):
-    """Parameters that hold NaN: what is not written shows."""
+    """Parameters that hold NaN, so an element that is not written fails."""
     return {f"0.{name}": torch.full(shape, math.nan) for name, shape in shapes.items()}
 
 
@@ -53,8 +53,8 @@ def test_normal_with_a_deviation():
 
 
 def test_seed():
-    """The same seed draws the same numbers whatever the global state; another seed, or None,
-    others.
+    """The same seed draws the same numbers, whatever the global generator's state. Another seed, or
+    None, draws others.
     """
     drawn = []
     for seed in (0, 0, 1, None, None):
@@ -66,8 +66,8 @@ def test_seed():
 
 
 def test_none_is_torchs_own():
-    """From the global generator, None draws what nn.Linear and nn.Conv2d draw, up to rounding of
-    the bound.
+    """None draws from the global generator as nn.Linear and nn.Conv2d do, up to rounding of the
+    bound.
     """
     for layer in (torch.nn.Linear(7, 5), torch.nn.Conv2d(3, 5, 2)):
         torch.manual_seed(3)

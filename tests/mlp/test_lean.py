@@ -1,4 +1,4 @@
-"""The engine `lean`: what it holds in memory, and that it computes what `manual` does."""
+"""The engine `lean` needs less memory and computes what `manual` computes."""
 
 import copy
 
@@ -12,9 +12,9 @@ from mlp.engines import Demands, Lean
 
 @pytest.mark.interpreter
 def test_memory_of_a_step():
-    """4 × 4096 at batch 8192 in bfloat16, counted from tensors.
+    """Bytes of the tensors in a step of 4 × 4096 at batch 8192 in bfloat16.
 
-    Eager holds, in the backward of its loss, weights (2 units of 64 MiB), three activations and
+    Eager holds 8 units of 64 MiB in the backward of its loss: 2 of weights, three activations and
     three arrays of the loss.
     """
     sizes, batch = bench_memory.SIZES, bench_memory.BATCH
@@ -26,10 +26,10 @@ def test_memory_of_a_step():
     assert bytes_of["eager"] == pytest.approx(8 * unit, rel=0.001)
     assert bytes_of["engine lean"] <= 0.6 * bytes_of["eager"]
     assert bytes_of["autograd"] <= bytes_of["eager"]
-    assert bytes_of["engine manual"] <= bytes_of["manual"] - 2 * unit  # no gradients
+    assert bytes_of["engine manual"] <= bytes_of["manual"] - 2 * unit  # it stores no gradients
 
 
-def test_what_is_compared_agrees():
+def test_all_providers_compute_the_same_losses():
     first, *others = (bench_memory.losses(make) for make in bench_memory.PROVIDERS.values())
     for found in others:
         assert found == pytest.approx(first, rel=bench_memory._TOLERANCE)
@@ -50,7 +50,9 @@ LOSSES = {
     ids=["momentum", "adam"],
 )
 def test_pieces_are_the_whole_batch(loss, optimizer):
-    """Four pieces, of which one has ignored labels alone; biases, and a layer in float64."""
+    """A batch computed in pieces gives the losses and weights of the whole batch, in float64. One
+    piece has only ignored labels.
+    """
     g = torch.Generator().manual_seed(0)
     x = torch.randn(250, 6, generator=g, dtype=torch.float64)
     y = torch.randint(0, 3, (250,), generator=g)
@@ -69,8 +71,8 @@ def test_pieces_are_the_whole_batch(loss, optimizer):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
 
 
-def test_nothing_is_held_that_grows():
-    """A step keeps its two buffers for the next one, whatever its size."""
+def test_buffers_are_kept_for_the_next_step():
+    """A step uses its predecessor's two buffers, also with fewer rows."""
     net = mlp.Net([6, 12, 3])
     engine = Lean(net, mlp.SoftmaxCrossEntropy(), mlp.SGD(net.parameters.values(), lr=0.1))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""loss: values and gradients of the manual losses are those of the same losses on torch's tape."""
+"""The manual losses have the values and gradients of the same losses under autograd."""
 
 import functools
 
@@ -17,7 +17,7 @@ REDUCTIONS = ["mean", "sum"]
 
 
 def targets(output, kind):
-    """Labels, or as many numbers as outputs: probabilities."""
+    """Labels, or a probability for each output."""
     return output.flip(1).argmax(1) if kind == "labels" else output.flip(1).softmax(1)
 
 
@@ -38,7 +38,7 @@ def on_tape(loss, output, target):
 @pytest.mark.parametrize("kind", ["labels", "numbers"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_manual_is_autograd_is_torch(name, kind, reduction, scale, device):
-    """`forward` and `backward` equal the tape bit for bit; both are scale times torch's loss."""
+    """`forward` and `backward` equal autograd bit for bit. Both are `scale` times torch's loss."""
     loss = LOSSES[name](reduction=reduction, scale=scale)
     row, draws = loss.row, []
     for seed in range(4):
@@ -60,9 +60,7 @@ def test_manual_is_autograd_is_torch(name, kind, reduction, scale, device):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_one_object_serves_all_shapes(name, device):
-    """What a loss keeps from one batch is not left over for the next, of another size, dtype or
-    kind of target.
-    """
+    """A loss object may take batches of different size, dtype and kind of target in turn."""
     kept = LOSSES[name](scale=0.5)
     for rows, dtype, kind in (
         (7, "float32", "labels"),
@@ -77,7 +75,9 @@ def test_one_object_serves_all_shapes(name, device):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_labels_known_to_be_valid(name, device):
-    """The engines' short way gives what the checked way gives, and leaves the outputs alone."""
+    """labels_valid=True, which skips the checks, gives the same numbers and leaves the outputs
+    unchanged.
+    """
     output = torch.randn(9, 4, device=device)
     before, target = output.clone(), targets(output, "labels")
     loss = LOSSES[name]()
@@ -86,7 +86,7 @@ def test_labels_known_to_be_valid(name, device):
 
 
 def test_cross_entropy_options(device):
-    """Class weights, the ignored label and smoothing arrive in the operation."""
+    """Class weights, the ignored label and smoothing reach the operation."""
     weight = torch.tensor([1.0, 2.0, 0.5, 1.5], device=device)
     output = torch.randn(9, 4, dtype=torch.float64, device=device)
     target = targets(output, "labels")
@@ -102,7 +102,9 @@ def test_cross_entropy_options(device):
 
 
 def test_squared_error_of_labels():
-    """A label is its one-hot row: ½ Σ (output - one-hot)², and its gradient is the difference."""
+    """A label counts as its one-hot row. So ½ Σ (output - one-hot)² has the difference as its
+    gradient.
+    """
     output, target = torch.tensor([[0.5, 1.0], [0.0, -1.0]]), torch.tensor([1, 0])
     loss = MeanSquaredError(reduction="sum", scale=0.5)
     value, gradient = manual(loss, output, target)
@@ -112,7 +114,7 @@ def test_squared_error_of_labels():
 
 
 def test_binary_cross_entropy_of_several_labels(device):
-    """pos_weight for each output arrives, on the output's device and in any precision."""
+    """pos_weight is used for each output, on the output's device and in its precision."""
     output = torch.randn(9, 3, dtype=torch.float64, device=device)
     target = (torch.randn(9, 3, device=device) > 0).double()
     pos_weight = torch.tensor([1.0, 2.0, 0.5])
@@ -126,7 +128,7 @@ def test_binary_cross_entropy_of_several_labels(device):
 
 
 def test_quantiles_of_one_column(device):
-    """Several quantiles are several outputs, and one column of targets serves all of them."""
+    """Each quantile has an output. One column of targets serves all of them."""
     output = torch.tensor([[0.0, 0.0], [4.0, 4.0]], device=device)
     loss = Pinball([0.25, 0.5], reduction="sum")
     for target in (torch.tensor([2.0, 2.0], device=device), torch.full((2, 1), 2.0, device=device)):
@@ -137,8 +139,8 @@ def test_quantiles_of_one_column(device):
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_numbers_as_one_column(loss, device):
-    """(N,) beside outputs (N, 1) is the column, not torch's (N, N). Cross-entropy has nothing to
-    learn there, and says so.
+    """Targets (N,) with outputs (N, 1) are a column, where torch would broadcast to (N, N).
+    Cross-entropy refuses them, because one output has nothing to learn.
     """
     output, target = torch.randn(5, 1, device=device), torch.rand(5, device=device)
     if not loss.row.per_element:
@@ -165,9 +167,9 @@ def test_labels_that_are_no_class(loss):
         loss().forward(output, torch.ones(3, 4, dtype=torch.int64))
 
 
-def test_what_stands_for_what():
-    """Names and modules, ours and torch's, are losses that every engine knows; what adds something
-    to them is not.
+def test_names_and_modules_become_losses():
+    """Names and modules, ours and torch's, become losses that every engine knows. A subclass, a
+    module with hooks or with unknown options stays as it is.
     """
     weight = torch.rand(3)
     for given, kind, options in (
@@ -201,7 +203,7 @@ def test_what_stands_for_what():
 
 
 def test_modules_compute_the_same(device):
-    """Each module is its function, and its manual loss."""
+    """Each module computes torch's loss and its own manual loss."""
     output, target = torch.randn(5, 2, device=device), torch.rand(5, 2, device=device)
     pos_weight = torch.tensor([0.5, 2.0], device=device)
     for module, expected in (
@@ -221,7 +223,7 @@ def test_modules_compute_the_same(device):
 
 
 def test_per_sample():
-    """Sums are divided by their rows, means are left; any other function counts as a mean."""
+    """A sum is divided by its rows, a mean is not. Any other function counts as a mean."""
     assert per_sample(MeanSquaredError("sum"), 6.0, 3) == 2.0
     assert per_sample(SoftmaxCrossEntropy(), 6.0, 3) == 6.0
     assert per_sample(F.cross_entropy, 6.0, 3) == 6.0
@@ -243,7 +245,7 @@ def test_backward_before_forward(loss):
         loss().backward()
 
 
-def test_a_net_says_in_what_order_and_shape():
+def test_a_net_checks_order_and_shape():
     net = Net([6, 5, 3])
     with pytest.raises(RuntimeError, match="Net: backward was called before forward"):
         net.backward(torch.zeros(4, 3))
@@ -255,7 +257,9 @@ def test_a_net_says_in_what_order_and_shape():
 
 
 def test_predictions_are_in_the_targets_units():
-    """Several yes-or-no targets: a probability of each. Numbers: the outputs."""
+    """For several yes-or-no targets `predict` gives a probability of each, for numbers the
+    outputs.
+    """
     x, y = torch.randn(20, 4), (torch.randn(20, 2) > 0).float()
     for name in ("bce", "huber"):
         model = mlp.MLP((4, 2))

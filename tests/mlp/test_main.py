@@ -1,6 +1,4 @@
-"""__main__: the command line as a process, what it imports, and what it says when packages are
-missing.
-"""
+"""The command line as a process: what it imports, and what it says when packages are missing."""
 
 import re
 import subprocess
@@ -13,7 +11,7 @@ from mlp.__main__ import main
 
 
 def test_help():
-    """`python -m mlp --help`, in a process of its own, names the commands."""
+    """`python -m mlp --help` names the commands."""
     done = subprocess.run(
         [sys.executable, "-m", "mlp", "--help"], capture_output=True, text=True, timeout=300
     )
@@ -25,7 +23,7 @@ def test_help():
 
 
 def test_help_imports_nothing_heavy():
-    """--help of the program and of its largest command answer without torch."""
+    """--help of the program and of its largest command does not import torch."""
     code = (
         "import sys\n"
         "from mlp.__main__ import main\n"
@@ -38,8 +36,8 @@ def test_help_imports_nothing_heavy():
 
 
 def test_names_are_loaded_when_asked_for():
-    """`import mlp` brings no torch; every public name and submodule is found all the same, and a
-    submodule never hides a function.
+    """`import mlp` does not import torch. Every public name and submodule is still found, and no
+    submodule hides a function.
     """
     code = (
         "import sys, mlp\n"
@@ -48,7 +46,7 @@ def test_names_are_loaded_when_asked_for():
         "assert callable(mlp.fuse) and mlp.optim.SGD is mlp.SGD and 'Trainer' in dir(mlp)\n"
         "from mlp import *\n"
         "assert MLP is mlp.MLP and not hasattr(mlp, 'nothing') and not hasattr(mlp, '_nothing')\n"
-        # What takes a second to import, and `handgrad train digits` can do without.
+        # These take a second to import, and `handgrad train digits` does not need them.
         "train, test = mlp.data.load('digits', verbose=False)\n"
         "trainer = mlp.Trainer(mlp.MLP([64, 10]), engine='manual', verbose=False)\n"
         "trainer.fit(train, 1, evaluate=test)\n"
@@ -61,8 +59,8 @@ def test_names_are_loaded_when_asked_for():
 
 
 def test_info(monkeypatch, capsys):
-    """Versions, the path of each operation, and the self-check; of two operations here, as all of
-    them take their time.
+    """`info --check` prints versions, each operation's backend, and the self-check. Only two
+    operations run here, to be quick.
     """
     monkeypatch.setattr(
         selfcheck,
@@ -81,7 +79,7 @@ def test_info(monkeypatch, capsys):
 
 
 def test_failed_self_check(monkeypatch, capsys):
-    """Prints the table all the same, then says so and exits with 2."""
+    """A failed self-check prints the table, then one line, and exits with 2."""
     row = selfcheck.Check("linear", "float32", "a case", 1.0, 1e-7, 3e-7)
     monkeypatch.setattr(selfcheck, "checks", lambda device, names: [row])
     assert main(["info", "--check"]) == 2
@@ -101,7 +99,7 @@ def test_failed_self_check(monkeypatch, capsys):
 )
 def test_missing_extra(module, argv, what, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, module, None)  # importing it is then an ImportError
+    monkeypatch.setitem(sys.modules, module, None)  # its import then fails
     assert main(argv.split()) == 2
     assert (
         capsys.readouterr().err
@@ -110,7 +108,7 @@ def test_missing_extra(module, argv, what, tmp_path, monkeypatch, capsys):
 
 
 def test_imports_without_the_extra():
-    """`import mlp` needs no package of the extra, and `import kernels` none of ours."""
+    """`import mlp` needs no package of the extra. `import kernels` does not import mlp."""
     code = (
         "import sys\n"
         "import kernels\n"

@@ -1,4 +1,4 @@
-"""metrics: counted by hand, and what `handgrad evaluate`, `report` and `predict` make of a run."""
+"""Metrics against counts by hand, and `handgrad evaluate`, `report` and `predict` on a run."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_counted_by_hand():
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("kind", [MLP, Net])
 def test_probabilities(kind, loss, device):
-    """Of every sample, on the CPU, adding up to one; in the outputs' order."""
+    """Every sample has its probabilities, on the CPU, in the outputs' order. They add up to one."""
     torch.manual_seed(0)
     inputs = torch.randn(5000, 4)
     model = kind((4, 6, 3), "relu", "sigmoid", device=device)
@@ -43,7 +43,7 @@ def test_probabilities(kind, loss, device):
     assert (
         scores.shape == (5000, 3) and scores.dtype == torch.float32 and scores.device.type == "cpu"
     )
-    if loss != "bce":  # there, each class is a question of its own
+    if loss != "bce":  # its classes have separate probabilities
         torch.testing.assert_close(scores.sum(1), torch.ones(5000))
     with torch.no_grad():
         outputs = (model.predict if kind is Net else model)(inputs.to(device)).cpu()
@@ -52,7 +52,7 @@ def test_probabilities(kind, loss, device):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run on images of 6 × 6 in two classes: dark and bright."""
+    """A run on images of 6 × 6 in two classes, dark and bright."""
     folder = tmp_path_factory.mktemp("images")
     for name, low in (("bright", 160), ("dark", 20)):
         (folder / "set" / name).mkdir(parents=True)
@@ -71,7 +71,7 @@ def run(tmp_path_factory):
         folder / "run",
         "--plots",
     ]
-    with kernels.use("torch"):  # conftest's word on that comes later than a module's fixtures
+    with kernels.use("torch"):  # conftest chooses the backend only after a module's fixtures
         assert main([str(a) for a in (*argv, "--engine", "manual", "--device", "cpu")]) == 0
     return folder / "run"
 
@@ -96,8 +96,8 @@ def test_evaluate_and_report(run, capsys):
 
 
 def test_predict(run, tmp_path, capsys):
-    """PNG and JPEG, grey and colour; another size is resized with a note; what is no image is
-    refused.
+    """`predict` takes PNG and JPEG, grey and colour. It resizes an image of another size, with a
+    note. A file that is no image is refused.
     """
     files = {
         "a.png": ("L", (6, 6), 200),

@@ -1,5 +1,5 @@
-"""modules: torch's modules with the activation fused in, drop-in for state_dict, copies, dtypes and
-DDP.
+"""Our modules replace torch's with the activation fused in: state_dict, copies, dtypes and DDP
+work.
 """
 
 import copy
@@ -35,8 +35,8 @@ def inputs_for(module, rows=4):
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_linear_is_nn_linear(activation, bias, device):
-    """From one seed the same weights, and with them the value and gradients of nn.Linear followed
-    by the activation.
+    """A seed gives nn.Linear's weights. Value and gradients are those of nn.Linear and the
+    activation.
     """
     torch.manual_seed(0)
     ours = Linear(33, 16, bias, device, activation=activation)
@@ -51,7 +51,7 @@ def test_linear_is_nn_linear(activation, bias, device):
         parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
         return then(torch.func.functional_call(module, parameters, x))
 
-    def draw():  # inputs at least 1e-3 from a kink, where rounding would take the other side
+    def draw():  # z at least 1e-3 from a kink, so that rounding cannot cross it
         x = torch.randn(17, 33, device=device)
         far = [(theirs(x) - kink).abs().min() > 1e-3 for kink in ACTIVATIONS[activation].kinks]
         return (x, *ours.parameters()) if all(far) else draw()
@@ -62,7 +62,9 @@ def test_linear_is_nn_linear(activation, bias, device):
 
 @EACH_KIND
 def test_copies(kind, device):
-    """deepcopy, pickle and a state_dict give networks of the same outputs that share nothing."""
+    """deepcopy, pickle and a state_dict give networks with the same outputs and memory of their
+    own.
+    """
     module = KINDS[kind](device=device)
     x = inputs_for(module)
     loaded = KINDS[kind](device=device)
@@ -100,7 +102,7 @@ def test_config_builds_the_network_again(kind):
 
 
 def test_mlp_is_its_layers(device):
-    """Layer i is mlp[i], with the state_dict of an nn.Sequential of nn.Linear."""
+    """Layer i is mlp[i]. The state_dict is that of an nn.Sequential of nn.Linear."""
     mlp = MLP((17, 12, 9, 5), "silu", "sigmoid", device=device)
     assert len(mlp) == 3 and [layer.activation for layer in mlp] == ["silu", "silu", "sigmoid"]
     assert MLP(SIZES, bias=False)[0].bias is None
@@ -182,7 +184,7 @@ def test_convolutions_refuse(make, message):
 
 
 def test_distributed_data_parallel(tmp_path):
-    """One gloo process: gradients through DDP's buckets and hooks are those without."""
+    """Gradients through DDP's buckets and hooks are those without DDP, with one gloo process."""
     module = MLP(SIZES, "sigmoid")
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1

@@ -1,4 +1,4 @@
-"""net: the manual API gives what the module gives, bit for bit, from views of two flat tensors."""
+"""The manual API gives what the module gives, bit for bit, from views of two flat tensors."""
 
 import copy
 import itertools
@@ -12,17 +12,12 @@ from mlp.loss import LOSSES
 from tests.checks import assert_equal
 
 SIZES = (17, 12, 9, 5)
-LEADS = [
-    (16,),
-    (5,),
-    (2, 3),
-    (),
-    (0,),
-]  # a batch, a partial one, more dimensions, a single sample, nothing
+# a batch, a smaller one, more dimensions, a single sample, no samples
+LEADS = [(16,), (5,), (2, 3), (), (0,)]
 
 
 def twins(*arguments, device="cpu", dtype=None, **options):
-    """A module and a Net with weights of their own, the same."""
+    """A module and a Net with equal weights, each in its own memory."""
     module = MLP(*arguments, **options, device=device, dtype=dtype)
     net = Net(*arguments, **options, device=device, dtype=dtype)
     net.load_state_dict(module.state_dict())
@@ -30,16 +25,15 @@ def twins(*arguments, device="cpu", dtype=None, **options):
 
 
 def assert_twins(module, net, leads=LEADS):
-    """Outputs, losses and all gradients of the two are torch.equal for batches of these leading
-    dimensions.
+    """Checks that outputs, losses and all gradients of the two are torch.equal.
+
+    leads: the leading dimensions of the batches.
     """
     like = next(module.parameters())
     for lead, (name, loss) in itertools.product(leads, LOSSES.items()):
         x = torch.randn(*lead, SIZES[0], device=like.device, dtype=like.dtype, requires_grad=True)
         target = torch.randn(*lead, SIZES[-1], device=like.device, dtype=like.dtype)
-        if (
-            name == "cross_entropy"
-        ):  # where classes are not the last dimension, probabilities: any shape will do
+        if name == "cross_entropy":  # labels fit only (N, C); probabilities fit any shape
             target = target.argmax(-1) if len(lead) == 1 else target.softmax(-1)
         module.zero_grad()
         output, loss = module(x), loss()
@@ -65,7 +59,7 @@ def test_equals_module(activation, bias, dtype, device):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("activation", ["sigmoid", "gelu"])  # one that keeps y, one that keeps z
+@pytest.mark.parametrize("activation", ["sigmoid", "gelu"])  # sigmoid keeps y, gelu keeps z
 def test_equals_module_in_kernels(activation, dtype, device):
     torch.manual_seed(0)
     assert_twins(*twins(SIZES, activation, device=device, dtype=dtype), leads=[(16,), (5,)])
@@ -73,7 +67,10 @@ def test_equals_module_in_kernels(activation, dtype, device):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradients_are_torchs(activation):
-    """Against nn.Sequential on torch's tape, in float64, within what the sums can round."""
+    """Gradients are those of nn.Sequential under autograd, in float64.
+
+    The limit of 64 ulps of the largest number is above the rounding of sums of 33 terms.
+    """
     torch.manual_seed(0)
     net = Net(SIZES, activation, dtype=torch.float64)
     layers = [torch.nn.Linear(k, n, dtype=torch.float64) for k, n in itertools.pairwise(SIZES)]
@@ -90,7 +87,7 @@ def test_gradients_are_torchs(activation):
 
 
 def test_one_flat_tensor(device):
-    """Every parameter is an aligned view of `flat`, every gradient of `flat_grad`, and none
+    """Every parameter is an aligned view of `flat`, and every gradient one of `flat_grad`. No two
     overlap.
     """
     net = Net(SIZES, device=device)
@@ -108,8 +105,8 @@ def test_one_flat_tensor(device):
 
 
 def test_of_shares_the_modules_memory(device):
-    """The module follows its net, and an optimizer made before over the module's Parameters trains
-    both.
+    """Module and net share their weights. An optimizer made earlier over the module's parameters
+    trains both.
     """
     module = MLP(SIZES, "tanh", device=device)
     before = copy.deepcopy(module.state_dict())
@@ -145,8 +142,8 @@ def test_state_dict_and_seed(device):
 
 
 def test_predict_keeps_nothing(device):
-    """`predict` between forward and backward leaves the gradients alone, and its result lies in
-    fresh memory.
+    """`predict` between forward and backward does not change the gradients. Its result is in new
+    memory.
     """
     net = Net(SIZES, "gelu", device=device)
     x, dy = torch.randn(7, 17, device=device), torch.ones(7, 5, device=device)

@@ -1,4 +1,4 @@
-"""optim: torch's optimizers, step for step, however the gradients arrive and whoever saved the
+"""Our optimizers take torch's steps, however gradients arrive, and whether torch or we saved the
 state.
 """
 
@@ -61,16 +61,14 @@ def torchs(name):
 
 
 def problem(device="cpu", dtype=torch.float32):
-    """Parameters of a module, and a function that puts step i's gradients, of the parameters'
-    present values, on them.
-    """
+    """(parameters of a module, a function of i that computes step i's gradients into .grad)."""
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3)).to(device, dtype)
     x = torch.randn(100, 11, 7).to(device, dtype)  # the same numbers in every precision
 
     def gradients(i):
         module.zero_grad()
-        # A mean of bounded terms: no seed lets the steps grow, or what they round.
+        # This is a mean of bounded terms, so steps and their rounding stay small for any seed.
         module(x[i % 100]).tanh().square().sum().div(11).backward()
 
     return list(module.parameters()), gradients
@@ -86,8 +84,11 @@ def trajectory(make, device, dtype=torch.float32, steps=100):
 
 
 def assert_same_place(ours, theirs, exact):
-    """As near to the float64 trajectory as torch's float32 one, but for a factor: both only round,
-    and later steps carry that on. In float64 they carry on as many times what that rounds.
+    """Our error against torch's float64 trajectory is at most 4 times torch's in float32, plus 64
+    ulps.
+
+    Both only round, and later steps carry the errors on. In float64 (`exact_ours`) the same factor
+    applies to float64's smaller rounding.
     """
     for a, b, c in zip(ours, theirs, exact):
         error, allowed = (a.double() - c).abs().max(), (b.double() - c).abs().max()
@@ -108,7 +109,7 @@ def test_hundred_steps_as_torch(name, options, device):
     assert_same_place(exact_ours, theirs, exact)
     start = problem(device)[0]
     assert max((a - b.detach()).abs().max() for a, b in zip(ours, start)) > 0.1, (
-        "it must have gone somewhere"
+        "the parameters did not move"
     )
 
 
@@ -131,7 +132,7 @@ def test_defaults_are_torchs(name):
 
 @pytest.mark.parametrize("name, options", CASES)
 def test_gradients_handed_in(name, options, device):
-    """step(), step(grads=list) and step(grads=dict) do the same; only the first touches .grad."""
+    """step(), step(grads=list) and step(grads=dict) do the same. Only the first uses .grad."""
     expected, _ = trajectory(functools.partial(OPTIMIZERS[name], **options), device, steps=5)
     for wrap in (list, lambda grads: dict(enumerate(grads))):
         params, gradients = problem(device)
@@ -151,8 +152,8 @@ def test_gradients_handed_in(name, options, device):
 
 @EACH
 def test_groups_and_missing_gradients(name, device):
-    """Groups of their own settings; a parameter without gradient is left alone, then starts late.
-    Also with grads=…
+    """Groups have their own settings. A parameter without a gradient stays unchanged, and starts
+    when it gets one. Also with grads=….
     """
     runs = []
     for kind, handed_in in (
@@ -179,9 +180,7 @@ def test_groups_and_missing_gradients(name, device):
 
 @pytest.mark.parametrize("name, options", CASES)
 def test_state_moves_between_ours_and_torchs(name, options, device):
-    """Saved after 3 steps by one and loaded by the other, a run goes on as if nothing had
-    happened.
-    """
+    """A state saved by one after 3 steps and loaded by the other gives the same later steps."""
     for first, second in ((OPTIMIZERS[name], torchs(name)), (torchs(name), OPTIMIZERS[name])):
         straight, _ = trajectory(functools.partial(first, **options), device, steps=6)
         params, gradients = problem(device)
@@ -199,7 +198,9 @@ def test_state_moves_between_ours_and_torchs(name, options, device):
 
 
 def test_parts_have_taken_as_many_steps():
-    """No kernel takes parameters with other counts as one."""
+    """Parameters with different counts of steps are separate parts, because one launch has one
+    count.
+    """
     first, second = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))
     optimizer = mlp.Adam([first, second])
     part = whole(optimizer, [first, second])
@@ -214,8 +215,8 @@ def test_parts_have_taken_as_many_steps():
 
 
 def test_a_first_step_is_not_taken_with_later_ones():
-    """One parameter has momentum, the other none yet: an engine that trained both as fresh, or
-    both as stepped, would lose the momentum or the first step.
+    """One parameter has momentum, the other none yet, so they are separate parts. Trained together,
+    one would lose its momentum or the other its first step.
     """
     first, second = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))
     optimizer = mlp.SGD([first, second], lr=0.1, momentum=0.9, dampening=0.5)
@@ -227,7 +228,7 @@ def test_a_first_step_is_not_taken_with_later_ones():
 
 
 def test_groups_have_their_own_rules():
-    """States of a group are those of its own rule, not of the first group's."""
+    """Each group has the states of its own rule, not of the first group's."""
     first, second = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))
     groups = [{"params": [first]}, {"params": [second], "momentum": 0.9}]
     plain, momentum = mlp.SGD(groups, lr=0.1).parts()

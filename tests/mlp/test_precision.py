@@ -1,4 +1,4 @@
-"""precision: half the bits in the products, float32 weights; trains about as well as fp32."""
+"""precision="bf16" and "fp16": products in half precision and float32 weights train as fp32."""
 
 import copy
 import io
@@ -33,7 +33,7 @@ def trained(precision, optimizer, device, epochs=8, **options):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_trains_as_fp32(precision, optimizer, device):
-    """Weights stay float32, and losses are those of fp32 within the rounding of the products."""
+    """Weights stay float32. Losses are those of fp32 to 5%, as the products round."""
     half, full = trained(precision, optimizer, device), trained("fp32", optimizer, device)
     assert half.engine.name == "autograd"
     assert all(p.dtype == torch.float32 for p in half.model.parameters())
@@ -43,7 +43,7 @@ def test_trains_as_fp32(precision, optimizer, device):
 
 
 def test_small_updates_are_not_lost(device):
-    """A rate whose steps are below bfloat16's spacing of the weights: they move all the same."""
+    """Steps that are smaller than bfloat16's spacing of the weights still move the weights."""
     torch.manual_seed(0)
     model = MLP((6, 16, 3)).to(device)
     before = copy.deepcopy(model)
@@ -58,8 +58,8 @@ def test_small_updates_are_not_lost(device):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_overflow_skips_the_step(optimizer, device):
-    """The scale is halved until the gradients fit. A skipped step is counted and changes nothing,
-    any other step changes the weights.
+    """The scale is halved until the gradients fit. A skipped step is counted and changes nothing.
+    Every other step changes the weights.
     """
     torch.manual_seed(0)
     model = MLP((6, 16, 3)).to(device)
@@ -106,7 +106,7 @@ def test_any_module(device):
     data = [t.to(device) for t in tensors()]
     rows = trainer.fit(data, 3, 16, evaluate=data)
     assert rows[-1]["test_loss"] < rows[0]["test_loss"]
-    with torch.no_grad():  # measured with the weights as they are saved
+    with torch.no_grad():  # evaluation uses float32 weights, as they are saved
         expected = nn.functional.cross_entropy(model.eval()(data[0]), data[1])
     assert rows[-1]["test_loss"] == pytest.approx(float(expected), rel=1e-5)
 
@@ -127,4 +127,4 @@ def test_refusals(device):
     with pytest.raises(ValueError, match="'bf16' keeps float32 weights, but the network has torch"):
         Trainer(MLP((6, 3), dtype=torch.bfloat16), precision="bf16")
     trainer = Trainer(MLP((6, 3), dtype=torch.bfloat16).to(device), verbose=False)
-    assert len(trainer.fit(tensors(), 1, 16)) == 1, "a network of half precision trains in its own"
+    assert len(trainer.fit(tensors(), 1, 16)) == 1, "a bfloat16 network trains in bfloat16"

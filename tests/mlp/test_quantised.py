@@ -1,5 +1,5 @@
-"""Models of torch's quantisation: `mlp.fuse` leaves them alone, a Trainer trains what can be
-trained.
+"""Models of torch's quantisation. `mlp.fuse` leaves them alone, and a Trainer trains those with
+parameters.
 """
 
 import copy
@@ -11,7 +11,7 @@ from torch.ao import quantization
 
 import mlp
 
-# torch 2.10 and later say that torch.ao.quantization moves to torchao.
+# torch 2.10 and later warn that torch.ao.quantization moves to torchao.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
 
@@ -36,7 +36,7 @@ def test_dynamic():
 
 @pytest.mark.parametrize("fuse", [False, True])
 def test_while_training(fuse):
-    """Fake quantisation is trained as torch's own loop trains it."""
+    """A Trainer trains a model with fake quantisation as torch's loop does."""
     x, y = data()
     torch.manual_seed(0)
     twin = model().train()

@@ -1,4 +1,4 @@
-"""README's Python runs as it stands, in the order in which it is read."""
+"""README's Python blocks run as they are, in their order."""
 
 import re
 from pathlib import Path
@@ -21,4 +21,4 @@ def test_examples(tmp_path, monkeypatch, capsys):
     gradient = namespace["small"].grads["0.weight"][2, 1]
     torch.testing.assert_close(torch.tensor(namespace["slope"]).double(), gradient.double())
     assert namespace["grid"].evaluate(namespace["points"].test)["test_accuracy"] > 0.7
-    assert "Linear" in capsys.readouterr().out  # what fuse reports
+    assert "Linear" in capsys.readouterr().out  # from the report of fuse

@@ -1,5 +1,5 @@
-"""recipes: every entry builds, survives JSON, trains on every engine that serves it, and changes as
-it is told.
+"""Every recipe builds its network, survives JSON, trains on every engine that serves it, and can be
+changed.
 """
 
 import dataclasses
@@ -14,8 +14,7 @@ from mlp.recipes import LOSSES, OPTIMIZERS, RECIPES, Recipe, changed
 from tests.checks import assert_equal
 
 EACH = pytest.mark.parametrize("name", RECIPES)
-# What the issue's table says of each: weights and biases, loss on top of the mean or the sum,
-# optimizer, batch, epochs.
+# The number of weights and biases of each reference network.
 PARAMETERS = {
     "default": 784 * 100 + 100 + 100 * 50 + 50 + 50 * 10 + 10,
     "convnet": 6 * 25 + 6 + 12 * 6 * 25 + 12 + 192 * 120 + 120 + 120 * 60 + 60 + 60 * 10 + 10,
@@ -28,7 +27,7 @@ PARAMETERS = {
 
 @pytest.fixture(scope="module")
 def images():
-    """230 images of 28 × 28 in ten classes: bright rows at a height that is the class's."""
+    """230 images of 28 × 28 in ten classes. The height of the bright rows shows the class."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(230) % 10
     pixels = torch.randint(0, 60, (230, 1, 28, 28), generator=generator, dtype=torch.uint8)
@@ -39,7 +38,7 @@ def images():
 
 @EACH
 def test_builds(name, images, device):
-    """The network of the table; the same weights from the same seed, as a module and as a Net."""
+    """A recipe gives the reference network. A seed gives module and Net the same weights."""
     recipe = recipes.get(name)
     model = recipe.model(images, seed=3, device=device)
     if name in PARAMETERS:
@@ -56,7 +55,7 @@ def test_builds(name, images, device):
 
 @EACH
 def test_survives_json(name, images):
-    """A run folder's config.json brings back the recipe: the same network, data, loss and
+    """A recipe read from JSON, as from config.json, gives the same network, data, loss and
     optimizer.
     """
     recipe = recipes.get(name)
@@ -73,7 +72,7 @@ def test_survives_json(name, images):
 @EACH
 @pytest.mark.parametrize("engine", mlp.ENGINES)
 def test_trains(name, engine, images, device):
-    """Two epochs lower the loss, and the engines agree on it."""
+    """Two epochs lower the loss. Each engine has autograd's losses."""
     recipe = recipes.get(name)
     data, _ = recipe.prepare(images, images)
     losses = []
@@ -92,7 +91,7 @@ def test_trains(name, engine, images, device):
 
 @EACH
 def test_inputs(name, images):
-    """Normalised as the recipe says; the first so many samples."""
+    """`prepare` normalises and takes the first samples, as the recipe says."""
     recipe = dataclasses.replace(recipes.get(name), train_samples=100)
     train, test = recipe.prepare(images, images)
     assert (len(train), len(test)) == (100, 230)
@@ -104,8 +103,8 @@ def test_inputs(name, images):
 
 
 def test_changed():
-    """None changes nothing; lr and momentum go to the optimizer; another optimizer or loss keeps no
-    options of the old.
+    """None changes nothing. lr and momentum go to the optimizer. A new optimizer or loss starts
+    without the old one's options, except for lr.
     """
     recipe = recipes.get("default")
     assert changed(recipe, lr=None, momentum=None, hidden=None, epochs=None) == recipe
@@ -129,7 +128,7 @@ def test_changed():
 
 
 def test_regression(images):
-    """Of floating-point targets, as many outputs as they have columns."""
+    """Floating-point targets give an output for each column."""
     data = Dataset(images.inputs, torch.randn(230, 3))
     assert recipes.get("default").network(data)["sizes"] == [784, 100, 50, 3]
 

@@ -1,5 +1,5 @@
-"""The reference networks on real MNIST: as an equivalent torch loop trains them, and as their
-notebooks report.
+"""The reference networks on real MNIST train as an equivalent torch loop does, and as their
+notebook reports.
 """
 
 import os
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
     not os.environ.get("HANDGRAD_DATA"), reason="HANDGRAD_DATA is unset: no MNIST here"
 )
 
-# Mean training loss of ten epochs and the accuracy after them, of the notebook behind `sigmoid`.
+# The mean training loss of each of ten epochs in the notebook behind `sigmoid`.
 SIGMOID_LOSSES = (0.2250, 0.2024, 0.1515, 0.1037, 0.0769, 0.0630, 0.0548, 0.0493, 0.0453, 0.0423)
 
 
@@ -59,7 +59,7 @@ def torch_network(name):
     )
 
 
-# name -> (mean, std) of the inputs, loss, optimizer, batch: the issue's table, in torch's words.
+# name -> ((mean, std) of the inputs, loss, optimizer, batch), each written in torch.
 TORCH = {
     "convnet": ((0, 1), F.cross_entropy, lambda p: torch.optim.Adam(p, lr=0.01), 100),
     "classifier": (
@@ -86,9 +86,8 @@ TORCH = {
 
 @pytest.mark.parametrize("name", TORCH)
 def test_recipe_follows_the_torch_loop(name, mnist):
-    # The same weights and batches: losses that agree step by step say more than accuracies that
-    # agree in the mean. In float64, because Adam blows rounding up: it divides gradients near zero
-    # by their own size.
+    # With the same weights and batches, losses agree step by step. float64 is needed because Adam
+    # magnifies rounding: it divides gradients near zero by their own size.
     (mean, std), criterion, make_optimizer, batch = TORCH[name]
     recipe, steps = recipes.get(name), 60
     assert recipe.batch_size == batch
@@ -145,9 +144,9 @@ def test_sigmoid_reaches_the_notebooks_losses(mnist):
         )
     for epoch, expected in enumerate(SIGMOID_LOSSES):
         median = sorted(history[epoch]["train_loss"] for history in histories)[1]
-        # Sixteen seeds of a loop in plain torch have the same medians as we do: 8% above the
-        # notebook at epoch 5, half an epoch's progress, and 4% at the end; the lowest of the
-        # sixteen are 1.4% and 0.9% above it there.
+        # Sixteen seeds of a loop in plain torch have our medians: 8% above the notebook at epoch 5,
+        # which is half an epoch's progress, and 4% at the end. The lowest of the sixteen are 1.4%
+        # and 0.9% above it. So the limit is 10%.
         assert median == pytest.approx(expected, rel=0.1), f"epoch {epoch + 1}"
     accuracy = sorted(history[-1]["test_accuracy"] for history in histories)[1]
     assert accuracy == pytest.approx(0.888, abs=0.01)

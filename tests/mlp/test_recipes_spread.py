@@ -1,8 +1,8 @@
-"""The reference networks on real MNIST from five seeds each: ours end among torch's, initial
-weights and shuffling included.
+"""The reference networks on real MNIST from five seeds each. Our median lies among torch's results,
+with its own initial weights and shuffling.
 
-`sigmoid` has its test in test_recipes_mnist: it spends its first epoch on a plateau, where
-accuracies mean nothing.
+test_recipes_mnist.py tests `sigmoid`, because its first epoch is a plateau, where accuracies mean
+nothing.
 """
 
 import statistics
@@ -16,14 +16,15 @@ from mlp import recipes
 from tests.mlp.test_recipes_mnist import TORCH, mnist, pytestmark, torch_network  # noqa: F401
 
 SEEDS = range(5)
-# Batches of an epoch: enough to be well on the way, and for `convnet` what the time allows.
+# The number of batches, enough for a clear accuracy. A batch of `convnet` takes longest.
 BATCHES = {"convnet": 60, "classifier": 600, "deep-linear": 400, "mse": 200}
-# name -> how the notebook draws a weight; torch's own way for the others. Biases are then 0.
+# name -> torch's function for the notebook's initial weights, where biases start at 0. The other
+# networks start as torch's layers do.
 WEIGHTS = {"deep-linear": nn.init.xavier_normal_, "mse": nn.init.normal_}
 
 
 def by_torch(name, inputs, targets, held_out, seed):
-    """(mean loss of an epoch, accuracy after it) of the loop that a PyTorch user writes."""
+    """(mean loss of an epoch, accuracy after it) of a plain PyTorch loop."""
     torch.manual_seed(seed)
     _, criterion, make_optimizer, batch = TORCH[name]
     network = torch_network(name)
@@ -38,14 +39,12 @@ def by_torch(name, inputs, targets, held_out, seed):
         total += loss.item()
     with torch.no_grad():
         right = network(held_out[0]).argmax(1) == held_out[1]
-    scale = (
-        batch if name == "mse" else 1
-    )  # the trainer reports a summed loss as a mean over samples
+    scale = batch if name == "mse" else 1  # the trainer reports a summed loss for one sample
     return total / (len(inputs) // batch) / scale, right.float().mean().item()
 
 
 def by_us(name, train, held_out, seed):
-    """The same of the recipe."""
+    """(mean loss of an epoch, accuracy after it) of the recipe."""
     recipe = recipes.get(name)
     trainer = mlp.Trainer(
         recipe.model(train, seed), recipe.make_loss(), recipe.make_optimizer, verbose=False

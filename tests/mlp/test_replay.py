@@ -1,4 +1,4 @@
-"""replay: recorded calls, repeated, do to the last bit what the same Python does again."""
+"""Replaying recorded calls gives the same bits as running the Python again."""
 
 import pytest
 import torch
@@ -44,11 +44,11 @@ class Step:
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("activation", ["relu", "gelu"])  # one that keeps y, one that keeps z
+@pytest.mark.parametrize("activation", ["relu", "gelu"])  # relu keeps y, gelu keeps z
 def test_a_training_step(activation, loss, options):
-    """Outputs, losses, gradients and weights of live steps, from replays on buffers that change."""
+    """Replays on changing buffers give the outputs, losses, gradients and weights of live steps."""
     live, recorded = (Step(loss, activation, **options) for _ in range(2))
-    for step in (live, recorded):  # the first step differs from the others: momentum begins
+    for step in (live, recorded):  # the first step is not recorded, because it makes the momentum
         step.load(0)
         step()
     recorded.load(1)
@@ -65,7 +65,7 @@ def test_a_training_step(activation, loss, options):
 
 
 def test_only_the_gradients():
-    """An update outside the replay may be any optimizer's, with a rate that moves."""
+    """An update outside the replay may use any optimizer and a changing rate."""
     live, recorded = (
         Step("cross_entropy", "tanh", optimizer=OPTIMIZERS["adam"], lr=0.1) for _ in range(2)
     )
@@ -154,8 +154,10 @@ def test_refuses_host_reads():
 @pytest.mark.parametrize(
     "change", [torch.Tensor.add_, torch.Tensor.__iadd__, lambda t, x: torch.add(t, x, out=t)]
 )
-def test_changed_constants_are_made_anew(change):
-    """Not made once as others are: a replay would find what the one before left there."""
+def test_changed_constants_are_made_at_each_replay(change):
+    """A constant that the calls change is made at each replay. Made once, it would keep the values
+    that the last replay left.
+    """
     x = torch.randn(3)
     for make in (lambda: torch.ones(3), lambda: torch.zeros_like(x), lambda: x.new_full((3,), 2.0)):
         with Replay() as replay:

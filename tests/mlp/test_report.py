@@ -1,4 +1,4 @@
-"""report: pictures of runs that are not like others."""
+"""Pictures of unusual runs: one epoch, a huge first loss, regressions, odd class names."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ pyplot = pytest.importorskip("matplotlib.pyplot")
 
 @pytest.fixture
 def figures(monkeypatch):
-    """Every figure that is saved, not closed yet."""
+    """A list of the figures that are saved. They stay open until the test ends."""
     found = []
 
     def keep(figure, path):
@@ -32,7 +32,7 @@ def history(*losses, accuracy=0.5):
 
 
 def test_one_epoch(figures, tmp_path):
-    """The axis shows one whole number: the epoch."""
+    """The axis shows one whole number, the epoch."""
     report.curves(history(0.5), tmp_path / "c.png")
     for axis in figures[0].axes:
         low, high = axis.get_xlim()
@@ -40,7 +40,7 @@ def test_one_epoch(figures, tmp_path):
 
 
 def test_a_loss_that_starts_at_900(figures, tmp_path):
-    """On a logarithmic scale; a loss that falls less, and one that reaches 0, on a plain one."""
+    """Such a loss has a logarithmic scale, one that falls less or reaches 0 a linear scale."""
     for losses, scale in (((900, 3, 0.5), "log"), ((2.3, 0.5), "linear"), ((900, 0.0), "linear")):
         report.curves(history(*losses), tmp_path / "c.png")
         assert figures[-1].axes[0].get_yscale() == scale
@@ -55,7 +55,7 @@ def test_regression_has_no_accuracy(figures, tmp_path):
 
 
 def test_class_names_are_drawn_as_they_are(figures, tmp_path):
-    """A dollar is no formula, and a line end is none."""
+    """A dollar sign starts no formula, and a line end becomes a space."""
     names = ("$x^$", "a$b$c", "new\nline")
     images = mlp.Dataset(
         torch.zeros(3, 4, dtype=torch.uint8), torch.arange(3), names, image_shape=(1, 2, 2)
@@ -68,7 +68,7 @@ def test_class_names_are_drawn_as_they_are(figures, tmp_path):
 
 
 def test_pictures_are_whole_or_not_there(tmp_path, monkeypatch):
-    """As every file of a run: a picture that fails leaves the old one."""
+    """A picture that fails leaves the old file, as every file of a run does."""
     path = tmp_path / "c.png"
     report.curves(history(0.5), path)
     before = path.read_bytes()

@@ -1,4 +1,6 @@
-"""runs: one writer, whole files, checkpoints that show damage, and what may be started again."""
+"""Run folders: one writer, whole files, checkpoints that show damage, and which runs may start
+again.
+"""
 
 import json
 import os
@@ -27,7 +29,7 @@ def values(model):
 
 @pytest.fixture
 def every_epoch(monkeypatch):
-    """Epochs of a tiny network take less than a second."""
+    """Writes a checkpoint after every epoch. By default epochs within a second share one write."""
     monkeypatch.setattr(runs, "_EVERY", 0.0)
 
 
@@ -47,8 +49,8 @@ def fresh():
 
 
 def test_a_run(tmp_path, every_epoch):
-    """What there is after an epoch; a second run needs `force`, which removes all files of the
-    first, and none of others.
+    """After an epoch all files are there. A second run needs `force`, which removes all files of
+    the first run and no others.
     """
     run, trainer = trained(tmp_path / "a" / "b")
     assert set(os.listdir(run.path)) == FILES
@@ -99,7 +101,7 @@ def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 def test_one_writer(tmp_path):
-    """Another process is named; its lock is free as soon as it is killed."""
+    """The error names the process that writes. Its lock is free as soon as it is killed."""
     code = (
         "import sys, time\n"
         "from pathlib import Path\n"
@@ -120,7 +122,7 @@ def test_one_writer(tmp_path):
         holder.kill()
         holder.wait()
         holder.stdout.close()
-    assert os.listdir(tmp_path) == [".lock"], "left by the kill"
+    assert os.listdir(tmp_path) == [".lock"], "a killed process leaves its lock file"
     busy = pytest.raises(BusyError, match=f"process {os.getpid()} on")
     with locked(tmp_path), busy, locked(tmp_path):
         pass
@@ -139,7 +141,7 @@ def test_leftovers_of_killed_writes_go(tmp_path):
 
 
 def test_files_are_on_the_disk_before_they_are_renamed(tmp_path, monkeypatch):
-    """fsync of the file, the rename, fsync of the folder, in this order."""
+    """The order is fsync of the file, rename, fsync of the folder."""
     calls = []
     paths = {}
     opened, fsync, rename = os.open, os.fsync, os.replace
@@ -158,7 +160,7 @@ def test_files_are_on_the_disk_before_they_are_renamed(tmp_path, monkeypatch):
 
 
 def test_quick_epochs_share_a_write(tmp_path):
-    """Two writes in a second are one too many: the first epoch and the last are on the disk."""
+    """Quick epochs are not all written. The first and the last epoch are."""
     run, _ = trained(tmp_path, epochs=5)
     assert set(os.listdir(tmp_path)) == FILES and len(run.history) == 5
     state, _, note = run._state()
@@ -183,7 +185,9 @@ def test_resume(tmp_path, every_epoch):
 
 
 def test_every_flipped_bit_is_noticed(tmp_path, every_epoch):
-    """200 random places of last.ckpt: the file is named, and the checkpoint before it is used."""
+    """Any flipped bit in last.ckpt is noticed. A note names the file, and previous.ckpt is used.
+    200 random bits are tried.
+    """
     run, _ = trained(tmp_path)
     path = tmp_path / "last.ckpt"
     content, generator = path.read_bytes(), torch.Generator().manual_seed(0)
@@ -220,14 +224,18 @@ def test_damaged_weights_are_taken_from_the_checkpoint(tmp_path, every_epoch):
 
 
 def test_torch_reads_a_sealed_checkpoint(tmp_path):
-    """The checksum stands in the archive's comment, where zip allows any text."""
+    """The checksum is in the archive's comment, where zip allows any text. So torch can still read
+    the file.
+    """
     trained(tmp_path)
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert len(state["trainer"]["history"]) == 3
 
 
 def test_steps_of_adam_stay_on_the_cpu(tmp_path):
-    """Where torch keeps them, also where the parameters are on a device; moments go there."""
+    """Adam's counts of steps stay on the CPU, as torch keeps them. Moments go to the parameters'
+    device.
+    """
     run, trainer = trained(tmp_path)
     state = run._state()[0].trainer["optimizer"]
     tensors = [t for s in state["state"].values() for t in s.values()]
@@ -245,7 +253,7 @@ HISTORIES = ("abc", {}, None, [None], [{}], [{"epoch": "1", "train_loss": 1.0}],
 
 @pytest.mark.parametrize("history", HISTORIES)
 def test_states_of_the_wrong_kind(history, tmp_path, every_epoch):
-    """Refused with the file's name; the trainer and the folder stay as they were."""
+    """A wrong state is refused with the file's name. Trainer and folder stay unchanged."""
     run, trainer = trained(tmp_path, epochs=1)
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)
     state["trainer"]["history"] = history
@@ -291,7 +299,7 @@ def test_configs_of_the_wrong_kind(text, message, tmp_path):
 
 
 def test_fields_of_a_config_are_checked(tmp_path):
-    """Each field with each wrong type: the file and the field are named."""
+    """A field of a wrong type is refused. The error names file and field."""
     with RunFolder.writing(tmp_path) as run:
         run.begin(SETTINGS)
     good = json.loads((tmp_path / "config.json").read_text())

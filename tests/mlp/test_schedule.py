@@ -1,4 +1,4 @@
-"""schedule: every scheduler of torch moves the numbers as torch's own loop, also after a stop."""
+"""Every scheduler of torch gives a trainer the numbers of torch's own loop, also after a stop."""
 
 import copy
 import io
@@ -13,7 +13,7 @@ import mlp
 from mlp import ENGINES, MLP, Trainer
 from mlp.schedule import Schedule, options_of
 
-STEPS = 3  # batches of 16 of 40 samples
+STEPS = 3  # 40 samples in batches of 16
 
 
 def tensors():
@@ -57,11 +57,11 @@ SCHEDULERS = BY_EPOCH | BY_STEP
 
 
 def recording(make):
-    """The optimizer of a trainer, and what its numbers were at each step."""
+    """(a trainer's make_optimizer, a list that gets (lr, momentum) at each step)."""
     seen = []
 
     class Recording(mlp.SGD):
-        """Notes lr and momentum when it updates."""
+        """Notes lr and momentum at each step."""
 
         def step(self, closure=None, *, grads=None):
             group = self.param_groups[0]
@@ -81,7 +81,7 @@ def trainer_of(make_optimizer, engine="autograd", seed=0):
 
 
 def torchs(make, epochs, per_step):
-    """The numbers of each step in torch's own loop, with the trainer's losses as metrics."""
+    """(lr, momentum) at each step of torch's own loop, with a trainer's losses as metrics."""
     make_optimizer, _ = recording(make)
     trainer = trainer_of(make_optimizer)
     optimizer, seen = torch.optim.SGD([torch.zeros(1)], lr=0.01, momentum=0.9), []
@@ -115,7 +115,7 @@ def test_numbers_are_torchs(name):
 @pytest.mark.parametrize("given", ["function", "object before", "object after"])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_resumed_is_as_if_never_stopped(name, given):
-    """Three epochs, saved and loaded by torch, and three more: the numbers of each step."""
+    """Three epochs, a save and load by torch, and three more give the numbers of six epochs."""
     make = SCHEDULERS[name]
     make_optimizer, seen = recording(make)
     trainer_of(make_optimizer).fit(tensors(), 6, 16, scheduler=make)
@@ -138,7 +138,9 @@ def test_resumed_is_as_if_never_stopped(name, given):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_two_fits_are_one(name):
-    """A function given again goes on, as does an object, and a function that makes the same."""
+    """A second fit goes on with the same function, with an object, or with another function that
+    makes the same scheduler.
+    """
     make = SCHEDULERS[name]
     make_optimizer, seen = recording(make)
     trainer_of(make_optimizer).fit(tensors(), 6, 16, scheduler=make)
@@ -157,7 +159,7 @@ def test_two_fits_are_one(name):
 
 
 def test_step_lr_resumed():
-    """StepLR(o, 2, 0.1) from 0.01: .01 .01 .001 .001 .0001 .0001."""
+    """Resumed after three epochs, StepLR(o, 2, 0.1) goes on with its rates."""
     make = SCHEDULERS["StepLR"]
     make_optimizer, seen = recording(make)
     first = trainer_of(make_optimizer)
@@ -178,7 +180,7 @@ def test_step_lr_resumed():
 )
 @pytest.mark.parametrize("name", BY_STEP)
 def test_per_step_on_each_engine(name, kind, engine):
-    """Also where momentum or betas move: weights as in torch's loop."""
+    """Weights are those of torch's loop, also where momentum or betas change at each step."""
     if engine == "epoch":
         pytest.importorskip("numba", reason="the epoch of a CPU is compiled by numba")
     make = BY_STEP[name]
@@ -212,7 +214,9 @@ def test_engines_of_whole_epochs_refuse_a_norm(device):
 
 @pytest.mark.interpreter
 def test_auto_keeps_its_engine_for_steps(device):
-    """The weights are those of an engine of single steps."""
+    """`auto` keeps the epoch engine for a scheduler that steps at each batch. Weights are those of
+    single steps.
+    """
     data, trained = [t.to(device) for t in tensors()], []
     for engine in ("manual", "auto"):
         torch.manual_seed(0)
@@ -227,7 +231,7 @@ def test_auto_keeps_its_engine_for_steps(device):
 
 
 def test_a_schedule_that_makes_another_rule_is_refused_by_whole_epochs():
-    """Momentum that falls to 0 in the middle of an epoch: plain SGD has no buffers."""
+    """Momentum that falls to 0 within an epoch is refused, because plain SGD has no buffers."""
     pytest.importorskip("numba", reason="the epoch of a CPU is compiled by numba")
     make = lambda o: cyclic(o, base_momentum=0.0, max_momentum=0.9)  # noqa: E731
     trainer = trainer_of(lambda p: mlp.SGD(p, lr=0.01, momentum=0.9), "epoch")
@@ -237,18 +241,18 @@ def test_a_schedule_that_makes_another_rule_is_refused_by_whole_epochs():
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("engine", ENGINES)
-def test_moved_momentum_is_heard_by_each_engine(engine, device):
-    """Once an epoch, where the rule of the kernels changes: momentum from 0.5 to 0 and back."""
+def test_each_engine_uses_a_changed_momentum(engine, device):
+    """After each epoch momentum changes from 0.5 to 0 or back, which changes the kernels' rule."""
     losses = []
     for name in (engine, "autograd"):
         torch.manual_seed(0)
         model = MLP((6, 8, 3)).to(device)
         optimizer = mlp.SGD(model.parameters(), lr=0.1, momentum=0.5)
-        if ENGINES[name].refuses(model, mlp.SoftmaxCrossEntropy(), optimizer, 16):
-            return
+        if refusal := ENGINES[name].refuses(model, mlp.SoftmaxCrossEntropy(), optimizer, 16):
+            pytest.skip(f"by design: {refusal}")
 
         class Momentum:
-            """A scheduler of one's own."""
+            """A scheduler that is not torch's."""
 
             def __init__(self, optimizer):
                 self.optimizer = optimizer
@@ -268,7 +272,7 @@ def test_moved_momentum_is_heard_by_each_engine(engine, device):
 
 
 def test_plateau_looks_at_the_test_loss():
-    """Else at the training loss; in mode "max" at the accuracy."""
+    """Without test data it looks at the training loss. In mode "max" it looks at the accuracy."""
 
     class Noted(s.ReduceLROnPlateau):
         def step(self, metrics, epoch=None):
@@ -293,7 +297,7 @@ def test_plateau_looks_at_the_test_loss():
 
 
 def test_a_divergence_restores_the_schedule():
-    """Steps of the epoch that failed are taken back, so that the run can go on."""
+    """The scheduler's steps of the failed epoch are undone, so that the run can go on."""
     x, y = tensors()
     make = BY_STEP["OneCycleLR"]
     make_optimizer, _ = recording(make)
@@ -354,7 +358,7 @@ def test_refusals():
 
 
 def test_one_cycle_by_epochs():
-    """The interval that is asked for, not that of the class."""
+    """`interval` counts, not the usual interval of the scheduler's class."""
     make_optimizer, seen = recording(None)
     make = lambda o: s.OneCycleLR(o, 0.1, total_steps=6)  # noqa: E731
     trainer_of(make_optimizer).fit(tensors(), 6, 16, scheduler=make, interval="epoch")

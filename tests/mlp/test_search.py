@@ -1,4 +1,4 @@
-"""SearchCV: scikit-learn's results, halving, and what cannot be searched."""
+"""SearchCV gives scikit-learn's results. Also halving, and searches that are refused."""
 
 import json
 import sys
@@ -70,7 +70,7 @@ def test_halving_gives_the_best_all_epochs(iris):
 
 
 def test_folds_are_drawn_once(iris):
-    """Else settings of different chunks would be compared on different rows."""
+    """All settings use the same folds. Otherwise scores from different rows would be compared."""
     grid = {"strategy": ["most_frequent"], "constant": list(range(6))}
     cv = ShuffleSplit(2, test_size=0.1)
     search = mlp.SearchCV(DummyClassifier(), grid, cv=cv, jobs=1).fit(*iris)
@@ -124,7 +124,7 @@ def test_the_command_ranks_without_the_test_rows(tmp_path, monkeypatch, capsys):
         assert "3 trials of 2 folds" in out and "out of fold" in out
         lines = Path(run, "search.jsonl").read_text().splitlines()
         scores.append([json.loads(line)["score"] for line in lines])
-        # Other inputs in the test rows alone must not change the ranking.
+        # A change in the test rows only must not change the ranking.
         frame.loc[test, list("abcd")] = 0.0
     assert scores[0] == scores[1] and len(scores[0]) == 3
     assert Path("one", "search.png").exists()

@@ -1,4 +1,4 @@
-"""Random shifts: each image is one of its moves, epochs differ, every engine sees the same."""
+"""Random shifts: each image becomes one of its nine moves, epochs differ, and engines agree."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from mlp.data.shifts import Shifts
 
 
 def images(count=200, levels=None):
-    """Images of 4 × 5 pixels whose values are never black."""
+    """Images of 4 × 5 pixels. No pixel is black."""
     made = torch.Generator().manual_seed(0)
     inputs = torch.randint(1, 256, (count, 20), dtype=torch.uint8, generator=made)
     labels = torch.arange(count) % 3
@@ -17,7 +17,7 @@ def images(count=200, levels=None):
 
 
 def moves(image, black):
-    """The nine versions of an image (4, 5), by hand."""
+    """The nine versions of an image (4, 5), by plain loops."""
     found = []
     for down in (-1, 0, 1):
         for right in (-1, 0, 1):
@@ -48,7 +48,7 @@ def test_seed_and_epoch_decide():
     assert not torch.equal(first, second)
     assert torch.equal(Shifts(data, 1, seed=3).epoch(2).inputs, second)
     assert not torch.equal(Shifts(data, 1, seed=4).epoch(2).inputs, second)
-    assert shifts.epoch(1).inputs.data_ptr() == place  # engines may read there again
+    assert shifts.epoch(1).inputs.data_ptr() == place  # recorded steps read the same memory
     assert torch.equal(shifts.epoch(1).inputs, first) and torch.equal(data.inputs, images().inputs)
 
 

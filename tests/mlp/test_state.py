@@ -1,4 +1,4 @@
-"""state: what a network holds, after training, in copies, under other modes and in threads."""
+"""A network's state after training, in copies, under other modes and in threads."""
 
 import copy
 import io
@@ -32,13 +32,15 @@ def tensors(seed=0):
     "make", [lambda: MLP((6, 300, 3)), lambda: ConvNet((1, 2, 3), (2,), 1, 1, (4,), 3)]
 )
 def test_the_module_after_training(make, engine, tmp_path):
-    """Each parameter lies in memory of its own, so that it is saved alone."""
+    """After training each parameter is in its old memory, shared with no other. So it is saved
+    alone.
+    """
     safetensors = pytest.importorskip("safetensors.torch")
     model = make()
     before = {name: p.data_ptr() for name, p in model.named_parameters()}
     Trainer(model, engine=engine, verbose=False).fit(tensors(), 2, 16)
     for name, p in model.named_parameters():
-        assert p.data_ptr() == before[name], "training moved it"
+        assert p.data_ptr() == before[name], "training moved the parameter"
         assert p.untyped_storage().nbytes() == p.numel() * p.element_size()
     safetensors.save_model(model, str(tmp_path / "model.safetensors"))
     torch.save(list(model.children())[-1].state_dict(), buffer := io.BytesIO())
@@ -48,7 +50,9 @@ def test_the_module_after_training(make, engine, tmp_path):
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("engine", ["autograd", "manual"])
 def test_moved_between_two_fits(engine, make):
-    """To float64 and back, into other memory: training goes on with the module as it is."""
+    """A module that moves to float64 and back, and to other memory, trains on with its present
+    weights.
+    """
     torch.manual_seed(0)
     model = MLP(SIZES)
     trainer = Trainer(model, optimizer=make, engine=engine, verbose=False)
@@ -77,7 +81,7 @@ def test_another_dtype_between_two_fits(engine):
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("kind", [MLP, Net])
 def test_copied_trainers(kind, make):
-    """A deepcopy, and one through pickle, train on as the first does, and leave it alone."""
+    """A deepcopy and a pickled copy train on as the original does, without changing it."""
     torch.manual_seed(0)
     model = kind(SIZES)
     parameters = list(mlp.engines.parameters_of(model).values())
@@ -92,7 +96,9 @@ def test_copied_trainers(kind, make):
 
 @pytest.mark.parametrize("through", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
 def test_copied_nets(through):
-    """The flat tensors are the memory of the parameters and gradients; the copy trains alone."""
+    """In a copy too, parameters and gradients are views of the flat tensors. It shares nothing with
+    the original.
+    """
     net = Net((6, 8, 3), "gelu")
     other = through(net)
     for flat, views in ((other.flat, other.parameters), (other.flat_grad, other.grads)):
@@ -112,7 +118,7 @@ def test_copied_nets(through):
 
 
 def test_a_net_and_its_optimizer_in_one_pickle():
-    """They hold the same tensors afterwards."""
+    """After copying both in one object, the optimizer still trains the net's tensors."""
     made = Net(SIZES)
     pair = made, mlp.SGD(made.parameters.values(), lr=1.0)
     for net, optimizer in (copy.deepcopy(pair), pickle.loads(pickle.dumps(pair))):
@@ -124,8 +130,8 @@ def test_a_net_and_its_optimizer_in_one_pickle():
         assert (net.flat != before).any()
 
 
-def test_inference_mode_poisons_nothing():
-    """A forward there makes buffers that training uses again."""
+def test_buffers_made_in_inference_mode_can_train():
+    """Buffers that a forward makes in inference mode serve later trainings outside of it."""
     net, loss = Net(SIZES), mlp.SoftmaxCrossEntropy()
     x, y = tensors()
     optimizer = mlp.SGD(net.parameters.values(), lr=0.1)
@@ -148,7 +154,7 @@ def test_inference_mode_poisons_nothing():
 
 
 def test_threads_are_as_before():
-    """Blocks that overlap in two Python threads."""
+    """torch's number of threads comes back, also from blocks that overlap in two Python threads."""
     before = torch.get_num_threads()
     first_in, second_out = threading.Event(), threading.Event()
 
@@ -183,7 +189,7 @@ def test_threads_are_as_before():
 
 
 class Scaled(nn.Module):
-    """A network with BatchNorm, Dropout, a buffer of its own and one that is not saved."""
+    """A network with BatchNorm, Dropout, a saved buffer and one that is not saved."""
 
     def __init__(self):
         super().__init__()
@@ -201,7 +207,9 @@ class Scaled(nn.Module):
 
 
 def test_modes():
-    """fit trains in train mode, evaluate measures in evaluation mode, and every mode comes back."""
+    """fit runs in training mode, evaluate in evaluation mode. Afterwards each module has its own
+    mode again.
+    """
     model = Scaled()
     model.body[1].eval()
     modes = {name: m.training for name, m in model.named_modules()}
@@ -243,7 +251,9 @@ def test_modes_come_back_after_an_error():
 
 
 def test_buffers_belong_to_the_model():
-    """In the state, through load_state_dict, and as they were before an epoch that diverged."""
+    """Buffers are in the state and are loaded. After a divergence they have the last good epoch's
+    values.
+    """
     trainer = Trainer(Scaled(), verbose=False)
     trainer.fit(tensors(), 2, 16)
     state = copy.deepcopy(trainer.state_dict())
@@ -266,7 +276,7 @@ def test_buffers_belong_to_the_model():
 
 
 def test_state_of_shared_parameters():
-    """Under both of their names, as torch's state_dict; and they stay one."""
+    """A shared parameter has both names, as in torch's state_dict. It stays shared when loaded."""
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
     assert list(state_of(model)) == ["0.weight", "0.bias", "1.weight", "1.bias"]
@@ -288,7 +298,7 @@ def test_networks_without_parameters():
 
 
 class Tempered(nn.Module):
-    """A loss that learns a number of its own."""
+    """A loss with a parameter that is trained."""
 
     def __init__(self):
         super().__init__()
@@ -299,7 +309,7 @@ class Tempered(nn.Module):
 
 
 def test_a_loss_that_learns():
-    """Its parameters are part of the state, and of what a divergence restores."""
+    """The loss's parameters are in the state, and a divergence restores them."""
 
     def make():
         loss, model = Tempered(), MLP(SIZES)
@@ -320,7 +330,7 @@ def test_a_loss_that_learns():
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("engine", ["autograd", "manual"])
 def test_fit_within_another_mode(engine, mode):
-    """Training needs gradients whatever is around it, and leaves nothing of the mode behind."""
+    """fit turns gradients on for itself, and the mode around it has no later effect."""
     trainer = Trainer(MLP(SIZES), engine=engine, verbose=False)
     data = tensors()
     with mode():

@@ -1,4 +1,4 @@
-"""stepwise: what an engine must keep straight between a network, its module and its optimizer."""
+"""Engines of single steps: unusual optimizers, two trainers of a module, replayed steps."""
 
 import pytest
 import torch
@@ -12,9 +12,7 @@ from tests.mlp.test_engines import assert_same_run, problem
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_groups_in_another_order(engine, device):
-    """The optimizer's order of parameters need not be the network's, nor must it have all of
-    them.
-    """
+    """An optimizer may hold the parameters in another order than the network, and only some."""
     results = []
     for name in (engine, "autograd"):
         torch.manual_seed(1)
@@ -26,7 +24,7 @@ def test_groups_in_another_order(engine, device):
             pytest.skip(f"by design: {refusal}")
         rows = Trainer(model, optimizer=optimizer, engine=name).fit(problem(), 3, 16)
         assert all(torch.equal(p, q) for p, q in zip(still, second)), (
-            "not the optimizer's to change"
+            "parameters outside the optimizer changed"
         )
         results.append(
             (
@@ -38,8 +36,8 @@ def test_groups_in_another_order(engine, device):
 
 
 def test_two_trainers_of_one_module(device):
-    """A second trainer takes the module's parameters into a net of its own; the first must
-    notice.
+    """Two trainers can take turns on one module, although each puts its parameters into a Net of
+    its own.
     """
     torch.manual_seed(1)
     model = MLP((12, 6, 4)).to(device)
@@ -54,8 +52,8 @@ def test_two_trainers_of_one_module(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("stored", [torch.uint8, torch.float32, torch.float64], ids=str)
 def test_steps_are_recorded_once(stored, dtype, device, monkeypatch):
-    """On a CPU a step is recorded for the whole and for the last batch, and otherwise replayed,
-    whatever the data's dtype.
+    """On a CPU a step is recorded once for whole batches and once for the last one. All other steps
+    are replays, for every dtype of data.
     """
     if device != "cpu":
         pytest.skip("on a GPU, steps are launched or captured, not replayed")

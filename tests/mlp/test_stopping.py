@@ -33,7 +33,7 @@ def weights(made):
 
 
 def rates(name, plan):
-    """The learning rate of each epoch, of each step for one that moves at steps."""
+    """The learning rate of each epoch, or of each step for onecycle."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     made = named(name, plan)(optimizer)
     steps, seen = plan.epochs * (plan.steps if name == "onecycle" else 1), []
@@ -128,7 +128,7 @@ def test_early_stopping_keeps_the_best():
 
 def test_early_stopping_ends_a_fit():
     x, y = tensors()
-    wrong = (x, (y + 1) % 3)  # its loss rises as the training data are learned
+    wrong = (x, (y + 1) % 3)  # while the training loss falls, the loss on these rises
     made = trainer()
     history = made.fit((x, y), 20, 16, wrong, early_stopping=2)
     losses = [row["test_loss"] for row in history]
@@ -138,7 +138,7 @@ def test_early_stopping_ends_a_fit():
 
 
 def test_validation_decides():
-    """Not the test loss: it falls in each epoch here, while the validation loss rises."""
+    """Early stopping and plateau use the validation loss. Here it rises and the test loss falls."""
     x, y = tensors()
     wrong = (x, (y + 1) % 3)
     made, plateau = trainer(), []

@@ -1,4 +1,4 @@
-"""Sweep: every network comes out as Trainer makes it alone; the table, the ensemble, the files."""
+"""In a Sweep every network is the one that Trainer trains alone. Also table, ensemble, files."""
 
 import math
 from dataclasses import replace
@@ -38,7 +38,7 @@ def data():
 
 
 def alone(data, seed, lr, options, activation):
-    """The network that Trainer makes of one replica's settings."""
+    """(network, training loss) of a Trainer with one replica's settings."""
     model = mlp.MLP(SIZES, activation)
     mlp.initialise(dict(model.named_parameters()), None, seed)
     options = dict(options)
@@ -48,7 +48,7 @@ def alone(data, seed, lr, options, activation):
     return model, trainer.history[-1]["train_loss"]
 
 
-@pytest.mark.parametrize("activation", ["sigmoid", "gelu"])  # gelu: never in the kernel
+@pytest.mark.parametrize("activation", ["sigmoid", "gelu"])  # sigmoid keeps y, gelu keeps z
 @pytest.mark.parametrize("options", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_replicas_are_those_of_the_trainer(data, options, activation):
     rates = [0.02, 0.1, 0.2]
@@ -63,7 +63,7 @@ def test_replicas_are_those_of_the_trainer(data, options, activation):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss(name, data):
-    """A replica is the network that Trainer makes with that loss."""
+    """A replica is the network that Trainer trains with that loss."""
     sweep = Sweep(SIZES, 2, [0.05, 0.1], seeds=[1, 2], loss=name, device="cpu")
     rows = {row.replica: row for row in sweep.fit(data, 2, 16)}
     model = mlp.MLP(SIZES)
@@ -90,8 +90,8 @@ def test_the_kernel_trains_as_the_batched_products(data):
 
 
 def test_rows_are_best_first_and_a_diverged_network_is_last(data):
-    """Also where it classifies more rightly than the others: all labels are the class that NaN
-    outputs give.
+    """A diverged network is last even if its accuracy is best. Here all labels are the class that
+    NaN outputs predict.
     """
     data = replace(data, targets=torch.zeros_like(data.targets))
     sweep = Sweep(SIZES, 4, [1e-6, 1e30, 1e-5, 1e-4], seeds=[0] * 4, device="cpu")
@@ -104,14 +104,14 @@ def test_rows_are_best_first_and_a_diverged_network_is_last(data):
     sound.fit(data, 2, 16)
     assert sweep.ensemble_accuracy(data) == sound.ensemble_accuracy(data) < 1
     again = sweep.fit(data, 0, 16, data)
-    assert again[-1].replica == 1 and again[-1].diverged, "its weights are not finite"
+    assert again[-1].replica == 1 and again[-1].diverged, "weights that are not finite diverged"
     lost = Sweep(SIZES, 1, 1e30, device="cpu")
     lost.fit(data, 2, 16)
     assert math.isnan(lost.ensemble_accuracy(data))
 
 
 def test_regression_is_ranked_by_test_loss(data):
-    """A float target: mean squared error over the test samples, as Trainer measures it."""
+    """With float targets the rank follows the mean squared error over the test samples."""
     x = torch.randn(50, 9, generator=torch.Generator().manual_seed(1))
     data = mlp.Dataset(x, x[:, :2] * 0.5)
     sweep = Sweep(
@@ -167,10 +167,8 @@ def test_a_bad_range_or_data_says_both_values(data):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_numbers_to_meet(reduction, device):
-    """Targets (N,) too: best first by the loss of the test data; a replica alone has the same
-    losses.
-    """
+def test_targets_without_columns(reduction, device):
+    """Targets (N,) are ranked by test loss, too. A Trainer alone has a replica's losses."""
     x = torch.randn(60, 6)
     y = x[:, 0] - x[:, 1]
     loss = mlp.MeanSquaredError(reduction)

@@ -1,4 +1,4 @@
-"""Tables become features and targets by what training rows fitted; bad ones get a line."""
+"""Tables become features and targets, fitted on the training rows. Bad ones get one line."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def test_features(frame):
     assert table.task == "regression"
     assert table.features == ["age", "age missing", "city = Oslo", "city = Rome", "member"]
     x, notes = lines(table, frame)
-    # Median 30 in the gap; mean 32.5 and deviation sqrt(118.75) of 20, 30, 30, 50.
+    # The gap gets the median 30. Then 20, 30, 30, 50 have mean 32.5 and deviation sqrt(118.75).
     age = [(a - 32.5) / math.sqrt(118.75) for a in (20, 30, 30, 50)]
     torch.testing.assert_close(x[:, 0], torch.tensor(age))
     assert x[:, 1].tolist() == [0, 0, 1, 0]

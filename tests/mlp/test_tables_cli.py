@@ -1,5 +1,5 @@
-"""cli: tables and regressions as a user meets them: `train`, `evaluate`, `predict`, `sweep`, and
-bad files in one line.
+"""Tables and regressions as a user meets them: `train`, `evaluate`, `predict`, `sweep`. Bad files
+get one line.
 """
 
 import csv
@@ -16,7 +16,9 @@ QUICK = ("--hidden", "8", "--device", "cpu", "--engine", "manual")
 
 @pytest.fixture(autouse=True)
 def files(tmp_path, monkeypatch):
-    """price.csv: price = 1000 + 50 a - 30 b, with a text column; kind.csv: three classes."""
+    """Writes price.csv, where price = 1000 + 50 a - 30 b, and kind.csv with three classes. Returns
+    the frame of price.csv.
+    """
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 100))

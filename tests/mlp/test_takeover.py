@@ -1,4 +1,4 @@
-"""takeover: an engine computes what calling the network computes, or says why it does not."""
+"""An engine computes what calling the network computes, or says why it does not."""
 
 import warnings
 
@@ -23,14 +23,14 @@ def tensors():
 
 
 class Shifted(MLP):
-    """The issue of a subclass: its forward changes the inputs."""
+    """A subclass whose forward changes the inputs."""
 
     def forward(self, input):
         return super().forward((input - 3) / 2)
 
 
 class Normed(MLP):
-    """A submodule that a subclass adds is not one more layer of the stack."""
+    """A subclass with a submodule that is not a layer of the stack."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -140,7 +140,7 @@ def changed(change, seed=0):
 
 
 def loop(model, epochs=2):
-    """The losses of the loop that one would write, and the model it trained."""
+    """The losses of a plain loop that trains `model`."""
     x, y = tensors()
     optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
     for epoch in range(1, epochs + 1):
@@ -157,7 +157,7 @@ def loop(model, epochs=2):
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_changed_network_is_called(name):
-    """Under "auto" it trains as in a loop that calls it; by its name an engine refuses it."""
+    """Under "auto" it trains as a loop that calls it. An engine asked for by name refuses it."""
     change, reason = CHANGES[name]
     model = changed(change)
     trainer = Trainer(model, verbose=False)
@@ -203,8 +203,10 @@ def test_a_hook_on_all_modules():
     assert takeover.network(MLP(SIZES)) is None
 
 
-def test_what_leaves_no_trace_is_taken_over():
-    """Pruning made permanent, weight_norm removed, a state_dict hook, an attribute for people."""
+def test_changes_without_an_effect_are_taken_over():
+    """Permanent pruning, a removed weight_norm, a state_dict hook and an extra attribute change no
+    computation.
+    """
     model = MLP(SIZES)
     prune.l1_unstructured(model[0], "weight", 0.5)
     prune.remove(model[0], "weight")
@@ -216,7 +218,7 @@ def test_what_leaves_no_trace_is_taken_over():
 
 
 def test_tied_weights_learn_as_in_torch():
-    """The gradient of both places; `named_parameters` lists the weight once."""
+    """A tied weight gets the gradient of both places, although named_parameters lists it once."""
     torch.manual_seed(0)
     model = MLP((6, 6, 6, 3), "tanh")
     model[1].weight = model[0].weight
@@ -270,7 +272,7 @@ def test_changed_nets():
 
 
 def test_changed_losses_and_optimizers():
-    """A subclass of a loss, a hook on the steps, a step of its own: each is heard."""
+    """A subclass of a loss, a hook on steps, and an overridden step each have their effect."""
 
     class Doubled(mlp.SoftmaxCrossEntropy):
         def __call__(self, output, target):
@@ -304,7 +306,7 @@ def test_changed_losses_and_optimizers():
 
 
 def test_stack_of_changed_layers():
-    """MLP.forward by itself: each change computes what its layers compute one by one."""
+    """MLP.forward of a changed network computes what its layers compute one by one."""
     x, _ = tensors()
     for name in (
         "another activation",
@@ -348,7 +350,7 @@ def test_optimizer_of_another_network():
 
 
 def test_autocast_around_a_fit():
-    """It computes as the network does there: by autograd, in fewer bits."""
+    """Under autocast, fit runs the autograd engine, so it computes in autocast's precision."""
     trainer = Trainer(MLP(SIZES), verbose=False)
     trainer.fit(tensors(), 1, 16)
     assert trainer.engine.name == "manual"
@@ -359,7 +361,7 @@ def test_autocast_around_a_fit():
 
 @pytest.fixture
 def group():
-    """One gloo process that is a group of its own."""
+    """A process group of one gloo process."""
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
     yield
@@ -367,7 +369,7 @@ def group():
 
 
 def test_wrapped_for_many_processes(group):
-    """DDP and FSDP hold or change a network of ours: it is then called, or refused."""
+    """A network that DDP or FSDP wraps is called, never taken over."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

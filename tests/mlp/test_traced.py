@@ -1,4 +1,4 @@
-"""Our modules in torch.fx and torch.jit.trace, and their arguments in torch's order."""
+"""Our modules work with torch.fx and torch.jit.trace, and take arguments in torch's order."""
 
 import io
 import pickle
@@ -34,7 +34,7 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_symbolic_trace(name):
-    """Each call of ours is one node; the graph trains, and is pickled."""
+    """Our operations are nodes of the graph. The graph can be trained and pickled."""
     make, shape = MODELS[name]
     model, x = make(), torch.randn(shape)
     traced = symbolic_trace(model)
@@ -49,7 +49,7 @@ def test_symbolic_trace(name):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated", "ignore::torch.jit.TracerWarning")
 def test_torchscript(name):
-    """A traced model is saved, loaded, and trains."""
+    """A traced model can be saved, loaded and trained."""
     make, shape = MODELS[name]
     model, x = make(), torch.randn(shape)
     file = io.BytesIO()
@@ -74,7 +74,7 @@ def test_torchscript(name):
 )
 @pytest.mark.filterwarnings("ignore:size_average and reduce args")
 def test_positions_are_torchs(ours, torchs, arguments):
-    """Arguments in torch's order mean what they mean in torch; ours come last."""
+    """Arguments in torch's order mean what they mean in torch. Our own arguments come last."""
     mine, theirs = ours(*arguments), torchs(*arguments)
     assert repr(mine).startswith(repr(theirs)[:-1])
     assert [p.dtype for p in mine.parameters()] == [p.dtype for p in theirs.parameters()]

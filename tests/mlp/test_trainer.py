@@ -1,4 +1,4 @@
-"""trainer: fit, evaluate and resume, on real digits and on tensors."""
+"""Trainer's fit, evaluate and resume, on real digits and on tensors."""
 
 import copy
 
@@ -24,7 +24,7 @@ KEYS = [
 
 
 def tensors(rows=70, seed=0):
-    """A pair of tensors that three linear classes explain."""
+    """Inputs and labels of three classes that a linear network can learn."""
     x = torch.randn(rows, 6, generator=torch.Generator().manual_seed(seed))
     return x, (x @ torch.eye(6)[:, :3]).argmax(1)
 
@@ -35,8 +35,9 @@ def make(device, optimizer=None, **options):
 
 
 def test_digits(device):
-    """The default recipe: at least 96% of the test digits, in the middle of three seeds. Ten seeds
-    reached 96.4 to 98.1%, so one alone would rest on how its sums are rounded.
+    """The default recipe gets at least 96% of the test digits right, as the median of three seeds.
+
+    Ten seeds reached 96.4 to 98.1%. A single seed's accuracy depends on how its sums are rounded.
     """
     recipe = recipes.get("default")
     train, test = recipe.prepare(*mlp.data.load("digits"))
@@ -54,8 +55,8 @@ def test_digits(device):
 
 
 def test_fit_counts_epochs_on(device):
-    """`epochs` counts those already made; the history is of all; callbacks see every epoch and
-    step.
+    """`epochs` includes earlier epochs, and the history has all of them. Callbacks see every epoch
+    and step.
     """
     trainer, rows, steps = make(device), [], []
     for epochs in (2, 2, 5, 0):
@@ -69,8 +70,8 @@ def test_fit_counts_epochs_on(device):
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_is_the_loop_one_would_write(seed, device):
-    """A new order each epoch, the smaller last batch included, and losses that are means over
-    samples.
+    """fit equals a plain loop: each epoch has a new order, the smaller last batch counts, and
+    losses are means over samples.
     """
     trainer, (x, y) = make(device), tensors()
     model = copy.deepcopy(trainer.model).cpu()
@@ -93,7 +94,9 @@ def test_is_the_loop_one_would_write(seed, device):
 
 
 def test_drop_last(device):
-    """The last, smaller batch is left out: six steps of 32 in three epochs of 70."""
+    """drop_last leaves out the smaller last batch. So three epochs of 70 samples take six steps of
+    32.
+    """
     trainer, steps = make(device), []
     trainer.fit(tensors(), 3, 32, drop_last=True, on_step=lambda n=1: steps.append(n))
     assert sum(steps) == 6
@@ -102,7 +105,7 @@ def test_drop_last(device):
 
 
 def test_regression(device):
-    """Floating-point targets: no accuracy, and the loss falls far below the targets' variance."""
+    """Floating-point targets have no accuracy. Their loss falls far below the targets' variance."""
     x = torch.randn(200, 6)
     y = torch.stack([x[:, 0] - x[:, 1], x[:, 2]], 1)
     torch.manual_seed(0)
@@ -120,7 +123,7 @@ def test_regression(device):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("kind", [MLP, Net])
 def test_evaluate(kind, reduction, device):
-    """Means over all samples, whatever the pieces; of a sum of losses as well."""
+    """`evaluate` gives means over all samples, whatever the pieces, also for a summed loss."""
     x, y = tensors(5000)
     model = kind((6, 8, 3), device=device)
     with torch.no_grad():
@@ -134,9 +137,7 @@ def test_evaluate(kind, reduction, device):
 
 
 def test_scheduler(device):
-    """Stepped once an epoch, heard by whichever engine trains: the rate at the end, and a run that
-    differs.
-    """
+    """A scheduler steps once an epoch. The run is the one with the rates set by hand."""
     trainer, steady = (make(device, lambda p: mlp.SGD(p, lr=0.1)) for _ in range(2))
     scheduler = torch.optim.lr_scheduler.StepLR(trainer.optimizer, step_size=1, gamma=0.5)
     history = trainer.fit(tensors(), 3, 32, scheduler=scheduler)
@@ -150,8 +151,8 @@ def test_scheduler(device):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_resume_is_as_if_never_stopped(name, device):
-    """Weights, optimizer state and losses, bit for bit, in a trainer that had trained something
-    else before.
+    """A resumed run has the same weights and losses, bit for bit, even in a trainer that trained
+    before.
     """
     options = {"lr": 0.05, "momentum": 0.9} if name == "sgd" else {"lr": 0.05}
     straight, first, second = (

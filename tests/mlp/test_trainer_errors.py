@@ -1,4 +1,4 @@
-"""trainer: what stops it, in one line, and that it leaves the last good weights behind."""
+"""Errors of Trainer are one line, and the weights stay those of the last good epoch."""
 
 import copy
 import math
@@ -13,14 +13,14 @@ from tests.mlp.test_trainer import make, tensors
 
 @pytest.mark.parametrize("engine", ["auto", "autograd"])
 def test_diverged(engine, device):
-    """One line with epoch, step and rate; the weights and the history are those of the last good
-    epoch.
+    """The error is one line with epoch, step and rate. Weights and history are those of the last
+    good epoch.
     """
     x, y = tensors()
     trainer = make(device, lambda p: mlp.SGD(p, lr=0.1, momentum=0.9), engine=engine)
     trainer.fit(tensors(), 2, 32)
     good = copy.deepcopy(trainer.model.state_dict())
-    x[40:] *= 5e37  # finite, as data must be, but products of it are not
+    x[40:] *= 5e37  # data must be finite, but products of these numbers are not
     message = (
         r"the loss is (nan|inf) at step \d of epoch 3 with learning rate 0.1; .* end of epoch 2"
     )
@@ -31,9 +31,7 @@ def test_diverged(engine, device):
         assert torch.equal(p, good[name])
     assert len(trainer.history) == 2
     rows = trainer.fit(tensors(), 4, 32)
-    assert all(math.isfinite(row["train_loss"]) for row in rows), (
-        "it must be able to go on from there"
-    )
+    assert all(math.isfinite(row["train_loss"]) for row in rows), "training must be able to go on"
 
 
 def test_what_does_not_fit(device):
@@ -64,7 +62,7 @@ def test_scheduler_of_the_wrong_kind(device):
 
 
 def test_the_state_of_another_network(device):
-    """Refused before anything is changed."""
+    """Such a state is refused, and nothing changes."""
     other = Trainer(MLP((6, 9, 3)).to(device), verbose=False)
     before = copy.deepcopy(other.model.state_dict())
     with pytest.raises(

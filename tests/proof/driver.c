@@ -1,5 +1,5 @@
-/* The CUDA driver as far as Triton calls it, for a machine without a GPU: every call succeeds, and
-   a launch is judged by the limits of a device instead of being run. */
+/* The part of the CUDA driver that Triton calls, for a machine without a GPU. Every call succeeds.
+   A launch is only compared with the limits of a device. */
 #define cuTensorMapEncodeTiled declared_elsewhere
 #include "cuda.h"
 #undef cuTensorMapEncodeTiled
@@ -13,7 +13,7 @@ static CUdeviceptr host_pointers[MOST_HOST_POINTERS];
 static int host_count;
 static int launches, refused;
 
-/* Read and set by the test, through ctypes. */
+/* The test calls these through ctypes. */
 int stub_launches(void) { return launches; }
 int stub_refused(void) { return refused; }
 void stub_on_host(CUdeviceptr pointer) {
@@ -71,7 +71,7 @@ CUresult cuOccupancyMaxActiveClusters(int *n, CUfunction f, const CUlaunchConfig
 }
 CUresult cuTensorMapEncodeTiled(void *map) { return CUDA_SUCCESS; }
 
-/* Memory of the host is unknown to the driver: what the test named as such is refused. */
+/* The driver does not know host memory, so it refuses the pointers that the test named as such. */
 CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdeviceptr pointer) {
     for (int i = 0; i < host_count; i++)
         if (host_pointers[i] == pointer) {

@@ -1,6 +1,7 @@
-"""What a CUDA graph is, on the CPU: a capture keeps the calls of torch and the launches with their
-very tensors and host values, and a replay repeats those. Reading a tensor on the host while
-capturing is an error, as it is on a GPU.
+"""CUDA graphs imitated on the CPU.
+
+A capture keeps the calls of torch and the launches, with their tensors and host values. A replay
+repeats them. Reading a tensor on the host during a capture is an error, as on a GPU.
 """
 
 import functools
@@ -31,12 +32,12 @@ _READS = (
     "__index__",
     "__contains__",
 )
-_COPIES = ("tensor", "from_numpy", "new_tensor")  # from the host's memory, which a replay repeats
+_COPIES = ("tensor", "from_numpy", "new_tensor")  # a replay would repeat a copy from the host
 _FRESH = ("aten::empty", "aten::new_empty")
 
 
 class CaptureError(RuntimeError):
-    """The host and the device would have to meet."""
+    """The captured code reads a tensor on the host, or copies from it."""
 
 
 class _Host(TorchFunctionMode):
@@ -47,7 +48,7 @@ class _Host(TorchFunctionMode):
 
 
 class Capture(TorchDispatchMode):
-    """`with Capture() as capture: …` records; `capture()` repeats."""
+    """`with Capture() as capture: …` records calls. `capture()` repeats them."""
 
     def __init__(self):
         super().__init__()
@@ -71,20 +72,20 @@ class Capture(TorchDispatchMode):
         return result
 
     def launched(self, run, args, options):
-        """Record a launch."""
+        """Records and runs a launch."""
         self.keep(args)
         self.calls.append(functools.partial(run, *args, **options))
         with _disable_current_modes():
             run(*args, **options)
 
     def keep(self, values):
-        """Remember what tensors hold that may now be written."""
+        """Keeps the contents of tensors that may be written now."""
         with _disable_current_modes():
             for t in _tensors(values):
                 self._before.setdefault(t.untyped_storage().data_ptr(), (t, _whole(t).clone()))
 
     def restore(self):
-        """Nothing runs while it is captured."""
+        """Restores all tensors, because on a GPU a capture runs nothing."""
         with _disable_current_modes():
             for t, before in self._before.values():
                 _whole(t).copy_(before)
@@ -112,8 +113,9 @@ def _again(outputs, call):
 
 
 def install(monkeypatch, steps: int) -> list[int]:
-    """The graph engine takes these captures, of so many steps, on the CPU. Returns a list that gets
-    each capture's number of calls.
+    """Makes the graph engine use these captures on the CPU, of `steps` steps each.
+
+    Returns a list that gets each capture's number of calls.
     """
     run, current, sizes = launch.run, [], []
 
@@ -141,7 +143,7 @@ def install(monkeypatch, steps: int) -> list[int]:
     monkeypatch.setattr(graphs, "_captured", captured)
     monkeypatch.setattr(graphs, "_CAPTURED", steps)
     monkeypatch.setattr(graphs, "_has_graphs", lambda device: True)
-    for module in (cross_entropy, elementwise_loss):  # on a GPU labels are not read
+    for module in (cross_entropy, elementwise_loss):  # on a GPU no label is checked
         if hasattr(module, "check_range"):
             monkeypatch.setattr(module, "check_range", lambda *args, **options: False)
     return sizes

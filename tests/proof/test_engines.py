@@ -1,5 +1,7 @@
-"""Every engine, rule, loss and precision: it trains as the manual engine does, or refuses in one
-line. CUDA graphs are those of `graphs`; nothing is read on the host while one is captured.
+"""Every engine trains every rule, loss and precision as the manual engine does, or refuses in one
+line.
+
+The CUDA graphs are those of tests/proof/graphs.py, which refuse host reads during a capture.
 """
 
 import copy
@@ -29,7 +31,8 @@ pytestmark = [
     ),
 ]
 OTHERS = [name for name in ENGINES if name != "manual"]
-WHOLE = [name for name in OTHERS if ENGINES[name].reads_ahead]  # autograd has tests of its own
+# without --full; tests/mlp/test_engines.py tests the other engines
+WHOLE = [name for name in OTHERS if ENGINES[name].reads_ahead]
 CASES = [
     ("two launches", "cross_entropy", "adamw", "labels", "fp32"),
     ("chain", "smoothed", "dampening", "labels", "fp32"),
@@ -53,7 +56,7 @@ FULL = [
 
 
 def expected(engine, model, loss, rule, precision):
-    """Part of the line in which an engine must refuse, or None where it must train."""
+    """The start of an engine's reason to refuse, or None where it must train."""
     if engine == "graph" and precision in ("fp64", "torch"):
         return "captures kernels, but the reference serves here"
     if engine == "lean":

@@ -1,5 +1,5 @@
-"""The graph engine under the rules of CUDA graphs, beyond what `test_engines` asks of all engines;
-and that the harness sees what it is there to see.
+"""More tests of the graph engine under the rules of CUDA graphs. Others show that the imitation of
+graphs finds faults.
 """
 
 import copy
@@ -24,7 +24,10 @@ pytestmark = [
 
 
 def test_captures_products_by_the_library(monkeypatch):
-    """They train as the manual engine's, and nothing stays captured that was of another kind."""
+    """Products by the library train as the manual engine's. After a change of products the engine
+    captures again.
+    """
+    monkeypatch.setattr(graphs, "_served", lambda *_: False)  # step kernels use no library
     sizes, data = install(monkeypatch, steps=2), problem("labels")
     model, order = MODELS["chain"](), torch.arange(4)
     other, captures = copy.deepcopy(model), []
@@ -43,7 +46,7 @@ def test_captures_products_by_the_library(monkeypatch):
 
 
 def test_two_groups_with_steps_of_their_own(monkeypatch):
-    """A state in which some parameters have taken more steps than others."""
+    """Some parameters have taken more steps than others, and two groups have their own rates."""
     install(monkeypatch, steps=2)
     torch.manual_seed(0)
 
@@ -59,7 +62,7 @@ def test_two_groups_with_steps_of_their_own(monkeypatch):
 
 
 def test_a_first_step_of_some_parameters(monkeypatch):
-    """Dampening counts from a parameter's second step on, and only one of these has had a first."""
+    """Dampening starts at a parameter's second step. Only one parameter has taken its first."""
     install(monkeypatch, steps=2)
     torch.manual_seed(0)
 
@@ -74,13 +77,13 @@ def test_a_first_step_of_some_parameters(monkeypatch):
     assert_same(train(Graph, model, loss, (make, {}), "labels", 2), theirs, 1e-5)
 
 
-@pytest.mark.parametrize("reason", ["float64", "use", "a loss of one's own"])
+@pytest.mark.parametrize("reason", ["float64", "use", "a foreign loss"])
 def test_refuses_in_one_line(reason, monkeypatch):
     install(monkeypatch, steps=2)
     model, loss = MODELS["chain"](), mlp.SoftmaxCrossEntropy()
     if reason == "float64":
         model = model.double()
-    if reason == "a loss of one's own":
+    if reason == "a foreign loss":
         loss = type("Own", (), {"forward": None, "backward": None})()
     optimizer = mlp.SGD(model.parameters())
     if reason == "use":
@@ -101,18 +104,18 @@ def test_a_read_on_the_host_is_an_error(monkeypatch):
 
 
 def test_a_frozen_number_is_seen(monkeypatch):
-    """What a capture takes from the host stays as it was: the harness would see a frozen rate."""
+    """A capture keeps numbers of the host as they were. So a test would notice a frozen rate."""
     install(monkeypatch, steps=2)
     t, rate = torch.zeros(2), [1.0]
     replay = graphs._captured(lambda: t.add_(1, alpha=rate[0]), 2, t.device)
-    assert t.tolist() == [1.0, 1.0]  # of the step that compiles
+    assert t.tolist() == [1.0, 1.0]  # from the first step, which only compiles
     rate[0] = 5.0
     replay()
     assert t.tolist() == [3.0, 3.0]
 
 
 class Recorder:
-    """In the place of torch.cuda's classes: what was made, and what it was made of."""
+    """Replaces a class of torch.cuda and keeps the arguments of each object that is made."""
 
     def __init__(self, said):
         self.said = said

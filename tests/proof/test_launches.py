@@ -1,4 +1,4 @@
-"""Nothing that we launch is refused, by Triton's own launcher on a stub of the driver."""
+"""Triton's own launcher, on a stub of the CUDA driver, accepts all our launches."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 
 from tests import ROOT
 
-# Of an H100: 32-bit registers and bytes of shared memory of a multiprocessor, and how many it has.
+# An H100's 32-bit registers and bytes of shared memory of a multiprocessor, and their number.
 REGISTERS, SHARED, PROCESSORS = 65_536, 232_448, 132
 
 
@@ -20,7 +20,7 @@ NEEDS_COMPILER = pytest.mark.skipif(
 
 
 def said(module, *options):
-    """What a module of this folder printed, run against the stub as the only device."""
+    """Runs a module of this folder with the stub as the only device. Returns its output."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, "-m", f"tests.proof.{module}", *options]
@@ -43,12 +43,12 @@ def test_no_launch_is_refused(options):
     assert seen["refused"] == []
     assert seen["launches"] == sum(seen["kernels"].values()) - len(seen["host tensor"])
     assert seen["launches"] >= (300 if options else 25)
-    # Programs that wait for each other are resident together: one on each multiprocessor at least.
+    # Programs that wait for each other must all be resident, at most one a multiprocessor.
     assert {row["kernel"] for row in seen["together"]} == {"exchange_kernel"}
     for row in seen["together"]:
         assert row["registers"] * row["threads"] <= REGISTERS and row["programs"] <= PROCESSORS, row
         assert row["shared"] <= SHARED, row
-    # The stub does refuse: a number in the host's memory has no pointer that a kernel can follow.
+    # The stub can refuse: it does so for a number in the host's memory.
     assert seen["refused by the driver"] == len(seen["host tensor"])
 
 

@@ -1,4 +1,4 @@
-"""One training in which everything changes that a run may change, for any engine."""
+"""A training for any engine, in which everything changes that may change during a run."""
 
 import contextlib
 import copy
@@ -36,7 +36,7 @@ RULES = {
     "maximize": (mlp.SGD, {"lr": 0.001, "maximize": True}),
 }
 ALL_LOSSES = {**LOSSES, "smoothed": lambda: mlp.SoftmaxCrossEntropy(label_smoothing=0.1)}
-# dtype of the network, what `kernels.use` forces, and by how much results may differ.
+# name -> (dtype of the network, backend that `kernels.use` forces, relative tolerance)
 PRECISIONS = {
     "fp32": (torch.float32, None, 1e-5),
     "bf16": (torch.bfloat16, None, 2e-2),
@@ -46,7 +46,7 @@ PRECISIONS = {
 
 
 def problem(kind):
-    """Seven rows of pixels with labels, or with three numbers each."""
+    """Seven rows of pixels, with labels or with three numbers each."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (7, 6), dtype=torch.uint8, generator=generator)
     targets = pixels.float()[:, :3]
@@ -55,7 +55,7 @@ def problem(kind):
 
 
 def moved(model, optimizer):
-    """As model.cpu() and back: other memory, and the old one is given to somebody else."""
+    """Moves parameters to other memory, as model.cpu() and back does. The old memory gets NaN."""
     for p in model.parameters():
         old, p.data = p.data, p.data.clone()
         old.fill_(torch.nan)
@@ -76,7 +76,7 @@ def numbers(model, optimizer):
 
 
 def moving(optimizer):
-    """What a schedule does after each step: the rate falls, and what torch cycles with it rises."""
+    """Changes rate and betas or momentum after a step, as a scheduler does."""
     group = optimizer.param_groups[0]
     group["lr"] *= 0.8
     if "betas" in group:
@@ -86,7 +86,7 @@ def moving(optimizer):
 
 
 def epoch(trained, samples, order, batch, moves=None):
-    """One epoch of an engine, in which `moves` is called after each step."""
+    """One epoch of an engine. `moves` is called after each step."""
     trained.demands = trained.demands._replace(per_step=moves is not None)
     trained.moves = moves
     assert trained.cannot(trained.demands) is None
@@ -95,7 +95,7 @@ def epoch(trained, samples, order, batch, moves=None):
 
 
 class Epoch(NamedTuple):
-    """What one epoch left."""
+    """The outcome of one epoch."""
 
     result: mlp.engines.EpochResult
     weights: list[torch.Tensor]
@@ -103,8 +103,8 @@ class Epoch(NamedTuple):
 
 
 def lead(output, labels):
-    """By how much the label's output is above the best of the others, in each row, as a share of
-    the largest output of the batch.
+    """How far each label's output is above the best other output, relative to the batch's largest
+    output.
     """
     output, labels = output.double(), labels.unsqueeze(1)
     others = output.scatter(1, labels, -torch.inf).amax(1)
@@ -113,7 +113,7 @@ def lead(output, labels):
 
 @contextlib.contextmanager
 def leads(trained, samples):
-    """A list that gets `lead` of each batch that the engine trains on, step by step."""
+    """A list that gets `lead` of each batch of the engine."""
     found, step = [], trained.step
 
     def watched(x, y):
@@ -129,7 +129,10 @@ def leads(trained, samples):
 
 
 def train(engine, model, loss, make, kind, epochs=8):
-    """What each epoch left of a run in which everything changes, or of its first epochs."""
+    """The outcome of each epoch of a run in which everything changes.
+
+    epochs: how many of the eight epochs to run.
+    """
     data, optimizer, found = problem(kind), make[0](model.parameters(), **make[1]), []
     trained = engine(model, loss, optimizer)
     other = mlp.Dataset(data.inputs.clone(), data.targets.flip(0), scale=1 / 255, shift=-0.5)
@@ -161,9 +164,11 @@ def forced(backend):
 
 
 def assert_same(ours, theirs, tolerance):
-    """Losses, accuracies and weights after each epoch. `theirs` are of an engine that keeps its
-    outputs. Each of them may be off by `tolerance` of the largest: a sample whose label leads or
-    lags by less than two such errors may count as right or as wrong, every other sample may not.
+    """Checks losses, accuracies and weights after each epoch.
+
+    `theirs` must come from an engine that keeps its outputs. An output may be off by `tolerance` of
+    the largest. So a sample whose label leads or lags by less than twice that may be right or
+    wrong. Every other sample counts as in `theirs`.
     """
     for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert a.result.samples == b.result.samples, number

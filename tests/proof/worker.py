@@ -1,11 +1,11 @@
-"""Launch everything through Triton's own launcher, with a stub in the place of the CUDA driver.
+"""Launches all kernels through Triton's own launcher, on a stub of the CUDA driver.
 
     python -m tests.proof.worker [--full]    # one JSON object on standard output
 
-A process of its own: under pytest, jit functions are interpreted. Tensors lie in the host's memory
-and are taken for a GPU's. Specialisation, compilation, signature and launch are the real ones; only
-the kernel does not run. So a launch that the driver would refuse shows here: too much shared
-memory, too large a grid, more programs than run at once, an argument of a type that has no pointer.
+It is a process of its own, because under pytest jit functions are interpreted. Tensors in the
+host's memory stand for a GPU's. Specialisation, compilation, signature and launch are the real
+ones, and only the kernel does not run. So this finds launches that a driver would refuse: too much
+shared memory, too large a grid, more programs than run at once, an argument without a pointer.
 """
 
 import ctypes
@@ -33,14 +33,17 @@ from tests.compile.worker import resources
 SOURCE = Path(__file__).with_name("driver.c")
 INCLUDE = Path(nvidia.__file__).parent / "include"
 ARCH, PROCESSORS = "sm_90", 132
-SHAPES = [(33, 17, 7), (2048, 100, 50)]  # nothing divides anything; a batch that is split
+SHAPES = [(33, 17, 7), (2048, 100, 50)]  # a shape that no tile divides; a batch that is split
 
 
 def build(folder: Path) -> ctypes.CDLL:
-    """The stub as libcuda.so.1 in `folder`, loaded; CalledProcessError without a C compiler."""
+    """Builds the stub as libcuda.so.1 in `folder` and loads it.
+
+    Raises CalledProcessError if the compiler fails.
+    """
     compiler = os.environ.get("CC", "cc")
     library = folder / "libcuda.so.1"
-    name = "-Wl,-soname,libcuda.so.1"  # by which Triton's own library finds the one that is loaded
+    name = "-Wl,-soname,libcuda.so.1"  # Triton's library then uses the one that is loaded
     options = ["-shared", "-fPIC", name, "-I", str(INCLUDE)]
     command = [compiler, *options, "-o", str(library), str(SOURCE)]
     subprocess.run(command, check=True, capture_output=True)
@@ -49,7 +52,7 @@ def build(folder: Path) -> ctypes.CDLL:
 
 
 class Driver(nvidia.CudaDriver):
-    """Triton's driver for NVIDIA, of one device that torch need not know."""
+    """Triton's driver for NVIDIA with one device, which torch need not know."""
 
     def __init__(self):
         self.utils, self.launcher_cls = nvidia.CudaUtils(), nvidia.CudaLauncher
@@ -74,8 +77,8 @@ class Driver(nvidia.CudaDriver):
 
 
 def together(name: str, grid, compiled) -> dict:
-    """What programs that wait for each other need, which the driver would hold against its device:
-    all must be resident at once.
+    """The needs of programs that wait for each other. A driver compares them with its device,
+    because all must be resident at once.
     """
     return {
         "kernel": name,
@@ -87,7 +90,7 @@ def together(name: str, grid, compiled) -> dict:
 
 
 def launched(seen: dict):
-    """An observer that launches for real, counts kernels and keeps what was refused."""
+    """An observer that really launches, counts kernels in `seen` and keeps refusals there."""
 
     def observe(kernel, grid, args, options):
         name = kernel.fn.__name__
@@ -96,14 +99,16 @@ def launched(seen: dict):
             compiled = kernel[grid](*args, enable_fp_fusion=True, **options)
             if options.get("launch_cooperative_grid"):
                 seen["together"].append(together(name, grid, compiled))
-        except Exception as error:  # whatever it is, it is the test's to judge
+        except Exception as error:  # the test judges errors of any kind
             seen["refused"].append(f"{name}: {type(error).__name__}: {str(error)[-300:]}")
 
     return observe
 
 
 def operations(full: bool) -> None:
-    """Forward and backward of every operation: one case of each, or all cases in all types."""
+    """Launches forward and backward of every operation, in one case, or if full in all cases and
+    types.
+    """
     for operation in OPERATIONS.values():
         for shape in SHAPES if full else SHAPES[:1]:
             for dtype in launch.KERNEL_DTYPES if full else (torch.float32,):
@@ -115,8 +120,10 @@ def operations(full: bool) -> None:
 
 
 def updates(full: bool) -> None:
-    """A layer's step in its backward and a step on tensors, of every rule, every second one with a
-    bias; if full with a bias and without, also of a batch that is split.
+    """Launches every rule's step in a layer's backward and on tensors.
+
+    Every second rule has a bias. If full, each runs with a bias and without, also with a batch that
+    is split.
     """
     make, pairs = Make("cpu", torch.float32), zip(RULES.values(), itertools.cycle((True, False)))
     for rule, bias in itertools.product(RULES.values(), (True, False)) if full else pairs:
@@ -129,7 +136,9 @@ def updates(full: bool) -> None:
 
 
 def trainings(full: bool) -> None:
-    """Step, epoch, exchange and replicas: of one rule, or of all rules, and with a schedule."""
+    """Launches step, epoch, exchange and replicas for one rule, or if full for all rules, also with
+    a schedule.
+    """
     rules = RULES.values() if full else (RULES["adamw"],)
     for rule, scheduled in itertools.product(rules, (False, True) if full else (False,)):
         run = training(kernels.Spec((36, 20, 10, 4), "sigmoid", rule=rule))
@@ -143,7 +152,7 @@ def trainings(full: bool) -> None:
 
 
 def training(spec: kernels.Spec, replicas: int | None = None) -> kernels.Run:
-    """23 samples in batches of 5."""
+    """A training of 23 samples in batches of 5."""
     make, lead = Make("cpu", torch.float32), () if replicas is None else (replicas,)
     lists = [
         [torch.zeros(*lead, *shape) for shape in spec.shapes]
@@ -156,7 +165,7 @@ def training(spec: kernels.Spec, replicas: int | None = None) -> kernels.Run:
 
 
 def main() -> None:
-    """Launch, and say what was refused."""
+    """Launches everything and prints launches and refusals as JSON."""
     seen = {"kernels": {}, "refused": [], "together": [], "triton": triton.__version__}
     with tempfile.TemporaryDirectory() as folder:
         stub = build(Path(folder))
