@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m bench NAME … [--out DIR]`, `python -m bench all --out DIR`."""
+"""Benchmarks. Run `python -m bench NAME … [--out DIR]` or `python -m bench all --out DIR`."""

@@ -1,14 +1,16 @@
 """Benchmarks: `python -m bench NAME … [--out DIR]` for single tables, `python -m bench all --out
 DIR` for everything.
 
-NAME … makes those tables, one after another, in this process. `all` runs, each in a process of its
-own with a time limit: compilation, `handgrad info`, the tests, compute-sanitizer, the exchange, the
-soak, then every other table; after each part it rewrites DIR/summary.md and DIR/summary.json. On a
-GPU it stops after nine minutes, and --resume goes on where it stopped; --only runs parts alone. On
-a CPU the tests take about as long, and what needs a GPU is named as not run. The exit status is 1
-if something failed, after everything ran. It needs torch,
-triton, numpy and pytest; images are MNIST's if $HANDGRAD_DATA and torchvision are there, else
-random.
+NAME … makes those tables, one after another, in this process.
+
+`all` runs compilation, `handgrad info`, the tests, compute-sanitizer, the exchange, the soak, then
+every other table. Each part has a process of its own and a time limit. After each part `all`
+rewrites DIR/summary.md and DIR/summary.json. On a GPU it stops after nine minutes, and --resume
+goes on from there. --only runs the named parts. On a CPU, parts that need a GPU are listed as not
+run. The exit status is 1 if a part failed, but the other parts still run.
+
+It needs torch, triton, numpy and pytest. Images are MNIST's if $HANDGRAD_DATA and torchvision are
+there, else random pixels.
 """
 
 import argparse
@@ -53,33 +55,33 @@ def _parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         metavar="DIR",
-        help="folder for NAME.md and NAME.json; all: for the summary too",
+        help="folder for NAME.md and NAME.json, with all for the summary too",
     )
     parser.add_argument(
         "--epochs",
         type=int,
         metavar="N",
-        help="of soak; default 10,000 on a GPU; in all it is shorter",
+        help="epochs of soak, by default 10,000 on a GPU, fewer in all",
     )
     parser.add_argument(
         "--skip",
         default="",
         metavar="PARTS",
-        help="of all: parts to leave out, with commas, such as tests",
+        help="with all: leave out these parts, separated by commas, such as tests-mlp,soak",
     )
     parser.add_argument(
-        "--only", default="", metavar="PARTS", help="of all: these parts and no others, with commas"
+        "--only", default="", metavar="PARTS", help="with all: run only these parts"
     )
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="of all: without what passed before, of this commit on this machine",
+        help="with all: leave out the parts that passed before on this commit and machine",
     )
     return parser
 
 
 def main() -> int:
-    """Make the tables that are named, or run everything."""
+    """Makes the named tables, or runs all parts. Returns the exit status."""
     parser = _parser()
     arguments = parser.parse_args()
     unknown = [name for name in arguments.names if name not in NAMES and name != "all"]
@@ -95,7 +97,9 @@ def main() -> int:
             arguments.epochs is not None and ("soak" not in arguments.names or arguments.epochs < 1)
         )
     ):
-        parser.error("--skip, --only and --resume are for all; --epochs, at least 1, for soak")
+        parser.error(
+            "--skip, --only and --resume are options of all; --epochs, at least 1, of soak"
+        )
     tables = []
     for name in arguments.names:
         tables.append(make(name, {"epochs": arguments.epochs} if name == "soak" else {}))
@@ -106,7 +110,7 @@ def main() -> int:
 
 
 def make(name: str, options: dict) -> Table:
-    """A table; one without rows where a package that it needs is not installed."""
+    """The table `name`. It has no rows, but a reason, where a package is not installed."""
     try:
         module = importlib.import_module(f"bench.bench_{name}")
     except ModuleNotFoundError as missing:
@@ -121,8 +125,8 @@ def make(name: str, options: dict) -> Table:
 def _all(parser, arguments) -> int:
     if arguments.names != ["all"] or arguments.out is None or arguments.epochs is not None:
         parser.error(
-            "all runs every table: give it no other NAME and no --epochs, and --out DIR, a "
-            "folder for its summary"
+            "all runs every table: give it --out DIR, a folder for its summary, but no other NAME "
+            "and no --epochs"
         )
     out = arguments.out.resolve()
     todo = parts.parts(out)
@@ -134,9 +138,8 @@ def _all(parser, arguments) -> int:
         if unknown := [name for name in names if name not in known]:
             parser.error(f"{option}: unknown part {unknown[0]!r}; known: {', '.join(known)}")
     skip += [name for name in known if only and name not in only]
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # an exception, which ends the part that runs as well
+    # sys.exit raises an exception, which also ends the part that runs
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     limit = suite.GPU_SECONDS if torch.cuda.is_available() else None
     status = suite.run(todo, out, skip, limit, arguments.resume)
     print(f"summary: {out / 'summary.md'}")

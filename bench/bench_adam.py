@@ -1,5 +1,5 @@
-"""A training step of the small reference network with Adam: every engine, against torch.optim.Adam
-in its variants.
+"""A training step of the small reference network with Adam, by every engine and by the variants of
+torch.optim.Adam.
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ from .training import ours, table
 
 
 def run() -> Table:
-    """µs a step, the host's and the device's part, and the ratio to eager with the fused Adam."""
+    """µs a step, of the host and of the device, and the ratio to eager with the fused Adam."""
     adam = partial(torch.optim.Adam, lr=1e-3)
     constructors = {
         "eager, fused": partial(Eager, optimizer=partial(adam, fused=True)),
@@ -24,5 +24,5 @@ def run() -> Table:
         ),
         **ours(partial(mlp.Adam, lr=1e-3)),
     }
-    note = "The engines count correct predictions and check every loss; the others do neither."
+    note = "Only our engines count correct predictions and check every loss."
     return table("Training step with Adam", "python -m bench adam", constructors, 1e-3, note)

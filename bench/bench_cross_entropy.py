@@ -1,4 +1,4 @@
-"""Softmax cross-entropy, forward and backward: ours against torch.nn.functional with its tape."""
+"""Softmax cross-entropy, forward and backward, against torch.nn.functional with autograd."""
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,9 @@ def _provider(function, logits, target):
 
 
 def run() -> Table:
-    """µs of forward and backward for each number of rows and classes; GB/s counts two readings and
-    two writings.
+    """µs of forward and backward for each number of rows and classes.
+
+    GB/s counts the logits four times, twice read and twice written.
     """
     on = device()
     table = Table("Softmax cross-entropy, forward and backward", "python -m bench cross_entropy")

@@ -1,5 +1,5 @@
-"""The epoch kernel's exchange alone: programs that publish their columns of y_1 and receive all
-others', step after step.
+"""The epoch kernel's exchange alone. In each step programs publish their columns of y_1 and receive
+all others'.
 """
 
 import dataclasses
@@ -14,12 +14,9 @@ from kernels.training.exchange import EXCHANGES, Box, publish, receive
 from . import harness
 from .table import Table, device, one_line
 
-BATCH, ROWS, STEPS = (
-    32,
-    8,
-    10_000,
-)  # rows of a batch, columns of y_1 that a program owns, exchanges in a launch
-PROGRAMS = (2, 4, 8, 13, 32, 64, 132)  # 13 share the 100 units of the reference network
+# rows of a batch, columns of y_1 that a program owns, exchanges in a launch
+BATCH, ROWS, STEPS = 32, 8, 10_000
+PROGRAMS = (2, 4, 8, 13, 32, 64, 132)  # 13 programs share the reference network's 100 units
 _WARPS = 8  # as in the epoch kernel
 
 
@@ -34,8 +31,9 @@ def exchange_alone_kernel(
     PROGRAMS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """Program g = first + program_id owns columns g·ROWS … and publishes y_mn = t + m + n; copy g
-    of y holds what it received.
+    """Program g = first + program_id owns ROWS columns from g·ROWS on and publishes t + m + n.
+
+    Copy g of y holds what it received.
     """
     g = tl.program_id(0) + first
     own = g * ROWS + tl.arange(0, ROWS)
@@ -48,7 +46,7 @@ def exchange_alone_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What publish and receive ask of a network's Plan: how its scratch is laid out."""
+    """The fields of a network's Plan that publish and receive use, for the layout of scratch."""
 
     sizes: tuple[int, ...]
     tiles: tuple[int, ...]
@@ -57,7 +55,7 @@ class Layout:
 
 
 def layout(programs: int, rows: int, batch: int) -> Layout:
-    """Of a network whose layer 1 has `rows` outputs for each program."""
+    """The layout for a network whose layer 1 has `rows` outputs for each program."""
     width = programs * rows
     pitch = max(16, triton.next_power_of_2(width))
     return Layout((1, width, 1), (16, min(64, pitch), 16), batch, pitch)
@@ -66,7 +64,7 @@ def layout(programs: int, rows: int, batch: int) -> Layout:
 def prepare(
     exchange: str, programs: int, steps: int, on, rows: int = ROWS, batch: int = BATCH
 ) -> tuple[tuple, dict]:
-    """The kernel's arguments before `first`, with y (programs, batch, pitch), and its constants."""
+    """(the kernel's arguments before `first`, its constants). y is (programs, batch, pitch)."""
     net = layout(programs, rows, batch)
     y = torch.full((programs, batch, net.pitch), float("nan"), device=on)
     box = torch.zeros(
@@ -84,15 +82,16 @@ def prepare(
 
 
 def expected(y: torch.Tensor, width: int, steps: int) -> torch.Tensor:
-    """What every program's copy holds in its `width` columns after the last step."""
+    """The right contents of every program's copy, in its `width` columns, after the last step."""
     programs, batch, _ = y.shape
     m, n = (torch.arange(size, device=y.device, dtype=y.dtype) for size in (batch, width))
     return (m[:, None] + n + (steps - 1)).expand(programs, batch, width)
 
 
 def microseconds(exchange: str, programs: int, on) -> float:
-    """µs of one exchange; ArithmeticError if a program did not receive what the others
-    published.
+    """µs of one exchange.
+
+    Raises ArithmeticError if a program did not receive what the others published.
     """
     args, options = prepare(exchange, programs, STEPS, on)
     y, box, _ = args
@@ -121,7 +120,7 @@ def microseconds(exchange: str, programs: int, on) -> float:
 
 
 def run() -> Table:
-    """µs of one exchange, by the number of programs and the means."""
+    """µs of one exchange, for each number of programs and each kind of exchange."""
     table, on = (
         Table(
             f"Exchange alone, batch {BATCH}, {ROWS} columns a program", "python -m bench exchange"
@@ -135,16 +134,15 @@ def run() -> Table:
     for programs in (count for count in PROGRAMS if count <= processors):
         row = {"programs": programs, "kB published": programs * ROWS * BATCH * 4 / 1e3}
         table.rows.append(row)
-        for exchange in (
-            EXCHANGES if arch.startswith("sm_") else ("counter",)
-        ):  # see kernels.training.exchange.check_programs
+        # kernels.training.exchange.check_programs says why AMD has no words
+        for exchange in EXCHANGES if arch.startswith("sm_") else ("counter",):
             try:
                 row[f"{exchange} µs"] = microseconds(exchange, programs, on)
-            except Exception as error:  # the other counts are still timed
+            except Exception as error:  # the other rows are still timed
                 row[f"{exchange} µs"], row["why not"] = None, one_line(error)
                 table.failed = table.failed or f"{exchange}, {programs} programs: {row['why not']}"
     table.note = (
-        f"{STEPS:,} exchanges in a launch; what every program received is checked. 13 programs "
+        f"{STEPS:,} exchanges in a launch. What every program received is checked. 13 programs "
         "share the reference network."
     )
     figures = {

@@ -1,9 +1,9 @@
 """Kernel launches and bytes of global memory a training step, counted without a GPU.
 
-Our kernels run in Triton's interpreter: launches are those of `launch.run`, bytes those that the
-interpreter's loads and stores let through their masks (what a GPU's caches save is not taken off).
-Eager PyTorch is counted by the operations that its dispatcher sees, views apart, and the bytes of
-their inputs and outputs.
+Our kernels run in Triton's interpreter. Launches are the calls of `launch.run`. Bytes are those
+that the interpreter's loads and stores pass through their masks, without the savings of a GPU's
+caches. For eager PyTorch, launches are the operations that its dispatcher sees, except views, and
+bytes are those of their inputs and outputs.
 """
 
 import json
@@ -48,7 +48,7 @@ _VIEWS = (
 
 
 class Operations(TorchDispatchMode):
-    """Counts operations that would launch a kernel, and the bytes they touch."""
+    """Counts operations that would launch a kernel, and the bytes of their tensors."""
 
     def __init__(self):
         super().__init__()
@@ -66,9 +66,7 @@ class Operations(TorchDispatchMode):
 
 
 class Accesses:
-    """While open, counts launches of our kernels, and the bytes that their loads and stores let
-    through.
-    """
+    """While open, counts launches of our kernels and the bytes of their masked loads and stores."""
 
     def __enter__(self):
         self.launches = self.bytes = 0
@@ -127,7 +125,7 @@ def _eager() -> dict:
 
 
 def _engine(name: str) -> dict:
-    """One engine's row; autograd and manual without the reading of the batch, which is torch's."""
+    """One engine's row. For autograd and manual, torch reads the batch, which is not counted."""
     data, order = _samples()
     model = mlp.MLP(SIZES, activation="sigmoid")
     engine = engines.ENGINES[name](
@@ -140,7 +138,7 @@ def _engine(name: str) -> dict:
 
 
 def _two_launches() -> dict:
-    """The step kernels, which `graph` replays: two launches captured any number of times."""
+    """The row of the step kernels, two launches a step, which `graph` captures and replays."""
     data, order = _samples()
     model = mlp.MLP(SIZES, activation="sigmoid")
     spec = kernels.Spec(SIZES, "sigmoid")
@@ -170,9 +168,7 @@ def _two_launches() -> dict:
 
 def run() -> Table:
     """Launches and kilobytes a step of 784-100-50-10, batch 32, plain SGD."""
-    if (
-        not launch.INTERPRETED
-    ):  # jit functions are interpreted from their import on: in a process of its own
+    if not launch.INTERPRETED:  # only a new process can import jit functions as interpreted
         script = "import json, bench.bench_launches as b; print(json.dumps(b.run().rows))"
         environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
         done = subprocess.run(
@@ -187,9 +183,7 @@ def run() -> Table:
         rows = [_eager(), _engine("autograd"), _engine("manual"), _two_launches(), _engine("epoch")]
     title = f"Launches and memory, {'-'.join(map(str, SIZES))} sigmoid, batch {BATCH}, SGD"
     table = Table(title, "python -m bench launches", rows)
-    table.note = (
-        f"`epoch` is one launch an epoch, whatever its length; counted here over {STEPS} steps."
-    )
+    table.note = f"`epoch` is one launch for an epoch of any length, here of {STEPS} steps."
     table.headline = (
         ", ".join(f"{row['engine']} {row['launches a step']:g}" for row in rows[:-1])
         + " launches a step"

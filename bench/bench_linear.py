@@ -1,6 +1,4 @@
-"""Linear layer with activation, forward and backward: ours against torch.nn.functional with its
-tape.
-"""
+"""Linear layer with activation, forward and backward, against torch.nn.functional with autograd."""
 
 import contextlib
 from functools import partial
@@ -18,11 +16,8 @@ SHAPES = {
     "cpu": ((32, 784, 100), (32, 100, 50), (256, 784, 128), (1024, 512, 512)),
     "cuda": ((32, 784, 100), (256, 784, 128), (4096, 1024, 1024), (8192, 4096, 4096)),
 }
-TOLERANCE = {
-    torch.float32: 2e-3,
-    torch.float16: 2e-2,
-    torch.bfloat16: 5e-2,
-}  # gate against wrong results, not a test
+# These limits only keep wrong results out of a table. The tests check accuracy.
+TOLERANCE = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
 def _eager(activation, x, w, b):
@@ -30,7 +25,7 @@ def _eager(activation, x, w, b):
 
 
 def _provider(function, x, w, b, dy, products=None):
-    """Forward and backward; products: how kernels multiply, see `kernels.use`."""
+    """A function that runs forward and backward. products: as in `kernels.use`."""
 
     def run():
         with kernels.use(products=products) if products else contextlib.nullcontext():
@@ -40,13 +35,15 @@ def _provider(function, x, w, b, dy, products=None):
 
 
 def _providers(on, activation, tensors):
-    """(kinds of product, providers): ours by each kind where kernels serve, and torch's."""
+    """(kinds of product, providers). Where kernels serve, each kind is a provider, next to
+    torch's.
+    """
     eager = partial(_eager, kernels.ACTIVATIONS[activation].torch)
     ours = partial(kernels.linear, activation=activation)
     kinds = launch.PRODUCTS if kernels.backend(tensors[0]) == "triton" else (None,)
     providers = {_name(kind): _provider(ours, *tensors, kind) for kind in kinds}
     providers["eager"] = _provider(eager, *tensors)
-    if on.type == "cuda" and activation == "relu":  # compiling each takes seconds
+    if on.type == "cuda" and activation == "relu":  # only one, because compiling takes seconds
         providers["compile"] = _provider(torch.compile(eager), *tensors)
     return kinds, providers
 
@@ -56,7 +53,7 @@ def _name(products) -> str:
 
 
 def _rows(on, activation, tensors, tolerance):
-    """(a row for each kind of product, what was wrong); all are timed in turn."""
+    """(a row for each kind of product, {provider: what was wrong}). All are timed in turn."""
     kinds, providers = _providers(on, activation, tensors)
     wrong: dict[str, str] = {}
     times = compare(providers, tolerance, wrong)
@@ -71,7 +68,7 @@ def _rows(on, activation, tensors, tolerance):
 def run() -> Table:
     """µs of forward and backward for each shape, dtype and activation.
 
-    On a GPU two rows: products in the fused kernel, and by the library.
+    On a GPU each case has two rows, for products in the fused kernel and by the library.
     """
     on = device()
     table = Table("Linear + activation, forward and backward", "python -m bench linear")

@@ -1,8 +1,8 @@
-"""Thousands of epochs by the epoch engine, two networks from the same seed in turn: bitwise equal
-after every epoch, no hang.
+"""Thousands of epochs by the epoch engine. Two networks from the same seed train in turn and must
+be bitwise equal after every epoch.
 
 The trainings run in a process of their own, which is killed and reported if it shows no sign of
-life:
+life. It can also be started directly:
 
     python -m bench.bench_soak EPOCHS
 """
@@ -23,15 +23,13 @@ from .table import Table, device
 from .watchdog import watch
 
 EPOCHS = 10_000
-_PATIENCE = {"cuda": 30, "cpu": 120}  # seconds for a few epochs, or for compiling the kernel
-_INTERPRETED_STEPS = 2  # of an epoch, in the interpreter
-_SIGN = 0.5  # seconds between signs of life, unless an epoch takes longer
+_PATIENCE = {"cuda": 30, "cpu": 120}  # seconds, enough for a few epochs or for compiling
+_INTERPRETED_STEPS = 2  # steps of an epoch in the interpreter
+_SIGN = 0.5  # seconds between signs of life, or longer if an epoch takes longer
 
 
 def train(epochs: int) -> bool:
-    """Train twice. Prints progress and results as JSON objects. Whether the two were
-    equal throughout.
-    """
+    """Trains two networks and prints progress as JSON. Returns True if they stayed equal."""
     on = device()
     data = mnist(on) if on.type == "cuda" else mnist(on).take(_INTERPRETED_STEPS * BATCH)
     models = [mlp.MLP(SIZES, activation="sigmoid", device=on) for _ in range(2)]
@@ -60,8 +58,9 @@ def train(epochs: int) -> bool:
 
 
 def run(epochs: int | None = None) -> Table:
-    """Epochs trained, and whether both networks stayed the same. On a CPU in the interpreter, only
-    if epochs are asked for.
+    """Epochs trained, and whether both networks stayed equal.
+
+    On a CPU it runs in the interpreter, and only if `epochs` is given.
     """
     command, on = "python -m bench soak" + (f" --epochs {epochs}" if epochs else ""), device()
     table = Table(

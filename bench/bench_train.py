@@ -1,5 +1,5 @@
-"""A training step of the small reference network with SGD: every engine, against eager PyTorch and
-its ways to be faster.
+"""A training step of the small reference network with SGD, by every engine, by eager PyTorch and by
+its faster ways.
 """
 
 from functools import partial
@@ -16,8 +16,9 @@ MODES = ("default", "reduce-overhead", "max-autotune")
 
 
 def run() -> Table:
-    """µs a step, the host's and the device's part, and the ratio to eager, of 784-100-50-10 with
-    sigmoid at batch 32.
+    """µs a step, of the host and of the device, and the ratio to eager.
+
+    The network is 784-100-50-10 with sigmoid, at batch 32.
     """
     sgd = partial(torch.optim.SGD, lr=0.1)
     constructors = {
@@ -26,5 +27,5 @@ def run() -> Table:
         **ours(partial(mlp.SGD, lr=0.1)),
         **{f"compile, {mode}": partial(Compiled, optimizer=sgd, mode=mode) for mode in MODES},
     }
-    note = "The engines count correct predictions and check every loss; the others do neither."
+    note = "Only our engines count correct predictions and check every loss."
     return table("Training step with SGD", "python -m bench train", constructors, 1e-4, note)

@@ -1,9 +1,9 @@
-"""Compile what the self-check launches, for the GPU that is here, in a process for each core: a
-cold cache takes half a second a kernel, and the kernels of 64 tensors many.
+"""Compiles the kernels of the self-check for this machine's GPU, in a process for each core.
 
 python -m bench.compile        # a line for each share that is done; status 1 if one failed
 
-Triton's cache keeps them: `handgrad info --check`, the tests and the tables then find them there.
+A kernel takes half a second, one for 64 tensors many. Triton's cache keeps the kernels, so that
+`handgrad info --check`, the tests and the tables find them.
 """
 
 import os
@@ -16,18 +16,19 @@ import torch
 from kernels import launch
 from kernels.operations import OPERATIONS, Make
 
-_SHAPE = (33, 17, 7)  # the self-check's
-SECONDS = 1.0  # of one core, for one kernel: half of that, and twice for a busy machine
+_SHAPE = (33, 17, 7)  # as in the self-check
+SECONDS = 1.0  # a core's time for one kernel, twice the usual, in case the machine is busy
 
 
 def shares() -> list[tuple[str, torch.dtype]]:
-    """What is dealt out: an operation in a precision."""
+    """The shares of work. Each is an operation in a precision."""
     return [(name, dtype) for name in OPERATIONS for dtype in launch.KERNEL_DTYPES]
 
 
 def compile_share(name: str, dtype: torch.dtype, arch: str, processors: int) -> int:
-    """Compile forward and backward of an operation's cases, as a launch on that GPU would; returns
-    how many launches there were. Nothing runs.
+    """Compiles forward and backward of an operation's cases, as a launch on that GPU would.
+
+    Nothing runs. Returns the number of launches.
     """
     count = 0
 
@@ -56,7 +57,7 @@ def _run(index: int) -> tuple[int, str]:
 
 
 def main() -> int:
-    """Deal the shares out to the cores; 1 if one did not compile."""
+    """Compiles all shares, on all cores. Returns 1 if one did not compile."""
     every, failed = shares(), 0
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         running = {pool.submit(_run, i): every[i] for i in range(len(every))}

@@ -1,8 +1,9 @@
-"""Every kernel launched once or a few times on small shapes: a short program to watch with a tool
-such as compute-sanitizer.
+"""Launches every kernel a few times on small shapes, as a short program for a tool such as
+compute-sanitizer.
 
-compute-sanitizer python -m bench.each_kernel      # prints the kernels it launched; status 1 if one
-                                                   was missed
+compute-sanitizer python -m bench.each_kernel
+
+It prints the kernels that it launched. The exit status is 1 if it missed one.
 """
 
 import importlib
@@ -20,19 +21,15 @@ from kernels.training.exchange import EXCHANGES
 
 from .table import device
 
-_SHAPE = (33, 17, 7)  # batch, features in, features out: nothing divides anything
-_SIZES, _BATCH, _ROWS = (
-    (17, 20, 9, 3),
-    5,
-    13,
-)  # a network, with programs enough to exchange; the last batch is smaller
-_NEED_PROCESSORS = re.compile(
-    r"exchange_kernel|linear_.*reduce_kernel"
-)  # more than the interpreter has
+_SHAPE = (33, 17, 7)  # batch, features in, features out; no tile divides them
+# A network large enough for several programs. The last batch is smaller.
+_SIZES, _BATCH, _ROWS = (17, 20, 9, 3), 5, 13
+# These kernels need several processors, and the interpreter has one.
+_NEED_PROCESSORS = re.compile(r"exchange_kernel|linear_.*reduce_kernel")
 
 
 def names() -> set[str]:
-    """Every function called …_kernel that a module of kernels defines with triton.jit."""
+    """The names of all jit functions of `kernels` that end with _kernel."""
     modules = [
         importlib.import_module(module.name)
         for module in pkgutil.walk_packages(kernels.__path__, "kernels.")
@@ -49,9 +46,10 @@ def names() -> set[str]:
 
 
 def operations(on) -> None:
-    """Forward and backward of every case of every operation in float32.
+    """Launches forward and backward of every case of every operation, in float32.
 
-    Linear layers also with the library's products; products of many rows, whose sums are split.
+    Linear layers also run with the library's products and, on a GPU, with many rows, whose sums are
+    split.
     """
     for operation in OPERATIONS.values():
         for _, arguments in operation.cases(Make(on), *_SHAPE):
@@ -67,8 +65,8 @@ def operations(on) -> None:
 
 
 def trainings(on) -> None:
-    """A step, an epoch by one program and by several with either exchange, an epoch of two
-    networks.
+    """Launches a step, an epoch by one program and by several with each exchange, and an epoch of
+    two networks.
     """
     spec = kernels.Spec(_SIZES, "sigmoid")
     make = Make(on)
@@ -93,7 +91,7 @@ def trainings(on) -> None:
 
 
 def main() -> int:
-    """Launch, wait, and list what was launched."""
+    """Launches everything and prints the kernels. Returns 1 if one was missed."""
     on, seen = device(), set()
     with launch.observe(lambda kernel, grid, args, options: seen.add(kernel.fn.__name__)):
         operations(on)

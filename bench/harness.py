@@ -1,7 +1,7 @@
-"""How a benchmark measures: providers interleaved, medians.
+"""How a benchmark measures: providers take turns, and the median counts.
 
-A provider is a function of no arguments that does the work once. Before anything is timed its
-result is compared with the first provider's: a provider that is wrong gets no time.
+A provider is a function of no arguments that does the work once. Its result is compared with the
+first provider's before anything is timed. A wrong provider gets no time.
 """
 
 import time
@@ -12,12 +12,12 @@ import torch
 
 from .table import one_line
 
-_ROUNDS = 15  # of every provider, one after the other, so that a busy moment hits them all
+_ROUNDS = 15  # in each round every provider has a turn, so that a busy moment affects them all
 _ROUND_SECONDS = 0.05
 
 
 def synchronize() -> None:
-    """Wait until the GPU, if there is one, has done what it was given."""
+    """Waits until the GPU, if there is one, is idle."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -32,7 +32,7 @@ def _once(provider: Callable, calls: int) -> float:
 
 
 def measure(providers: dict[str, Callable], rounds: int = _ROUNDS) -> dict[str, float]:
-    """Median seconds a call of each provider, over rounds in which every provider has its turn."""
+    """Median seconds a call of each provider, over rounds in which each has a turn."""
     calls = {}
     for name, provider in providers.items():
         _once(provider, 2)
@@ -45,7 +45,7 @@ def measure(providers: dict[str, Callable], rounds: int = _ROUNDS) -> dict[str, 
 
 
 def host_seconds(provider: Callable, rounds: int = _ROUNDS) -> float:
-    """Median seconds until a call returns. The GPU is idle before, and not waited for."""
+    """Median seconds until a call returns. The GPU is idle before, and nothing waits for it."""
     times = []
     for _ in range(rounds):
         synchronize()
@@ -57,10 +57,9 @@ def host_seconds(provider: Callable, rounds: int = _ROUNDS) -> float:
 
 
 def device_seconds(provider: Callable) -> float | None:
-    """Seconds that the GPU is busy with one call, gaps between kernels left out; None if the
-    profiler saw none.
+    """Seconds that the GPU is busy with one call, without gaps between kernels.
 
-    A call before compiles and captures what there is to.
+    None if the profiler saw no kernel. An earlier call compiles and captures.
     """
     provider()
     synchronize()
@@ -76,8 +75,9 @@ def device_seconds(provider: Callable) -> float | None:
 
 
 def errors(results: dict[str, list[torch.Tensor]]) -> dict[str, float]:
-    """How far each provider's results are from the first one's, relative to each tensor's largest
-    number; inf if fewer or NaN.
+    """The largest error of each provider against the first, relative to a tensor's largest number.
+
+    It is inf where results are missing or NaN.
     """
     first, found = next(iter(results.values()), []), {}
     for name, tensors in results.items():
@@ -94,16 +94,15 @@ def errors(results: dict[str, list[torch.Tensor]]) -> dict[str, float]:
 def compare(
     providers: dict[str, Callable], tolerance: float, wrong: dict[str, str] | None = None
 ) -> dict[str, float | None]:
-    """`measure` of those providers whose results (lists of tensors) agree with the first one's;
-    None for the others.
+    """`measure` of the providers whose results, lists of tensors, agree with the first one's.
 
-    wrong: takes name -> why, in one line, of the others, be it an error that they raised.
+    The others have None. wrong: gets their names, each with the reason in one line.
     """
     results, wrong = {}, {} if wrong is None else wrong
     for name, provider in providers.items():
         try:
             results[name] = [t.float() for t in provider()]
-        except Exception as error:  # for example a compiler's: the others are still timed
+        except Exception as error:  # such as a compiler's error; the others are still timed
             wrong[name] = one_line(error)
     for name, error in errors(results).items():
         if error > tolerance:
@@ -113,8 +112,8 @@ def compare(
 
 
 def microseconds(times: dict[str, float | None], baseline: str) -> dict:
-    """Columns of a row: µs of each provider, and how many times the first is as fast as
-    `baseline`.
+    """Columns of a row: µs of each provider, and how many times as fast as `baseline` the first
+    is.
     """
     row = {f"{name} µs": None if t is None else t * 1e6 for name, t in times.items()}
     first = next(iter(times.values()))
@@ -127,8 +126,9 @@ def microseconds(times: dict[str, float | None], baseline: str) -> dict:
 
 
 def conclude(table, wrong: dict[str, str]) -> None:
-    """Headline of a table of `microseconds` against eager, and a note of the providers that have no
-    time; fails for ours.
+    """Sets a table's headline, the ratios to eager, and a note of the providers without a time.
+
+    The table has failed if one of these is ours.
     """
     ratios = [row["eager / handgrad"] for row in table.rows if row["eager / handgrad"]]
     table.headline = f"{min(ratios):.2f} to {max(ratios):.2f} of eager's speed" if ratios else ""

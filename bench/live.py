@@ -1,6 +1,6 @@
-"""Bytes of tensors that are alive, counted on any device, also on meta tensors, which hold nothing.
+"""Bytes of living tensors, counted on any device, even for meta tensors, which have no memory.
 
-Temporaries within one of torch's operations are not seen.
+Temporaries inside one of torch's operations are not counted.
 """
 
 import contextlib
@@ -15,10 +15,11 @@ from torch.utils._pytree import tree_leaves
 
 
 class Live:
-    """The results of torch's functions, until their memory is given back.
+    """Counts results of torch's functions until their memory is freed.
 
-    now, peak: bytes. `operations()` follows what torch's operators return, also in its own backward
-    passes; handgrad's kernels do not run then. `calls()` follows what Python calls.
+    now, peak: bytes. `operations()` counts results of torch's operators, also in autograd's
+    backward passes. handgrad's kernels do not run then. `calls()` counts results of functions that
+    Python calls.
     """
 
     def __init__(self) -> None:
@@ -27,22 +28,22 @@ class Live:
 
     @contextlib.contextmanager
     def operations(self) -> Iterator[None]:
-        """While it is open, the results of all operators count."""
+        """A context in which results of all operators count."""
         with _Operations(self):
             yield
 
     @contextlib.contextmanager
     def calls(self) -> Iterator[None]:
-        """While it is open, the results of all functions of torch that Python calls count."""
+        """A context in which results of torch's functions that Python calls count."""
         with _Calls(self):
             yield
 
     def leave_out(self, *tensors: torch.Tensor) -> None:
-        """Never count the memory of these tensors, which must stay alive."""
+        """Never counts the memory of these tensors, which must stay alive."""
         self._known.update(id(tensor.untyped_storage()) for tensor in tensors)
 
     def add(self, result: Any) -> Any:
-        """Count the memory of the tensors in a result, each piece once; the result."""
+        """Counts the memory of the tensors in a result, each piece once. Returns the result."""
         for tensor in tree_leaves(result):
             if not isinstance(tensor, torch.Tensor):
                 continue
@@ -80,9 +81,9 @@ class _Calls(TorchFunctionMode):
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         inside = getattr(func, "__wrapped__", None)
-        if inside is not None:  # a function of Python's, with others in it
+        if inside is not None:  # a Python function that calls others
             with _Calls(self.live):
                 return inside(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
-        # What only reads a tensor gives back no new one, and would be followed for ever.
+        # `add` itself calls untyped_storage, so counting that would never end.
         return result if func.__name__ == "untyped_storage" else self.live.add(result)

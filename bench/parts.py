@@ -1,5 +1,5 @@
-"""What `python -m bench all` runs, in order: compilation, self-check, tests, sanitizer, exchange,
-soak, tables. Each a command.
+"""The parts of `python -m bench all` in order: compilation, self-check, tests, sanitizer, exchange,
+soak, tables. Each is a command.
 """
 
 import importlib.util
@@ -17,10 +17,10 @@ from . import sanitizer
 
 ROOT = Path(__file__).parents[1]
 SOAK_EPOCHS = 300
-_WORKERS = 16  # of pytest at most: they share one GPU, and each compiles what it launches
-_KERNEL = 0.6  # seconds of a core for compiling a kernel
-# part -> (what pytest is given, kernels that it compiles into a cold cache, seconds of the rest):
-# each fits ten minutes on 16 cores.
+_WORKERS = 16  # pytest's processes at most; they share one GPU, and each compiles its kernels
+_KERNEL = 0.6  # a core's seconds for compiling a kernel
+# part -> (pytest's arguments, kernels compiled into a cold cache, seconds of the rest). Each part
+# fits ten minutes on 16 cores.
 TESTS = {
     "tests-kernels": (("tests/kernels",), 1100, 150),
     "tests-mlp": (("tests/mlp",), 200, 200),
@@ -31,8 +31,7 @@ TESTS = {
         60,
     ),
 }
-# Seconds that a table needs on a GPU, in the order in which they run: what is most asked for comes
-# first.
+# Seconds that a table needs on a GPU. They run in this order, the most important first.
 TABLES = {
     "exchange": 10,
     "soak": 40,
@@ -53,10 +52,10 @@ TABLES = {
 
 @dataclass(frozen=True)
 class Part:
-    """A command that runs in a process of its own, or `reason`, why it cannot run here.
+    """A command that runs in a process of its own, or the `reason` why it cannot run here.
 
-    seconds: what it needs on a GPU. quote: from all that the command printed, what to put into the
-    summary; None for a table, whose NAME.json says it.
+    seconds: its time on a GPU. quote: a function from all that the command printed to the summary's
+    headline. It is None for a table, whose NAME.json has the headline.
     """
 
     name: str
@@ -68,12 +67,12 @@ class Part:
 
 
 def last(pattern: str, log: str) -> str:
-    """The last match of a pattern."""
+    """The last match of a pattern, or ""."""
     return (re.findall(pattern, log) or [""])[-1]
 
 
 def _verdicts(log: str) -> str:
-    """Of the self-check's table, how many rows are right."""
+    """How many rows of the self-check's table passed, as a sentence."""
     found = re.findall(r"^\w+ +\w+ .* (ok|FAIL) ", log, re.M)
     return f"{found.count('ok')} of {len(found)} checks of kernels passed"
 
@@ -83,9 +82,7 @@ def _python(*arguments: str) -> tuple[str, ...]:
 
 
 def _info() -> Part:
-    """`handgrad info --check`; where the command line's package is not installed, the self-check
-    that it would run.
-    """
+    """`handgrad info --check`, or where typer is not installed, the self-check alone."""
     command = (
         _python("-m", "mlp", "info", "--check")
         if importlib.util.find_spec("typer")
@@ -95,7 +92,7 @@ def _info() -> Part:
 
 
 def _compilation(on_gpu: bool) -> Part:
-    """Every kernel of the self-check, over all cores: some 225 are not in a cold cache."""
+    """Compiles the self-check's kernels on all cores, about 225 with a cold cache."""
     if not on_gpu:
         return Part("compile", reason="needs a GPU")
     shared = partial(last, r"\d+ of \d+: .*")
@@ -103,13 +100,13 @@ def _compilation(on_gpu: bool) -> Part:
 
 
 def _compiling(kernels: int) -> float:
-    """Seconds in which this machine compiles so many kernels."""
+    """Seconds that this machine needs to compile so many kernels."""
     return kernels * _KERNEL / min(_WORKERS, os.cpu_count() or 1)
 
 
 def _tests() -> list[Part]:
-    """The suite in parts, on the GPU where there is one; tests whose packages are missing do not
-    keep the others from running.
+    """The suite in parts, on the GPU if there is one. Tests without their packages do not stop the
+    others.
     """
     if importlib.util.find_spec("pytest") is None:
         return [Part(name, reason="needs pytest") for name in TESTS]
@@ -128,8 +125,7 @@ def _sanitizer(tool: str, on_gpu: bool) -> Part:
     path = sanitizer.find()
     if not on_gpu or path is None:
         return Part(tool, reason=f"{sanitizer.NAME} not found" if on_gpu else "needs a GPU")
-    # torch tries driver calls to see whether they are there: those that fail are no errors of a
-    # kernel.
+    # torch tries driver calls to see whether they exist. Those failures are no errors of a kernel.
     options = ("--report-api-errors", "no") if tool == "memcheck" else ()
     command = (
         path,
@@ -140,8 +136,8 @@ def _sanitizer(tool: str, on_gpu: bool) -> Part:
         "9",
         *_python("-m", "bench.each_kernel"),
     )
-    # With torch's cache, memory beyond a tensor may belong to another: each tensor takes an
-    # allocation of its own.
+    # With torch's cache, memory beyond a tensor may belong to another tensor, which hides an error.
+    # Without it, each tensor has its own allocation.
     return Part(
         tool,
         command,

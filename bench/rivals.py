@@ -1,9 +1,9 @@
-"""What a PyTorch user writes to train the reference network, plainly and with each of PyTorch's
-means to make it fast.
+"""Trainings of the reference network as a PyTorch user writes them, plain and with each of
+PyTorch's ways to make them fast.
 
-A provider of trainings has `epoch(data, order)`; `enqueue`, the same without anything that waits
-for the GPU; and `losses`, every step's loss. `start`: the initial weights and biases, which are
-left alone. `optimizer`: a function of the parameters.
+A provider of trainings has three methods: `epoch(data, order)` trains, `enqueue` does the same
+without waiting for the GPU, and `losses` trains and returns every step's loss. `start` holds the
+initial weights and biases, which stay unchanged. `optimizer` is a function of the parameters.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ SIZES, BATCH = (784, 100, 50, 10), 32
 
 
 class NotHereError(RuntimeError):
-    """A provider that this machine cannot run, and what it needs."""
+    """This machine cannot run a provider. The text says what it needs."""
 
 
 def weights(on) -> list[torch.Tensor]:
-    """[w_1, b_1, w_2, …] as torch.nn.Linear draws them, always the same."""
+    """[w_1, b_1, w_2, …] from torch.nn.Linear's distribution, always the same numbers."""
     g = torch.Generator().manual_seed(0)
 
     def uniform(fan_in, *shape):
@@ -32,8 +32,8 @@ def weights(on) -> list[torch.Tensor]:
 
 
 class Eager:
-    """nn.Sequential, cross_entropy, backward, an optimizer of torch.optim; batches gathered from
-    tensors on the device.
+    """nn.Sequential, cross_entropy, backward and an optimizer of torch.optim. Batches are gathered
+    from tensors on the device.
     """
 
     def __init__(self, start, optimizer, data):
@@ -46,7 +46,7 @@ class Eager:
 
     @torch.no_grad()
     def _reset(self):
-        """Go back to the first step, where the states of SGD and Adam are zeros."""
+        """Goes back to the first step, where the states of SGD and Adam are zeros."""
         for p, value in zip(self.model.parameters(), self.start):
             p.copy_(value)
         for state in self.optimizer.state.values():
@@ -54,11 +54,11 @@ class Eager:
                 value.zero_()
 
     def forward_loss(self, x, y):
-        """The batch's loss, with its tape."""
+        """The batch's loss, with its graph."""
         return torch.nn.functional.cross_entropy(self.model(x), y)
 
     def step(self, x, y):
-        """One step; its loss."""
+        """Takes one step and returns its loss."""
         self.optimizer.zero_grad()
         loss = self.forward_loss(x, y)
         loss.backward()
@@ -66,14 +66,14 @@ class Eager:
         return loss.detach()
 
     def epoch(self, data, order):
-        """Train on the samples of `order`."""
+        """Trains on the samples of `order`."""
         for rows in order.split(BATCH):
             self.step(*data.batch(rows))
 
     enqueue = epoch
 
     def losses(self, data, order) -> list[float]:
-        """Train as `epoch` does, reading every loss."""
+        """Trains as `epoch` does. Returns every step's loss."""
         return [float(self.step(*data.batch(rows))) for rows in order.split(BATCH)]
 
 
@@ -90,8 +90,8 @@ class Compiled(Eager):
         self.update = torch.compile(self.optimizer.step, mode=mode)
 
     def step(self, x, y):
-        """One step; its loss, which the next step may overwrite."""
-        # before the mark, behind which the gradients' memory may be used again
+        """Takes one step and returns its loss, which the next step may overwrite."""
+        # This comes before the mark. After the mark the gradients' memory may be used again.
         self.optimizer.zero_grad()
         torch.compiler.cudagraph_mark_step_begin()
         loss = self.forward_loss(x, y)
@@ -101,24 +101,23 @@ class Compiled(Eager):
 
 
 class Captured(Eager):
-    """A whole step, gathering of the batch included, captured in a CUDA graph by hand: a copy of
-    indices and a replay a step.
+    """A whole step, with the gathering of its batch, captured in a CUDA graph by hand. A step is a
+    copy of indices and a replay.
     """
 
     def __init__(self, start, optimizer, data):
         if start[0].device.type != "cuda":
             raise NotHereError("needs a GPU")
         super().__init__(start, optimizer, data)
-        self.data = dataclasses.replace(
-            data, _buffers={}
-        )  # the batch's buffers, which nobody else makes anew
+        # with buffers for batches that no other provider replaces
+        self.data = dataclasses.replace(data, _buffers={})
         self.rows = torch.zeros(BATCH, dtype=torch.int64, device=start[0].device)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), warnings.catch_warnings():
-            # torch's Adam says of these steps that they are not captured.
+            # torch's Adam warns that these steps are not captured.
             warnings.filterwarnings("ignore", message=".*capturable=True", category=UserWarning)
-            for _ in range(3):  # libraries and autograd allocate what they keep before the capture
+            for _ in range(3):  # so that libraries and autograd allocate before the capture
                 self.step(*self.data.batch(self.rows))
         torch.cuda.current_stream().wait_stream(stream)
         self._reset()
@@ -127,8 +126,8 @@ class Captured(Eager):
             self.loss = self.step(*self.data.batch(self.rows))
 
     def epoch(self, data, order):
-        """Train on the samples of `order`: of the data set given at the beginning, in whole
-        batches.
+        """Trains on the samples of `order` in whole batches, from the data set of the
+        constructor.
         """
         for rows in order.split(BATCH):
             self.rows.copy_(rows)
@@ -137,7 +136,7 @@ class Captured(Eager):
     enqueue = epoch
 
     def losses(self, data, order):
-        """Train as `epoch` does, reading every loss."""
+        """Trains as `epoch` does. Returns every step's loss."""
         found = []
         for rows in order.split(BATCH):
             self.epoch(data, rows)

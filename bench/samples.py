@@ -1,4 +1,4 @@
-"""The images that the trainings are timed on."""
+"""The images for the timed trainings."""
 
 import os
 from pathlib import Path
@@ -10,12 +10,12 @@ from mlp import data
 
 
 def mnist(on) -> mlp.Dataset:
-    """MNIST's training images from $HANDGRAD_DATA, else random pixels of its shape; the name says
-    which, and why.
+    """MNIST's training images from $HANDGRAD_DATA, else random pixels of their shape. The name says
+    which.
     """
     folder = os.environ.get("HANDGRAD_DATA")
     name = "random pixels of MNIST's shape"
-    if folder and (Path(folder) / "MNIST").is_dir():  # else loading would try to download
+    if folder and (Path(folder) / "MNIST").is_dir():  # without it, loading would download
         try:
             return data.load("mnist")[0].to(on)
         except data.DataError as error:

@@ -1,4 +1,4 @@
-"""Where NVIDIA's compute-sanitizer lies, if it is installed."""
+"""Finds NVIDIA's compute-sanitizer."""
 
 import importlib.util
 import os
@@ -6,15 +6,12 @@ import shutil
 from pathlib import Path
 
 NAME = "compute-sanitizer"
-_BELOW = (
-    "bin",
-    "compute-sanitizer",
-    "extras/compute-sanitizer",
-)  # of a CUDA folder, or of a wheel's
+# folders inside a CUDA folder or a wheel
+_BELOW = ("bin", "compute-sanitizer", "extras/compute-sanitizer")
 
 
 def find() -> str | None:
-    """Its path: from PATH, CUDA's folders, or the folders of the nvidia and triton wheels."""
+    """Its path from PATH, CUDA's folders, or the nvidia and triton wheels. None if not found."""
     folders = [
         Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)
     ]

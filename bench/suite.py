@@ -1,5 +1,5 @@
-"""Runs parts one after the other, each in a process of its own with a time limit: what one does,
-the others survive.
+"""Runs parts one after the other, each in a process of its own with a time limit. A part that fails
+or hangs does not stop the others.
 """
 
 import json
@@ -14,20 +14,21 @@ from . import summary
 from .parts import ROOT, Part
 from .table import one_line
 
-GPU_SECONDS = 540.0  # of the whole run on a GPU
-_ENOUGH = 0.9  # of what a part needs, to begin it
-CPU_LIMIT = 1800.0  # seconds of one part without a GPU, where there is no limit of the whole
+GPU_SECONDS = 540.0  # the whole run's time on a GPU
+_ENOUGH = 0.9  # a part starts if this share of its time is left
+CPU_LIMIT = 1800.0  # seconds for one part without a GPU, where the whole run has no limit
 
 
 def run(
     parts: list[Part], out: Path, skip=(), seconds: float | None = None, resume: bool = False
 ) -> int:
-    """Run the parts, rewriting the summary in `out` after each; 1 if one failed or timed out, else
-    0.
+    """Runs the parts and rewrites the summary in `out` after each.
 
-    seconds: of the whole run. A part may then take what those after it do not need, and begins only
-    if nearly what it needs is left; the first may take all. resume: what passed before, of the same
-    commit on the same machine, is not run again.
+    Returns 1 if a part failed or timed out, else 0.
+
+    seconds: of the whole run. A part may then use the time that later parts do not need. It starts
+    only if nearly all of its own time is left. The first part always starts and may use all.
+    resume: parts that passed before, on the same commit and machine, do not run again.
     """
     (out / "logs").mkdir(parents=True, exist_ok=True)
     page, started = summary.start([part.name for part in parts]), time.monotonic()
@@ -40,7 +41,7 @@ def run(
             later = sum(p.seconds for p in running[running.index(part) + 1 :])
             left = None if seconds is None else seconds - (time.monotonic() - started)
             if left is not None and left < _ENOUGH * part.seconds and part is not running[0]:
-                print(f"{part.name}: not begun; go on with --resume", flush=True)
+                print(f"{part.name}: not started; go on with --resume", flush=True)
                 continue
             limit = CPU_LIMIT if left is None else max(left - later, min(left, part.seconds))
             print(f"{part.name}: at most {limit:.0f} s", file=sys.stderr, flush=True)
@@ -56,9 +57,9 @@ def run(
 
 
 def execute(part: Part, limit: float, out: Path) -> dict:
-    """Status, seconds and headline of one part; all that it prints goes to its log."""
+    """Runs one part and returns its status, seconds and headline. Its output goes to its log."""
     made, log = out / f"{part.name}.json", out / "logs" / f"{part.name}.log"
-    made.unlink(missing_ok=True)  # of a run before
+    made.unlink(missing_ok=True)  # from an earlier run
     started, status = time.monotonic(), None
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -75,10 +76,8 @@ def execute(part: Part, limit: float, out: Path) -> dict:
         except subprocess.TimeoutExpired:
             status = summary.TIMED_OUT
         finally:
-            if status in (
-                None,
-                summary.TIMED_OUT,
-            ):  # interrupted, or too slow: with all its children
+            if status in (None, summary.TIMED_OUT):  # interrupted or too slow
+                # ends its children, too
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     text = log.read_text(errors="replace")

@@ -1,4 +1,4 @@
-"""One page about a run of `python -m bench all`: summary.md for people, summary.json for
+"""The summary of a run of `python -m bench all`, as summary.md for people and summary.json for
 programs.
 """
 
@@ -14,7 +14,7 @@ WAITING, PASSED, FAILED, TIMED_OUT, SKIPPED = "waiting", "passed", "failed", "ti
 
 
 def commit() -> str:
-    """The commit that is checked out, with -dirty if files were changed; "unknown" without git."""
+    """The checked-out commit, with -dirty if files were changed, or "unknown" without git."""
     try:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
         return subprocess.run(
@@ -25,7 +25,7 @@ def commit() -> str:
 
 
 def start(names: list[str]) -> dict:
-    """The summary before anything ran: what, where and when, and every part as waiting."""
+    """The summary before anything ran, with every part as waiting."""
     parts = [{"part": name, "status": WAITING, "seconds": None, "headline": ""} for name in names]
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     return {
@@ -39,8 +39,9 @@ def start(names: list[str]) -> dict:
 
 
 def passed(folder: Path, now: dict) -> dict[str, dict]:
-    """Name -> row of what passed in the run whose summary lies in `folder`; nothing of another
-    commit or machine.
+    """{name: row} of the parts that passed in the run whose summary is in `folder`.
+
+    It is empty if that run was of another commit or machine.
     """
     try:
         before = json.loads((folder / "summary.json").read_text())
@@ -52,7 +53,7 @@ def passed(folder: Path, now: dict) -> dict[str, dict]:
 
 
 def verdict(parts: list[dict]) -> str:
-    """Failed if one part did or took too long; else whether there is still something to do."""
+    """FAILED if a part failed or timed out, WAITING if one has not run, else PASSED."""
     statuses = [part["status"] for part in parts]
     if FAILED in statuses or TIMED_OUT in statuses:
         return FAILED
@@ -60,8 +61,9 @@ def verdict(parts: list[dict]) -> str:
 
 
 def write(summary: dict, folder: Path) -> None:
-    """summary.md and summary.json in `folder`, each replaced at once: a run that is cut off leaves
-    whole files.
+    """Writes summary.md and summary.json into `folder`.
+
+    Each file is replaced at once, so a run that is cut off leaves whole files.
     """
     for name, text in (
         ("summary.json", json.dumps(summary, indent=1)),
@@ -73,7 +75,7 @@ def write(summary: dict, folder: Path) -> None:
 
 
 def markdown(summary: dict) -> str:
-    """The page: a row for each part."""
+    """The page as Markdown, with a row for each part."""
     words = {
         WAITING: "cut off, or still running",
         PASSED: "everything that ran here passed",
@@ -100,7 +102,6 @@ def markdown(summary: dict) -> str:
         [
             *lines,
             "",
-            "Everything a part printed is in `logs/PART.log`, the tables in `NAME.md` and "
-            "`NAME.json`.",
+            "Each part's output is in `logs/PART.log`, each table in `NAME.md` and `NAME.json`.",
         ]
     )

@@ -1,6 +1,4 @@
-"""What a benchmark leaves: a table as Markdown and JSON that names the command, the machine and the
-versions.
-"""
+"""A benchmark's table, as Markdown and JSON. It names the command, the machine and the versions."""
 
 import datetime
 import json
@@ -13,12 +11,12 @@ import triton
 
 
 def device() -> torch.device:
-    """The GPU if there is one."""
+    """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def machine() -> str:
-    """Processor or GPU, and the versions that matter, in one line."""
+    """Processor or GPU, and versions, in one line."""
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
     else:
@@ -32,7 +30,9 @@ def machine() -> str:
 
 
 def one_line(error: BaseException | str) -> str:
-    """An error as a cell of a table: its kind, and the first line of what it says."""
+    """An error as a table's cell: its class and the first line of its text, at most 160
+    characters.
+    """
     text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
     first = next((line.strip() for line in text.splitlines() if line.strip()), "")
     return (first if len(first) <= 160 else first[:159] + "…").replace("|", "\\|")
@@ -40,10 +40,10 @@ def one_line(error: BaseException | str) -> str:
 
 @dataclass
 class Table:
-    """Rows of named values with a title, what was run, and where.
+    """Rows of named values with a title, the command and the machine.
 
-    not_run: why there are no rows, such as "needs a GPU". failed: in one line, what makes the exit
-    status 1: something of ours is wrong, not merely slow. headline: the figures to quote.
+    not_run: why there are no rows, such as "needs a GPU". failed: a fault of ours in one line,
+    which makes the exit status 1. headline: the figures to quote.
     """
 
     title: str
@@ -75,7 +75,7 @@ class Table:
         return "\n".join([*lines, f"`{self.command}`, {self.date}: {self.machine}"])
 
     def write(self, folder: Path) -> None:
-        """NAME.md and NAME.json in `folder`, NAME from the command `python -m bench NAME …`."""
+        """Writes NAME.md and NAME.json into `folder`. NAME comes from `python -m bench NAME …`."""
         folder.mkdir(parents=True, exist_ok=True)
         stem = self.command.split()[3]
         (folder / f"{stem}.md").write_text(self.markdown() + "\n")
@@ -83,7 +83,7 @@ class Table:
 
 
 def figure(value) -> str:
-    """A cell: a dash for None, numbers to three digits."""
+    """A value as a cell: a dash for None, floats to about three digits."""
     if value is None:
         return "–"
     if not isinstance(value, float):

@@ -1,5 +1,5 @@
-"""Trainings of the reference network, ours and others', checked to be the same training and then
-timed.
+"""Trainings of the reference network, ours and others'. They are checked to be the same training,
+then timed.
 """
 
 import time
@@ -16,18 +16,16 @@ from .rivals import BATCH, SIZES, NotHereError, weights
 from .samples import mnist
 from .table import Table, device, figure, one_line
 
-STEPS = {
-    "cpu": 50,
-    "cuda": 1875,
-}  # of an epoch that is timed; on a GPU, where they are short, all of MNIST's
+# Steps of a timed epoch. On a GPU steps are short, so all of MNIST's are timed.
+STEPS = {"cpu": 50, "cuda": 1875}
 ROUNDS = {"cpu": 9, "cuda": 5}
 _CHECKED = 20  # steps whose losses are compared with the first provider's
-_BUILDING = 60  # seconds after which no other provider is built: compilers can take minutes
-_PROFILED = 100  # steps
+_BUILDING = 60  # seconds after which no other provider is built, as compilers can take minutes
+_PROFILED = 100  # steps under the profiler
 
 
 class Ours:
-    """An engine of mlp as a provider, see `rivals`."""
+    """An engine of mlp as a provider of trainings, see bench/rivals.py."""
 
     def __init__(self, start, optimizer, data, name):
         model = mlp.MLP(SIZES, activation="sigmoid", device=start[0].device)
@@ -41,11 +39,11 @@ class Ours:
         self.engine = engines.ENGINES[name](model, loss, optimizer)
 
     def epoch(self, data, order):
-        """Train on the samples of `order`."""
+        """Trains on the samples of `order`."""
         self.engine.epoch(data, order, BATCH)
 
     def enqueue(self, data, order):
-        """The same, leaving the results on the device."""
+        """Trains, and leaves the results on the device."""
         if hasattr(self.engine, "result"):
             self.engine.result = lambda *results: None
             self.epoch(data, order)
@@ -56,23 +54,24 @@ class Ours:
                     self.engine.step(*data.batch(rows))
 
     def losses(self, data, order):
-        """Every step's loss."""
+        """Trains, and returns every step's loss."""
         return [self.engine.epoch(data, rows, BATCH).loss for rows in order.split(BATCH)]
 
 
 def ours(optimizer) -> dict:
-    """Name -> constructor, of every engine, with an optimizer of mlp."""
+    """{name: constructor} of every engine, with an optimizer of mlp."""
     return {name: partial(Ours, optimizer=optimizer, name=name) for name in engines.ENGINES}
 
 
 def build(constructors: dict, data, order, tolerance: float) -> tuple[dict, dict, dict]:
-    """Providers that train as the first does; why others do not, name -> error; and what those need
-    that cannot run here.
+    """({name: provider}, {name: error}, {name: why it cannot run here}).
+
+    The providers train as the first one does. The others have an error or a reason.
     """
     providers, losses, wrong, missing, started = {}, {}, {}, {}, time.perf_counter()
     for name, make in constructors.items():
         if (spent := time.perf_counter() - started) > _BUILDING:
-            missing[name] = f"not begun after {spent:.0f} s of building others"
+            missing[name] = f"not built, as building others took {spent:.0f} s"
             continue
         try:
             provider = make(start=weights(order.device), data=data)
@@ -81,9 +80,7 @@ def build(constructors: dict, data, order, tolerance: float) -> tuple[dict, dict
             providers[name] = provider
         except NotHereError as reason:
             missing[name] = str(reason)
-        except (
-            Exception
-        ) as error:  # a compiler's or a driver's: the other providers are still timed
+        except Exception as error:  # such as a compiler's error; the others are still timed
             wrong[name] = one_line(error)
     for name, error in harness.errors({name: losses[name] for name in providers}).items():
         if error > tolerance:
@@ -96,7 +93,7 @@ def build(constructors: dict, data, order, tolerance: float) -> tuple[dict, dict
 
 
 def table(title: str, command: str, constructors: dict, tolerance: float, note: str) -> Table:
-    """A row for each provider, µs a step. The ratio is to the first provider's."""
+    """A row for each provider, with µs a step and the ratio to the first provider."""
     on = device()
     data = mnist(on)
     order = datasets.permutation(len(data), 0, 0, on)[: STEPS[on.type] * BATCH]
@@ -139,12 +136,12 @@ def table(title: str, command: str, constructors: dict, tolerance: float, note: 
 
 
 def _parts(provider, data, order) -> dict:
-    """Columns that need a GPU: how long a step keeps the host, and how long the device."""
+    """The columns that need a GPU: µs that a step keeps the host and the device busy."""
     host = harness.host_seconds(partial(provider.enqueue, data, order), rounds=3) / (
         len(order) / BATCH
     )
     try:
         busy = harness.device_seconds(partial(provider.enqueue, data, order[: _PROFILED * BATCH]))
-    except RuntimeError:  # the profiler needs counters that not every machine gives it
+    except RuntimeError:  # not every machine gives the profiler its counters
         busy = None
     return {"host µs": host * 1e6, "device busy µs": busy and busy / _PROFILED * 1e6}

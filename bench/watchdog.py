@@ -1,5 +1,5 @@
-"""A child process that must keep showing signs of life: one that hangs is killed and reported, not
-waited for.
+"""Watches a child process that must keep showing signs of life. A child that hangs is killed and
+reported.
 """
 
 import json
@@ -9,11 +9,10 @@ import threading
 
 
 def watch(command: list[str], patience: float, environment: dict | None = None) -> tuple[dict, str]:
-    """Run a command that prints JSON objects, one a line; returns the last one, {} if there is
-    none, and what went wrong.
+    """Runs a command that prints JSON objects, one a line.
 
-    patience: seconds without a line after which it counts as hanging. "" if the command ended with
-    status 0.
+    Returns (the last object or {}, what went wrong). The second is "" if the command ended with
+    status 0. patience: seconds without a line after which the command counts as hanging.
     """
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     lines, last = queue.Queue(), {}
