@@ -13,7 +13,7 @@ import torch
 import kernels
 
 from ..data.dataset import Dataset
-from ..net import Net
+from ..net import Net, stages
 from ..state import parameters_of
 from . import means, shared, takeover, updates
 from .precision import Precision
@@ -215,6 +215,18 @@ def _counts(loss, y) -> bool:
     return mask is None or bool(mask.any())
 
 
+def _threads(model: Any, device: torch.device, batch_size: int) -> int | None:
+    """1 if one CPU thread trains this network sooner than several; None leaves the choice to torch.
+
+    That is an MLP whose largest product has at most ALONE multiply-adds.
+    """
+    is_described = device.type == "cpu" and takeover.description(model) is None
+    if not is_described or len(stages(model.config())) != 1:
+        return None
+    largest = max((batch_size * p.numel() for p in parameters_of(model).values()), default=0)
+    return 1 if largest <= ALONE else None
+
+
 class Autograd(Engine):
     """A module on PyTorch's tape."""
 
@@ -240,7 +252,8 @@ class Autograd(Engine):
         on_step: Callable[..., object] | None = None,
     ) -> EpochResult:
         if self.demands.world == 1:
-            return super().epoch(data, order, batch_size, on_step)
+            with threads(_threads(self.model, order.device, batch_size)):
+                return super().epoch(data, order, batch_size, on_step)
         if self._shared is None:
             self._shared = shared.Shared(self)
         return self._shared.epoch(data, order, batch_size, on_step)
@@ -319,9 +332,7 @@ class Manual(Engine):
     ) -> EpochResult:
         self._bind()
         self.trust(data)
-        largest = max((batch_size * p.numel() for p in self.net.parameters.values()), default=0)
-        alone = order.device.type == "cpu" and len(self.net.stages) == 1 and largest <= ALONE
-        with torch.no_grad(), threads(1 if alone else None):
+        with torch.no_grad(), threads(_threads(self.model, order.device, batch_size)):
             result = super().epoch(data, order, batch_size, on_step)
         self._bound = memory(self.model, self.optimizer)  # with the states that were made
         return result
