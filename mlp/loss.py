@@ -9,12 +9,15 @@ what the backward needs.
 To add one, write its row in kernels/losses.py, and a class below with `row` and its arguments.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 import kernels
+
+# Any loss: one below, a module of torch or a function. It maps (output, target) to the loss.
+LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Criterion:
@@ -22,7 +25,12 @@ class Criterion:
 
     row: kernels.Loss
 
-    def __init__(self, reduction: str = "mean", scale: float = 1.0, parameter: Any = None):
+    def __init__(
+        self,
+        reduction: str = "mean",
+        scale: float = 1.0,
+        parameter: float | Sequence[float] | None = None,
+    ):
         self.reduction, self.scale = reduction, scale
         self.parameter = parameter  # a number, one number for each output, or None
         self._value: torch.Tensor | None = None
@@ -310,7 +318,7 @@ def _numbers(row, parameter):
     return numbers[0] if len(numbers) == 1 else numbers
 
 
-def per_sample(loss: Any, value: float, rows: int) -> float:
+def per_sample(loss: LossFunction, value: float, rows: int) -> float:
     """A batch's loss as a mean over its samples.
 
     A loss with reduction="sum" is divided by `rows`, so that batches of different sizes compare.

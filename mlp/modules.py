@@ -162,7 +162,7 @@ class MLP(nn.Module):
         }
 
 
-def _is_plain(layer: Any, activation: str) -> bool:
+def _is_plain(layer: nn.Module | None, activation: str) -> bool:
     """True if a call of this layer only runs `kernels.linear` with this activation."""
     if type(layer) is not Linear or layer.activation != activation:
         return False
@@ -191,7 +191,7 @@ class Conv2d(nn.Conv2d):
         out_channels: int,
         kernel_size: int,
         stride: int | tuple[int, int] = 1,
-        padding: Any = 0,
+        padding: int | tuple[int, int] | str = 0,
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
@@ -423,7 +423,8 @@ class PinballLoss(nn.Module):
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """See `kernels.pinball_loss`."""
-        target = self.loss.columns(target, input.shape[-1])
+        if target.shape != input.shape:
+            target = self.loss.columns(target, input.shape[-1])
         quantile = self.quantile if self._each is None else self._each
         return kernels.pinball_loss(input, target, quantile, self.reduction)
 
@@ -462,7 +463,7 @@ _MANUAL = {
 }
 
 
-def loss_of(loss: Any) -> Any:
+def loss_of(loss: losses.LossFunction | str | None) -> Any:
     """The loss of `mlp.loss` that computes the same as `loss`. Every engine can train it.
 
     loss: a name, a module of ours or of torch's, or None for softmax cross-entropy. Anything else,

@@ -220,11 +220,11 @@ class Net:
     def of(cls, module: Any) -> "Net":
         """A net that shares its parameters with an `mlp.MLP` or `mlp.ConvNet`.
 
-        The module's parameters become views of the net's flat tensor.
+        The module's parameters become views of the net's flat tensor. ValueError for other modules.
         """
         net = cls.__new__(cls)
         first = next(iter(module.parameters()))
-        net._build(module.config(), first.device, first.dtype)
+        net._build(_config_of(module), first.device, first.dtype)
         for name, parameter in module.named_parameters():
             net.parameters[name].copy_(parameter.detach())
             parameter.data = net.parameters[name]
@@ -238,7 +238,7 @@ class Net:
         """
         net = cls.__new__(cls)
         parameters = {name: p.detach() for name, p in module.named_parameters()}
-        net._describe(module.config())
+        net._describe(_config_of(module))
         net.flat, net.parameters = None, {name: parameters[name] for name in net._shapes}
         net._bind()
         return net
@@ -397,6 +397,13 @@ class Net:
             raise ValueError(f"Net: parameters must be {expected}, got {shapes}")
         for name, p in self.parameters.items():
             p.copy_(state[name])
+
+
+def _config_of(module: Any) -> dict:
+    describe: Any = getattr(module, "config", None)
+    if describe is None:
+        raise ValueError(f"Net: needs an mlp.MLP or mlp.ConvNet, got {type(module).__name__}")
+    return describe()
 
 
 def stages(config: dict) -> list:

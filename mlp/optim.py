@@ -13,15 +13,21 @@ import functools
 import operator
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.optim.optimizer import (
+    ParamsT,
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+)
 
 import kernels
 from kernels import launch
 from kernels.ops.optim import apply_checked
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Gradients = Sequence[torch.Tensor | None] | dict[str, torch.Tensor | None]
 
 
@@ -88,7 +94,7 @@ class Part:
         return self.rule, self.numbers, self.maximize
 
 
-def _light(method: Callable[..., Any]) -> Callable[..., Any]:
+def _light(method: Callable[P, R]) -> Callable[P, R]:
     """A method of torch's optimizers without its wrapper.
 
     The wrapper keeps the method out of compiled code. It imports torch._dynamo, which takes a
@@ -479,7 +485,7 @@ class Lion(_Ruled, torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,

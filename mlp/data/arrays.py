@@ -5,6 +5,7 @@ of a file. It decides the scale of pixels and the classes of labels, and adds a 
 decision.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ _LARGEST = 2**33  # bytes of a sparse array once it is dense
 _GATHERED = 1024  # samples in one call of a dataset's collate function
 
 
-def is_sparse(value: Any) -> bool:
+def is_sparse(value: object) -> bool:
     """True if this is a sparse matrix or array of scipy."""
     return hasattr(value, "toarray") and hasattr(value, "nnz")
 
@@ -110,7 +111,9 @@ def _tensor(array: np.ndarray, what: str) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
-def _gathered(dataset: Any, collate: Any, name: str) -> tuple[Any, Any]:
+def _gathered(
+    dataset: torch.utils.data.Dataset, collate: Callable | None, name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(inputs, targets) of a map-style dataset of torch, in the order of its indices."""
     batches = []
     for batch in DataLoader(dataset, batch_size=_GATHERED, collate_fn=collate):
@@ -181,12 +184,12 @@ def in_memory(
     return Dataset(x, y, classes, shape, name=name, columns=columns, ignored=ignored)
 
 
-def _dtype_name(dtype: Any) -> str:
+def _dtype_name(dtype: object) -> str:
     """The name of numpy's or torch's dtype, such as "float64", for either byte order."""
     return getattr(dtype, "name", None) or str(dtype).removeprefix("torch.")
 
 
-def _check_lengths(x: torch.Tensor, y: Any, name: str) -> None:
+def _check_lengths(x: torch.Tensor, y: torch.Tensor, name: str) -> None:
     if 0 in (x.dim(), y.dim()) or len(x) != len(y):
         raise DataError(
             f"{name}: inputs {tuple(x.shape)} need as many labels, got {tuple(y.shape)}"

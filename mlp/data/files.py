@@ -9,7 +9,7 @@ import stat
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -76,7 +76,7 @@ def check_size(size: int, packed: int | None, what: str) -> None:
         )
 
 
-def _check_array_header(file: Any, size: int, what: str) -> None:
+def _check_array_header(file: IO[bytes], size: int, what: str) -> None:
     """DataError if the header of a .npy announces Python objects, or more bytes than it has."""
     version = np.lib.format.read_magic(file)
     readers = {
@@ -95,7 +95,7 @@ def _check_array_header(file: Any, size: int, what: str) -> None:
         )
 
 
-def _npz(path: Path) -> dict[str, Any]:
+def _npz(path: Path) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(path) as archive:
         members = [m for m in archive.infolist() if m.filename.endswith(".npy")]
         names = [member.filename.removesuffix(".npy") for member in members]
@@ -110,7 +110,7 @@ def _npz(path: Path) -> dict[str, Any]:
         return {name: arrays[name] for name in names}
 
 
-def _npy(path: Path) -> dict[str, Any]:
+def _npy(path: Path) -> dict[str, np.ndarray]:
     size = path.stat().st_size
     check_size(size, None, str(path))
     with path.open("rb") as file:
@@ -174,7 +174,7 @@ def _merged(paths: Sequence[Path]) -> dict[str, Any]:
     return merged
 
 
-def _chosen(arrays: dict[str, Any], paths: Sequence[Path]) -> list[str | None]:
+def _chosen(arrays: dict[str, object], paths: Sequence[Path]) -> list[str | None]:
     """Names in `arrays` of training inputs, training labels, test inputs and test labels.
 
     The last two are None if there are no such arrays.
@@ -194,7 +194,7 @@ def _chosen(arrays: dict[str, Any], paths: Sequence[Path]) -> list[str | None]:
     )
 
 
-def _check_kind(value: Any, what: str) -> None:
+def _check_kind(value: object, what: str) -> None:
     """DataError if a variable of a .mat file is no array of numbers or words."""
     fields = getattr(getattr(value, "dtype", None), "names", None)
     if fields:

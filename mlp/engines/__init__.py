@@ -7,10 +7,9 @@ builds the engine and calls its `epoch` once for each epoch. To add one, write a
 `refuses` and `epoch`, and put it into the table. "auto" takes the last engine that serves.
 """
 
-from typing import Any
-
 import torch
 
+from ..loss import LossFunction
 from ..net import Net
 from .epochwise import Epoch
 from .graphs import Graph
@@ -40,7 +39,7 @@ ENGINES: dict[str, type[Engine]] = {
 def choose(
     name: str,
     model: Net | torch.nn.Module,
-    loss: Any,
+    loss: LossFunction,
     optimizer: torch.optim.Optimizer,
     batch_size: int = 1,
     demands: Demands | None = None,

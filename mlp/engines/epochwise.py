@@ -131,19 +131,19 @@ class Fused(Engine):
         for part in parts:
             part.advance(0)  # torch's schedulers ask whether a step was taken
         for step in range(steps if per_step else 1):
-            for part, rule, table in zip(parts, rules, tables):
+            for part, rule, rows in zip(parts, rules, tables):
                 if part.rule is not rule:
                     raise ValueError(
                         f"{self.name}: the schedule moves {rule.name} to {part.rule.name} at step "
                         f"{step} of the epoch, but one launch takes all steps by one rule; use "
                         "engine 'manual'"
                     )
-                table.append([float(number) for number in part.numbers])
+                rows.append([float(number) for number in part.numbers])
             if per_step and self.moves is not None:
                 self.moves()
         device = self.parameters[0].device
-        made = [torch.tensor(table, dtype=torch.float32, device=device) for table in tables]
-        return made if per_step else [table[0] for table in made]
+        made = [updates.table(rows, device) for rows in tables]
+        return made if per_step else [rows[0] for rows in made]
 
     def run(
         self,

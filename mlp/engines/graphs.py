@@ -9,7 +9,7 @@ compared before each epoch (`Bound`). If it differs, a new graph is captured.
 import contextlib
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -82,7 +82,7 @@ class Now(NamedTuple):
     numbers: list
 
 
-def _fact(value: Any) -> Any:
+def _fact(value: object) -> object:
     """A value that can be compared. For a tensor these are its address, layout and dtype."""
     if isinstance(value, torch.Tensor):
         # A count on the CPU is read before the epoch, so its address does not matter.
@@ -100,7 +100,12 @@ class Graph(Fused):
 
     name = "graph"
 
-    def __init__(self, model: Net | torch.nn.Module, loss: Any, optimizer: torch.optim.Optimizer):
+    def __init__(
+        self,
+        model: Net | torch.nn.Module,
+        loss: losses.LossFunction,
+        optimizer: torch.optim.Optimizer,
+    ):
         super().__init__(model, loss, optimizer)
         self._bound: Bound | None = None
         self._steps: _TwoLaunches | _Chain | None = None
@@ -109,7 +114,7 @@ class Graph(Fused):
     def refuses(
         cls,
         model: Net | torch.nn.Module,
-        loss: Any,
+        loss: losses.LossFunction,
         optimizer: torch.optim.Optimizer,
         batch_size: int = 1,
     ) -> str | None:

@@ -7,13 +7,13 @@ weights each batch by that sum. So it equals the loss of all samples in one batc
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..loss import SoftmaxCrossEntropy
+from ..loss import LossFunction, SoftmaxCrossEntropy
 
 _ENTROPIES = (SoftmaxCrossEntropy, nn.CrossEntropyLoss, nn.NLLLoss)
 _FUNCTIONS = (F.cross_entropy, F.nll_loss)
@@ -30,7 +30,7 @@ class Reading(NamedTuple):
     reduction: str = "mean"
 
 
-def reading(loss: Any) -> Reading:
+def reading(loss: LossFunction) -> Reading:
     """How this loss reduces a batch.
 
     loss: one of our losses, of torch's modules, or of torch's functions, also as a partial. Any
@@ -49,13 +49,13 @@ def reading(loss: Any) -> Reading:
     return Reading(reduction=reduction)
 
 
-def is_entropy(loss: Any) -> bool:
+def is_entropy(loss: LossFunction) -> bool:
     """True if the loss reads outputs as logits of classes."""
     function = loss.func if isinstance(loss, functools.partial) else loss
     return isinstance(loss, _ENTROPIES) or function in _FUNCTIONS
 
 
-def counted(loss: Any, targets: torch.Tensor) -> torch.Tensor | None:
+def counted(loss: LossFunction, targets: torch.Tensor) -> torch.Tensor | None:
     """(N,) bool, True for labels that the loss does not ignore. None if it ignores no label."""
     ignored = reading(loss).ignore_index
     if ignored is None or targets.is_floating_point():
@@ -63,7 +63,7 @@ def counted(loss: Any, targets: torch.Tensor) -> torch.Tensor | None:
     return targets.long() != ignored  # in uint8, 156 would equal -100
 
 
-def weights(loss: Any, targets: torch.Tensor) -> torch.Tensor:
+def weights(loss: LossFunction, targets: torch.Tensor) -> torch.Tensor:
     """(N,) float64: the share of each sample in the number that divides a batch's loss.
 
     targets: labels (N,), or numbers (N, …), where every sample weighs 1. A loss with reduction
@@ -79,7 +79,9 @@ def weights(loss: Any, targets: torch.Tensor) -> torch.Tensor:
     return weight.detach().to(targets.device, torch.float64)[known] * mask
 
 
-def share(loss: Any, part: torch.Tensor, whole: torch.Tensor, ignored: bool = True) -> float:
+def share(
+    loss: LossFunction, part: torch.Tensor, whole: torch.Tensor, ignored: bool = True
+) -> float:
     """The factor of the loss of `part` in the loss of the batch `whole` that contains it.
 
     The batch's loss is the sum of its parts' losses, each times its share. ignored: False if the
@@ -94,7 +96,7 @@ def share(loss: Any, part: torch.Tensor, whole: torch.Tensor, ignored: bool = Tr
 
 
 def mean(
-    loss: Any,
+    loss: LossFunction,
     values: Sequence[float],
     targets: torch.Tensor,
     batch_size: int,
@@ -130,7 +132,7 @@ def _batches(loss, targets: torch.Tensor, batch_size: int) -> tuple[list[float],
     return sums, [count > 0 for count in counts]
 
 
-def right(loss: Any, predictions: torch.Tensor, targets: torch.Tensor) -> tuple[int, int]:
+def right(loss: LossFunction, predictions: torch.Tensor, targets: torch.Tensor) -> tuple[int, int]:
     """(correct predictions, labels) of the labels (N,) that the loss does not ignore."""
     mask, hits = counted(loss, targets), predictions == targets
     if mask is None:

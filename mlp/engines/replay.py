@@ -10,11 +10,12 @@ are repeated unchanged. All other calls write into the memory of their first res
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+R = TypeVar("R")
 _OPERATORS = {
     "__neg__": "neg",
     "__mul__": "mul",
@@ -144,7 +145,7 @@ class Recordings:
         """Remove all recordings, when their tensors are no longer used."""
         self._known.clear()
 
-    def run(self, key: tuple, function: Callable[[], Any]) -> Any:
+    def run(self, key: tuple, function: Callable[[], R]) -> R:
         """The result of `function`, from a replay if one is recorded under this key."""
         if key in self._known:
             replay, result = self._known[key]

@@ -6,6 +6,7 @@ call of the network computes exactly that. Each function here returns None if so
 
 import inspect
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def _layers(model) -> str | None:
 _twins: dict[str, nn.Module] = {}  # the latest twin by description; building one takes 1 ms
 
 
-def _twin(described: str, config: Any) -> nn.Module:
+def _twin(described: str, config: Callable[[], dict]) -> nn.Module:
     """A network of that description, on the meta device. Its parameters take no memory."""
     if described not in _twins:
         _twins.clear()
@@ -160,7 +161,7 @@ def _parameters(model) -> str | None:
     return None
 
 
-def criterion(loss: Any) -> str | None:
+def criterion(loss: losses.LossFunction) -> str | None:
     """The reason why the loss may differ from its class, or has no gradient of ours; or None."""
     if type(loss) in losses.LOSSES.values():
         changed = [name for name in vars(loss) if hasattr(type(loss), name)]

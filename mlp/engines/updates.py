@@ -9,7 +9,7 @@ that a kernel can update instead.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ class Inline(Separate):
             return numbers
         if self._written != numbers:
             self._written = numbers
-            self._row = torch.tensor(numbers, dtype=torch.float32, device=device)
+            self._row = table([numbers], device)[0]
         return self._row
 
 
@@ -171,6 +171,11 @@ class InMemory(Separate):
         """Count so many steps."""
         for part in self.live:
             part.advance(steps)
+
+
+def table(rows: Sequence[Sequence[float]], device: torch.device) -> torch.Tensor:
+    """(rows, columns) float32 on the device: a part's numbers, for kernels to read."""
+    return torch.tensor(rows, dtype=torch.float32, device=device)
 
 
 def parameters(optimizer: torch.optim.Optimizer) -> list:

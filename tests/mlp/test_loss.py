@@ -219,6 +219,8 @@ def test_modules_compute_the_same(device):
         if expected is not None:
             torch.testing.assert_close(value, expected(output, target))
     assert repr(module) == "PinballLoss(quantile=(0.2, 0.8), reduction='mean')"
+    vector = mlp.PinballLoss(0.3)(output[:, 0], target[:, 0])  # without an axis of outputs
+    torch.testing.assert_close(vector, mlp.PinballLoss(0.3)(output[:, :1], target[:, 0]))
     assert kernels.LOSSES.keys() == LOSSES.keys()
 
 

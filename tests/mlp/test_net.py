@@ -167,3 +167,8 @@ def test_refusals():
         for kind in (Net, MLP):
             with pytest.raises(ValueError, match=message):
                 kind(*arguments)
+
+
+def test_a_net_of_another_module_is_refused():
+    with pytest.raises(ValueError, match=r"Net: needs an mlp\.MLP or mlp\.ConvNet, got Linear"):
+        Net.of(torch.nn.Linear(3, 2))
