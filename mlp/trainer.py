@@ -130,6 +130,8 @@ class Trainer:
         if reason is not None:
             raise ValueError(f"Trainer: {reason}")
         self.history = History()
+        # Trains the epochs of engine `epoch` beside those of other trainers: see `mlp.together`.
+        self.together: Callable[..., Any] | None = None
         # Seconds of all calls of `fit`: in the steps, and in measuring after an epoch.
         self.times = {"steps": 0.0, "evaluate": 0.0}
         self.schedule: Schedule | None = None
@@ -359,7 +361,7 @@ class Trainer:
             self.engine, self.engine_note = engines.choose(
                 self.requested, *arguments, batch_size, demands, steps
             )
-        self.engine.precision = self.precision
+        self.engine.precision, self.engine.together = self.precision, self.together
 
     def _mismatch(self) -> str | None:
         """Why this optimizer cannot train this network, or None."""
@@ -549,6 +551,7 @@ class Trainer:
         self.optimizer.load_state_dict(state)
         engine = type(self.engine)(self.model, self.loss, self.optimizer)
         engine.demands, engine.precision = self.engine.demands, self.precision
+        engine.together = self.together
         self.engine = engine
 
 

@@ -48,10 +48,8 @@ def joined() -> Iterator[None]:
 def start(values: Values) -> None:
     """Run this command in a process for each device. ValueError if one of them dies."""
     count = values["devices"]
-    if values["resume"]:
-        raise ValueError("--resume goes on on one device: leave --devices out")
     if values["seeds"] is not None:
-        raise ValueError("--seeds trains one network after another: leave --devices out")
+        raise ValueError("--seeds trains on one device: leave --devices out")
     port = _port()
     processes = [_process(i, count, port) for i in range(count)]
     try:

@@ -5,10 +5,12 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import recipes, schedule, scoring
+from .. import progress, recipes, schedule, scoring, together
+from ..engines.epochwise import Epoch
 from ..engines.stepwise import Diverged
 from ..runs import CONFIG, TIMES, Facts, RunFolder, Settings, logs, report
 from ..runs.disk import BusyError, write_text
@@ -49,12 +51,22 @@ def train(values: Values) -> None:
 
 def _share(values: Values) -> None:
     """This process's part of a run on several devices. Rank 0 alone speaks and writes."""
-    if values["resume"] or values["seeds"] is not None:
-        raise ValueError("--resume and --seeds train on one device: leave torchrun out")
+    if values["seeds"] is not None:
+        raise ValueError("--seeds trains on one device: leave torchrun out")
     if devices.rank() == 0:
-        _begin(values)
+        (_resume if values["resume"] else _begin)(values)
         return
-    job = _job(_new_settings(values), _loss_chosen(values))
+    job: Job | None
+    if values["resume"]:
+        job = _continued(_stored_job(values), RunFolder(values["out"]), values, writes=False)
+    else:
+        job = _job(_new_settings(values), _loss_chosen(values))
+    if job is not None:
+        _train(job)
+
+
+def _train(job: Job, **told: Any) -> None:
+    """Train. told: the functions that `Trainer.fit` calls."""
     recipe, data = job.recipe, job.data
     job.trainer.fit(
         data.train,
@@ -67,6 +79,7 @@ def _share(values: Values) -> None:
         early_stopping=recipe.early_stopping,
         augment=recipe.augment,
         validation=data.validation,
+        **told,
     )
 
 
@@ -78,15 +91,55 @@ def _several(values: Values) -> None:
     """A run for each seed, in folders beside each other, and what they reach on average."""
     if values["resume"]:
         raise ValueError("--seeds begins runs, --resume goes on with one: give one of the two")
+    logs.known(values["log"] or "")
     first = values["seed"] or 0
     name = Path((values["dataset"] or "digits").split(",")[0]).stem
     base = values["out"] or Path("runs") / f"{name}-seeds"
-    paths = [base / f"seed-{seed}" for seed in range(first, first + values["seeds"])]
-    for path in paths:
+    paths = {seed: base / f"seed-{seed}" for seed in range(first, first + values["seeds"])}
+    for path in paths.values():
         RunFolder(path).refuse_if_taken(values["force"])
-    for seed, path in enumerate(paths, first):
-        _begin({**values, "seed": seed, "out": path})
-    say(comparing.spread(paths))
+    one = _job(_new_settings({**values, "seed": first}), _loss_chosen(values))
+    reason = _not_together(one, len(paths))
+    if reason is None:
+        _together(values, paths, one.data)
+    else:
+        if len(paths) > 1:
+            say(f"one seed after another: {reason}")
+        for seed, path in paths.items():
+            _begin({**values, "seed": seed, "out": path})
+    say(comparing.spread([*paths.values()]))
+
+
+def _not_together(job: Job, seeds: int) -> str | None:
+    """Why so many networks like this one are not trained together, or None if they are."""
+    if seeds == 1:
+        return "there is one seed"
+    if job.recipe.augment:
+        return "--augment moves the images of each seed in another way"
+    left = job.epochs * -(-len(job.data.train) // job.recipe.batch_size)
+    return together.refusal(job.trainer, job.recipe.batch_size, seeds * left)
+
+
+def _together(values: Values, paths: dict[int, Path], found: setup.Data) -> None:
+    """A run for each seed; an epoch of all of them is one launch, or on a CPU one call."""
+    pack = together.Together()
+    with contextlib.ExitStack() as stack:
+        jobs, runs = [], []
+        for seed, path in paths.items():
+            settings = _new_settings({**values, "seed": seed})
+            jobs.append(_job(settings, _loss_chosen(values), found, pack))
+            runs.append(stack.enter_context(RunFolder.writing(path)))
+            runs[-1].begin(setup.located(settings), values["force"])
+        _say(jobs[0], f"; seeds {min(paths)} to {max(paths)} together")
+        bar = stack.enter_context(progress.bar(sum(map(_steps, jobs)), "step"))
+        started = time.perf_counter()
+        pack.call(
+            [
+                partial(_run, job, run, values, bar, f"seed {seed}: ")
+                for seed, job, run in zip(paths, jobs, runs, strict=True)
+            ]
+        )
+    say(f"trained {len(jobs)} networks in {time.perf_counter() - started:.1f} s")
 
 
 def _begin(values: Values) -> None:
@@ -102,12 +155,26 @@ def begin(settings: Settings, values: Values, loss_chosen: bool) -> Path:
     job = _job(settings, loss_chosen)
     with _new_folder(values["out"], settings.dataset) as run:
         run.begin(setup.located(settings), values["force"])
-        _run(job, run, values)
+        _alone(job, run, values)
         return run.path
 
 
 def _resume(values: Values) -> None:
     """A run that goes on, with the settings that are stored."""
+    job = _stored_job(values)
+    with RunFolder.writing(values["out"]) as run:
+        going = _continued(job, run, values, writes=True)
+        if going is not None:
+            _alone(going, run, values)
+            return
+        say(
+            f"nothing to do: {run.path} has {len(job.trainer.history)} epochs; for more give "
+            "--epochs"
+        )
+
+
+def _stored_job(values: Values) -> Job:
+    """The training of a run folder, before its first epoch."""
     if values["out"] is None:
         raise ValueError("--resume needs --out, the run folder to go on with")
     if values["force"]:
@@ -120,22 +187,22 @@ def _resume(values: Values) -> None:
     with setup.settings_from(values["out"] / CONFIG):
         job = _job(setup.moved(settings, values), loss_chosen=True)
     _refuse_other_data(settings, job.data.facts)
-    with RunFolder.writing(values["out"]) as run:
-        epochs = settings.recipe.epochs
-        if run.trained:
-            asked, note = run.resume(job.trainer)
-            epochs = max(epochs, asked)
-            if note:
-                complain(f"note: {note}")
-        job = job._replace(epochs=values["epochs"] or epochs)
-        _refuse_longer(job)
-        if len(job.trainer.history) >= job.epochs:
-            say(
-                f"nothing to do: {run.path} has {len(job.trainer.history)} epochs; for more give "
-                "--epochs"
-            )
-            return
-        _run(job, run, values)
+    return job
+
+
+def _continued(job: Job, run: RunFolder, values: Values, writes: bool) -> Job | None:
+    """The training as the run left it; None if it has all its epochs. writes: whether this process
+    may speak, and write to the folder.
+    """
+    epochs = job.recipe.epochs
+    if run.trained:
+        asked, note = (run.resume if writes else run.restore)(job.trainer)
+        epochs = max(epochs, asked)
+        if note and writes:
+            complain(f"note: {note}")
+    job = job._replace(epochs=values["epochs"] or epochs)
+    _refuse_longer(job)
+    return job if len(job.trainer.history) < job.epochs else None
 
 
 def _refuse_longer(job: Job) -> None:
@@ -202,26 +269,33 @@ def _refuse_other_data(settings: Settings, found: Facts) -> None:
         raise ValueError(f"{change}: train into another --out")
 
 
-def _job(settings: Settings, loss_chosen: bool) -> Job:
+def _job(
+    settings: Settings,
+    loss_chosen: bool,
+    found: setup.Data | None = None,
+    pack: together.Together | None = None,
+) -> Job:
     """Everything that a training needs, checked.
 
-    A loss that nobody chose is made to fit the targets.
+    A loss that nobody chose is made to fit the targets. found: the data, if they were read for
+    another seed of this training. pack: what trains it beside others.
     """
     started = time.perf_counter()
     on = setup.pick_device(settings.device)
     arithmetic = setup.pick_precision(settings.precision)
-    found = setup.suited(settings, setup.load_run(settings), loss_chosen)
+    found = setup.suited(settings, found or setup.load_run(settings), loss_chosen)
     recipe = settings.recipe
     model = setup.build(settings, found.train, on)
     trainer = Trainer(
         model,
         recipe.make_loss(),
         recipe.make_optimizer,
-        settings.engine,
+        settings.engine if pack is None else Epoch.name,
         verbose=False,
         precision=arithmetic.training,
         clip_norm=recipe.clip_norm,
     )
+    trainer.together = None if pack is None else pack.train
     recipe.scheduler(len(found.train))  # says now what it cannot do
     trainer.check(
         found.train,
@@ -258,19 +332,37 @@ def _new_folder(out: Path | None, dataset: str) -> Iterator[RunFolder]:
             return
 
 
-def _run(job: Job, run: RunFolder, values: Values) -> None:
-    """Say what is trained, train it, draw it."""
-    trainer, recipe, found = job.trainer, job.recipe, job.data
-    model = trainer.model
+def _say(job: Job, more: str = "") -> None:
+    """What is trained, in two lines."""
+    trainer, model = job.trainer, job.trainer.model
     count = sum(p.numel() for p in model.parameters())
-    setup.say_notes(found.train)
-    say(found.said)
+    setup.say_notes(job.data.train)
+    say(job.data.said)
     say(
-        f"{recipe.describe(model.config())}; {count:,} parameters; {trainer.engine_note}; "
-        f"{trainer.device}"
+        f"{job.recipe.describe(model.config())}; {count:,} parameters; {trainer.engine_note}; "
+        f"{trainer.device}{more}"
     )
+
+
+def _steps(job: Job) -> int:
+    """Of the epochs that are left."""
+    remaining = job.epochs - len(job.trainer.history)
+    return remaining * -(-len(job.data.train) // job.recipe.batch_size)
+
+
+def _alone(job: Job, run: RunFolder, values: Values) -> None:
+    """Say what is trained, train it, draw it."""
+    _say(job)
+    with progress.bar(_steps(job), "step") as bar:
+        _run(job, run, values, bar)
+
+
+def _run(job: Job, run: RunFolder, values: Values, bar: Any, name: str = "") -> None:
+    """Train and draw. name: what each line begins with."""
+    trainer = job.trainer
     started = time.perf_counter()
-    writing = _fit(job, run, logs.known(values["log"] or ""))
+    watch = _Watch(job, run, bar, name)
+    writing = _fit(job, run, watch, logs.known(values["log"] or ""))
     trained = time.perf_counter()
     if trainer.history:
         report.curves(trainer.history, run.path / "curves.png")
@@ -279,16 +371,18 @@ def _run(job: Job, run: RunFolder, values: Values) -> None:
     phases["draw"] = time.perf_counter() - trained
     write_text(run.path / TIMES, json.dumps(phases) + "\n")
     seconds = sum(row["seconds"] for row in trainer.history)
-    say(f"trained {seconds:.1f} s; run folder {run.path}")
+    watch.say(f"trained {seconds:.1f} s; run folder {run.path}")
     if values["plots"]:
-        results.draw(run, recipe, found.test, model)
+        results.draw(run, job.recipe, job.data.test, trainer.model)
 
 
 class _Watch:
     """What follows an epoch: it is recorded, logged and said. seconds: spent on that."""
 
-    def __init__(self, job: Job, run: RunFolder, bar: Any, log: list[Any]):
-        self.job, self.run, self.bar, self.log, self.seconds = job, run, bar, log, 0.0
+    def __init__(self, job: Job, run: RunFolder, bar: Any, name: str):
+        self.job, self.run, self.bar, self.name = job, run, bar, name
+        self.log: list[Any] = []
+        self.seconds = 0.0
 
     def __call__(self, row: dict[str, Any]) -> None:
         trainer, started = self.job.trainer, time.perf_counter()
@@ -298,49 +392,33 @@ class _Watch:
         for one in self.log:
             one.write(trainer.history, float(trainer.optimizer.param_groups[0]["lr"]))
         self.bar.set_postfix_str(f"loss {row['train_loss']:.4f}", refresh=False)
-        with self.bar.external_write_mode(file=sys.stdout):
-            say(line(row) + scoring.line(quality))
+        self.say(line(row) + scoring.line(quality))
         self.seconds += time.perf_counter() - started
 
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        with self.bar.external_write_mode(file=sys.stdout):
+            say(self.name + text)
 
-def _fit(job: Job, run: RunFolder, log: list[str]) -> float:
-    """Train with a progress bar, and record every epoch; seconds spent on writing and saying it."""
-    from tqdm import tqdm
 
-    trainer, recipe = job.trainer, job.recipe
-    steps = -(-len(job.data.train) // recipe.batch_size)
-    remaining = job.epochs - len(trainer.history)
+def _fit(job: Job, run: RunFolder, watch: _Watch, log: list[str]) -> float:
+    """Train, and record every epoch; seconds spent on writing and saying it."""
+    trainer, bar = job.trainer, watch.bar
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(
-            tqdm(total=steps * remaining, unit="step", leave=False, disable=None, file=sys.stderr)
-        )
-        written = [
+        watch.log = [
             stack.enter_context(contextlib.closing(logs.LOGS[name](run.path, trainer.history)))
             for name in log
         ]
-        watch = _Watch(job, run, bar, written)
         try:
-            trainer.fit(
-                job.data.train,
-                job.epochs,
-                recipe.batch_size,
-                job.data.test,
-                job.settings.seed,
-                drop_last=recipe.drop_last,
-                scheduler=recipe.scheduler(len(job.data.train)),
-                early_stopping=recipe.early_stopping,
-                augment=recipe.augment,
-                validation=job.data.validation,
-                on_epoch=watch,
-                on_step=None if bar.disable else bar.update,
-            )
+            _train(job, on_epoch=watch, on_step=None if bar.disable else bar.update)
         except Diverged:  # the trainer went back to the end of the epoch before
             run.flush()
             raise
     if trainer.stopping is not None:
         run.record(trainer, job.epochs)  # with the best weights
         best, epoch = trainer.stopping.best, trainer.stopping.epoch
-        say(f"best {trainer.stopping.part} loss {best:.4f} at epoch {epoch}: its weights are kept")
+        part = trainer.stopping.part
+        watch.say(f"best {part} loss {best:.4f} at epoch {epoch}: its weights are kept")
     flushed = time.perf_counter()
     run.flush()
     return watch.seconds + time.perf_counter() - flushed

@@ -246,7 +246,8 @@ class Epoch(Fused):
         count, steps = self.count(part), math.ceil(len(order) / batch_size)
         (numbers,) = self.numbers([part], steps)
         before, run = int(count), self.run(data, order, batch_size, part.states(), count, numbers)
-        train = cpu.train_epoch if cpu.serves(self.parameters[0]) else kernels.train_epoch
+        alone = cpu.train_epoch if cpu.serves(self.parameters[0]) else kernels.train_epoch
+        train = self.together or alone
         try:
             values, correct = train(run)
         finally:

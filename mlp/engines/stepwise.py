@@ -64,6 +64,7 @@ class Engine:
 
     demands: what this training asks for. shape: of a sample as the module takes it, if not a row.
     moves: steps the scheduler before a step is taken, for engines that read numbers ahead.
+    together: trains an epoch beside those of other trainers, for engine `epoch`: `mlp.together`.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Engine:
     shares = False  # whether several processes can share a training
     reads_ahead = False  # whether it reads the numbers of all steps before the first
     moves: Callable[[], None] | None = None
+    together: Callable[[kernels.Run], tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def __init__(self, model: Net | torch.nn.Module, loss: Any, optimizer: torch.optim.Optimizer):
         # Any: what each engine calls on them is what its `refuses` asked for.

@@ -224,9 +224,16 @@ class RunFolder:
         write_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in history))
 
     def resume(self, trainer: "Trainer") -> tuple[int, str | None]:
+        """As `restore`, and cut metrics.jsonl to the epochs that are kept."""
+        found = self.restore(trainer)
+        self._write_history(trainer.history)
+        return found
+
+    def restore(self, trainer: "Trainer") -> tuple[int, str | None]:
         """Put a trainer where the run stopped: (how many epochs were asked for, a note if an
-        earlier checkpoint had to be used). metrics.jsonl is cut to the epochs that are kept.
-        CheckpointError if there is no good checkpoint; nothing is changed then.
+        earlier checkpoint had to be used). Nothing is written.
+
+        CheckpointError if there is no good checkpoint; the trainer is not changed then.
         """
         state, path, note = self._state()
         groups = [dict(group) for group in trainer.optimizer.param_groups]
@@ -237,7 +244,6 @@ class RunFolder:
             raise CheckpointError(
                 f"{path}: not the state of this run: {' '.join(str(error).split())}"
             ) from None
-        self._write_history(trainer.history)
         return state.epochs, note
 
     def network(self, device: torch.device | str | None = None) -> tuple[torch.nn.Module, str]:

@@ -49,6 +49,7 @@ def test_runs_side_by_side(capsys):
     assert len({last(path)["train_loss"] for path in paths}) == 3
     mean, deviation = statistics.mean(scores), statistics.stdev(scores)
     assert f"3 seeds: test accuracy {mean:.2%} ± {deviation:.2%}, test loss" in out
+    assert "one seed after another: engine manual trains one network\n" in out
     (Path("s") / "bad").mkdir()
     Path("s/bad/config.json").write_text("{")
     assert main(["runs", "s"]) == 0
@@ -64,6 +65,26 @@ def test_runs_side_by_side(capsys):
     assert main(["report", *paths, "--html"]) == 2
     assert main(["runs", "nowhere"]) == 2
     assert main(["train", "--seeds", "2", "--out", "s/seed-5", "--resume"]) == 2
+
+
+def test_seeds_together(capsys):
+    """Seeds train together where engine `epoch` serves; each is the run of its seed alone."""
+    pytest.importorskip("numba", reason="needs numba: pip install 'handgrad[cpu]'")
+    words = ["train", "digits", *QUICK[:-1], "epoch", "--schedule", "onecycle"]
+    assert main([*words, "--seeds", "2", "--seed", "5", "--out", "s"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("digits (train)") == 1 and "cpu; seeds 5 to 6 together\n" in out
+    assert "seed 6: epoch   2  loss" in out and "\ntrained 2 networks in " in out
+    assert "\n2 seeds: test accuracy " in out
+    assert main([*words, "--seed", "6", "--out", "one"]) == 0
+    for row, alone in zip(rows("s/seed-6"), rows("one"), strict=True):
+        for key in alone.keys() - {"seconds", "samples_per_second"}:
+            assert row[key] == pytest.approx(alone[key], rel=1e-5)
+    assert main(["train", "--out", "s/seed-6", "--resume"]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert main([*words, "--augment", "1", "--seeds", "2", "--out", "other"]) == 0
+    said = "one seed after another: --augment moves the images of each seed in another way\n"
+    assert said in capsys.readouterr().out
 
 
 def test_score_is_of_the_weights_that_are_kept(capsys):

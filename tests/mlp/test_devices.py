@@ -67,6 +67,34 @@ def test_two_processes(tmp_path, monkeypatch, capsys):
     assert "epoch" in capsys.readouterr().out
 
 
+def torchrun(folder, *words):
+    """Two processes on this machine; what they printed."""
+    started = ["torch.distributed.run", "--nproc-per-node=2", "--standalone", *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", *started]
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_torchrun_goes_on_with_a_run(tmp_path, monkeypatch):
+    """An epoch on one device, the next on two, started by torchrun: as two epochs on one."""
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "digits", *RULES, "--schedule", "step", "--early-stopping", "9"]
+    for run in ("one", "two"):
+        assert main([*words, "--epochs", "1", "--engine", "autograd", "--out", run]) == 0
+    again = ["train", "--resume", "--epochs", "2", "--out"]
+    said = torchrun(tmp_path, "-m", "mlp", *again, "two")
+    assert said.count("epoch   2  loss") == 1 and "run folder two" in said  # one process speaks
+    assert main([*again, "one"]) == 0
+    for two, one in zip(rows("two"), rows("one"), strict=True):
+        for key in ("train_loss", "train_accuracy", "test_loss", "test_accuracy"):
+            assert two[key] == pytest.approx(one[key], rel=1e-5)
+
+
 SHARDED = """
 import copy, torch, torch.distributed as dist, mlp
 from torch.distributed.fsdp import fully_shard
@@ -94,14 +122,7 @@ dist.destroy_process_group()
 def test_fully_sharded(tmp_path):
     """FSDP2 of our modules, started by torchrun, trains as one process does."""
     (tmp_path / "sharded.py").write_text(SHARDED)
-    words = ["torch.distributed.run", "--nproc-per-node=2", "--standalone", "sharded.py"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", *words]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=LIMIT
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(tmp_path, "sharded.py")
 
 
 @pytest.mark.parametrize("name", [name for name in engines.ENGINES if name != "autograd"])
@@ -115,6 +136,5 @@ def test_other_engines_refuse(name):
 
 def test_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for other in (["--resume", "--out", "run"], ["--seeds", "2"]):
-        assert main(["train", "digits", "--devices", "2", *other]) == 2
-        assert "leave --devices out" in capsys.readouterr().err
+    assert main(["train", "digits", "--devices", "2", "--seeds", "2"]) == 2
+    assert "leave --devices out" in capsys.readouterr().err

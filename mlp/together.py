@@ -1,0 +1,161 @@
+"""Trainers side by side: an epoch of all of them is one launch, or on a CPU one call in which each
+core takes a network.
+
+`Together` calls one function for each trainer, in a thread of its own. Only one thread runs at a
+time, as coroutines do, so nothing that a trainer does between two epochs need be safe for threads.
+A function waits where its trainer has an epoch to train. When all of them wait, the epochs are
+trained together, and each function goes on with its result.
+"""
+
+import dataclasses
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+import kernels
+
+from . import cpu
+from .engines.epochwise import Epoch, rule_of, spec_of
+from .trainer import Trainer
+
+Results = tuple[torch.Tensor, torch.Tensor]  # of an epoch: (losses, correct), one for each step
+
+
+class _Member:
+    """A function in its thread. run: the epoch that it waits for."""
+
+    def __init__(self, lock: threading.Lock):
+        self.turn = threading.Condition(lock)
+        self.runs, self.ended = False, False
+        self.run: kernels.Run | None = None
+        self.result: Results | None = None
+
+
+class Together:
+    """Calls functions whose trainers train their epochs together.
+
+    A trainer takes part if its `together` is the `train` of this object and its engine is `epoch`.
+    The networks, rules and batches must be alike, as those of several seeds are, and `Trainer.fit`
+    must be given the same data set.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._back = threading.Condition(self._lock)
+        self._here = threading.local()  # .member: the thread's own
+        self._members: list[_Member] = []
+
+    def call(self, functions: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Call all functions, and return what they returned.
+
+        The first error of a function is raised when all have ended: one network that diverges does
+        not end the others.
+        """
+        self._members = [_Member(self._lock) for _ in functions]
+        pool = ThreadPoolExecutor(len(functions))
+        with pool, self._lock:
+            pairs = zip(self._members, functions, strict=True)
+            futures = [pool.submit(self._thread, *pair) for pair in pairs]
+            try:
+                for member in self._members:
+                    self._go_on(member)
+                self._epochs()
+            finally:  # after an error or Ctrl-C no thread may wait for ever
+                for member in self._members:
+                    member.ended = True
+                    member.turn.notify()
+        return [future.result() for future in futures]
+
+    def _epochs(self) -> None:
+        """Train until no function waits for an epoch."""
+        while waiting := [(m, m.run) for m in self._members if m.run is not None]:
+            results = train_all([run for _, run in waiting])
+            for (member, _), result in zip(waiting, results, strict=True):
+                member.run, member.result = None, result
+                self._go_on(member)
+
+    def _go_on(self, member: _Member) -> None:
+        """Let a function run until it waits again, or has ended."""
+        member.runs = True
+        member.turn.notify()
+        self._back.wait_for(lambda: not member.runs)
+
+    def _thread(self, member: _Member, function: Callable[[], Any]) -> Any:
+        with self._lock:
+            self._here.member = member
+            try:
+                self._wait(member)
+                return function()
+            finally:
+                member.runs = False
+                self._back.notify()
+
+    def _wait(self, member: _Member) -> None:
+        """Until it is this function's turn. KeyboardInterrupt if the others were ended."""
+        member.turn.wait_for(lambda: member.runs or member.ended)
+        if member.ended:
+            raise KeyboardInterrupt
+
+    def train(self, run: kernels.Run) -> Results:
+        """As `kernels.train_epoch`, when all other functions have come to their next epoch too."""
+        member: _Member = self._here.member
+        member.run, member.runs = run, False
+        self._back.notify()
+        self._wait(member)
+        assert member.result is not None
+        return member.result
+
+
+@torch.no_grad()
+def train_all(runs: Sequence[kernels.Run]) -> list[Results]:
+    """Train an epoch of networks of the same kind, in one launch or call if they are several and
+    read the same data.
+    """
+    first, on_cpu = runs[0], cpu.serves(runs[0].parameters[0])
+    if len(runs) == 1 or len({run.data.data_ptr() for run in runs}) > 1:
+        return [(cpu.train_epoch if on_cpu else kernels.train_epoch)(run) for run in runs]
+    pack = dataclasses.replace(
+        first,
+        parameters=_stacked([run.parameters for run in runs]),
+        states=[_stacked(each) for each in zip(*(run.states for run in runs), strict=True)],
+        order=torch.stack([run.order for run in runs]),
+        hyper=torch.stack([run.hyper for run in runs]),
+        count=first.count.clone(),
+        losses=None,
+        correct=None,
+    )
+    losses, correct = (cpu.train_replicas if on_cpu else kernels.train_replicas)(pack)
+    for i, run in enumerate(runs):
+        lists = zip([run.parameters, *run.states], [pack.parameters, *pack.states], strict=True)
+        for ours, stacked in lists:
+            for tensor, all_of_them in zip(ours, stacked, strict=True):
+                tensor.copy_(all_of_them[i])
+        run.count.copy_(pack.count)
+    return list(zip(losses, correct, strict=True))
+
+
+def _stacked(lists: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+    """Tensors of all networks, one on top of the other."""
+    return [torch.stack(list(each)) for each in zip(*lists, strict=True)]
+
+
+def refusal(trainer: Trainer, batch_size: int, steps: int) -> str | None:
+    """Why networks like this trainer's cannot train together, or None if they can.
+
+    steps: of all networks together. trainer: after its `check`.
+    """
+    if trainer.requested not in ("auto", Epoch.name):
+        return f"engine {trainer.requested} trains one network"
+    parts = trainer.model, trainer.loss, trainer.optimizer
+    reason = Epoch.refuses(*parts, batch_size) or Epoch.cannot(trainer.engine.demands)
+    if reason is not None:
+        return reason
+    if trainer.requested == "auto" and (costs := Epoch.costs(*parts, batch_size, steps)):
+        return costs
+    spec = spec_of(trainer.model, trainer.loss, rule_of(trainer.model, trainer.optimizer))
+    assert not isinstance(spec, str)  # `refuses` would have said so
+    first = next(iter(trainer.model.parameters())).detach()
+    return None if cpu.serves(first) else kernels.refusal(spec, batch_size)

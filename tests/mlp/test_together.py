@@ -1,0 +1,130 @@
+"""Trainers side by side: each network is the one that its trainer makes alone."""
+
+import functools
+import importlib.util
+import threading
+
+import pytest
+import torch
+
+import mlp
+from mlp import schedule, together
+
+COMPILED = pytest.mark.skipif(
+    importlib.util.find_spec("numba") is None, reason="needs numba: pip install 'handgrad[cpu]'"
+)
+RULES = {
+    "momentum": functools.partial(mlp.SGD, lr=0.1, momentum=0.9),
+    "adam": functools.partial(mlp.Adam, lr=0.02, weight_decay=0.01),
+}
+
+
+def data(rows=22, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, 5, generator=generator)
+    return mlp.Dataset(x, (x[:, 0] * x[:, 1] > 0).long(), ("no", "yes"))
+
+
+def trainer(seed, rule=RULES["momentum"], pack=None):
+    model = mlp.MLP([5, 6, 2], "tanh")
+    mlp.initialise(dict(model.named_parameters()), None, seed)
+    made = mlp.Trainer(model, None, rule, "epoch", verbose=False)
+    made.together = None if pack is None else pack.train
+    return made
+
+
+# Compiled by numba, and by the kernel of many networks, which takes seconds in the interpreter.
+CASES = [
+    pytest.param(rule, plan, marks=COMPILED, id=f"{rule}-{plan}-compiled")
+    for rule in RULES
+    for plan in ("constant", "onecycle", "plateau")
+] + [
+    pytest.param(rule, plan, marks=pytest.mark.interpreter, id=f"{rule}-{plan}-kernel")
+    for rule, plan in (("momentum", "onecycle"), ("adam", "constant"))
+]
+
+
+@pytest.mark.parametrize("rule, plan", CASES)
+def test_each_network_is_that_of_its_trainer_alone(rule, plan):
+    """Also with a schedule of each kind, and where each stops on its own."""
+    train, test, pack = data(), data(seed=1), together.Together()
+    made = schedule.named(plan, schedule.Plan(3, 3))
+
+    def fit(one, seed):
+        options = {"seed": seed, "early_stopping": 1, "scheduler": made}
+        return one.fit(train, 3, 8, test, **options)
+
+    packed = [trainer(seed, RULES[rule], pack) for seed in range(3)]
+    histories = pack.call([functools.partial(fit, one, i) for i, one in enumerate(packed)])
+    for seed, (one, history) in enumerate(zip(packed, histories, strict=True)):
+        alone = trainer(seed, RULES[rule])
+        expected = fit(alone, seed)
+        assert len(history) == len(expected) and one.engine.name == "epoch"
+        for row, other in zip(history, expected, strict=True):
+            for key in ("train_loss", "train_accuracy", "test_loss", "test_accuracy"):
+                assert row[key] == pytest.approx(other[key], rel=1e-5), (seed, key)
+        for ours, theirs in zip(one.model.parameters(), alone.model.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs)
+        states = (t.optimizer.state_dict()["state"] for t in (one, alone))
+        for ours, theirs in zip(*(state.values() for state in states), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+@COMPILED
+def test_epochs_are_trained_together(monkeypatch):
+    """One call an epoch for all that still train; one that diverges does not end the others."""
+    sizes, train_all = [], together.train_all
+    monkeypatch.setattr(
+        together, "train_all", lambda runs: sizes.append(len(runs)) or train_all(runs)
+    )
+    pack, train = together.Together(), data()
+    wild = functools.partial(mlp.SGD, lr=1e38, momentum=0.9)
+    made = [trainer(0, pack=pack), trainer(1, wild, pack), trainer(2, pack=pack)]
+    with pytest.raises(mlp.Diverged, match=r"learning rate 1e\+38"):
+        pack.call(
+            [functools.partial(one.fit, train, 2 + i, 8) for i, one in enumerate(made)],
+        )
+    assert [len(one.history) for one in made] == [2, 0, 4]
+    assert sizes == [3, 2, 1, 1]
+
+
+@COMPILED
+def test_an_interruption_ends_all(monkeypatch):
+    calls, train_all, before = [], together.train_all, threading.active_count()
+
+    def interrupted(runs):
+        calls.append(len(runs))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return train_all(runs)
+
+    monkeypatch.setattr(together, "train_all", interrupted)
+    pack, train = together.Together(), data()
+    made = [trainer(seed, pack=pack) for seed in range(2)]
+    with pytest.raises(KeyboardInterrupt):
+        pack.call([functools.partial(one.fit, train, 5, 8) for one in made])
+    assert [len(one.history) for one in made] == [1, 1] and calls == [2, 2]
+    assert threading.active_count() == before
+
+
+@COMPILED
+def test_other_data_are_trained_one_after_another():
+    """Networks that read different data are not stacked."""
+    pack, sets = together.Together(), [data(), data(seed=3)]
+    made = [trainer(seed, pack=pack) for seed in range(2)]
+    pack.call([functools.partial(one.fit, d, 2, 8) for one, d in zip(made, sets, strict=True)])
+    alone = trainer(1)
+    alone.fit(sets[1], 2, 8)
+    for ours, theirs in zip(made[1].model.parameters(), alone.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_refused():
+    made = trainer(0)
+    made.check(data(), 1, 8)
+    assert together.refusal(made, 8, 1000) is None
+    made.requested = "manual"
+    assert together.refusal(made, 8, 1000) == "engine manual trains one network"
+    clipped = mlp.Trainer(mlp.MLP([5, 6, 2]), verbose=False, clip_norm=1.0)
+    clipped.check(data(), 1, 8)
+    assert "cannot clip" in together.refusal(clipped, 8, 1000)
