@@ -31,7 +31,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 
 import kernels
 
-from . import cpu, engines
+from . import cpu, engines, spreading
 from .data import Dataset
 from .engines.epochwise import spec_of
 from .loss import BinaryCrossEntropy, MeanSquaredError, SoftmaxCrossEntropy
@@ -255,7 +255,8 @@ class _Network(BaseEstimator):
 
     def _start(self, sizes: list[int], read: numpy.dtype) -> None:
         """Fresh weights, drawn as scikit-learn draws them, and nothing reached yet."""
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        found = "cuda" if torch.cuda.is_available() else "cpu"
+        device = self.device or spreading.next_device() or found
         # As scikit-learn: float64 inputs are learned from in float64. The kernels have none.
         auto = torch.float64 if device == "cpu" and read == numpy.float64 else torch.float32
         dtype = _PRECISIONS.get(self.precision, auto)

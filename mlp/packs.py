@@ -426,7 +426,8 @@ class _Group:
         if member.stopping is not None:
             member.stopping.take_best([member.model])
             member.best = member.stopping.best
-        self.task.told(self.task.epochs - len(member.losses))
+        trained = len(member.losses) + member.diverged  # `launch` told of the failed epoch too
+        self.task.told(self.task.epochs - trained)
 
     def finish(self) -> None:
         """Give those that are left their weights."""

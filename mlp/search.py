@@ -20,7 +20,7 @@ from sklearn.base import clone
 from sklearn.model_selection import ParameterGrid, ParameterSampler
 from sklearn.model_selection._search import BaseSearchCV
 
-from . import cpu
+from . import cpu, progress, spreading
 from .estimators import trusted
 
 FACTOR = 3  # of halving: each rung keeps a third and trains three times as long
@@ -35,7 +35,8 @@ class SearchCV(BaseSearchCV):
     parameters: lists by name, or distributions. trials: how many settings are drawn; None takes
     the whole grid. cv, scoring, refit: as GridSearchCV's. halving: successive halving over
     `max_iter`. random_state: of the draw. jobs: threads; None takes all cores. verbose: show
-    progress with the time that is left.
+    progress with the time that is left. devices: the fits take these in turn, such as
+    ["cuda:0", "cuda:1"], unless the estimator names its own.
 
     After `fit`: cv_results_, best_params_, best_score_, best_index_, best_estimator_, n_splits_,
     as GridSearchCV has them. Under halving cv_results_ has a column "iter", the rung, and the best
@@ -58,6 +59,7 @@ class SearchCV(BaseSearchCV):
         random_state: Any = None,
         jobs: int | None = None,
         verbose: int = 0,
+        devices: Sequence[str] | None = None,
     ) -> None:
         self.estimator = estimator
         self.parameters = parameters
@@ -69,6 +71,7 @@ class SearchCV(BaseSearchCV):
         self.random_state = random_state
         self.jobs = jobs
         self.verbose = verbose
+        self.devices = devices
 
     @property
     def n_jobs(self) -> int:
@@ -85,7 +88,12 @@ class SearchCV(BaseSearchCV):
         given, refit = self.estimator, self.refit
         quick = None if params or self.scoring is not None else trusted(given, X, y)
         try:
-            with cpu.many(), _one_thread_each(), joblib.parallel_config(backend="threading"):
+            with (
+                cpu.many(),
+                spreading.over(self.devices),
+                _one_thread_each(),
+                joblib.parallel_config(backend="threading"),
+            ):
                 if quick is None or callable(refit):
                     return super().fit(X, y, **params)
                 self.estimator, self.refit = quick[0], False
@@ -237,9 +245,7 @@ def _progress(total: int, shown: bool) -> Iterator[Callable[[int], Any]]:
     if not shown:
         yield lambda count: None
         return
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit="fit", leave=False) as bar:
+    with progress.bar(total, "fit", shown) as bar:
         yield bar.update
 
 

@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 
 import kernels
 
-from . import cpu, packs
+from . import cpu, packs, spreading
 from .data.dataset import Dataset, permutation
 from .data.given import fitted
 from .engines.epochwise import rule_of, spec_of
@@ -91,6 +92,10 @@ class Sweep:
     bias, init as `mlp.MLP`. lr, momentum, seeds: a number, or one for each replica; seeds None
     counts from 0. optimizer: a name of `mlp.optim.OPTIMIZERS`, with options. loss: one of
     `mlp.loss`, its name or a loss module.
+
+    devices: several devices in place of device. Each trains its share of the networks, at the same
+    time; the rows and numbers are those of one device. A CPU is one device, whose cores all train
+    anyway.
     """
 
     def __init__(
@@ -108,12 +113,21 @@ class Sweep:
         optimizer: str = "sgd",
         loss: Any = None,
         device: torch.device | str | None = None,
+        devices: Sequence[torch.device | str] | None = None,
         **options: Any,
     ):
+        device = devices[0] if devices else device
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.loss, self.rows = loss_of(loss), []
         self.members: list[packs.Member] = []
         self.settings: list[packs.Settings] = []
+        self.shares: list[Sweep] = []  # of several devices
+        if devices:
+            network = {"activation": activation, "output_activation": output_activation}
+            network |= {"bias": bias, "init": init, "optimizer": optimizer, **options}
+            each = {"lr": lr, "momentum": momentum, "seeds": seeds}
+            self._deal(devices, sizes, replicas, each, options if replicas is None else network)
+            return
         if replicas is None:
             self._take_settings(sizes, options)
             return
@@ -158,6 +172,30 @@ class Sweep:
 
     rows: list[Row]
 
+    def _deal(
+        self,
+        devices: Sequence[torch.device | str],
+        sizes: Sequence[Any],
+        replicas: int | None,
+        each: dict[str, Any],
+        options: dict[str, Any],
+    ) -> None:
+        """A sweep for each device, with its share of the networks. each: what may be a list."""
+        if replicas is None:
+            self._take_settings(sizes, options)
+            lists = {"sizes": self.settings}
+        else:
+            self.replicas = replicas
+            each["seeds"] = range(replicas) if each["seeds"] is None else each["seeds"]
+            lists = {name: _one_each(name, value, replicas) for name, value in each.items()}
+        count = min(len(devices), self.replicas)
+        for i, device in enumerate(devices[:count]):
+            own = {name: spreading.share(values, i, count) for name, values in lists.items()}
+            if replicas is not None:
+                own |= {"sizes": sizes, "replicas": len(own["lr"])}
+            loss = copy.deepcopy(self.loss)
+            self.shares.append(Sweep(**own, loss=loss, device=device, **options))
+
     def _take_settings(self, given: Sequence[Any], options: dict[str, Any]) -> None:
         """The other form: a network for each of the settings, made when the data are known."""
         if isinstance(given[0] if len(given) else 0, int):
@@ -180,6 +218,7 @@ class Sweep:
         *,
         seed: int = 0,
         device: torch.device | str | None = None,
+        devices: Sequence[torch.device | str] | None = None,
     ) -> "Sweep":
         """A recipe's network `replicas` times, with a learning rate and a seed for each."""
         if reason := recipe.beyond_pack():
@@ -199,6 +238,7 @@ class Sweep:
             optimizer=recipe.optimizer,
             loss=recipe.make_loss(),
             device=device,
+            devices=devices,
             **numbers,
         )
 
@@ -234,6 +274,11 @@ class Sweep:
         validation, evaluate, train, and has its best weights; on_progress(epochs of all) may be
         called by any thread.
         """
+        if self.shares:
+            told = on_epoch and spreading.Gathered(on_epoch, self.replicas, len(self.shares)).told
+            options = {"drop_last": drop_last, "validation": validation}
+            options |= {"early_stopping": early_stopping, "on_progress": on_progress}
+            return self._fit_shares(told, (train, epochs, batch_size, evaluate), options)
         if self.settings:
             judges = validation if validation is not None else evaluate
             self._fit_settings(train, judges, epochs, early_stopping, on_progress)
@@ -277,6 +322,23 @@ class Sweep:
         for stacked in self.parameters:
             diverged |= ~stacked.flatten(1).isfinite().all(1)
         return self._ranked(losses.tolist(), diverged.tolist(), (evaluate, validation))
+
+    def _fit_shares(self, told: Any, data: tuple, options: dict[str, Any]) -> list[Row]:
+        """Train the share of each device in a thread; as `fit`. told: with (device, epoch, losses)
+        after each epoch.
+        """
+        fits = [
+            partial(share.fit, *data, on_epoch=told and partial(told, i), **options)
+            for i, share in enumerate(self.shares)
+        ]
+        rows = []
+        for i, found in enumerate(spreading.side_by_side(fits, self.device)):
+            for row in found:
+                row.replica = i + row.replica * len(self.shares)
+                rows.append(row)
+        self.config = self.shares[0].config
+        self.rows = sorted(rows, key=lambda row: row.rank)
+        return self.rows
 
     def _fit_settings(
         self, train: Any, judges: Any, epochs: int, early_stopping: int | None, told: Any
@@ -346,7 +408,10 @@ class Sweep:
         return self.rows
 
     def network(self, replica: int) -> MLP:
-        """One of the networks, as a module of its own."""
+        """One of the networks, as a module of its own, on this sweep's first device."""
+        if self.shares:
+            place, device = divmod(replica, len(self.shares))
+            return self.shares[device].network(place).to(self.device)
         if self.members:
             return copy.deepcopy(self.members[replica].model)
         model = MLP(**self.config, device=self.device)

@@ -217,6 +217,10 @@ DATASET = Option(
 NAMED_RECIPE = Option("recipe", str, "settings by name; see `handgrad recipes`")
 TRAIN = (DATASET, NAMED_RECIPE, *RECIPE, *LOSS, *OPTIMIZER, *RUN, *CALL)
 
+DEVICES = Option(
+    "devices", int, "devices that train at once, each a share of the networks", least=1
+)
+
 RUN_FOLDER = Option("run", Path, "a run folder", ..., is_argument=True)
 RUN_DATA = Option("data_dir", Path, "as for train; default: the run's")
 DEVICE = Option("device", str, "auto, cpu, cuda, cuda:1, …", "auto")
@@ -276,6 +280,7 @@ SWEEP = (
     Option("seed", str, "of the first network; the others count on", "0", parse=seed),
     Option("top", int, "rows of the table to print", 10, least=0),
     DEVICE,
+    DEVICES,
     Option("data_dir", Path, "as for train"),
     *_READING,
     Option("out", Path, "folder for sweep.jsonl and every network; none is written without it"),
@@ -291,6 +296,7 @@ SEARCH = (
     Option("scoring", str, "a score of scikit-learn; default: accuracy, or R² of numbers"),
     Option("seed", str, "of settings, weights and folds", "0", parse=seed),
     Option("top", int, "rows of the table to print", 10, least=0),
+    DEVICES,
     Option("data_dir", Path, "as for train"),
     *_READING,
     Option("out", Path, "run folder of the winner; default runs/DATASET, numbered"),

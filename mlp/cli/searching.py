@@ -64,6 +64,7 @@ def search(values: Values) -> None:
         halving=values["halving"],
         random_state=values["seed"] % 2**32,
         verbose=int(sys.stderr.isatty()),
+        devices=setup.pick_devices("auto", values["devices"]),
     )
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

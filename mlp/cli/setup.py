@@ -74,6 +74,24 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def pick_devices(name: str, count: int | None) -> list[str] | None:
+    """Names of the devices that train networks side by side; None if one device was asked for.
+
+    name: of --device. A CPU is one device, so it is there as often as it is asked for.
+    """
+    if count is None:
+        return None
+    device = pick_device(name)
+    if device.index is not None:
+        raise ValueError(f"--devices {count}: --device {name} is one device; give one of the two")
+    if device.type == "cpu":
+        return ["cpu"] * count
+    there = torch.cuda.device_count()
+    if count > there:
+        raise ValueError(f"--devices {count}: this machine has {there} CUDA devices; give fewer")
+    return [f"cuda:{i}" for i in range(count)]
+
+
 def pick_precision(name: str) -> Arithmetic:
     """What a --precision stands for; sets how float32 products are made."""
     if name not in PRECISIONS:

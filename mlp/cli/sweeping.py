@@ -5,13 +5,12 @@ import dataclasses
 import itertools
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .. import recipes, scoring
+from .. import progress, recipes, scoring
 from ..packs import Settings
 from ..runs import RunFolder
 from ..runs.disk import write_text
@@ -55,19 +54,22 @@ def sweep(values: Values) -> None:
     choices = [dict(zip(given_lists, one)) for one in itertools.product(*given_lists.values())]
     common = {**given(options.RECIPE, values), **choices[0]}
     recipe = recipes.changed(recipes.PLAIN, **common)
-    device = setup.pick_device(values["device"])
+    places = {
+        "device": setup.pick_device(values["device"]),
+        "devices": setup.pick_devices(values["device"], values["devices"]),
+    }
     found, recipe = setup.for_sweep(values, recipe)
     every = [recipes.changed(recipe, **choice) for choice in choices]
     for one in every:
         setup.refuse_too_large(one.network(found.train), replicas)
     job: Sweep
     if len(every) == 1 and not _needs_settings(values):
-        job = Sweep.of(recipe, found.train, replicas, rates, seed=values["seed"], device=device)
+        job = Sweep.of(recipe, found.train, replicas, rates, seed=values["seed"], **places)
     else:
         job = Sweep(
             [one for r in every for one in _settings(r, rates, values["seed"])],
             loss=recipe.make_loss(),
-            device=device,
+            **places,
         )
     with _folder(values["out"]) as out:
         _say(job, recipe, found, values, every)
@@ -104,17 +106,16 @@ def _say(
         what = f"{job.replicas} networks {recipe.describe(network)}"
     else:
         what = f"{job.replicas} networks of {len(every)} settings"
-    train = found.train
-    say(f"{train.name}: {len(train):,} samples; {what}; learning rate {values['lr']}; {job.device}")
+    train, shares = found.train, len(job.shares)
+    where = f"{shares} devices" if shares > 1 else str(job.device)
+    say(f"{train.name}: {len(train):,} samples; {what}; learning rate {values['lr']}; {where}")
 
 
 def _train(job: Sweep, recipe: recipes.Recipe, found: setup.Data) -> None:
     """Train all networks, with a progress bar."""
-    from tqdm import tqdm
-
     started, alone = time.perf_counter(), bool(job.settings)
     total = recipe.epochs * (job.replicas if alone else 1)
-    with tqdm(total=total, unit="epoch", leave=False, disable=None, file=sys.stderr) as bar:
+    with progress.bar(total, "epoch") as bar:
         job.fit(
             found.train,
             recipe.epochs,

@@ -1,0 +1,74 @@
+"""Networks over several devices: each device trains a share of them, at the same time.
+
+A sweep deals its networks out, and each device has a sweep of its own. The fits of a search take
+the devices in turn. A network trains on one device only, so its numbers are those of one device.
+"""
+
+import contextlib
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+import kernels
+
+_lock = threading.Lock()
+_turns: Iterator[str] | None = None
+
+
+@contextlib.contextmanager
+def over(devices: Sequence[torch.device | str] | None) -> Iterator[None]:
+    """Within it, estimators without a device of their own take these in turn."""
+    global _turns
+    before = _turns
+    _turns = None if not devices else itertools.cycle([str(device) for device in devices])
+    try:
+        yield
+    finally:
+        _turns = before
+
+
+def next_device() -> str | None:
+    """The next device within `over`, in any thread; None elsewhere."""
+    with _lock:
+        return None if _turns is None else next(_turns)
+
+
+def share(values: Sequence[Any], device: int, devices: int) -> list[Any]:
+    """What one of the devices gets of a value for each network: every devices-th."""
+    return list(values[device::devices])
+
+
+def side_by_side(functions: Sequence[Callable[[], Any]], device: torch.device) -> list[Any]:
+    """Call functions in a thread each; what they returned. device: of the first.
+
+    Triton's interpreter serves one thread, so there they are called one after another.
+    """
+    on_cpu = device.type == "cpu"
+    interpreted = on_cpu and kernels.backend(torch.empty(1, device=device)) == "triton"
+    with ThreadPoolExecutor(1 if interpreted else len(functions)) as pool:
+        return [future.result() for future in [pool.submit(one) for one in functions]]
+
+
+class Gathered:
+    """Calls on_epoch(epoch, losses of all networks) when each share has ended its epoch."""
+
+    def __init__(self, on_epoch: Callable[[int, torch.Tensor], Any], networks: int, devices: int):
+        self.on_epoch, self.networks, self.devices = on_epoch, networks, devices
+        self._lock = threading.Lock()
+        self._found: dict[int, dict[int, torch.Tensor]] = {}
+
+    def told(self, device: int, epoch: int, losses: torch.Tensor) -> None:
+        """A share's losses of an epoch."""
+        with self._lock:
+            found = self._found.setdefault(epoch, {})
+            found[device] = losses
+            if len(found) < self.devices:
+                return
+            together = torch.empty(self.networks, dtype=losses.dtype)
+            for i, part in self._found.pop(epoch).items():
+                together[i :: self.devices] = part.cpu()
+            self.on_epoch(epoch, together)
