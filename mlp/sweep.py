@@ -123,8 +123,8 @@ class Sweep:
         self.settings: list[packs.Settings] = []
         self.shares: list[Sweep] = []  # of several devices
         if devices:
-            network = {"activation": activation, "output_activation": output_activation}
-            network |= {"bias": bias, "init": init, "optimizer": optimizer, **options}
+            network: dict[str, Any] = {"activation": activation, "bias": bias, "init": init}
+            network |= {"output_activation": output_activation, "optimizer": optimizer, **options}
             each = {"lr": lr, "momentum": momentum, "seeds": seeds}
             self._deal(devices, sizes, replicas, each, options if replicas is None else network)
             return
@@ -154,8 +154,12 @@ class Sweep:
             raise ValueError(f"sweep: {spec}")
         self.spec = spec
         (self._group,) = made.param_groups
+        self._stack(model, made, init)
+
+    def _stack(self, model: MLP, optimizer: Any, init: str | None) -> None:
+        """Weights of each replica's seed, and the optimizer's states, one on top of the other."""
         self.parameters = [
-            torch.empty(replicas, *p.shape, device=self.device) for p in model.parameters()
+            torch.empty(self.replicas, *p.shape, device=self.device) for p in model.parameters()
         ]
         for replica, seed in enumerate(self.seeds):
             initialise(
@@ -164,8 +168,8 @@ class Sweep:
                 seed,
             )
         self.states = [
-            [t.to(self.device).expand(replicas, *t.shape).clone() for t in state]
-            for part in made.parts()
+            [t.to(self.device).expand(self.replicas, *t.shape).clone() for t in state]
+            for part in optimizer.parts()
             for state in part.states()
         ]
         self.count = torch.zeros(1, device=self.device)
@@ -181,6 +185,7 @@ class Sweep:
         options: dict[str, Any],
     ) -> None:
         """A sweep for each device, with its share of the networks. each: what may be a list."""
+        lists: dict[str, Sequence[Any]]
         if replicas is None:
             self._take_settings(sizes, options)
             lists = {"sizes": self.settings}
@@ -190,7 +195,9 @@ class Sweep:
             lists = {name: _one_each(name, value, replicas) for name, value in each.items()}
         count = min(len(devices), self.replicas)
         for i, device in enumerate(devices[:count]):
-            own = {name: spreading.share(values, i, count) for name, values in lists.items()}
+            own: dict[str, Any] = {
+                name: spreading.share(values, i, count) for name, values in lists.items()
+            }
             if replicas is not None:
                 own |= {"sizes": sizes, "replicas": len(own["lr"])}
             loss = copy.deepcopy(self.loss)

@@ -54,7 +54,7 @@ def sweep(values: Values) -> None:
     choices = [dict(zip(given_lists, one)) for one in itertools.product(*given_lists.values())]
     common = {**given(options.RECIPE, values), **choices[0]}
     recipe = recipes.changed(recipes.PLAIN, **common)
-    places = {
+    places: dict[str, Any] = {
         "device": setup.pick_device(values["device"]),
         "devices": setup.pick_devices(values["device"], values["devices"]),
     }
