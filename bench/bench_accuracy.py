@@ -1,4 +1,4 @@
-"""What the estimators reach beside scikit-learn's at equal settings, over seeds."""
+"""Accuracy of the estimators and of scikit-learn's, at equal settings, over several seeds."""
 
 import warnings
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from .table import Table
 
 SEEDS = 5
 SETTINGS = {"hidden_layer_sizes": (64, 32), "max_iter": 60, "early_stopping": False}
-_NOISE = 3.0  # standard errors of the mean difference
+_NOISE = 3.0  # standard errors that the mean difference may have
 
 
 def california(rows: int = 2000) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Rows like those of California housing: eight columns, a skewed price with noise."""
+    """Made-up rows like those of California housing: eight columns, a skewed price with noise."""
     rng = numpy.random.default_rng(0)
     income, age, rooms, people = (
         rng.gamma(3, 1.3, rows),
@@ -55,13 +55,13 @@ def _scores(kind: type, x: Any, y: Any, options: dict[str, Any]) -> numpy.ndarra
 
 
 def run() -> Table:
-    """Mean and deviation of accuracy, or of R², over seeds; the same splits and settings."""
+    """Mean and deviation of accuracy, or of R², over seeds. Splits and settings are the same."""
     table = Table(
-        f"Accuracy, or R², of {SEEDS} seeds beside scikit-learn's", "python -m bench accuracy"
+        f"Accuracy, or R², of {SEEDS} seeds, ours and scikit-learn's", "python -m bench accuracy"
     )
     table.note = (
-        "Ours in float32 by the compiled epoch. Fails where the means differ by more than "
-        f"{_NOISE:g} standard errors of the difference, and by more than 0.01."
+        "Ours runs the compiled epoch in float32. The table fails if means differ by more than "
+        f"{_NOISE:g} standard errors of the difference and by more than 0.01."
     )
     fast = {"precision": "fp32", "device": "cpu"}
     with warnings.catch_warnings():

@@ -1,5 +1,5 @@
-"""Training steps of the small reference network on a CPU: ours, PyTorch's, JAX's, scikit-learn's
-and numpy's, on one core and on all, each in a process of its own, in turns.
+"""Training steps of the small reference network on a CPU by us, PyTorch, JAX, scikit-learn and
+numpy, on one core and on all. Each has a process of its own, and they take turns.
 """
 
 import json
@@ -15,8 +15,8 @@ from .rivals import BATCH, SIZES
 from .table import Table
 
 _ROUNDS = 9
-_PAUSE = 0.3  # seconds before a turn, in which the threads of the one before come to rest
-_TOLERANCE = 1e-3  # of the first epoch's loss, relative
+_PAUSE = 0.3  # seconds before a turn, until the last turn's threads sleep
+_TOLERANCE = 1e-3  # how far losses of the first epoch may differ, relative
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 _RATIOS = (
     ("epoch", "eager"),
@@ -28,11 +28,11 @@ _RATIOS = (
     ("autograd", "eager"),
     (f"{NETWORKS} networks", "epoch, one thread"),
 )
-_OURS = ("epoch", "manual", "autograd")  # how the names of ours begin
+_OURS = ("epoch", "manual", "autograd")  # our names start with these
 
 
 class _Rival:
-    """A process that trains an epoch when it is told to."""
+    """A process that trains an epoch on command."""
 
     def __init__(self, name: str, cores: list[int]):
         threads = str(len(cores))
@@ -52,7 +52,7 @@ class _Rival:
         self.ready = json.loads(line) if line else {"wrong": "the process ended"}
 
     def turn(self) -> None:
-        """Two epochs, of which the second counts: after a pause, cores and caches are cold."""
+        """Trains two epochs. Only the second counts, because cores and caches are cold first."""
         time.sleep(_PAUSE)
         for _ in range(2):
             self.process.stdin.write("\n")
@@ -68,16 +68,18 @@ class _Rival:
 
 
 def run() -> Table:
-    """µs a step, best and median, on one core and on all; ratios of the best, and the median of
-    the ratios of each round, in which the rivals take their turns within seconds.
+    """µs a step, best and median, on one core and on all.
+
+    A best ratio is of the best times. A median ratio is the median over rounds, because in a round
+    the rivals take turns within seconds.
     """
     cores = sorted(os.sched_getaffinity(0))
     made = Table(
         f"CPU: training steps of {'-'.join(map(str, SIZES))} sigmoid, batch {BATCH}",
         "python -m bench cpu",
-        note=f"Each in a process of its own, {_ROUNDS} turns: a pause, {STEPS} steps to warm up, "
-        f"{STEPS} that are timed. `{NETWORKS} networks`: a step of all of them. A ratio's median "
-        "is that of the ratios of each round.",
+        note=f"Each row has a process of its own and {_ROUNDS} turns: a pause, {STEPS} steps to "
+        f"warm up, {STEPS} timed steps. `{NETWORKS} networks` is a step of all of them. A ratio's "
+        "median is the median over rounds.",
     )
     rows = {name: {"": name} for group in GROUPS.values() for name in group}
     rows |= {ratio: {"": " / ".join(ratio)} for ratio in _RATIOS}
@@ -103,7 +105,7 @@ def run() -> Table:
 
 
 def _times(cores: list[int]) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Seconds of every turn of those that train right, and why the others have none."""
+    """({name: seconds of each turn}, {name: why it has no time}), of right and other rivals."""
     times, wrong = {}, {}
     for group in GROUPS.values():
         alive, first = [], None

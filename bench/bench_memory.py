@@ -1,8 +1,8 @@
 """Peak memory of a training step of wide layers: the manual API, the engines and the autograd
 modules, against eager PyTorch.
 
-On a GPU its allocator is asked. Without one the bytes of live tensors are counted on tensors that
-hold nothing, as an sm_90 would run them; what is computed is compared for a smaller network.
+On a GPU the figures come from its allocator. Without one, the bytes of living meta tensors are
+counted, as an sm_90 would run the step. The losses are then compared on a smaller network.
 """
 
 import gc
@@ -20,9 +20,9 @@ from .live import Live
 from .table import Table, device, one_line
 
 SIZES, BATCH, DTYPE = (4096,) * 5, 8192, torch.bfloat16
-_SMALLER = 16  # what is compared on a CPU
-_AS = "sm_90", 132  # what is counted there: architecture and processors
-_TOLERANCE = 2e-2  # of the losses: bfloat16 rounds logits and losses to 3 digits
+_SMALLER = 16  # the network that is compared on a CPU is so many times smaller
+_AS = "sm_90", 132  # architecture and processors for the count on a CPU
+_TOLERANCE = 2e-2  # how far losses may differ, as bfloat16 rounds to 3 digits
 
 
 def _weights(sizes, on):
@@ -61,7 +61,7 @@ def eager(sizes, on):
 
 
 def autograd(sizes, on):
-    """The same through mlp's modules, on PyTorch's tape."""
+    """The same by mlp's modules and autograd."""
     return _taped(
         mlp.MLP(sizes, device=on, dtype=DTYPE), mlp.CrossEntropyLoss(), mlp.SGD, sizes, on
     )
@@ -72,7 +72,7 @@ def _taped(model, loss, optimizer, sizes, on):
     optimizer = optimizer(model.parameters(), lr=0.01)
 
     def step(x, y):
-        optimizer.zero_grad()  # before the forward, which then has their memory
+        optimizer.zero_grad()  # first, so that the forward can use the gradients' memory
         value = loss(model(x), y)
         value.backward()
         optimizer.step()
@@ -82,7 +82,7 @@ def _taped(model, loss, optimizer, sizes, on):
 
 
 def manual(sizes, on):
-    """The same by mlp.Net: buffers that stay, no tape."""
+    """The same by mlp.Net, with permanent buffers and without a graph."""
     net, loss = mlp.Net(sizes, device=on, dtype=DTYPE), mlp.SoftmaxCrossEntropy()
     _start(net.parameters.values(), sizes, on)
     optimizer = mlp.SGD(net.parameters.values(), lr=0.01)
@@ -98,7 +98,7 @@ def manual(sizes, on):
 
 
 def engine(kind, sizes, on):
-    """The same by an engine, which may update weights within the backward pass."""
+    """The same by an engine, which may update weights during the backward pass."""
     net = mlp.Net(sizes, device=on, dtype=DTYPE)
     _start(net.parameters.values(), sizes, on)
     trainer = kind(net, mlp.SoftmaxCrossEntropy(), mlp.SGD(net.parameters.values(), lr=0.01))
@@ -130,12 +130,12 @@ def _data(sizes, batch, on):
 
 
 def counted(make, sizes, batch) -> int:
-    """Bytes of a second step as an sm_90 would run it, beyond the data: of tensors on no device."""
+    """Bytes of a second step without the data, counted from meta tensors as an sm_90 runs it."""
     gc.collect()
     x, y = _data(sizes, batch, "meta")
     live = Live()
     live.leave_out(x, y)
-    # Eager's backward is not called from Python; ours is, and its kernels want no follower.
+    # Python does not call eager's backward, so its operators are counted. It calls ours.
     following = live.operations() if make is eager else live.calls()
     with launch.dry_run(*_AS), following:
         step = make(sizes, "meta")
@@ -146,20 +146,21 @@ def counted(make, sizes, batch) -> int:
 
 
 def losses(make) -> list[float]:
-    """Of two steps of a smaller network, on a CPU."""
+    """The losses of two steps of a smaller network, on a CPU."""
     sizes, batch = tuple(size // _SMALLER for size in SIZES), BATCH // _SMALLER
     (x, y), step = _data(sizes, batch, "cpu"), make(sizes, "cpu")
     return [float(step(x, y)), float(step(x, y))]
 
 
 def _without_gpu(make) -> dict:
-    """As `measured`: losses of a smaller network, and bytes of the whole one."""
+    """The same keys as `measured`: losses of a smaller network, counted bytes of the whole one."""
     return {"losses": losses(make), "peak": counted(make, SIZES, BATCH), "seconds": None}
 
 
 def measured(make, sizes, batch, on) -> dict:
-    """Losses of two steps, bytes at most allocated in the second beyond what was there before the
-    network, seconds of a step.
+    """Losses of two steps, peak bytes of the second, and seconds of a step.
+
+    The peak leaves out the memory that was allocated before the network.
     """
     gc.collect()
     x, y = _data(sizes, batch, on)
@@ -177,8 +178,8 @@ def measured(make, sizes, batch, on) -> dict:
 
 
 def run() -> Table:
-    """MiB of a step: weights, gradients, what is kept for the backward pass, and scratch; the data
-    is not counted.
+    """MiB of a step: weights, gradients, tensors kept for the backward pass, and scratch. The data
+    are not counted.
     """
     on = device()
     on_gpu = on.type == "cuda"
@@ -188,7 +189,7 @@ def run() -> Table:
     )
     table = Table(title, "python -m bench memory", note=__doc__ or "")
     if on_gpu:
-        measured(eager, SIZES, 16, on)  # what libraries allocate once is not the first network's
+        measured(eager, SIZES, 16, on)  # so that libraries allocate before the first network
     found = {}
     for name, make in PROVIDERS.items():
         row = {"network": name, "peak MiB": None, "of eager": None, "ms a step": None}
@@ -202,7 +203,7 @@ def run() -> Table:
                 raise ArithmeticError(
                     f"losses differ from eager's by {error:.1e}, at most {_TOLERANCE:.0e}"
                 )
-        except Exception as error:  # out of memory, or wrong: the others are still measured
+        except Exception as error:  # out of memory or wrong; the others are still measured
             row["why not"] = one_line(error)
             table.failed = table.failed or f"{name}: {row['why not']}"
             continue

@@ -1,10 +1,10 @@
 """Seconds of training until MNIST's test accuracy is 97%, 98% and 98.4%: `--recipe fast` with our
 engines, the same network, rate and shifts in eager torch, and scikit-learn's MLPClassifier.
 
-Only training is timed, without the tests between epochs. Before the first seed, one epoch is
-trained and forgotten. "from a new process" is timed from the start of a process, with everything
-that it does: imports, reading the data, loading compiled code, the tests between epochs. The rivals
-train with fewer seeds, because they take longer.
+Only training is timed, without the tests between epochs. One epoch before the first seed is not
+counted. "from a new process" is timed from the start of a process and includes imports, reading the
+data, loading compiled code and the tests between epochs. The rivals train with fewer seeds, because
+they take longer.
 """
 
 import json
@@ -25,7 +25,7 @@ from .samples import mnist
 from .table import Table, device
 
 LEVELS = (0.97, 0.98, 0.984)
-Epochs = Iterator[tuple[float, float]]  # seconds so far, test accuracy
+Epochs = Iterator[tuple[float, float]]  # (seconds so far, test accuracy) after each epoch
 
 
 def ours(recipe, train, test, seed: int) -> Epochs:
@@ -37,7 +37,7 @@ def ours(recipe, train, test, seed: int) -> Epochs:
 
 
 def _fit(recipe, train, test, seed: int, on_epoch=None, epochs: int | None = None) -> list[dict]:
-    """The rows of a training. epochs: after so many it ends."""
+    """The rows of a training. epochs: how many, by default the recipe's."""
     model = recipe.model(train, seed, device())
     # "auto" would not compile anything for a single short training.
     engine = "epoch" if cpu.serves(next(model.parameters())) else "auto"
@@ -55,7 +55,7 @@ def _fit(recipe, train, test, seed: int, on_epoch=None, epochs: int | None = Non
 
 
 def eager(recipe, train, test, seed: int) -> Epochs:
-    """The recipe as a loop of eager torch over tensors, the shifts included."""
+    """The recipe as a loop of eager torch over tensors, with the shifts."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10)).to(device())
     optimizer = torch.optim.SGD(model.parameters(), **recipe.optimizer_options)
@@ -103,7 +103,7 @@ def new_process(recipe, train, test, seed: int) -> Epochs:
 
 
 def child(seed: int) -> None:
-    """Print when each epoch of the recipe had ended and been tested, and its accuracy."""
+    """Prints when each epoch of the recipe ended with its test, and its accuracy."""
     recipe = recipes.get("fast")
     train, test = (part.to(device()) for part in recipe.prepare(*data.load("mnist")))
     found: list[tuple[float, float]] = []
@@ -111,7 +111,7 @@ def child(seed: int) -> None:
     print(json.dumps(found))
 
 
-# Name -> the run, and how many seeds.
+# name -> (the function that trains, the number of seeds)
 RUNS: dict[str, tuple[Callable[..., Epochs], int]] = {
     "ours": (ours, 10),
     "ours, from a new process": (new_process, 3),
@@ -121,14 +121,14 @@ RUNS: dict[str, tuple[Callable[..., Epochs], int]] = {
 
 
 def run() -> Table:
-    """A row for each: the median seconds to each accuracy, and the last accuracy."""
+    """A row for each way, with median seconds to each accuracy, and the last accuracy."""
     table = Table("MNIST: seconds to an accuracy", "python -m bench mnist", note=__doc__ or "")
     if not mnist("cpu").name.startswith("mnist"):
         table.not_run = "needs MNIST in $HANDGRAD_DATA"
         return table
     recipe = recipes.get("fast")
     train, test = (part.to(device()) for part in recipe.prepare(*data.load("mnist")))
-    _fit(recipe, train, test, 0, epochs=1)  # loads, or compiles, what takes long
+    _fit(recipe, train, test, 0, epochs=1)  # loads or compiles the engine's code
     for name, (epochs, seeds) in RUNS.items():
         found = [list(epochs(recipe, train, test, seed)) for seed in range(seeds)]
         row: dict = {"what": name, "seeds": seeds}

@@ -1,8 +1,8 @@
-"""The reference recipes against the usual loop: DataLoader with two workers, per-sample transforms,
-eager autograd.
+"""The reference recipes against the usual loop, with a DataLoader of two workers, per-sample
+transforms and eager autograd.
 
-Both train on the same pixels; the usual loop is timed from its first batch on, without the start of
-its workers.
+Both train on the same pixels. The usual loop's time starts with its first batch, so the start of
+its workers is not counted.
 """
 
 import time
@@ -25,7 +25,7 @@ STEPS, ROUNDS = 150, 5
 
 
 class Images(torch.utils.data.Dataset):
-    """Pixels as a torchvision data set gives them: a PIL image a sample, through its transforms."""
+    """Samples as a torchvision data set gives them: PIL images that pass through transforms."""
 
     def __init__(self, data, normalize, count):
         self.images = [
@@ -63,7 +63,7 @@ def eager_network(recipe) -> nn.Module:
 
 
 def usual_step_seconds(recipe, images, on) -> float:
-    """Seconds a step of the usual loop over all of `images` but the first batch."""
+    """Seconds a step of the usual loop over all `images` after the first batch."""
     network = eager_network(recipe).to(on)
     optimizer = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[recipe.optimizer](
         network.parameters(), **recipe.optimizer_options
@@ -89,7 +89,7 @@ def usual_step_seconds(recipe, images, on) -> float:
 
 
 def run() -> Table:
-    """ms a step of each recipe, ours and the usual loop's, in turn."""
+    """ms a step of each recipe, by us and by the usual loop, in turns."""
     on = device()
     samples = mnist(on)
     table = Table(

@@ -1,5 +1,5 @@
-"""A search for settings by cross-validation: `mlp.SearchCV` beside scikit-learn's GridSearchCV,
-over its own MLPClassifier and over ours.
+"""A search for settings by cross-validation, by `mlp.SearchCV` and by scikit-learn's GridSearchCV,
+the latter with its own MLPClassifier and with ours.
 """
 
 import os
@@ -23,7 +23,7 @@ GRID = {
     "alpha": [1e-5, 1e-4, 1e-3, 1e-2],
     "learning_rate_init": [0.001, 0.003, 0.01, 0.03],
 }
-_WITHIN = 0.01  # of accuracy: float32 and float64, or another order of sums
+_WITHIN = 0.01  # accuracies may differ so much, as precision and order of sums differ
 
 
 def _searches(jobs: int) -> dict[str, Any]:
@@ -42,7 +42,9 @@ def _searches(jobs: int) -> dict[str, Any]:
 
 
 def run() -> Table:
-    """Seconds of 64 settings × 5 folds on breast cancer, all cores; compiled code is loaded."""
+    """Seconds of 64 settings × 5 folds on breast cancer, on all cores, with compiled code
+    loaded.
+    """
     x, y = load_breast_cancer(return_X_y=True)
     x = StandardScaler().fit_transform(x)
     jobs = len(os.sched_getaffinity(0))

@@ -1,4 +1,4 @@
-"""Many networks at once: epochs a second of mlp.Sweep over the reference network, all networks
+"""Many networks at once: epochs a second of mlp.Sweep, which trains copies of the reference network
 together.
 """
 
@@ -19,11 +19,11 @@ NETWORKS = {"cpu": (1, 4, 16), "cuda": (1, 8, 132)}
 STEPS = {"cpu": 20, "cuda": 1875}
 ROUNDS = 5
 DIFFERENT, DIFFERENT_STEPS = 64, 300
-_TOLERANCE = 1e-4  # of the first network's loss: how many train beside it must not matter
+_TOLERANCE = 1e-4  # the first network's loss may differ so much from its loss alone
 
 
 def different() -> list[dict]:
-    """Settings of 64 networks of depth 1 to 3 and width 16 to 512, none like another."""
+    """Settings of 64 different networks of depth 1 to 3 and width 16 to 512."""
     widths = (16, 32, 64, 128, 256, 512)
     shapes = [(n,) * depth for depth in (1, 2, 3) for n in widths]
     return [
@@ -33,10 +33,12 @@ def different() -> list[dict]:
 
 
 def _together() -> str:
-    """64 different networks together, beside the sum of their times alone, on a CPU."""
+    """A sentence with the time of 64 different networks together and the sum of their times alone,
+    on a CPU.
+    """
     data = mnist(torch.device("cpu")).take(DIFFERENT_STEPS * BATCH)
     every, threads, alone = different(), torch.get_num_threads(), 0.0
-    with cpu.many():  # compiled, however few the steps
+    with cpu.many():  # uses compiled epochs, even for few steps
         mlp.Sweep(every[:1], device="cpu").fit(data, 1)
         torch.set_num_threads(1)
         try:
@@ -57,8 +59,8 @@ def _together() -> str:
 
 
 def run() -> Table:
-    """Seconds of an epoch of so many networks, what that is in epochs a second, and in times of one
-    network's epoch.
+    """For each number of networks: the time of an epoch, epochs a second, and the ratio to one
+    network's time.
     """
     on = device()
     data = mnist(on).take(STEPS[on.type] * BATCH)
@@ -94,8 +96,8 @@ def run() -> Table:
             )
         table.rows.append(row)
     table.note = (
-        f"An epoch is {STEPS[on.type]} steps. Permutations, one for each network, are drawn "
-        "within the time."
+        f"An epoch is {STEPS[on.type]} steps. The time includes drawing a permutation for each "
+        "network."
     )
     if wrong:
         table.failed = "the first network's loss among " + ", ".join(

@@ -1,9 +1,9 @@
-"""One way to train the reference network on a CPU, in a process of its own: `python -m
-bench.cpu_rivals NAME` trains an epoch for each line that it reads, and prints its seconds.
+"""One way to train the reference network on a CPU. `python -m bench.cpu_rivals NAME` trains an
+epoch for each line that it reads, and prints the epoch's seconds.
 
-A process of its own, because threads of one library that still spin slow the next one down, and
-because a number of threads is best set before a library is imported. The first line that it prints
-says that it is ready: the mean loss of its first epoch and the steps of one, or why it cannot run.
+It is a process of its own, because threads of one library that still spin slow the next one down.
+Also, the number of threads is best set before a library is imported. The first line that it prints
+says that it is ready, with the mean loss of its first epoch, or why it cannot run.
 """
 
 import contextlib
@@ -30,21 +30,21 @@ _LR, _ADAM_LR = 0.1, 1e-3
 
 
 class Job:
-    """The data and the order of an epoch, the same for all."""
+    """The data and the order of an epoch, the same for all rivals."""
 
     def __init__(self):
         self.data = mnist(torch.device("cpu"))
         self.order = datasets.permutation(len(self.data), 0, 0, "cpu")[: STEPS * BATCH]
 
     def arrays(self):
-        """(pixels, labels, order, weights and biases) as numpy's."""
+        """(pixels, labels, order, weights and biases) as numpy arrays."""
         tensors = (self.data.inputs, self.data.targets, self.order, *weights("cpu"))
         pixels, labels, order, *start = (tensor.numpy() for tensor in tensors)
         return pixels, labels, order, [array.copy() for array in start]
 
 
 def _provider(make, job: Job, **options) -> Callable:
-    """A provider of `rivals` or `training`: the loss is read where it is asked for."""
+    """An epoch by a provider of `rivals` or `training`. It reads the loss only if asked to."""
     provider = make(start=weights("cpu"), data=job.data, **options)
 
     def epoch(wants_loss=False):
@@ -68,7 +68,7 @@ def _engine(name: str, optimizer, job: Job, threads: int | None = None) -> Calla
 
 
 def _manual_loop(job: Job) -> Callable:
-    """The loop that README shows for the manual API."""
+    """README's loop for the manual API."""
     net = mlp.Net(SIZES, activation="sigmoid", seed=0)
     for p, value in zip(net.parameters.values(), weights("cpu")):
         p.copy_(value)
@@ -88,7 +88,7 @@ def _manual_loop(job: Job) -> Callable:
 
 
 def _networks(job: Job) -> Callable:
-    _engine("epoch", _SGD, job)()  # so that nothing is left to load, which few steps would not pay
+    _engine("epoch", _SGD, job)()  # loads the compiled epoch, which few steps alone would not
     sweep = mlp.Sweep(SIZES, NETWORKS, _LR, activation="sigmoid")
     data = job.data.take(STEPS * BATCH)
     return lambda wants_loss=False: sweep.fit(data, 1, BATCH) and None
@@ -153,7 +153,7 @@ def _numpy(job: Job) -> Callable:
 
 
 def _sklearn(job: Job) -> Callable:
-    """Its own initial weights, so its loss is not compared."""
+    """scikit-learn's MLPClassifier. It draws its own weights, so its loss is not compared."""
     try:
         from sklearn.neural_network import MLPClassifier
     except ModuleNotFoundError as missing:
@@ -166,7 +166,7 @@ def _sklearn(job: Job) -> Callable:
 
     def epoch(wants_loss=False):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that one epoch has not converged
+            warnings.simplefilter("ignore")  # it warns that one epoch does not converge
             model.fit(x, y)
 
     return epoch
@@ -175,7 +175,7 @@ def _sklearn(job: Job) -> Callable:
 _TORCH_SGD = partial(torch.optim.SGD, lr=_LR)
 _TORCH_ADAM = partial(torch.optim.Adam, lr=_ADAM_LR, fused=True)
 _SGD, _ADAM = partial(mlp.SGD, lr=_LR), partial(mlp.Adam, lr=_ADAM_LR)
-# Those of one group train the same and are compared with its first.
+# All rivals of a group do the same training. Their losses are compared with the first one's.
 GROUPS: dict[str, dict[str, Callable[[Job], Callable]]] = {
     "SGD": {
         "eager": partial(_provider, rivals.Eager, optimizer=_TORCH_SGD),
@@ -199,11 +199,11 @@ GROUPS: dict[str, dict[str, Callable[[Job], Callable]]] = {
 
 
 def main(name: str) -> None:
-    """Serve one provider until the input ends."""
+    """Serves one rival until the input ends."""
     made = next(group[name] for group in GROUPS.values() if name in group)
-    answers, sys.stdout = sys.stdout, sys.stderr  # what else is printed is no answer
+    answers, sys.stdout = sys.stdout, sys.stderr  # other prints must not look like answers
     try:
-        # The keywords of partial come first: job is the one argument that is left.
+        # partial has set all other arguments by keyword.
         epoch = made(job=Job())
         first = epoch(wants_loss=True)
         epoch()

@@ -1,4 +1,4 @@
-"""What tests share: the tolerance rule, buffers that start as NaN, memory layouts."""
+"""Shared helpers of tests: the tolerance rule, buffers that start as NaN, memory layouts."""
 
 import functools
 
@@ -11,8 +11,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Draw(Make):
-    """Numbers scaled so that a product of two matrices is standard normal: where tanh saturates,
-    all is rounding.
+    """Numbers scaled so that a product of two matrices is standard normal. With larger numbers tanh
+    saturates, and its derivative is mostly rounding.
     """
 
     def real(self, *shape):
@@ -20,21 +20,21 @@ class Draw(Make):
 
 
 def assert_as_accurate(ours, torchs, exact, what=""):
-    """The project's only tolerance: of the float64 result `exact`, we may be off twice as far as
-    torch in our precision, and by the rounding of the result: one ulp of its largest number, three
-    on a GPU (`rounding.floor`). Or, where that is more, twice as far as a computer of our precision
-    may be.
+    """The project's only tolerance.
 
-    For torch's own error is one draw of a game of chance: another processor, BLAS or number of
-    threads adds in another order. It may be 0, and a result may cancel while the terms of its sums
-    do not. So where we are off further than torch's error allows, `exact` is computed again under
-    simulated rounding (kernels/rounding.py, with its sources), and the worst error of several draws
-    counts.
+    Our error against the float64 result `exact` may be twice torch's error in our precision, plus
+    the rounding of the result: one ulp of its largest number, three on a GPU (`rounding.floor`).
+    Where simulated rounding gives more, our error may be twice that.
 
-    exact: a function of no arguments that computes the results in float64. Or the results, where
-    each is a single step from its arguments, and torch's error says all. Where torch overflows or
-    has NaN we must have the same, or be right. Nested lists and tuples of tensors are compared one
-    by one.
+    Torch's own error is partly luck. Another processor, BLAS or number of threads adds in another
+    order. The error may be 0, and a result may cancel although the terms of its sums do not. So
+    where we exceed the first limit, `exact` is computed again under simulated rounding
+    (kernels/rounding.py, with its sources), and the worst error of several draws counts.
+
+    exact: a function of no arguments that computes the results in float64. It may also be the
+    results, where each is a single step from its arguments, so that torch's error suffices. Where
+    torch overflows or has NaN, we must have the same or the exact result. Nested lists and tuples
+    of tensors are compared one by one.
     """
     ours, torchs = flatten(ours), flatten(torchs)
     again, exact = exact, flatten(exact() if callable(exact) else exact)
@@ -55,7 +55,7 @@ def assert_as_accurate(ours, torchs, exact, what=""):
 
 
 def _wrong(ours, torchs, exact):
-    """Our errors, 0 where torch overflows or has NaN and we have the same."""
+    """Our errors. They are 0 where torch overflows or has NaN and we have the same."""
     same = (ours == torchs) | (ours.isnan() & torchs.isnan())
     return errors(ours, exact).masked_fill(same & ~torchs.isfinite(), 0)
 
@@ -80,7 +80,7 @@ def _assert_within(allowed, ours, torchs, exact, what):
 
 
 def gradient_penalty(function):
-    """A function whose gradient is a second derivative: Σ ‖∂(Σ y²)/∂t‖² over its tensors."""
+    """Σ ‖∂(Σ y²)/∂t‖² over the function's tensors t. Its gradient is a second derivative."""
 
     def of(*tensors):
         y = function(*tensors)
@@ -91,10 +91,10 @@ def gradient_penalty(function):
 
 
 def compare(ours, torchs, *draws, what=""):
-    """Values and gradients of a function of tensors (None allowed) against torch's, in the rule
-    above.
+    """Compares values and gradients of a function of tensors with torch's, by the rule above.
 
-    Several draws are judged together: the error of torch in a single number is a matter of luck.
+    A tensor may be None. Several draws are compared as one, because torch's error in a single
+    number is a matter of luck.
     """
     results = [with_gradients(ours, tensors) for tensors in draws]
     same = [with_gradients(torchs, tensors) for tensors in draws]
@@ -106,12 +106,12 @@ def compare(ours, torchs, *draws, what=""):
 
 
 def stacked(draws):
-    """Lists of as many results each -> one list, of the draws' results stacked."""
+    """One list of results, each stacked over the draws. draws: lists of equal length."""
     return [torch.stack(results) for results in zip(*draws)]
 
 
 def with_gradients(function, tensors):
-    """[value, gradient of every tensor]. The incoming gradient is positive, so that sums over a
+    """[value, *gradients of the tensors]. The incoming gradient is positive, so that sums over a
     batch do not cancel.
     """
     tensors = [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
@@ -121,8 +121,8 @@ def with_gradients(function, tensors):
 
 
 def poison_fresh_buffers(monkeypatch):
-    """Fill every uninitialised floating-point buffer with NaN: an element that a kernel forgets to
-    write shows.
+    """Fills every uninitialised floating-point buffer with NaN, so an element that a kernel forgets
+    to write fails.
     """
 
     def poisoned(allocate):
@@ -143,14 +143,16 @@ def poison_fresh_buffers(monkeypatch):
 
 
 def transposed(t):
-    """The same values with the last two strides exchanged; of a vector, with a stride of 2."""
+    """The same values with the last two strides exchanged. A vector gets a stride of 2."""
     if t.dim() < 2:
         return t.repeat_interleave(2)[::2]
     return t.detach().mT.contiguous().mT
 
 
 def sliced(t):
-    """The same values amid NaN: an offset, gaps, a last stride of 2. Reading beside them shows."""
+    """The same values amid NaN, with an offset, gaps and a last stride of 2. A read outside of them
+    gives NaN.
+    """
     around = t.new_full(
         [3 + 2 * size for size in t.shape], float("nan") if t.is_floating_point() else 1 << 20
     )
@@ -158,9 +160,7 @@ def sliced(t):
 
 
 def expanded(t):
-    """The first row (of a vector: the first element) repeated with stride 0. Other values, the same
-    shape.
-    """
+    """The same shape with the first row, or a vector's first element, repeated with stride 0."""
     return t.detach()[:1].expand(t.shape)
 
 
@@ -173,19 +173,19 @@ LAYOUTS = {
 
 
 def double(value):
-    """The same nested tuple with every floating-point tensor in float64, detached."""
+    """The same nested value with every floating-point tensor in float64, detached."""
     if isinstance(value, torch.Tensor):
         return value.detach().double() if value.is_floating_point() else value
     return type(value)(map(double, value)) if isinstance(value, (tuple, list)) else value
 
 
 def snapshot(value):
-    """Copies of the tensors in nested tuples and lists, to compare with later."""
+    """Copies of all tensors in nested tuples and lists, for a later comparison."""
     return [t.clone() for t in flatten(value)]
 
 
 def assert_equal(ours, theirs, what=""):
-    """Bitwise equality of nested tensors, NaN equal to NaN."""
+    """Checks that nested tensors are bitwise equal. NaN equals NaN."""
     ours, theirs = flatten(ours), flatten(theirs)
     assert len(ours) == len(theirs), what
     for a, b in zip(ours, theirs):

@@ -1,8 +1,8 @@
-"""How the suite runs: on a GPU where there is one, else every kernel in Triton's interpreter on the
+"""How the suite runs. Kernels run on the GPU if there is one, else in Triton's interpreter on the
 CPU.
 
-tests/kernels runs on NaN-filled buffers; tests/mlp takes the reference path on a CPU, where
-training through the interpreter would take hours, unless a test is marked `interpreter`.
+In tests/kernels, new buffers are filled with NaN. On a CPU, tests/mlp uses the reference, because
+trainings in the interpreter would take hours. Tests marked `interpreter` still use the kernels.
 """
 
 import importlib.util
@@ -17,13 +17,13 @@ import torch
 TESTS = Path(__file__).parent
 ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 if not ON_GPU:
-    # Triton reads the variable when it is imported, and that must not have happened: half of it
-    # would be compiled.
+    # Triton reads this variable at its import. After an earlier import, half of it would be
+    # compiled.
     assert "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") == "1", (
         "triton was imported before conftest.py"
     )
     os.environ["TRITON_INTERPRET"] = "1"
-    # pytest-xdist has a process for each core
+    # pytest-xdist runs a process for each core
     torch.set_num_threads(int(os.environ.get("HANDGRAD_TEST_THREADS", "1")))
 
 import triton  # noqa: E402
@@ -39,7 +39,7 @@ if not ON_GPU:
 seeds.shift()
 
 if Path(kernels.__file__).parent != TESTS.parent / "kernels":
-    # Another distribution on PyPI imports under this name.
+    # Another distribution on PyPI has this import name, too.
     pytest.exit(
         f"`import kernels` found {kernels.__file__}, not this repository's: uninstall that or "
         "`pip install -e .`",
@@ -47,8 +47,8 @@ if Path(kernels.__file__).parent != TESTS.parent / "kernels":
     )
 
 
-# Files whose tests need a package beyond torch, triton, numpy and pytest: a GPU machine may have no
-# more than these.
+# Files whose tests need a package besides torch, triton, numpy and pytest. A GPU machine may have
+# only these four.
 NEEDS = {
     "expecttest": [
         "databases/test_modules.py",
@@ -69,10 +69,14 @@ NEEDS = {
     "typer": [
         "mlp/test_cli.py",
         "mlp/test_cli_errors.py",
+        "mlp/test_cli_export.py",
         "mlp/test_cli_sweep.py",
+        "mlp/test_comparing.py",
         "mlp/test_data_cli.py",
+        "mlp/test_devices.py",
         "mlp/test_hostile.py",
         "mlp/test_main.py",
+        "mlp/test_tables_cli.py",
     ],
 }
 MISSING = {
@@ -83,7 +87,7 @@ collect_ignore = [file for files in MISSING.values() for file in files]
 
 def pytest_configure(config):
     config.addinivalue_line(
-        "markers", "interpreter: under tests/mlp, run the kernels in the interpreter also on a CPU"
+        "markers", "interpreter: in tests/mlp, use the kernels also on a CPU, in the interpreter"
     )
 
 
@@ -100,33 +104,33 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="session")
 def device() -> str:
-    """Where tensors that kernels shall take are made: "cuda", or "cpu" under the interpreter."""
+    """The device of tensors for kernels: "cuda", or "cpu" with the interpreter."""
     return "cuda" if ON_GPU else "cpu"
 
 
 @pytest.fixture(autouse=True)
 def whole_floats():
-    """Convolutions are judged by their float32 results, which cuDNN would compute in tf32."""
-    # The flags one by one are locked once torch.testing._internal was imported; this is not.
+    """Turns off tf32 in cuDNN, so that torch's convolutions are float32."""
+    # After an import of torch.testing._internal, single flags are locked. This context is not.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
 
 
 @pytest.fixture(autouse=True)
 def surroundings(request, monkeypatch):
-    """What the folder's tests run under: poisoned buffers for kernels, the reference for training
-    on a CPU; its own seed.
+    """The setting of each test: its own seed, buffers with NaN in tests/kernels, the reference in
+    tests/mlp on a CPU.
     """
     kernels.launch.forget()
-    # What torch.compile knows of torch's functions is read once, and once more after a process
-    # group began. It must not be read while a test has put others in their places.
+    # torch.compile reads its table of torch's functions once, and again after a process group has
+    # started. It must not read it while a test replaces such functions.
     trace_rules.get_torch_obj_rule_map()
-    # the same numbers whatever ran before
+    # gives each test the same numbers, whatever ran before
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
     if request.path.is_relative_to(TESTS / "kernels"):
         checks.poison_fresh_buffers(monkeypatch)
     if request.path.is_relative_to(TESTS / "mlp") and request.path.name != "test_search.py":
-        # What "auto" takes must not depend on what ran before in this process.
+        # The choice of "auto" must not depend on earlier tests of this process.
         monkeypatch.setattr("mlp.cpu.is_loaded", lambda: False)
     if (
         request.path.is_relative_to(TESTS / "mlp")

@@ -1,6 +1,4 @@
-"""Triton's interpreter, brought nearer to a GPU in what it computes and to a test suite in how long
-it takes.
-"""
+"""Changes Triton's interpreter so that it computes more like a GPU and takes less time."""
 
 import functools
 import inspect
@@ -11,8 +9,9 @@ from triton.runtime import interpreter
 
 
 def improve() -> None:
-    """Replace functions of Triton's that both the oldest and the newest version we test have: one
-    for what it computes, the others for the time it takes.
+    """Replaces functions of Triton's interpreter, the first for its results, the others for time.
+
+    The oldest and the newest version that we test both have these functions.
     """
     interpreter._implicit_cvt = _rounding_floats(interpreter._implicit_cvt)
     interpreter._patch_lang = _patching_once(interpreter._patch_lang)
@@ -23,8 +22,8 @@ def improve() -> None:
 
 
 def _rounding_floats(convert):
-    """On a GPU a float argument is a float32. The interpreter keeps Python's float64, which hides
-    what that rounds off.
+    """Makes a float argument float32, as on a GPU. The interpreter keeps Python's float64, which
+    hides this rounding.
     """
 
     def convert_argument(arg):
@@ -42,7 +41,9 @@ def _rounding_floats(convert):
 @functools.cache
 def _builtins(place) -> list:
     """(name, function) of what the interpreter replaces in a module or class of triton.language.
-    Asked for the first time before anything was replaced; the search takes milliseconds.
+
+    The first call comes before anything is replaced. The search takes milliseconds, so its result
+    is kept.
     """
     return [(name, f) for name, f in inspect.getmembers(place) if tl.core.is_builtin(f)]
 
@@ -53,7 +54,7 @@ def _patch_builtin(place, builder, scope):
 
 
 def _by_name(numpy_type):
-    """Triton makes a table of all types for every question."""
+    """Keeps each type's answer, because Triton makes a table of all types for every call."""
     known = {}
 
     def remembered(kind):
@@ -65,9 +66,10 @@ def _by_name(numpy_type):
 
 
 def _made_once(make, describe):
-    """A constructor that copies the attributes of an earlier object of the same description, all
-    but those of its own. Types and shapes of blocks are constants that take long to make, and every
-    operation makes some.
+    """A constructor that copies attributes from an earlier object with the same description.
+
+    Types and shapes of blocks take long to make, and every operation makes some. describe: gives
+    the description and the attributes that are the object's own.
     """
     known = {}
 
@@ -84,13 +86,13 @@ def _made_once(make, describe):
 
 
 def _block(element_ty, shape):
-    """What a block's type depends on, and its own attributes."""
+    """(the description of a block's type, its own attributes)."""
     sides = [s.value if isinstance(s, tl.constexpr) else s for s in shape]
     return (_kind(element_ty), *sides), {}
 
 
 def _tensor(handle, type):
-    """What a tensor's attributes depend on, and its own."""
+    """(the description of a tensor's attributes, its own attributes)."""
     return _kind(type), {"handle": handle}
 
 
@@ -99,8 +101,8 @@ def _kind(dtype):
 
 
 def _patching_once(patch):
-    """The interpreter puts its versions into triton.language again for every call of a device
-    function, in 6 ms each.
+    """Replaces functions of triton.language once for a kernel. The interpreter does it again for
+    every call of a device function, in 6 ms each.
     """
     done = set()
 
@@ -118,8 +120,8 @@ def _patching_once(patch):
 
     def repaired(fn):
         scope = patch(fn)
-        # As bounds of a loop; Triton 3.6 calls int() on an array of one element, which numpy 2.4
-        # refuses.
+        # for bounds of loops: Triton 3.6 calls int() on an array of one element, which numpy 2.4
+        # refuses
         tl.tensor.__index__ = lambda self: self.handle.data.item()
         return scope
 

@@ -1,14 +1,15 @@
-"""Do the tests rest on this processor's rounding? The numerical ones, as other processors run them.
+"""Runs the numerical tests as other processors would, to see if they depend on this one's rounding.
 
     python -m tests.machines [WORD …] [--triton FOLDER] [--jobs N]
 
-BLAS libraries and torch choose their code by the processor they find, and each adds in an order of
-its own. Environment variables make them choose otherwise: each row of SETTINGS, of those that this
-processor can run, is one run of the tests, in which other random numbers are drawn as well. WORD:
-only the settings with that in their name. --triton: a folder with another version of Triton, as
-`pip install --target FOLDER --no-deps triton==3.6.0` makes it, for one run more.
+BLAS libraries and torch choose their code by the processor, and each code adds in its own order.
+Environment variables make them choose otherwise. Each row of `settings` that this processor can run
+is one run of the tests, with other random numbers. WORD: only settings with this in their name.
+--triton: one more run with another version of Triton, from a folder that
+`pip install --target FOLDER --no-deps triton==3.6.0` fills.
 
-By hand and in CI, never by pytest. Prints a table of what fails; exits with 1 if anything does.
+It is started by hand and in CI, never by pytest. It prints a table of failures and exits with 1 if
+there are any.
 """
 
 import argparse
@@ -43,12 +44,12 @@ FILES = [
         for name in ("engines", "loss", "modules", "net", "optim", "replay", "stepwise", "trainer")
     ),
 ]
-# In float64, where rounding decides nothing; the same computation twice; and what starts processes,
-# which draw other numbers.
+# Left out: tests in float64, where rounding decides nothing, tests that compare a computation with
+# itself, and tests that start processes, which draw other numbers.
 SKIPPED = "not gradcheck and not split_work and not in_kernels and not in_another_process"
-# Another seed is another split of the digits, with an accuracy of its own.
+# test_digits is left out because another seed splits the digits in another way.
 SKIPPED += " and not test_digits"
-# Flags of /proc/cpuinfo that the code needs.
+# name of a code -> the flag of /proc/cpuinfo that it needs
 CORES = {
     "Nehalem": "sse4_2",
     "Sandybridge": "avx",
@@ -61,7 +62,7 @@ MKL = {"SSE4_2": "sse4_2", "AVX2": "avx2", "AVX512": "avx512f"}
 
 
 def settings() -> dict[str, tuple[str, dict[str, str]]]:
-    """Name -> (the processor's flag it needs, environment). Each with a seed of its own."""
+    """{name: (the flag that the processor needs, environment)}. Each has its own seed."""
     found = {f"seed {seed}": ("sse4_2", {}) for seed in range(3)}
     for core, flag in CORES.items():
         found[f"BLAS {core}"] = flag, {"OPENBLAS_CORETYPE": core}
@@ -70,7 +71,7 @@ def settings() -> dict[str, tuple[str, dict[str, str]]]:
     for instructions, flag in MKL.items():
         found[f"MKL {instructions}"] = flag, {"MKL_ENABLE_INSTRUCTIONS": instructions}
     threads = {"HANDGRAD_TEST_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"}
-    # Threads without work sleep: the other settings need the processors.
+    # Threads without work sleep, because other settings need the processors.
     found["two threads"] = "sse4_2", threads | {"OMP_WAIT_POLICY": "passive"}
     plainest = {"OPENBLAS_CORETYPE": "Nehalem", "ATEN_CPU_CAPABILITY": "default"}
     found["plainest"] = "sse4_2", plainest | {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}
@@ -81,7 +82,7 @@ def settings() -> dict[str, tuple[str, dict[str, str]]]:
 
 
 def flags() -> set[str]:
-    """What the processor can do, as Linux names it."""
+    """The processor's flags, by Linux's names."""
     text = Path("/proc/cpuinfo").read_text()
     return set(re.search(r"^flags\s*:(.*)$", text, re.M)[1].split()) if "flags" in text else set()
 

@@ -1,18 +1,17 @@
-"""Does the suite notice? The faults of mutants.txt are put into the kernels one at a time, and the
-tests of each run.
+"""Checks that the suite notices faults. Each fault of mutants.txt is put into the kernels alone,
+and its file's tests run.
 
     python -m tests.mutants [WORD …]        faults whose file or description contains one of the
-                                            words; all, if none
+                                            words, or all
 
-By hand, never by pytest. Works in a temporary copy of the tree. A fault is caught if a test fails
-that passes without it: at the end, all tests that failed run once more without any fault. The
-column "rule" says whether the test failed by the rule of accuracy in tests/checks.py. Exits with 1
-if a fault survives.
+It is started by hand, never by pytest, and works in a temporary copy of the tree. A fault is caught
+if a test fails that passes without it. So at the end, all tests that failed run again without a
+fault. The column "rule" has "yes" if the test failed by the rule of accuracy in tests/checks.py.
+The exit status is 1 if a fault survives.
 
-In mutants.txt a fault is a description, the code as it is (-) and the code with the fault (+). The
-code is found once in the file of kernels/ that the heading (#) names, in whatever folder. Words and
-signs are compared: how they are broken into lines, comments, and a comma after the last argument
-make no difference.
+In mutants.txt a fault is a description, the present code (-) and the code with the fault (+). The
+code must occur once in the file of kernels/ that the heading (#) names, in any folder. Words and
+signs are compared. Line breaks, comments, and a comma after the last argument make no difference.
 """
 
 import json
@@ -36,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 LIMIT = 1200  # seconds for the tests of a fault
 SURVIVED = "**survived**", ""
 
-# What a fault in a file of kernels/ is looked for with, up to the first failure; where not named,
+# file of kernels/ -> the tests that run with a fault in it, until one fails. The default is
 # test_<file>.py.
 TESTS = {
     "activations": ("test_activations.py", "test_extremes.py"),
@@ -61,9 +60,9 @@ TESTS = {
 
 
 class Mutant(NamedTuple):
-    """In the file at `path`, the code from `start` to `end` becomes `new`."""
+    """A fault: in the file at `path`, the code from `start` to `end` becomes `new`."""
 
-    path: Path  # from the root
+    path: Path  # relative to the root
     fault: str
     start: int
     end: int
@@ -90,7 +89,7 @@ def words(code: str) -> list[tuple[str, int, int]]:
 
 
 def find(code: str, text: str) -> list[tuple[int, int]]:
-    """Where the code stands in the text: [(start, end)]."""
+    """All places of the code in the text, as [(start, end)]."""
     sought, given = [word for word, *_ in words(code)], words(text)
     all_words = [word for word, *_ in given]
     return [
@@ -101,8 +100,10 @@ def find(code: str, text: str) -> list[tuple[int, int]]:
 
 
 def indented_as(new: str, text: str, start: int) -> str:
-    """`new`, to stand from `start` on: where a line begins there, its lines are moved sideways,
-    the first to there; in the middle of a line, they stay.
+    """`new` with the indentation for a place that starts at `start`.
+
+    At the beginning of a line, all lines of `new` move with the first. In the middle of a line they
+    stay.
     """
     before = text[text.rfind("\n", 0, start) + 1 : start]
     if before.strip():
@@ -116,7 +117,7 @@ def indented_as(new: str, text: str, start: int) -> str:
 
 
 def read() -> list[Mutant]:
-    """mutants.txt; an exit that names the faults whose code is not in the file exactly once."""
+    """The faults of mutants.txt. Exits and names those whose code does not occur exactly once."""
     mutants, wrong, path, text = [], [], Path(), ""
     for block in (ROOT / "tests" / "mutants.txt").read_text().strip().split("\n\n"):
         if block.startswith("# "):
@@ -140,14 +141,14 @@ def read() -> list[Mutant]:
 
 
 class Failure(NamedTuple):
-    """A test that failed, or what went wrong instead of one."""
+    """A test that failed, or another error as text."""
 
     test: str
-    by_rule: bool = False  # whether the message is that of checks.assert_as_accurate
+    by_rule: bool = False  # True if the message is from checks.assert_as_accurate
 
 
 class Failures:
-    """A plugin for pytest that notes the tests that fail and the files that cannot be imported."""
+    """A plugin of pytest that collects failed tests and files that cannot be imported."""
 
     def __init__(self):
         self.found: list[Failure] = []
@@ -161,7 +162,7 @@ class Failures:
 
 
 def run(tree, tests, options) -> list[Failure]:
-    """pytest in this process, on the copy of the tree: the tests that fail."""
+    """Runs pytest in this process on the copy of the tree. Returns the tests that fail."""
     os.chdir(tree)
     sys.path[:] = [str(tree), *(p for p in sys.path if p not in ("", str(ROOT)))]
     for module in [m for m in sys.modules if m.partition(".")[0] in ("tests", "kernels", "mlp")]:
@@ -178,8 +179,8 @@ def run(tree, tests, options) -> list[Failure]:
 def failures(tree, tests, *options) -> list[Failure]:
     """Those of the copy's tests that fail.
 
-    In a fork of this process, which has imported all but kernels and tests: that takes longer than
-    most tests.
+    They run in a fork of this process. It has imported everything except kernels and tests, because
+    these imports take longer than most tests.
     """
     file = tree / "failures.json"
     file.unlink(missing_ok=True)
@@ -197,7 +198,7 @@ def failures(tree, tests, *options) -> list[Failure]:
 
 
 def caught_by(tree, mutant) -> Failure | None:
-    """The first test that fails with the fault; None if all pass."""
+    """The first test that fails with the fault, or None if all pass."""
     path, file = tree / mutant.path, mutant.path.stem
     text = path.read_text()
     mutant.put_into(tree)
@@ -211,7 +212,7 @@ def caught_by(tree, mutant) -> Failure | None:
 def main(named) -> int:
     chosen = [m for m in read() if not named or any(n in f"{m.path}: {m.fault}" for n in named)]
     caught: list[Failure] = []
-    # A fault may be as long as what it replaces, and as old by the second.
+    # A file with a fault may have the old one's length and second, so bytecode would hide it.
     sys.dont_write_bytecode = True
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)

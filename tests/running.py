@@ -1,5 +1,5 @@
-"""How the suite is run and what it reports: the longest tests first, what was skipped and which
-command would run it, and tests that take too long. A plugin of pytest, which conftest.py loads.
+"""A plugin of pytest, which conftest.py loads. The longest tests run first. It reports which
+commands run the skipped tests, and which tests take too long.
 """
 
 import collections
@@ -8,12 +8,12 @@ import resource
 
 import pytest
 
-# Seconds of processor time, its own and of the processes it starts. The whole suite has six minutes
-# on two cores.
+# Seconds of processor time for a test and the processes that it starts. The whole suite has six
+# minutes on two cores.
 BUDGET = 20.0
-CACHE = "handgrad/seconds"  # in pytest's cache: test -> seconds it took last time
-# What a reason to skip says -> (the kind of what is missing, how to run these tests), None for the
-# reason itself. The first that fits.
+CACHE = "handgrad/seconds"  # the key in pytest's cache of {test: seconds that it took last time}
+# pattern of a reason to skip -> (what is missing, or None for the reason itself, how to run the
+# tests). The first pattern that fits counts.
 KINDS = {
     r"needs a (CUDA )?GPU|got empty parameter set": (
         "needs a GPU",
@@ -30,7 +30,7 @@ KINDS = {
     "C compiler": ("needs a C compiler", "To run: apt install gcc"),
     "in the interpreter": (None, "To run: TRITON_INTERPRET=1 pytest tests/proof"),
     "by design": (
-        "has no such case: an engine refuses that training, or the data has no such thing",
+        "has no such case: an engine refuses that training, or torch or the data has none",
         "Nothing is missing; other tests check the refusals",
     ),
 }
@@ -41,7 +41,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--full",
         action="store_true",
-        help="also what takes many minutes: every architecture that kernels are compiled for",
+        help="also run tests that take minutes, such as compilations for every architecture",
     )
     group.addoption(
         "--enforce-budget",
@@ -52,22 +52,23 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "full: takes minutes, so it runs only with --full")
-    config.addinivalue_line("markers", "long(seconds): how long it takes; the longest start first")
+    config.addinivalue_line("markers", "long(seconds): its usual time; the longest start first")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """With pytest -n: a process that has nothing left to do takes tests from another."""
+    """With pytest -n, a process without tests takes some from another."""
     if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
         config.option.dist = "worksteal"
 
 
 def pytest_collection_modifyitems(config, items):
-    """The longest first, as measured by the last run here, else as marked: so that no process is
-    left with a long one when the others have finished.
+    """Sorts the longest tests first, by their last time here or by their mark.
+
+    So no process has a long test left when the others have finished.
     """
     for item in items:
-        # Processes that name a test differently cannot share the work, and nobody can run it alone.
+        # If processes name a test differently, they cannot share work, and it cannot run alone.
         if " at 0x" in item.nodeid or len(item.name) > 200:
             raise pytest.UsageError(f"give this test plain ids: {item.nodeid[:300]}")
     measured = known(config)
@@ -84,8 +85,9 @@ def pytest_collection_modifyitems(config, items):
 
 
 def known(config) -> dict[str, float]:
-    """What the tests took before. A worker of xdist has it from the process that started it: all
-    must sort alike.
+    """{test: seconds that it took last time}.
+
+    All workers of xdist must sort alike, so they get it from the process that started them.
     """
     if hasattr(config, "workerinput"):
         return config.workerinput[CACHE]
@@ -98,7 +100,7 @@ def pytest_configure_node(node):
 
 
 def processor_seconds() -> float:
-    """Of this process and of those it has started and waited for."""
+    """Processor time of this process and of those that it started and waited for."""
     used = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(u.ru_utime + u.ru_stime for u in used)
 
@@ -113,7 +115,7 @@ def pytest_runtest_call(item):
 
 
 def taken(config) -> dict[str, float]:
-    """Test -> processor seconds, of those that ran."""
+    """{test: processor seconds} of the tests that ran."""
     stats = config.pluginmanager.get_plugin("terminalreporter").stats
     reports = [r for rs in stats.values() for r in rs if getattr(r, "when", "") == "call"]
     properties = {r.nodeid: dict(r.user_properties) for r in reports}
@@ -121,7 +123,7 @@ def taken(config) -> dict[str, float]:
 
 
 def over_budget(seconds: dict[str, float], config) -> list[str]:
-    """The tests that took too long; with --full, some may."""
+    """The tests that took too long. With --full they may."""
     return [] if config.getoption("full") else [t for t, s in seconds.items() if s > BUDGET]
 
 
@@ -147,13 +149,13 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 def skipped(terminalreporter) -> collections.Counter:
-    """What was missing and how to get it -> how many tests."""
+    """{what was missing and how to get it: number of tests}."""
     reports = terminalreporter.stats.get("skipped", [])
     return collections.Counter(kind(r.longrepr[2].removeprefix("Skipped: ")) for r in reports)
 
 
 def kind(reason: str) -> str:
-    """The line of a reason to skip; the reason alone if no kind is known."""
+    """The line for a reason to skip, or the reason itself if no pattern fits."""
     for pattern, (missing, remedy) in KINDS.items():
         if re.search(pattern, reason):
             return f"{missing or reason}. {remedy}"

@@ -1,5 +1,5 @@
-"""The faults of tests/mutants.txt can be put in: each is found once, and what comes out is Python.
-Whether the suite notices them, `python -m tests.mutants` says.
+"""Each fault of tests/mutants.txt is found once and gives valid Python. `python -m tests.mutants`
+checks that the suite notices the faults.
 """
 
 import ast

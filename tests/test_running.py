@@ -1,4 +1,4 @@
-"""The plugin in tests/running.py, on a folder of small tests."""
+"""The plugin in tests/running.py, tried on a folder of small tests."""
 
 import os
 import subprocess

@@ -1,7 +1,7 @@
-"""Every kernel compiles for GPUs that are not here, fits them, keeps its registers and uses their
-tensor cores.
+"""Every kernel compiles for GPUs that are not here, fits their memory, does not spill and uses
+their tensor cores.
 
-What is compiled, and how it is found, says `tests.compile.worker`, a process of its own.
+tests/compile/worker.py, in a process of its own, finds the kernels and compiles them.
 """
 
 import json
@@ -14,7 +14,7 @@ import pytest
 from tests import ROOT
 from tests.compile import worker
 
-# KiB of shared memory that a program can have.
+# KiB of shared memory for a program
 SHARED = {
     "sm_75": 64,
     "sm_80": 163,
@@ -26,13 +26,12 @@ SHARED = {
     "gfx942": 64,
     "gfx1100": 64,
 }
-# Where a single spill fails. Elsewhere registers are the same or fewer, and nobody has asked for
-# the last bit.
+# A single spill fails on these. Other architectures are not tuned.
 NO_SPILLS = ("sm_80", "sm_90")
-# Compiled in every run of the suite; the others with --full, as CI does.
+# These are compiled in every run of the suite, the others with --full, as in CI.
 USUAL = ("sm_90",)
 PARTS = 3
-# Kernels that only some shapes reach.
+# Only some shapes reach these kernels.
 NEEDED = {
     "linear_fwd_kernel",
     "linear_bwd_reduce_kernel",
@@ -44,25 +43,25 @@ FIFTH_GENERATION = "tcgen05.mma"
 
 
 def expected_products(arch, row):
-    """The instructions that multiply where the kernel has a dot: those of tensor cores wherever the
-    precision allows.
+    """The instructions for the kernel's products: those of tensor cores where the precision
+    allows.
     """
     if arch == "gfx942":
-        return {"v_mfma"}  # takes float32 as it is
+        return {"v_mfma"}  # also multiplies float32
     if row["precision"] == "ieee" or arch == "sm_75":
-        # float32 runs on the FMA units; so does everything on Turing, whose tensor cores Triton
-        # dropped, bfloat16 included: configs.py gives it the tiles of float32.
+        # float32 runs on the FMA units. So does everything on Turing, also bfloat16, because Triton
+        # no longer uses its tensor cores. configs.py gives it the tiles of float32.
         return set()
     if arch == "gfx1100":
         return {"v_wmma"}
-    # A warpgroup of four warps multiplies 64 rows at a time: smaller tiles go warp by warp.
+    # A warpgroup of four warps multiplies 64 rows at a time. Smaller tiles use single warps.
     if row["BLOCK_M"] >= 64 and row["num_warps"] >= 4 and arch in ("sm_90", "sm_100"):
         return {WARPGROUP if arch == "sm_90" else FIFTH_GENERATION}
     return {"mma.sync"}
 
 
 def problems(arch, row):
-    """What is wrong with one compiled kernel, in words."""
+    """The faults of one compiled kernel, as text."""
     if "error" in row:
         yield row["error"]
         return
@@ -74,13 +73,13 @@ def problems(arch, row):
             "registers"
         )
     if row.get("uneven"):
-        yield f"{row['uneven']} sums over lanes whose lanes differ: see worker.uneven_sums"
+        yield f"{row['uneven']} sums whose lanes hold different results: see worker.uneven_sums"
     if row["dots"] and (used := set(row["products"])) != (expected := expected_products(arch, row)):
         yield f"multiplies by {sorted(used)}, expected {sorted(expected)}"
 
 
 def cases():
-    """Every architecture in PARTS, so that the processors of the machine share the work."""
+    """Every architecture in PARTS parts, so that the machine's processors share the work."""
     for arch in worker.SMS:
         marks = [pytest.mark.long(12)] + ([] if arch in USUAL else [pytest.mark.full])
         for part in range(1, PARTS + 1):

@@ -1,7 +1,7 @@
-"""The step and epoch kernels compiled for GPUs that are not here: registers, and the order of
-memory accesses.
+"""The step and epoch kernels, compiled for GPUs that are not here, do not spill and keep the order
+of their memory accesses.
 
-Each row of MATRIX in a process of its own, since pytest's kernels are interpreted:
+Each row of MATRIX has a process of its own, because pytest's kernels are interpreted:
 
     python -m tests.compile.test_epoch_kernels sm_90 adam ieee       # one JSON object a line
     python -m tests.compile.test_epoch_kernels sm_90 adam ieee "" 1  # at a limit, see LIMITS
@@ -35,8 +35,8 @@ from tests import ROOT
 from tests.compile import worker
 from tests.compile.test_compile import USUAL
 
-# What is compiled for each: (rule, precision), and whether the numbers move every step. The stack
-# must be empty on the first two, other targets must compile.
+# The cases of each architecture: (rule, precision), with "scheduled" if hyperparameters change at
+# each step. The stack must be empty on the first two. On the others the kernels must compile.
 MATRIX = {
     "sm_90": [
         ("sgd", "ieee"),
@@ -57,8 +57,8 @@ MATRIX = {
     "gfx942": [("sgd", "ieee")],
 }
 NO_STACK = ("sm_80", "sm_90")
-# The largest networks and batches that are served, by precision. Another layer adds code but holds
-# nothing at the same time.
+# The largest networks and batches that are served, by precision. More layers need no more registers
+# at the same time.
 _BATCH, _CLASSES = ((784, 256, 256, 32), 128), ((784, 256, 256, 64), 64)
 LIMITS = {
     "ieee": [_BATCH, _CLASSES],
@@ -69,13 +69,14 @@ REFERENCE = (784, 100, 50, 10), 32
 
 
 def exchanges(arch):
-    """The means that work there."""
+    """The exchanges that work on an architecture."""
     return ["counter"] if arch.startswith("gfx") else ["words", "counter"]
 
 
 def launched(arch, rule, precision, scheduled="", limit=""):
-    """Every launch of the reference network, batch 32, or of a limit: one epoch by one program, by
-    several with either exchange, one step.
+    """Every launch of the reference network at batch 32, or of a limit.
+
+    These are an epoch by one program, by several with each exchange, and a step.
     """
     torch.set_float32_matmul_precision(worker.PRECISIONS[precision][1])
     sizes, batch = LIMITS[precision][int(limit)] if limit else REFERENCE
@@ -109,7 +110,7 @@ def launched(arch, rule, precision, scheduled="", limit=""):
 
 
 def describe(arch, *row):
-    """Yield for every launch what `worker` says of it, and what has moved across a barrier between
+    """For every launch, `worker`'s description and the accesses that moved across a barrier between
     Triton's two IRs.
     """
     for kernel, args, options in launched(arch, *row):
@@ -130,8 +131,8 @@ def describe(arch, *row):
 
 
 def accesses(ir):
-    """{(kind, argument, segment)} of global loads and stores; barriers, atomics and waits are
-    counted as segments.
+    """{(kind, argument, segment)} of global loads and stores. A barrier, atomic or wait starts a
+    new segment.
     """
     parents, found, segment = {}, set(), 0
     for line in ir.splitlines():
@@ -179,8 +180,9 @@ def test_a_load_above_the_exchange_is_seen():
 
 
 def cases():
-    """Every row of MATRIX, the first of the usual architectures in every run of the suite; and the
-    limits, of a rule without states and of one with the most.
+    """Every row of MATRIX, and the limits with a rule without states and with one of the most.
+
+    Without --full, only the first row of the usual architectures runs.
     """
     for arch, rows in MATRIX.items():
         for row in rows:
@@ -214,7 +216,7 @@ def test_kernels_compile_without_spills_and_keep_their_order(arch, row):
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
     shared = [kernel for kernel in found if kernel["label"].startswith("exchange")]
-    # None where they would spill, at a limit; see `configs.spills_shared`.
+    # At a limit where they would spill there are none, see `configs.spills_shared`.
     assert len(shared) == len(exchanges(arch)) or (row[3:] and not shared)
     assert len(found) == 3 + len(shared)
     for kernel in found:
@@ -224,7 +226,7 @@ def test_kernels_compile_without_spills_and_keep_their_order(arch, row):
         assert (kernel["polls"] > 0) == kernel["label"].startswith("exchange"), kernel
         if arch in NO_STACK:
             assert (kernel["stack"], kernel["local"]) == (0, 0), kernel
-    # one in each exchange kernel
+    # each exchange kernel has one
     assert sum(kernel["waits"] for kernel in found) == len(shared)
 
 

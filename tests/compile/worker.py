@@ -1,14 +1,13 @@
-"""Compile, without a GPU, everything the operations would launch on one architecture, and say what
-came out.
+"""Compiles, without a GPU, all kernels that the operations would launch on one architecture, and
+describes them.
 
     python -m tests.compile.worker sm_90 1/2          # half of them
     python -m tests.compile.worker sm_90 1/1 full     # all, with every combination of constants
 
-On standard output, a JSON object: "kernels", the names of all, and "rows", what was compiled.
+It prints a JSON object with "kernels", the names of all kernels, and "rows", the compiled ones.
 
-A process of its own, because jit functions are either interpreted, as pytest has them here, or
-compiled. What was compiled before comes from Triton's cache, which knows versions, sources and
-options, and which processes may share.
+It is a process of its own, because under pytest jit functions are interpreted. Kernels that were
+compiled before come from Triton's cache, which processes may share.
 """
 
 import json
@@ -26,7 +25,7 @@ from triton.compiler import ASTSource
 from kernels import launch
 from kernels.operations import OPERATIONS, Make, flatten
 
-# Multiprocessors of a usual card: they decide how many splits and which tiles are chosen.
+# The multiprocessors of a usual card. The numbers of splits and the tiles depend on them.
 SMS = {
     "sm_75": 40,
     "sm_80": 108,
@@ -38,8 +37,8 @@ SMS = {
     "gfx942": 304,
     "gfx1100": 96,
 }
-# (batch, in, out): a small network's first layer; a batch that is split; large tiles; unaligned,
-# one output.
+# (batch, in, out): a small network's first layer, a batch that is split, large tiles, and unaligned
+# sizes with one output.
 SHAPES = [(32, 784, 100), (2048, 100, 50), (8192, 1024, 1024), (7, 33, 1)]
 # label -> (element type, torch.set_float32_matmul_precision)
 PRECISIONS = {
@@ -63,7 +62,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 def signature(value):
-    """The type Triton gives an argument at launch: ones and Nones are compiled in."""
+    """The type that Triton gives an argument at launch. 1 and None become constants."""
     if isinstance(value, torch.Tensor):
         return POINTERS[value.dtype]
     if isinstance(value, tuple):
@@ -77,9 +76,7 @@ def signature(value):
 
 
 def specialise(value, path, constants, attributes):
-    """What Triton knows of the value itself: constants, and divisibility by 16 of integers and
-    addresses.
-    """
+    """Adds what Triton knows of the value: a constant, or that 16 divides it or its address."""
     if isinstance(value, tuple):
         for i, item in enumerate(value):
             specialise(item, (*path, i), constants, attributes)
@@ -93,7 +90,7 @@ def specialise(value, path, constants, attributes):
 
 
 def as_source(kernel, args, options):
-    """(source, options) to compile, of what was given to a launch."""
+    """(source, options) for the compilation of a launch."""
     names, types, constants, attributes = kernel.arg_names, {}, {}, {}
     given = dict(zip(names, args)) | {k: v for k, v in options.items() if k in names}
     for i, parameter in enumerate(kernel.params):
@@ -108,12 +105,12 @@ def as_source(kernel, args, options):
 
 
 def launches(arch, full=False):
-    """Every launch of every operation worth compiling: [(label, precision, source, options)].
+    """The launches to compile, as [(label, precision, source, options)].
 
-    One for each kernel, precision and configuration: of several, the one with the most arguments
-    given and the longest activation. How strides happen to be divisible makes no other. If full,
-    all shapes on sm_80 and sm_90, and on sm_90 also, in two precisions, every combination of
-    constants and missing arguments for the first shape, and every activation for the last.
+    There is one for each kernel, precision and configuration, the one with the most arguments and
+    the longest activation. Strides that 16 divides make no difference. If full, sm_80 and sm_90
+    have all shapes. In two precisions sm_90 then also has every combination of constants and
+    missing arguments for the first shape, and every activation for the last.
     """
     found = {}
     for precision, (dtype, setting) in PRECISIONS.items():
@@ -148,8 +145,8 @@ def launches(arch, full=False):
 
 
 def listed(arch, op, arguments):
-    """(kernel, arguments, options) of each launch that the operation's forward and backward would
-    make, with products in kernels and by the library.
+    """(kernel, arguments, options) of each launch of the operation's forward and backward, with
+    products in kernels and by the library.
     """
     seen = []
     record = lambda kernel, grid, args, options: seen.append((kernel, args, options))  # noqa: E731
@@ -161,12 +158,12 @@ def listed(arch, op, arguments):
 
 
 def identity(kernel, args, options, every_constant, every_activation):
-    """Launches with the same answer are the same to us."""
+    """A key for a launch. Of launches with the same key only one is compiled."""
     constants = {k: v for k, v in options.items() if not isinstance(v, triton.JITFunction)}
     if every_constant:
         more = [signature(v) if isinstance(v, torch.Tensor | tuple) else v is None for v in args]
     else:
-        # Tiles matter where there are products. Elsewhere they follow the shape, and any will do.
+        # Tiles matter only in kernels with products. Elsewhere they follow the shape.
         tiles = ("BLOCK", "num_", "PRECISION") if "PRECISION" in constants else ("num_",)
         constants = {k: v for k, v in constants.items() if k.startswith(tiles)}
         more = (
@@ -185,7 +182,7 @@ def target(arch):
 
 
 def compile_and_describe(arch, label, precision, source, options):
-    """One JSON object: what was compiled, and its error, or registers, stack, shared memory and
+    """The kernel as a dict for JSON, with its error, or its registers, stack, shared memory and
     instructions.
     """
     row = {"label": label, "precision": precision, "kernel": source.fn.__name__, **options}
@@ -196,7 +193,7 @@ def compile_and_describe(arch, label, precision, source, options):
     }
     try:
         compiled = triton.compile(source, target=target(arch), options=options)
-    except Exception as error:  # whatever it is, it is the test's to judge
+    except Exception as error:  # the test judges errors of any kind
         return row | {"error": f"{type(error).__name__}: {error}"[-600:]}
     assembly = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
     row |= {"shared": compiled.metadata.shared, "dots": compiled.asm["ttir"].count("tt.dot ")}
@@ -214,10 +211,10 @@ def compile_and_describe(arch, label, precision, source, options):
 
 
 def uneven_sums(ptx):
-    """How many sums over lanes begin with a fused multiply-add a·b + (the neighbour's a·b).
+    """The number of sums over lanes that start with a fused multiply-add a·b + (neighbour's a·b).
 
-    It rounds the neighbour's product and not its own, so the two lanes hold different sums. Where
-    both store theirs to one address, which of them stays is anyone's guess.
+    It rounds the neighbour's product but not its own, so the two lanes hold different sums. If both
+    store to one address, either may remain.
     """
     register = r"(%\w+)"
     products = {
@@ -230,7 +227,7 @@ def uneven_sums(ptx):
 
 
 def resources(cubin):
-    """Registers, and bytes of stack and local memory: what is spilled goes to the stack."""
+    """Registers, spills, and bytes of stack and local memory. Spilled numbers are on the stack."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -242,8 +239,9 @@ def resources(cubin):
 
 
 def spills(cubin):
-    """Loads and stores of local memory in the machine code: a stack frame alone, which calls
-    reserve, moves nothing.
+    """Loads and stores of local memory in the machine code.
+
+    A stack frame alone is no spill, because calls reserve one.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

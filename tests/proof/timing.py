@@ -1,10 +1,10 @@
-"""What a launch costs the host: processor time of `linear_fwd` against the stub of the driver.
+"""Measures the host's processor time for a launch of `linear_fwd` on the stub of the driver.
 
     python -m tests.proof.timing
 
-The tensors lie in the host's memory and are taken for a GPU's, see `worker`. The kernel does not
-run, so all of the time is that of Python, torch and Triton. Each line is the least mean of ROUNDS
-rounds of CALLS. On a GPU a question of torch.cuda for the current device comes on top.
+Tensors in the host's memory stand for a GPU's, as in tests/proof/worker.py. The kernel does not
+run, so the time is only that of Python, torch and Triton. Each line is the least mean of ROUNDS
+rounds of CALLS. On a GPU, torch.cuda is also asked for the current device.
 """
 
 import tempfile
@@ -24,7 +24,7 @@ CALLS, ROUNDS = 500, 7
 
 
 def microseconds(call: Callable[[], object]) -> float:
-    """Processor time of one call: the least mean of ROUNDS rounds of CALLS."""
+    """Processor time of one call, as the least mean of ROUNDS rounds of CALLS."""
     call()
     rounds = []
     for _ in range(ROUNDS):
@@ -56,7 +56,7 @@ def costs() -> dict[str, float]:
 
 
 def main() -> None:
-    """Print the costs, and torch's own smallest product beside them."""
+    """Prints the costs, with torch's smallest product for comparison."""
     torch.set_num_threads(1)
     one, few = torch.randn(1, 4), torch.randn(4, 4)
     with tempfile.TemporaryDirectory() as folder:
