@@ -1,8 +1,9 @@
 """Compiles the kernels of the self-check for this machine's GPU, in a process for each core.
 
-python -m bench.compile        # a line for each share that is done; status 1 if one failed
+python -m bench.compile
 
-A kernel takes half a second, one for 64 tensors many. Triton's cache keeps the kernels, so that
+It prints a line for each share that is done. The exit status is 1 if one failed. A kernel takes
+half a second, one for 64 tensors many. Triton's cache keeps the kernels, so that
 `handgrad info --check`, the tests and the tables find them.
 """
 

@@ -136,13 +136,13 @@ def test_no_autotuner(name):
 
 
 @pytest.mark.parametrize("name", [name for name in LIBRARY if name != "kernels/activations.py"])
-def test_nothing_else_decides_by_an_activations_name(name):
+def test_only_the_table_compares_names_of_activations(name):
     # "identity" means no activation, so code may compare with it.
     assert_compares_none_of(set(ACTIVATIONS) - {"identity"}, name, "kernels/activations.py")
 
 
 @pytest.mark.parametrize("name", [name for name in LIBRARY if name != "kernels/losses.py"])
-def test_nothing_else_decides_by_a_losss_name(name):
+def test_only_the_table_compares_names_of_losses(name):
     assert_compares_none_of(set(LOSSES), name, "kernels/losses.py")
 
 
@@ -211,7 +211,7 @@ def test_no_host_synchronisation(name):
 
 
 @pytest.mark.parametrize("package", [name for name in FILES if name.endswith("__init__.py")])
-def test_no_name_stands_for_a_module_and_something_else(package):
+def test_names_of_modules_are_modules(package):
     """No package binds the name of one of its modules to anything else."""
     here = importlib.import_module(Path(package).parent.as_posix().replace("/", "."))
     for name, value in vars(here).copy().items():
@@ -237,6 +237,14 @@ def test_every_operation_has_a_row(name):
             assert base in OPERATIONS, f"{name}: {base} has no row in kernels/operations.py"
             definition = OPERATIONS[base].definition
             assert definition is not None and definition.fwd.__name__ == function
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_every_operation_has_its_test(name):
+    """tests/kernels/test_X.py tests kernels/ops/X.py. conv_bwd and patches are parts of conv."""
+    stem = Path(name).stem
+    tested = {"conv_bwd": "conv", "patches": "conv"}.get(stem, stem)
+    assert f"tests/kernels/test_{tested}.py" in FILES
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -273,7 +281,7 @@ TABLES = ("kernels/rules.py", "kernels/losses.py")
 
 
 @pytest.mark.parametrize("name", [name for name in LIBRARY if name not in TABLES])
-def test_rules_and_losses_are_rows_that_are_handed_on(name):
+def test_only_the_tables_compare_names_of_rules_and_losses(name):
     """No code chooses by comparing a rule's or loss's name, or by counting a rule's states."""
     for node in ast.walk(tree(name)):
         if not isinstance(node, ast.Compare):
@@ -294,7 +302,7 @@ WIDE = ("sgd_ref", "adam_ref")
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_what_travels_together_is_one_argument(name):
+def test_functions_have_few_parameters(name):
     """A kernel has at most 13 parameters, a host function of training and rules at most 8."""
     most = 8 if name.startswith("kernels/training/") or name in TABLES[:1] else math.inf
     for node in ast.walk(tree(name)):

@@ -89,7 +89,7 @@ def test_every_public_function_is_typed(package):
     assert not missing, "\n".join(f"{name}: {', '.join(gaps)}" for name, gaps in missing.items())
 
 
-def test_counts_what_has_no_type():
+def test_missing_types_are_counted():
     def partly(a: int, b, *c) -> None: ...
 
     assert untyped(partly) == ["b", "c"]

@@ -67,7 +67,7 @@ def test_by_the_kernels(name, device):
 @EACH
 @pytest.mark.parametrize("kind", ["sample_inputs", "reference_inputs"])
 @quiet
-def test_what_is_refused(name, kind):
+def test_refused_samples(name, kind):
     """Samples of a refused kind get a clear error. Every other sample is served."""
     _, samples = drawn(name, kind, "cpu", torch.float32)
     reason, _, message = REFUSED.get(name, (None, None, None))

@@ -78,7 +78,7 @@ def compare(kind, device, dtype):
         *refused,
         sep="\n  ",
     )
-    # amsgrad, with each of torch's flags; centered, in three samples with each of two.
+    # amsgrad is refused with each of torch's three flags, centered in three samples with two each.
     expected = {torch.optim.Adam: 3, torch.optim.AdamW: 3, torch.optim.RMSprop: 6}
     assert len(refused) == expected.get(kind, 0)
 

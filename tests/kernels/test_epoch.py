@@ -253,7 +253,7 @@ def test_bad_arguments(wrong, message, device):
         ),
     ],
 )
-def test_programs_and_exchanges_that_are_none(options, message, device):
+def test_wrong_programs_and_exchanges(options, message, device):
     run = Training(CASES["three layers"][0], device)
     with pytest.raises(ValueError, match=message):
         run.train(functools.partial(train_epoch, **options))

@@ -87,7 +87,7 @@ def test_parameters_in_float32_beside_half_precision(half, device):
 @pytest.mark.parametrize(
     ("shape", "normalized"), [((0, 3), (3,)), ((2, 0), (0,)), ((0, 2, 0), (2, 0)), ((3, 0), (3, 0))]
 )
-def test_nothing(shape, normalized, device):
+def test_empty(shape, normalized, device):
     given = inputs(shape, normalized, device)
     results = [
         with_gradients(lambda *t, f=f: f(t[0], normalized, *t[1:]), given)

@@ -137,7 +137,7 @@ def test_programs_walk_bands_of_tiles(grid, device):
     assert places.tolist() == expected
 
 
-def test_masks_are_left_out_of_whole_sums_only():
+def test_masks_are_left_out_only_for_whole_tiles():
     """A kernel leaves out masks only where its sum fills whole tiles. In a split batch every split
     must be whole, the last one too.
     """

@@ -214,7 +214,7 @@ def test_bad_arguments(wrong, message):
 
 
 @pytest.mark.parametrize(("tile", "shared"), [((16, 16), False), ((8, 8), True)])
-def test_small_tiles_are_read_whole_before_one_writes(tile, shared, monkeypatch):
+def test_warps_share_small_tiles(tile, shared, monkeypatch):
     """Where a tile has fewer elements than a program has threads, several warps hold the same
     elements. All of them must read before one writes.
     """

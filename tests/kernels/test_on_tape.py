@@ -62,7 +62,7 @@ def test_the_same_bits(dtype, ignored, reduction):
         assert_equal(gradient(F.cross_entropy, logits, target, reduction=reduction), on_tape)
 
 
-def test_which_node():
+def test_torchs_node_serves_plain_labels_only():
     """The node is torch's for the mean over plain labels. It is ours in all other cases, and where
     `use("torch")` forces it.
     """

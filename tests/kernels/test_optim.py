@@ -205,7 +205,7 @@ def test_layouts(name, device):
         assert_as_accurate(together(params, *states), expected, exact)
 
 
-def test_of_nothing(device):
+def test_no_parameters(device):
     """Without parameters there is no launch and no error."""
     kernels.sgd([], [], [], 0.1)
     kernels.adam([], [], [], [], 1, 0.1)
@@ -217,7 +217,7 @@ def by_kernel(rule, params, grads, states, row, step):
 
 
 def by_rows(rule, params, grads, states, row, step):
-    """As of two networks whose parameters are stacked, each with its own row."""
+    """Updates two stacked networks, each with its own row."""
     rows = torch.tensor([row, row], device=params[0].device)
     apply_ref(rule, params, grads, states, rows, step)
 
@@ -227,7 +227,7 @@ def by_rows(rule, params, grads, states, row, step):
     "rule", [rule for rule in kernels.RULES.values() if "momentum" in rule.columns], ids=str
 )
 def test_without_momentum_the_buffer_stays(rule, update, device):
-    """As torch has it: momentum for a step, none for a step, and momentum again."""
+    """A step without momentum keeps the buffer for later steps with momentum, as in torch."""
     params, grads = draw(device, torch.float32, [(2, 33)])
     kind, options = rule.torch()
     theirs = torch.nn.Parameter(params[0].clone())

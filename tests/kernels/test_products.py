@@ -228,7 +228,7 @@ def by_library(sizes, dtype, arch="sm_90"):
 
 
 @pytest.mark.parametrize(("sizes", "dtype"), CHOSEN, ids=str)
-def test_what_is_chosen(sizes, dtype):
+def test_choice_on_an_h100(sizes, dtype):
     assert by_library(sizes, dtype) == CHOSEN[sizes, dtype]
 
 
@@ -302,6 +302,6 @@ def test_use_forces_either():
         ({}, 'use: give a backend, "torch" or "triton", or products=, got neither'),
     ],
 )
-def test_use_names_what_it_takes(arguments, message):
+def test_use_refuses_other_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         kernels.use(**arguments)

@@ -11,13 +11,13 @@ PRECISIONS = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def rounded(compute, dtype, seed=0):
-    """What `compute()` gives under the simulation; it compares nothing and searches nothing."""
+    """The result of `compute()` under the simulation. It must not compare or search numbers."""
     with Rounding(dtype, [], seed):
         return compute()
 
 
 def layer(x, w, dy):
-    """An output, and the gradient of the weights."""
+    """(a layer's output, the gradient of its weights)."""
     y = torch.sigmoid(x @ w.t())
     return y, (dy * y * (1 - y)).t() @ x
 
@@ -36,7 +36,9 @@ def test_equal_rows_have_equal_errors_and_opposite_rows_opposite_ones(dtype):
 
 @PRECISIONS
 def test_equal_errors_add_up(dtype):
-    """The gradient of n equal rows is off n times as far as that of one row, relative to dy."""
+    """Equal rows err equally, so the gradient of 64 equal rows errs far more than 32 times as much
+    as that of one row.
+    """
     make = Make("cpu", torch.float64)
     x, w = make.real(1, 36), make.real(8, 36)
     one, many = (
@@ -48,8 +50,8 @@ def test_equal_errors_add_up(dtype):
 
 @PRECISIONS
 def test_errors_are_those_of_the_precision(dtype):
-    """Neither nothing nor too much: what torch gives in that precision is off half as far at least,
-    and the simulation at most eight times as far as torch.
+    """The simulated error is at least half of torch's error in that precision, and at most eight
+    times as large.
     """
     make = Make("cpu", torch.float64)
     exact = [make.real(64, 300).to(dtype).double(), make.real(50, 300).to(dtype).double()]

@@ -82,7 +82,7 @@ def one_after_the_other(training):
         *((way, rule) for way in list(WAYS)[1:] for rule in ("momentum", "adamw")),
     ],
 )
-def test_each_step_has_its_numbers(way, rule, device):
+def test_each_step_has_its_hyperparameters(way, rule, device):
     training = scheduled(rule, device)
     expected, losses = one_after_the_other(training)
     run = training.run()
@@ -96,7 +96,7 @@ def test_each_step_has_its_numbers(way, rule, device):
     assert any((p - q).norm() > 1e-3 * q.norm() for p, q in zip(still.parameters, expected))
 
 
-def test_networks_have_tables_of_their_own(device):
+def test_networks_have_their_own_tables(device):
     training = scheduled("adam", device, replicas=3)
     factors = torch.tensor([0.5, 1.0, 2.0], device=device)
     training.hyper = training.hyper.repeat(3, 1, 1)

@@ -130,7 +130,7 @@ def test_two_launches_a_step_and_no_gradient_tensors():
         ((11, 9, 3), r"training: data must be contiguous \(n, 11\), got \(23, 12\)"),
     ],
 )
-def test_a_state_that_no_kernel_serves_is_refused(sizes, message, device):
+def test_states_that_no_kernel_serves_are_refused(sizes, message, device):
     run = Training(Spec((12, 9, 3)), device)
     run.spec = Spec(sizes)
     run.parameters = [torch.zeros(s, device=device) for s in run.spec.shapes]

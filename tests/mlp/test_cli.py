@@ -290,7 +290,7 @@ def test_recipes_are_listed(handgrad):
 
 
 @pytest.mark.parametrize("argv", [(), ("--help",)])
-def test_help_is_help(argv, handgrad):
+def test_help_is_printed(argv, handgrad):
     status, out, err = handgrad(*argv)
     assert (status, err) == (0, "") and re.search(r"^  train  +Train a network", out, re.M)
 
@@ -309,7 +309,7 @@ def test_the_first_line_describes_what_is_trained(handgrad):
     )
 
 
-def test_resume_takes_what_repeats_the_run(handgrad):
+def test_resume_takes_the_same_options(handgrad):
     """--resume takes every option of the first call with the same value, and refuses others."""
     argv = ("--lr", "0.02", "--seed", str(2**63), "--recipe", "default", "--batch-size", "64")
     assert handgrad(*QUICK, *argv, "--epochs", "1", "--out", "run")[0] == 0

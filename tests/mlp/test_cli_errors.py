@@ -129,7 +129,7 @@ def test_one_line_and_status_2(case, folder, capsys):
         assert after == before and out == ""
 
 
-def test_resume_says_what_it_cannot_do(tmp_path, monkeypatch, capsys):
+def test_resume_refuses_changed_options(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert (
         main(

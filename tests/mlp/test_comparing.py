@@ -68,7 +68,7 @@ def test_runs_side_by_side(capsys):
 
 
 def test_seeds_together(capsys):
-    """Seeds train together where engine `epoch` serves; each is the run of its seed alone."""
+    """Seeds train together where engine `epoch` serves. Each run equals that of its seed alone."""
     pytest.importorskip("numba", reason="needs numba: pip install 'handgrad[cpu]'")
     words = ["train", "digits", *QUICK[:-1], "epoch", "--schedule", "onecycle"]
     assert main([*words, "--seeds", "2", "--seed", "5", "--out", "s"]) == 0
@@ -117,7 +117,7 @@ def test_what_a_run_stores(monkeypatch):
     assert times["steps"] <= sum(row["seconds"] for row in rows("run"))
 
 
-def test_page_needs_nothing_else(capsys):
+def test_page_refers_to_no_other_file(capsys):
     assert main(["train", "digits", *QUICK, "--out", "run"]) == 0
     assert main(["report", "run", "--html"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "run/report.html"

@@ -152,7 +152,7 @@ def test_any_depth_width_batch_and_number_of_classes(sizes, batch, n):
 
 @pytest.mark.parametrize("outputs", [1, 2, 4, 5])
 @pytest.mark.parametrize("rule", ["adam", "momentum"])
-def test_few_outputs_whose_weights_lie_across(outputs, rule, fixed):
+def test_few_outputs_with_transposed_weights(outputs, rule, fixed):
     results = []
     for workers in (1, 3):
         case = training((20, 30, 11, outputs), rule=rule, loss="bce", soft=True, pixels=False)
@@ -287,7 +287,7 @@ def fit(engine, optimizer, epochs=2):
 
 
 @pytest.mark.parametrize("name", ["sgd", "momentum", "adamw"])
-def test_as_an_engine_it_trains_what_manual_trains(name):
+def test_the_engine_trains_as_manual(name):
     def optimizer(parameters):
         made = {"sgd": mlp.SGD, "momentum": mlp.SGD, "adamw": mlp.AdamW}[name]
         return made(parameters, lr=0.01, **({"momentum": 0.9} if name == "momentum" else {}))
@@ -303,7 +303,7 @@ def test_as_an_engine_it_trains_what_manual_trains(name):
             torch.testing.assert_close(state[key], value, rtol=1e-4, atol=1e-7)
 
 
-def test_what_is_not_finite_stops_it_as_the_others():
+def test_it_diverges_as_other_engines_do():
     x, y = torch.rand(100, 12), torch.randint(0, 4, (100,))
     for engine in ("epoch", "manual"):
         trainer = mlp.Trainer(
@@ -412,7 +412,7 @@ def test_log_is_accurate_over_all_it_takes():
     torch.testing.assert_close(y, expected, rtol=2.5e-7, atol=0, equal_nan=True)
 
 
-def test_softmax_the_one_formula_written_twice_is_its_row():
+def test_softmax_agrees_with_its_row():
     row = LOSSES["cross_entropy"]
     y = 20 * torch.randn(9, 16)
     t = torch.zeros(9, 16)

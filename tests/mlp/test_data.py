@@ -117,7 +117,7 @@ def test_permutation(device):
         assert not torch.equal(permutation(50, seed, epoch, device), draw)
 
 
-def test_data_sets_that_cannot_be():
+def test_data_sets_that_are_refused():
     x = torch.zeros(4, 3)
     for targets, classes, message in (
         (torch.zeros(3), (), "data: 4 inputs but 3 targets"),

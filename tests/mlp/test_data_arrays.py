@@ -289,7 +289,7 @@ def test_labels_that_are_refused(kind):
 
 @pytest.mark.parametrize("part", ["training", "test"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_found(part, value):
+def test_numbers_that_are_not_finite_are_refused(part, value):
     good, bad = RNG.normal(size=(20, 5)), RNG.normal(size=(20, 5))
     bad[7, 3] = value
     pair = (bad, good) if part == "training" else (good, bad)

@@ -178,7 +178,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_a_reading_that_cannot_be(case, handgrad):
+def test_readings_that_are_refused(case, handgrad):
     np.savez("t.npz", X=rows_of_a_table(), y=LABELS)
     assert handgrad("train", "t.npz", *QUICK)[0] == 0
     config = json.loads(Path("run/config.json").read_text())

@@ -73,7 +73,7 @@ def test_a_comma_in_a_name(tmp_path):
     assert len(data.load(str(tmp_path / "a,b.npz"))[0]) == 16
 
 
-def test_what_is_not_used_is_said(tmp_path, capsys):
+def test_a_note_names_unused_arrays(tmp_path, capsys):
     path = tmp_path / "f.npz"
     np.savez(path, x_train=IMAGES, y_train=LABELS, x_test=IMAGES, x_val=IMAGES)
     train, _ = data.load(str(path))

@@ -45,7 +45,7 @@ def test_standardized_before_it_is_rounded():
     assert train.standardized().inputs.unique().numel() == 40
 
 
-def test_what_float32_hides_is_said(tmp_path):
+def test_a_note_names_columns_that_float32_loses(tmp_path):
     seconds = 1.7e9 + 60 * np.arange(40.0)
     np.savez(tmp_path / "t.npz", X=np.stack([seconds, np.arange(40.0)], 1), y=LABELS.numpy())
     note = "t (train): columns 0 change less than float32 resolves; standardise"

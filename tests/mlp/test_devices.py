@@ -68,7 +68,7 @@ def test_two_processes(tmp_path, monkeypatch, capsys):
 
 
 def torchrun(folder, *words):
-    """Two processes on this machine; what they printed."""
+    """Runs two processes on this machine and returns what they printed."""
     started = ["torch.distributed.run", "--nproc-per-node=2", "--standalone", *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
@@ -81,7 +81,7 @@ def torchrun(folder, *words):
 
 
 def test_torchrun_goes_on_with_a_run(tmp_path, monkeypatch):
-    """An epoch on one device, the next on two, started by torchrun: as two epochs on one."""
+    """An epoch on one device, then one on two by torchrun, equal two epochs on one device."""
     monkeypatch.chdir(tmp_path)
     words = ["train", "digits", *RULES, "--schedule", "step", "--early-stopping", "9"]
     for run in ("one", "two"):

@@ -75,7 +75,7 @@ def test_losses_with_parameters(loss, engine, device):
 
 
 def test_quantiles_that_are_not_the_outputs():
-    """No engine of whole epochs takes them over, so that the operation refuses the shapes."""
+    """Engines of whole epochs refuse such quantiles, so the operation says which shapes differ."""
     model, loss = mlp.MLP((12, 7, 2)), mlp.Pinball((0.1, 0.5, 0.9))
     reason = ENGINES["epoch"].refuses(model, loss, mlp.SGD(model.parameters(), lr=0.1), 8)
     assert reason is not None and "one for each of 2 outputs, got 3" in reason

@@ -138,7 +138,7 @@ def test_quantiles_of_one_column(device):
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-def test_numbers_as_one_column(loss, device):
+def test_targets_without_columns(loss, device):
     """Targets (N,) with outputs (N, 1) are a column, where torch would broadcast to (N, N).
     Cross-entropy refuses them, because one output has nothing to learn.
     """

@@ -197,7 +197,7 @@ def test_state_moves_between_ours_and_torchs(name, options, device):
     assert copy.deepcopy(after).state_dict()["param_groups"] == after.state_dict()["param_groups"]
 
 
-def test_parts_have_taken_as_many_steps():
+def test_parts_have_equal_counts_of_steps():
     """Parameters with different counts of steps are separate parts, because one launch has one
     count.
     """

@@ -54,7 +54,7 @@ def by_us(name, train, held_out, seed):
 
 
 @pytest.mark.parametrize("name", BATCHES)
-def test_ends_among_torchs(name, mnist):  # noqa: F811
+def test_median_lies_among_torchs_results(name, mnist):  # noqa: F811
     recipe = recipes.get(name)
     train, test = recipe.prepare(*mnist)
     train, test = train.take(BATCHES[name] * recipe.batch_size), test.take(2000)

@@ -35,7 +35,7 @@ def network(**changes):
     return mlp.MLPClassifier(**{"max_iter": 9, "random_state": 0, "device": "cpu", **changes})
 
 
-def test_the_results_of_gridsearchcv(iris):
+def test_results_are_those_of_gridsearchcv(iris):
     ours = mlp.SearchCV(network(), GRID, cv=3, jobs=2).fit(*iris)
     theirs = GridSearchCV(network(), GRID, cv=3).fit(*iris)
     assert ours.best_params_ == theirs.best_params_ and ours.best_index_ == theirs.best_index_
@@ -46,7 +46,7 @@ def test_the_results_of_gridsearchcv(iris):
     assert ours.verbose == 0 and ours.n_splits_ == 3
 
 
-def test_the_draws_of_randomizedsearchcv(iris):
+def test_draws_are_those_of_randomizedsearchcv(iris):
     pipeline = make_pipeline(StandardScaler(), network())
     grid = {f"mlpclassifier__{name}": values for name, values in GRID.items()}
     ours = mlp.SearchCV(pipeline, grid, cv=2, trials=3, random_state=1, refit=False).fit(*iris)
@@ -89,7 +89,7 @@ def test_folds_are_drawn_once(iris):
         ),
     ],
 )
-def test_what_cannot_be_searched(changes, message, iris):
+def test_searches_that_are_refused(changes, message, iris):
     search = mlp.SearchCV(**{"estimator": network(), "parameters": GRID, **changes})
     with pytest.raises(ValueError, match=message):
         search.fit(*iris)

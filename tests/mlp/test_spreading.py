@@ -1,4 +1,4 @@
-"""Networks dealt out to several devices: the rows and numbers of one device."""
+"""Networks spread over several devices give the rows and numbers of one device."""
 
 import dataclasses
 import json
@@ -78,7 +78,7 @@ def test_replicas_on_several_devices():
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_search_takes_devices_in_turn(monkeypatch):
-    """Each fit on the next device, with the scores of one device; a named device stays."""
+    """Each fit takes the next device, with the scores of one device. A named device stays."""
     pytest.importorskip("sklearn")
     x, y = data().inputs.numpy(), data().targets.numpy()
     taken, next_device = [], spreading.next_device

@@ -31,7 +31,7 @@ def files(tmp_path, monkeypatch):
     return frame
 
 
-def test_a_regression_is_learned_and_told_in_its_units(handgrad, files):
+def test_a_regression_is_reported_in_its_units(handgrad, files):
     argv = ("price.csv", "--target", "price", "--drop", "cost", *QUICK)
     status, out, err = handgrad("train", *argv, "--validation", "0.1", "--out", "run", "--plots")
     assert status == 0, err

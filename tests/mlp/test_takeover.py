@@ -203,7 +203,7 @@ def test_a_hook_on_all_modules():
     assert takeover.network(MLP(SIZES)) is None
 
 
-def test_changes_without_an_effect_are_taken_over():
+def test_networks_with_harmless_changes_are_taken_over():
     """Permanent pruning, a removed weight_norm, a state_dict hook and an extra attribute change no
     computation.
     """
@@ -328,7 +328,7 @@ def test_stack_of_changed_layers():
         model(x)
 
 
-def test_needs_a_closure():
+def test_optimizers_with_a_closure_are_refused():
     class Searching(torch.optim.SGD):
         def step(self, closure):
             return closure()

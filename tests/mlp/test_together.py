@@ -1,4 +1,4 @@
-"""Trainers side by side: each network is the one that its trainer makes alone."""
+"""Several trainers train together. Each network is the one that its trainer trains alone."""
 
 import functools
 import importlib.util
@@ -33,7 +33,8 @@ def trainer(seed, rule=RULES["momentum"], pack=None):
     return made
 
 
-# Compiled by numba, and by the kernel of many networks, which takes seconds in the interpreter.
+# By numba's compiled epoch, and by the kernel of many networks, which takes seconds in the
+# interpreter.
 CASES = [
     pytest.param(rule, plan, marks=COMPILED, id=f"{rule}-{plan}-compiled")
     for rule in RULES
@@ -46,7 +47,7 @@ CASES = [
 
 @pytest.mark.parametrize("rule, plan", CASES)
 def test_each_network_is_that_of_its_trainer_alone(rule, plan):
-    """Also with a schedule of each kind, and where each stops on its own."""
+    """This holds with each kind of schedule, and where each network stops at its own epoch."""
     train, test, pack = data(), data(seed=1), together.Together()
     made = schedule.named(plan, schedule.Plan(3, 3))
 
@@ -72,7 +73,9 @@ def test_each_network_is_that_of_its_trainer_alone(rule, plan):
 
 @COMPILED
 def test_epochs_are_trained_together(monkeypatch):
-    """One call an epoch for all that still train; one that diverges does not end the others."""
+    """An epoch is one call for all networks that still train. A network that diverges does not end
+    the others.
+    """
     sizes, train_all = [], together.train_all
     monkeypatch.setattr(
         together, "train_all", lambda runs: sizes.append(len(runs)) or train_all(runs)
@@ -109,7 +112,7 @@ def test_an_interruption_ends_all(monkeypatch):
 
 @COMPILED
 def test_other_data_are_trained_one_after_another():
-    """Networks that read different data are not stacked."""
+    """Networks with different data are not stacked, but train one after another."""
     pack, sets = together.Together(), [data(), data(seed=3)]
     made = [trainer(seed, pack=pack) for seed in range(2)]
     pack.call([functools.partial(one.fit, d, 2, 8) for one, d in zip(made, sets, strict=True)])

@@ -69,7 +69,7 @@ def test_fit_counts_epochs_on(device):
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_is_the_loop_one_would_write(seed, device):
+def test_equals_a_plain_loop(seed, device):
     """fit equals a plain loop: each epoch has a new order, the smaller last batch counts, and
     losses are means over samples.
     """

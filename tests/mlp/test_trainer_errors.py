@@ -34,7 +34,7 @@ def test_diverged(engine, device):
     assert all(math.isfinite(row["train_loss"]) for row in rows), "training must be able to go on"
 
 
-def test_what_does_not_fit(device):
+def test_data_that_do_not_fit_the_network(device):
     x, y = tensors()
     numbers = torch.zeros(70, 2)
     for data, evaluate, batch, message in (

@@ -251,7 +251,7 @@ def test_predict_reads_as_training_did():
     assert torch.equal(made.predict(table), expected)
 
 
-def test_a_loaded_trainer_predicts_likewise():
+def test_a_loaded_trainer_predicts_the_same():
     """The state holds how training read its inputs and which words its labels were."""
     pixels = torch.randint(0, 256, (70, 6), dtype=torch.uint8)
     table = X * 50 + 3
