@@ -113,7 +113,7 @@ def _obstacle(module: nn.Module) -> str | None:
     if parametrize.is_parametrized(module):
         return "it is parametrized"
     if isinstance(module, LazyModuleMixin):
-        return "it has no weights yet: run a batch through the model first"
+        return "it has no weights yet; run a batch through the model first"
     if type(module) in TWINS.values():
         return None
     if type(module) not in TWINS:

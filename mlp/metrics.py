@@ -1,6 +1,6 @@
-"""What a classifier gets right, by scikit-learn.
+"""Measures of a classifier, by scikit-learn.
 
-Top-1 and top-k accuracy, accuracy of each class, confusion matrix.
+They are top-1 and top-k accuracy, the accuracy of each class, and the confusion matrix.
 """
 
 import warnings
@@ -27,7 +27,7 @@ def outputs(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(outputs, targets) of consecutive pieces of `rows` samples, in evaluation mode.
 
-    shape: of a sample, if the module does not take rows of numbers.
+    shape: of a sample, if the module does not take flat rows.
     """
     parameters = parameters_of(model).values()
     first = next(iter(parameters))
@@ -42,8 +42,9 @@ def outputs(
 def measure(
     model: Net | torch.nn.Module, loss: Any, data: Dataset, shape: tuple[int, ...] | None = None
 ) -> dict:
-    """{"test_loss", "test_accuracy"} of a data set on the network's device, in evaluation mode;
-    accuracy None where targets are no labels. Labels that the loss ignores do not count.
+    """{"test_loss", "test_accuracy"} of a data set, in evaluation mode, on the network's device.
+
+    The accuracy is None if the targets are no labels. Labels that the loss ignores do not count.
     """
     values, found = [], []
     for output, y in outputs(model, data, shape=shape):
@@ -58,9 +59,9 @@ def measure(
 
 
 def probabilities(model: Net | torch.nn.Module, loss: Any, data: Dataset) -> torch.Tensor:
-    """(N, classes) float32 on the CPU: what the network gives each class.
+    """The probability of each class, (N, classes) float32 on the CPU.
 
-    The loss says how outputs are read.
+    The loss converts outputs into probabilities.
     """
     return torch.cat([loss.probabilities(out).float().cpu() for out, _ in outputs(model, data)])
 
@@ -68,9 +69,9 @@ def probabilities(model: Net | torch.nn.Module, loss: Any, data: Dataset) -> tor
 def classification(scores: torch.Tensor, data: Dataset, k: int = 5) -> dict:
     """{"accuracy", "top_k", "k", "per_class": {name: accuracy}, "confusion"}.
 
-    Rows of the confusion matrix are true, columns predicted.
-
-    scores (N, classes); a class without samples has accuracy None.
+    scores: (N, classes), on the CPU. In the confusion matrix, rows are true classes and columns
+    predicted ones. A class without samples has accuracy None. ValueError unless k is from 1 to the
+    number of classes.
     """
     try:
         from sklearn import metrics
@@ -83,7 +84,7 @@ def classification(scores: torch.Tensor, data: Dataset, k: int = 5) -> dict:
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore", UserWarning
-        )  # of a single class, whose matrix is 1 × 1 all the same
+        )  # scikit-learn warns of a single class, but its 1 × 1 matrix is right
         confusion = metrics.confusion_matrix(targets, predicted, labels=labels)
     top_k = (
         1.0

@@ -1,8 +1,8 @@
-"""Early stopping: end a training whose loss no longer falls, and keep the best epoch's weights.
+"""Early stopping: end a training when its loss stops falling, and keep the best epoch's weights.
 
 The loss is that of the validation data, else of the test data, else of the training data. Weights
-that were chosen by a data set look better on it than on new data: for an honest number of the test
-data give `validation` as well.
+that were chosen by a data set look better on it than on new data. So for an honest result on the
+test data, give `validation` as well.
 """
 
 import math
@@ -13,13 +13,13 @@ import torch
 from .net import Net
 from .state import load_state, state_of
 
-_Weights = list[dict[str, torch.Tensor]]  # of the network, and of a loss that has some
+_Weights = list[dict[str, torch.Tensor]]  # of the network, and of the loss if it has weights
 
 
 def watched(row: dict, quantity: str = "loss") -> tuple[str, float | None]:
-    """The data whose loss or accuracy decides, and its value in a row of the history.
+    """(name of the data whose loss or accuracy decides, its value in a row of the history).
 
-    These are validation, test or train: the first of them that was measured.
+    The data are the first measured ones of validation, test and train.
     """
     for part in ("validation", "test"):
         value = row.get(f"{part}_{quantity}")
@@ -29,9 +29,9 @@ def watched(row: dict, quantity: str = "loss") -> tuple[str, float | None]:
 
 
 def kept_row(history: list[dict], patience: int | None, epochs: int) -> dict:
-    """The row of the epoch whose weights a training of so many epochs has at its end.
+    """The row of the epoch whose weights the network has, in a training of so many epochs.
 
-    It is the last one without early stopping, and in a training that has not ended.
+    Without early stopping, or before the training has ended, this is the last row.
     """
     if patience is None:
         return history[-1]
@@ -43,9 +43,10 @@ def kept_row(history: list[dict], patience: int | None, epochs: int) -> dict:
 
 
 class EarlyStopping:
-    """The best epoch so far, its weights, and for how many epochs no other was better.
+    """The best epoch so far, its weights, and the number of epochs since.
 
-    patience: so many epochs in a row without a lower loss end the training.
+    patience: the number of epochs in a row without a lower loss that ends the training. ValueError
+    if it is below 1.
     """
 
     FIELDS = ("patience", "part", "best", "epoch", "waited", "weights", "last")
@@ -56,11 +57,11 @@ class EarlyStopping:
         self.patience, self.best, self.epoch, self.waited = patience, math.inf, 0, 0
         self.part: str | None = None  # the data whose loss is watched
         self.weights: _Weights | None = None  # of the best epoch
-        self.last: _Weights | None = None  # of the last one, while the network has the best
+        self.last: _Weights | None = None  # of the last epoch, while the network has the best
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> "EarlyStopping":
-        """What `state_dict` described."""
+        """The early stopping that a `state_dict` describes."""
         made = cls(state["patience"])
         for name in cls.FIELDS:
             setattr(made, name, state[name])
@@ -68,12 +69,13 @@ class EarlyStopping:
 
     @property
     def is_over(self) -> bool:
-        """Whether the training should end."""
+        """True if the training should end."""
         return self.waited >= self.patience
 
     def judge(self, row: dict) -> bool:
-        """Whether an epoch is the best so far, by its row of the history. Losses of other data
-        than before begin anew.
+        """True if an epoch, given by its row of the history, is the best so far.
+
+        If the loss is of other data than before, the comparison starts again.
         """
         part, loss = watched(row)
         if part != self.part:
@@ -85,32 +87,34 @@ class EarlyStopping:
         return True
 
     def after_epoch(self, row: dict, parts: list[Net | torch.nn.Module]) -> None:
-        """Judge an epoch, and keep the weights if it is the best."""
+        """Judge an epoch, and copy the weights if it is the best."""
         if self.judge(row):
             self.weights = _copies(parts)
 
     def take_best(self, parts: list[Net | torch.nn.Module]) -> None:
-        """Give the network its best weights. The last ones are kept, to go on from."""
+        """Load the best weights into the network. The last ones are kept for `go_on`."""
         if self.weights is not None and self.last is None:
             self.last = _copies(parts)
             _load(parts, self.weights)
 
     def go_on(self, parts: list[Net | torch.nn.Module]) -> None:
-        """Give the network its last weights again."""
+        """Load the last weights into the network again."""
         if self.last is not None:
             _load(parts, self.last)
             self.last = None
 
     def state_dict(self) -> dict[str, Any]:
-        """What resuming needs."""
+        """The state that `of` needs to resume."""
         return {name: getattr(self, name) for name in self.FIELDS}
 
 
 def resumed(
     before: EarlyStopping | None, patience: int | None, parts: list[Net | torch.nn.Module]
 ) -> EarlyStopping | None:
-    """The early stopping of a call of `fit`: the one before, with its best epoch, if there was one.
-    A larger patience lets a training that had ended go on.
+    """The early stopping for a call of `fit`.
+
+    It continues `before`, with its best epoch, if given. With a larger patience, a training that
+    had ended goes on.
     """
     made = None if patience is None else EarlyStopping(patience)
     if before is None:

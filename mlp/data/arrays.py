@@ -70,7 +70,7 @@ def numbers(value: Any, what: str) -> tuple[torch.Tensor, tuple[str, ...]]:
         try:
             array = np.asanyarray(value)
         except (TypeError, ValueError) as error:
-            raise DataError(f"{what}: not an array ({error})") from None
+            raise DataError(f"{what}: is not an array ({error})") from None
         value = _tensor(array, what)
     if value.is_complex():
         raise DataError(

@@ -47,7 +47,7 @@ def plain(value: Any, what: str) -> np.ndarray:
     try:
         array = np.asarray(value)
     except ValueError as error:
-        raise DataError(f"{what}: not an array ({error})") from None
+        raise DataError(f"{what}: is not an array ({error})") from None
     if array.dtype.names or array.dtype.kind not in "biufUSO":
         raise DataError(
             f"{what}: must be numbers or words, got "
@@ -70,7 +70,7 @@ def _of_objects(array: np.ndarray, what: str) -> np.ndarray:
     ]
     missing = [i for i, v in enumerate(items) if v is None or (isinstance(v, float) and v != v)]
     if missing:
-        raise DataError(f"{what}: sample {missing[0]} has none; leave its row out")
+        raise DataError(f"{what}: sample {missing[0]} has no value; leave its row out")
     if all(isinstance(item, str) for item in items):
         return np.array(items, dtype=np.str_).reshape(array.shape)
     if all(isinstance(item, (int, float, np.number, bool, np.bool_)) for item in items):

@@ -1,16 +1,16 @@
-"""The engine `lean`: a step in as little memory as it can, for wide layers and large batches.
+"""The engine `lean`: a step in little memory, for wide layers and large batches.
 
-Beside the weights and the optimizer's states it holds two activations of one layer, the gradient of
-one layer's weights, and pieces of the batch:
+Apart from the weights and the optimizer's states, it holds two activations of one layer, the
+gradient of one layer's weights, and pieces of the batch:
 
-    forward     the batch in pieces through all layers; only the last layer's input is kept
-    loss        in pieces too: of the outputs, only their gradient is kept
-    backward    from the last layer down: dw; dz of the layer below, over that layer's output; the
-                update, before the next layer's gradient is made; then the input of the next layer,
-                computed again from the data with weights that are not updated yet
+    forward     The batch goes through all layers in pieces. Only the last layer's input is kept.
+    loss        It is computed in pieces too. Only the gradient of the outputs is kept.
+    backward    For each layer, from the last to the first: compute dw, write dz of the layer below
+                over that layer's output, and update the layer. Then compute the input of the next
+                layer again from the data. The layers below have not been updated yet.
 
-So hidden layers are computed several times: L layers take (L - 1) (L - 2) / 2 products more than
-the 3 L - 1 of a usual step, for four layers three more than eleven.
+So hidden layers are computed several times. L layers take (L - 1) (L - 2) / 2 products more than
+the 3 L - 1 of a usual step. For four layers these are three more than eleven.
 """
 
 from typing import Any
@@ -25,12 +25,12 @@ from ..state import parameters_of
 from . import means, takeover, updates
 from .stepwise import Demands, Manual
 
-_PIECES = 16  # of a batch
-_ROWS = 32  # that a piece has at least
+_PIECES = 16  # the most pieces of a batch
+_ROWS = 32  # the fewest rows of a piece
 
 
 class Lean(Manual):
-    """A Net of linear layers, one layer at a time, with activations that are computed again."""
+    """Trains a Net of linear layers, one layer at a time. Activations are computed again."""
 
     name = "lean"
 
@@ -74,7 +74,7 @@ class Lean(Manual):
             self.net = Net.over(self.model)
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The labels that the outputs predict, (rows,), and the loss."""
+        """Train on a batch. Returns (the predicted labels (rows,), the loss)."""
         (stack,) = self.net.stages
         step = _Step(stack, x, self._memory(stack, len(x)))
         result = step.forward(self.loss, y, self._labels_valid, self.demands.ignored)
@@ -86,11 +86,11 @@ class Lean(Manual):
             grads = step.gradients(layer)
             parameters, *states = [ts[width * layer :][:width] for ts in bound]
             kernels.apply_rule(rule, parameters, grads, states, numbers, count)
-            del grads  # before the next layer's are made
+            del grads  # frees them before the next layer's are made
         return result
 
     def _memory(self, stack: Any, rows: int) -> list[torch.Tensor]:
-        """Two flat buffers, each for the widest layer. They stay between steps."""
+        """Two flat buffers, each as large as the widest layer. They are kept between steps."""
         size = rows * max(stack.sizes[1:])
         like, made = stack.weights[0], self.__dict__.get("_kept")
         if made is None or made[0].numel() < size or made[0].dtype != like.dtype:
@@ -100,7 +100,7 @@ class Lean(Manual):
 
 
 class _Step:
-    """One step of a stack. memory: two flat buffers; `at`: which of them holds dz."""
+    """One step of a stack. memory: two flat buffers. at: the index of the one that holds dz."""
 
     def __init__(self, stack: Any, x: torch.Tensor, memory: list[torch.Tensor]):
         self.stack, self.x, self.memory, self.at = stack, x, memory, 1
@@ -110,8 +110,10 @@ class _Step:
     def forward(
         self, loss: Any, y: torch.Tensor, labels_valid: bool, ignored: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Labels and loss; leaves the last layer's dz, and its input beside it. ignored: whether
-        the loss ignores some labels.
+        """(predicted labels (rows,), loss).
+
+        Afterwards one buffer holds the last layer's dz, the other its input. ignored: True if the
+        loss may ignore some labels.
         """
         stack, last = self.stack, self.stack.layers - 1
         end, act = (stack.weights[last], stack.biases[last]), stack.output_activation
@@ -123,7 +125,7 @@ class _Step:
             share = means.share(loss, y[piece], y, ignored)
             output, (_, _, kept, *_) = kernels.linear_fwd(top[piece], *end, act)
             labels.append(output.argmax(1))
-            if share == 0:  # all of its labels are ignored
+            if share == 0:  # the loss ignores all labels of this piece
                 self.dz[piece].zero_()
                 continue
             target = means.aligned(y[piece], output)
@@ -134,7 +136,7 @@ class _Step:
         return torch.cat(labels), value
 
     def gradients(self, layer: int) -> list[torch.Tensor]:
-        """[dw] or [dw, db] of a layer; leaves dz of the layer below."""
+        """[dw] or [dw, db] of a layer. Afterwards a buffer holds dz of the layer below."""
         stack, dz = self.stack, self.dz
         top = self.top if layer == stack.layers - 1 else self._input(layer)
         grads = kernels.linear_bwd_dw(dz, top, stack.bias)
@@ -142,12 +144,12 @@ class _Step:
             weight = stack.weights[layer]
             for piece in self.pieces:
                 below = kernels.linear_bwd_dx(dz[piece], weight, top[piece], stack.activation)
-                top[piece].copy_(below)  # nobody needs the output of that layer any more
+                top[piece].copy_(below)  # the output of that layer is not needed any more
             self.dz, self.at = top, 1 - self.at
         return [grad for grad in grads if grad is not None]
 
     def _input(self, layer: int) -> torch.Tensor:
-        """The input of a layer, in the buffer beside dz; for the first layer the data."""
+        """The input of a layer, in the buffer without dz. For the first layer it is the data."""
         if layer == 0:
             return self.x
         stack = self.stack

@@ -1,7 +1,7 @@
-"""A training that several processes share, one for each device: torch's DistributedDataParallel.
+"""A training that several processes share, one for each device, by DistributedDataParallel.
 
-Every process holds all data. Of each batch it takes every world-th sample from its rank on, so each
-sample is seen once an epoch, and the gradients together are those of the whole batch.
+Every process holds all data. From each batch it takes every world-th sample, starting at its rank.
+So each sample is used once an epoch, and the sum of the gradients is that of the whole batch.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from . import means
 
 
 def world() -> int:
-    """How many processes share this training; 1 if it is alone."""
+    """The number of processes that share this training, or 1."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 class Shared:
-    """This process's part in the steps of an Autograd engine."""
+    """The steps of an Autograd engine in one of several processes."""
 
     def __init__(self, engine: Any):
         self.engine, self.rank, self.world = engine, dist.get_rank(), dist.get_world_size()
@@ -34,7 +34,7 @@ class Shared:
         batch_size: int,
         on_step: Callable[..., object] | None,
     ) -> Any:
-        """As `Engine.epoch`; loss and accuracy are those of all processes together."""
+        """As `Engine.epoch`. Loss and accuracy are those of all processes together."""
         values, correct = [], torch.zeros(2, dtype=torch.int64, device=order.device)
         for indices in order.split(batch_size):
             mine = indices[self.rank :: self.world]
@@ -54,17 +54,18 @@ class Shared:
         return result._replace(accuracy=int(correct[0]) / max(int(correct[1]), 1))
 
     def _step(self, data: Dataset, whole: torch.Tensor, mine: torch.Tensor):
-        """Train on this process's samples of a batch: its part of the batch's loss, its outputs,
-        its targets.
+        """Train on this process's samples of a batch.
+
+        Returns (its part of the batch's loss, its outputs, its targets).
         """
         engine = self.engine
         share = means.share(engine.loss, data.targets[mine], data.targets[whole])
-        # A process that has no sample computes one all the same, for the others wait for it.
+        # A process without a sample computes one with share 0, because the others wait for it.
         x, y = data.batch(mine if len(mine) else whole[:1], engine.dtype)
-        engine.optimizer.zero_grad()  # before the forward, which then has their memory
+        engine.optimizer.zero_grad()  # before the forward, which can then use their memory
         with engine.precision.context(x.device):
             output = self.model(x if engine.shape is None else x.view(len(x), *engine.shape))
             value = engine.loss(output, means.aligned(y, output)) * share
-        # DistributedDataParallel takes the mean over the processes; the shares want their sum.
+        # DistributedDataParallel averages over the processes, but the shares need the sum.
         engine.precision.step(value * self.world, engine.optimizer, engine.demands.clip_norm)
         return value.detach().float(), output.detach(), y

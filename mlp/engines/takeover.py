@@ -125,7 +125,7 @@ def _hooks(model) -> str | None:
     if any(getattr(nn.modules.module, f"_global{hooks}") for hooks in _HOOKS):
         return "a hook on all modules is registered"
     if torch.is_autocast_enabled(next(model.parameters()).device.type):
-        return "autocast is on, under which calling the network computes in fewer bits"
+        return "autocast is on, so a call of the network computes in fewer bits"
     for name, p in model.named_parameters():
         if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
             return f"{name} has a gradient hook"

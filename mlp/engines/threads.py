@@ -1,4 +1,4 @@
-"""How many threads torch computes with, for a while."""
+"""A context that sets the number of threads that torch computes with."""
 
 import contextlib
 import threading
@@ -6,17 +6,16 @@ from collections.abc import Iterator
 
 import torch
 
-# Multiply-adds of a product that one CPU thread does sooner than two, or on a busy machine much
-# sooner.
+# Below this number of multiply-adds, one CPU thread is faster than two, on a busy machine by far.
 ALONE = 4_000_000
 
 
 @contextlib.contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """torch with `count` CPU threads; None leaves them as they are.
+    """A context in which torch uses `count` CPU threads. None does not change their number.
 
-    Only Python's main thread changes the number. A new thread takes over the number that another
-    one has set for a while, and keeps it; so threads that overlapped could never put it back.
+    Only Python's main thread changes it. A new thread inherits the number that is set at its start
+    and keeps it. So threads that overlap could never restore the number.
     """
     if count is None or threading.current_thread() is not threading.main_thread():
         yield
