@@ -1,6 +1,6 @@
-"""A trained network as other programs read it: plain torch modules, and an ONNX file.
+"""A trained network for other programs: plain torch modules, or an ONNX file.
 
-Both hold what the network computes and nothing of handgrad: whoever loads them needs no handgrad.
+A program that loads them does not need handgrad.
 """
 
 from collections.abc import Callable
@@ -21,19 +21,19 @@ OPSET = 18
 
 
 class _Function(nn.Module):
-    """An activation of the table that has no module in torch.nn."""
+    """A module for an activation of the table that has none in torch.nn."""
 
     def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
         self.function = function
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(…) -> (…), elementwise."""
+        """(…) -> (…), for each element."""
         return self.function(input)
 
 
 def _activation(name: str) -> list[nn.Module]:
-    """The torch modules that compute this activation: none for the identity."""
+    """The torch modules that compute this activation. The list is empty for the identity."""
     row = activations.get(name, "export")
     made = _Function(row.torch) if row.module is None else row.module()
     return [] if isinstance(made, nn.Identity) else [made]
@@ -83,7 +83,8 @@ def _net(model: Net) -> list[nn.Module]:
     return PLAIN[type(module)](module)
 
 
-# Class -> the torch modules that compute the same. A subclass may compute something else: refused.
+# Class -> function that makes the same of torch's modules. Subclasses may compute something else,
+# so they are refused.
 PLAIN: dict[type, Callable] = {
     Linear: _linear,
     Conv2d: _conv2d,
@@ -94,11 +95,11 @@ PLAIN: dict[type, Callable] = {
 
 
 def plain(model: nn.Module | Net) -> nn.Sequential:
-    """The same network of torch.nn's own modules, with copies of the weights, on the CPU.
+    """The same network, made of torch.nn's modules, with copies of the weights, on the CPU.
 
-    model: an `mlp.MLP`, `mlp.ConvNet`, `mlp.Linear`, `mlp.Conv2d` or `mlp.Net`. Every layer is
-    followed by its activation, so the weights are called "0.weight", "2.weight", … TypeError for
-    other classes.
+    model: an `mlp.MLP`, `mlp.ConvNet`, `mlp.Linear`, `mlp.Conv2d` or `mlp.Net`. TypeError for other
+    classes. Each layer is followed by its activation, so the weights are named "0.weight",
+    "2.weight", …
     """
     if type(model) not in PLAIN:
         known = ", ".join(kind.__name__ for kind in PLAIN)
@@ -107,13 +108,13 @@ def plain(model: nn.Module | Net) -> nn.Sequential:
 
 
 class Pipeline(nn.Module):
-    """Raw inputs to answers.
+    """A module that maps raw inputs to answers.
 
-    `(inputs - mean) · scale + shift`, the network, then what the loss reads off.
+    It computes `(inputs - mean) · scale + shift`, the network, and then `head`.
 
-    mean, scale, shift: numbers, or one for each feature. With a mean all of it is computed in
-    float64, for a difference of large numbers leaves few digits. head: outputs -> answers, such as
-    the loss's `probabilities`; None leaves the outputs as they are.
+    mean, scale, shift: a number, or one for each feature. With a mean, the formula is computed in
+    float64, because a difference of large numbers keeps few digits. head: a function from outputs
+    to answers, such as the loss's `probabilities`. None returns the outputs.
     """
 
     def __init__(
@@ -147,10 +148,10 @@ class Pipeline(nn.Module):
 
 
 def to_onnx(pipeline: Pipeline, path: str | Path, example: torch.Tensor) -> None:
-    """Write an ONNX file of input "inputs" and output "outputs", for any number of rows.
+    """Write an ONNX file with input "inputs" and output "outputs", for any number of rows.
 
-    example: rows (N, features) of the dtype that the file shall take, such as uint8 pixels.
-    DataError in one line if the packages onnx and onnxscript are not installed.
+    example: rows (N, features) of the dtype of the file's input, such as uint8 pixels. DataError,
+    in one line, if the packages onnx and onnxscript are not installed.
     """
     try:
         import onnx  # noqa: F401
@@ -170,11 +171,11 @@ def to_onnx(pipeline: Pipeline, path: str | Path, example: torch.Tensor) -> None
         verbose=False,
     )
     with replacing(Path(path)) as part:
-        assert program is not None  # only without dynamo=True
+        assert program is not None  # with dynamo=True, torch returns a program
         program.save(part)
 
 
 def to_torch(model: nn.Module | Net, path: str | Path) -> None:
-    """Write the state_dict of `plain(model)`: tensors alone, as `torch.load` reads safely."""
+    """Write the state_dict of `plain(model)`. It holds only tensors, so `torch.load` is safe."""
     with replacing(Path(path)) as part:
         torch.save(plain(model).state_dict(), part)

@@ -1,6 +1,6 @@
-"""Networks and settings by name: what `handgrad train --recipe NAME` runs. One entry each.
+"""Networks and their settings by name, for `handgrad train --recipe NAME`. One row each.
 
-`default` is what `handgrad train` does without --recipe.
+`handgrad train` without --recipe takes the row `default`.
 """
 
 import inspect
@@ -23,22 +23,22 @@ from .modules import build
 from .net import Net
 from .optim import OPTIMIZERS
 
-# numbers of optimizers that a user may know; torch's arguments have others, such as foreach
+# The optimizers' options that a message lists. torch has others, such as foreach.
 _SHOWN = {"lr", "momentum", "nesterov", "dampening", "weight_decay", "betas", "eps", "alpha"}
 _LOSS_OF_NUMBERS = "mse"
-_KERNEL, _POOL = 5, 2  # of every convolution: the side of its kernel, and of the max-pool behind it
+_KERNEL, _POOL = 5, 2  # sides of every convolution's kernel and of its max-pool, in pixels
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A network and how it is trained.
+    """A network and the settings of its training.
 
-    Its input and output widths come from the data set.
+    The widths of its input and output come from the data set.
     """
 
     about: str
     hidden: tuple[int, ...] = (100, 50)
-    channels: tuple[int, ...] = ()  # of convolutions before the hidden layers: none is an MLP
+    channels: tuple[int, ...] = ()  # of convolutions before the hidden layers; () is an MLP
     activation: str = "relu"
     output_activation: str = "identity"
     bias: bool = True
@@ -51,17 +51,17 @@ class Recipe:
     epochs: int = 10
     drop_last: bool = False
     normalize: tuple[float, float] | None = (
-        None  # (mean, std) subtracted from and dividing pixels in [0, 1]
+        None  # (mean, std): a pixel x in [0, 1] is read as (x - mean) / std
     )
-    train_samples: int | None = None  # only the first so many
-    schedule: str = "constant"  # of the learning rate, by its name in mlp.schedule
-    warmup: int = 0  # epochs that the rate takes to rise
+    train_samples: int | None = None  # train only on so many first samples
+    schedule: str = "constant"  # of the learning rate, a name in mlp.schedule
+    warmup: int = 0  # epochs in which the rate rises to its full value
     early_stopping: int | None = None  # epochs without a lower loss that end the training
     clip_norm: float | None = None  # the largest norm of all gradients together
     augment: int = 0  # pixels by which images are shifted at random in each epoch
 
     def prepare(self, train: Dataset, test: Dataset) -> tuple[Dataset, Dataset]:
-        """The data as this recipe reads it."""
+        """The data as this recipe uses them: the first samples, normalized."""
         if self.train_samples:
             train = train.take(self.train_samples)
         if self.normalize:
@@ -84,7 +84,7 @@ class Recipe:
                 raise ValueError(
                     f"a network with {len(self.channels)} convolutions needs images of at least "
                     f"{smallest} × {smallest} pixels, but those of {train.name} have "
-                    f"{' × '.join(map(str, train.image_shape[1:]))}: train on mnist, or take a "
+                    f"{' × '.join(map(str, train.image_shape[1:]))}; train on mnist, or take a "
                     "recipe without convolutions"
                 )
             return {
@@ -112,13 +112,13 @@ class Recipe:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> torch.nn.Module:
-        """The network with initial weights of `seed`, as a module on `device`."""
+        """The network as a module on `device`, with initial weights from `seed`."""
         module = build(self.network(train), device, dtype)
         initialise(dict(module.named_parameters()), self.init, seed)
         return module
 
     def describe(self, network: dict) -> str:
-        """The network that a `config()` describes and how this recipe trains it, in one line."""
+        """One line about the network of a `config()` and its training by this recipe."""
         if network["kind"] == "convnet":
             channels = " → ".join(map(str, [network["image_shape"][0], *network["channels"]]))
             widths = [*network["hidden"], network["classes"]]
@@ -139,11 +139,11 @@ class Recipe:
 
     @property
     def reads_values(self) -> bool:
-        """Whether the loss reads outputs as values of the targets, not as logits."""
+        """True if the loss reads outputs as values of the targets, False if as logits."""
         return LOSSES[self.loss].row.predict is unchanged
 
     def _rules(self) -> Iterator[str]:
-        """What this recipe does to the rate and the gradients, in words."""
+        """This recipe's schedule, shifts, clipping, stopping and smoothing, in words."""
         if self.schedule != "constant" or self.warmup:
             warmup = f" after {self.warmup} epochs of warm-up" if self.warmup else ""
             yield f"schedule {self.schedule}{warmup}"
@@ -157,7 +157,7 @@ class Recipe:
             yield f"label smoothing {smoothing:g}"
 
     def beyond_pack(self) -> str | None:
-        """What of this recipe many networks in one launch cannot have, or None."""
+        """The reason why many networks in one launch cannot be trained by this recipe, or None."""
         asked = {
             "a schedule": self.schedule != "constant" or self.warmup > 0,
             "random shifts": self.augment > 0,
@@ -173,7 +173,7 @@ class Recipe:
         )
 
     def scheduler(self, samples: int) -> Callable[[Optimizer], Any] | None:
-        """The schedule for so many samples an epoch, as `Trainer.fit` takes it."""
+        """The schedule for epochs of so many samples, as `Trainer.fit` takes it."""
         count = samples // self.batch_size if self.drop_last else -(-samples // self.batch_size)
         return schedule.named(self.schedule, schedule.Plan(self.epochs, count, self.warmup))
 
@@ -212,8 +212,8 @@ RECIPES: dict[str, Recipe] = {
         epochs=2,
         normalize=(0.5, 0.5),
     ),
-    # The loss is averaged over the batch and the ten classes: a tenth of the usual, and so is every
-    # gradient.
+    # The loss is averaged over the batch and the ten classes. So it and every gradient are a tenth
+    # of the usual ones.
     "sigmoid": Recipe(
         "784-100-50-10 sigmoid, weights normal(0, 0.1), plain SGD, loss averaged over classes too",
         activation="sigmoid",
@@ -221,8 +221,8 @@ RECIPES: dict[str, Recipe] = {
         loss_options={"scale": 0.1},
         drop_last=True,
     ),
-    # The notebook divides the bias gradient by the batch twice; here it is the gradient of the mean
-    # loss.
+    # The original notebook divides the bias gradient by the batch twice. Here it is the gradient of
+    # the mean loss.
     "deep-linear": Recipe(
         "784-64-64-64-64-64-10 without activations, Xavier normal weights, slow SGD",
         hidden=(64,) * 5,
@@ -232,7 +232,7 @@ RECIPES: dict[str, Recipe] = {
         epochs=20,
         normalize=(0.5, 0.5),
     ),
-    # The notebook takes σ' at σ(z); here it is taken at z, which is the derivative.
+    # The original notebook takes σ' at σ(z). Here it is taken at z, as the derivative requires.
     "mse": Recipe(
         "784-100-10, sigmoid on both layers, no biases, half the summed squared error",
         hidden=(100,),
@@ -245,7 +245,7 @@ RECIPES: dict[str, Recipe] = {
         epochs=5,
         normalize=(0.1307, 0.3081),
     ),
-    # Plain torch reached 98.6% with it; the rate rises for one epoch and falls for five.
+    # Plain torch reached 98.6% with it. The rate rises for one epoch and falls for five.
     "fast": Recipe(
         "784-256-10 ReLU for MNIST: one cycle of the learning rate, images shifted by a pixel",
         hidden=(256,),
@@ -259,22 +259,22 @@ RECIPES: dict[str, Recipe] = {
     ),
 }
 
-# What `handgrad sweep` starts from: no momentum, so that learning rates alone differ.
+# The base of `handgrad sweep`. It has no momentum, so that only learning rates differ.
 PLAIN = Recipe("plain SGD", optimizer_options={})
 
 
 def get(name: str) -> Recipe:
-    """The recipe called `name`; a ValueError that lists them if there is none."""
+    """The recipe called `name`. ValueError, which lists them, for an unknown name."""
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}")
     return RECIPES[name]
 
 
 def changed(recipe: Recipe, **changes: Any) -> Recipe:
-    """A recipe in which the settings that are not None are replaced.
+    """A copy of a recipe with the changes that are not None.
 
-    What is no field of a recipe goes to the optimizer. A ValueError for an option that the
-    optimizer does not have, or a name that no table holds.
+    A change that is no field of a recipe is an option of the loss, else of the optimizer.
+    ValueError for an option that neither has, and for an unknown name.
     """
     changes = {key: value for key, value in changes.items() if value is not None}
     fields = {f.name: changes.pop(f.name) for f in fields_of(recipe) if f.name in changes}
@@ -300,8 +300,10 @@ def changed(recipe: Recipe, **changes: Any) -> Recipe:
 def suited(
     recipe: Recipe, train: Dataset, loss_chosen: bool, default: str = _LOSS_OF_NUMBERS
 ) -> Recipe:
-    """The recipe with a loss that the targets can train: `default` in place of one of classes
-    where they are numbers. A ValueError where such a loss was chosen, and cannot be.
+    """The recipe with a loss that fits the targets.
+
+    If the targets are numbers but the loss needs classes, the loss `default` replaces it.
+    loss_chosen: the user chose the loss, so it is kept. ValueError if it cannot train the targets.
     """
     row = LOSSES[recipe.loss].row
     if train.is_classification or row.targets != "classes":
@@ -320,33 +322,33 @@ def _optimizer(name: str):
 
 
 def _options_of(optimizer: str) -> set[str]:
-    """The names of an optimizer's arguments, torch's own among them."""
+    """The names of an optimizer's arguments, with those of torch's class."""
     kinds = [kind for kind in OPTIMIZERS[optimizer].__mro__ if "__init__" in vars(kind)]
     names = set().union(*(_arguments(vars(kind)["__init__"]) for kind in kinds))
     return names - {"params", "defaults"}
 
 
 def _arguments(kind: Callable) -> set[str]:
-    """The names of what a class or function takes."""
+    """The names of a class's or function's arguments."""
     rows = inspect.signature(kind).parameters.items()
     return {n for n, p in rows if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - {"self"}
 
 
 def _check_options(optimizer: str, options: dict) -> None:
-    """A ValueError that says to which optimizers an option belongs, if not to this one."""
+    """ValueError if an option does not belong to this optimizer. It says which ones have it."""
     _optimizer(optimizer)
     for option in options.keys() - _options_of(optimizer):
         losses = [name for name in LOSSES if option in _arguments(LOSSES[name])]
         if losses:
             raise ValueError(
-                f"--{option.replace('_', '-')} belongs to the loss {' or '.join(losses)}: choose "
+                f"--{option.replace('_', '-')} belongs to the loss {' or '.join(losses)}; choose "
                 "it with --loss, or leave the option out"
             )
         owners = [name for name in OPTIMIZERS if option in _options_of(name)]
         raise ValueError(
             f"--{option.replace('_', '-')} belongs to the optimizer "
             f"{' or '.join(owners) or 'of nobody'}, not to {optimizer}, which takes "
-            f"{', '.join(sorted(_options_of(optimizer) & _SHOWN))}: leave it out"
+            f"{', '.join(sorted(_options_of(optimizer) & _SHOWN))}; leave it out"
         )
 
 
@@ -357,5 +359,5 @@ def net(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Net:
-    """As `Recipe.model`, a manual Net: the same initial weights."""
+    """As `Recipe.model`, but a manual Net, with the same initial weights."""
     return Net.of(recipe.model(train, seed, device, dtype))

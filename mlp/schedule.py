@@ -1,4 +1,4 @@
-"""A torch scheduler inside a training: when it steps, on what it looks, and how it is resumed."""
+"""A torch scheduler inside a training: when it steps, which metric it gets, how it is resumed."""
 
 import copy
 import inspect
@@ -12,13 +12,13 @@ from torch.optim import Optimizer, lr_scheduler
 from .stopping import watched
 
 INTERVALS = ("epoch", "step")
-_PER_STEP = (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR)  # by their definition
+_PER_STEP = (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR)  # torch defines them per batch
 
 
 class Plan(NamedTuple):
-    """What a named schedule is made for.
+    """The training for which a named schedule is made.
 
-    Epochs of the whole training, steps of an epoch, and the epochs in which the rate rises to its
+    epochs: of the whole training. steps: of an epoch. warmup: epochs in which the rate rises to its
     full value.
     """
 
@@ -27,7 +27,10 @@ class Plan(NamedTuple):
     warmup: int = 0
 
     def warmed(self, make: Callable[[Optimizer, int], Any]) -> Callable[[Optimizer], Any]:
-        """Rises in equal parts, then the scheduler of make(optimizer, the other epochs)."""
+        """A function of the optimizer: a warm-up in equal steps, then the scheduler of `make`.
+
+        make: called with the optimizer and the number of epochs after the warm-up.
+        """
 
         def both(optimizer: Optimizer) -> Any:
             if not self.warmup:
@@ -57,7 +60,7 @@ def _step(plan: Plan) -> Callable[[Optimizer], Any]:
 
 def _plateau(plan: Plan) -> Callable[[Optimizer], Any]:
     if plan.warmup:
-        raise ValueError("schedule plateau has no warm-up: leave one of the two out")
+        raise ValueError("schedule plateau has no warm-up; leave one of the two out")
     return lambda optimizer: lr_scheduler.ReduceLROnPlateau(optimizer, patience=_PATIENCE)
 
 
@@ -75,10 +78,10 @@ def _one_cycle(plan: Plan) -> Callable[[Optimizer], Any]:
 
 
 class Named(NamedTuple):
-    """A schedule by name.
+    """A row of SCHEDULES.
 
-    make(plan) gives a function of the optimizer as `Trainer.fit` takes it, or None where the rate
-    stays. ends: whether it has a last epoch.
+    about: one line for people. make: called with a Plan, returns a function of the optimizer, as
+    `Trainer.fit` takes it, or None if the rate is constant. ends: True if it has a last epoch.
     """
 
     about: str
@@ -93,22 +96,22 @@ SCHEDULES: dict[str, Named] = {
     "plateau": Named("a tenth when the loss has not fallen for 3 epochs", _plateau),
     "onecycle": Named("up to the rate and down to almost 0, step by step", _one_cycle, ends=True),
 }
-_PATIENCE = 3  # epochs that `plateau` waits
-_RISE = 0.3  # the share of `onecycle` that rises, as in torch
+_PATIENCE = 3  # epochs that `plateau` waits before it lowers the rate
+_RISE = 0.3  # the share of `onecycle` in which the rate rises, as in torch
 
 
 def known(name: str) -> Named:
-    """The row of SCHEDULES; a ValueError that lists them if there is none."""
+    """The row of SCHEDULES with this name. ValueError, which lists them, for an unknown name."""
     if name not in SCHEDULES:
         raise ValueError(f"unknown schedule {name!r}; known: {', '.join(SCHEDULES)}")
     return SCHEDULES[name]
 
 
 def named(name: str, plan: Plan) -> Callable[[Optimizer], Any] | None:
-    """A schedule of SCHEDULES for `Trainer.fit`, or None where the rate stays as it is.
+    """A schedule for `Trainer.fit`: a function of the optimizer, or None if the rate is constant.
 
-    It is a function of the optimizer. ValueError: an unknown name, or a warm-up that is not shorter
-    than the training or that the schedule cannot have.
+    ValueError for an unknown name, for a warm-up that is not shorter than the training, and for a
+    schedule that has no warm-up.
     """
     if not 0 <= plan.warmup < max(plan.epochs, 1):
         raise ValueError(
@@ -118,10 +121,10 @@ def named(name: str, plan: Plan) -> Callable[[Optimizer], Any] | None:
 
 
 class Schedule:
-    """A scheduler of the trainer's optimizer, and how often it steps.
+    """A scheduler of the trainer's optimizer, and the times at which it steps.
 
     scheduler: a torch scheduler, or a function of the optimizer that makes one. interval: "epoch",
-    "step" (after each batch), or None: "step" for OneCycleLR and CyclicLR, else "epoch".
+    or "step" (after each batch). None is "step" for OneCycleLR and CyclicLR, else "epoch".
     """
 
     def __init__(
@@ -145,7 +148,7 @@ class Schedule:
             self.made = _settings(scheduler.state_dict())
         if getattr(scheduler, "optimizer", optimizer) is not optimizer:
             raise ValueError(
-                "fit: the scheduler moves another optimizer than the trainer's; make it of "
+                "fit: the scheduler belongs to another optimizer than the trainer's; make it for "
                 "trainer.optimizer, or give fit a function of the optimizer"
             )
         self.scheduler, self.interval = scheduler, interval
@@ -155,22 +158,22 @@ class Schedule:
         self.takes_metric = "metrics" in inspect.signature(type(scheduler).step).parameters
         if self.per_step and self.takes_metric:
             raise ValueError(
-                f"fit: {self.name} looks at an epoch's loss; its interval must be 'epoch'"
+                f"fit: {self.name} needs an epoch's loss, but its interval is 'step'; give 'epoch'"
             )
 
     @property
     def name(self) -> str:
-        """The scheduler's class."""
+        """The name of the scheduler's class."""
         return type(self.scheduler).__name__
 
     def is_of(self, scheduler: Any, interval: str | None) -> bool:
-        """Whether this schedule was made of just this scheduler or function."""
+        """True if this schedule was made from this same scheduler or function."""
         return self.interval == interval and (
             scheduler is self.given or scheduler is self.scheduler
         )
 
     def is_again(self, before: "Schedule") -> bool:
-        """Whether a function made just the scheduler that an earlier one made."""
+        """True if a function made an equal scheduler to that of an earlier schedule."""
         return self.made is not None and (self.name, self.made, self.interval) == (
             before.name,
             before.made,
@@ -178,7 +181,7 @@ class Schedule:
         )
 
     def check(self, steps: int) -> None:
-        """ValueError if the scheduler ends before so many more steps of it."""
+        """ValueError if the scheduler ends before `steps` more of its steps."""
         total = getattr(self.scheduler, "total_steps", math.inf)
         done = getattr(self.scheduler, "last_epoch", 0)
         if isinstance(total, int) and done + steps > total:
@@ -189,14 +192,14 @@ class Schedule:
             )
 
     def after_step(self) -> None:
-        """Step, if it does so after each batch."""
+        """Step the scheduler if it steps after each batch."""
         if self.per_step:
             self.scheduler.step()
 
     def after_epoch(self, row: dict) -> None:
-        """Steps the scheduler, if it does so after each epoch.
+        """Step the scheduler if it steps after each epoch.
 
-        A scheduler that takes a metric gets the row's loss, in mode "max" the accuracy: see
+        A scheduler that takes a metric gets the row's loss, or the accuracy in mode "max", see
         `stopping.watched`.
         """
         if self.per_step:
@@ -208,20 +211,20 @@ class Schedule:
         _, metric = watched(row, kind)
         if metric is None:
             raise ValueError(
-                f"fit: {self.name} with mode='max' looks at the accuracy, but these targets are no "
+                f"fit: {self.name} with mode='max' needs the accuracy, but these targets are no "
                 "labels; use mode='min' for the loss"
             )
         self.scheduler.step(metric)
 
     def state_dict(self) -> dict:
-        """What resuming needs: the scheduler's own state, and its class's name."""
+        """The state for resuming: that of the scheduler, and its class's name."""
         state = copy.deepcopy(self.scheduler.state_dict())
         return {"name": self.name, "state": state, "made": self.made}
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on where `state_dict` was taken.
+        """Restore a `state_dict`.
 
-        ValueError for a scheduler of another class or with other settings.
+        ValueError if it is of a scheduler of another class or with other settings.
         """
         if state["name"] != self.name:
             raise ValueError(
@@ -239,7 +242,7 @@ class Schedule:
 
 
 def _settings(state: dict) -> dict[str, str]:
-    """A new scheduler's state in words, without what depends on the rates at that moment."""
+    """A new scheduler's state as texts, without values that depend on the current rates."""
     kept = {key: value for key, value in state.items() if key != "_last_lr"}
     if isinstance(kept.get("_schedulers"), list):
         kept["_schedulers"] = [_settings(inner) for inner in kept["_schedulers"]]
@@ -247,7 +250,7 @@ def _settings(state: dict) -> dict[str, str]:
 
 
 def options_of(optimizer: torch.optim.Optimizer) -> list[dict]:
-    """The numbers of each parameter group, which schedulers move: all but the parameters."""
+    """The options of each parameter group, which schedulers change: all but the parameters."""
     return [
         {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
         for group in optimizer.param_groups
@@ -255,6 +258,6 @@ def options_of(optimizer: torch.optim.Optimizer) -> list[dict]:
 
 
 def restore_options(optimizer: torch.optim.Optimizer, options: list[dict]) -> None:
-    """Put `options_of` back, after a new scheduler has written its first values."""
+    """Restore `options_of`, after a new scheduler has written its first values."""
     for group, numbers in zip(optimizer.param_groups, options, strict=True):
         group.update(copy.deepcopy(numbers))

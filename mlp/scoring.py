@@ -1,7 +1,6 @@
-"""How good predictions are, by scikit-learn.
+"""Measures of predictions, by scikit-learn, and weights that make rare classes count.
 
-R², MAE and RMSE of numbers; F1, AUC and log loss of classes and of several labels. And the weights
-that make rare classes count.
+The measures are R², MAE and RMSE of numbers, and F1, AUC and log loss of classes and labels.
 """
 
 import math
@@ -13,7 +12,7 @@ import numpy
 
 from .data import Dataset, needs_extra
 
-# Key of a measure -> how people know it, and its format.
+# Key of a measure -> its name for people, and its format.
 NAMES = {
     "r2": ("R²", ".4f"),
     "mae": ("MAE", ".5g"),
@@ -35,8 +34,9 @@ def _sklearn() -> Any:
 
 
 def numbers(predicted: numpy.ndarray, true: numpy.ndarray) -> dict[str, float]:
-    """{"r2", "mae", "rmse"} of (rows, targets) arrays, means over the targets. R² of one row, or of
-    targets that are all the same, is NaN.
+    """{"r2", "mae", "rmse"} of arrays (rows, targets), as means over the targets.
+
+    R² is NaN for one row, and if a target is constant. All are NaN unless predictions are finite.
     """
     metrics = _sklearn()
     if not numpy.isfinite(predicted).all():
@@ -50,13 +50,15 @@ def numbers(predicted: numpy.ndarray, true: numpy.ndarray) -> dict[str, float]:
 
 
 def classes(probabilities: numpy.ndarray, labels: numpy.ndarray) -> dict[str, float]:
-    """{"f1", "auc", "log_loss"} of (rows, classes) and (rows,). F1 and AUC are means over the
-    classes, each against all others; AUC is NaN where a class has no row.
+    """{"f1", "auc", "log_loss"} of probabilities (rows, classes) and labels (rows,).
+
+    F1 and AUC are means over the classes, each against all others. AUC is NaN if a class has no
+    row. All are NaN unless all probabilities are finite.
     """
     metrics, count = _sklearn(), probabilities.shape[1]
     if not numpy.isfinite(probabilities).all():
         return dict.fromkeys(("f1", "auc", "log_loss"), math.nan)
-    # Float64 rows that sum to 1, as scikit-learn wants them.
+    # scikit-learn needs float64 rows that sum to 1.
     shares = probabilities.astype(numpy.float64)
     shares = shares / shares.sum(1, keepdims=True)
     known = range(count)
@@ -70,8 +72,10 @@ def classes(probabilities: numpy.ndarray, labels: numpy.ndarray) -> dict[str, fl
 
 
 def several(probabilities: numpy.ndarray, truths: numpy.ndarray) -> dict[str, float]:
-    """{"exact", "f1", "auc"} of (rows, labels), each 0 or 1: the share of rows whose labels are all
-    right, and means over the labels. AUC is NaN where a label never changes.
+    """{"exact", "f1", "auc"} of probabilities and truths (rows, labels), where a truth is 0 or 1.
+
+    "exact" is the share of rows whose labels are all right. F1 and AUC are means over the labels.
+    AUC is NaN if a label is constant. All are NaN unless all probabilities are finite.
     """
     metrics = _sklearn()
     if not numpy.isfinite(probabilities).all():
@@ -79,7 +83,7 @@ def several(probabilities: numpy.ndarray, truths: numpy.ndarray) -> dict[str, fl
     said, truths = (probabilities > 0.5).astype(int), truths.astype(int)
     varies = bool((truths.min(0) != truths.max(0)).all())
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of a single label
+        warnings.simplefilter("ignore", UserWarning)  # scikit-learn warns of a single label
         f1 = metrics.f1_score(truths, said, average="macro", zero_division=0)
     return {
         "exact": float((said == truths).all(1).mean()),
@@ -89,9 +93,9 @@ def several(probabilities: numpy.ndarray, truths: numpy.ndarray) -> dict[str, fl
 
 
 def line(found: dict[str, float]) -> str:
-    """Measures for people, each after two spaces.
+    """The measures as text, each after two spaces.
 
-    A word before the key, as in validation_r2, is kept.
+    A word before the key, such as validation in validation_r2, is kept.
     """
     said = []
     for key, value in found.items():
@@ -104,8 +108,10 @@ def line(found: dict[str, float]) -> str:
 
 
 def weighted(recipe: Any, train: Dataset, class_weight: str | None) -> Any:
-    """The recipe with a loss that weighs classes. ValueError where there are none, or for a loss
-    without such weights.
+    """The recipe with a loss that weighs classes, or the recipe itself if `class_weight` is None.
+
+    ValueError for an unknown `class_weight`, for targets that are no classes, for a class without
+    rows, and for a loss without class weights.
     """
     if class_weight is None or "weight" in recipe.loss_options:
         return recipe
@@ -115,13 +121,13 @@ def weighted(recipe: Any, train: Dataset, class_weight: str | None) -> Any:
         )
     if not train.is_classification:
         raise ValueError(
-            f"{train.name}: --class-weight is for classes, but its targets are numbers"
+            f"{train.name}: --class-weight needs classes, but its targets are numbers; leave it out"
         )
     counts = train.class_counts().double()
     if not bool(counts.all()):
         raise ValueError(
             f"{train.name}: class {train.classes[int(counts.argmin())]} has no training rows, so "
-            "it has no balanced weight"
+            "it has no balanced weight; leave --class-weight out"
         )
     weight = (len(train) / (len(counts) * counts)).tolist()
     made = replace(recipe, loss_options={**recipe.loss_options, "weight": weight})
@@ -129,6 +135,6 @@ def weighted(recipe: Any, train: Dataset, class_weight: str | None) -> Any:
         made.make_loss()
     except TypeError:
         raise ValueError(
-            f"--class-weight is for the loss cross_entropy, not for {recipe.loss}"
+            f"--class-weight is for the loss cross_entropy, not for {recipe.loss}; leave it out"
         ) from None
     return made

@@ -305,12 +305,12 @@ class Dataset:
         else:
             reading = by.reading if isinstance(by, Dataset) else by
             if reading.mean is None or len(reading.mean) != self.features:
-                found = "are not standardised"
+                held = "are not standardised"
                 if reading.mean is not None:
-                    found = f"have {len(reading.mean)}"
+                    held = f"have {len(reading.mean)}"
                 raise DataError(
                     f"{self.name}: has {self.features} features, but the data to standardise by "
-                    f"{found}"
+                    f"{held}"
                 )
             mean, std = (
                 torch.tensor(values, dtype=torch.float64, device=on)

@@ -82,7 +82,7 @@ def test_standardized_once():
     done = table([1.0, 2.0]).standardized()
     with pytest.raises(DataError, match="data: is standardised already"):
         done.standardized()
-    with pytest.raises(DataError, match="has 3 features, but the data to standardise by 2"):
+    with pytest.raises(DataError, match="has 3 features, but the data to standardise by have 2"):
         table([1.0] * 3).standardized(done)
     with pytest.raises(DataError, match="the data to standardise by are not standardised"):
         table([1.0] * 3).standardized(table([1.0] * 3))

@@ -292,7 +292,7 @@ def test_plateau_looks_at_the_test_loss():
         assert noted == [row[key] for row in rows]
     x = tensors()[0]
     trainer = Trainer(MLP((6, 3)), "mse", verbose=False)
-    with pytest.raises(ValueError, match="mode='max' looks at the accuracy, but these targets"):
+    with pytest.raises(ValueError, match="mode='max' needs the accuracy, but these targets"):
         trainer.fit((x, x[:, :3]), 1, scheduler=lambda o: s.ReduceLROnPlateau(o, "max"))
 
 
@@ -340,12 +340,12 @@ def test_refusals():
     assert len(second.fit(data, 3, 16)) == 3
     other = mlp.SGD([torch.zeros(1)], lr=0.1)
     for scheduler, options, message in (
-        (s.StepLR(other, 1), {}, "moves another optimizer than the trainer's"),
+        (s.StepLR(other, 1), {}, "belongs to another optimizer than the trainer's"),
         (make, {"interval": "batch"}, "interval must be one of epoch, step, got 'batch'"),
         (
             BY_EPOCH["ReduceLROnPlateau"],
             {"interval": "step"},
-            "ReduceLROnPlateau looks at an epoch's loss; its interval must be 'epoch'",
+            "ReduceLROnPlateau needs an epoch's loss, but its interval is 'step'; give 'epoch'",
         ),
         (
             lambda o: s.OneCycleLR(o, 0.1, total_steps=8),

@@ -124,7 +124,7 @@ def test_resumed_as_if_never_stopped(handgrad):
         ({}, ("--target", "price", "--drop", "price"), "is a target and cannot be dropped"),
         ({}, ("--target", "price", "--task", "ranking"), "unknown task 'ranking'"),
         ({}, ("--target", "price", "--validation", "0.9"), "validation share must be"),
-        ({}, ("--target", "price", "--class-weight", "balanced"), "is for classes"),
+        ({}, ("--target", "price", "--class-weight", "balanced"), "needs classes"),
         ({}, ("--target", "city", "--class-weight", "odd"), "unknown class weight 'odd'"),
         ({"price": 1.0}, ("--target", "price"), "is 1.0 in every row"),
         ({"price": [None] + [1.0] * 99}, ("--target", "price"), "missing in 1 of 100 rows"),
