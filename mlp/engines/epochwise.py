@@ -34,15 +34,14 @@ def spec_of(
     config: dict[str, Any] = describe() if describe else {"kind": type(model).__name__}
     if config["kind"] != "mlp":
         return f"trains multilayer perceptrons, got {config['kind']}"
-    if any(p.dtype != torch.float32 for p in parameters_of(model).values()):
-        return f"trains float32 networks, got {next(iter(parameters_of(model).values())).dtype}"
+    others = [p.dtype for p in parameters_of(model).values() if p.dtype != torch.float32]
+    if others:
+        return f"trains float32 networks, got {others[0]}"
     criterion = _criterion(loss, config["sizes"][-1])
-    if isinstance(criterion, str) or rule is None:
-        return (
-            criterion
-            if isinstance(criterion, str)
-            else "trains with one parameter group of mlp's optimizers, all of it with as many steps"
-        )
+    if isinstance(criterion, str):
+        return criterion
+    if rule is None:
+        return "trains with one parameter group of mlp's optimizers, all of it with as many steps"
     return kernels.Spec(
         tuple(config["sizes"]),
         config["activation"],
@@ -88,8 +87,10 @@ class Fused(Engine):
 
         Ask before the states are made: after that, a first step is not known as one.
         """
-        taken = torch.as_tensor(part.taken, dtype=torch.float32, device=self.parameters[0].device)
-        return taken.detach().reshape(1).clone()
+        taken, device = part.taken, part.parameters[0].device
+        if isinstance(taken, torch.Tensor):
+            return taken.detach().to(device, torch.float32).reshape(1).clone()
+        return torch.full((1,), float(taken), device=device)
 
     @property
     def parameters(self) -> list[torch.Tensor]:
@@ -141,7 +142,7 @@ class Fused(Engine):
                 rows.append([float(number) for number in part.numbers])
             if per_step and self.moves is not None:
                 self.moves()
-        device = self.parameters[0].device
+        device = parts[0].parameters[0].device
         made = [updates.table(rows, device) for rows in tables]
         return made if per_step else [rows[0] for rows in made]
 
@@ -246,7 +247,7 @@ class Epoch(Fused):
         count, steps = self.count(part), math.ceil(len(order) / batch_size)
         (numbers,) = self.numbers([part], steps)
         before, run = int(count), self.run(data, order, batch_size, part.states(), count, numbers)
-        alone = cpu.train_epoch if cpu.serves(self.parameters[0]) else kernels.train_epoch
+        alone = cpu.train_epoch if cpu.serves(run.parameters[0]) else kernels.train_epoch
         train = self.together or alone
         try:
             values, correct = train(run)

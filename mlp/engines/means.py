@@ -121,13 +121,14 @@ def mean(
 
 def _batches(loss, targets: torch.Tensor, batch_size: int) -> tuple[list[float], list[bool]]:
     """(sums of the weights of each batch, True for each batch with a label that counts)."""
-    sizes = [min(batch_size, len(targets) - s) for s in range(0, len(targets), batch_size)]
+    count = len(targets)  # of a tensor, too slow for a loop over the batches
+    sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
     mask = counted(loss, targets)
     plain = mask is None or (reading(loss).weight is None and bool(mask.all()))
     if mask is None or plain or not sizes:
         return [float(size) for size in sizes], [True] * len(sizes)
     rows = torch.stack([weights(loss, targets), mask.double()])
-    padded = torch.nn.functional.pad(rows, (0, len(sizes) * batch_size - len(targets)))
+    padded = torch.nn.functional.pad(rows, (0, len(sizes) * batch_size - count))
     sums, counts = padded.view(2, len(sizes), batch_size).sum(2).tolist()
     return sums, [count > 0 for count in counts]
 
