@@ -1,4 +1,4 @@
-"""What a training was given, so that evaluate and predict read new samples as it did."""
+"""Facts about the data of a training, so that evaluate and predict read new samples alike."""
 
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -12,9 +12,11 @@ from .given import Given
 
 
 class Seen(NamedTuple):
-    """reading: how inputs were read. is_labels: whether the targets were labels. words: the
-    classes, if labels were words. column: whether numbers to be met were (N,). shape: of a sample
-    with more than one dimension.
+    """Facts about the data of a training.
+
+    reading: how inputs were read. is_labels: True if the targets were labels. words: the classes if
+    the labels were words, else None. column: True if the targets were numbers (N,). shape: of a
+    sample with more than one dimension, else None.
     """
 
     reading: Reading
@@ -25,13 +27,13 @@ class Seen(NamedTuple):
 
     @classmethod
     def of(cls, given: Given) -> "Seen":
-        """Of what `fit` was given."""
+        """The facts about the data that `fit` was given."""
         data = given.data
         column = not data.is_classification and data.targets.dim() == 1
         return cls(data.reading, data.is_classification, given.words, column, given.shape)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, for a checkpoint: tuples of the reading are lists, as in JSON."""
+        """The facts as plain data for a checkpoint. Tuples of the reading become lists."""
         reading = {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self.reading).items()
@@ -45,18 +47,16 @@ class Seen(NamedTuple):
         return cls(**{**facts, "reading": reading})
 
     def like(self) -> Dataset | None:
-        """A data set whose classes are the words, to number those of test data by; None without
-        words.
-        """
+        """A data set with the words as classes, by which test data are numbered, or None."""
         if self.words is None:
             return None
         return Dataset(torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64), self.words)
 
     def read(self, x: Any, dtype: torch.dtype) -> Dataset:
-        """Rows as they lie in an array or a frame, as the numbers that the network takes.
+        """Rows of an array or a frame, as the numbers that the network takes.
 
-        ValueError where whole numbers were scaled and x has fractions, or the other way round: what
-        black and white are is then unknown.
+        ValueError if training scaled whole numbers and x is floating point, or the reverse. The
+        values of black and white are then unknown.
         """
         raw, _ = arrays.numbers(x, "predict: x")
         reading, stored = self.reading, getattr(torch, self.reading.stored, None)
@@ -72,5 +72,5 @@ class Seen(NamedTuple):
 
 
 def rows(inputs: torch.Tensor) -> Dataset:
-    """Inputs without targets, as a data set."""
+    """Inputs as a data set, whose targets have no meaning."""
     return Dataset(inputs, torch.zeros(len(inputs), dtype=torch.int64), name="x")

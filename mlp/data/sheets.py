@@ -1,4 +1,4 @@
-"""Pictures of a data set, with matplotlib: a sheet of samples, a bar for each class."""
+"""Pictures of a data set, with matplotlib: a sheet of samples, and a bar for each class."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +24,9 @@ def _figure(width: float, height: float) -> "Figure":
 
 
 def picture(row: torch.Tensor, data: Dataset) -> torch.Tensor:
-    """One stored input as matplotlib draws it, (H, W) or (H, W, 3): black is 0 and white is 1.
-    Images of other than 1 or 3 channels become the mean of their channels.
+    """One stored input as matplotlib draws it, (H, W) or (H, W, 3), from black 0 to white 1.
+
+    An image that has not 1 or 3 channels becomes the mean of its channels.
     """
     x = row.cpu().double()
     if data.mean is not None and data.std is not None:
@@ -36,7 +37,7 @@ def picture(row: torch.Tensor, data: Dataset) -> torch.Tensor:
 
 
 def samples(data: Dataset, path: Path) -> None:
-    """Up to ten images of each of the first twenty classes, a row for each class."""
+    """Draw up to ten images of each of the first twenty classes, one row for each class."""
     if data.is_classification:
         targets = data.targets.cpu()
         groups = [
@@ -58,7 +59,7 @@ def samples(data: Dataset, path: Path) -> None:
 
 
 def columns(data: Dataset, path: Path) -> None:
-    """A histogram of each of the first columns of a table, of the numbers as they are read."""
+    """Draw a histogram of each of a table's first columns, of the numbers as read."""
     shown = min(data.features, _COLUMNS)
     across = min(6, shown)
     rows = -(-shown // across)
@@ -76,7 +77,7 @@ def columns(data: Dataset, path: Path) -> None:
 
 
 def targets(train: Dataset, test: Dataset, path: Path) -> None:
-    """How many samples each class has, or a histogram of each output of a regression."""
+    """Draw the count of samples of each class, or a histogram of a regression's targets."""
     if not train.is_classification:
         figure = _figure(6, 3.5)
         axis = figure.subplots()
@@ -104,8 +105,9 @@ def targets(train: Dataset, test: Dataset, path: Path) -> None:
 
 
 def write(train: Dataset, test: Dataset, folder: Path) -> list[Path]:
-    """samples.png of images or columns.png of a table, and classes.png or targets.png, in a folder;
-    the paths written.
+    """Write two pictures of the data into a folder, and return their paths.
+
+    They are samples.png for images or columns.png for a table, and classes.png or targets.png.
     """
     first: Callable[[Dataset, Path], None] = columns if train.image_shape is None else samples
     name = "columns.png" if train.image_shape is None else "samples.png"

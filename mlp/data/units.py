@@ -1,7 +1,7 @@
-"""The targets of a regression in units in which a network learns well.
+"""The targets of a regression, in units in which a network learns well.
 
-A network with usual initial weights gives numbers of about 1. Targets such as prices are
-standardised for the training, and what the network says is given back in their own units.
+A network with usual initial weights gives outputs of about 1. So targets such as prices are
+standardised for the training, and predictions are converted back to the targets' own units.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import torch
 
 from .dataset import DataError, Dataset
 
-_FAR, _SMALL = 10.0, 0.1  # a mean or deviation above, or a deviation below, trains badly
+_FAR, _SMALL = 10.0, 0.1  # a mean or deviation above _FAR, or a deviation below _SMALL, is bad
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Units:
             raise DataError("units must have a finite mean and a deviation above 0 for each target")
 
     def learned(self, targets: torch.Tensor) -> torch.Tensor:
-        """Targets (N,) or (N, outputs) in their own units -> as the network learns them."""
+        """Targets (N,) or (N, outputs), from their own units to those that the network learns."""
         mean, std = self._numbers(targets)
         return ((targets.double() - mean) / std).to(targets.dtype)
 
     def own(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Outputs (N, outputs), or targets as they are learned -> in their own units."""
+        """Outputs (N, outputs), or targets as learned, converted to the targets' own units."""
         mean, std = self._numbers(outputs)
         return (outputs.double() * std + mean).to(outputs.dtype)
 
@@ -48,10 +48,10 @@ class Units:
 
 
 def of(train: Dataset, standardize: str) -> Units | None:
-    """Units of the targets of a data set of numbers; None if they are learned as they are.
+    """The units of a data set's targets, or None if the targets are learned unchanged.
 
-    standardize: "yes", "no", or "auto": where the numbers are far from 0, large or very small.
-    Rows of 0 and 1 are labels or shares, and are left alone by "auto".
+    standardize: "yes", "no", or "auto", which standardises numbers that are far from 0, large or
+    very small. Targets that are all 0 or 1 are labels, and stay unchanged.
     """
     if train.is_classification or standardize == "no":
         return None
@@ -66,5 +66,5 @@ def of(train: Dataset, standardize: str) -> Units | None:
 
 
 def learned(data: Dataset, units: Units | None) -> Dataset:
-    """The same samples with targets as the network learns them."""
+    """The same samples, with targets in the units that the network learns."""
     return data if units is None else data._with(targets=units.learned(data.targets))

@@ -1,14 +1,12 @@
-"""A run on disk: a folder that one process writes at a time.
+"""A run on disk: a folder that one process writes at a time. A kill leaves it readable.
 
-A kill at any moment leaves it readable.
-
-    config.json         the settings, written once, when the run begins
-    last.ckpt           what resuming needs, of the latest epoch
-    previous.ckpt       the same of an earlier epoch: used where last.ckpt is damaged
-    model.safetensors   the weights
-    metrics.jsonl       a line an epoch
-    times.json          seconds of loading, training and the rest, of the latest call
-    curves.png, …       pictures, see report.py
+config.json         the settings, written once at the start
+last.ckpt           the state for resuming, after the latest epoch
+previous.ckpt       the same after an earlier epoch, used if last.ckpt is damaged
+model.safetensors   the weights
+metrics.jsonl       one line for each epoch
+times.json          seconds of loading, training and the rest, of the latest call
+curves.png, …       pictures, see report.py
 """
 
 import dataclasses
@@ -48,26 +46,26 @@ if TYPE_CHECKING:
 
 TIMES = "times.json"  # seconds of loading, training, and everything else
 CONFIG, METRICS, LAST, PREVIOUS = "config.json", "metrics.jsonl", "last.ckpt", "previous.ckpt"
-_TRAINED = (METRICS, WEIGHTS, LAST, PREVIOUS)  # what there is after an epoch
+_TRAINED = (METRICS, WEIGHTS, LAST, PREVIOUS)  # the files that exist after an epoch
 LARGEST_SEED = 2**63
-_EVERY = 1.0  # seconds between two writes: an epoch may take less than the disk
+_EVERY = 1.0  # seconds between two writes, because an epoch may be faster than a write
 
 
 @dataclass
 class Facts:
-    """What `predict` and `--resume` must know of the data that a run was trained on."""
+    """Facts about a run's training data that `predict` and `--resume` need."""
 
     classes: list[str]
     reading: Reading
     train: Fingerprint
     test: Fingerprint
-    table: Table | None = None  # how rows of a table become features and targets
-    units: Units | None = None  # of a regression whose targets are learned standardised
+    table: Table | None = None  # converts rows of a table to features and targets
+    units: Units | None = None  # of a regression whose targets are standardised
 
 
 @dataclass
 class Settings:
-    """What config.json holds."""
+    """The contents of config.json."""
 
     dataset: str  # a name, or absolute paths
     recipe: Recipe
@@ -79,15 +77,15 @@ class Settings:
     engine: str = "auto"
     precision: str = "fp32"
     standardize: str = "auto"
-    image: str | None = None  # what the shape of an image was said to be
-    task: str | None = None  # whether the targets were said to be classes or numbers
-    target: str | None = None  # of a table: columns to predict, with commas
-    drop: str | None = None  # of a table: columns that are left out, with commas
-    validation: float | None = None  # share of the rows that is held out besides the test rows
+    image: str | None = None  # the shape of an image, if the user gave one
+    task: str | None = None  # "classification", "regression" or "multilabel", if the user chose
+    target: str | None = None  # columns of a table to predict, with commas
+    drop: str | None = None  # columns of a table to leave out, with commas
+    validation: float | None = None  # share of the rows held out in addition to the test rows
     class_weight: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
-    command: list[str] = field(default_factory=list)  # what was typed
-    git: str | None = None  # commit of the folder that it was typed in
+    command: list[str] = field(default_factory=list)  # the command line
+    git: str | None = None  # the commit of the folder in which it was typed
 
 
 @dataclass
@@ -107,15 +105,15 @@ class _Epoch:
 
 @dataclass
 class _State:
-    """What last.ckpt holds."""
+    """The contents of last.ckpt."""
 
     trainer: dict[str, Any]
     network: dict[str, Any] | None  # the config() of the network
-    epochs: int  # how many were asked for
+    epochs: int  # the number that was asked for
 
 
 class RunFolder:
-    """A run on disk. Reading needs no more than the path; `writing` gives one that may write."""
+    """A run on disk. Its path is enough to read it. To write, use `writing`."""
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
@@ -125,10 +123,10 @@ class RunFolder:
     @classmethod
     @contextmanager
     def writing(cls, path: str | os.PathLike) -> Iterator["RunFolder"]:
-        """The folder, made where it is missing, for the only process that writes it.
+        """A context with the folder, which only this process may write. It is made if missing.
 
-        What killed processes left half written is removed. PermissionError if it cannot be
-        written, BusyError while another process writes it.
+        Temporary files of killed processes are removed. PermissionError if the folder cannot be
+        written. BusyError while another process writes it.
         """
         run = cls(path)
         try:
@@ -145,13 +143,13 @@ class RunFolder:
 
     @property
     def trained(self) -> bool:
-        """Whether an epoch was recorded."""
+        """True if an epoch was recorded."""
         return any((self.path / name).exists() for name in _TRAINED)
 
     def refuse_if_taken(self, force: bool = False) -> None:
-        """FileExistsError if a run is here that trained an epoch, or a foreign config.json.
+        """FileExistsError if the folder holds a trained run, or a config.json that is no run's.
 
-        A run that ended before its first epoch may begin again.
+        A run that ended before its first epoch may be started again.
         """
         if force or (not self.trained and not (self.path / CONFIG).exists()):
             return
@@ -169,7 +167,7 @@ class RunFolder:
         )
 
     def begin(self, settings: Settings, force: bool = False) -> None:
-        """Start a run here: remove all files of the one before, and write config.json."""
+        """Start a run: remove all files of the earlier one, and write config.json."""
         self.refuse_if_taken(force)
         if self.trained or (self.path / CONFIG).exists():
             for name in (*_TRAINED, CONFIG, TIMES, logs.TABLE, *report.PICTURES):
@@ -179,7 +177,7 @@ class RunFolder:
 
     @property
     def settings(self) -> Settings:
-        """What config.json holds; CheckpointError if it is not a run's."""
+        """The settings in config.json. CheckpointError if it is missing or no run's."""
         path = self.path / CONFIG
         if not path.is_file():
             raise CheckpointError(f"{self.path} is not a run folder: it has no {CONFIG}")
@@ -197,16 +195,16 @@ class RunFolder:
         return _history([_json(line, path) for line in _text(path).splitlines()], str(path))
 
     def record(self, trainer: "Trainer", epochs: int) -> None:
-        """Writes an epoch's line, the weights, and what resuming needs to the disk.
+        """Write an epoch's line, the weights, and the state for resuming to the disk.
 
-        Of epochs that follow in less than a second, `flush` writes the last.
+        If the last write is less than a second ago, the epoch is kept for `flush`.
         """
         self._pending = trainer, epochs
         if time.monotonic() - self._written >= _EVERY:
             self.flush()
 
     def flush(self) -> None:
-        """Write what `record` has put off. last.ckpt comes first, and the others follow it."""
+        """Write the epoch that `record` has kept. last.ckpt is written first."""
         if self._pending is None:
             return
         (trainer, epochs), self._pending = self._pending, None
@@ -224,30 +222,30 @@ class RunFolder:
         write_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in history))
 
     def resume(self, trainer: "Trainer") -> tuple[int, str | None]:
-        """As `restore`, and cut metrics.jsonl to the epochs that are kept."""
+        """As `restore`, and cut metrics.jsonl to the epochs of that state."""
         found = self.restore(trainer)
         self._write_history(trainer.history)
         return found
 
     def restore(self, trainer: "Trainer") -> tuple[int, str | None]:
-        """Put a trainer where the run stopped: (how many epochs were asked for, a note if an
-        earlier checkpoint had to be used). Nothing is written.
+        """Load the run's latest state into a trainer. Nothing is written.
 
-        CheckpointError if there is no good checkpoint; the trainer is not changed then.
+        Returns (the number of epochs that was asked for, a note if an earlier checkpoint is used).
+        CheckpointError if there is no usable checkpoint. Then the trainer is not changed.
         """
         state, path, note = self._state()
         groups = [dict(group) for group in trainer.optimizer.param_groups]
         try:
             trainer.load_state_dict(state.trainer)
             _check_optimizer(state.trainer["optimizer"], groups)
-        except Exception as error:  # what torch and we raise for states of other networks
+        except Exception as error:  # torch and we raise different errors for other networks' states
             raise CheckpointError(
                 f"{path}: not the state of this run: {' '.join(str(error).split())}"
             ) from None
         return state.epochs, note
 
     def network(self, device: torch.device | str | None = None) -> tuple[torch.nn.Module, str]:
-        """The trained network on a device, and a note: empty, or what was damaged."""
+        """(the trained network on a device, a note about damage or "")."""
         path = self.path / WEIGHTS
         if not self.trained:
             unfinished = "; the run finished no epoch" if (self.path / CONFIG).exists() else ""
@@ -263,10 +261,10 @@ class RunFolder:
             except CheckpointError as second:
                 raise CheckpointError(f"{error}; {second}") from None
             count = len(state.trainer["history"])
-            return model, f"{error}: the weights are those of epoch {count} in {source}"
+            return model, f"{error}; the weights are those of epoch {count} in {source}"
 
     def _state(self) -> tuple[_State, Path, str | None]:
-        """The latest checkpoint that is not damaged, its path, and a note if it is not the last."""
+        """(the latest checkpoint that is not damaged, its path, a note if it is not the last)."""
         errors = []
         for path in (self.path / LAST, self.path / PREVIOUS):
             if not path.exists():
@@ -277,7 +275,7 @@ class RunFolder:
                 errors.append(str(error))
                 continue
             count = len(state.trainer["history"])
-            note = f"{errors[0]}: going on after epoch {count}, from {path}" if errors else None
+            note = f"{errors[0]}; going on after epoch {count}, from {path}" if errors else None
             return state, path, note
         if errors:
             raise CheckpointError("; ".join(errors))
@@ -285,7 +283,7 @@ class RunFolder:
 
 
 def load_run(path: Path, device: torch.device | str | None = None) -> torch.nn.Module:
-    """The network of a run folder; a warning if its weights had to be taken from elsewhere."""
+    """The network of a run folder. A warning says if its weights are from a checkpoint."""
     model, note = RunFolder(path).network(device)
     if note:
         warnings.warn(note, stacklevel=3)
@@ -307,7 +305,7 @@ def _json(text: str, path: Path) -> Any:
 
 
 def _history(rows: list[Any], where: str) -> list[dict[str, Any]]:
-    """Rows of metrics, one for each epoch from 1 on. A row may have more numbers than we know."""
+    """Rows of metrics, one for each epoch from 1 on, checked. A row may hold unknown numbers."""
     known = {f.name for f in dataclasses.fields(_Epoch)}
     for i, row in enumerate(rows, 1):
         here = f"{where}: line {i}"
@@ -319,8 +317,9 @@ def _history(rows: list[Any], where: str) -> list[dict[str, Any]]:
 
 
 def _check_optimizer(state: dict[str, Any], groups: list[dict[str, Any]]) -> None:
-    """A ValueError where a state has other kinds of values than an optimizer with these groups
-    works with: torch takes anything, and fails at the first step.
+    """ValueError if the values in a state have other types or shapes than this optimizer needs.
+
+    torch would load them and fail at the first step.
     """
     if not isinstance(state["param_groups"], list) or len(state["param_groups"]) != len(groups):
         raise ValueError(f"the optimizer has {len(groups)} groups of parameters")
@@ -342,7 +341,7 @@ def _check_optimizer(state: dict[str, Any], groups: list[dict[str, Any]]) -> Non
 
 
 def _same_kind(ours: Any, theirs: Any) -> bool:
-    """Whether a value can stand where an optimizer has another one."""
+    """True if a value has the type of the optimizer's own value."""
     if ours is None or isinstance(ours, bool):
         return theirs is None or isinstance(theirs, bool)
     if isinstance(ours, (tuple, list)):
@@ -355,11 +354,11 @@ def _same_kind(ours: Any, theirs: Any) -> bool:
 
 
 def _read_state(path: Path) -> _State:
-    """A checkpoint whose content and types are right."""
+    """The checkpoint in a file. CheckpointError if its contents or types are wrong."""
     content = read_zip(path)
     try:
         found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle and zip raise many kinds
+    except Exception as error:  # pickle and zip raise many classes
         raise CheckpointError(f"{path}: not readable ({type(error).__name__})") from None
     state = typed(_State, found, str(path))
     trainer = state.trainer

@@ -1,7 +1,4 @@
-"""Networks on disk: weights as safetensors.
-
-The network's description and a checksum are beside them.
-"""
+"""Networks on disk: a safetensors file of weights, with a description and a checksum."""
 
 import json
 import os
@@ -25,14 +22,14 @@ from .disk import (
 )
 
 WEIGHTS = "model.safetensors"  # its name in a run folder
-_Parts = tuple[str | int, ...]  # the words and numbers of a name
-# what the metadata calls the network's config(): the second, in files that have no checksum yet
+_Parts = tuple[str | int, ...]  # the words and numbers of a parameter's name
+# Keys of the network's config() in the metadata. Older files, without a checksum, have the second.
 _DESCRIPTIONS = (SEALED, "handgrad")
 Model = TypeVar("Model", bound=torch.nn.Module | Net)
 
 
 def tensors_of(model: torch.nn.Module | Net) -> dict[str, torch.Tensor]:
-    """Name -> tensor of everything that belongs to a network: parameters and buffers."""
+    """The parameters and buffers of a network, by name."""
     if isinstance(model, Net):
         return dict(model.parameters)
     state = model.state_dict(keep_vars=True)
@@ -40,34 +37,40 @@ def tensors_of(model: torch.nn.Module | Net) -> dict[str, torch.Tensor]:
 
 
 def config_of(model: torch.nn.Module | Net) -> dict[str, Any] | None:
-    """The description of one of our networks, which builds it again; None for another module."""
+    """The description that builds one of our networks again, or None for another module."""
     describe = getattr(model, "config", None)
     return describe() if callable(describe) else None
 
 
 def save(model: torch.nn.Module | Net, path: str | os.PathLike) -> None:
-    """Write the weights of a network, and what builds it again, to a .safetensors file."""
-    from safetensors.torch import save_file  # here, so that a machine without it can train
+    """Write the weights of a network and its description to a .safetensors file.
+
+    model: a network of ours, which `load` can build again, or any module. CheckpointError if the
+    folder of `path` does not exist.
+    """
+    from safetensors.torch import save_file  # imported here, so that training works without it
 
     path = Path(path)
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors_of(model).items()}
     metadata = {CHECKSUM: BLANK, SEALED: json.dumps(config_of(model))}
     if not path.parent.is_dir():
-        raise CheckpointError(f"{path}: cannot be written, there is no folder {path.parent}")
+        raise CheckpointError(
+            f"{path}: cannot be written, because there is no folder {path.parent}; make it first"
+        )
     with replacing(path) as part:
         save_file(tensors, part, metadata)
         seal_safetensors(part)
 
 
 def load(path: str | os.PathLike, device: torch.device | str | None = None) -> torch.nn.Module:
-    """The network in a file written by `save`, or in a run folder: a module on `device`.
+    """The network in a file written by `save`, or in a run folder, as a module on `device`.
 
-    CheckpointError if it is neither. Of a run folder whose model.safetensors is damaged, the
-    weights that were kept for resuming; a warning says so.
+    CheckpointError if `path` is neither. If model.safetensors of a run folder is damaged, the
+    weights that were kept for resuming are loaded, and a warning says so.
     """
     path = Path(path)
     if path.is_dir():
-        from . import load_run  # a run is read with the functions of this file
+        from . import load_run  # imported here, because it imports this file
 
         return load_run(path, device)
     return load_file(path, device)
@@ -100,9 +103,10 @@ def network(
     where: str,
     device: torch.device | str | None = None,
 ) -> torch.nn.Module:
-    """The module that a `config()` describes, with these weights. where: what an error names.
+    """The module that a `config()` describes, with these weights.
 
-    The description is checked before anything is allocated: it may ask for any size.
+    where: the place that an error names. The description is checked before anything is allocated,
+    because it may ask for any size. CheckpointError if it is wrong or does not fit the weights.
     """
     if not isinstance(config, dict) or _items(config) > 20 + 2 * len(state):
         raise CheckpointError(
@@ -118,7 +122,7 @@ def network(
         _match(tensors_of(empty), state, where)
     except CheckpointError:
         raise
-    except Exception as error:  # a wrong type fails wherever it is used first
+    except Exception as error:  # a wrong type may raise any error at its first use
         raise CheckpointError(
             f"{where}: the description {_short(config)} is not that of a network ({_reason(error)})"
         ) from None
@@ -128,7 +132,7 @@ def network(
 
 
 def _items(value: object) -> int:
-    """How many values a description holds, however nested."""
+    """The count of values in a description, at any depth."""
     if isinstance(value, dict):
         return sum(map(_items, value.values()))
     return sum(map(_items, value)) if isinstance(value, list) else 1
@@ -140,13 +144,15 @@ def _short(value: object) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, without the advice and the traces that torch adds."""
+    """The error in words, without the advice and the traces that torch adds."""
     return f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """Name -> tensor, on the CPU, of a .safetensors file, or of a torch .pth file that holds a
-    plain state_dict. CheckpointError if it is damaged, or is neither.
+    """The tensors of a file, by name, on the CPU.
+
+    The file is a .safetensors file, or a file of torch.save that holds a plain state_dict.
+    CheckpointError if it is damaged, or is neither.
     """
     from safetensors.torch import load_file as load_safetensors
 
@@ -162,7 +168,7 @@ def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
-    except Exception as error:  # pickle, zip and safetensors each raise their own
+    except Exception as error:  # pickle, zip and safetensors raise different classes
         kind = "a readable safetensors file" if is_safetensors else "readable as weights"
         raise CheckpointError(f"{path}: not {kind} ({_reason(error)})") from None
     if isinstance(state, dict):
@@ -175,11 +181,11 @@ def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
 
 
 def load_weights(model: Model, path: str | os.PathLike) -> Model:
-    """Copy weights into a network of the same shapes and return it.
+    """Copy weights from a file into a network of the same shapes, and return it.
 
-    Tensors are matched by name. Where only a prefix or the layers' numbers differ, as in
-    "module.0.weight" and "module.2.weight", by the natural order of the numbers: 2 before 10.
-    CheckpointError otherwise; the network is then as it was.
+    Tensors are matched by name. If only a prefix or the layers' numbers differ, as in
+    "module.0.weight" and "module.2.weight", they are matched by the order of the numbers, where 2
+    comes before 10. CheckpointError if they do not match. The network is then unchanged.
     """
     _copy(model, read_weights(path), str(path))
     return model
@@ -194,9 +200,9 @@ def _copy(model, state: dict[str, torch.Tensor], where: str) -> None:
 def _match(
     expected: dict[str, torch.Tensor], state: dict[str, torch.Tensor], where: str
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(the network's tensor, the file's tensor) pairs.
+    """Pairs (the network's tensor, the file's tensor).
 
-    CheckpointError where they are not one to one, or a shape differs.
+    CheckpointError if they do not match one to one, or if a shape differs.
     """
     if state.keys() == expected.keys():
         pairs = [(name, name) for name in expected]
@@ -204,14 +210,14 @@ def _match(
         ours, theirs = ({key: n for key, n in _canonical(names)} for names in (expected, state))
         if ours.keys() != theirs.keys() or len(theirs) != len(state):
             raise CheckpointError(
-                f"{where}: weights of another network: has {_names(state)}, needs "
+                f"{where}: has weights of another network: {_names(state)}; needs "
                 f"{_names(expected)}"
             )
         pairs = [(ours[key], theirs[key]) for key in ours]
     for name, found in pairs:
         if expected[name].shape != state[found].shape:
             raise CheckpointError(
-                f"{where}: weights of another network: {found} has the shape "
+                f"{where}: has weights of another network: {found} has the shape "
                 f"{tuple(state[found].shape)}, needs {tuple(expected[name].shape)}"
             )
     return [(expected[name], state[found]) for name, found in pairs]
@@ -224,13 +230,11 @@ def _names(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def _canonical(names: Iterable[str]) -> list[tuple[_Parts, str]]:
-    """(key, name) of a parameter.
+    """[(key, name)] of the parameters.
 
-    Keys of two networks are equal where their names differ only in a prefix and in how layers are
-    counted.
-
-    A name is cut into words and numbers. Words that begin all names are dropped, then numbers at
-    the same place are replaced by their rank among each other.
+    Two networks have equal keys if their names differ only in a prefix and in the layers' numbers.
+    A name is cut into words and numbers. Words that begin all names are dropped. Then numbers at
+    the same place are replaced by their rank.
     """
     cut = {name: _parts(name) for name in names}
     while cut and all(len(parts) > 1 for parts in cut.values()):
@@ -243,7 +247,7 @@ def _canonical(names: Iterable[str]) -> list[tuple[_Parts, str]]:
 
 
 def _ranked(cut: dict[str, _Parts], place: int) -> dict[str, _Parts]:
-    """The numbers at one place of names, each as its rank among those behind the same words."""
+    """The names, where numbers at this place become their rank among those after equal words."""
     numbers: dict[_Parts, set[int]] = {}
     for parts in cut.values():
         part = parts[place] if place < len(parts) else None
@@ -260,5 +264,5 @@ def _ranked(cut: dict[str, _Parts], place: int) -> dict[str, _Parts]:
 
 
 def _parts(name: str) -> _Parts:
-    """ "conv.10.weight" -> ("conv", 10, "weight")."""
+    """The words and numbers of a name: "conv.10.weight" -> ("conv", 10, "weight")."""
     return tuple(int(p) if p.isdecimal() else p for p in re.findall(r"\d+|[^\d.]+", name))

@@ -1,9 +1,9 @@
-"""Files that are whole or not there, that show damage, and that one process writes at a time.
+"""Files that are complete or absent, that show damage, and that one process writes at a time.
 
-A file is written beside its place, flushed to the disk, and renamed: a kill or a full disk at any
-moment leaves the file that was there before. Checksums are SHA-256, inside the file:
+A file is written under another name, flushed to the disk, and renamed. So a kill or a full disk at
+any moment leaves the earlier file. Checksums are SHA-256. They are inside the file:
 
-    .safetensors   in the header's metadata, over the file with that checksum's digits as zeros
+    .safetensors   in the header's metadata, over the file with zeros as the checksum's digits
     .ckpt          in the comment at the end of torch's zip archive, over all bytes before it
 """
 
@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-CHECKSUM = "handgrad.sha256"  # its name in the metadata of a .safetensors file
-SEALED = "handgrad.network"  # stands in the metadata of every file that has a checksum
-BLANK = "0" * 64  # what stands there until the checksum is known
+CHECKSUM = "handgrad.sha256"  # the checksum's key in the metadata of a .safetensors file
+SEALED = "handgrad.network"  # a key in the metadata of every file with a checksum
+BLANK = "0" * 64  # the value before the checksum is known
 LOCK = ".lock"
 _DIGITS = re.compile(rb'"handgrad.sha256":"([0-9a-f]{64})"')
 _PART = re.compile(r"\..+\.(\d+)\.part")
@@ -28,18 +28,18 @@ _PIECE = 1 << 20  # bytes that are read at once
 
 
 class CheckpointError(ValueError):
-    """A file that is not the checkpoint it should be, in one line."""
+    """A file is damaged or is no checkpoint. The message is one line."""
 
 
 class BusyError(OSError):
-    """A folder that another process writes to, in one line."""
+    """Another process writes to the folder. The message is one line."""
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` at the end.
+    """A path to write to. At the end its file replaces `path`.
 
-    If writing fails, `path` stays as it was.
+    If writing fails, `path` is not changed.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     _remove_dead_parts(path)
@@ -47,7 +47,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield part
         mask = os.umask(0)
         os.umask(mask)
-        part.chmod(0o666 & ~mask)  # safetensors would keep others from reading
+        part.chmod(0o666 & ~mask)  # safetensors makes files that only their owner can read
         _flush(part)
         os.replace(part, path)
         _flush(path.parent)
@@ -56,7 +56,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _flush(path: Path) -> None:
-    """Have a file's content, or a folder's entries, on the disk before anything else is done."""
+    """Wait until a file's content, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -71,14 +71,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what `replacing` left in a folder that this process has locked."""
+    """Remove temporary files of `replacing` from a folder that this process has locked."""
     for part in folder.glob(".*.part"):
         if _PART.fullmatch(part.name):
             part.unlink(missing_ok=True)
 
 
 def _remove_dead_parts(path: Path) -> None:
-    """Remove what `replacing` left of one file when its process was killed."""
+    """Remove temporary files of `replacing` for one file, left by processes that were killed."""
     for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         match = _PART.fullmatch(part.name)
         if match and not _lives(int(match[1])):
@@ -97,9 +97,10 @@ def _lives(process: int) -> bool:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """The one process that writes to a folder; BusyError names another.
+    """A context in which only this process writes to a folder.
 
-    The lock is the operating system's: it is free as soon as its process ends, however it ends.
+    BusyError if another process does. It names that process. The lock is one of the operating
+    system, which frees it when the process ends for any reason.
     """
     import fcntl
 
@@ -115,7 +116,7 @@ def locked(folder: Path) -> Iterator[None]:
                 f"{folder}: {holder} is writing this run; wait until it has ended, or choose "
                 "another --out"
             ) from None
-        # The one before removed the file at its end; a lock on a removed file is worth nothing.
+        # The earlier holder removed the file at its end. A lock on a removed file has no effect.
         if path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor)):
             break
         os.close(descriptor)
@@ -129,7 +130,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def seal_safetensors(path: Path) -> None:
-    """Put the checksum into a file whose metadata holds BLANK for it."""
+    """Write the checksum into a file whose metadata holds BLANK in its place."""
     with path.open("r+b") as file:
         header = _header(file, path)
         at = _DIGITS.search(header)
@@ -141,22 +142,22 @@ def seal_safetensors(path: Path) -> None:
 
 
 def check_safetensors(path: Path) -> bool:
-    """Whether a .safetensors file has a checksum; CheckpointError if it is not the right one."""
+    """True if a .safetensors file has a checksum. CheckpointError if the checksum is wrong."""
     with path.open("rb") as file:
         header = _header(file, path)
         at = _DIGITS.search(header)
         if at is None:
             if f'"{SEALED}"'.encode() in header:
-                raise CheckpointError(f"{path}: damaged: its checksum is gone")
+                raise CheckpointError(f"{path}: damaged, its checksum is gone")
             return False
         blank = header[: at.start(1)] + BLANK.encode() + header[at.end(1) :]
         if _digest(file, blank) != at[1].decode():
-            raise CheckpointError(f"{path}: damaged: its content does not match its checksum")
+            raise CheckpointError(f"{path}: damaged, its content does not match its checksum")
     return True
 
 
 def _header(file, path: Path) -> bytes:
-    """The length and the JSON that begin a .safetensors file; the file then stands behind it."""
+    """The length and the JSON that begin a .safetensors file. Both are read from `file`."""
     start = file.read(8)
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > os.fstat(file.fileno()).st_size - 8:
@@ -165,7 +166,7 @@ def _header(file, path: Path) -> bytes:
 
 
 def _digest(file, first: bytes = b"") -> str:
-    """Of `first` and the rest of the file."""
+    """The SHA-256 of `first` and the rest of the file."""
     digest = hashlib.sha256(first)
     while piece := file.read(_PIECE):
         digest.update(piece)
@@ -173,9 +174,9 @@ def _digest(file, first: bytes = b"") -> str:
 
 
 def seal_zip(path: Path) -> None:
-    """Put the checksum of a zip archive into its comment. torch.load reads the file as before."""
+    """Write the checksum of a zip archive into its comment. torch.load still reads the file."""
     with path.open("r+b") as file:
-        file.seek(-2, os.SEEK_END)  # the comment's length, until now 0
+        file.seek(-2, os.SEEK_END)  # the comment's length, so far 0
         file.write(_ZIP_COMMENT.to_bytes(2, "little"))
         file.seek(0)
         digest = _digest(file)
@@ -183,9 +184,9 @@ def seal_zip(path: Path) -> None:
 
 
 def read_zip(path: Path) -> bytes:
-    """The content of a file that `seal_zip` sealed; CheckpointError if it is damaged."""
+    """The content of a file that `seal_zip` sealed. CheckpointError if it is damaged."""
     content = path.read_bytes()
     body, comment = content[:-_ZIP_COMMENT], content[-_ZIP_COMMENT:]
     if comment != _ZIP_MARK + hashlib.sha256(body).hexdigest().encode():
-        raise CheckpointError(f"{path}: damaged: its content does not match its checksum")
+        raise CheckpointError(f"{path}: damaged, its content does not match its checksum")
     return content

@@ -1,4 +1,4 @@
-"""A training's numbers for other programs, epoch by epoch: a CSV file, or TensorBoard's events."""
+"""The numbers of each epoch for other programs, as a CSV file or as TensorBoard's events."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 
 class Csv:
-    """metrics.csv: a line an epoch, with the columns of metrics.jsonl and the learning rate."""
+    """metrics.csv: one line for each epoch, with the numbers of metrics.jsonl and the rate."""
 
     def __init__(self, folder: Path, history: list[Row]):
         self.path = folder / TABLE
@@ -23,7 +23,7 @@ class Csv:
     def write(self, history: list[Row], rate: float) -> None:
         """Add the latest epoch of a history."""
         rates = [*self._rates()[: len(history) - 1], rate]
-        missing = len(history) - len(rates)  # epochs of before this file
+        missing = len(history) - len(rates)  # epochs from before this file was begun
         rows = [{**row, "lr": lr} for row, lr in zip(history, [""] * missing + rates)]
         text = io.StringIO()
         table = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
@@ -32,18 +32,18 @@ class Csv:
         write_text(self.path, text.getvalue())
 
     def _rates(self) -> list[str]:
-        """What earlier epochs have in the file."""
+        """The learning rates of earlier epochs, from the file."""
         if not self.path.exists():
             return []
         with self.path.open(newline="", encoding="utf-8") as file:
             return [row.get("lr") or "" for row in csv.DictReader(file)]
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing, because no file is open."""
 
 
 class TensorBoard:
-    """Events in the folder tensorboard: every number of an epoch by its name."""
+    """Events in the folder tensorboard, with every number of an epoch under its name."""
 
     def __init__(self, folder: Path, history: list[Row]):
         try:
@@ -63,7 +63,7 @@ class TensorBoard:
                 self.writer.add_scalar(name, value, history[-1]["epoch"])
 
     def close(self) -> None:
-        """Have everything on the disk."""
+        """Write everything to the disk."""
         self.writer.close()
 
 
@@ -74,7 +74,7 @@ LOGS: dict[str, Callable[[Path, list[Row]], Csv | TensorBoard]] = {
 
 
 def known(names: str) -> list[str]:
-    """Of "csv,tensorboard" -> names of LOGS; a ValueError that lists them for another."""
+    """The names of LOGS in a text such as "csv,tensorboard". ValueError for an unknown name."""
     found = [name.strip() for name in names.split(",") if name.strip()]
     for name in found:
         if name not in LOGS:

@@ -1,4 +1,4 @@
-"""A run as one HTML file that needs nothing else: settings, numbers, pictures, slowest epochs."""
+"""A run as one self-contained HTML file: settings, numbers, pictures, slowest epochs."""
 
 import base64
 import html
@@ -32,8 +32,9 @@ def write(
     history: list[dict[str, Any]],
     draw: Callable[[Path], list[Path]],
 ) -> Path:
-    """Write report.html of a run; returns its path. draw(folder) writes SVG files there and returns
-    their paths.
+    """Write report.html of a run and return its path.
+
+    draw: called with a folder, writes SVG files there and returns their paths.
     """
     parts = [f"<h1>{_text(folder.name)}</h1>", _table(["setting", "value"], settings.items())]
     if history:
@@ -74,6 +75,9 @@ def _table(names: list[str], rows: Iterable[tuple[Any, Any]]) -> str:
 
 
 def _image(path: Path) -> str:
-    """A picture inside the page. An image runs no scripts, and its names are its own."""
+    """A picture embedded in the page.
+
+    As an <img>, an SVG runs no scripts, and its ids do not clash with those of other pictures.
+    """
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     return f'<img alt="{_text(path.stem)}" src="data:image/svg+xml;base64,{data}">'

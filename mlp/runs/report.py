@@ -1,6 +1,6 @@
 """Pictures of a run, with matplotlib.
 
-Curves, test images with their predictions, confusion matrix, first-layer weights.
+They are curves, test images with predictions, the confusion matrix, and first-layer weights.
 """
 
 import math
@@ -24,7 +24,7 @@ PICTURES = (
     "report.html",
 )  # of a run folder
 _PARTS = ("train", "validation", "test")
-_LOG_FROM = 100  # a loss that falls to this part of itself is drawn on a logarithmic scale
+_LOG_FROM = 100  # a loss that falls by more than this factor is drawn on a logarithmic scale
 
 
 def _pyplot():
@@ -39,14 +39,14 @@ def _pyplot():
 
 
 def _save(figure, path: Path) -> None:
-    """Write a figure in the format of the path's suffix, whole or not at all, and forget it."""
+    """Write a figure in the format of the path's suffix, completely or not at all, and close it."""
     with replacing(path) as part:
         figure.savefig(part, dpi=120, format=path.suffix.removeprefix("."))
     _pyplot().close(figure)
 
 
 def _plain(name: str) -> str:
-    """A class name as matplotlib shall draw it: on one line, each $ as a dollar."""
+    """A class name on one line, in which matplotlib draws each $ as a dollar sign."""
     return "".join(c if c.isprintable() else " " for c in name).replace("$", r"\$")
 
 
@@ -68,7 +68,7 @@ def curves(history: list[dict], path: Path) -> None:
 
 
 def _curve(axis, history: list[dict], quantity: str) -> None:
-    """One quantity over the epochs; on a logarithmic scale where its range asks for it."""
+    """One quantity over the epochs. A loss with a wide range gets a logarithmic scale."""
     epochs, drawn = [row["epoch"] for row in history], []
     for part in _PARTS:
         pairs = [(e, row.get(f"{part}_{quantity}")) for e, row in zip(epochs, history)]
@@ -85,9 +85,9 @@ def _curve(axis, history: list[dict], quantity: str) -> None:
 
 
 def samples(scores: torch.Tensor, data: Dataset, path: Path, count: int = 32) -> None:
-    """The first test images as a grid, with the predicted label.
+    """The first test images as a grid, each with its predicted label.
 
-    The true label is in red where they differ.
+    If the prediction is wrong, the title is red and also names the true label.
     """
     pyplot = _pyplot()
     shown = min(count, len(data))
@@ -110,7 +110,7 @@ def samples(scores: torch.Tensor, data: Dataset, path: Path, count: int = 32) ->
 
 
 def confusion(matrix: list[list[int]], classes: Sequence[str], path: Path) -> None:
-    """The confusion matrix with its counts; colours are shares of each true class."""
+    """The confusion matrix with its counts. The colours show shares of each true class."""
     pyplot = _pyplot()
     classes = [_plain(name) for name in classes]
     side = max(4.0, 0.5 * len(classes))
@@ -139,8 +139,9 @@ def confusion(matrix: list[list[int]], classes: Sequence[str], path: Path) -> No
 
 
 def predicted(values: Any, true: Any, names: Sequence[str], path: Path) -> None:
-    """Predicted against true values of each target, both (rows, targets), with the line on which
-    they are equal.
+    """Predicted against true values of each target, both arrays (rows, targets).
+
+    A line shows where they are equal.
     """
     pyplot = _pyplot()
     columns = min(3, len(names))
@@ -160,8 +161,9 @@ def predicted(values: Any, true: Any, names: Sequence[str], path: Path) -> None:
 
 
 def scores_over(parameters: dict[str, Sequence[Any]], scores: Sequence[float], path: Path) -> None:
-    """The score of each trial over each parameter: numbers on a logarithmic scale where they span
-    more than tenfold, others by name.
+    """The score of each trial over each parameter.
+
+    Numbers that span more than a factor of ten have a logarithmic scale. Other values are names.
     """
     pyplot = _pyplot()
     columns = min(3, len(parameters))
@@ -189,9 +191,9 @@ def scores_over(parameters: dict[str, Sequence[Any]], scores: Sequence[float], p
 def first_weights(
     weight: torch.Tensor, image_shape: tuple[int, ...] | None, path: Path, count: int = 64
 ) -> None:
-    """The weights of the first layer as images: red positive, blue negative.
+    """The weights of the first layer as images, where red is positive and blue negative.
 
-    Units (N, C·H·W), or filters (N, C, KH, KW).
+    weight: of units (N, C·H·W), or of filters (N, C, KH, KW). count: the most images.
     """
     pyplot = _pyplot()
     units, weight = len(weight), weight.detach().float().cpu()[:count]
@@ -219,8 +221,9 @@ def write_all(
     folder: Path,
     suffix: str = ".png",
 ) -> list[Path]:
-    """Every picture that fits: curves.png, samples.png, confusion.png, weights.png, or with another
-    suffix; the paths written.
+    """Write every picture that suits the data, and return the paths.
+
+    The files are curves, samples, confusion and weights, each with `suffix`.
     """
     jobs = {"curves.png": lambda path: curves(history, path)} if history else {}
     if measured is not None and scores is not None:
@@ -248,7 +251,7 @@ def epoch_times(history: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def compare(histories: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Test loss and accuracy of several runs over their epochs. histories: name -> history."""
+    """Test loss and accuracy of several runs over their epochs. histories: by name of the run."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axis, key in zip(axes, ("test_loss", "test_accuracy")):

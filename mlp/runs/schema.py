@@ -1,7 +1,7 @@
-"""JSON as dataclasses: every value is checked against the type of its field.
+"""JSON as dataclasses, where every value is checked against the type of its field.
 
-What a run folder holds may be cut, edited or made by someone else. A wrong type ends here, with the
-name of the file and of the field, and not later in the middle of something.
+The files of a run folder may be cut, edited or made by someone else. So a wrong type is an error
+here, with the name of the file and of the field, and not later at its first use.
 """
 
 import dataclasses
@@ -16,9 +16,10 @@ _WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true o
 
 
 def typed(kind: type[T], value: Any, where: str) -> T:
-    """`value`, as json.loads returns it, as a `kind`: a dataclass, a plain type, or tuples, lists,
-    dicts and unions of these. where: what the error names. CheckpointError for another type,
-    a missing or an unknown field.
+    """A value of json.loads as a `kind`.
+
+    kind: a dataclass, a plain type, or tuples, lists, dicts and unions of these. where: the place
+    that an error names. CheckpointError for another type, and for a missing or an unknown field.
     """
     return _read(kind, value, where)
 
@@ -64,7 +65,7 @@ def _dataclass(kind: Any, value: Any, where: str) -> Any:
     read = {name: _read(hints[name], v, f"{where}: {name}") for name, v in value.items()}
     try:
         return kind(**read)
-    except ValueError as error:  # of a dataclass that checks its values
+    except ValueError as error:  # from a dataclass that checks its values
         raise CheckpointError(f"{where}: {error}") from None
 
 

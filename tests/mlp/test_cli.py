@@ -208,14 +208,14 @@ def test_the_checkpoint_before_a_damaged_one_is_used(handgrad):
     halve("run/model.safetensors")
     status, again, err = handgrad("evaluate", "run")
     assert (status, again) == (0, out) and re.fullmatch(
-        r"handgrad: note: run/model.safetensors: damaged: .*: the weights are those of epoch 2 in "
+        r"handgrad: note: run/model.safetensors: damaged, .*; the weights are those of epoch 2 in "
         r"run/last.ckpt\n",
         err,
     )
     halve("run/last.ckpt")
     status, out, err = handgrad("train", "--resume", "--out", "run")
     assert status == 0 and re.findall(r"^epoch +(\d+) ", out, re.M) == ["2"]
-    assert re.search("last.ckpt: damaged: .*: going on after epoch 1, from run/previous.ckpt", err)
+    assert re.search("last.ckpt: damaged, .*; going on after epoch 1, from run/previous.ckpt", err)
 
 
 def test_diverged_keeps_the_last_good_weights(handgrad):

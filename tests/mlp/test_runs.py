@@ -197,7 +197,7 @@ def test_every_flipped_bit_is_noticed(tmp_path, every_epoch):
         state, source, note = run._state()
         assert len(state.trainer["history"]) == 2 and source == tmp_path / "previous.ckpt"
         assert note == (
-            f"{path}: damaged: its content does not match its checksum: going on after epoch 2, "
+            f"{path}: damaged, its content does not match its checksum; going on after epoch 2, "
             f"from {source}"
         )
     again = fresh()
@@ -213,7 +213,7 @@ def test_damaged_weights_are_taken_from_the_checkpoint(tmp_path, every_epoch):
     _, trainer = trained(tmp_path)
     for damage in (lambda p: flip(p, 20000), lambda p: p.write_bytes(b""), lambda p: p.unlink()):
         damage(tmp_path / "model.safetensors")
-        message = r"model.safetensors: .*: the weights are those of epoch 3 in .*last.ckpt"
+        message = r"model.safetensors: .*; the weights are those of epoch 3 in .*last.ckpt"
         with pytest.warns(UserWarning, match=message):
             model = mlp.load(tmp_path)
         assert_equal(values(model), values(trainer.model))
