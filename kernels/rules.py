@@ -31,7 +31,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -704,7 +704,7 @@ def apply_ref(
     params: list[torch.Tensor],
     grads: list[torch.Tensor],
     states: list[list[torch.Tensor]],
-    row: Any,
+    row: Sequence | torch.Tensor,
     step: float | torch.Tensor,
 ) -> None:
     """One step of a rule in place, in plain torch.

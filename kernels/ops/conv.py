@@ -6,19 +6,19 @@
     + kw·DW]
     y[n, o, i, j]   = max of act(z) over the window of PH × PW outputs at (i·PH, j·PW)
 
-It is a product: a row of patches of x, with columns k = (c, kh, kw), times w; no kernel stores the
-patches.
+The convolution is a product of w with patches of x. A patch is a row with columns k = (c, kh, kw).
+No kernel stores the patches.
 
-Backward, from dy of y's shape. Of each window only its winner, the first maximum, has a gradient,
-so the forward keeps the winner's place and its y or z, and neither z nor act(z) whole:
+Backward, from dy of y's shape. In each window only the winner, its first maximum, has a gradient.
+So the forward keeps the winner's place and its y or z, but not all of z or act(z):
     dz[winner] = dy ⊙ act'     and 0 elsewhere
     dw[o, k] = Σ_m dz[m, o] patch[m, k],   db[o] = Σ_m dz[m, o]          m = (n, oh, ow)
-    dx[n, c, h, w] = Σ_{o, kh, kw} w[o, c, kh, kw] dz[n, o, oh, ow]      over the outputs that (h,
-        w) took part in
-Its kernels stand in `conv_bwd`.
+    dx[n, c, h, w] = Σ_{o, kh, kw} w[o, c, kh, kw] dz[n, o, oh, ow]      over the outputs (oh, ow)
+        that read (h, w)
+The kernels of the backward are in `conv_bwd`.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,17 @@ from .. import activations, configs, launch, tape
 from ..tiles import cast, dot, load_tile, matrix
 from .conv_bwd import conv2d_bwd, conv2d_bwd_ref, pad_end
 from .linear import kept
-from .patches import Geometry, Sizes, as_images, check_conv, geometry, load_patches, locate, unravel
+from .patches import (
+    Extent,
+    Geometry,
+    Sizes,
+    as_images,
+    check_conv,
+    geometry,
+    load_patches,
+    locate,
+    unravel,
+)
 
 
 class Conv2dSaved(NamedTuple):
@@ -37,8 +47,8 @@ class Conv2dSaved(NamedTuple):
 
     x: torch.Tensor  # (N, C, H, W) or (C, H, W)
     w: torch.Tensor  # (O, C, KH, KW)
-    s: torch.Tensor | None  # y or z of the winners, whichever act' is written in
-    winner: torch.Tensor | None  # the place of each window's winner, int32, if it pools
+    s: torch.Tensor | None  # y, z or None, of the winners: what act' is computed from
+    winner: torch.Tensor | None  # with pooling, the place of each window's winner, int32
     bias: bool
     activation: str
     g: Geometry
@@ -48,13 +58,13 @@ def conv2d_fwd_ref(
     x: torch.Tensor,
     w: torch.Tensor,
     b: torch.Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
+    stride: Extent = 1,
+    padding: Extent | str = 0,
     activation: str = "identity",
-    max_pool: Any = 1,
-    dilation: Any = 1,
+    max_pool: Extent = 1,
+    dilation: Extent = 1,
     groups: int = 1,
-) -> tuple[torch.Tensor, tuple]:
+) -> tuple[torch.Tensor, Conv2dSaved]:
     """The reference of `conv2d_fwd`: same arguments, same results, plain torch."""
     act = activations.get(activation, "conv2d")
     g = check_conv(x, w, b, stride, padding, dilation, max_pool, groups)
@@ -73,16 +83,13 @@ def conv2d_fwd_ref(
 
 
 def _max_pool_ref(y, pool):
-    """max_pool2d, and the place of each winner in its plane.
+    """(max_pool2d, the place of each winner in its plane).
 
-    The longer of batch and channels is innermost.
-
-    torch vectorises over the channels of channels-last images, and for pooling batch and channels
-    are the same thing.
+    torch vectorises over the channels of channels-last images. Pooling treats batch and channels
+    alike, so the longer of the two becomes the channels.
     """
-    if (
-        launch.watched()
-    ):  # vmap knows no channels-last, and a compiler should not learn which is longer
+    # vmap has no channels-last, and a compiler must not specialise on which one is longer.
+    if launch.watched():
         y, winner = F.max_pool2d(y, pool, return_indices=True)
         return y, winner.int()
     swap = y.shape[0] > y.shape[1]
@@ -96,7 +103,7 @@ def _max_pool_ref(y, pool):
 def convolution_tile(
     x,  # Images (N, C, H, W)
     w,  # Matrix [O, K]
-    n,  # [BLOCK_M], with oh and ow: the outputs' places
+    n,  # [BLOCK_M], like oh and ow: the places of the outputs
     oh,
     ow,
     o,  # [BLOCK_N]
@@ -106,7 +113,7 @@ def convolution_tile(
     PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """z without bias, [BLOCK_M, BLOCK_N]: the product of these outputs' patches with w."""
+    """z without bias, [BLOCK_M, BLOCK_N]: the product of the outputs' patches with w."""
     z = tl.zeros((oh.shape[0], o.shape[0]), dtype=tl.float32)
     for first in range(0, K, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
@@ -135,11 +142,11 @@ def conv2d_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile of y (N, O, height, width): rows m = (n, i, j) are pooled outputs, columns o.
+    """One tile of y (N, O, height, width). Its rows are pooled outputs (n, i, j), its columns o.
 
-    For each element of the window, one product of the tile's patches with w; the maximum of act(z)
-    stays in registers, with its place where winner_ptr and its z where s_ptr is not None. Compared
-    before rounding to y's type.
+    Each element of the window is one product of the tile's patches with w. The maximum of act(z)
+    stays in registers. Its place is kept too if winner_ptr is not None, and its z if s_ptr is not
+    None. The maximum is taken before rounding to y's dtype.
     """
     height = sizes.height
     width = sizes.width
@@ -160,9 +167,8 @@ def conv2d_fwd_kernel(
         z = convolution_tile(x, w, n, oh, ow, o, mask_m, sizes.K, G, PRECISION, BLOCK_K)
         z += bias[None, :]
         y = ACT(z)
-        higher = (
-            (y > best) | (y != y) | (element == 0)
-        )  # the first maximum wins, but any NaN: as torch
+        # The first maximum wins, but a NaN wins always, as in torch.
+        higher = (y > best) | (y != y) | (element == 0)
         best = tl.where(higher, y, best)
         if s_ptr is not None:
             best_z = tl.where(higher, z, best_z)
@@ -183,21 +189,24 @@ def conv2d_fwd(
     x: torch.Tensor,
     w: torch.Tensor,
     b: torch.Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
+    stride: Extent = 1,
+    padding: Extent | str = 0,
     activation: str = "identity",
-    max_pool: Any = 1,
-    dilation: Any = 1,
+    max_pool: Extent = 1,
+    dilation: Extent = 1,
     groups: int = 1,
-) -> tuple[torch.Tensor, tuple]:
-    """y = max_pool(act(conv(x, w) + b)) in one kernel, and what `conv2d_bwd` takes after dy.
+) -> tuple[torch.Tensor, Conv2dSaved]:
+    """y = max_pool(act(conv(x, w) + b)) in one kernel, and the Conv2dSaved that `conv2d_bwd` takes.
 
-    x (N, C, H, W) or (C, H, W), w (O, C, KH, KW), b (O,) or None, of one dtype; any strides (w is
-    made contiguous). stride, padding, dilation as `torch.nn.functional.conv2d`; max_pool: a window,
-    which is its own stride, as `max_pool2d`. Saved: the place of each window's winner (int32) and,
-    of y's size, y or z. Float32 accumulation, deterministic. Reads x KH·KW times, mostly from
-    cache, for each column of tiles; writes y and what is saved once. ValueError: shapes that do not
-    fit, groups other than 1, mixed dtypes or devices, an unknown activation.
+    x (N, C, H, W) or (C, H, W), w (O, C, KH, KW), b (O,) or None, of one floating-point dtype and
+    any strides. w is made contiguous. stride, padding, dilation: as in
+    `torch.nn.functional.conv2d`. max_pool: the window, which is also its stride, as in
+    `max_pool2d`. y has the shape (N, O, OH // PH, OW // PW), or (O, …) for one image.
+
+    The forward saves the place of each window's winner (int32), and y or z, of y's size.
+    Accumulates in float32, deterministic. For each column of tiles it reads x KH·KW times, mostly
+    from the cache. It writes y and what it saves once. ValueError: shapes that do not fit, groups
+    other than 1, mixed dtypes or devices, an unknown activation.
     """
     act = activations.get(activation, "conv2d")
     g = check_conv(x, w, b, stride, padding, dilation, max_pool, groups)
@@ -234,8 +243,8 @@ def conv2d_fwd(
 def _fake_fwd(x, w, b, stride, padding, activation="identity", max_pool=1, dilation=1, groups=1):
     """Fake tensors of the forward's shapes.
 
-    torch's convolution asks a fake tensor how large its batch is, and compiles anew for each
-    answer.
+    torch's own fake convolution reads the size of the batch, so torch.compile would compile again
+    for each size.
     """
     g = check_conv(x, w, b, stride, padding, dilation, max_pool, groups)
     oh, ow = g.conv_size(*x.shape[-2:])
@@ -248,7 +257,7 @@ def _fake_fwd(x, w, b, stride, padding, activation="identity", max_pool=1, dilat
 
 
 def _fake_bwd(dy, x, w, s, winner, bias, activation, g, *, needs):
-    """Tensors of the gradients' shapes."""
+    """Fake tensors of the gradients' shapes."""
     return torch.empty_like(x), torch.empty_like(w), w.new_empty(w.shape[:1]) if bias else None
 
 
@@ -276,18 +285,20 @@ def conv2d(
     input: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] | str = 0,
+    stride: Extent = 1,
+    padding: Extent | str = 0,
     activation: str = "identity",
-    max_pool: int | tuple[int, int] = 1,
-    dilation: int | tuple[int, int] = 1,
+    max_pool: Extent = 1,
+    dilation: Extent = 1,
     groups: int = 1,
 ) -> torch.Tensor:
     """max_pool2d(act(conv2d(input, weight, bias, …)), max_pool), as in `torch.nn.functional`.
 
-    input (N, in, H, W) or (in, H, W), weight (out, in, KH, KW), bias (out,) or None; stride,
-    dilation and max_pool an integer or two; padding likewise, "same" or "valid"; groups must be 1.
-    Differentiable, twice too; float64 by the reference.
+    input (N, in, H, W) or (in, H, W), weight (out, in, KH, KW), bias (out,) or None, of one
+    floating-point dtype. stride, dilation, max_pool: an integer, or two (height, width). padding:
+    likewise, or "same" or "valid". groups: must be 1. activation: a name in `kernels.ACTIVATIONS`.
+    Differentiable twice. float64 is computed by the reference. ValueError: shapes that do not fit,
+    groups other than 1, mixed dtypes or devices, an unknown activation.
     """
     options = stride, padding, activation, max_pool, dilation, groups
     return tape.call(CONV2D, input, weight, bias, *options)

@@ -1,7 +1,6 @@
-"""The backward of `conv2d`; its formulas stand in `conv`."""
+"""The backward of `conv2d`. The formulas are in `conv`."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,21 +12,21 @@ from ..tiles import cast, dot, matrix
 from .linear import linear_bwd_reduce_kernel
 from .patches import Geometry, Sizes, as_images, load_patches, locate, unravel
 
-# columns of patches: up to here the reference's dw is faster by a product than by a convolution
-# with dz
+# Up to so many columns of patches, a product computes the reference's dw faster than a convolution
+# with dz does.
 NARROW = 64
-MAX_SPLITS = 128  # of the batch in dw: a convolution has many positions and few weights
+MAX_SPLITS = 128  # of the positions in dw, because a convolution has many of them and few weights
 
 
 def conv2d_bwd_dz_ref(
     dy: torch.Tensor,
-    s: torch.Tensor,
+    s: torch.Tensor | None,
     winner: torch.Tensor | None,
     activation: str,
     g: Geometry,
-    size: Any,
-) -> Any:
-    """The reference of `conv2d_bwd_dz`."""
+    size: tuple[int, int],
+) -> torch.Tensor:
+    """The reference of `conv2d_bwd_dz`: same arguments, same results, plain torch."""
     dz = dy if s is None else activations.get(activation).backward_ref(dy, s)
     if winner is None:
         return dz
@@ -37,20 +36,24 @@ def conv2d_bwd_dz_ref(
     return dz.new_zeros(n, o, oh * ow).scatter(2, places.long(), dz).view(n, o, oh, ow)
 
 
-def conv2d_bwd_dx_ref(dz: torch.Tensor, w: torch.Tensor, g: Geometry, size: Any) -> Any:
-    """The reference of `conv2d_bwd_dx`: the transposed convolution, as wide as the image."""
-    # What the stride left over at the end; where the padding is longer there, it gives one too
-    # many, cut off below.
+def conv2d_bwd_dx_ref(
+    dz: torch.Tensor, w: torch.Tensor, g: Geometry, size: tuple[int, int]
+) -> torch.Tensor:
+    """The reference of `conv2d_bwd_dx`: a transposed convolution, cut to the size of the image."""
+    # rest: rows and columns at the end that the stride skipped. If the padding is longer at the
+    # end, the result has one row or column too many, which is cut off below.
     reached = g.image_size(*dz.shape[2:])
     rest = [max(n - r, 0) for n, r in zip(size, reached)]
     dx = F.conv_transpose2d(dz, w, None, (g.SH, g.SW), (g.TOP, g.LEFT), rest, 1, (g.DH, g.DW))
     return dx if dx.shape[2:] == size else dx[:, :, : size[0], : size[1]]
 
 
-def conv2d_bwd_dw_ref(dz: torch.Tensor, x: torch.Tensor, g: Geometry, bias: bool = True) -> Any:
+def conv2d_bwd_dw_ref(
+    dz: torch.Tensor, x: torch.Tensor, g: Geometry, bias: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The reference of `conv2d_bwd_dw`.
 
-    A product with the unfolded patches where they are narrow, else a correlation.
+    Up to NARROW columns it is a product with the unfolded patches, else a correlation.
     """
     (N, O), C = dz.shape[:2], x.shape[1]
     db = dz.sum((0, 2, 3)) if bias else None
@@ -64,17 +67,17 @@ def conv2d_bwd_dw_ref(dz: torch.Tensor, x: torch.Tensor, g: Geometry, bias: bool
         )  # (N, K, OH·OW)
         places = dz.reshape(N, O, dz.shape[2] * dz.shape[3])
         return torch.bmm(places, patches.mT).sum(0).view(O, C, g.KH, g.KW), db
-    # x with batch and channels exchanged, dz as its kernel: the batch is summed, and the outputs'
-    # places are the taps.
+    # A convolution of x with dz as its kernel, with batch and channels exchanged in both. It sums
+    # over the batch, and the places of the outputs are the taps.
     x, dz = pad_end(x, g).transpose(0, 1), dz.transpose(0, 1)
     dw = F.conv2d(x, dz, None, (g.DH, g.DW), (g.TOP, g.LEFT), (g.SH, g.SW))
     return dw[:, :, : g.KH, : g.KW].transpose(0, 1).contiguous(), db
 
 
 def pad_end(x, g):
-    """x with the rows and columns that its padding has more at the end.
+    """x, padded by the rows and columns that its padding has more at the end than before.
 
-    torch pads both ends alike.
+    torch can only pad both ends alike.
     """
     return (
         x
@@ -87,7 +90,7 @@ def conv2d_bwd_ref(
     dy: torch.Tensor,
     x: torch.Tensor,
     w: torch.Tensor,
-    s: torch.Tensor,
+    s: torch.Tensor | None,
     winner: torch.Tensor | None,
     bias: bool,
     activation: str,
@@ -95,15 +98,15 @@ def conv2d_bwd_ref(
     *,
     needs: Sequence[bool] = (True, True, True),
 ) -> tuple[torch.Tensor | None, ...]:
-    """The reference of `conv2d_bwd`."""
+    """The reference of `conv2d_bwd`: same arguments, same results, plain torch."""
     parts = conv2d_bwd_dz_ref, conv2d_bwd_dx_ref, conv2d_bwd_dw_ref
     return _backward(dy, x, w, s, winner, bias, activation, g, needs, *parts)
 
 
 def _backward(dy, x, w, s, winner, bias, activation, g, needs, bwd_dz, bwd_dx, bwd_dw):
-    """The three steps in order, with either implementation of each; one image is a batch of one."""
+    """(dx, dw, db), by the given implementations of dz, dx and dw. One image is a batch of one."""
     needs_dx, needs_dw, needs_db = needs
-    g = Geometry(*g)  # an operator hands on its numbers
+    g = Geometry(*g)  # an operator of torch.compile passes it as a plain tuple
     images, dy, s = (t if t is None or t.dim() == 4 else t.unsqueeze(0) for t in (x, dy, s))
     size = tuple(images.shape[2:])
     dz = bwd_dz(dy, s, winner, activation, g, size)
@@ -129,8 +132,8 @@ def conv2d_bwd_dz_kernel(
 ):
     """Forward was y = act(z) at the winner of each window, so dz = dy ⊙ act' there and 0 elsewhere.
 
-    A tile is BLOCK_M planes of BLOCK_N convolution outputs; each asks its window, of height ×
-    width, whether it won.
+    A tile is BLOCK_M planes of BLOCK_N convolution outputs. There are height × width windows in a
+    plane, and each output reads whether it is the winner of its window.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     place = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
@@ -139,9 +142,8 @@ def conv2d_bwd_dz_kernel(
     h = place // OW // G.PH
     w = place % OW // G.PW
     mask = (row < rows) & (place < OH * OW)
-    inside = (
-        mask & (h < height) & (w < width)
-    )  # a window that does not fit at the end pools nothing
+    # Outputs at the end that fill no whole window are not pooled.
+    inside = mask & (h < height) & (w < width)
     dy_ptrs = dy.ptr + row // O * dy.stride_n + row % O * dy.stride_c
     dy_ptrs += h.to(tl.int64) * dy.stride_h + w.to(tl.int64) * dy.stride_w
     dz = tl.load(dy_ptrs, mask=inside, other=0.0).to(tl.float32)
@@ -172,8 +174,8 @@ def conv2d_bwd_dx_kernel(
     w likewise.
 
     So dx[n, c, h, w] = Σ w[o, c, kh, kw] dz[n, o, oh, ow] over k = (o, kh, kw), with oh = (h + TOP
-    - kh·DH) / SH where that is a whole number in range. A tile's rows are pixels (n, h, w), its
-    columns c: every pixel gathers, nothing is added in memory.
+    - kh·DH) / SH where that is a whole number in range. A tile's rows are pixels (n, h, w), and its
+    columns are c. Every pixel gathers its own sum, so nothing is added in memory.
     """
     H = sizes.height
     W = sizes.width
@@ -183,7 +185,7 @@ def conv2d_bwd_dx_kernel(
     image, start = locate(tl.program_id(0).to(tl.int64) * BLOCK_M, H, W)
     flat = start + tl.arange(0, BLOCK_M)
     mask_m = flat < sizes.M - image * H * W
-    n, down_to, right_to = unravel(image, flat, H, W)  # place of the pixel: row and column
+    n, down_to, right_to = unravel(image, flat, H, W)  # image, row and column of the pixel
     offs_c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_c = offs_c < C
     TAPS: tl.constexpr = G.KH * G.KW
@@ -247,9 +249,9 @@ def conv2d_bwd_dw_kernel(
 
     Forward was z[m, o] = Σ_k patch[m, k] w[o, k] + b[o].
 
-    A tile's rows are o, its columns k = (c, kh, kw), its sum runs over the positions m = (n, oh,
-    ow) of one split. The programs of the first column of tiles have dz in hand and sum db. Splits
-    write apart, split_stride elements on.
+    A tile's rows are o, and its columns are k = (c, kh, kw). Its sum runs over the positions
+    m = (n, oh, ow) of one split. The programs of the first column of tiles read all of dz, so they
+    also sum db. Each split writes its own part, split_stride elements after the last one's.
     """
     o = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -276,7 +278,7 @@ def conv2d_bwd_dw_kernel(
         dw = dot(dz, patches, dw, PRECISION)
         if db_ptr is not None:
             db += tl.sum(dz.to(tl.float32), axis=1)
-    if db_ptr is not None:  # noqa: SIM102  known at compile time, unlike the next
+    if db_ptr is not None:  # noqa: SIM102  this is known at compile time, the next is not
         if tl.program_id(1) == 0:
             tl.store(
                 db_ptr + split * split_stride + o, cast(db, db_ptr.dtype.element_ty), mask=o < O
@@ -285,13 +287,18 @@ def conv2d_bwd_dw_kernel(
     tl.store(dw_ptrs, cast(dw, dw_ptr.dtype.element_ty), mask=(o < O)[:, None] & (k < K)[None, :])
 
 
-def conv2d_bwd_dz(dy, s, winner, activation, g, size):
+def conv2d_bwd_dz(
+    dy: torch.Tensor,
+    s: torch.Tensor | None,
+    winner: torch.Tensor | None,
+    activation: str,
+    g: Geometry,
+    size: tuple[int, int],
+) -> torch.Tensor:
     """dz (N, O, OH, OW), contiguous, from dy (N, O, height, width) of any strides.
 
-    s and winner are as saved.
-
-    size: of the images. One read of dy, s and winner, one write of dz, where at most one element of
-    a window is not 0.
+    s, winner: as `conv2d_fwd` saved them. size: (H, W) of the images. Reads dy, s and winner once,
+    and writes dz once. In each window, at most one element of dz is not 0.
     """
     if launch.backend(dy, s) == "torch":
         return conv2d_bwd_dz_ref(dy, s, winner, activation, g, size)
@@ -321,11 +328,13 @@ def conv2d_bwd_dz(dy, s, winner, activation, g, size):
     return dz
 
 
-def conv2d_bwd_dx(dz, w, g, size):
-    """dx (N, C, H, W) from a contiguous dz (N, O, OH, OW) and w (O, C, KH, KW); size is (H, W).
+def conv2d_bwd_dx(
+    dz: torch.Tensor, w: torch.Tensor, g: Geometry, size: tuple[int, int]
+) -> torch.Tensor:
+    """dx (N, C, H, W) from a contiguous dz (N, O, OH, OW) and w (O, C, KH, KW). size is (H, W).
 
-    An implicit product: nothing is unfolded in memory. Float32 accumulation in a fixed order:
-    deterministic.
+    It is a product, and nothing is unfolded in memory. Accumulates in float32 and in a fixed order,
+    so it is deterministic.
     """
     if launch.backend(dz, w) == "torch":
         return conv2d_bwd_dx_ref(dz, w, g, size)
@@ -349,13 +358,15 @@ def conv2d_bwd_dx(dz, w, g, size):
     return dx
 
 
-def conv2d_bwd_dw(dz, x, g, bias=True):
+def conv2d_bwd_dw(
+    dz: torch.Tensor, x: torch.Tensor, g: Geometry, bias: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """dw (O, C, KH, KW) and db (O,) from a contiguous dz (N, O, OH, OW) and x (N, C, H, W).
 
-    db is None without bias.
+    db is None without bias. x may have any strides.
 
-    The positions are split among programs that each write a float32 part; a second kernel adds the
-    parts in a fixed order, so two runs are bitwise equal. x may have any strides.
+    The positions are split among programs. Each writes a float32 part, and a second kernel adds the
+    parts in a fixed order. So two runs are bitwise equal.
     """
     if launch.backend(dz, x) == "torch":
         return conv2d_bwd_dw_ref(dz, x, g, bias)
@@ -366,7 +377,7 @@ def conv2d_bwd_dw(dz, x, g, bias=True):
     tiles = triton.cdiv(O, config["BLOCK_M"]), triton.cdiv(K, config["BLOCK_N"])
     splits, rows = _split(M, tiles[0] * tiles[1], dz.device)
     size = O * K
-    # Splits write their parts side by side; a single one writes dw and db themselves.
+    # Splits write their parts side by side. A single split writes dw and db themselves.
     parts = dz.new_empty(splits, size + O, dtype=torch.float32) if splits > 1 else None
     launch.run(
         conv2d_bwd_dw_kernel,
@@ -400,9 +411,10 @@ def conv2d_bwd_dw(dz, x, g, bias=True):
 
 
 def _split(M: int, tiles: int, device) -> tuple[int, int]:
-    """(splits, positions of each): at least 256 positions.
+    """(splits, positions of each) of M positions.
 
-    No more splits than keep the device busy, and 32-bit counts.
+    A split has at least 256 positions. There are no more splits than the device needs to be busy,
+    but always so many that 32-bit numbers can count the positions of each.
     """
     wanted = min(MAX_SPLITS, M // 256, launch.sm_count(device) // max(tiles, 1))
     rows = triton.cdiv(M, max(wanted, M >> 30, 1))
@@ -413,7 +425,7 @@ def conv2d_bwd(
     dy: torch.Tensor,
     x: torch.Tensor,
     w: torch.Tensor,
-    s: torch.Tensor,
+    s: torch.Tensor | None,
     winner: torch.Tensor | None,
     bias: bool,
     activation: str,
@@ -423,7 +435,9 @@ def conv2d_bwd(
 ) -> tuple[torch.Tensor | None, ...]:
     """(dx, dw, db) from dy of y's shape and what `conv2d_fwd` saved.
 
-    None for each that `needs` does not ask for.
+    dx has x's shape, dw (O, C, KH, KW), db (O,). needs: three bools. A gradient is None if it is
+    not needed or if there is no bias. Accumulates in float32, deterministic. See `conv2d_bwd_dz`,
+    `conv2d_bwd_dx` and `conv2d_bwd_dw`.
     """
     parts = conv2d_bwd_dz, conv2d_bwd_dx, conv2d_bwd_dw
     return _backward(dy, x, w, s, winner, bias, activation, g, needs, *parts)

@@ -151,7 +151,7 @@ def cross_entropy_fwd_ref(
     target_grad: bool = False,
     *,
     labels_valid: bool = False,
-) -> tuple[torch.Tensor, tuple]:
+) -> tuple[torch.Tensor, CrossEntropySaved]:
     """The reference of `cross_entropy_fwd`: same arguments, same results, plain torch."""
     z, t = (logits, target) if logits.dim() > 1 else (logits.unsqueeze(0), target.unsqueeze(0))
     if z.dtype in (torch.float16, torch.bfloat16):
@@ -271,7 +271,7 @@ def cross_entropy_bwd_ref(
     dy: torch.Tensor,
     grad: torch.Tensor,
     dtarget: torch.Tensor | None,
-    denominator: Any,
+    denominator: torch.Tensor | int | None,
     reduction: str,
     target: torch.Tensor,
     ignore_index: int,
@@ -285,11 +285,11 @@ def cross_entropy_bwd_ref(
         return _late_bwd_ref(dy, grad, *options) if needs[0] else None, None
     if reduction == "none":
         scale = dy if grad.dim() == 1 else dy.unsqueeze(1)
-    elif reduction == "mean" and isinstance(denominator, torch.Tensor):
+    elif isinstance(denominator, torch.Tensor):  # of the mean
         # If every row is ignored there is no gradient, as in torch.
         scale = torch.where(denominator == 0, 0, dy / denominator)
     else:
-        scale = dy / max(denominator, 1) if reduction == "mean" else dy
+        scale = dy if denominator is None else dy / max(denominator, 1)
     dz = dt = None
     if needs[0]:
         dz = grad * scale
@@ -519,7 +519,7 @@ def cross_entropy_fwd(
     target_grad: bool = False,
     *,
     labels_valid: bool = False,
-) -> tuple[torch.Tensor, tuple]:
+) -> tuple[torch.Tensor, CrossEntropySaved]:
     """The loss and the CrossEntropySaved that `cross_entropy_bwd` takes after dy.
 
     logits: (N, C), (N, C, d1, …) or (C,), floating point. target: integer labels (N, d1, …), or
@@ -599,7 +599,7 @@ def cross_entropy_bwd(
     dy: torch.Tensor,
     grad: torch.Tensor,
     dtarget: torch.Tensor | None,
-    denominator: Any,
+    denominator: torch.Tensor | int | None,
     reduction: str,
     target: torch.Tensor,
     ignore_index: int,
@@ -613,9 +613,8 @@ def cross_entropy_bwd(
     dtarget is None unless the forward kept it. needs: two bools. Deterministic.
     """
     # Only the reference saves a number as denominator.
-    number = denominator is not None and not isinstance(denominator, torch.Tensor)
-    of_reference = late or number or dtarget is not None
-    if of_reference or launch.backend(dy, grad, denominator) == "torch":
+    is_tensor = denominator is None or isinstance(denominator, torch.Tensor)
+    if late or dtarget is not None or not is_tensor or launch.backend(dy, grad) == "torch":
         options = denominator, reduction, target, ignore_index, late
         return cross_entropy_bwd_ref(dy, grad, dtarget, *options, needs=needs)
     dz = torch.empty_like(grad)

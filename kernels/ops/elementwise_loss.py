@@ -4,11 +4,13 @@ Any row of `losses` with a scalar works.
 
     x, t of one shape        ℓ_i = w_i f(x_i, t_i, parameter_i)        f: the row's scalar
 
-reduced to their mean, their sum, or not at all. The mean divides by the number of elements, also
-under weights, as torch does. parameter is a number, or a tensor that broadcasts to x, as w is.
+The ℓ_i are reduced to their mean or their sum, or not reduced. The mean divides by the number of
+elements, also with weights, as torch does. The parameter is a number, or a tensor that broadcasts
+to x. w is None or such a tensor.
 
 Backward, from dy (a scalar, or of the shape of ℓ): dx = w ∂f/∂x dy / n for the mean over n
-elements, w ∂f/∂x dy otherwise. dt = -dx where f depends on x - t alone, else the row says it.
+elements, else dx = w ∂f/∂x dy. dt = -dx if f depends on x - t alone. Else the row has a function
+for ∂f/∂t.
 """
 
 from collections.abc import Sequence
@@ -26,7 +28,7 @@ _BLOCK = 1024
 
 
 class ElementwiseLossSaved(NamedTuple):
-    """What the forward keeps for the backward: its arguments."""
+    """What the forward keeps for the backward, which is its arguments."""
 
     x: torch.Tensor
     t: torch.Tensor
@@ -37,9 +39,9 @@ class ElementwiseLossSaved(NamedTuple):
 
 
 class Elements(NamedTuple):
-    """What a kernel reads of each element.
+    """What a kernel reads for each element.
 
-    A tensor of `period` numbers repeats along the elements.
+    parameter and weight may be tensors that repeat after so many elements (`period`).
     """
 
     x: Any
@@ -52,9 +54,9 @@ class Elements(NamedTuple):
 
 
 def _factor(n: int, reduction: str) -> float:
-    """What the sum of losses (or one loss) is multiplied by.
+    """The factor of the sum of losses, or of one loss.
 
-    The mean of nothing is NaN, as in torch.
+    The mean of no elements is NaN, as in torch.
     """
     if reduction == "mean":
         return 1.0 / n if n else float("nan")
@@ -62,9 +64,9 @@ def _factor(n: int, reduction: str) -> float:
 
 
 def _wide(*values):
-    """Half-precision tensors as float32, in which the references compute.
+    """The values, with half-precision tensors in float32. The references compute in float32.
 
-    Others stay.
+    Other values stay as they are.
     """
     half = (torch.float16, torch.bfloat16)
     return [v.float() if isinstance(v, torch.Tensor) and v.dtype in half else v for v in values]
@@ -77,8 +79,8 @@ def elementwise_loss_fwd_ref(
     parameter: float | torch.Tensor | None = None,
     weight: torch.Tensor | None = None,
     reduction: str = "mean",
-) -> tuple[torch.Tensor, tuple]:
-    """The reference of `elementwise_loss_fwd`."""
+) -> tuple[torch.Tensor, ElementwiseLossSaved]:
+    """The reference of `elementwise_loss_fwd`: same arguments, same results, plain torch."""
     row = losses.get(loss)
     wide_x, wide_t, p, w = _wide(x, t, row.default if parameter is None else parameter, weight)
     value = row.value_ref(wide_x, wide_t, p)
@@ -101,7 +103,7 @@ def elementwise_loss_bwd_ref(
     *,
     needs: Sequence[bool] = (True, True),
 ) -> tuple[torch.Tensor | None, ...]:
-    """The reference of `elementwise_loss_bwd`."""
+    """The reference of `elementwise_loss_bwd`: same arguments, same results, plain torch."""
     row = losses.get(loss)
     wide_x, wide_t, p, w = _wide(x, t, row.default if parameter is None else parameter, weight)
     scale = dy * _factor(x.numel(), reduction)
@@ -144,9 +146,9 @@ def elementwise_loss_fwd_kernel(
     REDUCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Losses of one block, or under REDUCE their sum times factor.
+    """Losses of one block, or with REDUCE their sum times factor.
 
-    The sum is one float32 for each program.
+    Each program stores one such sum, in float32.
     """
     pid = tl.program_id(0).to(tl.int64)
     offs = pid * BLOCK + tl.arange(0, BLOCK)
@@ -182,7 +184,7 @@ def elementwise_loss_bwd_kernel(
     ONE_DY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Forward was ℓ = w f(x, t), so dx = w ∂f/∂x dy · factor; dt = -dx where f takes x - t."""
+    """Forward was ℓ = w f(x, t), so dx = w ∂f/∂x dy · factor. If f depends on x - t, dt = -dx."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
     x, t, parameter, weight = element_tile(elements, offs, mask)
@@ -199,13 +201,13 @@ def elementwise_loss_bwd_kernel(
 
 
 def check_reduction(op: str, reduction: str) -> None:
-    """A ValueError that lists the reductions if `reduction` is not one."""
+    """Raises a ValueError, which lists the reductions, unless `reduction` is one of them."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: unknown reduction {reduction!r}; known: {', '.join(REDUCTIONS)}")
 
 
 def _check(x, t, row, parameter, weight, reduction):
-    """Shapes, dtypes and options; a ValueError that names both values."""
+    """Raises a ValueError, which names both values, unless shapes, dtypes and options fit."""
     op = row.function
     check_reduction(op, reduction)
     launch.check_same(op, input=x, target=t)
@@ -236,7 +238,7 @@ def _check_broadcast(op, name, value, x):
 
 
 def _operand(value, x):
-    """A tensor as kernels read it, contiguous, and after how many elements of x it repeats."""
+    """(a contiguous tensor, or None for a number; the number of x's elements until it repeats)."""
     if not isinstance(value, torch.Tensor):
         return None, 1
     if value.numel() != 1 and value.shape != x.shape[x.dim() - value.dim() :]:
@@ -256,20 +258,24 @@ def elementwise_loss_fwd(
     parameter: float | torch.Tensor | None = None,
     weight: torch.Tensor | None = None,
     reduction: str = "mean",
-) -> tuple[torch.Tensor, tuple]:
-    """(loss, what `elementwise_loss_bwd` takes after dy).
+) -> tuple[torch.Tensor, ElementwiseLossSaved]:
+    """The loss and the ElementwiseLossSaved that `elementwise_loss_bwd` takes after dy.
 
-    The loss is Σ w f(x, t, parameter) · factor, a scalar, or w f in x's shape.
+    The loss has x's dtype. It is the mean or the sum of w f(x, t, parameter), a scalar, or for
+    reduction "none" w f in x's shape.
 
-    x, t: one shape, dtype and device; made contiguous. loss: a row of `losses` with a scalar, by
-    name. parameter: a number, a tensor that broadcasts to x, or None for the row's own; weight: a
-    tensor that broadcasts to x, or None. Float32 sums in a fixed order: deterministic. Reads x and
-    t once. ValueError: an unknown loss or reduction, shapes, dtypes or devices that differ,
-    integers; what the row says of a parameter out of range.
+    x, t: of one shape, floating-point dtype and device. They are made contiguous. loss: the name of
+    a row of `losses` that has a scalar. parameter: a number, a tensor that broadcasts to x, or None
+    for the row's default. weight: a tensor that broadcasts to x, or None. Adds in float32 and in a
+    fixed order, so it is deterministic. Reads x and t once. ValueError: an unknown loss or
+    reduction, shapes, dtypes or devices that differ, integers. A parameter out of range raises what
+    the row's `check` raises.
     """
     row = losses.get(loss)
     if row.scalar is None:
-        raise ValueError(f"elementwise_loss: {loss!r} looks at a whole row; call {row.function}")
+        raise ValueError(
+            f"elementwise_loss: {loss!r} is no sum over elements; call kernels.{row.function}"
+        )
     _check(x, t, row, parameter, weight, reduction)
     if launch.backend(x, t) == "torch":
         return elementwise_loss_fwd_ref(x, t, loss, parameter, weight, reduction)
@@ -308,10 +314,11 @@ def elementwise_loss_bwd(
     *,
     needs: Sequence[bool] = (True, True),
 ) -> tuple[torch.Tensor | None, ...]:
-    """(dx, dt) from dy, in one pass.
+    """(dx, dt) from dy and what `elementwise_loss_fwd` saved, of x's shape and dtype, in one pass.
 
-    dy is a scalar, or of the shape of an unreduced loss. None where not needed. If the loss depends
-    on more than x - t, dt comes from the reference.
+    dy: a scalar, or of x's shape for reduction "none". needs: two bools. A gradient that is not
+    needed is None. If the loss depends on more than x - t, dt comes from the reference.
+    Deterministic.
     """
     row = losses.get(loss)
     if launch.backend(dy, x, t) == "torch":
@@ -361,19 +368,26 @@ def elementwise_loss(
 ) -> torch.Tensor:
     """The loss of that name in `kernels.LOSSES`, for input and target of one shape.
 
-    It has gradients for both. See `elementwise_loss_fwd`.
+    loss: the name of a row with a scalar. parameter: a number, a tensor that broadcasts to input,
+    or None for the row's default. weight: a tensor that broadcasts to input, or None. reduction:
+    "mean", "sum" or "none". The result has input's dtype. input and target get gradients.
+    ValueError: a parameter or weight that needs a gradient, or what `elementwise_loss_fwd` raises.
     """
     for name, value in (("parameter", parameter), ("weight", weight)):
         if isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"elementwise_loss: {name} gets no gradient; pass it .detach()ed")
+            raise ValueError(
+                f"elementwise_loss: {name} gets no gradient, but requires_grad is True; pass "
+                f"{name}.detach()"
+            )
     return tape.call(ELEMENTWISE_LOSS, input, target, loss, parameter, weight, reduction)
 
 
 @tape.traceable
 def mse_loss(input: torch.Tensor, target: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-    """`torch.nn.functional.mse_loss` for input and target of one shape.
+    """`torch.nn.functional.mse_loss` for input and target of one shape and dtype.
 
-    It has gradients for both.
+    The result is a scalar, or for reduction "none" it has input's shape. input and target get
+    gradients. Errors: see `elementwise_loss_fwd`.
     """
     return elementwise_loss(input, target, "mse", None, None, reduction)
 
@@ -386,12 +400,11 @@ def binary_cross_entropy_with_logits(
     reduction: str = "mean",
     pos_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`torch.nn.functional.binary_cross_entropy_with_logits`: several labels for each row.
+    """`torch.nn.functional.binary_cross_entropy_with_logits`, for several labels in each row.
 
-    Each label is 0, 1, or a probability between.
-
-    input, target: one shape. weight, pos_weight: tensors that broadcast to it; they get no
-    gradient.
+    input: logits. target: of input's shape and dtype; each label is 0, 1, or a probability between.
+    weight, pos_weight: tensors that broadcast to input, or None. They get no gradient. The result
+    is a scalar, or for reduction "none" it has input's shape. Errors: see `elementwise_loss`.
     """
     return elementwise_loss(input, target, "bce", pos_weight, weight, reduction)
 
@@ -404,9 +417,11 @@ def huber_loss(
     delta: float = 1.0,
     weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`torch.nn.functional.huber_loss` for input and target of one shape.
+    """`torch.nn.functional.huber_loss` for input and target of one shape and dtype.
 
-    Squared error up to delta, a line beyond.
+    It is half the squared error up to delta, and a line beyond. weight: a tensor that broadcasts to
+    input, or None. The result is a scalar, or for reduction "none" it has input's shape.
+    RuntimeError: delta is not positive, as in torch. Other errors: see `elementwise_loss`.
     """
     return elementwise_loss(input, target, "huber", delta, weight, reduction)
 
@@ -420,9 +435,12 @@ def pinball_loss(
 ) -> torch.Tensor:
     """The loss whose minimum is a quantile of the targets.
 
-    It is quantile · (t - y) where t > y, else (1 - quantile) (y - t).
+    It is quantile · (t - y) where t > y, else (1 - quantile) (y - t). At t = y, the gradient is the
+    mean of both sides.
 
-    input, target: one shape. quantile: a number between 0 and 1, or a tensor that broadcasts to
-    input, such as one number for each column. At t = y the gradient is the mean of both sides.
+    input, target: of one shape and dtype. quantile: a number between 0 and 1, or a tensor that
+    broadcasts to input, such as one number for each column. The result is a scalar, or for
+    reduction "none" it has input's shape. ValueError: a quantile out of (0, 1). Other errors: see
+    `elementwise_loss`.
     """
     return elementwise_loss(input, target, "pinball", quantile, None, reduction)

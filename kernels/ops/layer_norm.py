@@ -1,6 +1,6 @@
 """Layer normalisation: each row to mean 0 and variance 1, then scale and shift of each element.
 
-    x (…, *S)   w, b of shape S         S: normalized_shape, N elements; the rest is flattened to M
+    x (…, *S)   w, b of shape S         S: normalized_shape, of N elements; M rows of them
 
     μ = Σ_n x_n / N      ρ = 1 / √(Σ_n (x_n - μ)² / N + ε)      x̂_n = (x_n - μ) ρ
     y_n = x̂_n w_n + b_n
@@ -9,8 +9,10 @@ Backward, from dy of x's shape, with g_n = dy_n w_n:
     dx_n = ρ (g_n - Σ_k g_k / N - x̂_n Σ_k g_k x̂_k / N)      μ and ρ are functions of every x_k
     dw_n = Σ_m dy_mn x̂_mn,   db_n = Σ_m dy_mn               summed over the rows
 
-Statistics and sums are float32 also for half precision. A row may be wider than a tile: tiles are
-then combined by Chan's formula, which takes no difference of large sums.
+Statistics and sums are float32 also for half precision. A row may be wider than a tile. The tiles'
+means and sums of squares are then combined by the formula of Chan, Golub and LeVeque (1979,
+"Updating formulae and a pairwise algorithm for computing sample variances"). It takes no difference
+of large sums.
 """
 
 import math
@@ -34,7 +36,7 @@ class LayerNormSaved(NamedTuple):
 
     x: torch.Tensor  # (…, *S)
     w: torch.Tensor | None  # S
-    b: torch.Tensor | None  # S, for its dtype alone
+    b: torch.Tensor | None  # S; the backward reads only its shape and dtype
     mean: torch.Tensor  # (M,), float32 (float64 of float64)
     rstd: torch.Tensor  # (M,), ρ
     normalized_shape: tuple[int, ...]
@@ -46,8 +48,8 @@ def layer_norm_fwd_ref(
     b: torch.Tensor | None,
     normalized_shape: Sequence[int],
     eps: float = 1e-5,
-) -> tuple[torch.Tensor, tuple]:
-    """The reference of `layer_norm_fwd`."""
+) -> tuple[torch.Tensor, LayerNormSaved]:
+    """The reference of `layer_norm_fwd`: same arguments, same results, plain torch."""
     rows = _rows(x, normalized_shape)
     centred = rows - rows.mean(1, keepdim=True)
     rstd = torch.rsqrt(centred.square().mean(1, keepdim=True) + eps)
@@ -70,7 +72,7 @@ def layer_norm_bwd_ref(
     *,
     needs: Sequence[bool] = (True, True, True),
 ) -> tuple[torch.Tensor | None, ...]:
-    """The reference of `layer_norm_bwd`."""
+    """The reference of `layer_norm_bwd`: same arguments, same results, plain torch."""
     rows, dy = _rows(x, normalized_shape), _rows(dy, normalized_shape)
     xhat = (rows - mean.unsqueeze(1)) * rstd.unsqueeze(1)
     dx = dw = db = None
@@ -87,7 +89,7 @@ def layer_norm_bwd_ref(
 
 
 def _rows(t, normalized_shape):
-    """t (…, *S) as (M, N), in float32 at least."""
+    """t (…, *S) as (M, N). Half precision becomes float32."""
     size = math.prod(normalized_shape)
     rows = t.reshape(math.prod(t.shape[: t.dim() - len(normalized_shape)]), size)
     return rows.float() if t.dtype in (torch.float16, torch.bfloat16) else rows
@@ -99,11 +101,11 @@ def _flat(parameter, like):
 
 @triton.jit
 def product(a, b, mask):
-    """a b where mask, else 0: what a sum over lanes may take.
+    """a b where mask, else 0, so that a sum over lanes may take it.
 
-    The choice comes after the product. A bare product would be fused with the sum's first addition,
-    where a lane adds what another lane sent: each lane would round the other's product and not its
-    own, so that the lanes of one row would hold different sums.
+    The compiler would fuse a bare product with the sum's first addition, which adds another lane's
+    value. Each lane would then round the other's product but not its own, and the lanes of one row
+    would hold different sums. The tl.where after the product prevents the fusion.
     """
     return tl.where(mask, a * b, 0.0)
 
@@ -121,7 +123,7 @@ def layer_norm_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Rows of y with their statistics, tile by tile. The second reading of x comes from cache."""
+    """Rows of y and their statistics, tile by tile. The second loop reads x from the cache."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = rows < x.rows
     mean = tl.zeros((BLOCK_M,), tl.float32)
@@ -159,7 +161,7 @@ def layer_norm_fwd_kernel(
 def gradient_tile(dy, x, w_ptr, rows, offs_n, mean, rstd, N):
     """(g, x̂, mask) of the module's formulas for one tile.
 
-    g is 0 where no element exists.
+    g is 0 outside the mask, where no element exists.
     """
     mask = (rows < x.rows)[:, None] & (offs_n < N)[None, :]
     tile = load_tile(x, rows[:, None], offs_n[None, :], mask)
@@ -185,7 +187,7 @@ def layer_norm_bwd_dx_kernel(
 ):
     """dx = ρ (g - mean(g) - x̂ mean(g x̂)), with g = dy w.
 
-    Forward was y = x̂ w + b. First the two means of each row, then its dx.
+    Forward was y = x̂ w + b. The first loop computes the two means of each row, the second its dx.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = rows < x.rows
@@ -218,9 +220,9 @@ def layer_norm_bwd_dw_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The sums dw = Σ_m dy x̂ and db = Σ_m dy over one split of the rows.
+    """The sums dw = Σ_m dy x̂ and db = Σ_m dy over one split of the rows, side by side.
 
-    Forward was y = x̂ w + b. dw is stored first, then db.
+    Forward was y = x̂ w + b.
     """
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1).to(tl.int64)
@@ -232,7 +234,7 @@ def layer_norm_bwd_dw_kernel(
         mask_m = rows < end
         mean = tl.load(mean_ptr + rows, mask=mask_m, other=0.0)
         rstd = tl.load(rstd_ptr + rows, mask=mask_m, other=0.0)
-        rows = tl.where(mask_m, rows, x.rows)  # rows of the next split count as none
+        rows = tl.where(mask_m, rows, x.rows)  # a row of the next split becomes one that is masked
         g, xhat, mask = gradient_tile(dy, x, None, rows, offs_n, mean, rstd, N)
         dw += tl.sum(product(g, xhat, mask), axis=0)
         db += tl.sum(g, axis=0)
@@ -242,7 +244,10 @@ def layer_norm_bwd_dw_kernel(
 
 
 def check_layer_norm(x, w, b, normalized_shape) -> None:
-    """Shapes, dtypes and devices as torch requires them; a ValueError that names both values."""
+    """Raises a ValueError, which names both values, unless shapes, dtypes and devices fit.
+
+    The requirements are torch's.
+    """
     shape = tuple(normalized_shape)
     if not shape or tuple(x.shape[-len(shape) :]) != shape:
         raise ValueError(
@@ -259,7 +264,7 @@ def check_layer_norm(x, w, b, normalized_shape) -> None:
             f"layer_norm: input must be floating point, got {x.dtype}; convert it, for example "
             "with .float()"
         )
-    # As in torch, parameters may stay in float32 while the input is of half precision.
+    # As in torch, parameters may be float32 while the input is of half precision.
     mixed = x.dtype in (torch.float16, torch.bfloat16)
     given = {"weight": w, "bias": b}
     launch.check_placed("layer_norm", input=x, **given)
@@ -284,13 +289,15 @@ def layer_norm_fwd(
     b: torch.Tensor | None,
     normalized_shape: Sequence[int],
     eps: float = 1e-5,
-) -> tuple[torch.Tensor, tuple]:
-    """y = x̂ w + b of x's shape, and what `layer_norm_bwd` takes after dy.
+) -> tuple[torch.Tensor, LayerNormSaved]:
+    """y = x̂ w + b of x's shape and dtype, and the LayerNormSaved that `layer_norm_bwd` takes.
 
-    x (…, *S) of any strides; w and b of shape S or None, of x's dtype, or float32 beside half
-    precision; normalized_shape: S, not empty; eps: added to the variance. Saved: x and the two
-    statistics of each row. Float32 throughout, deterministic. Reads x twice, once from cache;
-    writes y once. ValueError: shapes that do not fit, other dtypes or devices that differ.
+    x (…, *S), floating point, of any strides. w, b: of shape S, or None. They have x's dtype, or
+    float32 if x is of half precision. normalized_shape: S, not empty. eps: added to the variance.
+
+    The forward saves x and the two statistics of each row. Computes in float32, deterministic.
+    Reads x twice, the second time from the cache, and writes y once. ValueError: shapes that do not
+    fit, other dtypes, devices that differ.
     """
     check_layer_norm(x, w, b, normalized_shape)
     if launch.backend(x, w, b) == "torch" or x.numel() == 0:
@@ -330,11 +337,12 @@ def layer_norm_bwd(
 ) -> tuple[torch.Tensor | None, ...]:
     """(dx, dw, db) from dy of x's shape and what `layer_norm_fwd` saved.
 
-    None where not needed, or where there is no w or b.
+    needs: three bools. A gradient is None if it is not needed, or if there is no w or b. Each has
+    the shape and dtype of its tensor.
 
-    dw and db are sums over the rows: each split of them writes its float32 part and a second kernel
-    adds the parts in a fixed order, so two runs are bitwise equal. x and dy are read once from
-    memory for dx, and once more for dw and db.
+    dw and db are sums over the rows. Each split of the rows writes its float32 part, and a second
+    kernel adds the parts in a fixed order. So two runs are bitwise equal. x and dy are read once
+    from memory for dx, and once more for dw and db.
     """
     if launch.backend(dy, x, w) == "torch" or x.numel() == 0:
         return layer_norm_bwd_ref(dy, x, w, b, mean, rstd, normalized_shape, needs=needs)
@@ -354,7 +362,7 @@ def layer_norm_bwd(
 
 
 def _parameter_grads(dy, x, mean, rstd, w, b):
-    """dw and db, like w and b; None where those are."""
+    """(dw, db), shaped like w and b. dw is None if w is None, and db if b is None."""
     if w is None and b is None:
         return None, None
     M, N = x.shape
@@ -394,7 +402,7 @@ LAYER_NORM = tape.Differentiable(
     saved=LayerNormSaved,
     inputs=3,
     autocast=torch.float32,
-    autocast_on=("cuda", "xpu"),  # torch's own on a CPU takes half precision as it comes
+    autocast_on=("cuda", "xpu"),  # on a CPU, torch's own function does not cast half precision
 )
 
 
@@ -406,10 +414,12 @@ def layer_norm(
     bias: torch.Tensor | None = None,
     eps: float = 1e-5,
 ) -> torch.Tensor:
-    """`torch.nn.functional.layer_norm`; see the module's formulas.
+    """`torch.nn.functional.layer_norm`. The module has the formulas.
 
-    input (…, *normalized_shape), weight and bias of normalized_shape or None. Differentiable, twice
-    too; float64 by the reference. ValueError: shapes that do not fit, mixed dtypes or devices.
+    input (…, *normalized_shape), floating point. weight, bias: of normalized_shape, or None, of
+    input's dtype, or float32 if input is of half precision. eps: added to the variance. The result
+    has input's shape and dtype. Differentiable twice. float64 is computed by the reference.
+    ValueError: shapes that do not fit, mixed dtypes or devices.
     """
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     return tape.call(LAYER_NORM, input, weight, bias, shape, eps)

@@ -18,7 +18,7 @@ same product, and one kernel after it.
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,6 +28,8 @@ from .. import activations, configs, launch, tape
 from ..tiles import Matrix, cast, load_tile, matrix, product_tile, tile_of_program
 
 MAX_SPLITS = 32  # of the batch in dw; the workspace is at most this many times as large as dw
+
+Buffers = tuple[torch.Tensor, torch.Tensor | None]  # (y, z or None), or (dw, db or None)
 
 
 class LinearSaved(NamedTuple):
@@ -57,8 +59,8 @@ def linear_fwd_ref(
     b: torch.Tensor | None = None,
     activation: str = "identity",
     *,
-    out: Any = None,
-) -> tuple[torch.Tensor, tuple]:
+    out: Buffers | None = None,
+) -> tuple[torch.Tensor, LinearSaved]:
     """The reference of `linear_fwd`: same arguments, same results, plain torch."""
     y, s = layer_ref(x, w, b, activation, out=out)
     return y, LinearSaved(x, w, s, b is not None, activation)
@@ -70,8 +72,8 @@ def layer_ref(
     b: torch.Tensor | None,
     activation: str,
     *,
-    out: Any = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    out: Buffers | None = None,
+) -> Buffers:
     """(y, s): y of `linear_fwd_ref`, and y, z or None, from which act' is computed."""
     act = activations.get(activation, "linear")
     y, z = out or (None, None)
@@ -86,8 +88,8 @@ def layer_ref(
 
 
 def linear_bwd_dz_ref(
-    dy: torch.Tensor, s: torch.Tensor | None, activation: str, *, out: Any = None
-) -> Any:
+    dy: torch.Tensor, s: torch.Tensor | None, activation: str, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """The reference of `linear_bwd_dz`: same arguments, same results, plain torch."""
     dy = as_matrix(dy)
     if s is None:
@@ -101,8 +103,8 @@ def linear_bwd_dx_ref(
     s_below: torch.Tensor | None = None,
     activation_below: str = "identity",
     *,
-    out: Any = None,
-) -> Any:
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The reference of `linear_bwd_dx`: same arguments, same results, plain torch."""
     dx = torch.mm(dz, w, out=out)
     if s_below is None:
@@ -111,8 +113,8 @@ def linear_bwd_dx_ref(
 
 
 def linear_bwd_dw_ref(
-    dz: torch.Tensor, x: torch.Tensor, bias: bool = True, *, out: Any = None
-) -> Any:
+    dz: torch.Tensor, x: torch.Tensor, bias: bool = True, *, out: Buffers | None = None
+) -> Buffers:
     """The reference of `linear_bwd_dw`: same arguments, same results, plain torch."""
     dw, db = out or (None, None)
     dw = torch.mm(dz.t(), as_matrix(x), out=dw)
@@ -347,8 +349,8 @@ def linear_fwd(
     b: torch.Tensor | None = None,
     activation: str = "identity",
     *,
-    out: Any = None,
-) -> tuple[torch.Tensor, tuple]:
+    out: Buffers | None = None,
+) -> tuple[torch.Tensor, LinearSaved]:
     """y = act(x wᵀ + b), (…, N), and the LinearSaved that `linear_bwd` takes after dy.
 
     x (…, K), w (N, K), b (N,) or None, of one floating-point dtype and any strides. out: a pair
@@ -423,8 +425,8 @@ def _library_fwd(x, w, b, act, y, z) -> None:
 
 
 def linear_bwd_dz(
-    dy: torch.Tensor, s: torch.Tensor | None, activation: str, *, out: Any = None
-) -> Any:
+    dy: torch.Tensor, s: torch.Tensor | None, activation: str, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """dz = dy ⊙ act', (M, N), from dy (…, N) of any strides, and s (…, N) as `linear_fwd` saved it.
 
     Where act is the identity, s is None and the result is dy itself. activation: its name. out: a
@@ -459,8 +461,8 @@ def linear_bwd_dx(
     s_below: torch.Tensor | None = None,
     activation_below: str = "identity",
     *,
-    out: Any = None,
-) -> Any:
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     """dx = dz w, (M, K), from dz (M, N) and w (N, K) of one dtype and any strides.
 
     If s_below (M, K) is given, dx is multiplied by act' of the layer below. out: a contiguous
@@ -492,7 +494,9 @@ def _plan_dx(dz, w, activation) -> Plan | None:
     return _plan_product("linear_bwd_dx", act, dz, w.t(), ACT_BWD=act.backward)
 
 
-def linear_bwd_dw(dz: torch.Tensor, x: torch.Tensor, bias: bool = True, *, out: Any = None) -> Any:
+def linear_bwd_dw(
+    dz: torch.Tensor, x: torch.Tensor, bias: bool = True, *, out: Buffers | None = None
+) -> Buffers:
     """dw = dzᵀ x, (N, K), and db = Σ_m dz, (N,) or None without bias, from dz (M, N) and x (…, K).
 
     dz and x have one dtype and any strides. out: a pair (dw, db) of contiguous buffers to fill.

@@ -45,7 +45,7 @@ class LinearCrossEntropySaved(NamedTuple):
     w: torch.Tensor  # (C, K)
     bias: bool
     grad: torch.Tensor  # (M, C)
-    dtarget: None
+    dtarget: torch.Tensor | None  # None, as probabilities get no gradient here
     denominator: torch.Tensor | int | None
     reduction: str
     target: torch.Tensor
@@ -55,7 +55,7 @@ class LinearCrossEntropySaved(NamedTuple):
 
 def linear_cross_entropy_fwd_ref(
     x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, target: torch.Tensor, *options: Any
-) -> tuple[torch.Tensor, tuple]:
+) -> tuple[torch.Tensor, LinearCrossEntropySaved]:
     """The reference of `linear_cross_entropy_fwd`: same arguments, same results, plain torch."""
     logits, _ = linear_fwd_ref(x, w, b)
     loss, saved = cross_entropy_fwd_ref(logits, target, *options)
@@ -131,7 +131,7 @@ def linear_cross_entropy_fwd(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-) -> tuple[torch.Tensor, tuple]:
+) -> tuple[torch.Tensor, LinearCrossEntropySaved]:
     """The loss of x wᵀ + b, and the LinearCrossEntropySaved that the backward takes after dy.
 
     x (M, K), w (C, K), b (C,) or None, of one floating-point dtype. target: labels (M,), or

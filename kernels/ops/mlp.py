@@ -21,6 +21,7 @@ import torch
 
 from .. import activations, launch, tape
 from .linear import (
+    Buffers,
     check_linear,
     layer_ref,
     linear_bwd_dw,
@@ -104,15 +105,18 @@ def mlp_fwd_ref(
     activation: str = "relu",
     output_activation: str = "identity",
     *,
-    out: Any = None,
-) -> tuple[torch.Tensor, tuple]:
+    out: Sequence[Buffers] | None = None,
+) -> tuple[torch.Tensor, MLPSaved]:
     """The reference of `mlp_fwd`: same arguments, same results, plain torch."""
     return stack_forward(x, weights, biases, activation, output_activation, out, layer_ref)
 
 
 def mlp_bwd_ref(
-    dy: torch.Tensor, *saved: Any, needs: Sequence[bool] | None = None, out: Any = None
-) -> tuple[torch.Tensor | None, ...]:
+    dy: torch.Tensor,
+    *saved: Any,
+    needs: Sequence[bool] | None = None,
+    out: tuple[Sequence | None, Sequence | None] | None = None,
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None], list[torch.Tensor | None]]:
     """The reference of `mlp_bwd`: same arguments, same results, plain torch."""
     parts = linear_bwd_dz_ref, linear_bwd_dx_ref, linear_bwd_dw_ref
     return stack_backward(dy, MLPSaved(*saved), needs, out, *parts)
@@ -148,8 +152,8 @@ def mlp_fwd(
     activation: str = "relu",
     output_activation: str = "identity",
     *,
-    out: Any = None,
-) -> tuple[torch.Tensor, tuple]:
+    out: Sequence[Buffers] | None = None,
+) -> tuple[torch.Tensor, MLPSaved]:
     """y_L (…, n_L) of the stack, and the MLPSaved that `mlp_bwd` takes after dy.
 
     x (…, n_0), weights (n_l, n_{l-1}), biases (n_l,) or None, of one floating-point dtype. out: for
@@ -166,8 +170,11 @@ def mlp_fwd(
 
 
 def mlp_bwd(
-    dy: torch.Tensor, *saved: Any, needs: Sequence[bool] | None = None, out: Any = None
-) -> tuple[torch.Tensor | None, ...]:
+    dy: torch.Tensor,
+    *saved: Any,
+    needs: Sequence[bool] | None = None,
+    out: tuple[Sequence | None, Sequence | None] | None = None,
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None], list[torch.Tensor | None]]:
     """(dx, [dw_1 … dw_L], [db_1 … db_L]) from dy (…, n_L) and what `mlp_fwd` saved.
 
     needs: one bool for x, then for every weight, then for every bias. None means all. A gradient

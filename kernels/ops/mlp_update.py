@@ -15,7 +15,6 @@ The step gets the gradient in float32, also if the weights are float16 or bfloat
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -35,7 +34,7 @@ from .linear import (
     linear_bwd_dz_ref,
     sum_of_splits,
 )
-from .mlp import stack_backward
+from .mlp import MLPSaved, stack_backward
 from .optim import Parameters, number, numbers_at, read, update_tile
 
 
@@ -230,14 +229,14 @@ def _update(dy, saved, lists, numbers, out, bwd_dz, bwd_dx, update_layer):
 
 def mlp_update_ref(
     dy: torch.Tensor,
-    saved: Any,
+    saved: MLPSaved,
     parameters: list[torch.Tensor],
     states: list[list[torch.Tensor]],
     hyper: torch.Tensor | Sequence[float],
     step: float | torch.Tensor,
     rule: str | Rule,
     *,
-    out: Any = None,
+    out: Sequence[torch.Tensor] | None = None,
 ) -> None:
     """The reference of `mlp_update`: same arguments, same results, plain torch."""
     lists, numbers = (parameters, *states), (hyper, step, rule)
@@ -247,14 +246,14 @@ def mlp_update_ref(
 
 def mlp_update(
     dy: torch.Tensor,
-    saved: Any,
+    saved: MLPSaved,
     parameters: list[torch.Tensor],
     states: list[list[torch.Tensor]],
     hyper: torch.Tensor | Sequence[float],
     step: float | torch.Tensor,
     rule: str | Rule,
     *,
-    out: Any = None,
+    out: Sequence[torch.Tensor] | None = None,
 ) -> None:
     """`mlp_bwd` and an optimizer's step on all parameters, in place. It returns None.
 

@@ -1,8 +1,8 @@
-"""Optimizer updates in place, one launch for all parameters: any rule of the table in `rules`.
+"""Optimizer updates in place, one launch for up to 64 parameters, by any rule of `rules`.
 
-A kernel takes the pointers of all tensors as a tuple; each program finds its tensor and its block
-of it. The learning rate, and the step count, may be device tensors: a captured graph then sees
-their new values.
+A kernel takes the pointers of all tensors as a tuple. Each program finds its tensor, and its block
+of this tensor. The learning rate and the step count may be device tensors. A captured graph then
+sees their new values.
 """
 
 import itertools
@@ -17,25 +17,28 @@ from ..rules import Rule, adam_ref, sgd_ref
 from ..tiles import cast
 
 _BLOCK = 1024
-MAX_TENSORS = 64  # in one launch: the kernel unrolls over them
+MAX_TENSORS = 64  # in one launch, because the kernel unrolls its loop over them
 
 
 class Parameters(NamedTuple):
-    """What a kernel updates: pointers of tensors, and for each state of the rule as many again."""
+    """What a kernel updates: pointers of tensors, and as many for each state of the rule."""
 
     tensors: Any
     states: Any
 
 
 class Number(NamedTuple):
-    """A number for a kernel: given at launch, or where it lies in device memory."""
+    """A number for a kernel: its value, or a pointer to it in device memory.
+
+    pointer is None if value is given.
+    """
 
     value: Any
     pointer: Any
 
 
 def number(value) -> Number:
-    """A Python number or a one-element device tensor for a kernel."""
+    """A Python number or a one-element device tensor, as a kernel's Number."""
     if isinstance(value, torch.Tensor):
         return Number(0.0, value)
     return Number(float(value), None)
@@ -53,11 +56,11 @@ def read(given):
 
 @triton.jit
 def numbers_at(hyper_ptr, step, RULE: tl.constexpr):
-    """The numbers of step 1, 2, … from a row of `hyperparameters` in device memory."""
+    """The numbers of step 1, 2, …, made from a row of `hyperparameters` in device memory."""
     row = ()
     for i in tl.static_range(len(RULE.columns)):
         row += (tl.load(hyper_ptr + i),)
-    # Before the first step there is no update, but these numbers must be some.
+    # Step 0 has no update. Its numbers are unused, but must exist.
     return RULE.at(row, tl.maximum(step, 1.0))
 
 
@@ -77,8 +80,8 @@ def update_tile(
 ):
     """Applies gradient g to a tile p of parameter i, stores p and its states, and returns p.
 
-    SHARED: several warps may hold the same elements, so all have read p and its states before one
-    writes. FIRST: states are zeros, whatever lies in memory.
+    SHARED: several warps may hold the same elements, so all read p and its states before one
+    writes. FIRST: states count as zeros, and memory is not read.
     """
     states = ()
     for k in tl.static_range(len(net.states)):
@@ -111,7 +114,7 @@ def optimizer_kernel(
 ):
     """Updates one block of one of the tensors.
 
-    Programs count through the blocks of the first tensor, then of the second, …
+    Programs are numbered through the blocks of the first tensor, then of the second, and so on.
     """
     values = ()
     for i in tl.static_range(len(RULE.columns)):
@@ -139,13 +142,24 @@ def check_update(
 ) -> None:
     """Raises a ValueError unless gradients and states fit the parameters.
 
-    There must be as many, of the same shapes, dense and real.
+    op: a name for the error. There must be as many gradients, and as many tensors of each state, as
+    parameters, and of the same shapes. Gradients must be dense and floating point. Parameters and
+    states must not be views with a minus sign that torch has not applied yet.
     """
     if not all([len(tensors) == len(params) for tensors in (grads, *states)]):
-        counts = [("gradients", grads), *(("of one state", ts) for ts in states)]
+        counts = [("gradients", grads), *(("tensors of one state", ts) for ts in states)]
         what, wrong = next((w, ts) for w, ts in counts if len(ts) != len(params))
-        raise ValueError(f"{op}: {len(params)} parameters but {len(wrong)} {what}")
-    # A kernel would update a copy that has the sign. torch.compile cannot ask.
+        raise ValueError(
+            f"{op}: {len(params)} parameters but {len(wrong)} {what}; give one for each parameter"
+        )
+    for tensors in states:
+        for i, (p, t) in enumerate(zip(params, tensors)):
+            if p.shape != t.shape:
+                raise ValueError(
+                    f"{op}: each state of parameter {i} must be {tuple(p.shape)} as the parameter "
+                    f"is, got {tuple(t.shape)}"
+                )
+    # A kernel would update a copy with the sign applied. torch.compile cannot trace is_neg.
     can_ask = not torch.compiler.is_compiling()
     for what, tensors in (("parameter", params), *(("state of parameter", ts) for ts in states)):
         for i, t in enumerate(tensors):
@@ -168,7 +182,7 @@ def check_update(
 
 
 def _dense(t) -> bool:
-    """Whether the elements fill one gapless stretch of memory, in whatever order."""
+    """True if the elements fill one stretch of memory without gaps, in any order."""
     return (
         t.is_contiguous()
         or t.permute(sorted(range(t.dim()), key=t.stride, reverse=True)).is_contiguous()
@@ -181,9 +195,9 @@ def _on_kernels(params, *others) -> bool:
 
 
 def _launch(params, grads, states, numbers, options) -> None:
-    """Launches for at most MAX_TENSORS tensors at a time.
+    """Launches `optimizer_kernel` for at most MAX_TENSORS tensors at a time.
 
-    A tensor is copied where its layout differs from its parameter's.
+    A gradient or state whose layout differs from its parameter's is copied. States are copied back.
     """
     laid = [
         [
@@ -215,13 +229,16 @@ def apply_rule(
     maximize: bool = False,
     first: bool = False,
 ) -> None:
-    """One step of a rule on lists of tensors, in place, in one launch: formulas in `rules`.
+    """One step of a rule on lists of tensors, in place. The formulas are in `rules`.
 
-    rule: a name or a row of `kernels.RULES`. states: a list of tensors shaped like params for each
-    of the rule's states, zeros at first. row: the rule's numbers, see `kernels.rules.row_of`; each
-    may be a one-element tensor on the parameters' device, and so may step: the count of this step,
-    1 at the first. first: the states count as zeros, whatever they hold. Arithmetic in float32;
-    reads p, g and the states and writes p and the states once. ValueError: lists that do not fit.
+    rule: a row of `kernels.RULES`, or its name. params, grads: lists of floating-point tensors.
+    states: for each of the rule's states a list of tensors shaped like params, zeros at first. row:
+    the rule's numbers, see `kernels.row_of`. step: the count of this step, 1 at the first. Each
+    number of row, and step, may be a one-element tensor on the parameters' device. maximize: negate
+    the gradients. first: the states count as zeros, whatever they hold.
+
+    One launch for up to 64 tensors, arithmetic in float32. Reads p, g and the states once, and
+    writes p and the states once. ValueError: an unknown rule, or lists that do not fit.
     """
     rule = rules.get(rule)
     check_update(rule.name, params, grads, states)
@@ -239,12 +256,15 @@ def apply_checked(
     maximize: bool = False,
     first: bool = False,
 ) -> None:
-    """`apply_rule` for a caller that has done `check_update`."""
+    """`apply_rule` for a caller that has called `check_update` already."""
     if torch.compiler.is_compiling():
         options = {"step": step, "maximize": maximize, "first": first}
         return launch.operators["apply_rule"](rule, params, grads, states, row, **options)
     if len(states) != len(rule.states):
-        raise ValueError(f"{rule.name}: needs {len(rule.states)} states, got {len(states)}")
+        raise ValueError(
+            f"{rule.name}: there must be {len(rule.states)} lists of states "
+            f"({', '.join(rule.states)}), got {len(states)}"
+        )
     if not _on_kernels(params, grads, *states):
         return apply_rule_ref(
             rule, params, grads, states, row, step, maximize=maximize, first=first
@@ -265,7 +285,7 @@ def apply_rule_ref(
     maximize: bool = False,
     first: bool = False,
 ) -> None:
-    """The reference of `apply_rule`."""
+    """The reference of `apply_rule`: same arguments, same results, plain torch."""
     if first:
         for ts in states:
             for t in ts:
@@ -288,21 +308,24 @@ def sgd(
 ) -> None:
     """One SGD step on lists of tensors, in place.
 
-    The formulas are in `rules`. The arguments are those of `torch.optim.SGD`.
+    The formulas are in `rules`. The options are those of `torch.optim.SGD`.
 
-    buffers: momentum buffers shaped like params (ignored without momentum), filled at the first
-    step. lr: a number, or a one-element tensor on the parameters' device.
+    params, grads: lists of floating-point tensors. buffers: momentum buffers shaped like params.
+    They are ignored without momentum. lr: a number, or a one-element tensor on the parameters'
+    device. first: this is the first step, which sets the buffers to the gradients. One launch for
+    up to 64 tensors. ValueError: lists that do not fit.
     """
-    check_update("sgd", params, grads)
+    states = [buffers] if momentum else []
+    check_update("sgd", params, grads, states)
     options = momentum, dampening, weight_decay, nesterov, maximize, first
     if torch.compiler.is_compiling():
         return launch.operators["sgd"](params, grads, buffers, lr, *options)
-    if not _on_kernels(params, grads, buffers if momentum else ()):
+    if not _on_kernels(params, grads, *states):
         return sgd_ref(params, grads, buffers, lr, *options)
     row = (lr, weight_decay, momentum, dampening) if momentum else (lr, weight_decay)
-    rule = ("nesterov" if nesterov else "momentum") if momentum else "sgd"
-    states = [buffers] if momentum else []
-    apply_rule(rule, params, grads, states, row, 1 if first else 2, maximize=maximize, first=first)
+    rule = rules.RULES[("nesterov" if nesterov else "momentum") if momentum else "sgd"]
+    step, flags = 1 if first else 2, {"maximize": maximize, "first": first}
+    apply_checked(rule, params, grads, states, row, step, **flags)
 
 
 def adam(
@@ -320,17 +343,20 @@ def adam(
 ) -> None:
     """One Adam step (AdamW if `decoupled`) on lists of tensors, in place.
 
-    The formulas are in `rules`.
+    The formulas are in `rules`. The options are those of `torch.optim.Adam`.
 
-    step: the count of this step, 1 at the first: a number, or a one-element tensor on the
-    parameters' device; lr likewise.
+    params, grads: lists of floating-point tensors. exp_avgs, exp_avg_sqs: lists of tensors shaped
+    like params, zeros at first. step: the count of this step, 1 at the first. step and lr are
+    numbers, or one-element tensors on the parameters' device. One launch for up to 64 tensors.
+    ValueError: lists that do not fit.
     """
-    check_update("adam", params, grads)
+    states = [exp_avgs, exp_avg_sqs]
+    check_update("adam", params, grads, states)
     options = lr, betas, eps, weight_decay, decoupled, maximize
     if torch.compiler.is_compiling():
         return launch.operators["adam"](params, grads, exp_avgs, exp_avg_sqs, step, *options)
-    if not _on_kernels(params, grads, exp_avgs, exp_avg_sqs):
+    if not _on_kernels(params, grads, *states):
         return adam_ref(params, grads, exp_avgs, exp_avg_sqs, step, *options)
-    row = rules.row_of("adam", lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)
-    rule = "adamw" if decoupled else "adam"
-    apply_rule(rule, params, grads, [exp_avgs, exp_avg_sqs], row, step, maximize=maximize)
+    rule = rules.RULES["adamw" if decoupled else "adam"]
+    row = rules.row_of(rule, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)
+    apply_checked(rule, params, grads, states, row, step, maximize=maximize)

@@ -1,7 +1,7 @@
 """How a convolution reads images: its geometry, its errors, images as a matrix of patches.
 
-A leaf of `conv` and `conv_bwd`. Row m of the matrix is an output position (n, oh, ow), column k a
-tap (c, kh, kw):
+`conv` and `conv_bwd` share it. Row m of the matrix is an output position (n, oh, ow), and column k
+is a tap (c, kh, kw):
 
     patch[m, k] = x[n, c, oh·SH - TOP + kh·DH, ow·SW - LEFT + kw·DW]        0 outside the image
 """
@@ -14,11 +14,13 @@ import triton.language as tl
 
 from .. import launch
 
+Extent = int | tuple[int, int]  # one number for height and width, or one for each
+
 
 class Geometry(NamedTuple):
-    """Kernel, stride, padding, dilation and pooling window, as one constexpr of the kernels.
+    """Kernel (K), stride (S), padding, dilation (D) and pooling window (P) of a convolution.
 
-    Each has a value for height and one for width.
+    H stands for height, W for width. Kernels take it as one constexpr.
     """
 
     KH: int
@@ -36,12 +38,13 @@ class Geometry(NamedTuple):
 
     @property
     def pooled(self) -> bool:
+        """True if there is a pooling window of more than one output."""
         return (self.PH, self.PW) != (1, 1)
 
     def conv_size(self, h: int, w: int) -> tuple[int, int]:
         """Height and width of the convolution of an h × w image, before pooling.
 
-        Below 1 where the kernel does not fit.
+        A number is below 1 if the kernel does not fit into the image.
         """
         return (
             (h + self.TOP + self.BOTTOM - self.DH * (self.KH - 1) - 1) // self.SH + 1,
@@ -49,9 +52,9 @@ class Geometry(NamedTuple):
         )
 
     def image_size(self, oh: int, ow: int) -> tuple[int, int]:
-        """Height and width of the image that an oh × ow convolution reaches.
+        """Height and width of the image that a convolution of oh × ow outputs reads.
 
-        Its padding is taken off as if it were alike at both ends.
+        The padding before the image (TOP, LEFT) is subtracted at both ends.
         """
         return (
             (oh - 1) * self.SH + self.DH * (self.KH - 1) + 1 - 2 * self.TOP,
@@ -60,7 +63,7 @@ class Geometry(NamedTuple):
 
 
 class Images(NamedTuple):
-    """Images (N, C, H, W) as a kernel takes them: address, height, width, strides."""
+    """Images (N, C, H, W) as a kernel takes them: address, height, width and strides."""
 
     ptr: Any
     H: Any
@@ -74,8 +77,8 @@ class Images(NamedTuple):
 class Sizes(NamedTuple):
     """Sizes of a convolution's product.
 
-    M rows, K columns summed over; height and width of what the rows are; OH and OW of the
-    convolution before pooling.
+    M: rows of the result. K: terms of each sum. height, width: of the planes whose positions are
+    the rows. OH, OW: of the convolution before pooling.
     """
 
     M: Any
@@ -87,7 +90,7 @@ class Sizes(NamedTuple):
 
 
 def as_images(x: torch.Tensor) -> Images:
-    """x (N, C, H, W), of any strides, as a kernel takes it."""
+    """x (N, C, H, W), of any strides, as a kernel's Images."""
     return Images(x, *x.shape[2:], *x.stride())
 
 
@@ -109,14 +112,19 @@ def _pair(value, name: str, least: int, op: str) -> tuple[int, int]:
 
 
 def geometry(kernel, stride=1, padding=0, dilation=1, max_pool=1, op="conv2d") -> Geometry:
-    """The arguments of `conv2d` as a Geometry; a ValueError for values out of range."""
+    """The arguments of `conv2d` as a Geometry. A value out of range is a ValueError.
+
+    kernel: (height, width). The others: an integer, or two (height, width). padding may also be
+    "same" or "valid".
+    """
     stride, dilation = _pair(stride, "stride", 1, op), _pair(dilation, "dilation", 1, op)
     if isinstance(padding, str):
         if padding not in ("same", "valid"):
             raise ValueError(f'{op}: padding must be integers, "same" or "valid", got {padding!r}')
         if padding == "same" and stride != (1, 1):
             raise ValueError(
-                f'{op}: padding "same" needs stride 1, as in torch, got stride {stride}'
+                f'{op}: padding "same" needs stride 1, as in torch, got stride {stride}; give '
+                "padding as integers"
             )
         total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilation)]
         before = total[0] // 2, total[1] // 2
@@ -130,7 +138,7 @@ def geometry(kernel, stride=1, padding=0, dilation=1, max_pool=1, op="conv2d") -
 def check_conv(x, w, b, stride, padding, dilation, max_pool, groups, op="conv2d") -> Geometry:
     """The Geometry of a convolution and its pooling.
 
-    A ValueError that names both values where shapes, dtypes or devices do not fit.
+    Raises a ValueError, which names both values, unless shapes, dtypes and devices fit.
     """
     if groups != 1:
         raise ValueError(
@@ -175,9 +183,9 @@ def check_conv(x, w, b, stride, padding, dilation, max_pool, groups, op="conv2d"
 
 @triton.jit
 def locate(first, height, width):
-    """The image that position `first` of (N, height, width) lies in, and its place there.
+    """(image, place): the image of position `first` of (N, height, width), and its place there.
 
-    The one 64-bit division: positions counted from that image's start fit in 32 bits.
+    This is the only 64-bit division. Positions counted from that image's start fit in 32 bits.
     """
     image = first // (height * width)
     return image, (first - image * (height * width)).to(tl.int32)
@@ -185,7 +193,7 @@ def locate(first, height, width):
 
 @triton.jit
 def unravel(image, flat, height, width):
-    """Image, row and column of positions counted from the start of `image`."""
+    """(image, row, column) of positions that are counted from the start of `image`."""
     plane = height * width
     return image + flat // plane, flat % plane // width, flat % width
 
@@ -203,7 +211,7 @@ def load_patches(
 ):
     """The patches of output positions (n, oh, ow) at taps k: [BLOCK_M, BLOCK_K].
 
-    0 outside the image and the masks.
+    They are 0 outside the image and outside the masks.
     """
     top = oh * G.SH - G.TOP
     left = ow * G.SW - G.LEFT

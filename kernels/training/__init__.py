@@ -1,9 +1,15 @@
-"""Whole steps and epochs of training in a launch: one network, many programs on one, many networks.
+"""Whole steps and epochs of training in one launch.
 
-run        what a training takes: one object, made once, checked once
-network    the description of a network, loss and rule; its limits; a step in plain torch
-layers     a step as pieces of a kernel
-step epoch exchange replicas      the kernels and what launches them
+One program trains one network, several programs share one network, or each program trains its own.
+
+run        what a training takes, as one object that is checked once
+network    the description of a network, its loss and its rule; the limits; a step in plain torch
+layers     the parts of a step that the kernels consist of
+objective  the loss of a batch in a kernel
+step       a step in two launches
+epoch      an epoch in one launch
+exchange   an epoch by several programs that share one network
+replicas   an epoch of many networks in one launch
 """
 
 from .epoch import train_epoch, train_epoch_ref

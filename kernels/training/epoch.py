@@ -2,13 +2,14 @@
 
 The formulas are in `network`.
 
-Two kernels. `epoch_kernel`: one program trains one network alone, so that one launch trains as many
-networks as it has programs (`train_replicas` in `replicas`). `exchange_kernel` in `exchange`:
-programs share one network, each owns rows of w_1. In both, the update of w_1 by step t and the
-forward of step t + 1 share one reading of it: w_1 is most of the network, and nothing else is read
-from beyond the processor's own cache.
+There are two kernels. In `epoch_kernel`, each program trains one network alone, so one launch
+trains as many networks as it has programs (`train_replicas` in `replicas`). In `exchange_kernel`
+(see `exchange`), programs share one network, and each owns rows of w_1.
 
-The loop runs to step n + 1, whose first layer only applies the last update.
+In both, one reading of w_1 serves the update of step t and the forward of step t + 1. w_1 is most
+of the network. Everything else stays in the processor's own cache.
+
+The loop has one turn more than there are steps. Its first layer only applies the last update.
 """
 
 import torch
@@ -32,7 +33,7 @@ from .step import new_scratch
 
 
 def train_epoch_ref(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reference of `train_epoch`: a loop of the operations' references."""
+    """The reference of `train_epoch`: a loop over the steps, by the operations' references."""
     numbers, step = run.rows().tolist(), int(run.count)
     losses, correct = run.results()
     for t, rows in enumerate(run.order.long().split(run.batch)):
@@ -54,7 +55,7 @@ def epoch_kernel(
 ):
     """Program r trains network r on the n rows of its permutation.
 
-    Everything is stacked but data, targets and count.
+    Data, targets and count are shared. Everything else is stacked, network after network.
     """
     L: tl.constexpr = len(NET.sizes) - 1
     r = tl.program_id(0).to(tl.int64)
@@ -64,9 +65,8 @@ def epoch_kernel(
     order = Order(order.indices + r * order.n, order.n, order.batch)
     hyper_ptr += r * len(NET.columns) * (steps if NET.scheduled else 1)
     count = tl.load(count_ptr).to(tl.float32)
-    for t in tl.range(
-        0, steps + 1, num_stages=1, disable_licm=True
-    ):  # a deeper pipeline would load across the barriers
+    # A deeper pipeline would load across the barriers.
+    for t in tl.range(0, steps + 1, num_stages=1, disable_licm=True):
         before = batch_rows(order, t - 1, NET)
         rows = batch_rows(order, t, NET)
         numbers = numbers_of(hyper_ptr, t - 1, count + t, NET)
@@ -82,7 +82,7 @@ def epoch_kernel(
 
 
 def run_epoch_kernel(run: Run) -> None:
-    """Launch `epoch_kernel` for the networks of a run and advance its count."""
+    """Launches `epoch_kernel` for the networks of a run, and advances the run's count."""
     planned, _, options = plan(run, "epoch")
     results, net, samples, order = run.bundles()
     scratch = new_scratch(run, planned, run.replicas)
@@ -96,14 +96,16 @@ def run_epoch_kernel(run: Run) -> None:
 def train_epoch(
     run: Run, *, programs: int | None = None, exchange: str = "words"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Trains one network in place on one permutation's batches, in one launch: (losses, correct).
+    """Trains one network in place on the batches of one permutation. Returns (losses, correct).
 
-    Both have a value for each step, and are the run's buffers.
+    Both are the run's buffers, (steps,): the loss of each step, and its number of correct
+    predictions. The run's count is advanced by the number of steps.
 
-    programs: how many share the work: 1, or as many as own the rows of w_1 (None: the latter where
-    the device can); exchange: their means, "words" or "counter". Sums in a fixed order:
-    deterministic, whatever the means. ValueError: limits passed (`refusal`), more programs than the
-    device runs at once.
+    programs: how many share the work. It is 1, or the number of programs that own all rows of w_1.
+    None takes the second if the device can run them (`shareable`). exchange: how they exchange y_1,
+    "words" or "counter" (see the module `exchange`). One launch. Sums have a fixed order, so it is
+    deterministic with both exchanges. ValueError: a limit of `refusal` is exceeded, a number of
+    programs that does not fit, or more programs than the device runs at once.
     """
     refuse(run, "epoch")
     if launch.backend(*run.parameters) == "torch":
@@ -116,9 +118,10 @@ def train_epoch(
 
 
 def shareable(run: Run) -> bool:
-    """Whether the device can run at once all the programs that would share the network.
+    """True if several programs may share this run's network.
 
-    It must also wait as `words` need it.
+    The device must run all of them at once, without spilling. It must be an NVIDIA GPU, because the
+    exchange by words does not work on others.
     """
     rows = plan(run, "exchange")[1]
     nvidia = launch.arch(run.device).startswith("sm_")

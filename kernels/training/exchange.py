@@ -1,19 +1,22 @@
 """An epoch by several programs that share one network and exchange y_1 once a step.
 
-Program g owns rows of w_1, which nobody else touches, and computes their columns of y_1 and of
-dz_1. Layers 2 … L are small: every program computes them, on copies of its own, and all come to the
-same numbers. So what has to travel is y_1: each program publishes its columns of step t + 1, then
-updates w_2 while the others' columns are on their way.
+Program g alone owns some rows of w_1. It computes the columns of y_1 and dz_1 that belong to them.
+Layers 2 … L are small, so every program computes all of them on its own copies. All programs get
+the same numbers. So only y_1 must be exchanged. Each program publishes its columns of step t + 1.
+It then updates w_2, while the others' columns arrive.
 
-`words`: every element is one 64-bit word (step, value), stored at once by a relaxed atomic
-exchange, so that a reader who sees the step has the value: no fence. Two buffers suffice: a program
-writes step t + 2 only after all others published t + 1, so they have finished reading t. A buffer
-is read once, into scratch; after publishing, it may be overwritten. `counter`: plain values, then
-one atomic count of arrivals with release, awaited with acquire. Slower, but it assumes nothing of
-64-bit stores.
+There are two ways to exchange:
 
-All programs must run at once: a cooperative launch fails where they cannot, and the launcher has
-refused before.
+- `words`: every element is one 64-bit word (step, value). A relaxed atomic exchange stores it at
+  once, so a program that reads the step also has the value, without a fence.
+- `counter`: plain values, then one atomic count of arrivals with release, which the others await
+  with acquire. It is slower, but does not rely on 64-bit stores.
+
+Two buffers suffice. A program writes step t + 2 only after all others published t + 1, so they have
+finished reading t. A program reads a buffer once, into scratch.
+
+All programs must run at once. A cooperative launch fails if they cannot. The launcher refuses
+earlier, with a ValueError.
 """
 
 from typing import Any, NamedTuple
@@ -44,7 +47,7 @@ EXCHANGES = ("words", "counter")
 
 
 class Box(NamedTuple):
-    """Where programs leave their columns of y_1: two buffers, and a count of arrivals."""
+    """The memory through which programs exchange y_1: two buffers, and a count of arrivals."""
 
     columns: Any  # [2, block_m, pitch] int64 words, or float32
     counter: Any
@@ -52,7 +55,7 @@ class Box(NamedTuple):
 
 @triton.jit
 def publish(box, y, offs_n, t, NET: tl.constexpr, WORDS: tl.constexpr):
-    """Put columns offs_n of y_1 of step t where every program finds them."""
+    """Stores columns offs_n of y_1 of step t in the box, for all programs."""
     ptrs = box.columns + (t & 1) * (NET.block_m * NET.pitch) + offsets(1, offs_n, NET)
     mask = (offs_n < NET.sizes[1])[None, :]
     if WORDS:
@@ -67,7 +70,7 @@ def publish(box, y, offs_n, t, NET: tl.constexpr, WORDS: tl.constexpr):
 
 @triton.jit
 def receive(y_ptr, box, t, NET: tl.constexpr, PROGRAMS: tl.constexpr, WORDS: tl.constexpr):
-    """Wait for all columns of y_1 of step t and keep them in scratch."""
+    """Waits for all columns of y_1 of step t, and stores them in scratch."""
     box_ptr = box.columns + (t & 1) * (NET.block_m * NET.pitch)
     if not WORDS:
         while tl.atomic_add(box.counter, 0, sem="acquire", scope="gpu") < (t + 1) * PROGRAMS:
@@ -91,9 +94,10 @@ def receive(y_ptr, box, t, NET: tl.constexpr, PROGRAMS: tl.constexpr, WORDS: tl.
 
 @triton.jit
 def own_dz(scratch, net, g, y, z, own, numbers, NET: tl.constexpr):
-    """Columns `own` of dz_1; y and z are those of layer 1.
+    """Columns `own` of dz_1. y and z are those columns of layer 1.
 
-    From dz_2 through w_2 before its update, or from the loss where layer 1 is the last.
+    They are computed from dz_2 and w_2 before its update. If layer 1 is the last, `top` has stored
+    them already.
     """
     if len(NET.sizes) == 2:
         dz = load_columns(scratch.dz, 1, own, NET)
@@ -109,7 +113,7 @@ def own_dz(scratch, net, g, y, z, own, numbers, NET: tl.constexpr):
 @triton.jit
 def exchange_kernel(
     results,  # Results
-    net,  # Parameters; of layers 2 … L a copy for each program
+    net,  # Parameters; layers 2 … L have a copy for each program
     scratch,  # Scratch
     box,  # Box
     samples,  # Samples
@@ -124,11 +128,13 @@ def exchange_kernel(
 ):
     """Program g = first + program_id of PROGRAMS owns rows g·ROWS … of w_1.
 
-    It has copy g of everything of layers 2 … L.
+    It also owns copy g of layers 2 … L.
 
-    Step t: receive y_1; layers 2 … L forward, loss, backward to w_3's update; own columns of dz_1,
-    before w_2 changes. Then, as the beginning of step t + 1: update own rows of w_1 and compute own
-    columns of y_1; publish; update w_2.
+    Step t: receive y_1. Then forward through layers 2 … L, loss, and backward up to the update of
+    w_3. Then compute the own columns of dz_1, before w_2 changes.
+
+    The beginning of step t + 1: update the own rows of w_1 and compute the own columns of y_1 in
+    one reading. Publish them. Then update w_2.
     """
     L: tl.constexpr = len(NET.sizes) - 1
     M: tl.constexpr = NET.block_m
@@ -138,9 +144,8 @@ def exchange_kernel(
     steps = tl.cdiv(order.n, order.batch)
     count = tl.load(count_ptr).to(tl.float32)
     dz = tl.zeros((M, ROWS), dtype=tl.float32)
-    for t in tl.range(
-        0, steps + 1, num_stages=1, disable_licm=True
-    ):  # a deeper pipeline would load ahead of the exchange
+    # A deeper pipeline would load ahead of the exchange.
+    for t in tl.range(0, steps + 1, num_stages=1, disable_licm=True):
         before = batch_rows(order, t - 1, NET)
         rows = batch_rows(order, t, NET)
         numbers = numbers_of(hyper_ptr, t - 1, count + t, NET)
@@ -161,30 +166,31 @@ def exchange_kernel(
 
 
 def spills(run: Run) -> bool:
-    """Whether programs that share this network would spill registers: see `configs`."""
+    """True if programs that share this network would spill registers, see `configs`."""
     arch = launch.arch(run.device)
     return configs.spills_shared(arch, launch.dot_precision(), padded(run.batch))
 
 
 def check_programs(run: Run, rows: int, programs: int | None, exchange: str) -> int:
-    """How many programs share w_1.
+    """How many programs share w_1: one for each block of so many rows.
 
-    A ValueError names both numbers if the device cannot run so many at once.
+    ValueError, which names both values: an unknown exchange, a number of programs that does not
+    fit, or more programs than the device runs at once.
     """
     device, needed = run.device, triton.cdiv(run.spec.sizes[1], rows)
     most = launch.sm_count(device)
     if exchange not in EXCHANGES:
         raise ValueError(f"epoch: exchange must be one of {', '.join(EXCHANGES)}, got {exchange!r}")
     if exchange == "words" and launch.arch(device).startswith("gfx"):
-        # Triton 3.6 to 3.9 turn the volatile load into a plain buffer load there, which may go on
-        # seeing an old word.
+        # Triton 3.6 to 3.9 turn the volatile load into a plain buffer load there. It may read an
+        # old word again and again.
         raise ValueError(
             "epoch: exchange 'words' would wait for ever on AMD; pass programs=1, or "
             "exchange='counter'"
         )
     if programs not in (None, needed):
         raise ValueError(
-            f"epoch: {rows} rows of w_1 a program make {needed} programs, or 1; got {programs}"
+            f"epoch: programs must be {needed} ({rows} rows of w_1 for each) or 1, got {programs}"
         )
     if spills(run):
         raise ValueError(
@@ -201,7 +207,7 @@ def check_programs(run: Run, rows: int, programs: int | None, exchange: str) -> 
 def prepare(run: Run, planned: Plan, programs: int, exchange: str) -> tuple[tuple, list]:
     """(the kernel's arguments before `first`, [(tensor, copies)]).
 
-    The copies are the programs' own, of layers 2 … L.
+    The copies (programs, …) of layers 2 … L belong to the programs.
     """
     results, net, samples, order = run.bundles()
     shared = 1 + run.spec.bias  # parameters of layer 1
@@ -223,11 +229,11 @@ def prepare(run: Run, planned: Plan, programs: int, exchange: str) -> tuple[tupl
 
 
 def train_programs(run: Run, programs: int | None = None, exchange: str = "words") -> None:
-    """`train_epoch` by as many programs as own the rows of w_1; arguments as checked there.
+    """`train_epoch` by as many programs as own the rows of w_1. The caller has called `refuse`.
 
-    Memory a step: w_1 read and written once, by all programs together; (L - 1) small layers in each
-    one's own cache; y_1 once through L2. Copies of layers 2 … L are made before the launch and the
-    first one's brought back after it.
+    Memory traffic of a step: all programs together read and write w_1 once. y_1 goes once through
+    the L2 cache. Layers 2 … L stay in each processor's own cache. Their copies are made before the
+    launch, and the first program's copies are written back after it.
     """
     planned, rows, options = plan(run, "exchange")
     programs = check_programs(run, rows, programs, exchange)

@@ -1,18 +1,18 @@
-"""One training step as pieces of a kernel: what `step` and `epoch` are made of.
+"""One training step as parts of a kernel. `step`, `epoch` and `exchange` consist of them.
 
-Layer 1 is `input_tile`: one reading of w_1 applies the update of the step before and computes this
-step's z_1. Layers 2 … L, loss and backward are `forward`, `loss` and `backward_layer`, which takes
-dx, dw and the update of a layer in one reading of its weights. The formulas are in `network`; l
-counts from 1.
+Layer 1 is `input_tile`. It reads w_1 once, applies the update of the step before, and computes this
+step's z_1. The other layers, the loss and the backward are `forward`, `loss` and `backward_layer`.
+`backward_layer` reads the weights of a layer once for dx, dw and the update. The formulas are in
+`network`. l counts from 1.
 
-A program works alone on its network. What one phase leaves for the next is in scratch, which stays
-in the processor's cache: y_l and dz_l of every layer, each NET.block_m rows of NET.pitch, and z_l
-of the hidden layers where act' is written in z. Of a network of one layer, the place of y_1 holds
-z_1: the output's activation is applied where the outputs are read.
+A program works alone on its network. One phase stores its results for the next in scratch, which
+stays in the processor's cache. Scratch holds y_l and dz_l of every layer, NET.block_m rows of
+NET.pitch each. If act' needs z, it also holds z_l of the hidden layers. In a network of one layer,
+the place of y_1 holds z_1, because `top` applies the output's activation.
 
-A value stored by one thread is read by others only behind `tl.debug_barrier()`. Arrays of several
-networks, or of private copies, are stacked: `r` selects one. Tiles are bounded by the
-configuration, not by the network. Rows beyond the batch have dz = 0, columns beyond a layer's width
+A value stored by one thread is read by others only after `tl.debug_barrier()`. Arrays of several
+networks, or of private copies, are stacked, and `r` selects one. Tiles are bounded by the
+configuration, not by the network. Rows beyond the batch have dz = 0. Columns beyond a layer's width
 meet weights that were loaded as 0.
 """
 
@@ -28,7 +28,7 @@ from .run import Results, Scratch
 
 
 class Rows(NamedTuple):
-    """Rows of the data that make a batch, [block_m], and which of them exist."""
+    """The rows of the data that form a batch, [block_m], and a mask of those that exist."""
 
     index: Any
     mask: Any
@@ -49,9 +49,9 @@ def results_at(results, t):
 
 @triton.jit
 def numbers_of(hyper_ptr, t, step, NET: tl.constexpr):
-    """The rule's numbers of the epoch's step t, which is step 1, 2, … of the training.
+    """The rule's numbers of the epoch's step t. step is its count in the whole training, from 1.
 
-    They stand in row t, or in the only row.
+    They come from row t of hyper if NET.scheduled, else from the only row.
     """
     if NET.scheduled:
         hyper_ptr += tl.maximum(t, 0) * len(NET.columns)
@@ -68,9 +68,8 @@ def update_bias(net, r, offs_n, dz, live, numbers, l: tl.constexpr, NET: tl.cons
     base = r * NET.sizes[l]
     mask = offs_n < NET.sizes[l]
     b = tl.load(net.tensors[i] + base + offs_n, mask=mask, other=0.0)
-    mask = offs_n < tl.where(
-        live, NET.sizes[l], 0
-    )  # the interpreter cannot `&` a tile and one truth value
+    # The interpreter cannot `&` a tile and one truth value.
+    mask = offs_n < tl.where(live, NET.sizes[l], 0)
     db = tl.sum(settled(dz), axis=0)
     # Several warps hold the same columns.
     return tl.where(live, update_tile(net, i, base, offs_n, mask, b, db, numbers, NET, True), b)
@@ -78,7 +77,7 @@ def update_bias(net, r, offs_n, dz, live, numbers, l: tl.constexpr, NET: tl.cons
 
 @triton.jit
 def batch_rows(order, t, NET: tl.constexpr):
-    """The Rows of batch t of the permutation: none exist for t = -1 or past the end."""
+    """The Rows of batch t of the permutation. None exist for t = -1 or past the end."""
     offs_m = tl.arange(0, NET.block_m)
     mask = offs_m < tl.where(t >= 0, tl.minimum(order.batch, order.n - t * order.batch), 0)
     index = tl.load(order.indices + t * order.batch + offs_m, mask=mask, other=0).to(tl.int64)
@@ -87,9 +86,9 @@ def batch_rows(order, t, NET: tl.constexpr):
 
 @triton.jit
 def inputs(x_ptrs, mask, samples):
-    """A tile of the data, data · scale + shift in float32.
+    """A tile of data · scale + shift, in float32.
 
-    0 outside the mask, where the shift must not reach.
+    It is 0 outside the mask, where the shift must not be added.
     """
     x = tl.load(x_ptrs, mask=mask, other=0).to(tl.float32)
     return tl.where(mask, x * samples.scale + samples.shift, 0.0)
@@ -110,11 +109,11 @@ def input_tile(
 ):
     """Columns offs_n of z_1 = x w_1ᵀ + b_1, after the pending update of w_1 and b_1.
 
-    One reading of w_1 does both.
+    One reading of w_1 serves the update and the product.
 
-    That step's forward was z_mn = Σ_k x_mk w_nk, so dw_nk = Σ_m dz_mn x_mk, with its rows x and dz.
-    Before the first step (`live` is false) there is nothing to apply. Tiles of w lie transposed:
-    [block_k, columns].
+    The forward of the step before was z_mn = Σ_k x_mk w_nk, so dw_nk = Σ_m dz_mn x_mk, with the
+    rows x and the dz of that step. Before the first step, `live` is false, and nothing is applied.
+    Tiles of w are transposed: [block_k, columns].
     """
     K: tl.constexpr = NET.sizes[0]
     PRECISION: tl.constexpr = NET.precision
@@ -146,7 +145,7 @@ def input_tile(
 
 @triton.jit
 def offsets(l: tl.constexpr, offs, NET: tl.constexpr):
-    """Offsets of columns offs of layer l in the scratch of y, dz or z, [block_m, columns]."""
+    """Offsets [block_m, columns] of columns offs of layer l, in the scratch of y, dz or z."""
     return (
         (l - 1) * (NET.block_m * NET.pitch)
         + tl.arange(0, NET.block_m)[:, None] * NET.pitch
@@ -173,7 +172,7 @@ def first_tile(
     numbers,
     NET: tl.constexpr,
 ):
-    """`input_tile` from the last step's dz_1 to this step's y_1, columns offs_n in scratch."""
+    """`input_tile` with dz_1 of the step before from scratch. This step's y_1 goes to scratch."""
     offs = offsets(1, offs_n, NET)
     mask = (offs_n < tl.where(live, NET.sizes[1], 0))[None, :]
     dz = tl.load(scratch.dz + offs, mask=mask, other=0.0)
@@ -183,7 +182,7 @@ def first_tile(
 
 @triton.jit
 def first_act(z, NET: tl.constexpr):
-    """y_1 = act(z_1), or z_1 itself where layer 1 is the last."""
+    """y_1 = act(z_1), or z_1 itself if layer 1 is the last."""
     if len(NET.sizes) == 2:
         return z
     else:
@@ -192,7 +191,7 @@ def first_act(z, NET: tl.constexpr):
 
 @triton.jit
 def keep(scratch, l: tl.constexpr, offs_n, z, NET: tl.constexpr):
-    """Store columns offs_n of y_l, and of z_l where the backward needs it, from those of z_l."""
+    """Stores columns offs_n of y_l, made from z_l, and of z_l too if the backward needs it."""
     offs = offsets(l, offs_n, NET)
     tl.store(scratch.y + offs, first_act(z, NET))
     if NET.keeps_z:
@@ -218,7 +217,7 @@ def forward_tile(scratch, net, r, n, l: tl.constexpr, NET: tl.constexpr):
 
 @triton.jit
 def forward(scratch, net, r, NET: tl.constexpr):
-    """z_L [block_m, classes' tile], from y_1 in scratch; y_2 … y_{L-1} are left there."""
+    """z_L [block_m, classes' tile], from y_1 in scratch. y_2 … y_{L-1} are stored in scratch."""
     L: tl.constexpr = len(NET.sizes) - 1
     for l in tl.static_range(2, L):
         for n in tl.range(0, NET.sizes[l], NET.tiles[l], num_stages=1):
@@ -243,9 +242,9 @@ def top(
     writer,
     NET: tl.constexpr,
 ):
-    """The way from y_1 up to the loss and down to dz_L, both in scratch.
+    """Forward from y_1 in scratch to the loss, and back to dz_L, which it stores in scratch.
 
-    Updates b_L. Stores loss and count where `writer`.
+    It also updates b_L. If `writer`, it stores the loss and the number of correct predictions.
     """
     L: tl.constexpr = len(NET.sizes) - 1
     z = forward(scratch, net, r, NET)
@@ -277,12 +276,12 @@ def backward_tile(
     UPDATE: tl.constexpr,
     NET: tl.constexpr,
 ):
-    """Columns offs_k of dy_{l-1} = dz_l w_l, and the update of those columns of w_l.
+    """Columns offs_k of dy_{l-1} = dz_l w_l (DX), and the update of those columns of w_l (UPDATE).
 
-    One reading of them does both. y: those columns of y_{l-1}.
+    One reading of w_l serves both. y: those columns of y_{l-1}.
 
-    Forward was z_mn = Σ_k y_mk w_nk, so dy_mk = Σ_n dz_mn w_nk with w as it was, and dw_nk = Σ_m
-    dz_mn y_mk.
+    Forward was z_mn = Σ_k y_mk w_nk. So dy_mk = Σ_n dz_mn w_nk with w before its update, and
+    dw_nk = Σ_m dz_mn y_mk.
     """
     K: tl.constexpr = NET.sizes[l - 1]
     N: tl.constexpr = NET.sizes[l]
@@ -317,7 +316,7 @@ def backward_layer(
 ):
     """Updates w_l from dz_l and y_{l-1} in scratch.
 
-    With DX it stores dz_{l-1} = dy_{l-1} ⊙ act' there, and updates b_{l-1}.
+    With DX it also stores dz_{l-1} = dy_{l-1} ⊙ act' in scratch, and updates b_{l-1} for l > 2.
     """
     for k in tl.range(0, NET.sizes[l - 1], NET.tiles[l - 1], num_stages=1):
         offs_k = k + tl.arange(0, NET.tiles[l - 1])
@@ -329,6 +328,6 @@ def backward_layer(
                 s = load_columns(scratch.z, l - 1, offs_k, NET)
             dz = NET.act_bwd(dy, s)
             tl.store(scratch.dz + offsets(l - 1, offs_k, NET), dz)
-            if NET.bias and l > 2:  # b_1 takes its update with w_1
+            if NET.bias and l > 2:  # b_1 is updated together with w_1
                 update_bias(net, r, offs_k, dz, True, numbers, l - 1, NET)
     tl.debug_barrier()

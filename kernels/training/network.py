@@ -1,27 +1,28 @@
 """What the training kernels train, and one step of it in plain torch.
 
-One description holds the network, the loss and the optimizer. Its limits are here.
+One description holds the network, the loss and the rule. The limits of the kernels are here too.
 
-    y_0 = x,  y_l = act_l(y_{l-1} w_lᵀ + b_l)  for l = 1 … L           hidden layers share an
-        activation, the last has its own
-    loss = s · Σ_m ℓ(y_L, t)                                           ℓ: a row of `losses`, summed
-        over outputs; s = loss_scale, over the batch's rows if loss_mean. torch's mean of squared
-        error: s = 1/C; ½ Σ over the batch: s = ½, no mean; the sigmoid recipe's cross-entropy
-        averages over classes too: s = 1/C
-    dz_L = ∂loss/∂y_L ⊙ act_L',  dz_{l-1} = (dz_l w_l) ⊙ act',  dw_l = dz_lᵀ y_{l-1},  db_l = Σ_m
-        dz_l
+    y_0 = x,  y_l = act_l(y_{l-1} w_lᵀ + b_l)  for l = 1 … L
+    loss = s · Σ_m ℓ(y_L, t)
+    dz_L = ∂loss/∂y_L ⊙ act_L',  dz_{l-1} = (dz_l w_l) ⊙ act'
+    dw_l = dz_lᵀ y_{l-1},  db_l = Σ_m dz_l
 
-then every parameter takes its update by `rule`, as in `optim`. Numbers that a run may change
-(learning rate, momentum, …) are no part of the description: they live in a device tensor, see
+Hidden layers share one activation. The last layer has its own. ℓ is a row of `losses`, summed over
+outputs. s is loss_scale, divided by the batch's rows if loss_mean. For example, torch's mean of
+squared error has s = 1/C. ½ Σ over the batch has s = ½ and no mean. The sigmoid recipe's
+cross-entropy is also averaged over classes, with s = 1/C.
+
+Then every parameter takes its update by `rule`, see `rules`. Numbers that a run may change
+(learning rate, momentum, …) are not part of the description. They are in a device tensor, see
 `hyperparameters`.
 
-`parameters` is a list [w_1, b_1, w_2, b_2, …], or [w_1, w_2, …] without biases; `states` holds
-lists of the same shapes: none for plain sgd, momentum buffers, or Adam's two averages. All start as
-zeros.
+`parameters` is a list [w_1, b_1, w_2, b_2, …], or [w_1, w_2, …] without biases. `states` holds one
+list of the same shapes for each of the rule's states. All states start as zeros.
 """
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,10 +48,12 @@ MAX_WIDTH, MAX_CLASSES = 256, 64
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """A network, its loss and its optimizer; the formulas are the module's.
+    """A network, its loss and its update rule. The module has the formulas.
 
-    sizes: (features, hidden …, classes). loss: a row of `losses`, or its name. loss_parameter: its
-    number, or one for each output. rule: a row of `rules`, or its name.
+    sizes: (features, hidden …, classes). activation: of the hidden layers; output_activation: of
+    the last. bias: True if the layers have biases. loss: a row of `losses`, or its name.
+    loss_scale, loss_mean: s of the formulas. loss_parameter: the loss's number, or one for each
+    output. rule: a row of `rules`, or its name. ValueError: an unknown loss or rule.
     """
 
     sizes: tuple[int, ...]
@@ -70,7 +73,10 @@ class Spec:
 
     @property
     def loss_numbers(self) -> tuple[float, ...]:
-        """The loss's parameter, checked: one number or one for each output; (1,) if it has none."""
+        """The loss's checked parameter: one number, or one for each output. (1.0,) if it has none.
+
+        ValueError: see `Loss.numbers`.
+        """
         return self.loss.numbers(self.loss_parameter) or (1.0,)
 
     @property
@@ -84,21 +90,21 @@ class Spec:
 class Plan:
     """What a training kernel knows at compile time, as one hashable constexpr.
 
-    A Spec's facts, its functions, and the tiles.
+    It holds the facts of a Spec, its functions, and the tiles.
     """
 
     sizes: tuple[int, ...]
     tiles: tuple[int, ...]  # columns of a layer that are computed at once
-    bias: int
-    act: Any  # jit scalars, see `activations`: of the hidden layers
+    bias: int  # 1 if the layers have biases, else 0
+    act: Any  # jit scalars of the hidden layers' activation, see `activations`
     act_bwd: Any
-    out: Any  # and of the last
+    out: Any  # jit scalars of the last layer's activation
     out_bwd: Any
-    keeps_z: bool  # whether act_bwd needs z, and out_bwd
-    out_needs_z: bool
+    keeps_z: bool  # True if act_bwd needs z
+    out_needs_z: bool  # True if out_bwd needs z
     columns: tuple[str, ...]  # of a row of hyperparameters
-    scheduled: bool  # whether there is such a row for each step
-    at: Any  # of the rule, as `update`: see `rules`
+    scheduled: bool  # True if there is such a row for each step
+    at: Any  # the rule's jit functions, see `rules`
     update: Any
     loss: losses.Loss
     loss_numbers: tuple[float, ...]
@@ -107,19 +113,19 @@ class Plan:
     soft: bool  # targets are (n, classes) numbers, not labels
     precision: str
     block_m: int  # batch rows, padded
-    block_k: int  # input features read at once
-    block_r: int  # terms of a sum over a hidden layer's units taken at once
+    block_k: int  # input features that are read at once
+    block_r: int  # terms that are added at once in a sum over a hidden layer's units
     pitch: int  # row length of the scratch that holds y_l and dz_l
-    threads: int  # of a program: several hold an element of a tile that is smaller
+    threads: int  # of a program; if a tile has fewer elements, several threads hold each
 
     @functools.cached_property
     def cache_key(self) -> str:
-        """What Triton's cache on disk knows of it: functions by their source."""
+        """The key of this constexpr in Triton's cache on disk. It covers the functions' source."""
         return rules.key_of(*(getattr(self, field.name) for field in dataclasses.fields(self)))
 
 
 def plan(run: "Run", kernel: str) -> tuple[Plan, int, dict]:
-    """For `kernel` on the run's device: (Plan, rows of w_1 of each program, launch options)."""
+    """(Plan, rows of w_1 of each program, launch options) of `kernel` on the run's device."""
     spec, block_m = run.spec, padded(run.batch)
     precision, arch = launch.dot_precision(), launch.arch(run.device)
     hidden, output = activations.get(spec.activation), activations.get(spec.output_activation)
@@ -154,16 +160,16 @@ def plan(run: "Run", kernel: str) -> tuple[Plan, int, dict]:
     )
     options = dict(NET=planned, num_warps=config.num_warps, num_stages=config.num_stages)
     if arch.startswith("sm_"):
-        # Else ptxas may stop at 128 registers, for a second block, and spill.
+        # Without it, ptxas may stop at 128 registers, so that a second block fits, and spill.
         options["maxnreg"] = min(255, 2048 // config.num_warps)
     return planned, min(config.rows, sides[1]), options
 
 
 def refusal(spec: Spec, batch: int, engine: str = "epoch") -> str | None:
-    """None where the training kernels serve this network; else one line that says why.
+    """Why the training kernels do not serve this network, in one line, or None if they do.
 
-    The line names the limit, both values, and what would do it. What fits in registers depends on
-    the precision of float32 products.
+    The line names the limit, both values, and what else to use. What fits in registers depends on
+    the precision of float32 products. batch: rows of a step. engine: a name for the line.
     """
     precision = launch.dot_precision()
     instead = "use engine 'graph' or 'manual'" if engine == "epoch" else "use engine 'manual'"
@@ -195,14 +201,15 @@ def refusal(spec: Spec, batch: int, engine: str = "epoch") -> str | None:
 
 
 def padded(size: int) -> int:
-    """A tile's side for so many elements: a power of two, at least 16."""
+    """The side of a tile for so many elements: a power of two, at least 16."""
     return max(16, triton.next_power_of_2(size))
 
 
 def outgrown(spec: Spec, batch: int, engine: str = "epoch") -> str | None:
-    """Why a chain of products would be faster than the training kernels, or None.
+    """Why separate products would be faster than the training kernels, in one line, or None.
 
-    Each of their programs repeats the layers above the first.
+    Each program of these kernels repeats the layers above the first. batch: rows of a step. engine:
+    a name for the line.
     """
     widths = spec.sizes[1:]
     products = 3 * batch * sum(n * k for n, k in zip(widths[1:], widths))
@@ -215,7 +222,7 @@ def outgrown(spec: Spec, batch: int, engine: str = "epoch") -> str | None:
 
 
 def refuse(run: "Run", engine: str) -> None:
-    """A ValueError where `refusal` has a reason."""
+    """Raises a ValueError if `refusal` gives a reason."""
     if reason := refusal(run.spec, run.batch, engine):
         raise ValueError(reason)
 
@@ -225,7 +232,7 @@ def loss_ref(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss (…,), ∂loss/∂y (…, M, C)) of outputs y (…, M, C).
 
-    The target is labels (…, M), or numbers (…, M, C).
+    target: labels (…, M), or numbers (…, M, C). IndexError: a label that is no class.
     """
     row, t = spec.loss, target
     rows: int | torch.Tensor = y.shape[-2]
@@ -237,14 +244,14 @@ def loss_ref(
     factor = torch.as_tensor(spec.loss_scale, dtype=y.dtype, device=y.device)
     factor = factor / rows if spec.loss_mean else factor
     loss, grad = row.value_ref(y, t, parameter), row.gradient_ref(y, t, parameter)
-    scale = factor.masked_fill(factor.isinf(), 0)  # every row ignored: no gradient, as torch
+    scale = factor.masked_fill(factor.isinf(), 0)  # no gradient if every row is ignored, as torch
     return loss.sum((-2, -1)) * factor, grad * scale[..., None, None]
 
 
 def correct_ref(spec: Spec, y: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """How many rows of outputs (…, M, C) are right, as the loss counts it.
+    """How many rows of outputs (…, M, C) are right.
 
-    With labels: how many rows have their largest output at the label.
+    With labels, a row is right if its largest output is at the label. Else the loss decides.
     """
     if target.is_floating_point():
         return spec.loss.correct_ref(y, target).sum(-1)
@@ -254,9 +261,9 @@ def correct_ref(spec: Spec, y: torch.Tensor, target: torch.Tensor) -> torch.Tens
 def gradients_ref(
     spec: Spec, parameters: list[torch.Tensor], x: torch.Tensor, target: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """(loss, correct, gradients in the parameters' order) of inputs (M, features).
+    """(loss, correct, gradients in the parameters' order) of inputs x (M, features).
 
-    Of R stacked networks, with inputs (R, M, features): R losses and counts.
+    For R stacked networks, x is (R, M, features), and there are R losses and counts.
     """
     weights = parameters[:: 1 + spec.bias]
     biases = parameters[1::2] if spec.bias else [None] * len(weights)
@@ -271,12 +278,12 @@ def gradients_ref(
 
 
 def step_ref(
-    run: "Run", rows: torch.Tensor, row: Any, step: int
+    run: "Run", rows: torch.Tensor, row: Sequence | torch.Tensor, step: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One training step in place, by the references: (loss, correct).
+    """(loss, correct) of one training step, taken in place by the references.
 
-    rows: of the data, (M,) or (R, M). row: the numbers of run.hyper, or of several networks the
-    tensor. step: 1 at the first.
+    rows: rows of the data, (M,) or (R, M). row: the numbers of a row of hyper, or for R networks a
+    tensor (R, columns). step: the count of this step, 1 at the first.
     """
     x, target = run.inputs(rows), run.targets[rows]
     loss, correct, grads = gradients_ref(run.spec, run.parameters, x, target)

@@ -1,6 +1,6 @@
-"""Loss, gradient and count of correct predictions of a batch whose outputs fit in one tile.
+"""Loss, gradient and number of correct predictions of a batch whose outputs fit in one tile.
 
-The formulas are in `losses`. Labels that the loss ignores count for nothing, as in torch; a label
+The formulas are in `losses`. Labels that the loss ignores count for nothing, as in torch. A label
 that is no class makes loss and gradient NaN.
 """
 
@@ -12,7 +12,7 @@ from ..losses import Classes, label_weight, same_class, target_tile
 
 @triton.jit
 def parameters(offs_c, NET: tl.constexpr):
-    """The loss's parameter of each output, [1, tile]; one number serves all."""
+    """The loss's parameter for each output, [1, tile]. One number serves all outputs."""
     numbers = offs_c * 0.0 + NET.loss_numbers[0]
     for i in tl.static_range(1, len(NET.loss_numbers)):
         numbers = tl.where(offs_c == i, NET.loss_numbers[i], numbers)
@@ -21,9 +21,9 @@ def parameters(offs_c, NET: tl.constexpr):
 
 @triton.jit
 def loss(y, t_ptr, rows, mask_m, NET: tl.constexpr):
-    """(loss, correct predictions, ∂loss/∂y) of the outputs y [block_m, tile].
+    """(loss, number of correct predictions, ∂loss/∂y) of the outputs y [block_m, tile].
 
-    Targets are labels, or rows of numbers.
+    Targets are labels, or with NET.soft rows of numbers.
     """
     C: tl.constexpr = NET.sizes[len(NET.sizes) - 1]
     offs_c = tl.arange(0, NET.tiles[len(NET.sizes) - 1])
@@ -45,5 +45,6 @@ def loss(y, t_ptr, rows, mask_m, NET: tl.constexpr):
     else:
         right = same_class(y, q, mask, offs_c)
     correct = (weight == 1.0) & right
-    dy = tl.where(count == 0, 0.0, dy * factor)  # every row ignored: no gradient, as torch
+    # If every row is ignored there is no gradient, as in torch.
+    dy = tl.where(count == 0, 0.0, dy * factor)
     return tl.sum(rows_loss, axis=0) * factor, tl.sum(correct.to(tl.int32), axis=0), dy

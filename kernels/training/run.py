@@ -1,4 +1,4 @@
-"""What a training takes: one object on the host, bundles of pointers in kernels."""
+"""What a training takes: one object on the host, and bundles of pointers for kernels."""
 
 import dataclasses
 import math
@@ -11,9 +11,9 @@ from .network import Spec
 
 
 class Scratch(NamedTuple):
-    """Pointers to what one phase of a step leaves for the next, [layer, block_m, pitch] each.
+    """Pointers to what one phase of a step stores for the next, [layer, block_m, pitch] each.
 
-    y and dz of every layer, and z of the hidden ones, which is unused unless act' needs it.
+    y, dz: of every layer. z: of the hidden layers. It is unused unless act' needs z.
     """
 
     y: Any
@@ -22,7 +22,7 @@ class Scratch(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """Data and targets: inputs are x · scale + shift."""
+    """Data and targets. The network's inputs are x · scale + shift."""
 
     x: Any
     targets: Any
@@ -31,7 +31,7 @@ class Samples(NamedTuple):
 
 
 class Order(NamedTuple):
-    """The rows of the data in the order of an epoch: n of them, `batch` at a time."""
+    """The rows of the data in the order of an epoch. There are n, and a step takes `batch`."""
 
     indices: Any
     n: Any
@@ -39,7 +39,7 @@ class Order(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Where losses and numbers of correct predictions go, one for each step."""
+    """Pointers to the losses and the numbers of correct predictions, one for each step."""
 
     loss: Any
     correct: Any
@@ -47,19 +47,23 @@ class Results(NamedTuple):
 
 @dataclasses.dataclass
 class Run:
-    """A training: one network, or with a two-dimensional order several that are stacked.
+    """A training of one network, or, with a two-dimensional order, of several stacked networks.
 
-    parameters: [w_1, b_1, w_2, …] float32, or without biases; states: for each state of the rule a
-    list of the same shapes. data (n, features), of any real type, of which data · scale + shift is
-    the input; targets (n,) labels, or (n, classes) float32. order: the epoch's rows of data, int32
-    or int64, the last batch as small as it comes out. hyper: a row of `hyperparameters`, read at
-    launch. count: one-element tensor, steps taken so far, advanced. losses float32, correct
-    integer: (steps,) buffers for the results, made if None. hyper may also be (steps, columns): the
-    numbers of each step of the epoch, which a schedule moves.
+    spec: the network, its loss and its rule.
+    parameters: [w_1, b_1, w_2, …], or [w_1, w_2, …] without biases. float32, contiguous.
+    states: for each of the rule's states a list of the same shapes, zeros at first.
+    data: (n, features), of any real dtype. The network's input is data · scale + shift.
+    targets: (n,) integer labels, or (n, classes) float32.
+    order: the epoch's rows of data, int32 or int64. The last batch may be smaller than `batch`.
+    batch: rows of a step.
+    hyper: (columns,), a row of `hyperparameters`, read at launch. Or (steps, columns): one row for
+        each step of the epoch, as a schedule gives them.
+    count: a one-element tensor, the number of steps taken so far. Training advances it.
+    losses, correct: (steps,) buffers for the results, float32 and integer. Made if None.
 
-    Of R networks parameters, states, order (R, n), hyper (R, columns), losses and correct have a
-    first dimension of R; data, targets and count are shared. All tensors are on one device.
-    ValueError: shapes and layouts that do not fit, with both values.
+    For R networks, parameters, states, order (R, n), hyper (R, …), losses and correct have a first
+    dimension of R. Data, targets and count are shared. All tensors are on one device. ValueError,
+    which names both values: shapes or layouts that do not fit.
     """
 
     spec: Spec
@@ -95,7 +99,7 @@ class Run:
 
     @property
     def lead(self) -> tuple[int, ...]:
-        """The first dimension of what is stacked: (R,) of R networks, () of one."""
+        """The first dimension of what is stacked: (R,) for R networks, () for one."""
         return tuple(self.order.shape[:-1])
 
     @property
@@ -105,39 +109,39 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Steps of an epoch; the last may be smaller."""
+        """Steps of an epoch. The last one may have fewer rows."""
         return math.ceil(self.order.shape[-1] / self.batch)
 
     @property
     def device(self) -> torch.device:
-        """Where everything is."""
+        """The device of all tensors."""
         return self.data.device
 
     @property
     def scheduled(self) -> bool:
-        """Whether every step of the epoch has numbers of its own."""
+        """True if every step of the epoch has its own row of hyper."""
         return self.hyper.dim() > len(self.lead) + 1
 
     def rows(self) -> torch.Tensor:
-        """The numbers of every step: (steps, columns), of R networks (R, steps, columns)."""
+        """The row of every step: (steps, columns), or (R, steps, columns) for R networks."""
         if self.scheduled:
             return self.hyper
         return self.hyper.unsqueeze(-2).expand(*self.lead, self.steps, -1)
 
     def results(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(losses, correct): the buffers for the results."""
+        """(losses, correct), the buffers for the results."""
         assert self.losses is not None and self.correct is not None  # __post_init__ made them
         return self.losses, self.correct
 
     def bundles(self) -> tuple[Results, Parameters, Samples, Order]:
-        """The kernels' arguments that are the same in all kernels."""
+        """The arguments that all training kernels take."""
         net = Parameters(tuple(self.parameters), tuple(map(tuple, self.states)))
         samples = Samples(self.data, self.targets, float(self.scale), float(self.shift))
         order = Order(self.order, self.order.shape[-1], self.batch)
         return Results(self.losses, self.correct), net, samples, order
 
     def inputs(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of the data as the kernels see them, in the parameters' dtype."""
+        """These rows of data · scale + shift, in the parameters' dtype."""
         x = self.data[rows].to(self.parameters[0].dtype)
         return x if (self.scale, self.shift) == (1.0, 0.0) else x * self.scale + self.shift
 

@@ -1,15 +1,18 @@
-"""A training step in two launches that a CUDA graph can replay: formulas in `network`.
+"""A training step in two launches that a CUDA graph can replay. The formulas are in `network`.
 
-    input pass   programs own rows of w_1: they apply the update of the step before, from its dz_1,
-                 and compute this step's y_1, in one reading of w_1
-    head         one program: layers 2 … L, loss, backward, their updates; leaves dz_1 for the next
-                 pass
+    input pass   each program owns rows of w_1. In one reading of w_1, it applies the update of the
+                 step before, from its dz_1, and computes this step's y_1.
+    head         one program computes layers 2 … L, loss and backward, and updates these layers. It
+                 stores dz_1 for the next input pass.
 
-The update of w_1 is thus one step behind the rest until `flush`. Everything that changes from step
-to step is in device memory: which batch is next, whether an update is pending and on which rows of
-the data, the learning rate, Adam's count. So the same two launches serve every step. Past the end
-of the permutation a step takes no batch and only applies what is pending: a captured sequence may
-overrun the epoch, and one step more than there are batches completes it.
+So the update of w_1 is one step behind the others until `flush`.
+
+Everything that changes from step to step is in device memory: the next batch, the rows of the data
+whose update is pending, the learning rate, Adam's count. So the same two launches serve every step.
+
+Past the end of the permutation, a step takes no batch and only applies the pending update. A
+captured sequence may therefore be longer than the epoch. One step more than there are batches
+completes the epoch.
 """
 
 from typing import Any, NamedTuple
@@ -25,10 +28,10 @@ from .run import Run, Scratch
 
 
 class Progress(NamedTuple):
-    """What a step finds from the step before.
+    """What a step reads from the step before.
 
-    position: two numbers, the next batch and the rows whose update of w_1 is pending. Then those
-    rows, and how many steps were taken.
+    position: two numbers, the next batch, and how many rows have a pending update of w_1. pending:
+    these rows. count: how many steps were taken.
     """
 
     position: Any
@@ -47,7 +50,7 @@ def step_input_kernel(
     NET: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Program g: rows g·ROWS … of w_1."""
+    """The input pass. Program g does rows g·ROWS … of w_1."""
     offs_n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     t = tl.load(progress.position)
     rows = batch_rows(order, t, NET)
@@ -72,7 +75,7 @@ def step_head_kernel(
     hyper_ptr,  # [columns], or scheduled: [steps, columns]
     NET: tl.constexpr,
 ):
-    """The rest of the step, by one program.
+    """The head: the rest of the step, by one program.
 
     It moves on to the next batch if this one had any rows.
     """
@@ -94,11 +97,12 @@ def step_head_kernel(
 
 
 class StepState:
-    """What the two launches of a step read and write, in memory that stays where it is.
+    """What the two launches of a step read and write, at fixed addresses.
 
-    To go on with another epoch: `flush`, write the new permutation into `run.order`, and
-    `position.zero_()`. `run.hyper` and `run.count` may be written at any time. ValueError where the
-    kernels do not serve the network (`refusal`).
+    To start another epoch, call `flush`, write the new permutation into `run.order`, and call
+    `position.zero_()`. `run.hyper` and `run.count` may be written at any time.
+
+    run: of one network. ValueError: the kernels do not serve the network (`refusal`).
     """
 
     def __init__(self, run: Run):
@@ -112,16 +116,16 @@ class StepState:
 
 
 def new_scratch(run: Run, planned, programs: int) -> Scratch:
-    """Scratch for so many programs: see `layers`."""
+    """Scratch for so many programs, see `layers`."""
     shape = (programs, len(run.spec.sizes) - 1, planned.block_m, planned.pitch)
     y, dz = torch.empty((2, *shape), device=run.device)
-    # Triton 3.6 cannot return a None in a tuple, so a pointer that nobody follows stands for it.
+    # Triton 3.6 cannot return a None in a tuple, so y takes its place, and no kernel reads it.
     z = torch.empty(shape, device=run.device) if planned.keeps_z else y
     return Scratch(y, dz, z)
 
 
 def train_step_ref(state: StepState, n: int) -> None:
-    """The reference of `train_step`: nothing is left pending."""
+    """The reference of `train_step`. It leaves no update pending."""
     run, t = state.run, int(state.position[0])
     rows = run.order[:n][t * run.batch : (t + 1) * run.batch].long()
     if len(rows):
@@ -133,12 +137,12 @@ def train_step_ref(state: StepState, n: int) -> None:
 
 
 def train_step(state: StepState, *, n: int | None = None) -> None:
-    """One step in two launches: the pending update of w_1, then the next batch.
+    """One step in two launches: the pending update of w_1, then forward and backward of a batch.
 
-    The batch goes forward, through the loss, and backward. All other parameters are updated.
-
-    Writes losses[t], correct[t] of the run and moves on; past the end it only applies the pending
-    update. n: how many of the order's rows there are, all if None. No host synchronisation.
+    All parameters are updated in place, but w_1 and b_1 only by the next step or `flush`. The step
+    writes losses[t] and correct[t] of the run, and moves on to the next batch. Past the end of the
+    order it only applies the pending update. n: how many of the order's rows count, None for all.
+    Deterministic, without host synchronisation.
     """
     run = state.run
     n = len(run.order) if n is None else n
@@ -159,8 +163,8 @@ def train_step(state: StepState, *, n: int | None = None) -> None:
 
 
 def flush(state: StepState) -> None:
-    """Applies the pending update of w_1, if there is one.
+    """Applies the pending update of w_1 and b_1, if there is one.
 
-    Call it before weights are read, saved or evaluated. It may be repeated.
+    Call it before weights are read, saved or evaluated. A second call does nothing.
     """
     train_step(state, n=0)

@@ -246,7 +246,7 @@ def test_bad_arguments(wrong, message, device):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"programs": 7}, "rows of w_1 a program make . programs, or 1; got 7"),
+        ({"programs": 7}, r"programs must be . \(.* rows of w_1 for each\) or 1, got 7"),
         (
             {"programs": 2, "exchange": "mail"},
             "exchange must be one of words, counter, got 'mail'",

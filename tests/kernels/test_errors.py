@@ -148,6 +148,18 @@ ERRORS = {
         lambda: kernels.adam([w], [b], [w], [w], 1, 0.1),
         r"adam: gradient 0 must be \(100, 784\) as its parameter is, got \(100,\)",
     ),
+    "buffer's shape": (
+        lambda: kernels.sgd([w], [w], [b], 0.1, 0.9),
+        r"sgd: each state of parameter 0 must be \(100, 784\) as the parameter is, got \(100,\)",
+    ),
+    "second moment's shape": (
+        lambda: kernels.adam([w], [w], [w], [w[:1]], 1, 0.1),
+        r"adam: each state of parameter 0 must be \(100, 784\).*, got \(1, 784\)",
+    ),
+    "state's shape": (
+        lambda: kernels.apply_rule("lion", [b], [b], [[b[:3]]], kernels.row_of("lion")),
+        r"lion: each state of parameter 0 must be \(100,\) as the parameter is, got \(3,\)",
+    ),
     "sparse gradient": (
         lambda: kernels.sgd([w], [w.to_sparse()], [w], 0.1),
         r"sgd: gradient 0 must be dense and real, got torch\.sparse_coo, .*; use torch\.optim",
