@@ -90,9 +90,10 @@ def products() -> str | None:
 
 
 def backend(*tensors: torch.Tensor | None) -> str:
-    """`"triton"` or `"torch"`: the implementation that serves these tensors.
+    """`"triton"` or `"torch"`: the implementation that serves these tensors, see the module.
 
-    None and non-tensors are ignored.
+    None and non-tensors are ignored. ValueError: `use("triton")` is in force, and no kernel takes
+    one of the tensors.
     """
     if _forced == "torch":
         return "torch"

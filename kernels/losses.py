@@ -160,7 +160,11 @@ def squared_error(y, t, parameter):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for x in [0, 1]. The quotient x / d corrects the rounding of 1 + x."""
+    """log(1 + x) for x in [0, 1]. The quotient x / d corrects the rounding of 1 + x.
+
+    Source: Goldberg (1991), "What every computer scientist should know about floating-point
+    arithmetic", theorem 4.
+    """
     u = 1.0 + x
     d = u - 1.0
     return tl.where(d == 0, x, tl.log(u) * (x / tl.where(d == 0, 1.0, d)))

@@ -78,7 +78,8 @@ def tile_of_program():
     A device starts programs by number, all rows of one column of tiles after another. Programs that
     run at once would read the whole left matrix again for each column. Here, programs take GROUP
     rows of tiles, column after column, then the next GROUP rows. Tiles of both matrices are then
-    still in the cache when they are read again.
+    still in the cache when they are read again. Triton's tutorial on matrix multiplication has the
+    same order.
     """
     rows = tl.num_programs(0)
     columns = tl.num_programs(1)

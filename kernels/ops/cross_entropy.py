@@ -338,7 +338,11 @@ def softmax_rows(
     SOFT: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """(maximum m, Σ exp(z - m), Q) of each row, computed tile by tile (an online softmax)."""
+    """(maximum m, Σ exp(z - m), Q) of each row, computed tile by tile.
+
+    This is the online softmax of Milakov and Gimelshein (2018, "Online normalizer calculation for
+    softmax").
+    """
     m = tl.full(mask_r.shape, float("-inf"), tl.float32)
     s = tl.zeros(mask_r.shape, tl.float32)
     total = tl.zeros(mask_r.shape, tl.float32)

@@ -433,7 +433,7 @@ def pinball_loss(
     quantile: float | torch.Tensor = 0.5,
     reduction: str = "mean",
 ) -> torch.Tensor:
-    """The loss whose minimum is a quantile of the targets.
+    """The loss whose minimum is a quantile of the targets (Koenker and Bassett, 1978).
 
     It is quantile · (t - y) where t > y, else (1 - quantile) (y - t). At t = y, the gradient is the
     mean of both sides.

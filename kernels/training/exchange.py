@@ -8,7 +8,8 @@ It then updates w_2, while the others' columns arrive.
 There are two ways to exchange:
 
 - `words`: every element is one 64-bit word (step, value). A relaxed atomic exchange stores it at
-  once, so a program that reads the step also has the value, without a fence.
+  once, so a program that reads the step also has the value, without a fence. NCCL's protocol LL
+  packs data and flag into one word in the same way.
 - `counter`: plain values, then one atomic count of arrivals with release, which the others await
   with acquire. It is slower, but does not rely on 64-bit stores.
 

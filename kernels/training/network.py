@@ -175,7 +175,7 @@ def refusal(spec: Spec, batch: int, engine: str = "epoch") -> str | None:
     instead = "use engine 'graph' or 'manual'" if engine == "epoch" else "use engine 'manual'"
     if len(spec.sizes) < 2 or min(spec.sizes) < 1 or batch < 1:
         return (
-            f"{engine}: sizes must be (features, …, classes), all at least 1, and so the batch, "
+            f"{engine}: sizes must be (features, …, classes) and batch a number, all at least 1, "
             f"got {spec.sizes} and {batch}"
         )
     if len(spec.loss_numbers) not in (1, spec.sizes[-1]):
