@@ -82,8 +82,8 @@ def test_operation(backend, device):
 @pytest.mark.parametrize("engine", [*mlp.ENGINES, "replicas"])
 @pytest.mark.parametrize("kind", ["labels", "numbers"])
 def test_every_engine(engine, kind, device):
-    """Every engine finds the loss by name and trains as the autograd engine does on the
-    reference.
+    """Every engine finds the loss by name and trains as the autograd engine does on the reference,
+    to float32 rounding of six steps.
     """
     torch.manual_seed(0)
     x, y = torch.randn(20, 6, device=device), torch.rand(20, 3, device=device)

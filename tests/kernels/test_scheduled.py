@@ -83,6 +83,9 @@ def one_after_the_other(training):
     ],
 )
 def test_each_step_has_its_hyperparameters(way, rule, device):
+    """Five steps agree to 1e-5 in float32. With the same row for all steps, weights differ by more
+    than 1e-3.
+    """
     training = scheduled(rule, device)
     expected, losses = one_after_the_other(training)
     run = training.run()

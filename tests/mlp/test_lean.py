@@ -50,8 +50,8 @@ LOSSES = {
     ids=["momentum", "adam"],
 )
 def test_pieces_are_the_whole_batch(loss, optimizer):
-    """A batch computed in pieces gives the losses and weights of the whole batch, in float64. One
-    piece has only ignored labels.
+    """A batch computed in pieces gives the losses and weights of the whole batch. One piece has
+    only ignored labels. In float64 the other order of sums changes no more than 1e-9.
     """
     g = torch.Generator().manual_seed(0)
     x = torch.randn(250, 6, generator=g, dtype=torch.float64)

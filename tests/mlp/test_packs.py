@@ -65,6 +65,7 @@ def alone(given, train, epochs, validation=None, early_stopping=None, loss=None)
 
 
 def assert_is(model, expected):
+    """Checks weights to 1e-4: a pack and a Trainer sum in different orders in float32."""
     for ours, other in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5)
 
