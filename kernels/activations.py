@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import nn
 
-# Keep these on the right of a product with a tensor: on the left, the interpreter returns a
+# Keep these on the right of a product with a tensor. On the left, the interpreter would return a
 # constexpr instead of a tensor.
 LEAKY_SLOPE = tl.constexpr(0.01)  # torch.nn.LeakyReLU's default
 SQRT_1_2 = tl.constexpr(0.7071067811865476)
@@ -207,8 +207,8 @@ def gelu_tanh_ref(z: torch.Tensor, out: torch.Tensor | None = None) -> torch.Ten
 def gelu_tanh_bwd_ref(
     dy: torch.Tensor, z: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    # (1 + tanh u) / 2 = σ(2u). σ(-2u) replaces 1 - σ(2u): that difference cancels, which makes the
-    # second derivative inexact.
+    # (1 + tanh u) / 2 = σ(2u). σ(-2u) replaces 1 - σ(2u), because that difference cancels, which
+    # would make the second derivative inexact.
     # Beyond ±16, σ is 0 or 1. There z² may overflow half precision, and 0 · inf would be NaN.
     c = z.clamp(-16, 16)
     u2 = 2 * SQRT_2_PI.value * (c + GELU_CUBIC.value * c**3)

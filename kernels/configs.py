@@ -51,10 +51,10 @@ PINNED: dict[tuple[str, str, str, str], Config] = {}
 # float32 at "highest": the FMA units do 2.2e11 multiply-adds a second and processor. Triton reaches
 # about a third of that, because its tiles in registers are smaller than cuBLAS's. cuBLAS reaches
 # two thirds or more, and also splits long sums over processors. One more launch costs 3 to 4 µs. At
-# 7e10 a second, half a million multiply-adds take 7 µs, and cuBLAS saves more than half of it.
-# Smaller products, as in the reference network (32 × 784 × 100: 0.4 million), take the time of
-# their launches. z is written and read once more: 2.7 ps an element at 3 TB/s. A sum of 32 terms
-# saves as much.
+# 7e10 a second, half a million multiply-adds take 7 µs, and cuBLAS saves more than half of it. For
+# smaller products, as in the reference network (32 × 784 × 100: 0.4 million), the launches decide.
+# Writing and reading z once more takes 2.7 ps an element at 3 TB/s. cuBLAS saves as much in a sum
+# of 32 terms.
 _FMA = FromSize(32, 2**19)
 # Half precision, large results: both use tensor cores, and cuBLAS is up to twice as fast. Writing
 # and reading z once more takes 1.3 ps an element. The product takes K / 3e14 s an element, which is

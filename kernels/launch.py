@@ -152,7 +152,7 @@ def plain(*tensors: torch.Tensor | None) -> bool:
                 continue
             if kind.__torch_dispatch__ is not _NO_DISPATCH:
                 return False
-        if t.is_nested or _batched(t):  # type: ignore[union-attr]  # it is no None
+        if t.is_nested or _batched(t):  # type: ignore[union-attr]  # None was skipped
             return False
     return True
 

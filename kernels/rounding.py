@@ -19,8 +19,8 @@ cancels. This is Monte Carlo arithmetic (Parker, 1997), with two sources of erro
   δ_k is uniform in [-u, u], so its variance is u²/3. The sum s may cancel. The terms in q do not.
 
 The errors are random, but not independent (Higham, section 2.8). A computer rounds equal numbers in
-equal ways and opposite numbers in opposite ways. So n equal rows of a batch have equal errors, and
-in a gradient these add up to n times one error; independent errors would add up to √n times one.
+equal ways and opposite numbers in opposite ways. So n equal rows of a batch have equal errors. In a
+gradient they add up to n times one error. Independent errors would add up to √n times one.
 Therefore an error here is a hash of the operation, of its result and, for a sum, of q. The seed
 chooses the hash.
 """

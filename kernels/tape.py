@@ -37,7 +37,7 @@ class Differentiable:
     autocast: the dtype under torch.autocast, or None for autocast's own dtype.
     autocast_on: the types of devices on which autocast applies, as for torch's own function.
     on_tape: (*arguments) -> y by torch's own differentiable function, or None if it does not serve.
-        It serves where there is no kernel: torch's tape is in C++ and faster than a Function in
+        It serves where there is no kernel, because torch's tape in C++ is faster than a Function in
         Python. Its gradients are those of the reference, bit for bit. If `use` forces a backend,
         the Function runs.
     fake_fwd, fake_bwd: results of the right shapes, for operations whose references ask fake

@@ -6,6 +6,7 @@ sees their new values.
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -138,7 +139,7 @@ def check_update(
     op: str,
     params: list[torch.Tensor],
     grads: list[torch.Tensor],
-    states: list[list[torch.Tensor]] = (),
+    states: Sequence[list[torch.Tensor]] = (),
 ) -> None:
     """Raises a ValueError unless gradients and states fit the parameters.
 
@@ -165,8 +166,8 @@ def check_update(
         for i, t in enumerate(tensors):
             if can_ask and t.is_neg():
                 raise ValueError(
-                    f"{op}: {what} {i} is a view with a minus sign still to be applied, as "
-                    "z.conj().imag is, and cannot be updated in place; give its .resolve_neg()"
+                    f"{op}: {what} {i} is a view with a minus sign that torch has not applied yet, "
+                    "as z.conj().imag is, and cannot be updated in place; give its .resolve_neg()"
                 )
     for i, (p, g) in enumerate(zip(params, grads)):
         if p.shape != g.shape:
