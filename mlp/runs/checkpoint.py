@@ -210,14 +210,14 @@ def _match(
         ours, theirs = ({key: n for key, n in _canonical(names)} for names in (expected, state))
         if ours.keys() != theirs.keys() or len(theirs) != len(state):
             raise CheckpointError(
-                f"{where}: has weights of another network: {_names(state)}; needs "
+                f"{where}: weights of another network: has {_names(state)}, needs "
                 f"{_names(expected)}"
             )
         pairs = [(ours[key], theirs[key]) for key in ours]
     for name, found in pairs:
         if expected[name].shape != state[found].shape:
             raise CheckpointError(
-                f"{where}: has weights of another network: {found} has the shape "
+                f"{where}: weights of another network: {found} has the shape "
                 f"{tuple(state[found].shape)}, needs {tuple(expected[name].shape)}"
             )
     return [(expected[name], state[found]) for name, found in pairs]
