@@ -1,7 +1,7 @@
-"""Networks over several devices: each device trains a share of them, at the same time.
+"""Networks over several devices. The devices train their shares at the same time.
 
-A sweep deals its networks out, and each device has a sweep of its own. The fits of a search take
-the devices in turn. A network trains on one device only, so its numbers are those of one device.
+A sweep is divided into one sweep for each device. The fits of a search take the devices in turn. A
+network trains on one device only, so its numbers are the same as on one device.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ _turns: Iterator[str] | None = None
 
 @contextlib.contextmanager
 def over(devices: Sequence[torch.device | str] | None) -> Iterator[None]:
-    """Within it, estimators without a device of their own take these in turn."""
+    """A context in which estimators without their own device take these devices in turn."""
     global _turns
     before = _turns
     _turns = None if not devices else itertools.cycle([str(device) for device in devices])
@@ -32,20 +32,20 @@ def over(devices: Sequence[torch.device | str] | None) -> Iterator[None]:
 
 
 def next_device() -> str | None:
-    """The next device within `over`, in any thread; None elsewhere."""
+    """The next device within `over`, in any thread, or None outside of it."""
     with _lock:
         return None if _turns is None else next(_turns)
 
 
 def share(values: Sequence[Any], device: int, devices: int) -> list[Any]:
-    """What one of the devices gets of a value for each network: every devices-th."""
+    """The values of one device's networks: every devices-th one, from its number on."""
     return list(values[device::devices])
 
 
 def side_by_side(functions: Sequence[Callable[[], Any]], device: torch.device) -> list[Any]:
-    """Call functions in a thread each; what they returned. device: of the first.
+    """Call each function in its own thread, and return their results. device: of the first one.
 
-    Triton's interpreter serves one thread, so there they are called one after another.
+    Triton's interpreter works in one thread only, so it calls them one after another.
     """
     on_cpu = device.type == "cpu"
     interpreted = on_cpu and kernels.backend(torch.empty(1, device=device)) == "triton"
@@ -54,7 +54,7 @@ def side_by_side(functions: Sequence[Callable[[], Any]], device: torch.device) -
 
 
 class Gathered:
-    """Calls on_epoch(epoch, losses of all networks) when each share has ended its epoch."""
+    """Calls on_epoch(epoch, losses of all networks) when all shares have ended the epoch."""
 
     def __init__(self, on_epoch: Callable[[int, torch.Tensor], Any], networks: int, devices: int):
         self.on_epoch, self.networks, self.devices = on_epoch, networks, devices
@@ -62,7 +62,7 @@ class Gathered:
         self._found: dict[int, dict[int, torch.Tensor]] = {}
 
     def told(self, device: int, epoch: int, losses: torch.Tensor) -> None:
-        """A share's losses of an epoch."""
+        """Add a share's losses of an epoch."""
         with self._lock:
             found = self._found.setdefault(epoch, {})
             found[device] = losses

@@ -1,10 +1,10 @@
-"""Trainers side by side: an epoch of all of them is one launch, or on a CPU one call in which each
-core takes a network.
+"""Trainers side by side: an epoch of all of them is one launch.
 
-`Together` calls one function for each trainer, in a thread of its own. Only one thread runs at a
-time, as coroutines do, so nothing that a trainer does between two epochs need be safe for threads.
-A function waits where its trainer has an epoch to train. When all of them wait, the epochs are
-trained together, and each function goes on with its result.
+On a CPU it is one call, in which each core takes a network. `Together` calls one function for each
+trainer, each in its own thread. Only one thread runs at a time, as with coroutines. So the code of
+a trainer between two epochs does not have to be thread-safe. A function waits when its trainer has
+an epoch to train. When all functions wait, their epochs are trained together, and each function
+continues with its result.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ Results = tuple[torch.Tensor, torch.Tensor]  # of an epoch: (losses, correct), o
 
 
 class _Member:
-    """A function in its thread. run: the epoch that it waits for."""
+    """A function in its thread. run: the epoch that it waits for, or None."""
 
     def __init__(self, lock: threading.Lock):
         self.turn = threading.Condition(lock)
@@ -45,14 +45,13 @@ class Together:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._back = threading.Condition(self._lock)
-        self._here = threading.local()  # .member: the thread's own
+        self._here = threading.local()  # .member is the member of the current thread
         self._members: list[_Member] = []
 
     def call(self, functions: Sequence[Callable[[], Any]]) -> list[Any]:
-        """Call all functions, and return what they returned.
+        """Call all functions, and return their results.
 
-        The first error of a function is raised when all have ended: one network that diverges does
-        not end the others.
+        A function's error does not end the others. The first error is raised when all have ended.
         """
         self._members = [_Member(self._lock) for _ in functions]
         pool = ThreadPoolExecutor(len(functions))
@@ -63,7 +62,7 @@ class Together:
                 for member in self._members:
                     self._go_on(member)
                 self._epochs()
-            finally:  # after an error or Ctrl-C no thread may wait for ever
+            finally:  # after an error or Ctrl-C, no thread may wait forever
                 for member in self._members:
                     member.ended = True
                     member.turn.notify()
@@ -94,13 +93,13 @@ class Together:
                 self._back.notify()
 
     def _wait(self, member: _Member) -> None:
-        """Until it is this function's turn. KeyboardInterrupt if the others were ended."""
+        """Wait until it is this function's turn. KeyboardInterrupt if all functions are ended."""
         member.turn.wait_for(lambda: member.runs or member.ended)
         if member.ended:
             raise KeyboardInterrupt
 
     def train(self, run: kernels.Run) -> Results:
-        """As `kernels.train_epoch`, when all other functions have come to their next epoch too."""
+        """As `kernels.train_epoch`. It waits until all other functions have an epoch to train."""
         member: _Member = self._here.member
         member.run, member.runs = run, False
         self._back.notify()
@@ -111,8 +110,9 @@ class Together:
 
 @torch.no_grad()
 def train_all(runs: Sequence[kernels.Run]) -> list[Results]:
-    """Train an epoch of networks of the same kind, in one launch or call if they are several and
-    read the same data.
+    """Train an epoch of networks of the same kind.
+
+    Several networks that read the same data are trained in one launch or call.
     """
     first, on_cpu = runs[0], cpu.serves(runs[0].parameters[0])
     if len(runs) == 1 or len({run.data.data_ptr() for run in runs}) > 1:
@@ -138,14 +138,14 @@ def train_all(runs: Sequence[kernels.Run]) -> list[Results]:
 
 
 def _stacked(lists: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
-    """Tensors of all networks, one on top of the other."""
+    """The tensors of all networks, stacked."""
     return [torch.stack(list(each)) for each in zip(*lists, strict=True)]
 
 
 def refusal(trainer: Trainer, batch_size: int, steps: int) -> str | None:
-    """Why networks like this trainer's cannot train together, or None if they can.
+    """The reason why networks like this trainer's cannot train together, or None.
 
-    steps: of all networks together. trainer: after its `check`.
+    trainer: its `check` was called before. steps: of all networks together.
     """
     if trainer.requested not in ("auto", Epoch.name):
         return f"engine {trainer.requested} trains one network"
@@ -156,6 +156,6 @@ def refusal(trainer: Trainer, batch_size: int, steps: int) -> str | None:
     if trainer.requested == "auto" and (costs := Epoch.costs(*parts, batch_size, steps)):
         return costs
     spec = spec_of(trainer.model, trainer.loss, rule_of(trainer.model, trainer.optimizer))
-    assert not isinstance(spec, str)  # `refuses` would have said so
+    assert not isinstance(spec, str)  # `refuses` checked it
     first = next(iter(trainer.model.parameters())).detach()
     return None if cpu.serves(first) else kernels.refusal(spec, batch_size)

@@ -1,9 +1,7 @@
-"""The engine `epoch`: one launch, or on a CPU one call of compiled code.
+"""The engine `epoch`: an epoch is one launch, or on a CPU one call of compiled code.
 
-The launch is kernels.train_epoch, the call is mlp.cpu's. Also here: what it shares with `graph`,
-the kernels' view of a training.
-
-Nothing is read back before the epoch's end, and no gradients are stored.
+The launch is `kernels.train_epoch`, the call is that of `mlp.cpu`. Nothing is read back before the
+end of the epoch, and no gradients are stored. `Fused` is the common base of `epoch` and `graph`.
 """
 
 import math
@@ -27,8 +25,9 @@ from .stepwise import Demands, Engine, EpochResult
 def spec_of(
     model: Net | torch.nn.Module, loss: Any, rule: kernels.Rule | None
 ) -> kernels.Spec | str:
-    """What the training kernels call this network, loss and rule; or, in words, why they have no
-    name for it. rule: see `rule_of`.
+    """The description of network, loss and rule for the training kernels.
+
+    If the kernels cannot train them, the result is a string that says why. rule: see `rule_of`.
     """
     describe: Any = getattr(model, "config", None)
     config: dict[str, Any] = describe() if describe else {"kind": type(model).__name__}
@@ -41,7 +40,9 @@ def spec_of(
     if isinstance(criterion, str):
         return criterion
     if rule is None:
-        return "trains with one parameter group of mlp's optimizers, all of it with as many steps"
+        return (
+            "trains with one parameter group of mlp's optimizers, all of them after as many steps"
+        )
     return kernels.Spec(
         tuple(config["sizes"]),
         config["activation"],
@@ -53,20 +54,20 @@ def spec_of(
 
 
 def rule_of(model: Net | torch.nn.Module, optimizer: torch.optim.Optimizer) -> kernels.Rule | None:
-    """The one rule that updates all parameters of the model alike, or None."""
+    """The rule that updates all parameters of the model, or None if there is not just one."""
     part = updates.whole(optimizer, parameters_of(model).values())
     return None if part is None else part.rule
 
 
 def _criterion(loss, classes: int) -> dict | str:
-    """A loss of `mlp.loss` as the training kernels take it."""
+    """The fields of `kernels.Spec` for a loss of `mlp.loss`, or the reason why there are none."""
     if hasattr(loss, "criterion"):
         return loss.criterion(classes)
     return f"takes the losses {', '.join(losses.LOSSES)}, got {type(loss).__name__}"
 
 
 class Fused(Engine):
-    """What `epoch` and `graph` share: the kernels' view of model, optimizer and data."""
+    """The base of `epoch` and `graph`: model, optimizer and data in the form for the kernels."""
 
     reads_ahead = True
 
@@ -77,15 +78,15 @@ class Fused(Engine):
 
     @property
     def part(self) -> Part:
-        """The optimizer as it is now, for the kernels to update in its place."""
+        """The optimizer's parameters as they are now. The kernels update them in its place."""
         part = updates.whole(self.optimizer, parameters_of(self.model).values())
-        assert part is not None  # `refuses` would have said so
+        assert part is not None  # `refuses` checked it
         return part
 
     def count(self, part: Part) -> torch.Tensor:
-        """Steps taken, one number on the device, for the kernels to count on.
+        """The count of steps taken, as one number on the device. The kernels increase it.
 
-        Ask before the states are made: after that, a first step is not known as one.
+        Call this before the states are made, because after that a first step looks like any other.
         """
         taken, device = part.taken, part.parameters[0].device
         if isinstance(taken, torch.Tensor):
@@ -94,17 +95,17 @@ class Fused(Engine):
 
     @property
     def parameters(self) -> list[torch.Tensor]:
-        """The network's parameters where they lie now."""
+        """The network's current parameters, detached."""
         return [p.detach() for p in parameters_of(self.model).values()]
 
     def targets(self, data: Dataset) -> torch.Tensor:
-        """The targets as the kernels take them: numbers have a column for each output."""
+        """The targets in the form for the kernels: numbers have a column for each output."""
         outputs = self.model.config()["sizes"][-1]
         return self.loss.columns(data.targets, outputs).contiguous()
 
     @classmethod
     def cannot(cls, demands: Demands) -> str | None:
-        """Launches of many steps update before the norm is known, and count every label."""
+        """See `Engine.cannot`. A launch updates before a norm is known, and counts every label."""
         if demands.clip_norm is not None:
             return (
                 f"{cls.name}: updates a layer before the others have gradients, so it cannot clip "
@@ -118,19 +119,20 @@ class Fused(Engine):
     def differs(
         cls, model: Net | torch.nn.Module, loss: Any, optimizer: torch.optim.Optimizer
     ) -> str | None:
-        """Why the kernels may not stand for this network, loss and optimizer."""
+        """The reason why the kernels may not replace this network, loss or optimizer, or None."""
         return takeover.network(model) or takeover.criterion(loss) or takeover.optimizer(optimizer)
 
     def numbers(self, parts: list[Part], steps: int) -> list[torch.Tensor]:
-        """The numbers of these parts of the optimizer, for the kernels to read: rows as they are
-        now, or tables with a row for each of so many steps, if the scheduler moves them in between.
+        """The numbers of these parts of the optimizer, in device memory for the kernels.
 
-        ValueError: a momentum that the scheduler moves to or from 0, which is another rule.
+        Each part has a row with its current numbers. If the scheduler changes them at each step,
+        each part has a table with a row for each of so many steps. ValueError if the scheduler
+        changes a momentum to or from 0, because that changes the rule.
         """
         per_step, rules = self.demands.per_step, [part.rule for part in parts]
         tables: list[list] = [[] for _ in parts]
         for part in parts:
-            part.advance(0)  # torch's schedulers ask whether a step was taken
+            part.advance(0)  # torch's schedulers check that a step was taken
         for step in range(steps if per_step else 1):
             for part, rule, rows in zip(parts, rules, tables):
                 if part.rule is not rule:
@@ -155,9 +157,9 @@ class Fused(Engine):
         count: torch.Tensor,
         numbers: torch.Tensor,
     ) -> kernels.Run:
-        """This training as the kernels take it."""
+        """An epoch of this training in the form for the kernels."""
         spec = self.spec
-        assert not isinstance(spec, str)  # `refuses` would have said so
+        assert not isinstance(spec, str)  # `refuses` checked it
         return kernels.Run(
             spec,
             self.parameters,
@@ -181,9 +183,9 @@ class Fused(Engine):
         batch_size: int,
         on_step: Callable[..., object] | None,
     ) -> EpochResult:
-        """The epoch's losses and counts, read back once.
+        """The epoch's measures. Losses and counts are read back here, once.
 
-        FloatingPointError names the first step that is not finite.
+        FloatingPointError names the first step whose loss is not finite.
         """
         found = values.tolist()
         result = self.result(found, None, data, order, batch_size)
@@ -195,7 +197,7 @@ class Fused(Engine):
 
 
 class Epoch(Fused):
-    """One launch trains the whole epoch; on a CPU one call of compiled code, which needs numba."""
+    """Trains an epoch in one launch. On a CPU it is one call of compiled code and needs numba."""
 
     name = "epoch"
 

@@ -55,7 +55,7 @@ class Lean(Manual):
         if foreign or updates.whole(optimizer, parameters_of(model).values()) is None:
             return (
                 "lean: updates a layer at a time, so it needs one parameter group of mlp's "
-                "optimizers, all of it with as many steps; use engine 'manual'"
+                "optimizers, all of them after as many steps; use engine 'manual'"
             )
         return None
 

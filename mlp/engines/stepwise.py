@@ -1,7 +1,7 @@
-"""Engines of one step at a time.
+"""Engines that call a function for each step.
 
-autograd   module forward, loss.backward(), optimizer.step(): any network, loss and optimizer
-manual     Net with preallocated buffers, no tape: the networks whose backward we wrote
+autograd   module forward, loss.backward(), optimizer.step(), for any network, loss and optimizer
+manual     a Net with preallocated buffers and no tape, for the networks whose backward we wrote
 """
 
 import math
@@ -20,22 +20,22 @@ from .precision import Precision
 from .replay import Recordings
 from .threads import ALONE, threads
 
-# Outputs that are kept before their predictions are read off: of so many steps, or elements.
+# Outputs are kept for at most so many steps, or so many elements, before labels are computed.
 _OUTPUTS, _ELEMENTS = 64, 1_000_000
 
 
 class Diverged(ArithmeticError):
-    """The loss was not finite at some step.
+    """The loss of a step was not finite.
 
-    The trainer has restored the weights of the epoch's beginning.
+    The trainer has restored weights, buffers, optimizer and scheduler from the epoch's start.
     """
 
 
 class EpochResult(NamedTuple):
-    """What an epoch measured.
+    """The measures of an epoch.
 
-    The mean loss over its samples, the share of labels that were predicted (None without labels),
-    and how many samples there were.
+    loss: mean over its samples. accuracy: the share of labels predicted right, or None without
+    labels. samples: their count.
     """
 
     loss: float
@@ -44,11 +44,11 @@ class EpochResult(NamedTuple):
 
 
 class Demands(NamedTuple):
-    """What a training asks of an engine besides network, loss and optimizer.
+    """The demands of a training on an engine, in addition to network, loss and optimizer.
 
     per_step: the optimizer's numbers change from step to step. ignored: some labels are the loss's
-    ignore_index. precision: a name of `mlp.engines.precision`. clip_norm: the largest norm that all
-    gradients together may have. world: processes that share the training, see
+    ignore_index. precision: a name in `mlp.engines.precision`. clip_norm: the largest norm of all
+    gradients together, or None. world: the number of processes that share the training, see
     `mlp.engines.shared`.
     """
 
@@ -60,24 +60,24 @@ class Demands(NamedTuple):
 
 
 class Engine:
-    """The loop that engines of one step at a time share: batches, losses, predictions.
+    """The base of all engines: the loop over batches, with losses and predictions.
 
-    demands: what this training asks for. shape: of a sample as the module takes it, if not a row.
-    moves: steps the scheduler before a step is taken, for engines that read numbers ahead.
-    together: trains an epoch beside those of other trainers, for engine `epoch`: `mlp.together`.
+    demands: of this training. shape: of a sample, if the module takes no flat rows. moves: a
+    function that steps the scheduler ahead, for engines that read numbers ahead. together: a
+    function that trains an epoch along with those of other trainers, see `mlp.together`.
     """
 
     name: str
     precisions: tuple[str, ...] = ("fp32",)
     demands = Demands()
     shape: tuple[int, ...] | None = None
-    shares = False  # whether several processes can share a training
-    reads_ahead = False  # whether it reads the numbers of all steps before the first
+    shares = False  # True if several processes can share a training
+    reads_ahead = False  # True if it reads the numbers of all steps before the first
     moves: Callable[[], None] | None = None
     together: Callable[[kernels.Run], tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def __init__(self, model: Net | torch.nn.Module, loss: Any, optimizer: torch.optim.Optimizer):
-        # Any: what each engine calls on them is what its `refuses` asked for.
+        # Any, because `refuses` of each engine checked the methods that it calls.
         self.model: Any = model
         self.loss: Any = loss
         self.optimizer: Any = optimizer
@@ -85,7 +85,7 @@ class Engine:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters as they are now, and so of the inputs."""
+        """The dtype of the parameters now, and so of the inputs."""
         return next(iter(parameters_of(self.model).values())).dtype
 
     @classmethod
@@ -96,7 +96,7 @@ class Engine:
         optimizer: torch.optim.Optimizer,
         batch_size: int = 1,
     ) -> str | None:
-        """Why this engine cannot train that, or None if it can."""
+        """The reason why this engine cannot train them, or None."""
         raise NotImplementedError
 
     @classmethod
@@ -108,12 +108,12 @@ class Engine:
         batch_size: int,
         steps: int,
     ) -> str | None:
-        """Why this engine would not pay for so many steps, though it can train them; or None."""
+        """The reason why this engine would be slower than another for so many steps, or None."""
         return None
 
     @classmethod
     def cannot(cls, demands: Demands) -> str | None:
-        """Why this engine cannot do what is asked for besides, or None if it can."""
+        """The reason why this engine cannot meet these demands, or None."""
         if demands.world > 1 and not cls.shares:
             return f"{cls.name}: trains on one device, got {demands.world}; use engine 'autograd'"
         if demands.precision not in cls.precisions:
@@ -124,7 +124,7 @@ class Engine:
         return None
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Train on one batch; returns the network's outputs and the loss before the update."""
+        """Train on one batch. Returns (outputs, loss), both from before the update."""
         raise NotImplementedError
 
     def epoch(
@@ -134,12 +134,11 @@ class Engine:
         batch_size: int,
         on_step: Callable[..., object] | None = None,
     ) -> EpochResult:
-        """Train on the samples of `order`, `batch_size` at a time. FloatingPointError at the first
-        loss that is not finite. on_step returning False ends the epoch after that step: the result
-        is then of the samples seen.
+        """Train on the samples of `order`, `batch_size` at a time.
 
-        On a GPU nothing is read back before the end, so the error comes then, but names the step
-        all the same.
+        on_step: called after each step. If it returns False, the epoch ends, and the result is of
+        the samples seen. FloatingPointError names the first step whose loss is not finite. On a GPU
+        it is raised at the end of the epoch, because nothing is read back before.
         """
         values: list = []
         dtype = self.dtype
@@ -168,7 +167,7 @@ class Engine:
         order: torch.Tensor,
         batch_size: int,
     ) -> EpochResult:
-        """The epoch's means from the losses of its batches and the predictions."""
+        """The epoch's measures, from the losses of its batches and the predictions."""
         targets = data.targets[order]
         loss = means.mean(self.loss, values, targets, batch_size)
         if predictions is None:
@@ -178,14 +177,14 @@ class Engine:
 
 
 class _Predictions:
-    """The predicted labels of an epoch, read off the outputs of many steps at once."""
+    """The predicted labels of an epoch, computed from the outputs of many steps at once."""
 
     def __init__(self, order: torch.Tensor):
         self.found, self.end = torch.empty_like(order), 0
         self.outputs: list[torch.Tensor] = []
 
     def add(self, output: torch.Tensor) -> None:
-        """Take note of a batch's outputs (rows, classes), or of the labels (rows,) they predict."""
+        """Add a batch's outputs (rows, classes), or its predicted labels (rows,)."""
         if output.dim() == 1:
             self.labels()
             self._put(output)
@@ -202,7 +201,7 @@ class _Predictions:
         self.end += len(labels)
 
     def labels(self) -> torch.Tensor:
-        """The labels so far."""
+        """The predicted labels so far."""
         if self.outputs:
             rows = torch.cat(self.outputs)
             torch.argmax(rows, 1, out=self.found[self.end : self.end + len(rows)])
@@ -212,15 +211,15 @@ class _Predictions:
 
 
 def _counts(loss, y) -> bool:
-    """Whether a batch has a label that the loss does not ignore."""
+    """True if a batch has a label that the loss does not ignore."""
     mask = means.counted(loss, y)
     return mask is None or bool(mask.any())
 
 
 def _threads(model: Any, device: torch.device, batch_size: int) -> int | None:
-    """1 if one CPU thread trains this network sooner than several; None leaves the choice to torch.
+    """1 if one CPU thread trains this network faster than several, else None.
 
-    That is an MLP whose largest product has at most ALONE multiply-adds.
+    This holds for an MLP whose largest product has at most ALONE multiply-adds.
     """
     is_described = device.type == "cpu" and takeover.description(model) is None
     if not is_described or len(stages(model.config())) != 1:
@@ -230,18 +229,18 @@ def _threads(model: Any, device: torch.device, batch_size: int) -> int | None:
 
 
 class Autograd(Engine):
-    """A module on PyTorch's tape."""
+    """Trains any module by torch's autograd."""
 
     name = "autograd"
     precisions = ("fp32", "bf16", "fp16")
     shares = True
-    _shared: shared.Shared | None = None  # with other processes
+    _shared: shared.Shared | None = None  # the steps of several processes
 
     @classmethod
     def cannot(cls, demands: Demands) -> str | None:
         if demands.world > 1 and demands.ignored:
             return (
-                "autograd: counts every label where several devices share a training, but the loss "
+                "autograd: counts every label if several devices share a training, but the loss "
                 "ignores some of them"
             )
         return super().cannot(demands)
@@ -275,7 +274,7 @@ class Autograd(Engine):
         )
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        self.optimizer.zero_grad()  # before the forward, which then has their memory
+        self.optimizer.zero_grad()  # before the forward, which can then use their memory
         with self.precision.context(x.device):
             output = self.model(x if self.shape is None else x.view(len(x), *self.shape))
             value = self.loss(output, means.aligned(y, output))
@@ -284,7 +283,7 @@ class Autograd(Engine):
 
 
 class Manual(Engine):
-    """A Net: forward, backward and update called one after the other."""
+    """Trains a Net by calls of forward, backward and update."""
 
     name = "manual"
 
@@ -308,13 +307,13 @@ class Manual(Engine):
 
     @property
     def inlines(self) -> bool:
-        """Whether the update is part of the backward."""
+        """True if the update is part of the backward."""
         return isinstance(self.update, updates.Inline)
 
     def _bind(self):
-        """Works on the parameters and the optimizer's states as they are now.
+        """Bind to the current parameters and optimizer states.
 
-        What was recorded on others is forgotten.
+        If they are other tensors than before, the recordings are removed.
         """
         named = parameters_of(self.model)
         if any(p.data_ptr() != self.net.parameters[name].data_ptr() for name, p in named.items()):
@@ -336,7 +335,7 @@ class Manual(Engine):
         self.trust(data)
         with torch.no_grad(), threads(_threads(self.model, order.device, batch_size)):
             result = super().epoch(data, order, batch_size, on_step)
-        self._bound = memory(self.model, self.optimizer)  # with the states that were made
+        self._bound = memory(self.model, self.optimizer)  # includes states made in this epoch
         return result
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -346,26 +345,26 @@ class Manual(Engine):
         key = (x.data_ptr(), y.data_ptr(), len(x), numbers)
         step = self._gradients if numbers is None else self._train
         if not self.inlines or numbers is None:
-            _ = self.update.grads  # whose memory a recording must not make
+            _ = self.update.grads  # allocates them now, because a recording must not
         result = self._recordings.run(key, lambda: step(x, y))
         if numbers is None:
             self.update.apply()
         return result
 
     def trust(self, data: Dataset) -> None:
-        """Skip checks of labels where each one is a class, as the data set has checked."""
+        """Skip label checks if each label is a class, because Dataset validated them."""
         ignored = means.reading(self.loss).ignore_index
         may_ignore = ignored is not None and 0 <= ignored < len(data.classes)
         self._labels_valid = data.is_classification and not may_ignore and not self.demands.ignored
 
     def _train(self, x, y):
-        """Outputs and loss of a batch, and the update."""
+        """(outputs, loss) of a batch. The parameters are updated."""
         result = self._forward(x, y)
         self.update.finish(self.loss.backward())
         return result
 
     def _gradients(self, x, y):
-        """Outputs and loss of a batch, with the gradients left in the net."""
+        """(outputs, loss) of a batch. The net then holds the gradients."""
         result = self._forward(x, y)
         self.net.backward(self.loss.backward())
         return result
@@ -378,7 +377,7 @@ class Manual(Engine):
 
 
 def memory(model: Net | torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, ...]:
-    """Where parameters and optimizer states lie: what a recording or a capture is bound to."""
+    """The addresses of parameters and optimizer states, to which a recording is bound."""
     states = [
         t
         for state in optimizer.state.values()
