@@ -70,7 +70,13 @@ def _parser() -> argparse.ArgumentParser:
         help="with all: leave out these parts, separated by commas, such as tests-mlp,soak",
     )
     parser.add_argument(
-        "--only", default="", metavar="PARTS", help="with all: run only these parts"
+        "--only",
+        default="",
+        metavar="PARTS",
+        help="of all: these parts and no others, with commas; of mnist: these rows",
+    )
+    parser.add_argument(
+        "--seeds", type=int, metavar="N", help="of mnist: networks of each row; default 3 to 10"
     )
     parser.add_argument(
         "--resume",
@@ -89,24 +95,41 @@ def main() -> int:
         parser.error(f"unknown benchmark {unknown[0]!r}; known: {', '.join(NAMES)}; all")
     if "all" in arguments.names:
         return _all(parser, arguments)
-    if (
-        arguments.skip
-        or arguments.only
-        or arguments.resume
-        or (
-            arguments.epochs is not None and ("soak" not in arguments.names or arguments.epochs < 1)
-        )
-    ):
-        parser.error(
-            "--skip, --only and --resume are options of all; --epochs, at least 1, of soak"
-        )
+    if reason := _misplaced(arguments):
+        parser.error(reason)
+    options: dict[str, dict] = {
+        "soak": {"epochs": arguments.epochs},
+        "mnist": {"seeds": arguments.seeds, "only": _names(arguments.only)},
+    }
     tables = []
     for name in arguments.names:
-        tables.append(make(name, {"epochs": arguments.epochs} if name == "soak" else {}))
+        try:
+            tables.append(make(name, options.get(name, {})))
+        except ValueError as wrong:
+            parser.error(str(wrong))
         print(tables[-1].markdown(), end="\n\n", flush=True)
         if arguments.out:
             tables[-1].write(arguments.out)
     return int(any(table.failed for table in tables))
+
+
+def _misplaced(arguments: argparse.Namespace) -> str:
+    """What is wrong with the options of single tables, in words; empty if nothing."""
+    names = arguments.names
+    if arguments.skip or arguments.resume:
+        return "--skip and --resume are for all"
+    if arguments.epochs is not None and ("soak" not in names or arguments.epochs < 1):
+        return "--epochs, at least 1, is for soak"
+    if arguments.seeds is not None and ("mnist" not in names or arguments.seeds < 1):
+        return "--seeds, at least 1, is for mnist"
+    if arguments.only and "mnist" not in names:
+        return "--only is for all and for mnist"
+    return ""
+
+
+def _names(text: str) -> list[str]:
+    """Names with commas between."""
+    return [name for name in text.split(",") if name]
 
 
 def make(name: str, options: dict) -> Table:
@@ -131,9 +154,7 @@ def _all(parser, arguments) -> int:
     out = arguments.out.resolve()
     todo = parts.parts(out)
     known = [part.name for part in todo]
-    skip, only = (
-        [name for name in text.split(",") if name] for text in (arguments.skip, arguments.only)
-    )
+    skip, only = _names(arguments.skip), _names(arguments.only)
     for option, names in (("--skip", skip), ("--only", only)):
         if unknown := [name for name in names if name not in known]:
             parser.error(f"{option}: unknown part {unknown[0]!r}; known: {', '.join(known)}")

@@ -6,7 +6,8 @@ and with scikit-learn's MLPClassifier.
 Only training is timed, without the tests between epochs. One epoch before the first seed is not
 counted. "from a new process" is timed from the start of a process and includes imports, reading the
 data, loading compiled code and the tests between epochs. The rivals train with fewer seeds, because
-they take longer.
+they take longer. `--seeds 2` gives every row as many seeds, and `--only ours,cold` makes these rows
+alone.
 """
 
 import json
@@ -14,7 +15,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -113,38 +115,60 @@ def child(seed: int) -> None:
     print(json.dumps(found))
 
 
-# name -> (the function that trains, the number of seeds)
-RUNS: dict[str, tuple[Callable[..., Epochs], int]] = {
-    "ours": (ours, 10),
-    "ours, from a new process": (new_process, 3),
-    "eager torch": (eager, 3),
-    "scikit-learn": (sklearn, 2),
+class Row(NamedTuple):
+    """A row of the table: its title, the run, and how many seeds."""
+
+    title: str
+    epochs: Callable[..., Epochs]
+    seeds: int
+
+
+ROWS = {
+    "ours": Row("ours", ours, 10),
+    "cold": Row("ours, from a new process", new_process, 10),
+    "eager": Row("eager torch", eager, 5),
+    "sklearn": Row("scikit-learn", sklearn, 3),
 }
 
 
-def run() -> Table:
-    """A row for each way, with median seconds to each accuracy, and the last accuracy."""
+def run(seeds: int | None = None, only: Sequence[str] = ()) -> Table:
+    """A row for each: the median seconds to each accuracy, and the last accuracy. seeds: of each
+    row. only: names of ROWS; all if there are none.
+    """
     table = Table("MNIST: seconds to an accuracy", "python -m bench mnist", note=__doc__ or "")
+    if unknown := [name for name in only if name not in ROWS]:
+        raise ValueError(f"unknown row {unknown[0]!r} of mnist; known: {', '.join(ROWS)}")
     if not mnist("cpu").name.startswith("mnist"):
         table.not_run = "needs MNIST in $HANDGRAD_DATA"
         return table
     recipe = recipes.get("fast")
     train, test = (part.to(device()) for part in recipe.prepare(*data.load("mnist")))
     _fit(recipe, train, test, 0, epochs=1)  # loads or compiles the engine's code
-    for name, (epochs, seeds) in RUNS.items():
-        found = [list(epochs(recipe, train, test, seed)) for seed in range(seeds)]
-        row: dict = {"what": name, "seeds": seeds}
-        for level in LEVELS:
-            first = [next((s for s, a in one if a >= level), None) for one in found]
-            reached = [s for s in first if s is not None]
-            row[f"s to {level:.1%}"] = statistics.median(reached) if reached else None
-            row[f"seeds at {level:.1%}"] = f"{len(reached)}/{seeds}"
-        row["accuracy"] = f"{statistics.mean(one[-1][1] for one in found):.2%}"
-        table.rows.append(row)
+    for name, (title, epochs, usual) in ROWS.items():
+        if only and name not in only:
+            continue
+        count = seeds or usual
+        found = [list(epochs(recipe, train, test, seed)) for seed in range(count)]
+        table.rows.append({"what": title, "seeds": count, **_reached(found)})
     first = table.rows[0]
-    table.headline = ", ".join(
-        f"{level:.1%} in {first[f's to {level:.1%}']:.1f} s"
-        for level in LEVELS
-        if first[f"s to {level:.1%}"] is not None
+    reached = {level: first[_column(level)] for level in LEVELS}
+    table.headline = f"{first['what']}: " + ", ".join(
+        f"{level:.1%} in {seconds:.1f} s" for level, seconds in reached.items() if seconds
     )
     return table
+
+
+def _column(level: float) -> str:
+    return f"s to {level:.1%}"
+
+
+def _reached(found: list[list[tuple[float, float]]]) -> dict:
+    """Of each level the median seconds of the seeds that reached it, and how many did."""
+    row: dict = {}
+    for level in LEVELS:
+        first = [next((s for s, a in one if a >= level), None) for one in found]
+        reached = [s for s in first if s is not None]
+        row[_column(level)] = statistics.median(reached) if reached else None
+        row[f"seeds at {level:.1%}"] = f"{len(reached)}/{len(found)}"
+    row["accuracy"] = f"{statistics.mean(one[-1][1] for one in found):.2%}"
+    return row
