@@ -34,6 +34,7 @@ NAMES = {
     "search": "a search for settings by cross-validation, beside scikit-learn's; minutes on a CPU",
     "accuracy": "the estimators beside scikit-learn's on five data sets",
     "memory": "peak memory of a step of wide layers; without a GPU, counted from tensors",
+    "trainer": "what an epoch of the trainer spends its time on: steps, test rows, the rest",
     "mnist": "seconds to 97%, 98% and 98.4% on MNIST: ours, eager torch, scikit-learn",
     "recipes": "the reference recipes against the usual loop with a DataLoader",
     "launches": "kernel launches and memory traffic a step, counted",

@@ -41,6 +41,7 @@ TABLES = {
     "memory": 10,
     "linear": 30,
     "cross_entropy": 15,
+    "trainer": 20,
     "mnist": 120,
     "recipes": 25,
     "launches": 20,

@@ -2,8 +2,13 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+
+from .data import needs_extra
+
+OnEpoch = Callable[[dict], object] | None
+OnStep = Callable[..., object] | None
 
 
 @contextlib.contextmanager
@@ -12,8 +17,34 @@ def bar(total: int, unit: str, shown: bool | None = None) -> Iterator[Any]:
 
     shown: None shows it where somebody can watch: in a terminal and in a notebook.
     """
-    from tqdm.auto import tqdm
-
+    try:
+        from tqdm.auto import tqdm
+    except ModuleNotFoundError:
+        raise needs_extra("tqdm", "a progress bar") from None
     hidden = None if shown is None else not shown
     with tqdm(total=total, unit=unit, leave=False, disable=hidden, file=sys.stderr) as made:
         yield made
+
+
+@contextlib.contextmanager
+def shown(
+    progress: bool | None, steps: int, on_epoch: OnEpoch, on_step: OnStep
+) -> Iterator[tuple[OnEpoch, OnStep]]:
+    """The two callbacks of `Trainer.fit`, which move a bar of so many steps if it is shown."""
+    if progress is False:
+        yield on_epoch, on_step
+        return
+    with bar(steps, "step", progress) as made:
+        if made.disable:
+            yield on_epoch, on_step
+            return
+
+        def ended(row: dict) -> object:
+            made.set_postfix_str(f"loss {row['train_loss']:.4f}", refresh=False)
+            return None if on_epoch is None else on_epoch(row)
+
+        def stepped(*count: int) -> object:
+            made.update(*count)
+            return None if on_step is None else on_step(*count)
+
+        yield ended, stepped

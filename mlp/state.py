@@ -1,7 +1,9 @@
 """A network's parameters and buffers by name, copies of them, and its modes."""
 
 import contextlib
+import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -40,6 +42,21 @@ def load_state(model: Net | torch.nn.Module, state: dict[str, torch.Tensor]) -> 
         )
     for name, tensor in state_of(model).items():
         tensor.copy_(state[name])
+
+
+def copied(value: Any) -> Any:
+    """A copy of an optimizer's state, with its tensors detached: as `copy.deepcopy`, which takes
+    longer than a small network's epoch may.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if type(value) is dict:
+        return {key: copied(inner) for key, inner in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(copied(inner) for inner in value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return copy.deepcopy(value)
 
 
 class Snapshot:

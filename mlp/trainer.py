@@ -1,6 +1,5 @@
 """fit, evaluate, predict, resume: epochs of one engine, and what they measured."""
 
-import copy
 import math
 import time
 from collections.abc import Callable
@@ -22,8 +21,9 @@ from .metrics import measure, outputs
 from .modules import ends, loss_of, whole
 from .net import Net
 from .optim import OPTIMIZERS, SGD
+from .progress import shown
 from .schedule import Schedule, options_of, restore_options
-from .state import Snapshot, in_mode, load_state, parameters_of, state_of
+from .state import Snapshot, copied, in_mode, load_state, parameters_of, state_of
 from .stopping import EarlyStopping, resumed
 
 _BATCH_SIZE = 32
@@ -143,8 +143,8 @@ class Trainer:
     @property
     def _shape(self) -> tuple[int, ...] | None:
         """Of a sample, where the network is not ours and the data came with one."""
-        ours = takeover.description(self.model) is None
-        return None if ours or self._seen is None else self._seen.shape
+        shape = None if self._seen is None else self._seen.shape
+        return None if shape is None or takeover.description(self.model) is None else shape
 
     @property
     def device(self) -> torch.device:
@@ -167,6 +167,7 @@ class Trainer:
         early_stopping: int | None = None,
         augment: int = 0,
         validation: Any = None,
+        progress: bool | None = False,
     ) -> History:
         """Train until `epochs` epochs are done, counting those of a resumed run; returns the
         history of all.
@@ -184,7 +185,8 @@ class Trainer:
         launch calls on_step(steps) after it.) early_stopping: end after so many epochs without a
         lower loss, and keep the best epoch's weights: see `mlp.stopping`.
         augment: move every training image by up to so many pixels, anew in each epoch: see
-        `mlp.data.shifts`.
+        `mlp.data.shifts`. progress: True shows a bar with the loss and the time that is left, a
+        line in a terminal and a widget in a notebook. None shows it there, but not in a log file.
 
         The network trains in train mode and is measured in evaluation mode; afterwards it has the
         modes it had. Diverged if the loss is not finite: weights, buffers, optimizer and scheduler
@@ -202,7 +204,13 @@ class Trainer:
         self.stopping = resumed(self.stopping, early_stopping, self._parts())
         if self.requested == "auto" and self.verbose:
             print(self.engine_note)
-        with torch.inference_mode(False), torch.enable_grad(), in_mode(self.model, True):
+        left = max(epochs - len(self.history), 0) * math.ceil(task.samples / task.batch_size)
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            in_mode(self.model, True),
+            shown(progress, left, on_epoch, on_step) as (on_epoch, on_step),
+        ):
             for epoch in range(len(self.history) + 1, epochs + 1):
                 if self.stopping is not None and self.stopping.is_over:
                     break
@@ -287,8 +295,9 @@ class Trainer:
 
     def _fitted(self, data: Dataset) -> Dataset:
         """A data set as this network can meet it."""
-        is_ours = takeover.description(self.model) is None
-        outputs = ends(self.model.config())[1] if is_ours else None
+        outputs = None  # only numbers are met by columns
+        if not data.is_classification and takeover.description(self.model) is None:
+            outputs = ends(self.model.config())[1]
         dtype = next(iter(parameters_of(self.model).values())).dtype
         return given.fitted(data, self.device, dtype, outputs)
 
@@ -375,7 +384,7 @@ class Trainer:
 
     def _epoch(self, epoch: int, task: _Task, order, after_step):
         before = [Snapshot(part) for part in self._parts()]
-        state, options = copy.deepcopy(self.optimizer.state_dict()), options_of(self.optimizer)
+        state, options = copied(self.optimizer.state_dict()), options_of(self.optimizer)
         scheduled = None if self.schedule is None else self.schedule.state_dict()
         self.engine.shape = self._shape
         self.engine.moves = None if self.schedule is None else self.schedule.after_step
