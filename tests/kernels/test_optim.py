@@ -207,8 +207,11 @@ def test_layouts(name, device):
 
 def test_no_parameters(device):
     """Without parameters there is no launch and no error."""
-    kernels.sgd([], [], [], 0.1)
-    kernels.adam([], [], [], [], 1, 0.1)
+    launches = []
+    with launch.observe(lambda *launched: launches.append(launched)):
+        kernels.sgd([], [], [], 0.1)
+        kernels.adam([], [], [], [], 1, 0.1)
+    assert launches == []
 
 
 def by_kernel(rule, params, grads, states, row, step):

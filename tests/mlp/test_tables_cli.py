@@ -151,6 +151,7 @@ def test_one_row(handgrad, files):
     files.head(1).to_csv("bad.csv", index=False)
     status, out, err = handgrad("train", "bad.csv", "--target", "price", *QUICK)
     assert (status, out) == (2, "") and err.count("\n") == 1
+    assert "in every row" in err and "nothing to learn" in err
 
 
 def test_units_are_undone():
