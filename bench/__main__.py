@@ -34,7 +34,7 @@ NAMES = {
     "search": "a search for settings by cross-validation, beside scikit-learn's; minutes on a CPU",
     "accuracy": "the estimators beside scikit-learn's on five data sets",
     "memory": "peak memory of a step of wide layers; without a GPU, counted from tensors",
-    "trainer": "what an epoch of the trainer spends its time on: steps, test rows, the rest",
+    "trainer": "the time of an epoch of the trainer by part: steps, test rows, the rest",
     "mnist": "seconds to 97%, 98% and 98.4% on MNIST: ours, eager torch, scikit-learn",
     "recipes": "the reference recipes against the usual loop with a DataLoader",
     "launches": "kernel launches and memory traffic a step, counted",
@@ -74,10 +74,10 @@ def _parser() -> argparse.ArgumentParser:
         "--only",
         default="",
         metavar="PARTS",
-        help="of all: these parts and no others, with commas; of mnist: these rows",
+        help="with all: run only these parts, separated by commas; with mnist: only these rows",
     )
     parser.add_argument(
-        "--seeds", type=int, metavar="N", help="of mnist: networks of each row; default 3 to 10"
+        "--seeds", type=int, metavar="N", help="with mnist: networks a row, by default 3 to 10"
     )
     parser.add_argument(
         "--resume",
@@ -115,21 +115,21 @@ def main() -> int:
 
 
 def _misplaced(arguments: argparse.Namespace) -> str:
-    """What is wrong with the options of single tables, in words; empty if nothing."""
+    """The fault in the options for single tables, or ""."""
     names = arguments.names
     if arguments.skip or arguments.resume:
-        return "--skip and --resume are for all"
+        return "--skip and --resume are options of all"
     if arguments.epochs is not None and ("soak" not in names or arguments.epochs < 1):
-        return "--epochs, at least 1, is for soak"
+        return "--epochs, at least 1, is an option of soak"
     if arguments.seeds is not None and ("mnist" not in names or arguments.seeds < 1):
-        return "--seeds, at least 1, is for mnist"
+        return "--seeds, at least 1, is an option of mnist"
     if arguments.only and "mnist" not in names:
-        return "--only is for all and for mnist"
+        return "--only is an option of all and of mnist"
     return ""
 
 
 def _names(text: str) -> list[str]:
-    """Names with commas between."""
+    """The names in a text that separates them by commas."""
     return [name for name in text.split(",") if name]
 
 

@@ -116,7 +116,7 @@ def child(seed: int) -> None:
 
 
 class Row(NamedTuple):
-    """A row of the table: its title, the run, and how many seeds."""
+    """A row of the table: its title, the function that trains, and the number of seeds."""
 
     title: str
     epochs: Callable[..., Epochs]
@@ -132,8 +132,9 @@ ROWS = {
 
 
 def run(seeds: int | None = None, only: Sequence[str] = ()) -> Table:
-    """A row for each: the median seconds to each accuracy, and the last accuracy. seeds: of each
-    row. only: names of ROWS; all if there are none.
+    """A row for each way, with median seconds to each accuracy, and the last accuracy.
+
+    seeds: how many for each row. only: names of ROWS, or none for all.
     """
     table = Table("MNIST: seconds to an accuracy", "python -m bench mnist", note=__doc__ or "")
     if unknown := [name for name in only if name not in ROWS]:
@@ -163,7 +164,7 @@ def _column(level: float) -> str:
 
 
 def _reached(found: list[list[tuple[float, float]]]) -> dict:
-    """Of each level the median seconds of the seeds that reached it, and how many did."""
+    """For each level, the median seconds of the seeds that reached it, and their number."""
     row: dict = {}
     for level in LEVELS:
         first = [next((s for s, a in one if a >= level), None) for one in found]

@@ -1,8 +1,8 @@
-"""What an epoch of `Trainer.fit` spends its time on: the steps, the test rows, and the rest.
+"""The time of an epoch of `Trainer.fit` by part: the steps, the test rows, the shifts, the rest.
 
-"test rows" is the forward pass of the test rows after each epoch. "shifts" is the training images
-that a recipe moves anew in each epoch. "rest" is the trainer's own: the order of the samples,
-copies to go back to, the history. The fastest of a few trainings counts.
+"test rows" is the forward pass of the test rows after each epoch. "shifts" is the time to move the
+training images, where a recipe does. "rest" is the trainer's own work: the order of the samples,
+copies for a divergence, the history. The fastest of a few trainings counts.
 """
 
 import time
@@ -29,11 +29,11 @@ TRAININGS = (
 
 
 def spent(name: str, recipe: recipes.Recipe, engine: str, epochs: int) -> dict[str, float]:
-    """Seconds of an epoch, by part, in the training that took least."""
+    """Seconds of an epoch by part, in the fastest training."""
     train, test = (part.to(device()) for part in recipe.prepare(*data.load(name, verbose=False)))
     plan = schedule.Plan(epochs, -(-len(train) // recipe.batch_size))
     found, shift = [], Shifts.epoch
-    for _ in range(ROUNDS + 1):  # the first loads what the others have
+    for _ in range(ROUNDS + 1):  # the first, which loads code, does not count
         model = recipe.model(train, 0, device())
         parts = model, recipe.make_loss(), recipe.make_optimizer, engine
         trainer = mlp.Trainer(*parts, verbose=False)
@@ -67,6 +67,10 @@ def run() -> Table:
     table = Table("An epoch of the trainer, by part", "python -m bench trainer", note=__doc__ or "")
     compiled = device().type != "cpu" or cpu.serves(torch.empty(1))
     has_mnist = mnist("cpu").name.startswith("mnist")
+    if not has_mnist:
+        table.note += "\nWithout MNIST in $HANDGRAD_DATA, only digits are timed."
+    if not compiled:
+        table.note += "\nWithout numba, engine `epoch` is not timed."
     for name, recipe, engine, epochs in TRAININGS:
         if (name == "mnist" and not has_mnist) or (engine == "epoch" and not compiled):
             continue

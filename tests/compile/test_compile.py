@@ -97,4 +97,4 @@ def test_every_kernel(arch, part, request):
     found = [f"{row['label']}: {problem}" for row in rows for problem in problems(arch, row)]
     assert not found, "\n".join([f"{len(found)} of {len(rows)} kernels:", *found])
     missing = NEEDED - set(names)
-    assert rows and not missing, "the shapes no longer reach them"
+    assert rows and not missing, f"no shape reaches {missing}"

@@ -141,7 +141,7 @@ def test_default_folders_are_numbered(handgrad):
         assert handgrad(*QUICK, "--epochs", "1")[0] == 0
     assert sorted(os.listdir("runs")) == ["digits", "digits-2", "digits-3"]
     assert weights("runs/digits")[0].equal(weights("runs/digits-3")[0]), (
-        "the same seed, the same run"
+        "equal seeds must give equal runs"
     )
 
 
@@ -174,7 +174,9 @@ def test_resume_is_as_if_never_stopped(handgrad):
     assert [row["train_loss"] for row in rows("stopped")] == [
         row["train_loss"] for row in rows("straight")
     ]
-    assert read_json("stopped/config.json")["recipe"]["epochs"] == 2, "it says how the run began"
+    assert read_json("stopped/config.json")["recipe"]["epochs"] == 2, (
+        "config.json must keep the first call"
+    )
     status, out, _ = handgrad("train", "--resume", "--out", "stopped")
     assert status == 0 and "nothing to do: stopped has 4 epochs" in out
 

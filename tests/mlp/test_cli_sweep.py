@@ -69,7 +69,7 @@ BAD = {
 def test_nothing_is_trained_before_all_is_checked(case, run, monkeypatch, tmp_path):
     argv, message = BAD[case]
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(sweeping, "_train", lambda *args: pytest.fail("it trains"))
+    monkeypatch.setattr(sweeping, "_train", lambda *args: pytest.fail("the sweep trains"))
     status, out, err = run(f"sweep digits {argv}")
     assert (status, out) == (2, "") and err.count("\n") == 1 and re.search(message, err), err
     assert os.listdir() == ["file"]

@@ -1,5 +1,6 @@
-"""Weight decay, schedules, early stopping, clipping, smoothing and class weights: on every engine
-and in sweeps the training is that of engine `manual`, or one line says why not.
+"""Weight decay, schedules, early stopping, clipping, smoothing and class weights on every engine.
+
+Each engine, and a sweep, trains as engine `manual` does, or one line says why not.
 """
 
 import importlib.util
@@ -15,9 +16,9 @@ WEIGHT = [0.5, 2.0, 1.0]
 
 
 class Case:
-    """What a training is asked for: arguments of the optimizer, of `fit`, of Trainer, of the loss.
+    """The settings of a training: arguments of the optimizer, of `fit`, of Trainer, of the loss.
 
-    plan: (schedule, epochs of warm-up). refused: engine or "sweep" -> a part of what it says.
+    plan: (schedule, epochs of warm-up). refused: {engine or "sweep": a part of its error}.
     """
 
     def __init__(self, optimizer="sgd", numbers=None, plan=("constant", 0), refused=None, **more):
@@ -71,7 +72,7 @@ def data(seed):
 
 
 def trained(case, engine):
-    """(history, weights) of a training by an engine; a ValueError if it refuses."""
+    """(training losses, weights) of a training by an engine. ValueError if it refuses."""
     model = mlp.MLP([5, *HIDDEN, 3], "tanh")
     mlp.initialise(dict(model.named_parameters()), None, 7)
     optimizer = mlp.optim.OPTIMIZERS[case.optimizer](
@@ -87,7 +88,7 @@ def trained(case, engine):
 
 
 def swept(case):
-    """As `trained`, as one of two networks of a sweep."""
+    """(training losses, weights) of the same training as one of two networks of a sweep."""
     settings = {"hidden": HIDDEN, "activation": "tanh", "optimizer": case.optimizer}
     settings |= {"lr": 0.02, "schedule": case.plan[0], "warmup": case.plan[1], "batch_size": BATCH}
     settings |= {"seed": 7, **case.numbers, **case.trainer}
@@ -100,6 +101,7 @@ def swept(case):
 @pytest.mark.parametrize("way", [*engines.ENGINES, "sweep"])
 @pytest.mark.parametrize("name", CASES)
 def test_as_manual_or_refused(name, way, monkeypatch):
+    """Losses agree to 1e-5 and weights to 1e-4, as engines sum in different orders in float32."""
     case = CASES[name]
     if way == "epoch" and importlib.util.find_spec("numba") is None:
         pytest.skip("the compiled epoch needs numba: pip install 'handgrad[cpu]'")

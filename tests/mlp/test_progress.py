@@ -1,4 +1,4 @@
-"""Progress bars: a line in a terminal, a widget in a notebook, nothing in a log file."""
+"""A progress bar is a line in a terminal and a widget in a notebook. A log file gets none."""
 
 import contextlib
 
@@ -33,7 +33,7 @@ def test_a_file_gets_no_bar(capsys):
 
 
 def test_a_notebook_gets_its_own_bar(monkeypatch):
-    """tqdm.auto chooses the widget; it is told the steps and the loss."""
+    """tqdm.auto chooses the widget. The widget gets the number of steps and the loss."""
     made = []
 
     class Widget:

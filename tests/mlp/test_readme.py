@@ -14,7 +14,7 @@ README = Path(__file__).parents[2] / "README.md"
 
 @pytest.fixture
 def tracked(monkeypatch):
-    """MLflow and W&B are no dependencies: modules that note what they are told stand for them."""
+    """Replaces MLflow and W&B by modules that collect (step, numbers). They need not be here."""
     calls: dict[str, list] = {"mlflow": [], "wandb": []}
     for name, start, log in (("mlflow", "start_run", "log_metrics"), ("wandb", "init", "log")):
         module = types.ModuleType(name)
