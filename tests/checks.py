@@ -1,4 +1,4 @@
-"""Shared helpers of tests: the tolerance rule, buffers that start as NaN, memory layouts."""
+"""What tests share: the rule of accuracy, buffers that start as NaN, memory layouts."""
 
 import functools
 
@@ -12,29 +12,34 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 class Draw(Make):
     """Numbers scaled so that a product of two matrices is standard normal. With larger numbers tanh
-    saturates, and its derivative is mostly rounding.
+    saturates, and all that is left is rounding.
     """
 
     def real(self, *shape):
         return super().real(*shape) * max(shape[-1], 1) ** -0.25
 
 
-def assert_as_accurate(ours, torchs, exact, what=""):
-    """The project's only tolerance.
+def assert_as_accurate(ours, torchs, exact, what="", computed_in=None):
+    """Asserts the project's only tolerance.
 
-    Our error against the float64 result `exact` may be twice torch's error in our precision, plus
-    the rounding of the result: one ulp of its largest number, three on a GPU (`rounding.floor`).
-    Where simulated rounding gives more, our error may be twice that.
+    The error of `ours` against the float64 result `exact` may be the larger of
 
-    Torch's own error is partly luck. Another processor, BLAS or number of threads adds in another
-    order. The error may be 0, and a result may cancel although the terms of its sums do not. So
-    where we exceed the first limit, `exact` is computed again under simulated rounding
-    (kernels/rounding.py, with its sources), and the worst error of several draws counts.
+    - twice torch's worst error in the same precision, plus the rounding of the result itself: one
+      ulp of its largest number, three on a GPU (`rounding.floor`);
+    - twice the worst error of several draws of simulated rounding (kernels/rounding.py).
 
-    exact: a function of no arguments that computes the results in float64. It may also be the
-    results, where each is a single step from its arguments, so that torch's error suffices. Where
-    torch overflows or has NaN, we must have the same or the exact result. Nested lists and tuples
-    of tensors are compared one by one.
+    Torch's own error is a matter of luck, so the first does not always suffice. Another processor,
+    BLAS or number of threads adds in another order. Torch's error may be 0, and a result may cancel
+    while the terms of its sums do not. The simulation takes time, so it runs only where the first
+    does not suffice.
+
+    ours, torchs: tensors, or nested lists and tuples of tensors, which are compared one by one.
+    exact: a function without arguments that computes the results in float64. Or the results, if
+    each is a single step from its arguments, so that torch's error suffices.
+    computed_in: the precision of the computation. None: the precision of each result. Under
+    autocast, results may have more digits than the products they come from.
+
+    Where torch overflows or has NaN, ours must be the same as torch's, or right.
     """
     ours, torchs = flatten(ours), flatten(torchs)
     again, exact = exact, flatten(exact() if callable(exact) else exact)
@@ -46,22 +51,22 @@ def assert_as_accurate(ours, torchs, exact, what=""):
         a, b, c = a.detach(), b.detach(), c.detach()
         assert a.shape == b.shape == c.shape, f"{what}[{i}]: {a.shape} {b.shape} {c.shape}"
         assert a.dtype == b.dtype, f"{what}[{i}]: {a.dtype}, torch {b.dtype}"
-        info = torch.finfo(a.dtype)
-        ulps = floor(a.dtype, a.device)
-        allowed = 2 * worst(b, c) + ulps * max(_scale(c), info.smallest_normal)
+        dtype = computed_in or a.dtype
+        ulps = floor(dtype, a.device)
+        allowed = 2 * worst(b, c) + ulps * max(_scale(c), torch.finfo(dtype).smallest_normal)
         if callable(again) and (_wrong(a, b, c) > allowed).any():
-            allowed = max(allowed, 2 * simulated(a.dtype)[i])
+            allowed = max(allowed, 2 * simulated(dtype)[i])
         _assert_within(allowed, a, b, c, f"{what}[{i}]")
 
 
 def _wrong(ours, torchs, exact):
-    """Our errors. They are 0 where torch overflows or has NaN and we have the same."""
+    """Our errors. 0 where torch overflows or has NaN and ours is the same."""
     same = (ours == torchs) | (ours.isnan() & torchs.isnan())
     return errors(ours, exact).masked_fill(same & ~torchs.isfinite(), 0)
 
 
 def _scale(exact) -> float:
-    """The largest finite number's size."""
+    """The size of the largest finite number, 0 if there is none."""
     finite = exact[exact.isfinite()]
     return finite.abs().amax().item() if finite.numel() else 0.0
 
@@ -80,7 +85,7 @@ def _assert_within(allowed, ours, torchs, exact, what):
 
 
 def gradient_penalty(function):
-    """Σ ‖∂(Σ y²)/∂t‖² over the function's tensors t. Its gradient is a second derivative."""
+    """The function Σ ‖∂(Σ y²)/∂t‖² over its tensors. Its gradient needs second derivatives."""
 
     def of(*tensors):
         y = function(*tensors)
@@ -91,9 +96,10 @@ def gradient_penalty(function):
 
 
 def compare(ours, torchs, *draws, what=""):
-    """Compares values and gradients of a function of tensors with torch's, by the rule above.
+    """Compares values and gradients with torch's by `assert_as_accurate`.
 
-    A tensor may be None. Several draws are compared as one, because torch's error in a single
+    ours, torchs: functions of tensors. draws: their arguments, one tuple a draw; None is allowed in
+    the place of a tensor. Several draws are judged together, because torch's error in a single
     number is a matter of luck.
     """
     results = [with_gradients(ours, tensors) for tensors in draws]
@@ -106,13 +112,13 @@ def compare(ours, torchs, *draws, what=""):
 
 
 def stacked(draws):
-    """One list of results, each stacked over the draws. draws: lists of equal length."""
+    """Lists of n results each -> one list of n results, those of all draws stacked."""
     return [torch.stack(results) for results in zip(*draws)]
 
 
 def with_gradients(function, tensors):
-    """[value, *gradients of the tensors]. The incoming gradient is positive, so that sums over a
-    batch do not cancel.
+    """[value, gradient of every tensor]. The incoming gradient is positive, so sums over a batch do
+    not cancel.
     """
     tensors = [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
     y = function(*tensors)
@@ -121,8 +127,8 @@ def with_gradients(function, tensors):
 
 
 def poison_fresh_buffers(monkeypatch):
-    """Fills every uninitialised floating-point buffer with NaN, so an element that a kernel forgets
-    to write fails.
+    """Fills every uninitialised floating-point buffer with NaN, so that an element shows which a
+    kernel forgets to write.
     """
 
     def poisoned(allocate):
@@ -150,8 +156,8 @@ def transposed(t):
 
 
 def sliced(t):
-    """The same values amid NaN, with an offset, gaps and a last stride of 2. A read outside of them
-    gives NaN.
+    """The same values amid NaN, with an offset, gaps and a last stride of 2. A kernel that reads
+    beside them returns NaN.
     """
     around = t.new_full(
         [3 + 2 * size for size in t.shape], float("nan") if t.is_floating_point() else 1 << 20
@@ -160,7 +166,9 @@ def sliced(t):
 
 
 def expanded(t):
-    """The same shape with the first row, or a vector's first element, repeated with stride 0."""
+    """The first row, of a vector the first element, repeated with stride 0. The shape stays, the
+    values do not.
+    """
     return t.detach()[:1].expand(t.shape)
 
 
@@ -173,19 +181,19 @@ LAYOUTS = {
 
 
 def double(value):
-    """The same nested value with every floating-point tensor in float64, detached."""
+    """The same nested tuple with every floating-point tensor in float64, detached."""
     if isinstance(value, torch.Tensor):
         return value.detach().double() if value.is_floating_point() else value
     return type(value)(map(double, value)) if isinstance(value, (tuple, list)) else value
 
 
 def snapshot(value):
-    """Copies of all tensors in nested tuples and lists, for a later comparison."""
+    """Copies of the tensors in nested tuples and lists, for a later comparison."""
     return [t.clone() for t in flatten(value)]
 
 
 def assert_equal(ours, theirs, what=""):
-    """Checks that nested tensors are bitwise equal. NaN equals NaN."""
+    """Asserts that nested tensors are equal, bit for bit; NaN equals NaN."""
     ours, theirs = flatten(ours), flatten(theirs)
     assert len(ours) == len(theirs), what
     for a, b in zip(ours, theirs):
