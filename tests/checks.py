@@ -1,4 +1,4 @@
-"""What tests share: the rule of accuracy, buffers that start as NaN, memory layouts."""
+"""Shared helpers of tests: the rule of accuracy, buffers that start as NaN, memory layouts."""
 
 import functools
 

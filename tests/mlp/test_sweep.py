@@ -1,5 +1,6 @@
 """In a Sweep every network is the one that Trainer trains alone. Also table, ensemble, files."""
 
+import functools
 import math
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import kernels
 import mlp
 from mlp.loss import LOSSES
 from mlp.sweep import Sweep, spread
-from tests.checks import assert_equal
+from tests.checks import assert_as_accurate, assert_equal
 
 SIZES = (9, 8, 4)
 OPTIMIZERS = {
@@ -37,15 +38,29 @@ def data():
     )
 
 
-def alone(data, seed, lr, options, activation):
-    """(network, training loss) of a Trainer with one replica's settings."""
+def alone(data, seed, lr, dtype=torch.float32, activation="relu", loss=None, **options):
+    """[the last training loss, *the parameters] of one replica's settings as Trainer makes it."""
     model = mlp.MLP(SIZES, activation)
     mlp.initialise(dict(model.named_parameters()), None, seed)
-    options = dict(options)
     make = mlp.optim.OPTIMIZERS[options.pop("optimizer", "sgd")]
-    trainer = mlp.Trainer(model, None, lambda p: make(p, lr=lr, **options), "manual", verbose=False)
+    optimizer = make(model.to(dtype).parameters(), lr=lr, **options)
+    trainer = mlp.Trainer(model, loss, optimizer, "manual", verbose=False)
     trainer.fit(data, 3, 16, seed=seed)
-    return model, trainer.history[-1]["train_loss"]
+    last = torch.tensor(trainer.history[-1]["train_loss"], dtype=dtype)
+    return [last, *(p.detach() for p in model.parameters())]
+
+
+def assert_as_alone(sweep, rows, data, **settings):
+    """Every network of the sweep is as near to Trainer's in float64 as Trainer's in float32."""
+    for row in rows:
+        parameters = [p.detach() for p in sweep.network(row.replica).parameters()]
+        train = functools.partial(alone, data, row.seed, row.lr, **settings)
+        assert_as_accurate(
+            [torch.tensor(row.train_loss), *parameters],
+            train(),
+            functools.partial(train, torch.float64),
+            f"replica {row.replica}",
+        )
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "gelu"])  # sigmoid keeps y, gelu keeps z
@@ -54,27 +69,15 @@ def test_replicas_are_those_of_the_trainer(data, options, activation):
     """Weights agree to 1e-4, because replicas and Trainer sum in different orders in float32."""
     rates = [0.02, 0.1, 0.2]
     sweep = Sweep(SIZES, 3, rates, seeds=[5, 6, 7], activation=activation, device="cpu", **options)
-    rows = {row.replica: row for row in sweep.fit(data, 3, 16, data)}
-    for replica, (seed, lr) in enumerate(zip((5, 6, 7), rates)):
-        model, loss = alone(data, seed, lr, options, activation)
-        assert rows[replica].train_loss == pytest.approx(loss, rel=1e-5)
-        for ours, expected in zip(sweep.network(replica).parameters(), model.parameters()):
-            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    rows = sweep.fit(data, 3, 16, data)
+    assert_as_alone(sweep, rows, data, activation=activation, **options)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss(name, data):
     """A replica is the network that Trainer trains with that loss."""
     sweep = Sweep(SIZES, 2, [0.05, 0.1], seeds=[1, 2], loss=name, device="cpu")
-    rows = {row.replica: row for row in sweep.fit(data, 2, 16)}
-    model = mlp.MLP(SIZES)
-    mlp.initialise(dict(model.named_parameters()), None, 2)
-    optimizer = mlp.SGD(model.parameters(), lr=0.1)
-    trainer = mlp.Trainer(model, name, optimizer, "manual", verbose=False)
-    trainer.fit(data, 2, 16, seed=2)
-    assert rows[1].train_loss == pytest.approx(trainer.history[-1]["train_loss"], rel=1e-5)
-    for ours, expected in zip(sweep.network(1).parameters(), model.parameters()):
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    assert_as_alone(sweep, sweep.fit(data, 3, 16), data, loss=name)
 
 
 @pytest.mark.interpreter
