@@ -7,18 +7,24 @@ and none of them loads torch or copies the data. Successive halving gives all se
 and only the best more.
 """
 
+import collections
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import joblib
 import numpy
 import torch
-from sklearn.base import clone
-from sklearn.model_selection import ParameterGrid, ParameterSampler
+from sklearn.base import clone, is_classifier
+from sklearn.metrics import check_scoring
+from sklearn.model_selection import ParameterGrid, ParameterSampler, StratifiedKFold, check_cv
 from sklearn.model_selection._search import BaseSearchCV
+from sklearn.model_selection._validation import _warn_or_raise_about_fit_failures
 
 from . import cpu, progress, spreading
 from .estimators import trusted
@@ -85,8 +91,7 @@ class SearchCV(BaseSearchCV):
         """Search on X (samples, features) and y, then train the best on all of them."""
         self._candidates = self._drawn()  # an error comes before any training
         self._bar, self.verbose, shown = bool(self.verbose), 0, self.verbose
-        given, refit = self.estimator, self.refit
-        quick = None if params or self.scoring is not None else trusted(given, X, y)
+        quick = None if params or self.scoring is not None else trusted(self.estimator, X, y)
         try:
             with (
                 cpu.many(),
@@ -94,18 +99,73 @@ class SearchCV(BaseSearchCV):
                 _one_thread_each(),
                 joblib.parallel_config(backend="threading"),
             ):
-                if quick is None or callable(refit):
+                if quick is None or callable(self.refit):
                     return super().fit(X, y, **params)
-                self.estimator, self.refit = quick[0], False
-                super().fit(*quick[1:])
-                self.estimator, self.refit = given, refit
-                if refit:
+                self._fit_quickly(*quick)
+                if self.refit:
                     self._train_best(X, y)
                 return self
         finally:
-            self.estimator, self.refit, self.verbose = given, refit, shown
+            self.verbose = shown
             del self._candidates, self._bar
             self.__dict__.pop("_folds", None)
+
+    def _fit_quickly(self, network: Any, X: numpy.ndarray, y: numpy.ndarray) -> None:
+        """What BaseSearchCV.fit does before it trains the best. A fit costs little beside its
+        training. network, X, y: of `estimators.trusted`.
+        """
+        self._validate_params()
+        self.scorer_, self.multimetric_ = check_scoring(self.estimator), False
+        self._checked_cv_orig = check_cv(self.cv, y, classifier=is_classifier(self.estimator))
+        self._check_input_parameters(X, y, {})
+        self.n_splits_ = len(self._folds.pairs)
+        candidates: list[dict[str, Any]] = []
+        rows: list[dict[str, Any]] = []
+        more: dict[str, list] = collections.defaultdict(list)
+        with ThreadPoolExecutor(self.n_jobs) as pool:
+
+            def one(task: tuple[dict[str, Any], Any, Any]) -> dict[str, Any]:
+                return self._fitted(network, X, y, task)
+
+            def evaluate(
+                chunk: list[dict[str, Any]], folds: _Folds, more_results: Any = None
+            ) -> dict[str, Any]:
+                tasks = [(setting, *pair) for setting in chunk for pair in folds.pairs]
+                found = list(pool.map(one, tasks))
+                _warn_or_raise_about_fit_failures(found, self.error_score)
+                candidates.extend(chunk)
+                rows.extend(found)
+                for name, values in (more_results or {}).items():
+                    more[name] += values
+                self.cv_results_ = self._format_results(candidates, self.n_splits_, rows, more)
+                return self.cv_results_
+
+            self._run_search(evaluate)
+        self.best_index_ = self._select_best_index(self.refit, "score", self.cv_results_)
+        self.best_score_ = self.cv_results_["mean_test_score"][self.best_index_]
+        self.best_params_ = self.cv_results_["params"][self.best_index_]
+
+    def _fitted(
+        self,
+        network: Any,
+        X: numpy.ndarray,
+        y: numpy.ndarray,
+        task: tuple[dict[str, Any], Any, Any],
+    ) -> dict[str, Any]:
+        """The score of one setting on one fold, as scikit-learn's table takes it. task: parameters,
+        training rows, test rows.
+        """
+        parameters, train, test = task
+        score, error, started = self.error_score, None, time.time()
+        made = clone(network).set_params(**parameters)
+        try:
+            made.fit(X[train], y[train])
+            ended = time.time()
+            score = made.score(X[test], y[test])
+        except Exception:  # the table shows it as a fit without a score
+            ended, error = time.time(), traceback.format_exc()
+        times = {"fit_time": ended - started, "score_time": time.time() - ended}
+        return {"test_scores": score, "fit_error": error, "n_test_samples": len(test), **times}
 
     def _train_best(self, X: Any, y: Any) -> None:
         """What BaseSearchCV does at its end, on the data as they were given."""
@@ -147,8 +207,21 @@ class SearchCV(BaseSearchCV):
         return names[0] if names else None
 
     def _check_input_parameters(self, X: Any, y: Any, split_params: dict) -> None:
+        self._refuse_too_many_folds(y)
         # The same folds for all settings, also where a splitter draws new ones at each call.
         self._folds = _Folds(list(self._checked_cv_orig.split(X, y, **split_params)))
+
+    def _refuse_too_many_folds(self, y: Any) -> None:
+        if not isinstance(self.cv, Integral):
+            return
+        most, of = len(y), "there are"
+        if isinstance(self._checked_cv_orig, StratifiedKFold):
+            most, of = int(numpy.unique(y, return_counts=True)[1].max()), "the largest class has"
+        if self.cv > most:
+            raise ValueError(
+                f"SearchCV: {self.cv} folds need as many rows, but {of} {most}; take at most "
+                f"{most} folds"
+            )
 
     def _run_search(self, evaluate_candidates: Callable) -> None:
         plan = self._rungs() if self.halving else [(len(self._candidates), {})]

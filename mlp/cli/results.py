@@ -116,20 +116,18 @@ def _page(run: RunFolder, settings: Settings, test_set: data.Dataset, model) -> 
 
 
 def predict(values: Values) -> None:
-    """The class of each image, and its probability. Images of another size are resized, with a
-    note.
+    """The class of each image, and its probability; of a run on rows of numbers, see
+    `tables.predict`. Images of another size are resized, with a note.
     """
     run, images = RunFolder(values["run"]), values["images"]
     settings, facts = run.settings, run.settings.data
-    if facts is not None and facts.table is not None:
+    if facts is None:
+        raise ValueError(f"{run.path / CONFIG} does not tell how inputs are read: train again")
+    if facts.reading.image_shape is None:
         tables.predict(values)
         return
     if values["out"] is not None:
         raise ValueError(f"--out is for the predictions of a table; {run.path} reads images")
-    if facts is None or facts.reading.image_shape is None:
-        raise ValueError(
-            f"{run.path} was trained on rows of numbers, not on images: it cannot read {images[0]}"
-        )
     dtype = setup.pick_precision(settings.precision).weights
     model = _network(run, setup.pick_device(values["device"]))
     features, outputs = ends(config_of(model) or {})

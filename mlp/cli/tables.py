@@ -9,9 +9,10 @@ import numpy
 import torch
 
 from .. import data, metrics, scoring
-from ..data import tables
+from ..data import files, tables
+from ..data.seen import Seen
 from ..data.units import Units
-from ..runs import CONFIG, RunFolder, Settings, report
+from ..runs import CONFIG, Facts, RunFolder, Settings, report
 from ..runs.checkpoint import config_of
 from ..runs.disk import CheckpointError, write_text
 from ..trainer import Trainer
@@ -96,30 +97,28 @@ def draw(run: RunFolder, recipe: Any, part: data.Dataset, model: torch.nn.Module
 
 
 def predict(values: Values) -> None:
-    """A CSV with the class and the probability of each, or the values, of the rows of a table."""
-    run, paths = RunFolder(values["run"]), values["images"]
+    """A CSV with the class and the probability of each, or the values, of the rows of a file. The
+    columns have the names that training knew; of a run on arrays, they have the order of X.
+    """
+    run, (path, *more) = RunFolder(values["run"]), values["images"]
     settings, facts = run.settings, run.settings.data
-    assert facts is not None and facts.table is not None
-    table, (path, *more) = facts.table, paths
-    if more or path.suffix.lower() not in tables.SUFFIXES:
+    assert facts is not None
+    named = facts.table is not None
+    known = tables.SUFFIXES if named else (*tables.SUFFIXES, *files.READERS)
+    if more or path.suffix.lower() not in known:
         raise ValueError(
-            f"{run.path} was trained on a table: give it one {' or '.join(tables.SUFFIXES)} file, "
-            f"got {', '.join(map(str, paths))}"
+            f"{run.path} was trained on {'a table' if named else 'rows of numbers'}: give it one "
+            f"{' or '.join(known)} file, got {', '.join(map(str, values['images']))}"
         )
-    x = table.inputs(tables.read(path), lambda line: complain(f"note: {path}: {line}"))
     dtype = setup.pick_precision(settings.precision).weights
     model, note = run.network(setup.pick_device(values["device"]))
     if note:
         complain(f"note: {note}")
     features = (config_of(model) or {}).get("sizes", [0])[0]
-    if features != len(table.features):
-        raise CheckpointError(
-            f"{run.path / CONFIG}: a table of {len(table.features)} features does not fit the "
-            f"network, which takes {features}"
-        )
+    x = (_by_name if named else _by_order)(run, path, features).to(dtype)
     with torch.no_grad():
-        outputs = model(x.to(next(model.parameters()).device, dtype))
-    lines = _csv(*_answers(table, settings.recipe.make_loss(), outputs, facts.units))
+        outputs = model(x.to(next(model.parameters()).device))
+    lines = _csv(*_answers(facts, settings.recipe.make_loss(), outputs))
     if values["out"] is None:
         for text in lines:
             say(text)
@@ -128,22 +127,65 @@ def predict(values: Values) -> None:
     complain(f"{len(lines) - 1:,} predictions written to {values['out']}")
 
 
-def _answers(
-    table: tables.Table, loss: Any, outputs: torch.Tensor, units: Units | None
-) -> tuple[list[str], list[list[Any]]]:
+def _by_name(run: RunFolder, path: Path, features: int) -> torch.Tensor:
+    """Inputs of the network from the columns that its training knew."""
+    facts = run.settings.data
+    assert facts is not None and facts.table is not None
+    table = facts.table
+    if features != len(table.features):
+        raise CheckpointError(
+            f"{run.path / CONFIG}: a table of {len(table.features)} features does not fit the "
+            f"network, which takes {features}"
+        )
+    return table.inputs(tables.read(path), lambda line: complain(f"note: {path}: {line}"))
+
+
+def _by_order(run: RunFolder, path: Path, features: int) -> torch.Tensor:
+    """Inputs of a network that was trained on arrays, from a file's columns in their order."""
+    facts = run.settings.data
+    assert facts is not None
+    names: list[str] = []
+    if path.suffix.lower() in tables.SUFFIXES:
+        raw, names = tables.numbers(path)
+    else:
+        raw = files.inputs(path)
+        raw = raw[None] if raw.dim() == 1 and len(raw) == features else raw
+    raw = raw.reshape(len(raw), -1)
+    if raw.shape[1] != features:
+        listed = f" ({', '.join(names[:8])}{', …' if len(names) > 8 else ''})" if names else ""
+        raise data.DataError(
+            f"{path}: rows of {raw.shape[1]} numbers{listed}, but the network was trained on rows "
+            f"of {features}; give the inputs alone, in the order of the training's"
+        )
+    if not (finite := raw.isfinite().all(1)).all():
+        raise data.DataError(
+            f"{path}: row {int((~finite).nonzero()[0]) + 1} has a number that is missing or not "
+            "finite, which the training data did not have"
+        )
+    stored = getattr(torch, facts.reading.stored, torch.float32)
+    if not stored.is_floating_point and bool((raw == raw.round()).all()):
+        raw = raw.long()  # a CSV does not tell 3 from 3.0
+    seen = Seen(facts.reading, is_labels=True, words=None, column=False, shape=None)
+    return seen.read(raw, torch.float64).inputs
+
+
+def _answers(facts: Facts, loss: Any, outputs: torch.Tensor) -> tuple[list[str], list[list[Any]]]:
     """Header and rows of what outputs say."""
-    if table.task == "classification":
-        (target,) = table.targets
+    table, count = facts.table, outputs.shape[1]
+    classes = table is None or table.task == "classification"
+    if classes and facts.classes:
         shares = loss.probabilities(outputs).double().cpu().numpy()
-        header = [target, *(f"p({name})" for name in table.classes)]
-        return header, [[table.classes[row.argmax()], *map(_short, row)] for row in shares]
+        target = "class" if table is None else table.targets[0]
+        header = [target, *(f"p({name})" for name in facts.classes)]
+        return header, [[facts.classes[row.argmax()], *map(_short, row)] for row in shares]
     said = loss.predict(outputs)
+    every = ["target"] if said.shape[1] == 1 else [f"target {i + 1}" for i in range(count)]
+    names = every if table is None else list(table.targets)
     if said is not outputs:
         shares = own(said, None)
-        header = [*table.targets, *(f"p({name})" for name in table.targets)]
+        header = [*names, *(f"p({name})" for name in names)]
         return header, [[*(row > 0.5).astype(int), *map(_short, row)] for row in shares]
-    found = own(said, units)
-    names = list(table.targets)
+    found = own(said, facts.units)
     if found.shape[1] > len(names):  # quantiles of one target
         names = [f"{names[0]} {i + 1}" for i in range(found.shape[1])]
     return names, [list(map(_short, row)) for row in found]

@@ -183,11 +183,12 @@ def train_replicas(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _numbers(rule, hyper, taken: float, steps: int) -> np.ndarray:
     """(steps, columns) numbers of the rule at each step, from float64. hyper: a row, or one for
-    each step.
+    each step; or (…, 1, columns) of several trainings, of which (…, steps, columns) are made.
     """
     at = torch.arange(taken + 1, taken + steps + 1, dtype=torch.float64)
     columns = rule.at_ref(torch.as_tensor(hyper, dtype=torch.float64).unbind(-1), at)
-    return torch.stack([column.expand(steps) for column in columns], 1).float().numpy()
+    *columns, _ = torch.broadcast_tensors(*columns, at)
+    return torch.stack(columns, -1).float().numpy()
 
 
 class _Task:

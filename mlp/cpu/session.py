@@ -467,20 +467,11 @@ class Session:
         if alpha is None:
             both = epoch._numbers(rule, numbers, float(taken), steps)
             return both, both
-
-        def table(weight_decay: float) -> np.ndarray:
-            row = kernels.row_of(rule, **numbers, weight_decay=weight_decay)
-            return epoch._numbers(rule, row, float(taken), steps)
-
-        of_biases = table(0.0)
-        if alpha == 0:
-            return of_biases, of_biases
-        batch = self.memory.batch
-        of_weights, last = table(alpha / batch), self.count - (self.steps - 1) * batch
-        if last != batch:
-            of_weights[self.steps - 1 :: self.steps] = table(alpha / last)[
-                self.steps - 1 :: self.steps
-            ]
+        batch, last = self.memory.batch, self.count - (self.steps - 1) * self.memory.batch
+        decays = 0.0, alpha / batch, alpha / last
+        rows_ = [[kernels.row_of(rule, **numbers, weight_decay=decay)] for decay in decays]
+        of_biases, of_weights, of_last = epoch._numbers(rule, rows_, float(taken), steps)
+        of_weights[self.steps - 1 :: self.steps] = of_last[self.steps - 1 :: self.steps]
         return of_weights, of_biases
 
 

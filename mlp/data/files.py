@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import torch
 
-from .arrays import from_arrays
+from .arrays import from_arrays, numbers
 from .dataset import DataError, Dataset, needs_extra
 
 # Names of training inputs, training labels, test inputs and test labels, in any case of letters.
@@ -192,6 +193,19 @@ def _chosen(arrays: dict[str, object], paths: Sequence[Path]) -> list[str | None
         f"{','.join(map(str, paths))}: needs arrays called {known}; found "
         f"{', '.join(sorted(arrays)) or 'none'}"
     )
+
+
+def inputs(path: Path) -> torch.Tensor:
+    """The array of inputs of one file: its only one, or the one with a name for inputs."""
+    found = _contents(path)
+    names = {name.lower() for keys in KEYS for name in (keys[0], keys[2])}
+    known = [name for name in found if name.lower() in names] or list(found)
+    if len(known) != 1:
+        raise DataError(
+            f"{path}: needs one array of inputs, such as X; found "
+            f"{', '.join(sorted(found)) or 'none'}"
+        )
+    return numbers(found[known[0]], f"{path}: {known[0]}")[0]
 
 
 def _check_kind(value: object, what: str) -> None:

@@ -321,6 +321,34 @@ def read(path: str | Path) -> "pandas.DataFrame":
     return frame.rename(columns=str)
 
 
+def numbers(path: str | Path) -> tuple[torch.Tensor, list[str]]:
+    """(rows, columns) float64 of all columns of a file in their order, gaps as NaN, and their
+    names. DataError for texts, or where the first line of a text file is a row of numbers.
+    """
+    frame = read(path)
+    names = list(frame.columns)
+    counted = [[str(i) for i in range(start, start + len(names))] for start in (0, 1)]
+    is_text = Path(path).suffix.lower() != ".parquet"
+    if is_text and names not in counted and all(_is_number(name) for name in names):
+        raise DataError(
+            f"{path}: the first line holds numbers ({_listed(names)}), where names of columns are "
+            "expected; write a line of names above it"
+        )
+    try:
+        columns = [_as_numbers(name, frame[name]) for name in names]
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    return torch.from_numpy(numpy.stack(columns, axis=1)), names
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def guess_task(frame: "pandas.DataFrame", targets: Sequence[str]) -> str:
     """The task that the targets' types stand for.
 

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from mlp.runs import RunFolder
+
 pandas = pytest.importorskip("pandas")
 metrics = pytest.importorskip("sklearn.metrics")
 QUICK = ("--hidden", "8", "--device", "cpu", "--engine", "manual")
@@ -69,6 +71,61 @@ def test_classes_and_their_probabilities(handgrad):
     pandas.DataFrame({"a": [1.0]}).to_csv("less.csv", index=False)
     status, out, err = handgrad("predict", "run", "less.csv")
     assert (status, out) == (2, "") and "lacks the columns b, city" in err
+
+
+def test_rows_of_a_run_on_arrays_are_read_by_order(handgrad, files):
+    """The same rows in any file give the same answer; their columns have any names."""
+    x = files[["a", "b"]].to_numpy() * [1, 100] + [5, 0]
+    x = (np.round(64 * x) / 64).astype(np.float32)  # a text holds such numbers exactly
+    y = np.array([0, 1])[(files.a > 0).astype(int)]
+    np.savez("kind.npz", X=x, y=y)
+    argv = ("kind.npz", "--epochs", "3", *QUICK, "--validation", "0.1", "--standardize", "yes")
+    assert handgrad("train", *argv, "--out", "run")[0] == 0
+    frame = pandas.DataFrame(x, columns=["p", "q"])
+    frame.to_csv("rows.csv", index=False)
+    frame.to_csv("rows.tsv", index=False, sep="\t")
+    frame.to_parquet("rows.parquet")
+    np.save("rows.npy", x)
+    names = "rows.csv", "rows.tsv", "rows.parquet", "rows.npy", "kind.npz"
+    said = [handgrad("predict", "run", name) for name in names]
+    assert [one[0] for one in said] == [0] * 5 and len({one[1] for one in said}) == 1
+    header, *rows = csv.reader(said[0][1].splitlines())
+    assert header == ["class", "p(0)", "p(1)"] and len(rows) == 100
+    run = RunFolder("run")
+    model, _ = run.network(torch.device("cpu"))
+    reading = run.settings.data.reading
+    assert reading.mean is not None
+    shares = torch.softmax(model(reading.numbers(torch.from_numpy(x))), 1).detach().numpy()
+    np.testing.assert_allclose([float(row[2]) for row in rows], shares[:, 1], atol=1e-5)
+    np.save("one.npy", x[3])
+    frame[3:4].to_csv("one.csv", index=False)
+    for name in ("one.npy", "one.csv"):
+        assert handgrad("predict", "run", name)[1].splitlines()[1:] == said[0][1].splitlines()[4:5]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("p,q,r\n1,2,3\n", "rows of 3 numbers (p, q, r), but the network was trained on rows of 2"),
+        ("p,q\n1,2\nx,4\n", "column 'p' must hold numbers, row 2 has 'x'"),
+        ("p,q\n1,2\n3,\n", "row 2 has a number that is missing or not finite"),
+        ("1.5,2.5\n3,4\n", "the first line holds numbers (1.5, 2.5), where names of columns"),
+        ("p,q\n", "has a header but no rows"),
+    ],
+)
+def test_rows_that_a_network_on_arrays_cannot_take(text, message, handgrad, files):
+    x = files[["a", "b"]].to_numpy(np.float32)
+    np.savez("price.npz", X=x, y=files[["price", "cost"]].to_numpy(np.float32))
+    assert handgrad("train", "price.npz", "--epochs", "1", *QUICK, "--out", "run")[0] == 0
+    with open("rows.csv", "w") as file:
+        file.write(text)
+    status, out, err = handgrad("predict", "run", "rows.csv")
+    assert (status, out, err.count("\n")) == (2, "", 1) and message in err
+    status, _, err = handgrad("predict", "run", "image.png")
+    assert status == 2 and "was trained on rows of numbers: give it one .csv or" in err
+    pandas.DataFrame(x).to_csv("numbered.csv", index=False)  # names 0 and 1
+    header, *rows = handgrad("predict", "run", "numbered.csv")[1].splitlines()
+    assert header == "target 1,target 2" and len(rows) == 100
 
 
 def test_balanced_weights_are_the_losses(handgrad):
