@@ -80,12 +80,12 @@ def run() -> Table:
                     "data": name,
                     "ours": f"{ours.mean():.4f} ± {ours.std():.4f}",
                     "scikit-learn": f"{theirs.mean():.4f} ± {theirs.std():.4f}",
-                    "difference": mean,
-                    "standard error": error,
+                    "difference": f"{mean:+.4f}",
+                    "standard error": f"{error:.4f}",
                 }
             )
             if abs(mean) > max(_NOISE * error, 0.01):
                 table.failed = f"{name}: differs by {mean:.4f}"
-    worst = max(abs(row["difference"]) for row in table.rows)
+    worst = max(abs(float(row["difference"])) for row in table.rows)
     table.headline = f"means differ by at most {worst:.4f}"
     return table

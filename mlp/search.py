@@ -214,12 +214,12 @@ class SearchCV(BaseSearchCV):
     def _refuse_too_many_folds(self, y: Any) -> None:
         if not isinstance(self.cv, Integral):
             return
-        most, of = len(y), "there are"
+        folds, most, of = int(self.cv), len(y), "there are"
         if isinstance(self._checked_cv_orig, StratifiedKFold):
             most, of = int(numpy.unique(y, return_counts=True)[1].max()), "the largest class has"
-        if self.cv > most:
+        if folds > most:
             raise ValueError(
-                f"SearchCV: {self.cv} folds need as many rows, but {of} {most}; take at most "
+                f"SearchCV: {folds} folds need as many rows, but {of} {most}; take at most "
                 f"{most} folds"
             )
 
