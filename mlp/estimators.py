@@ -523,7 +523,8 @@ class _Training:
         spec = spec_of(self.model, self.loss, parts[0].rule)  # its groups differ in decay alone
         steps = epochs * -(-len(self.data) // self.batch)
         if isinstance(spec, str) or (
-            wanted == "auto" and cpu.costs(spec.sizes, self.batch, steps) is not None
+            wanted == "auto"
+            and cpu.costs(spec.sizes, self.batch, steps, cpu.MANY_EPOCHS) is not None
         ):
             return None
         from .cpu.session import Held, Session

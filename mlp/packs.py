@@ -242,7 +242,7 @@ def _train_alone(member: Member, task: Task) -> None:
 def _is_compiled(member: Member, steps: int) -> bool:
     if member.spec is None or not cpu.serves(member.parameters[0]):
         return False
-    return cpu.costs(member.spec.sizes, member.batch, steps) is None
+    return cpu.costs(member.spec.sizes, member.batch, steps, cpu.MANY_EPOCHS) is None
 
 
 def _train_compiled(member: Member, task: Task) -> None:

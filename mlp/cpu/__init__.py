@@ -14,10 +14,12 @@ numba is optional and slow to import: what needs it is imported where it is used
 """
 
 import contextlib
+import importlib
 import importlib.util
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -27,11 +29,24 @@ NEEDS = (
     "needs a GPU, or on a CPU numba, with which small networks train more than twice as fast: "
     "pip install 'handgrad[cpu]'"
 )
-# Seconds of CPU: to import numba and read what it kept on disk; to compile all. Saved by a step
-# beside engine manual, of one thread each: Python's part, and of each multiply-add. The rows
-# `epoch, one thread` and `manual` of `python -m bench cpu` show the reference network's. In CPU
-# time of one thread, 30-16-2 saved 88 µs, 784-256-10 187 µs with a batch of 32 and 474 with 128.
-_LOADS, _COMPILES = 0.6, 10.0
+
+
+class Call(NamedTuple):
+    """A function that numba compiles for itself: the module that has it, and how long that takes,
+    in seconds of CPU.
+    """
+
+    module: str
+    compiles: float
+
+
+EPOCH, MANY_EPOCHS = Call("epoch", 10.0), Call("session", 24.0)
+
+# Seconds of CPU to import numba and read what it kept on disk. Saved by a step beside engine
+# manual, of one thread each: Python's part, and of each multiply-add. The rows `epoch, one thread`
+# and `manual` of `python -m bench cpu` show the reference network's. In CPU time of one thread,
+# 30-16-2 saved 88 µs, 784-256-10 187 µs with a batch of 32 and 474 with 128.
+_LOADS = 0.6
 _SAVED, _SAVED_EACH = 9e-5, 5e-12
 # Weights that caches hold: beyond, BLAS, which packs what it reads, is faster than tiles.
 _WEIGHTS = 1_500_000
@@ -45,33 +60,32 @@ def serves(parameter: torch.Tensor) -> bool:
     return on_cpu and known and kernels.backend(parameter) == "torch"
 
 
-def is_loaded() -> bool:
-    """Whether this process has trained by compiled steps before."""
+def is_loaded(call: Call = EPOCH) -> bool:
+    """Whether this process has trained by this call before."""
     # Another thread may be importing it.
-    compiled = getattr(sys.modules.get(f"{__name__}.epoch"), "compiled", None)
+    compiled = getattr(sys.modules.get(f"{__name__}.{call.module}"), "compiled", None)
     return compiled is not None and bool(compiled().signatures)
 
 
-def costs(sizes: Sequence[int], batch: int, steps: int) -> str | None:
-    """Why the compiled epoch does not pay in so many steps, or None.
+def costs(sizes: Sequence[int], batch: int, steps: int, call: Call = EPOCH) -> str | None:
+    """Why compiled steps do not pay in a training of so many, or None. call: what takes them.
 
     It gains nothing, or less than compiling it, or reading what was compiled, takes.
     """
     products = sum(k * n for k, n in itertools.pairwise(sizes))
     if products > _WEIGHTS:
         return f"of {products:,} weights, which no cache holds, products by BLAS are faster"
-    if is_loaded() or _many:
+    if is_loaded(call) or _many:
         return None
     saved = steps * (_SAVED + 3 * batch * products * _SAVED_EACH)
     if saved < _LOADS:
         return f"to load its compiled code takes about {_LOADS:.1f} s, more than it saves here"
-    if saved < _COMPILES:
-        from .epoch import is_compiled
-
-        if not is_compiled():
+    if saved < call.compiles:
+        module = importlib.import_module(f".{call.module}", __name__)
+        if not module.is_compiled():
             return (
-                f"to compile it once takes about {_COMPILES:.0f} s, more than the {saved:.0f} s "
-                "that it saves here; engine 'epoch' does it, for all later runs"
+                f"to compile it once takes about {call.compiles:.0f} s, more than the "
+                f"{saved:.0f} s that it saves here; engine 'epoch' does it, for all later runs"
             )
     return None
 

@@ -5,7 +5,6 @@ import concurrent.futures
 import functools
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,13 +34,8 @@ def compiled() -> Any:
 
 
 def is_compiled() -> bool:
-    """Whether the steps are on disk, compiled by this version for this processor."""
-    function = compiled()
-    place = function.stats.cache_path
-    name = function.py_func.__qualname__
-    return bool(function.signatures) or (
-        place is not None and any(Path(place).glob(f"*{name}*.nbi"))
-    )
+    """Whether this version has compiled the steps for this processor, now or on disk."""
+    return rows.is_kept(compiled())
 
 
 class Memory:

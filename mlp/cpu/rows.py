@@ -11,6 +11,7 @@ import functools
 import hashlib
 import math
 import types as python_types
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,8 +76,6 @@ def scalar(function: Any) -> Scalar:
 @functools.cache
 def sources() -> str:
     """A digest of this package's code: what was compiled from other code is not used."""
-    from pathlib import Path
-
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
@@ -102,6 +101,14 @@ def cached(compiler: Any, function: Any, *arguments: Any, **options: Any) -> Any
         if "no locator" not in str(error):
             raise
         return compiler(*arguments, **options)(function)
+
+
+def is_kept(function: Any) -> bool:
+    """Whether a function of `cached` is compiled, in this process or on disk for this processor."""
+    place, name = function.stats.cache_path, function.py_func.__qualname__
+    return bool(function.signatures) or (
+        place is not None and any(Path(place).glob(f"*{name}*.nbi"))
+    )
 
 
 def address(function: Any, signature: Any, *texts: str, **known: Any) -> "Compiled":

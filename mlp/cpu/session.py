@@ -316,6 +316,11 @@ def compiled() -> Any:
     return rows.cached(njit, function, nogil=True, error_model="numpy")
 
 
+def is_compiled() -> bool:
+    """Whether this version has compiled `_epochs` for this processor, now or on disk."""
+    return rows.is_kept(compiled())
+
+
 class Session:
     """A network in training, held in the memory of the compiled epoch.
 

@@ -58,7 +58,9 @@ def choose(
     refusals: list[str] = []
     for candidate in reversed(candidates):
         kind = ENGINES[candidate]
-        reason = kind.refuses(model, loss, optimizer, batch_size) or kind.cannot(demands)
+        reason = kind.refuses(model, loss, optimizer, batch_size) or kind.cannot(
+            demands, model, loss
+        )
         if reason is None and name == "auto" and steps is not None:
             reason = kind.costs(model, loss, optimizer, batch_size, steps)
         if reason is None:

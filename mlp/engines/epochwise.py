@@ -18,7 +18,7 @@ from ..data.dataset import Dataset
 from ..net import Net
 from ..optim import Part
 from ..state import parameters_of
-from . import takeover, updates
+from . import means, takeover, updates
 from .stepwise import Demands, Engine, EpochResult
 
 
@@ -104,7 +104,12 @@ class Fused(Engine):
         return self.loss.columns(data.targets, outputs).contiguous()
 
     @classmethod
-    def cannot(cls, demands: Demands) -> str | None:
+    def cannot(
+        cls,
+        demands: Demands,
+        model: Net | torch.nn.Module | None = None,
+        loss: Any = None,
+    ) -> str | None:
         """See `Engine.cannot`. A launch updates before a norm is known, and counts every label."""
         if demands.clip_norm is not None:
             return (
@@ -113,7 +118,7 @@ class Fused(Engine):
             )
         if demands.ignored:
             return f"{cls.name}: counts every label, but the loss ignores some of them"
-        return super().cannot(demands)
+        return super().cannot(demands, model, loss)
 
     @classmethod
     def differs(
@@ -193,13 +198,34 @@ class Fused(Engine):
             on_step(len(found))
         if not data.is_classification:
             return result
-        return result._replace(accuracy=int(correct.sum()) / len(order))
+        counted = len(order)
+        if self.demands.ignored:
+            mask = means.counted(self.loss, data.targets[order])
+            counted = counted if mask is None else max(int(mask.sum()), 1)
+        return result._replace(accuracy=int(correct.sum()) / counted)
 
 
 class Epoch(Fused):
     """Trains an epoch in one launch. On a CPU it is one call of compiled code and needs numba."""
 
     name = "epoch"
+
+    @classmethod
+    def cannot(
+        cls,
+        demands: Demands,
+        model: Net | torch.nn.Module | None = None,
+        loss: Any = None,
+    ) -> str | None:
+        """As `Fused.cannot`. But the compiled epoch of a CPU leaves out the labels that its row of
+        the table of losses ignores.
+        """
+        if demands.ignored and model is not None:
+            on_cpu = cpu.serves(next(iter(parameters_of(model).values())).detach())
+            row = getattr(loss, "row", None)
+            if on_cpu and row is not None and means.reading(loss).ignore_index == row.ignored:
+                demands = demands._replace(ignored=False)
+        return super().cannot(demands, model, loss)
 
     @classmethod
     def refuses(

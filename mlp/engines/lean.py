@@ -60,13 +60,18 @@ class Lean(Manual):
         return None
 
     @classmethod
-    def cannot(cls, demands: Demands) -> str | None:
+    def cannot(
+        cls,
+        demands: Demands,
+        model: Net | torch.nn.Module | None = None,
+        loss: Any = None,
+    ) -> str | None:
         if demands.clip_norm is not None:
             return (
                 "lean: updates a layer before the others have gradients, so it cannot clip the "
                 "norm of them all"
             )
-        return super().cannot(demands)
+        return super().cannot(demands, model, loss)
 
     def _bind(self) -> None:
         named = parameters_of(self.model)

@@ -112,8 +112,16 @@ class Engine:
         return None
 
     @classmethod
-    def cannot(cls, demands: Demands) -> str | None:
-        """The reason why this engine cannot meet these demands, or None."""
+    def cannot(
+        cls,
+        demands: Demands,
+        model: Net | torch.nn.Module | None = None,
+        loss: Any = None,
+    ) -> str | None:
+        """The reason why this engine cannot meet these demands, or None.
+
+        Some engines can do more for some networks and losses: for this model and loss, if given.
+        """
         if demands.world > 1 and not cls.shares:
             return f"{cls.name}: trains on one device, got {demands.world}; use engine 'autograd'"
         if demands.precision not in cls.precisions:
@@ -237,13 +245,18 @@ class Autograd(Engine):
     _shared: shared.Shared | None = None  # the steps of several processes
 
     @classmethod
-    def cannot(cls, demands: Demands) -> str | None:
+    def cannot(
+        cls,
+        demands: Demands,
+        model: Net | torch.nn.Module | None = None,
+        loss: Any = None,
+    ) -> str | None:
         if demands.world > 1 and demands.ignored:
             return (
                 "autograd: counts every label if several devices share a training, but the loss "
                 "ignores some of them"
             )
-        return super().cannot(demands)
+        return super().cannot(demands, model, loss)
 
     def epoch(
         self,

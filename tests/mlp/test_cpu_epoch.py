@@ -19,9 +19,10 @@ from kernels.activations import ACTIVATIONS
 from kernels.losses import LOSSES
 from kernels.rules import RULES, hyperparameters
 from mlp import cpu, engines
+from mlp.data import permutation
 
 pytest.importorskip("numba", reason="the compiled epoch needs numba")
-from mlp.cpu import epoch, language, rows, team
+from mlp.cpu import epoch, language, rows, session, team
 
 OPTIONS = {"lr": 0.05, "weight_decay": 0.01, "momentum": 0.9, "dampening": 0.3}
 
@@ -167,6 +168,40 @@ def test_ignored_labels_count_for_nothing():
     spec, parameters, states, data, targets, order = training((20, 9, 4))
     targets[::3] = -100
     check(spec, parameters, states, data, targets, order)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_training_leaves_out_ignored_labels(reduction):
+    """As engine manual: weights, loss and accuracy; a batch of them alone is no divergence."""
+    torch.manual_seed(0)
+    x, y = torch.rand(80, 6), torch.randint(0, 3, (80,))
+    y[permutation(80, 0, 1)[:20]] = -100  # all of the first batch, and some of the second
+    found = []
+    for engine in ("manual", "epoch"):
+        torch.manual_seed(1)
+        trainer = mlp.Trainer(
+            mlp.MLP([6, 8, 3]),
+            mlp.SoftmaxCrossEntropy(reduction=reduction),
+            lambda p: mlp.SGD(p, lr=0.05, momentum=0.9),
+            engine,
+            verbose=False,
+        )
+        row = trainer.fit((x, y), 1, 16)[0]
+        assert trainer.engine.name == engine
+        found.append((row["train_loss"], row["train_accuracy"], *trainer.model.parameters()))
+    (loss, accuracy, *weights), (ours, share, *trained) = found
+    assert ours == pytest.approx(loss, rel=1e-5) and share == accuracy
+    for expected, got in zip(weights, trained, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_another_ignored_label_is_left_to_engine_manual():
+    """The row of the table ignores -100 and no other label."""
+    x, y = torch.rand(8, 6), torch.tensor([0, 1, 2, -1] * 2)
+    loss = mlp.SoftmaxCrossEntropy(ignore_index=-1)
+    trainer = mlp.Trainer(mlp.MLP([6, 3]), loss, lambda p: mlp.SGD(p, lr=0.1), verbose=False)
+    trainer.fit((x, y), 1, 8)
+    assert trainer.engine.name == "manual" and "ignores some of them" in trainer.engine_note
 
 
 def test_a_label_that_is_no_class_shows_in_the_loss():
@@ -318,7 +353,7 @@ def test_it_diverges_as_other_engines_do():
 
 
 def test_auto_takes_it_where_it_pays(monkeypatch):
-    monkeypatch.setattr(cpu, "is_loaded", lambda: False)
+    monkeypatch.setattr(cpu, "is_loaded", lambda *_: False)
     model = mlp.MLP([784, 100, 50, 10])
     arguments = "auto", model, mlp.SoftmaxCrossEntropy(), mlp.SGD(model.parameters(), lr=0.1), 32
     assert engines.choose(*arguments)[0].name == "epoch"
@@ -336,8 +371,21 @@ def test_auto_takes_it_where_it_pays(monkeypatch):
     assert engines.choose(*arguments, steps=10_000)[0].name == "epoch"
     chosen, _ = engines.choose("epoch", *arguments[1:], steps=1)
     assert chosen.name == "epoch", "an engine that is asked for by name is taken"
-    monkeypatch.setattr(cpu, "is_loaded", lambda: True)
+    monkeypatch.setattr(cpu, "is_loaded", lambda *_: True)
     assert engines.choose(*arguments, steps=1)[0].name == "epoch", "numba is loaded already"
+
+
+def test_the_call_of_many_epochs_is_compiled_for_itself(monkeypatch):
+    """It takes longer to compile than the call of one epoch, which may be loaded already."""
+    monkeypatch.setattr(cpu, "is_loaded", lambda call: call is cpu.EPOCH)
+    monkeypatch.setattr(session, "is_compiled", lambda: False)
+    steps = 150_000  # save 14 s
+    assert cpu.costs((30, 60, 2), 32, steps) is None
+    reason = cpu.costs((30, 60, 2), 32, steps, cpu.MANY_EPOCHS)
+    assert reason is not None and "takes about 24 s, more than the" in reason
+    assert cpu.costs((30, 60, 2), 32, 2 * steps, cpu.MANY_EPOCHS) is None
+    monkeypatch.setattr(session, "is_compiled", lambda: True)
+    assert cpu.costs((30, 60, 2), 32, steps, cpu.MANY_EPOCHS) is None
 
 
 def test_without_numba_the_note_says_what_would_be_faster(monkeypatch):
