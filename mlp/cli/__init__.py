@@ -1,7 +1,7 @@
-"""The command line. Errors are one line on stderr and exit status 2.
+"""The command line. An error is one line on stderr, and exit status 2.
 
-A command here takes its options from the table in `options.py` and hands their values to the file
-that does the work. That file is imported then, for it brings torch.
+A command takes its options from the table in `options.py`, and passes their values to the file that
+does the work. That file is imported only then, because it imports torch.
 """
 
 import os
@@ -13,7 +13,7 @@ from . import options, versions
 from .options import Values, command
 from .terminal import complain, say
 
-_INTERRUPTED = 130  # what shells and typer call Ctrl-C
+_INTERRUPTED = 130  # the exit status of shells and typer after Ctrl-C
 
 app = typer.Typer(
     help="Train multilayer perceptrons by hand-written backpropagation.",
@@ -131,8 +131,9 @@ def info(values: Values) -> None:
 
 
 def run(argv: list[str]) -> int:
-    """Run a command; 0, or 2 after one line on stderr. HANDGRAD_DEBUG=1 shows where an error comes
-    from.
+    """Run a command and return the exit status: 0, 2 after an error, 130 after Ctrl-C.
+
+    An error is one line on stderr. With HANDGRAD_DEBUG=1 it is raised with its traceback.
     """
     versions.typed[:] = ["handgrad", *argv]
     try:
@@ -151,8 +152,8 @@ def run(argv: list[str]) -> int:
 
 
 def _message(error: Exception) -> str:
-    """What an error says to a user. An error that nobody foresaw is named by its type as well."""
-    if hasattr(error, "format_message"):  # typer's own
+    """The message of an error for a user. For an unexpected error it names the type too."""
+    if hasattr(error, "format_message"):  # an error of typer
         return error.format_message()
     from ..engines import Diverged
 

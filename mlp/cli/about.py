@@ -1,4 +1,4 @@
-"""`recipes` and `info`: what there is, and what it runs on."""
+"""`recipes` and `info`: the known names, and the machine and packages in use."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from .versions import versions
 
 
 def recipes() -> None:
-    """Every recipe with all its settings, then the names that options take."""
+    """Print every recipe with all its settings, then the names that options take."""
     for name, recipe in RECIPES.items():
         say(f"{name}: {recipe.about}")
         for setting in settings_of(recipe):
@@ -36,7 +36,7 @@ def recipes() -> None:
 
 
 def settings_of(recipe: Recipe) -> list[str]:
-    """Each field of a recipe with its value."""
+    """The fields of a recipe, each with its value, as text."""
     return [
         f"{field.name} {_value(getattr(recipe, field.name))}"
         for field in dataclasses.fields(recipe)
@@ -55,7 +55,7 @@ def _value(value: object) -> str:
 
 
 def info(values: Values) -> None:
-    """Versions, device, backends; with --check every kernel against its float64 reference."""
+    """Print versions, device and backends. With --check, compare every kernel with float64."""
     say("  ".join(f"{name} {version}" for name, version in versions().items()))
     if Path(kernels.__file__).parent.parent != Path(__file__).parents[2]:
         say(f"warning: `kernels` is imported from {kernels.__file__}, which is not handgrad's")

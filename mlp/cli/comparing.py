@@ -1,4 +1,4 @@
-"""`runs`, `report` of several runs, and `train --seeds`: runs side by side."""
+"""Comparisons of runs, for `runs`, `report` of several runs, and `train --seeds`."""
 
 import math
 import statistics
@@ -15,7 +15,7 @@ FIGURE = "compare.png"
 
 
 class Entry(NamedTuple):
-    """A run and what it reached."""
+    """A run with its settings and history."""
 
     path: Path
     settings: Settings
@@ -23,13 +23,13 @@ class Entry(NamedTuple):
 
     @property
     def row(self) -> dict[str, Any]:
-        """Of the epoch whose weights the run has: of the last, or the best by early stopping."""
+        """The row of the epoch whose weights the run has: the last, or the best one."""
         recipe = self.settings.recipe
         return kept_row(self.history, recipe.early_stopping, recipe.epochs)
 
     @property
     def score(self) -> str:
-        """Of the weights that the run has: the test accuracy, else the test loss."""
+        """The test accuracy of the weights that the run has, else their test loss, as text."""
         if not self.history:
             return "no epoch"
         last = self.row
@@ -40,7 +40,7 @@ class Entry(NamedTuple):
 
 
 def read(path: Path) -> Entry:
-    """A run folder; CheckpointError if it is none, or damaged."""
+    """The run in a folder. CheckpointError if it is no run folder, or damaged."""
     run = RunFolder(path)
     return Entry(path, run.settings, run.history)
 
@@ -63,7 +63,7 @@ def runs(values: Values) -> None:
 
 
 def compare(paths: list[Path], out: Path | None) -> None:
-    """One table and one figure of several runs."""
+    """Print one table, and draw one figure, of several runs."""
     folder = out or Path()
     if not folder.is_dir():
         raise ValueError(f"--out {folder}: there is no such folder")
@@ -75,7 +75,7 @@ def compare(paths: list[Path], out: Path | None) -> None:
 
 
 def table(entries: list[Entry]) -> list[str]:
-    """Lines of equal columns: a head, and a line for each run."""
+    """A table as text with aligned columns: a header, and a line for each run."""
     rows = [["run", "data", "network", "optimizer", "seed", "epochs", "test", "seconds"]]
     for path, settings, history in entries:
         recipe = settings.recipe
@@ -98,7 +98,7 @@ def table(entries: list[Entry]) -> list[str]:
 
 
 def spread(paths: list[Path]) -> str:
-    """Mean and standard deviation of what runs with different seeds reached."""
+    """Mean and standard deviation of the scores of runs with different seeds, in one line."""
     last = [read(path).row for path in paths]
     said = []
     for key, unit in (("test_accuracy", ".2%"), ("test_loss", ".4f")):

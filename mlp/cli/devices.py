@@ -1,6 +1,6 @@
-"""`train --devices N`, and `torchrun … -m mlp train`: a process for each device.
+"""`train --devices N`, and `torchrun … -m mlp train`: one process for each device.
 
-The process of rank 0 says what happens and writes the run; the others compute their part.
+The process of rank 0 prints messages and writes the run. The others only compute.
 """
 
 import contextlib
@@ -15,23 +15,23 @@ from pathlib import Path
 from .options import Values
 from .versions import typed
 
-_POLL = 0.1  # seconds between two looks at the processes
-_PATIENCE = 5.0  # seconds that the others have to end after one has died
+_POLL = 0.1  # seconds between two checks of the processes
+_PATIENCE = 5.0  # seconds in which the others may end after one has failed
 
 
 def world() -> int:
-    """How many processes torchrun, or `start`, made of this one."""
+    """The number of processes that torchrun, or `start`, has started for this training."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """Which of them this is."""
+    """The number of this process among them, from 0 on."""
     return int(os.environ.get("RANK", "0"))
 
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """In touch with the other processes."""
+    """A context in which this process can communicate with the others."""
     import torch
     import torch.distributed as dist
 
@@ -46,10 +46,10 @@ def joined() -> Iterator[None]:
 
 
 def start(values: Values) -> None:
-    """Run this command in a process for each device. ValueError if one of them dies."""
+    """Run this command in one process for each device. ValueError if a process fails."""
     count = values["devices"]
     if values["seeds"] is not None:
-        raise ValueError("--seeds trains on one device: leave --devices out")
+        raise ValueError("--seeds trains on one device; leave --devices out")
     port = _port()
     processes = [_process(i, count, port) for i in range(count)]
     try:
@@ -61,13 +61,16 @@ def start(values: Values) -> None:
     if died is not None:
         status = processes[died].returncode
         raise ValueError(
-            f"process {died} of {count} ended with status {status}, so the training ended: it goes "
+            f"process {died} of {count} ended with status {status}, so the training ended; it goes "
             "on from its last epoch with --out RUN --resume"
         )
 
 
 def _watch(processes: list[subprocess.Popen]) -> int | None:
-    """Wait for all; the first that failed, once the others had time to say why."""
+    """Wait for all processes. Returns the number of the first that failed, or None.
+
+    After a failure, the others have some seconds to print their errors.
+    """
     while any(process.poll() is None for process in processes):
         failed = [i for i, process in enumerate(processes) if process.poll()]
         if failed:
@@ -80,7 +83,7 @@ def _watch(processes: list[subprocess.Popen]) -> int | None:
 
 
 def _port() -> int:
-    """A free port of this machine."""
+    """The number of a free port of this machine."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]

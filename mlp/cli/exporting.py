@@ -27,13 +27,14 @@ def run(values: Values) -> None:
 
 
 def pipeline(settings: Settings, model: torch.nn.Module) -> export.Pipeline:
-    """Inputs as the run's data stored them -> probabilities, or values in the targets' own units.
+    """A module from inputs, as the run's data stored them, to probabilities or values.
 
-    A table's inputs are its features, as `handgrad predict` makes them.
+    Values are in the targets' own units. A table's inputs are its features, as from
+    `Table.inputs`.
     """
     facts, loss = settings.data, settings.recipe.make_loss()
     if facts is None:
-        raise ValueError("the run says nothing of its data: train it again to export it")
+        raise ValueError("the run has no facts about its data; train it again to export it")
     reading = facts.reading
     mean: float | torch.Tensor = 0.0
     scale: float | torch.Tensor = reading.scale
@@ -45,7 +46,7 @@ def pipeline(settings: Settings, model: torch.nn.Module) -> export.Pipeline:
 
 
 def _values(loss, facts: Facts) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What reads the targets' values off the outputs."""
+    """A function from outputs to values in the targets' own units."""
 
     def read(outputs: torch.Tensor) -> torch.Tensor:
         found = loss.predict(outputs)
@@ -73,5 +74,5 @@ def _torch(settings: Settings, model: torch.nn.Module, path: Path) -> str:
     return f"the state_dict of nn.Sequential({layers})"
 
 
-# Name -> what writes such a file, and says in a line what it holds.
+# Name -> function that writes such a file and returns one line about its contents.
 FORMATS = {"onnx": _onnx, "torch": _torch}

@@ -1,4 +1,4 @@
-"""`data`: what was read, before anyone trains on it."""
+"""`data`: describes a data set before a training."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from .terminal import say
 
 
 def data(values: Values) -> None:
-    """Print what a data set holds, and draw it on request."""
+    """Print a description of a data set, and draw it on request."""
     read = load(values)
     train, test = read.train, read.test
     for line in describe.page(train, test):

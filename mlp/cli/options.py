@@ -1,15 +1,15 @@
-"""The table of options. A row says an option's name, type, help and smallest value.
+"""The table of options. A row has an option's name, type, help and smallest value.
 
-Its group says where the value goes:
+The group of a row decides the use of its value:
 
     RECIPE      replaces the recipe's field of the same name
-    LOSS        goes to the loss, by its own name
-    OPTIMIZER   goes to the optimizer, by its own name
+    LOSS        is passed to the loss, by its own name
+    OPTIMIZER   is passed to the optimizer, by its own name
     RUN         is stored in the run's config.json
-    CALL        holds for this call alone
+    CALL        is used for this call only
 
-To add an option to `handgrad train`, add a row to its group. A value that was not given is None,
-False for a flag. This file imports nothing heavy, so that --help answers at once.
+To add an option to `handgrad train`, add a row to its group. An option that was not given has the
+value None, or False for a flag. This file imports nothing heavy, so that --help is fast.
 """
 
 import inspect
@@ -30,18 +30,18 @@ class Option(NamedTuple):
     help: str
     default: Any = None
     least: float | None = None  # the smallest value
-    parse: Callable[[str], Any] | None = None  # text -> value; ValueError says what was expected
+    parse: Callable[[str], Any] | None = None  # text -> value; its ValueError names the right form
     is_argument: bool = False
-    may_change: bool = False  # by --resume; other options must repeat what the run has stored
-    each: Callable[[str], Any] | None = None  # of several values with "/" between: text -> value
+    may_change: bool = False  # with --resume; other options must equal the stored ones
+    each: Callable[[str], Any] | None = None  # text -> value, for several values with "/" between
 
     @property
     def flag(self) -> str:
-        """As it is written on the command line: --batch-size."""
+        """The option on the command line, such as --batch-size."""
         return self.name if self.is_argument else f"--{self.name.replace('_', '-')}"
 
     def parameter(self) -> inspect.Parameter:
-        """As typer reads it from a function's signature."""
+        """The parameter of a function's signature from which typer makes the option."""
         if self.is_argument:
             row, kind = typer.Argument(help=self.help), self.kind
             default = inspect.Parameter.empty if self.default is ... else self.default
@@ -58,7 +58,7 @@ class Option(NamedTuple):
         )
 
     def read(self, value: Any) -> Any:
-        """The value as the command takes it; a ValueError that names the option."""
+        """The value in the form for the command. ValueError, which names the option, if invalid."""
         if value is None:
             return None
         if self.each is not None:
@@ -78,7 +78,7 @@ class Option(NamedTuple):
 
 
 def _one(each: Callable[[str], Any]) -> Callable[[str], Any]:
-    """As `each`, but its error says what was expected."""
+    """As `each`, but its error names the expected kind of number."""
     if each not in (int, float):
         return each
 
@@ -92,7 +92,7 @@ def _one(each: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def widths(text: str) -> tuple[int, ...]:
-    """ "100,50" -> (100, 50); nothing -> ()."""
+    """Widths from a text: "100,50" gives (100, 50), and "" gives ()."""
     try:
         return tuple(int(part) for part in text.split(",")) if text.strip() else ()
     except ValueError:
@@ -100,7 +100,7 @@ def widths(text: str) -> tuple[int, ...]:
 
 
 def seed(text: str) -> int:
-    """A whole number that torch's generators take."""
+    """A whole number that torch's generators accept as a seed."""
     expected = "a whole number from 0 to 2⁶³"
     try:
         value = int(text)
@@ -112,7 +112,7 @@ def seed(text: str) -> int:
 
 
 def command(app: typer.Typer, name: str, *rows: Option) -> Callable:
-    """Register a function of one dict of values as a command that takes these options."""
+    """Register a function of one dict of values as a command with these options."""
 
     def register(function: Callable[[Values], None]) -> Callable[[Values], None]:
         def call(**given):
@@ -129,7 +129,7 @@ def command(app: typer.Typer, name: str, *rows: Option) -> Callable:
 
 
 def given(rows: tuple[Option, ...], values: Values) -> Values:
-    """The values of these rows that were given."""
+    """The values of those of these rows that were given."""
     return {row.name: values[row.name] for row in rows if values.get(row.name) is not None}
 
 

@@ -1,7 +1,7 @@
 """`search`: settings by cross-validation on the training rows; the winner becomes a run.
 
-The test rows have no part in the choice: settings are ranked by folds of the training rows. The
-test rows measure the ensemble, and the winner's run, at the end.
+Settings are ranked by folds of the training rows. The test rows have no part in the choice. At the
+end they measure the ensemble and the winner's run.
 """
 
 import json
@@ -22,12 +22,12 @@ from .options import Values
 from .terminal import complain, say
 
 _TABLE, _PICTURE = "search.jsonl", "search.png"
-_BEST = 10  # settings that the ensemble is taken from
+_BEST = 10  # the ensemble is chosen from so many best settings
 _WIDTHS = (16, 32, 64, 128)
 
 
 def _space() -> dict[str, Any]:
-    """What is searched: lists, and distributions of scipy."""
+    """The space of the search: lists, and distributions of scipy."""
     from scipy.stats import loguniform
 
     return {
@@ -41,7 +41,7 @@ def _space() -> dict[str, Any]:
 
 
 def search(values: Values) -> None:
-    """Try settings; print a table, the ensemble's score, and train the winner."""
+    """Try settings, print a table and the ensemble's score, and train the winner."""
     try:
         from sklearn.exceptions import FitFailedWarning
 
@@ -71,7 +71,7 @@ def search(values: Values) -> None:
         job.fit(x, y)
         _print(job, values["top"])
         _ensemble(job, found, values)
-    # The others tell of epochs that ran out, and of batches larger than a fold.
+    # Other warnings, of epochs that ran out and of batches larger than a fold, are not shown.
     for one in said:
         if issubclass(one.category, FitFailedWarning):
             complain(f"note: {' '.join(str(one.message).split()):.300}")
@@ -82,13 +82,13 @@ def search(values: Values) -> None:
 
 
 def _arrays(data: Dataset) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Inputs float32 and targets as scikit-learn takes them."""
+    """(inputs float32, targets in the form for scikit-learn)."""
     x, y = data.read(data.inputs).cpu().numpy(), data.targets.cpu().numpy()
     return x, y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
 
 
 def _estimator(train: Dataset, values: Values) -> Any:
-    """The network that is searched. Targets that are labels, or rows of 0 and 1, are classes."""
+    """The estimator of the search: a classifier for labels and for rows of 0 and 1."""
     from .. import estimators
 
     labels = train.is_classification or bool(((train.targets == 0) | (train.targets == 1)).all())
@@ -97,7 +97,7 @@ def _estimator(train: Dataset, values: Values) -> Any:
 
 
 def _print(job: Any, top: int) -> None:
-    """The best settings, by the mean score of their folds."""
+    """Print the best settings, by the mean score of their folds."""
     found = job.cv_results_
     say(f"{len(found['params'])} trials of {job.n_splits_} folds; best first")
     for i in _ranked(job)[:top]:
@@ -107,8 +107,9 @@ def _print(job: Any, top: int) -> None:
 
 
 def _ranked(job: Any) -> list[int]:
-    """Numbers of trials, best first; of halving, the last rungs come first, and of a setting only
-    its last one.
+    """Numbers of trials, best first.
+
+    With halving, trials of the last rung come first, and a setting is listed only once.
     """
     found = job.cv_results_
     rungs = numpy.asarray(found.get("iter", [0] * len(found["params"])))
@@ -125,8 +126,9 @@ def _shown(value: Any) -> str:
 
 
 def _ensemble(job: Any, found: setup.Data, values: Values) -> None:
-    """Choose a mean of the best by out-of-fold predictions; its score there and on the test rows,
-    beside the winner's.
+    """Choose an average of the best models by out-of-fold predictions, and print its scores.
+
+    These are the scores out of fold and on the test rows, with the winner's for comparison.
     """
     from sklearn.base import clone
     from sklearn.model_selection import cross_val_predict
@@ -153,7 +155,7 @@ def _ensemble(job: Any, found: setup.Data, values: Values) -> None:
 
 
 def _score(outputs: numpy.ndarray, y: numpy.ndarray, chances: bool) -> float:
-    """Accuracy of probabilities, of all labels of a row if there are several; R² of values."""
+    """The accuracy of probabilities, or R² of values. A row of several labels must be all right."""
     from sklearn.metrics import r2_score
 
     if not chances:
@@ -164,8 +166,9 @@ def _score(outputs: numpy.ndarray, y: numpy.ndarray, chances: bool) -> float:
 
 
 def _recipe(job: Any, base: recipes.Recipe) -> recipes.Recipe:
-    """The winner's settings as a recipe. The penalty of the estimator, alpha over the samples of a
-    batch, is a weight decay.
+    """The winner's settings as a recipe.
+
+    The estimator's penalty is alpha divided by the samples of a batch. It becomes a weight decay.
     """
     best = job.best_estimator_
     return recipes.changed(
@@ -181,7 +184,7 @@ def _recipe(job: Any, base: recipes.Recipe) -> recipes.Recipe:
 
 
 def _write(job: Any, folder: Path) -> None:
-    """Every trial as a line of search.jsonl, and the score over each parameter as a picture."""
+    """Write search.jsonl with one line for each trial, and draw the score over each parameter."""
     found = job.cv_results_
     rows = [
         {

@@ -1,4 +1,4 @@
-"""What commands share: devices, precisions, the data and the network of a run's settings."""
+"""The common part of commands: devices, precisions, data and network of a run's settings."""
 
 import contextlib
 import dataclasses
@@ -21,11 +21,11 @@ from .terminal import say
 
 
 class Arithmetic(NamedTuple):
-    """What a --precision stands for."""
+    """The meaning of a --precision."""
 
-    weights: torch.dtype  # of weights, their update, and everything that evaluates
+    weights: torch.dtype  # of weights and their update, and of evaluations
     products: str  # torch's name for the precision of float32 products
-    training: str  # the precision of `Trainer`
+    training: str  # the argument `precision` of `Trainer`
 
 
 PRECISIONS = {
@@ -39,17 +39,17 @@ PRECISIONS = {
 
 
 class Data(NamedTuple):
-    """The data of a run as its recipe reads them, and what its folder says of them."""
+    """The data of a run, prepared for its recipe, with the facts that its folder stores."""
 
     train: data.Dataset
     test: data.Dataset
     facts: Facts
     validation: data.Dataset | None = None
-    said: str = ""  # what was read, in one line
+    said: str = ""  # one line about the data
 
 
 class Read(NamedTuple):
-    """What was read, before a recipe or units of the targets change how it is taken."""
+    """The data as read, before a recipe or units of the targets change them."""
 
     train: data.Dataset
     test: data.Dataset
@@ -58,7 +58,7 @@ class Read(NamedTuple):
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is the GPU if there is one; a ValueError for a device that is not there."""
+    """The device of a name. "auto" is the GPU if there is one. ValueError if it does not exist."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -75,9 +75,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_devices(name: str, count: int | None) -> list[str] | None:
-    """Names of the devices that train networks side by side; None if one device was asked for.
+    """Names of the devices that train networks side by side, or None for one device.
 
-    name: of --device. A CPU is one device, so it is there as often as it is asked for.
+    name: of --device. count: of --devices. A CPU is one device, and its name is repeated.
     """
     if count is None:
         return None
@@ -93,7 +93,7 @@ def pick_devices(name: str, count: int | None) -> list[str] | None:
 
 
 def pick_precision(name: str) -> Arithmetic:
-    """What a --precision stands for; sets how float32 products are made."""
+    """The meaning of a --precision. It also sets torch's precision of float32 products."""
     if name not in PRECISIONS:
         raise ValueError(f"unknown precision {name!r}; known: {', '.join(PRECISIONS)}")
     torch.set_float32_matmul_precision(PRECISIONS[name].products)
@@ -101,7 +101,7 @@ def pick_precision(name: str) -> Arithmetic:
 
 
 def absolute(source: str) -> str:
-    """A data set as a run stores it: a name, or its paths from the root."""
+    """A data set as a run stores it: a name, or absolute paths."""
     if source in data.NAMES:
         return source
     parts = [source] if Path(source).exists() else source.split(",")
@@ -109,7 +109,7 @@ def absolute(source: str) -> str:
 
 
 def located(settings: Settings) -> Settings:
-    """Settings that find their data from any folder."""
+    """The settings with absolute paths, so that they find their data from any folder."""
     folder = settings.data_dir
     return dataclasses.replace(
         settings,
@@ -119,14 +119,14 @@ def located(settings: Settings) -> Settings:
 
 
 def load(values: Values) -> Read:
-    """What a command's options name. What was decided is said on stderr."""
+    """The data that a command's options name. The decisions about them are printed on stderr."""
     read = _read(settings_of(values, recipes.PLAIN))
     say_notes(read.train)
     return read
 
 
 def settings_of(values: Values, recipe: recipes.Recipe) -> Settings:
-    """Settings of a command that writes no run."""
+    """The settings of a command that writes no run."""
     return Settings(
         values["dataset"] or "digits",
         recipe,
@@ -143,7 +143,7 @@ def settings_of(values: Values, recipe: recipes.Recipe) -> Settings:
 
 
 def for_sweep(values: Values, recipe: recipes.Recipe) -> tuple[Data, recipes.Recipe]:
-    """The data and the recipe of a sweep, as `suited` has them for a run."""
+    """(data, recipe) of a sweep, as `suited` prepares them for a run."""
     settings = settings_of(values, recipe)
     found = suited(settings, load_run(settings), values["loss"] is not None)
     say_notes(found.train)
@@ -151,13 +151,13 @@ def for_sweep(values: Values, recipe: recipes.Recipe) -> tuple[Data, recipes.Rec
 
 
 def _read(settings: Settings) -> Read:
-    """The data of a run, before its recipe."""
+    """The data of a run, before its recipe changes them."""
     facts, path = settings.data, Path(settings.dataset)
     if path.suffix.lower() in tables.SUFFIXES and (path.exists() or settings.target):
         if settings.image is not None:
             raise ValueError(f"{path}: --image is for images, but this is a table")
         if settings.target is None:
-            raise ValueError(f"{path}: say which column to predict with --target")
+            raise ValueError(f"{path}: is a table; say which column to predict with --target")
         choice = tables.Choice(
             _names(settings.target),
             _names(settings.drop or ""),
@@ -184,13 +184,13 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def say_notes(train: data.Dataset) -> None:
-    """What was decided when the data were read, on stderr."""
+    """Print on stderr the decisions that were made when the data were read."""
     for note in train.notes:
         say(f"note: {note}", sys.stderr)
 
 
 def load_run(settings: Settings) -> Data:
-    """The data set of a run, prepared for its recipe and read as in its training."""
+    """The data of a run, prepared for its recipe, and read as in its training."""
     read = _read(settings)
     train, test = settings.recipe.prepare(read.train, read.test)
     validation, share = read.validation, settings.validation or 0.0
@@ -210,12 +210,12 @@ def load_run(settings: Settings) -> Data:
 
 
 def held_out(train: data.Dataset, share: float, count: int) -> tuple[data.Dataset, data.Dataset]:
-    """(train, validation) of training data; share: of all `count` samples, test data included."""
+    """(train, validation) of training data. share: of all `count` samples, with the test data."""
     inner = share * count / len(train)
     if not inner < 1:
         most = len(train) / count
         raise ValueError(
-            f"--validation {share:g}: nothing is left to train on; it is a share of all rows, and "
+            f"--validation {share:g}: leaves nothing to train on; it is a share of all rows, and "
             f"must be below {most:.2g}"
         )
     train, validation = data.split(train, inner)
@@ -229,7 +229,7 @@ def about_table(
     test: data.Dataset,
     validation: data.Dataset | None = None,
 ) -> str:
-    """What is learned from a table, in one line."""
+    """One line about a table: targets, features and rows."""
     features, columns = len(table.features), len(table.columns)
     parts = [
         f"{train.name}: {table.task} of {', '.join(table.targets)}",
@@ -244,9 +244,9 @@ def about_table(
 
 
 def suited(settings: Settings, found: Data, loss_chosen: bool) -> Data:
-    """The data as this run learns them: its recipe gets a loss that fits, the targets their units.
+    """The data with targets in the units that this run learns.
 
-    A run that is stored keeps what it has.
+    `settings.recipe` gets a loss that fits the targets. A stored run keeps its units.
     """
     table, stored = found.facts.table, settings.data
     default = tables.LOSSES["regression" if table is None else table.task]
@@ -269,14 +269,16 @@ def suited(settings: Settings, found: Data, loss_chosen: bool) -> Data:
 
 
 def moved(settings: Settings, values: Values) -> Settings:
-    """The settings of a stored run, with its data where `values` says that they lie now. A
-    ValueError for another data set by name; of paths, the content decides.
+    """The settings of a stored run, with the current place of its data from `values`.
+
+    ValueError for another data set by name. Other paths are allowed, because the contents are
+    compared later.
     """
     dataset = absolute(values.get("dataset") or settings.dataset)
     if dataset != settings.dataset and {dataset, settings.dataset} & {*data.NAMES}:
         raise ValueError(
             f"the data set {dataset} cannot be changed by --resume, which goes on with "
-            f"{settings.dataset}: leave it out, or train into another --out"
+            f"{settings.dataset}; leave it out, or train into another --out"
         )
     data_dir = values["data_dir"]
     return dataclasses.replace(
@@ -287,7 +289,7 @@ def moved(settings: Settings, values: Values) -> Settings:
 
 
 def change_of_data(settings: Settings, found: Facts) -> str | None:
-    """What differs between the data that a run has stored and those that were found."""
+    """The difference between the data that a run has stored and those found now, or None."""
     for part in () if settings.data is None else ("train", "test"):
         before, now = getattr(settings.data, part), getattr(found, part)
         if (before.shape, before.dtype) != (now.shape, now.dtype):
@@ -304,14 +306,14 @@ def change_of_data(settings: Settings, found: Facts) -> str | None:
 
 
 def build(settings: Settings, train: data.Dataset, device: torch.device) -> torch.nn.Module:
-    """The network of a run with its initial weights; a ValueError if memory cannot hold it."""
+    """The network of a run with its initial weights. ValueError if memory cannot hold it."""
     recipe, dtype = settings.recipe, pick_precision(settings.precision).weights
     refuse_too_large(recipe.network(train), dtype=dtype)
     return recipe.model(train, settings.seed, device, dtype)
 
 
 def refuse_too_large(network: dict, copies: int = 1, dtype: torch.dtype = torch.float32) -> None:
-    """A ValueError if this machine's memory cannot hold the weights of a `config()`."""
+    """ValueError if this machine's memory cannot hold `copies` of the weights of a `config()`."""
     try:
         count = sum(p.numel() for p in modules.build(network, "meta", dtype).parameters())
     except (RuntimeError, OverflowError):  # more elements than torch can count
@@ -321,13 +323,13 @@ def refuse_too_large(network: dict, copies: int = 1, dtype: torch.dtype = torch.
     if needed > memory:
         raise ValueError(
             f"{count * copies:.2g} parameters need {needed / 1e9:,.0f} GB, but this machine has "
-            f"{memory / 1e9:,.0f} GB: choose smaller layers with --hidden"
+            f"{memory / 1e9:,.0f} GB; choose smaller layers with --hidden"
         )
 
 
 @contextlib.contextmanager
 def settings_from(path: Path) -> Iterator[None]:
-    """What fails here for a value of a wrong kind is the fault of this config.json."""
+    """A context in which an unexpected error is blamed on a wrong value in this config.json."""
     try:
         yield
     except (ValueError, OSError, Diverged):

@@ -1,4 +1,4 @@
-"""`sweep`: many networks at once."""
+"""`sweep`: trains many networks at once."""
 
 import contextlib
 import dataclasses
@@ -24,7 +24,7 @@ _LISTS = ("hidden", "activation", "optimizer", "momentum", "weight_decay", "batc
 
 
 def _rates(text: str, count: int) -> list[float]:
-    """`count` learning rates of a number, or LOW:HIGH."""
+    """`count` learning rates from a text, a number or LOW:HIGH."""
     low, colon, high = text.partition(":")
     try:
         return spread(float(low), float(high) if colon else float(low), count)
@@ -36,7 +36,7 @@ def _rates(text: str, count: int) -> list[float]:
 
 @contextlib.contextmanager
 def _folder(out: Path | None) -> Iterator[Path | None]:
-    """--out, empty and for this process alone, before anything is trained."""
+    """A context with the folder --out, which must be empty, and which only this process writes."""
     if out is None:
         yield None
         return
@@ -47,7 +47,7 @@ def _folder(out: Path | None) -> Iterator[Path | None]:
 
 
 def sweep(values: Values) -> None:
-    """Train many networks at once; prints a table, best first, and the accuracy of their mean."""
+    """Train many networks at once. Print a table, best first, and the accuracy of their mean."""
     replicas = values["replicas"]
     rates = _rates(values["lr"], replicas)
     given_lists = {name: values[name] for name in _LISTS if values[name] is not None}
@@ -82,13 +82,13 @@ def sweep(values: Values) -> None:
 
 
 def _needs_settings(values: Values) -> bool:
-    """Whether more is asked for than replicas of one network can have."""
+    """True if the options ask for more than replicas of one network can have."""
     names = ("schedule", "early_stopping", "class_weight")
     return any(values[name] is not None for name in names)
 
 
 def _settings(recipe: recipes.Recipe, rates: list[float], seed: int) -> list[Settings]:
-    """A network for each learning rate; their seeds count on."""
+    """Settings of one network for each learning rate, with seeds that count on."""
     numbers = {name: v for name, v in recipe.optimizer_options.items() if name != "lr"}
     own = {name: numbers.pop(name, 0.0) for name in ("momentum", "weight_decay")}
     names = ["hidden", "activation", "output_activation", "bias", "init", "optimizer"]
@@ -100,7 +100,7 @@ def _settings(recipe: recipes.Recipe, rates: list[float], seed: int) -> list[Set
 def _say(
     job: Sweep, recipe: recipes.Recipe, found: setup.Data, values: Values, every: list
 ) -> None:
-    """What is trained, in one line."""
+    """Print one line about the networks and the data."""
     if len(every) == 1:
         network = recipe.network(found.train)
         what = f"{job.replicas} networks {recipe.describe(network)}"
@@ -131,7 +131,7 @@ def _train(job: Sweep, recipe: recipes.Recipe, found: setup.Data) -> None:
 
 
 def _print(job: Sweep, found: setup.Data, top: int) -> None:
-    """The best networks, how many diverged, and what all others do together."""
+    """Print the best networks, the count of diverged ones, and the accuracy of all others' mean."""
     data = found.test if found.validation is None else found.validation
     name = "test" if found.validation is None else "validation"
     labels = data.is_classification
@@ -158,7 +158,7 @@ def _print(job: Sweep, found: setup.Data, top: int) -> None:
 
 
 def _varied(job: Sweep) -> list[str]:
-    """Names of the settings that are not the same in all networks."""
+    """The names of settings that differ between networks."""
     names = {name for row in job.rows for name in row.settings} - {"lr", "seed"}
     return sorted(n for n in names if len({repr(r.settings.get(n)) for r in job.rows}) > 1)
 

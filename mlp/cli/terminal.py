@@ -1,7 +1,7 @@
-"""What the command line writes to the terminal: everything goes through `say`.
+"""Output of the command line to the terminal. All of it goes through `say`.
 
 Names, paths and messages come from files and arguments that others made. A control character in
-them could clear the screen or forge a line, so it is shown escaped.
+them could clear the screen or forge a line, so it is escaped.
 """
 
 import sys
@@ -11,7 +11,7 @@ from typing import TextIO
 def shown(text: object) -> str:
     """Text as one line for a terminal.
 
-    Control characters, line ends and what cannot be encoded are written as escapes such as \\x1b.
+    Characters that are not printable, such as line ends, are written as escapes such as \\x1b.
     """
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text)
@@ -19,7 +19,7 @@ def shown(text: object) -> str:
 
 
 def say(line: object = "", file: TextIO | None = None) -> None:
-    """Print one line, at once and in one piece: several threads may print."""
+    """Print one line at once and in one piece, because several threads may print."""
     print(f"{shown(line)}\n", end="", file=file or sys.stdout, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""`train`: from options to a run folder."""
+"""`train`: makes a run folder from options."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ from .versions import git_state, typed, versions
 
 
 class Job(NamedTuple):
-    """A training that is ready to begin."""
+    """A training that is ready to start."""
 
     settings: Settings
     data: setup.Data
@@ -32,12 +32,12 @@ class Job(NamedTuple):
 
     @property
     def recipe(self) -> recipes.Recipe:
-        """How the network is trained."""
+        """The recipe: the network and the settings of its training."""
         return self.settings.recipe
 
 
 def train(values: Values) -> None:
-    """Train a network; prints a line an epoch and writes a run folder."""
+    """Train a network, print one line for each epoch, and write a run folder."""
     if devices.world() > 1:
         with devices.joined():
             _share(values)
@@ -50,9 +50,9 @@ def train(values: Values) -> None:
 
 
 def _share(values: Values) -> None:
-    """This process's part of a run on several devices. Rank 0 alone speaks and writes."""
+    """This process's part of a run on several devices. Only rank 0 prints and writes."""
     if values["seeds"] is not None:
-        raise ValueError("--seeds trains on one device: leave torchrun out")
+        raise ValueError("--seeds trains on one device; leave torchrun out")
     if devices.rank() == 0:
         (_resume if values["resume"] else _begin)(values)
         return
@@ -66,7 +66,7 @@ def _share(values: Values) -> None:
 
 
 def _train(job: Job, **told: Any) -> None:
-    """Train. told: the functions that `Trainer.fit` calls."""
+    """Train. told: functions that `Trainer.fit` calls, by its names."""
     recipe, data = job.recipe, job.data
     job.trainer.fit(
         data.train,
@@ -88,9 +88,9 @@ def _loss_chosen(values: Values) -> bool:
 
 
 def _several(values: Values) -> None:
-    """A run for each seed, in folders beside each other, and what they reach on average."""
+    """Train one run for each seed, in one folder each, and print the mean of their scores."""
     if values["resume"]:
-        raise ValueError("--seeds begins runs, --resume goes on with one: give one of the two")
+        raise ValueError("--seeds starts runs, but --resume goes on with one; give one of the two")
     logs.known(values["log"] or "")
     first = values["seed"] or 0
     name = Path((values["dataset"] or "digits").split(",")[0]).stem
@@ -111,7 +111,7 @@ def _several(values: Values) -> None:
 
 
 def _not_together(job: Job, seeds: int) -> str | None:
-    """Why so many networks like this one are not trained together, or None if they are."""
+    """The reason why so many networks like this one are not trained together, or None."""
     if seeds == 1:
         return "there is one seed"
     if job.recipe.augment:
@@ -121,7 +121,7 @@ def _not_together(job: Job, seeds: int) -> str | None:
 
 
 def _together(values: Values, paths: dict[int, Path], found: setup.Data) -> None:
-    """A run for each seed; an epoch of all of them is one launch, or on a CPU one call."""
+    """Train one run for each seed. An epoch of all is one launch, or on a CPU one call."""
     pack = together.Together()
     with contextlib.ExitStack() as stack:
         jobs, runs = [], []
@@ -143,13 +143,16 @@ def _together(values: Values, paths: dict[int, Path], found: setup.Data) -> None
 
 
 def _begin(values: Values) -> None:
-    """A run that begins. Everything is checked before anything is written."""
+    """Start a run. Everything is checked before anything is written."""
     logs.known(values["log"] or "")
     begin(_new_settings(values), values, _loss_chosen(values))
 
 
 def begin(settings: Settings, values: Values, loss_chosen: bool) -> Path:
-    """Train with these settings into a new run folder; its path. values: out, force, plots, log."""
+    """Train with these settings into a new run folder, and return its path.
+
+    values: holds out, force, plots and log.
+    """
     if values["out"] is not None:
         RunFolder(values["out"]).refuse_if_taken(values["force"])
     job = _job(settings, loss_chosen)
@@ -160,7 +163,7 @@ def begin(settings: Settings, values: Values, loss_chosen: bool) -> Path:
 
 
 def _resume(values: Values) -> None:
-    """A run that goes on, with the settings that are stored."""
+    """Go on with a run, with its stored settings."""
     job = _stored_job(values)
     with RunFolder.writing(values["out"]) as run:
         going = _continued(job, run, values, writes=True)
@@ -178,7 +181,9 @@ def _stored_job(values: Values) -> Job:
     if values["out"] is None:
         raise ValueError("--resume needs --out, the run folder to go on with")
     if values["force"]:
-        raise ValueError("--resume goes on with a run, --force replaces it: give one of the two")
+        raise ValueError(
+            "--resume goes on with a run, but --force replaces it; give one of the two"
+        )
     settings = RunFolder(values["out"]).settings
     _refuse_changes(values, settings, values["out"] / CONFIG)
     for name in ("device", "engine"):
@@ -191,8 +196,9 @@ def _stored_job(values: Values) -> Job:
 
 
 def _continued(job: Job, run: RunFolder, values: Values, writes: bool) -> Job | None:
-    """The training as the run left it; None if it has all its epochs. writes: whether this process
-    may speak, and write to the folder.
+    """The training in the run's latest state, or None if it has all its epochs.
+
+    writes: True if this process may print, and write to the folder.
     """
     epochs = job.recipe.epochs
     if run.trained:
@@ -206,17 +212,17 @@ def _continued(job: Job, run: RunFolder, values: Values, writes: bool) -> Job | 
 
 
 def _refuse_longer(job: Job) -> None:
-    """A ValueError if the run would go on after the end of its schedule."""
+    """ValueError if the run would go on after the end of its schedule."""
     recipe = job.recipe
     if job.epochs > recipe.epochs and schedule.known(recipe.schedule).ends:
         raise ValueError(
             f"schedule {recipe.schedule} of this run ends at epoch {recipe.epochs}, got --epochs "
-            f"{job.epochs}: train into another --out"
+            f"{job.epochs}; train into another --out"
         )
 
 
 def _new_settings(values: Values) -> Settings:
-    """The settings of a run that begins."""
+    """The settings of a new run."""
     name = values["recipe"] or "default"
     rows = (*options.RECIPE, *options.LOSS, *options.OPTIMIZER)
     changes = given(rows, values)
@@ -235,8 +241,9 @@ def _new_settings(values: Values) -> Settings:
 
 
 def _refuse_changes(values: Values, settings: Settings, path: Path) -> None:
-    """A ValueError that names an option which differs from what the run has stored. These may:
-    where the run is computed, where the data lie, and how many epochs it shall have.
+    """ValueError if an option differs from the stored settings of the run. It names the option.
+
+    Device, engine, the place of the data, and the number of epochs may differ.
     """
     recipe = settings.recipe
     stored = {
@@ -258,15 +265,15 @@ def _refuse_changes(values: Values, settings: Settings, path: Path) -> None:
         if value is not None and value != stored[row.name] and not row.may_change:
             raise ValueError(
                 f"{row.flag} cannot be changed by --resume, which goes on with the settings in "
-                f"{path} ({row.name} {stored[row.name]}): leave it out, or train into another --out"
+                f"{path} ({row.name} {stored[row.name]}); leave it out, or train into another --out"
             )
 
 
 def _refuse_other_data(settings: Settings, found: Facts) -> None:
-    """A ValueError if these are not the data that the run has seen."""
+    """ValueError if these are not the data on which the run was trained."""
     change = setup.change_of_data(settings, found)
     if change:
-        raise ValueError(f"{change}: train into another --out")
+        raise ValueError(f"{change}; train into another --out")
 
 
 def _job(
@@ -275,10 +282,10 @@ def _job(
     found: setup.Data | None = None,
     pack: together.Together | None = None,
 ) -> Job:
-    """Everything that a training needs, checked.
+    """A training, with everything checked.
 
-    A loss that nobody chose is made to fit the targets. found: the data, if they were read for
-    another seed of this training. pack: what trains it beside others.
+    loss_chosen: the user chose the loss. Otherwise a loss that fits the targets is taken. found:
+    the data, if they were read before for another seed. pack: trains it along with others.
     """
     started = time.perf_counter()
     on = setup.pick_device(settings.device)
@@ -296,7 +303,7 @@ def _job(
         clip_norm=recipe.clip_norm,
     )
     trainer.together = None if pack is None else pack.train
-    recipe.scheduler(len(found.train))  # says now what it cannot do
+    recipe.scheduler(len(found.train))  # raises now what `fit` would raise
     trainer.check(
         found.train,
         recipe.epochs,
@@ -326,14 +333,14 @@ def _new_folder(out: Path | None, dataset: str) -> Iterator[RunFolder]:
         with contextlib.ExitStack() as stack:
             try:
                 run = stack.enter_context(RunFolder.writing(path))
-            except BusyError:  # another process took the name just now
+            except BusyError:  # another process has just taken the name
                 continue
             yield run
             return
 
 
 def _say(job: Job, more: str = "") -> None:
-    """What is trained, in two lines."""
+    """Print two lines about the data and the network."""
     trainer, model = job.trainer, job.trainer.model
     count = sum(p.numel() for p in model.parameters())
     setup.say_notes(job.data.train)
@@ -345,20 +352,20 @@ def _say(job: Job, more: str = "") -> None:
 
 
 def _steps(job: Job) -> int:
-    """Of the epochs that are left."""
+    """The count of steps in the epochs that are left."""
     remaining = job.epochs - len(job.trainer.history)
     return remaining * -(-len(job.data.train) // job.recipe.batch_size)
 
 
 def _alone(job: Job, run: RunFolder, values: Values) -> None:
-    """Say what is trained, train it, draw it."""
+    """Describe the training, train, and draw."""
     _say(job)
     with progress.bar(_steps(job), "step") as bar:
         _run(job, run, values, bar)
 
 
 def _run(job: Job, run: RunFolder, values: Values, bar: Any, name: str = "") -> None:
-    """Train and draw. name: what each line begins with."""
+    """Train and draw. name: the beginning of each line."""
     trainer = job.trainer
     started = time.perf_counter()
     watch = _Watch(job, run, bar, name)
@@ -377,7 +384,7 @@ def _run(job: Job, run: RunFolder, values: Values, bar: Any, name: str = "") -> 
 
 
 class _Watch:
-    """What follows an epoch: it is recorded, logged and said. seconds: spent on that."""
+    """Records, logs and prints each epoch. seconds: the time that this took."""
 
     def __init__(self, job: Job, run: RunFolder, bar: Any, name: str):
         self.job, self.run, self.bar, self.name = job, run, bar, name
@@ -402,7 +409,7 @@ class _Watch:
 
 
 def _fit(job: Job, run: RunFolder, watch: _Watch, log: list[str]) -> float:
-    """Train, and record every epoch; seconds spent on writing and saying it."""
+    """Train, and record every epoch. Returns the seconds for writing and printing them."""
     trainer, bar = job.trainer, watch.bar
     with contextlib.ExitStack() as stack:
         watch.log = [
@@ -411,7 +418,7 @@ def _fit(job: Job, run: RunFolder, watch: _Watch, log: list[str]) -> float:
         ]
         try:
             _train(job, on_epoch=watch, on_step=None if bar.disable else bar.update)
-        except Diverged:  # the trainer went back to the end of the epoch before
+        except Diverged:  # the trainer has restored the state after the epoch before
             run.flush()
             raise
     if trainer.stopping is not None:

@@ -1,4 +1,4 @@
-"""What a run was made with: versions of packages, which it does not import, command, git state."""
+"""Facts that a run records: versions of packages (without importing them), command, git state."""
 
 import importlib.metadata
 import platform
@@ -6,7 +6,7 @@ import subprocess
 
 
 def version(package: str) -> str:
-    """Of an installed package."""
+    """The version of an installed package, or "not installed"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -14,7 +14,7 @@ def version(package: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Package -> version."""
+    """Versions by package, and that of Python."""
     packages = ("handgrad", "torch", "triton", "numpy", "torchvision", "scikit-learn")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
@@ -23,7 +23,7 @@ typed: list[str] = []  # the command that is running, word by word
 
 
 def git_state() -> str | None:
-    """The commit of this folder, with " and changes" if files differ from it; None without git."""
+    """The commit of the current folder, with " and changes" if files differ; None without git."""
     said = []
     for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
         try:

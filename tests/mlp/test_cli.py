@@ -401,7 +401,7 @@ def test_all_printing_goes_through_one_function():
 def test_convnet_says_which_images_it_takes(handgrad):
     status, out, err = handgrad("train", "digits", "--recipe", "convnet")
     assert (status, out) == (2, "") and re.search(
-        "at least 16 × 16 pixels, but those of digits .* have 8 × 8: train on mnist", err
+        "at least 16 × 16 pixels, but those of digits .* have 8 × 8; train on mnist", err
     )
 
 

@@ -154,7 +154,7 @@ def test_resume_refuses_changed_options(tmp_path, monkeypatch, capsys):
     for argv in ("--lr 0.5", "--batch-size 8", "--hidden 7"):
         assert main(f"train --out run --resume --epochs 3 {argv}".split()) == 2
         said = (
-            f"handgrad: {argv.split()[0]} cannot be changed by --resume.*run/config.json .*: leave "
+            f"handgrad: {argv.split()[0]} cannot be changed by --resume.*run/config.json .*; leave "
             "it out, or train into another"
         )
         assert re.match(said, capsys.readouterr().err)
