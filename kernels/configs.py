@@ -204,6 +204,14 @@ MOST_REPEATED = 2_000_000
 # With twice as many outputs there are 2 to 40 local accesses in ieee, and in tf32 on sm_80.
 MOST_ROWS = {"ieee": 128, "tf32": 128, "tf32x3": 64}
 MOST_OUTPUTS = {"ieee": 128 * 32, "tf32": 128 * 16, "tf32x3": 64 * 64}
+# Triton 3.6 needs more registers for the same kernels. At these limits it gets smaller tiles, and
+# it loads nothing ahead. So does 3.7, which was not compiled.
+OLD_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8)
+
+
+def padded(size: int) -> int:
+    """The side of a tile for so many elements: a power of two, at least 16."""
+    return max(16, triton.next_power_of_2(size))
 
 
 class Training(NamedTuple):
@@ -250,6 +258,8 @@ def training(
     small = precision == "tf32x3" and states > 1 and block_m > 32 and older(arch)
     if small and kernel != "exchange":
         return Training(columns, 16, 16, rows, num_warps=8, num_stages=1)
+    if OLD_TRITON and block_m * padded(sizes[-1]) >= MOST_OUTPUTS[precision]:
+        return Training(16, 16, 16, rows, num_warps=8, num_stages=1)
     return Training(columns, block_k, 16, rows, num_warps=8, num_stages=3)
 
 
@@ -258,6 +268,9 @@ def older(arch: str) -> bool:
     return arch.startswith("sm_") and int(arch[3:]) < 90
 
 
-def spills_shared(arch: str, precision: str, block_m: int) -> bool:
-    """True if programs that share a network would spill where one program alone does not."""
-    return precision == "ieee" and block_m > 64 and older(arch)
+def most_shared(arch: str, precision: str) -> int:
+    """The most rows of a batch that programs which share a network take without spilling."""
+    causes = (precision == "ieee", older(arch), OLD_TRITON)
+    if not arch.startswith("sm_") or sum(causes) < 2:
+        return MOST_ROWS[precision]
+    return 32 if older(arch) and OLD_TRITON else 64

@@ -4,7 +4,7 @@
 
     sgd        g ← g + λ p                                              p ← p - lr g
     momentum   g ← g + λ p    v ← μ v + (1 - dampening) g  (v ← g at the first step)
-               p ← p - lr v         with μ = 0 the buffer v stays as it is, as in torch
+               p ← p - lr v         (with μ = 0, v ← g; `mlp.SGD` takes the rule sgd then)
     nesterov   as momentum, but p ← p - lr (g + μ v)
     adam       g ← g + λ p    m ← β1 m + (1 - β1) g    v ← β2 v + (1 - β2) g²
                p ← p - lr / (1 - β1ᵗ) · m / (√v / √(1 - β2ᵗ) + ε)
@@ -70,17 +70,11 @@ def momentum_at(row, step):
 
 
 @triton.jit
-def buffer_after(momentum, old, new):
-    # Without momentum torch does not touch the buffer.
-    return tl.where(momentum == 0, old, new)
-
-
-@triton.jit
 def momentum_update(p, g, states, numbers):
     lr, decay, momentum, dampening = numbers
     g += decay * p
     v = momentum * states[0] + (1.0 - dampening) * g
-    return p - lr * v, (buffer_after(momentum, states[0], v),)
+    return p - lr * v, (v,)
 
 
 @triton.jit
@@ -89,7 +83,7 @@ def nesterov_update(p, g, states, numbers):
     g += decay * p
     v = momentum * states[0] + (1.0 - dampening) * g
     g += momentum * v
-    return p - lr * g, (buffer_after(momentum, states[0], v),)
+    return p - lr * g, (v,)
 
 
 @triton.jit
@@ -152,7 +146,7 @@ def rmsprop_momentum_update(p, g, states, numbers):
     g += decay * p
     v = (1.0 - rate) * states[0] + rate * g * g
     b = momentum * states[1] + g / (tl.sqrt(v) + eps)
-    return p - lr * b, (v, buffer_after(momentum, states[1], b))
+    return p - lr * b, (v, b)
 
 
 @triton.jit
@@ -288,8 +282,13 @@ def _sgd_lists(params, grads, states, row, step):
 
 def _momentum_lists(params, grads, states, row, step, nesterov=False):
     lr, decay, momentum, dampening = row
+    if not momentum:
+        numbers = _momentum_numbers(row, step)
+        for p, g, v in zip(params, grads, states[0]):
+            _momentum_tensor(p, g, [v], numbers, nesterov)
+        return
     first = bool(step == 1)
-    if momentum and _is_fusible((params, grads, *states), (*row, step)):
+    if _is_fusible((params, grads, *states), (*row, step)):
         torch._fused_sgd_(
             params,
             grads,
@@ -397,17 +396,8 @@ def _sgd_tensor(p, g, states, numbers):
 def _momentum_tensor(p, g, states, numbers, nesterov=False):
     (v,), (lr, decay, momentum, dampening) = states, numbers
     g = _add(g.clone(), p, decay)
-    u = _add(v * momentum, g, 1 - dampening)
-    _keep(v, u, momentum)
-    _add(p, _add(g, u, momentum) if nesterov else u, -lr)
-
-
-def _keep(buffer, new, momentum):
-    """buffer ← new, but where momentum is 0: `buffer_after`."""
-    if isinstance(momentum, torch.Tensor):
-        torch.where(momentum == 0, buffer, new, out=buffer)
-    elif momentum:
-        buffer.copy_(new)
+    _add(v.mul_(momentum), g, 1 - dampening)
+    _add(p, _add(g, v, momentum) if nesterov else v, -lr)
 
 
 def _adam_tensor(p, g, states, numbers, decoupled=False):
@@ -435,8 +425,7 @@ def _rmsprop_tensor(p, g, states, numbers):
     _add(v.mul_(1 - rate), g * g, rate)
     u = g / (v.sqrt().add_(eps))
     for b, factor in zip(buffers, momentum):
-        u = u.add_(b * factor)
-        _keep(b, u, factor)
+        u = b.mul_(factor).add_(u)
     _add(p, u, -lr)
 
 

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from .. import configs, launch
+from ..configs import padded
 from .layers import (
     backward_layer,
     backward_tile,
@@ -40,7 +41,7 @@ from .layers import (
     scratch_of,
     top,
 )
-from .network import Plan, padded, plan
+from .network import Plan, plan
 from .run import Run
 from .step import new_scratch
 
@@ -168,8 +169,12 @@ def exchange_kernel(
 
 def spills(run: Run) -> bool:
     """True if programs that share this network would spill registers, see `configs`."""
-    arch = launch.arch(run.device)
-    return configs.spills_shared(arch, launch.dot_precision(), padded(run.batch))
+    return padded(run.batch) > most_rows(run)
+
+
+def most_rows(run: Run) -> int:
+    """The most rows of a batch for programs that share this network, see `configs`."""
+    return configs.most_shared(launch.arch(run.device), launch.dot_precision())
 
 
 def check_programs(run: Run, rows: int, programs: int | None, exchange: str) -> int:
@@ -196,7 +201,7 @@ def check_programs(run: Run, rows: int, programs: int | None, exchange: str) -> 
     if spills(run):
         raise ValueError(
             "epoch: programs that share a network spill registers at a batch of "
-            f"{run.batch}, more than 64; pass programs=1"
+            f"{run.batch}, more than {most_rows(run)}; pass programs=1"
         )
     if needed > most:
         raise ValueError(

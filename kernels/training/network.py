@@ -26,9 +26,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import triton
 
 from .. import activations, configs, launch, losses, rules
+from ..configs import padded
 from ..ops.cross_entropy import check_range
 from ..ops.linear import (
     kept,
@@ -198,11 +198,6 @@ def refusal(spec: Spec, batch: int, engine: str = "epoch") -> str | None:
         if value > limit:
             return f"{engine}: {what} {value} exceeds {limit}; {instead}"
     return None
-
-
-def padded(size: int) -> int:
-    """The side of a tile for so many elements: a power of two, at least 16."""
-    return max(16, triton.next_power_of_2(size))
 
 
 def outgrown(spec: Spec, batch: int, engine: str = "epoch") -> str | None:

@@ -216,7 +216,7 @@ def test_kernels_compile_without_spills_and_keep_their_order(arch, row):
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
     shared = [kernel for kernel in found if kernel["label"].startswith("exchange")]
-    # At a limit where they would spill there are none, see `configs.spills_shared`.
+    # At a limit where they would spill there are none, see `configs.most_shared`.
     assert len(shared) == len(exchanges(arch)) or (row[3:] and not shared)
     assert len(found) == 3 + len(shared)
     for kernel in found:

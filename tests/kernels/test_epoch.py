@@ -7,6 +7,7 @@ import torch
 
 from kernels import (
     Spec,
+    configs,
     launch,
     outgrown,
     refusal,
@@ -178,15 +179,42 @@ def test_what_would_spill_is_refused(setting, batch, classes, reason, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("arch", "batch", "spills"), [("sm_80", 65, 1), ("sm_80", 64, 0), ("sm_90", 128, 0)]
+    ("arch", "old_triton", "setting", "batch", "spills"),
+    [
+        ("sm_80", False, "highest", 65, True),
+        ("sm_80", False, "highest", 64, False),
+        ("sm_80", False, "medium", 65, False),
+        ("sm_90", False, "highest", 128, False),
+        ("sm_90", True, "highest", 65, True),
+        ("sm_90", True, "highest", 64, False),
+        ("sm_90", True, "medium", 128, False),
+        ("sm_80", True, "medium", 33, True),
+        ("sm_80", True, "medium", 32, False),
+    ],
 )
-def test_programs_do_not_share_where_they_would_spill(arch, batch, spills):
+def test_programs_do_not_share_where_they_would_spill(
+    arch, old_triton, setting, batch, spills, monkeypatch
+):
+    monkeypatch.setattr(configs, "OLD_TRITON", old_triton)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: setting)
     run = Training(Spec((12, 70, 3), rule="adam"), "cpu", batch=batch).run()
     with launch.dry_run(arch, 108):
-        assert shareable(run) == (not spills)
+        assert shareable(run) is not spills
         if spills:
-            with pytest.raises(ValueError, match=r"at a batch of 65.*programs=1"):
+            with pytest.raises(ValueError, match=rf"at a batch of {batch}, .*programs=1"):
                 train_epoch(run, programs=9)
+
+
+@pytest.mark.parametrize("old_triton", [False, True])
+@pytest.mark.parametrize(("precision", "batch", "classes"), [("ieee", 64, 64), ("tf32", 128, 16)])
+def test_an_older_triton_gets_smaller_tiles_at_the_limits(
+    precision, batch, classes, old_triton, monkeypatch
+):
+    monkeypatch.setattr(configs, "OLD_TRITON", old_triton)
+    assert configs.MOST_OUTPUTS[precision] == batch * classes
+    for rows, small in ((batch, old_triton), (batch // 2, False)):
+        tiles = configs.training("exchange", "sm_90", precision, 2, (784, 256, classes), rows)
+        assert (tiles.num_stages, tiles.columns) == ((1, 16) if small else (3, 2048 // rows))
 
 
 def test_large_layers_above_the_first_are_left_to_products():
