@@ -263,7 +263,7 @@ BAD = {
     "thousands": (np.arange(2002) // 2 % 1001, "1,001 different labels in 2,002 samples"),
     "negative": (LABELS - 1, "label -1 of sample 0 is not one of the 2 classes, 0 to 1"),
     "missing": (np.where(LABELS == 2, np.nan, 1.0), "training targets must be finite, got nan in"),
-    "no word": (np.array(["a", None] * 10, object), "sample 1 has none"),
+    "no word": (np.array(["a", None] * 10, object), "sample 1 has no value; leave its row out"),
     "words and numbers": (
         np.array(["a", 1] * 10, object),
         "all numbers or all words, got int, str",
