@@ -21,6 +21,7 @@ from . import cpu, schedule
 from .data.dataset import Dataset, permutation
 from .engines.epochwise import rule_of, spec_of
 from .engines.stepwise import Diverged
+from .engines.threads import ALONE, threads
 from .init import initialise
 from .metrics import measure
 from .modules import MLP, whole
@@ -331,6 +332,15 @@ def _train_groups(groups: list[list[Member]], task: Task) -> None:
         pack.finish()
 
 
+def reference(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:
+    """`kernels.train_replicas_ref`. Small products are computed by one CPU thread: two that wait
+    for each other after every product are slower, beside a busy core by far.
+    """
+    is_small = run.batch * max(p.numel() for p in run.parameters) <= ALONE
+    with threads(1 if is_small and run.data.device.type == "cpu" else None):
+        return kernels.train_replicas_ref(run)
+
+
 class _Group:
     """Networks of one architecture, stacked; those that have ended are taken out."""
 
@@ -347,7 +357,7 @@ class _Group:
         refused = kernels.backend(self.parameters[0]) != "triton" or kernels.refusal(
             self.spec, self.batch
         )
-        self.train = kernels.train_replicas_ref if refused else kernels.train_replicas
+        self.train = reference if refused else kernels.train_replicas
 
     def launch(self, epoch: int) -> None:
         """Train an epoch of those that have not ended; does not wait for it."""

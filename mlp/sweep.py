@@ -383,11 +383,11 @@ class Sweep:
         """The function that trains all networks for an epoch; steps: of all of them together."""
         if cpu.serves(self.parameters[0]):
             costs = cpu.costs(self.spec.sizes, batch_size, steps)
-            return cpu.train_replicas if costs is None else kernels.train_replicas_ref
+            return cpu.train_replicas if costs is None else packs.reference
         refused = kernels.backend(self.parameters[0]) != "triton" or kernels.refusal(
             self.spec, batch_size
         )
-        return kernels.train_replicas_ref if refused else kernels.train_replicas
+        return packs.reference if refused else kernels.train_replicas
 
     def _fitted(self, data) -> Dataset:
         """Anything that `fit` takes, as numbers that these networks can meet."""

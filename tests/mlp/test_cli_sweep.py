@@ -48,6 +48,32 @@ def test_sweep(run):
     assert status == 2 and err == "handgrad: all is not empty; choose another --out\n"
 
 
+def test_all_combinations_of_lists_are_trained_and_ranked_by_validation_rows(run):
+    lists = "sweep digits --device cpu --hidden 8/4,3 --activation relu/tanh --batch-size 128"
+    argv = f"{lists} --replicas 2 --epochs 2 --lr 0.1:0.2 --out all"
+    status, out, err = run(f"{argv} --validation 0.2 --class-weight balanced --schedule cosine")
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert "8 networks of 4 settings; learning rate 0.1:0.2" in lines[0]
+    header = next(line for line in lines if line.split()[:2] == ["network", "seed"])
+    assert header.endswith("validation accuracy")
+    with open("all/sweep.jsonl") as file:
+        rows = [json.loads(line) for line in file]
+    accuracies = [row["validation_accuracy"] for row in rows]
+    assert accuracies == sorted(accuracies, reverse=True) and len(rows) == 8
+    plain = mlp.packs.Settings()
+    tried = {
+        (*row["settings"].get("hidden", plain.hidden), row["settings"].get("activation", "relu"))
+        for row in rows
+    }
+    assert tried == {(8, "relu"), (8, "tanh"), (4, 3, "relu"), (4, 3, "tanh")}
+    assert {row["lr"] for row in rows} == {0.1, 0.2} and all(row["epochs"] == 2 for row in rows)
+    best = rows[0]["replica"]
+    assert mlp.load(f"all/00{best}.safetensors").config()["sizes"][1:-1] == list(
+        rows[0]["settings"]["hidden"]
+    )
+
+
 BAD = {
     "optimizer": ("--optimizer lion2", "unknown optimizer 'lion2'; known: sgd, adam"),
     "activation": ("--activation swish", "unknown activation 'swish'"),
@@ -60,6 +86,9 @@ BAD = {
     "out": ("--out file/all", "cannot write the run folder file/all"),
     "width": ("--hidden 10,0", "positive integers"),
     "size": ("--hidden 1000000000000", "parameters need .* GB, but this machine has"),
+    "list": ("--momentum 0.1/high", "--momentum"),
+    "share": ("--validation 0.9", "--validation 0.9: nothing is left to train on"),
+    "weights": ("--class-weight heavy", "unknown class weight 'heavy'; known: balanced"),
     "seed": ("--seed 9223372036854775809", "--seed must be a whole number from 0 to 2⁶³"),
     "device": ("--device abacus", "unknown device 'abacus'"),
 }

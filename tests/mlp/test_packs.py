@@ -5,8 +5,10 @@ import importlib.util
 import pytest
 import torch
 
+import kernels
 import mlp
 from mlp import packs, schedule
+from mlp.engines.threads import threads
 from mlp.sweep import Sweep
 
 SETTINGS = [
@@ -130,6 +132,24 @@ def test_a_rate_that_moves_every_step(way):
         assert_is(sweep.network(i), alone(one, data(), 3)[0])
 
 
+@pytest.mark.interpreter
+def test_the_kernel_takes_a_rate_that_moves_every_step():
+    """One launch trains networks with a row of numbers for each step, as the reference does."""
+
+    def trained():
+        given = [{"hidden": (6,), "schedule": name, "seed": 3} for name in ("onecycle", "constant")]
+        sweep = Sweep(given, device="cpu")
+        sweep.fit(data(rows=40), 2)
+        return [sweep.network(i) for i in range(2)]
+
+    with kernels.use("torch"):
+        expected = trained()
+    ours = trained()
+    for one, reference in zip(ours, expected, strict=True):
+        assert_is(one, reference)
+    assert not torch.equal(ours[0][0].weight, ours[1][0].weight)
+
+
 def test_a_network_among_others_is_bitwise_the_same(monkeypatch):
     pytest.importorskip("numba")
     monkeypatch.setattr(packs, "_is_compiled", lambda member, steps: True)
@@ -189,3 +209,18 @@ def test_bad_settings_are_refused_before_anything_is_trained(settings, message):
 def test_sizes_without_replicas_say_what_is_missing():
     with pytest.raises(ValueError, match="give replicas, how many networks"):
         Sweep((7, 4, 2))
+
+
+def test_small_networks_of_one_launch_are_computed_by_one_thread(monkeypatch):
+    counts, train = [], kernels.train_replicas_ref
+
+    def noted(run):
+        counts.append(torch.get_num_threads())
+        return train(run)
+
+    monkeypatch.setattr(packs, "_is_compiled", lambda member, steps: False)
+    monkeypatch.setattr(kernels, "train_replicas_ref", noted)
+    with threads(2):
+        for width in (6, 3000):
+            Sweep([{"hidden": (width,), "batch_size": 90}] * 3, device="cpu").fit(data(), 1)
+        assert counts == [1, 2] and torch.get_num_threads() == 2
