@@ -1,4 +1,4 @@
-"""Progress bars: in a terminal a line on stderr, in a notebook a widget, into a file nothing."""
+"""Progress bars: a line on stderr in a terminal, a widget in a notebook, nothing in a file."""
 
 import contextlib
 import sys
@@ -15,7 +15,7 @@ OnStep = Callable[..., object] | None
 def bar(total: int, unit: str, shown: bool | None = None) -> Iterator[Any]:
     """A bar of tqdm with the time that is left.
 
-    shown: None shows it where somebody can watch: in a terminal and in a notebook.
+    shown: None shows it in a terminal and in a notebook only.
     """
     try:
         from tqdm.auto import tqdm
@@ -30,7 +30,7 @@ def bar(total: int, unit: str, shown: bool | None = None) -> Iterator[Any]:
 def shown(
     progress: bool | None, steps: int, on_epoch: OnEpoch, on_step: OnStep
 ) -> Iterator[tuple[OnEpoch, OnStep]]:
-    """The two callbacks of `Trainer.fit`, which move a bar of so many steps if it is shown."""
+    """The two callbacks of `Trainer.fit`, extended to move a bar of so many steps if shown."""
     if progress is False:
         yield on_epoch, on_step
         return

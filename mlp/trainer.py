@@ -1,4 +1,4 @@
-"""fit, evaluate, predict, resume: epochs of one engine, and what they measured."""
+"""The Trainer: fit, evaluate, predict and resume, with one engine."""
 
 import math
 import time
@@ -27,7 +27,7 @@ from .state import Snapshot, copied, in_mode, load_state, parameters_of, state_o
 from .stopping import EarlyStopping, resumed
 
 _BATCH_SIZE = 32
-# What these parts of a trainer's state hold.
+# The keys of these parts of a trainer's state.
 _STATES = {
     "scheduler": {"name", "state", "made"},
     "precision": {"name", "skipped", "scaler"},
@@ -37,10 +37,11 @@ _STATES = {
 
 
 class History(list):
-    """The history of a training: one dict an epoch.
+    """The history of a training: a list with one dict for each epoch.
 
-    Its keys are epoch, train_loss, train_accuracy, with `validation` validation_loss and
-    validation_accuracy, with `evaluate` test_loss and test_accuracy; seconds, samples_per_second.
+    The keys are epoch, train_loss, train_accuracy, seconds and samples_per_second. With `evaluate`
+    there are test_loss and test_accuracy, with `validation` validation_loss and
+    validation_accuracy. An accuracy is a share from 0 to 1, or None if the targets are no labels.
     """
 
     def __str__(self):
@@ -48,7 +49,7 @@ class History(list):
 
 
 def line(row: dict) -> str:
-    """One epoch for people."""
+    """One epoch in one line of text."""
     parts = [f"epoch {row['epoch']:3d}", f"loss {row['train_loss']:.4f}"]
     for key, label in (
         ("train_accuracy", "accuracy"),
@@ -65,14 +66,14 @@ def line(row: dict) -> str:
 
 
 def as_dataset(data: Any, device: torch.device | str) -> Dataset:
-    """What `fit` takes, as a data set on the device."""
+    """Anything that `fit` takes, as a data set on the device."""
     return Dataset.of(data).to(device)
 
 
 class _Task(NamedTuple):
-    """What a call of `fit` trains on and measures.
+    """The data and numbers of a call of `fit`.
 
-    samples: how many an epoch has. shifts: of its images.
+    samples: the count in an epoch. shifts: random shifts of the images, or None.
     """
 
     train: Dataset
@@ -87,15 +88,18 @@ class _Task(NamedTuple):
 class Trainer:
     """Trains a network with one engine.
 
-    model: an `mlp` module, any nn.Module, or a Net, already on its device. loss: one of `mlp.loss`
-    or its name in `mlp.loss.LOSSES`, or any function of (output, target) for the autograd engine;
-    softmax cross-entropy if None. optimizer: an Optimizer over the model's parameters, a function
-    of them, a class, or a name of `mlp.optim.OPTIMIZERS` (with torch's defaults); SGD with lr 0.1
-    if None. engine: "auto" takes the fastest that serves and prints which and why (unless verbose
-    is False). precision: "fp32" computes in the network's own dtype; "bf16" and "fp16" keep float32
-    weights and compute products in half the bits, see `mlp.engines.precision`. clip_norm: the
-    largest norm that all gradients of a step together may have, as
-    `torch.nn.utils.clip_grad_norm_`.
+    model: an `mlp` module, any nn.Module, or a Net, already on its device. loss: a loss of
+    `mlp.loss`, a name in `mlp.loss.LOSSES`, or any function of (output, target), which the autograd
+    engine trains. None is softmax cross-entropy. optimizer: an Optimizer over the model's
+    parameters, a function of them, a class, or a name in `mlp.optim.OPTIMIZERS`, which has torch's
+    defaults. None is SGD with lr 0.1. engine: a name in `mlp.ENGINES`, or "auto" for the fastest
+    that serves. verbose: print which engine "auto" has chosen, and why. precision: "fp32" computes
+    in the network's own dtype. "bf16" and "fp16" keep float32 weights and compute products in 16
+    bits, see `mlp.engines.precision`. clip_norm: the largest norm of all gradients of a step
+    together, as in `torch.nn.utils.clip_grad_norm_`.
+
+    ValueError for an unknown name, a network without parameters, an optimizer of other parameters,
+    a loss that is not one number, and an engine that cannot train this network.
     """
 
     def __init__(
@@ -142,13 +146,13 @@ class Trainer:
 
     @property
     def _shape(self) -> tuple[int, ...] | None:
-        """Of a sample, where the network is not ours and the data came with one."""
+        """The shape of a sample, if the network is not ours and the data have more dimensions."""
         shape = None if self._seen is None else self._seen.shape
         return None if shape is None or takeover.description(self.model) is None else shape
 
     @property
     def device(self) -> torch.device:
-        """Where the network is now."""
+        """The device of the network now."""
         return next(iter(parameters_of(self.model).values())).device
 
     def fit(
@@ -169,28 +173,35 @@ class Trainer:
         validation: Any = None,
         progress: bool | None = False,
     ) -> History:
-        """Train until `epochs` epochs are done, counting those of a resumed run; returns the
-        history of all.
+        """Train until `epochs` epochs are done, and return the history of all epochs.
+
+        The epochs of a resumed run count. The network trains in training mode and is measured in
+        evaluation mode. At the end it has its earlier modes again.
 
         train, evaluate, validation: a Dataset of `mlp.data`, a pair (inputs, targets) of tensors,
-        numpy arrays or pandas frames, a torch data set, or a DataLoader, which is read once.
-        evaluate is measured after each epoch, and so is validation. What looks at a loss looks at
-        that of validation, else of evaluate, else of train. batch_size: 32, or
-        the DataLoader's; drop_last, likewise: leave out the last, smaller batch. seed: of the order
-        of samples. scheduler: a torch scheduler of `self.optimizer`, or a function that makes one
-        of it; a function given again goes on with its schedule. interval: "epoch" or "step", how
-        often it steps; None is "step" for OneCycleLR and CyclicLR, else "epoch". on_epoch(row) and
-        on_step() are called after each; what returns False ends the training there. An epoch that
-        on_step ends early has a row of the samples it saw. (An engine that takes an epoch in one
-        launch calls on_step(steps) after it.) early_stopping: end after so many epochs without a
-        lower loss, and keep the best epoch's weights: see `mlp.stopping`.
-        augment: move every training image by up to so many pixels, anew in each epoch: see
-        `mlp.data.shifts`. progress: True shows a bar with the loss and the time that is left, a
-        line in a terminal and a widget in a notebook. None shows it there, but not in a log file.
+        numpy arrays or pandas frames, a torch data set, or a DataLoader, which is read once. Both
+        evaluate and validation are measured after each epoch. Early stopping and schedulers use the
+        loss of validation, else of evaluate, else of train.
+        batch_size: None is the DataLoader's, else 32.
+        seed: of the order of the samples.
+        drop_last: leave out a last, smaller batch. None is the DataLoader's, else False.
+        scheduler: a torch scheduler of `self.optimizer`, or a function that makes one for it. If
+        the same function is given again, its schedule goes on.
+        interval: "epoch" or "step", the interval at which the scheduler steps. None is "step" for
+        OneCycleLR and CyclicLR, else "epoch".
+        on_epoch, on_step: on_epoch(row) and on_step() are called after each epoch and step. If one
+        returns False, the training ends there. The row is then of the samples seen. An engine that
+        trains an epoch in one launch calls on_step(steps) once after it.
+        early_stopping: end after so many epochs without a lower loss, and keep the best epoch's
+        weights, see `mlp.stopping`.
+        augment: shift every training image by up to so many pixels in each epoch, at random, see
+        `mlp.data.shifts`.
+        progress: True shows a bar with the loss and the time that is left, a line in a terminal and
+        a widget in a notebook. None shows it there, but not in a log file.
 
-        The network trains in train mode and is measured in evaluation mode; afterwards it has the
-        modes it had. Diverged if the loss is not finite: weights, buffers, optimizer and scheduler
-        are then those of the epoch's beginning.
+        ValueError, before any training, for data or arguments that do not fit. Diverged if the loss
+        is not finite. Then weights, buffers, optimizer and scheduler are those of the epoch's
+        start.
         """
         task = self._task(train, batch_size, (evaluate, validation), seed, drop_last)
         if augment:
@@ -238,14 +249,15 @@ class Trainer:
         drop_last: bool | None = None,
         validation: Any = None,
     ) -> None:
-        """Raise what `fit` would, before anything is trained; takes another engine, if this one
-        does not serve such batches.
+        """Raise the errors that `fit` would raise before a training.
+
+        If the engine does not serve such batches, another one is chosen.
         """
         task = self._task(train, batch_size, (evaluate, validation), 0, drop_last)
         self._check(task, epochs, None)
 
     def _row(self, epoch: int, task: _Task, on_step) -> tuple[dict, bool]:
-        """Train an epoch and measure; whether the training goes on."""
+        """Train an epoch and measure. Returns (row of the history, True if training goes on)."""
         order = permutation(len(task.train), task.seed, epoch, self.device)[: task.samples]
         started = time.perf_counter()
         if task.shifts is not None:
@@ -266,15 +278,16 @@ class Trainer:
         return row, after is None or not after.stopped
 
     def _validated(self, data: Dataset | None) -> dict:
-        """{"validation_loss", "validation_accuracy"} of the validation data; {} without any."""
+        """{"validation_loss", "validation_accuracy"} of the validation data, {} without any."""
         if data is None:
             return {}
         found = self.evaluate(data)
         return {f"validation_{key.removeprefix('test_')}": value for key, value in found.items()}
 
     def _task(self, train, batch_size, measured, seed, drop_last) -> _Task:
-        """What was given to `fit`, as data sets on the device and plain numbers. measured:
-        (evaluate, validation).
+        """The arguments of `fit` as data sets on the device and plain numbers.
+
+        measured: (evaluate, validation).
         """
         ignored = means.reading(self.loss).ignore_index
         taken = given.take(train, ignored)
@@ -302,7 +315,7 @@ class Trainer:
         return given.fitted(data, self.device, dtype, outputs)
 
     def _scheduled(self, scheduler, interval) -> Schedule | None:
-        """The schedule of this call: a new one, the one before, or a stored one that goes on."""
+        """The schedule of this call: a new one, the earlier one, or a stored one that goes on."""
         if scheduler is None:
             if self._pending is not None:
                 raise ValueError(
@@ -325,7 +338,7 @@ class Trainer:
         return schedule
 
     def _check(self, task: _Task, epochs: int, schedule: Schedule | None) -> None:
-        """Raise before anything is trained, and choose an engine for this task."""
+        """Raise errors before the training, and choose an engine for this task."""
         if task.samples == 0:
             raise ValueError(
                 f"fit: drop_last leaves nothing of {len(task.train)} samples in batches of "
@@ -353,9 +366,9 @@ class Trainer:
         self._choose(task.batch_size, demands, left)
 
     def _choose(self, batch_size: int, demands: Demands, steps: int | None = None) -> None:
-        """Keeps the engine if it still serves, and under "auto" pays for so many steps.
+        """Keep the engine if it still serves, and under "auto" is worth its start. Else choose one.
 
-        Else it takes another.
+        steps: of the training, or None if not known.
         """
         arguments = self.model, self.loss, self.optimizer
         engine: Any = getattr(self, "engine", None)
@@ -373,11 +386,11 @@ class Trainer:
         self.engine.precision, self.engine.together = self.precision, self.together
 
     def _mismatch(self) -> str | None:
-        """Why this optimizer cannot train this network, or None."""
+        """The reason why this optimizer cannot train this network, or None."""
         held = {id(p) for p in parameters_of(self.model).values()}
         if not held & {id(p) for p in parameters_in(self.optimizer)}:
             return (
-                "the optimizer has none of the network's parameters; make it of the network as it "
+                "the optimizer has none of the network's parameters; make it for the network as it "
                 "is now"
             )
         return takeover.needs_closure(self.optimizer)
@@ -403,9 +416,9 @@ class Trainer:
                 restore_options(self.optimizer, options)
             untrained = epoch == 1 and str(error).endswith("at step 0")
             advice = (
-                "nothing was trained yet: look for what is not finite in the data"
+                "nothing was trained yet; look for numbers in the data that are not finite"
                 if untrained
-                else f"the weights are those of the end of epoch {epoch - 1}: "
+                else f"the weights are those of the end of epoch {epoch - 1}; "
                 "try a smaller learning rate"
             )
             raise Diverged(
@@ -413,12 +426,15 @@ class Trainer:
             ) from None
 
     def _parts(self) -> list:
-        """What is trained: the network, and a loss that has parameters of its own."""
+        """The trained parts: the network, and the loss if it has parameters."""
         has = isinstance(self.loss, torch.nn.Module) and any(True for _ in self.loss.parameters())
         return [self.model, self.loss] if has else [self.model]
 
     def _after_step(self, on_step):
-        """What an engine calls after a step: the scheduler, if it steps then, and the caller's."""
+        """The function that an engine calls after a step, or None.
+
+        It steps a scheduler with interval "step", and calls on_step.
+        """
         moves = self.schedule is not None and self.schedule.per_step and not self.engine.reads_ahead
         if not moves and on_step is None:
             return None
@@ -455,10 +471,11 @@ class Trainer:
             )
 
     def evaluate(self, data: Any) -> dict:
-        """{"test_loss", "test_accuracy"} of the whole data set, in evaluation mode and in the
-        weights' own precision; accuracy None where targets are not labels.
+        """{"test_loss", "test_accuracy"} of the whole data set, in evaluation mode.
 
-        data: as for `fit`. Labels that the loss ignores do not count.
+        It is computed in the weights' own dtype. The accuracy is None if the targets are no labels.
+        Labels that the loss ignores do not count. data: as for `fit`. ValueError for data of
+        another width.
         """
         ignored = means.reading(self.loss).ignore_index
         like = None if self._seen is None else self._seen.like()
@@ -467,10 +484,13 @@ class Trainer:
         return measure(self.model, self.loss, data, self._shape)
 
     def predict(self, x: Any) -> torch.Tensor | np.ndarray:
-        """What the network says of each row of x, in the targets' own units: labels (N,) where it
-        was trained on labels, words if those were words, else numbers, (N,) if the targets were.
+        """The network's prediction for each row of x, in the targets' own units.
 
-        x: rows as `fit` took them, (N, …), or a Dataset. A tensor for a tensor, else an array.
+        For a network that was trained on labels, these are labels (N,), or words if the labels were
+        words. Else they are numbers (N, outputs), or (N,) if the targets were.
+
+        x: rows in the form that `fit` took, (N, …), or a Dataset. The result is a tensor if x is
+        one, else an array. ValueError for rows of another width.
         """
         found = self._outputs(x)
         if self._is_classifier():
@@ -484,7 +504,11 @@ class Trainer:
         return found if isinstance(x, torch.Tensor) else found.cpu().numpy()
 
     def predict_proba(self, x: Any) -> torch.Tensor | np.ndarray:
-        """(N, classes): what the network gives each class. x: as for `predict`."""
+        """The probability of each class, (N, classes).
+
+        x, and the type of the result: as for `predict`. ValueError if the network was trained on
+        numbers.
+        """
         if not self._is_classifier():
             raise ValueError(
                 "predict_proba: this network was trained on numbers, which have no probabilities; "
@@ -501,7 +525,7 @@ class Trainer:
 
     @torch.no_grad()
     def _outputs(self, x) -> torch.Tensor:
-        """The network's outputs for rows that are read as the training data were."""
+        """The network's outputs (N, outputs) for rows, which are read as the training data were."""
         hint = ""
         if not isinstance(x, Dataset):
             hint = "; give one row as x[None]" if np.ndim(x) == 1 else ""
@@ -514,8 +538,10 @@ class Trainer:
         return torch.cat([out for out, _ in found])
 
     def state_dict(self) -> dict:
-        """What resuming needs: weights and buffers, also of a loss that has some, optimizer state,
-        history, the scheduler's state and the precision's, and how the data were read.
+        """The state for resuming, as a dict of tensors and plain data.
+
+        It holds weights and buffers (also those of a loss), the states of optimizer, scheduler,
+        precision and early stopping, the history, and facts about the data.
         """
         scheduled = self.schedule.state_dict() if self.schedule is not None else None
         if self._pending is not None:
@@ -532,9 +558,10 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on where `state_dict` was taken.
+        """Restore a `state_dict`. The next `fit` goes on from there.
 
-        If that run had a scheduler, the next `fit` must get it again.
+        If that training had a scheduler, the next `fit` must get it again. ValueError for the state
+        of another network or with missing parts.
         """
         for name, keys in _STATES.items():
             part = state.get(name)
@@ -556,7 +583,7 @@ class Trainer:
             self._pending = _Pending(state["scheduler"], options_of(self.optimizer))
 
     def _load_optimizer(self, state: dict) -> None:
-        """Its state is then in other tensors than the engine may have recorded: make that anew."""
+        """Load the optimizer's state, and make a new engine, which has not recorded old tensors."""
         self.optimizer.load_state_dict(state)
         engine = type(self.engine)(self.model, self.loss, self.optimizer)
         engine.demands, engine.precision = self.engine.demands, self.precision
@@ -565,7 +592,7 @@ class Trainer:
 
 
 class _AfterStep:
-    """What an engine calls after a step. `stopped`: the caller's function returned False."""
+    """The function that an engine calls after a step. stopped: on_step has returned False."""
 
     def __init__(self, schedule: Schedule | None, on_step: Callable[..., object] | None):
         self.schedule, self.on_step, self.stopped = schedule, on_step, False
@@ -579,19 +606,19 @@ class _AfterStep:
 
 
 class _Pending(NamedTuple):
-    """A loaded scheduler's state until `fit` gets the scheduler, and the optimizer's numbers."""
+    """A loaded scheduler's state, and the optimizer's options, until `fit` gets the scheduler."""
 
     state: dict
     options: list[dict]
 
 
 def _made_loss(loss):
-    """A loss from a name, a class or a module, or as it is: see `modules.loss_of`."""
+    """A loss from a name, a class, a module or a function, see `modules.loss_of`."""
     return loss_of(loss() if isinstance(loss, type) else loss)
 
 
 def _made_optimizer(optimizer, parameters: list):
-    """An optimizer from a name, a class or function of the parameters, or as it is."""
+    """An optimizer from a name, a class, a function of the parameters, or an optimizer."""
     if optimizer is None:
         return SGD(parameters, lr=0.1)
     if isinstance(optimizer, torch.optim.Optimizer):

@@ -1,4 +1,4 @@
-"""`evaluate`, `report` and `predict`: what a finished run is good for."""
+"""`evaluate`, `report` and `predict`: uses of a finished run."""
 
 import math
 from pathlib import Path
@@ -19,7 +19,7 @@ from .terminal import complain, say
 
 
 def _open(values: Values) -> tuple[Settings, data.Dataset, torch.nn.Module]:
-    """Settings, test data, and the network on its device, of a run folder."""
+    """(settings, test data, network on its device) of a run folder."""
     run = RunFolder(values["run"])
     settings = setup.moved(run.settings, values)
     on = setup.pick_device(values["device"])
@@ -42,7 +42,7 @@ def _network(run: RunFolder, device: torch.device) -> torch.nn.Module:
 
 
 def evaluate(values: Values) -> None:
-    """Loss and accuracy of a trained network on its test data: top-1, top-k and by class."""
+    """Print loss and accuracy of a trained network on its test data: top-1, top-k, by class."""
     settings, test_set, model = _open(values)
     trainer = Trainer(model, settings.recipe.make_loss(), engine="autograd", verbose=False)
     result = trainer.evaluate(test_set)
@@ -59,8 +59,9 @@ def evaluate(values: Values) -> None:
 
 
 def report(values: Values) -> None:
-    """Draw a run: curves, test images with predictions, confusion matrix, first-layer weights. Of
-    several runs, one table and one figure.
+    """Draw a run: curves, test images with predictions, confusion matrix, first-layer weights.
+
+    For several runs, print one table and draw one figure.
     """
     path, *more = values["runs"]
     if more:
@@ -80,7 +81,7 @@ def report(values: Values) -> None:
 
 
 def draw(run: RunFolder, recipe: recipes.Recipe, test_set: data.Dataset, model: Any) -> list[Path]:
-    """Every picture that fits a run; the paths written."""
+    """Draw every picture that suits a run, and return the paths."""
     paths = _pictures(run, recipe, test_set, model, run.path, ".png")
     return paths + tables.draw(run, recipe, test_set, model)
 
@@ -116,8 +117,10 @@ def _page(run: RunFolder, settings: Settings, test_set: data.Dataset, model) -> 
 
 
 def predict(values: Values) -> None:
-    """The class of each image, and its probability; of a run on rows of numbers, see
-    `tables.predict`. Images of another size are resized, with a note.
+    """Print the class of each image, and its probability.
+
+    Images of another size are resized, with a note. For a run on rows of numbers, see
+    `tables.predict`.
     """
     run, images = RunFolder(values["run"]), values["images"]
     settings, facts = run.settings, run.settings.data

@@ -1,4 +1,4 @@
-"""What the command line does with tables and regressions: scores, `predict` of rows, pictures."""
+"""Tables and regressions on the command line: scores, `predict` of rows, pictures."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ from . import setup
 from .options import Values
 from .terminal import complain, say
 
-_LESS = ("mae", "auc")  # measures that `evaluate` says, and the line of an epoch does not
+_LESS = ("mae", "auc")  # measures that only `evaluate` prints, not the line of an epoch
 
 
 def own(found: torch.Tensor, units: Units | None) -> numpy.ndarray:
@@ -32,7 +32,7 @@ def own(found: torch.Tensor, units: Units | None) -> numpy.ndarray:
 def quality(
     model: torch.nn.Module, loss: Any, part: data.Dataset, units: Units | None
 ) -> dict[str, float]:
-    """What `scoring` says of a network on samples: see `numbers`, `classes` and `several`."""
+    """The measures of a network on samples, see `scoring.numbers`, `classes` and `several`."""
     found, true = zip(*metrics.outputs(model, part))
     outputs, targets = torch.cat(found), torch.cat(true)
     if part.is_classification:
@@ -48,7 +48,7 @@ def quality(
 
 
 def epoch_quality(trainer: Trainer, found: setup.Data) -> dict[str, float]:
-    """What the line of an epoch says besides losses: of a regression, and of a table's classes."""
+    """More measures for the line of an epoch: of a regression, and of a table's classes."""
     loss, said = trainer.loss, {}
     of_classes = found.facts.table is not None
     if of_classes or not found.test.is_classification:
@@ -62,7 +62,7 @@ def epoch_quality(trainer: Trainer, found: setup.Data) -> dict[str, float]:
 
 
 def quality_lines(settings: Settings, trainer: Trainer, part: data.Dataset) -> list[str]:
-    """Lines of `evaluate`."""
+    """The lines that `evaluate` prints after loss and accuracy."""
     facts = settings.data
     units = None if facts is None else facts.units
     found = quality(trainer.model, trainer.loss, part, units)
@@ -80,7 +80,7 @@ def quality_lines(settings: Settings, trainer: Trainer, part: data.Dataset) -> l
 
 
 def draw(run: RunFolder, recipe: Any, part: data.Dataset, model: torch.nn.Module) -> list[Path]:
-    """predicted.png of a regression; the paths written."""
+    """Draw predicted.png of a regression, and return the paths."""
     facts, loss = run.settings.data, recipe.make_loss()
     if part.is_classification or not recipe.reads_values or facts is None:
         return []
@@ -97,8 +97,10 @@ def draw(run: RunFolder, recipe: Any, part: data.Dataset, model: torch.nn.Module
 
 
 def predict(values: Values) -> None:
-    """A CSV with the class and the probability of each, or the values, of the rows of a file. The
-    columns have the names that training knew; of a run on arrays, they have the order of X.
+    """Write a CSV with the predictions for the rows of a file: class and probabilities, or values.
+
+    Columns are found by their names in the training. For a run on arrays, they must be in the order
+    of the training inputs.
     """
     run, (path, *more) = RunFolder(values["run"]), values["images"]
     settings, facts = run.settings, run.settings.data
@@ -128,7 +130,7 @@ def predict(values: Values) -> None:
 
 
 def _by_name(run: RunFolder, path: Path, features: int) -> torch.Tensor:
-    """Inputs of the network from the columns that its training knew."""
+    """The network's inputs, from the columns on which it was trained."""
     facts = run.settings.data
     assert facts is not None and facts.table is not None
     table = facts.table
@@ -141,7 +143,7 @@ def _by_name(run: RunFolder, path: Path, features: int) -> torch.Tensor:
 
 
 def _by_order(run: RunFolder, path: Path, features: int) -> torch.Tensor:
-    """Inputs of a network that was trained on arrays, from a file's columns in their order."""
+    """The inputs of a network that was trained on arrays, from a file's columns in order."""
     facts = run.settings.data
     assert facts is not None
     names: list[str] = []
@@ -170,7 +172,7 @@ def _by_order(run: RunFolder, path: Path, features: int) -> torch.Tensor:
 
 
 def _answers(facts: Facts, loss: Any, outputs: torch.Tensor) -> tuple[list[str], list[list[Any]]]:
-    """Header and rows of what outputs say."""
+    """(header, rows) of the predictions in outputs."""
     table, count = facts.table, outputs.shape[1]
     classes = table is None or table.task == "classification"
     if classes and facts.classes:
@@ -196,7 +198,7 @@ def _short(value: float) -> str:
 
 
 def _csv(header: list[str], rows: list[list[Any]]) -> list[str]:
-    """Lines of a CSV file."""
+    """The lines of a CSV file."""
     lines = []
     for row in (header, *rows):
         text = io.StringIO()

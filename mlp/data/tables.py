@@ -1,9 +1,9 @@
-"""Tables as people have them, CSV and Parquet, as features: numbers and texts, with gaps.
+"""Tables from CSV and Parquet files as features: columns of numbers and texts, with gaps.
 
-A number column is standardised; where it has gaps, they are filled with the median and a second
-feature says where they were. A text column becomes one feature for each of its values. What was
-fitted on the training rows is a `Table`: plain numbers and texts, stored with a run as JSON and
-applied again by `evaluate` and `predict`. pandas reads the files.
+A column of numbers is standardised. Its gaps are filled with the median, and a second feature marks
+them. A column of texts becomes one feature for each of its values. A `Table` holds the numbers and
+texts that were fitted on the training rows. It is stored with a run as JSON, and `evaluate` and
+`predict` apply it again. pandas reads the files.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     import pandas
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
-# Task -> the loss that it is trained with where no other is chosen.
+# Task -> its loss, unless the user chooses another.
 LOSSES = {"classification": "cross_entropy", "regression": "mse", "multilabel": "bce"}
 TASKS = tuple(LOSSES)
 TEST_SHARE = 0.2  # of the rows
-MAX_CATEGORIES = 100  # of a text column: more are names or ids, of which nothing can be learned
-MAX_INTEGER_CLASSES = 20  # of a whole-number target: more are quantities
+MAX_CATEGORIES = 100  # of a text column. More are names or ids, from which nothing can be learned.
+MAX_INTEGER_CLASSES = 20  # of a whole-number target. More are quantities.
 _NUMBER, _CATEGORY = "number", "category"
 
 
@@ -35,9 +35,9 @@ _NUMBER, _CATEGORY = "number", "category"
 class Column:
     """One column of a table as features.
 
-    kind "number": (value - mean) / std, gaps filled with `fill`; `flag` adds a feature that is 1
-    where the value was missing. kind "category": a feature for each text in `categories`, 1 where
-    it is the row's.
+    kind "number" gives (value - mean) / std, with gaps filled with `fill`. `flag` adds a feature
+    that is 1 in rows with a gap. kind "category" gives a feature for each text in `categories`. It
+    is 1 in rows with this text, else 0.
     """
 
     name: str
@@ -50,17 +50,17 @@ class Column:
 
     @property
     def features(self) -> list[str]:
-        """Names of the features that this column gives."""
+        """The names of this column's features."""
         return _KINDS[self.kind].features(self)
 
 
 @dataclass(frozen=True)
 class Table:
-    """What was fitted on the training rows of a table: how rows become features and targets.
+    """The conversion of a table's rows to features and targets, fitted on the training rows.
 
     columns: in the order of the features. targets: names of the target columns. task: one of TASKS.
     classes: of a classification, or the target names of a multi-label one. mean, std: of each
-    target of a regression, which is learned standardised and given back in its own units.
+    target of a regression. It is learned standardised, and predicted in its own units.
     """
 
     columns: tuple[Column, ...]
@@ -78,7 +78,7 @@ class Table:
 
     @property
     def features(self) -> list[str]:
-        """Names of all features, such as "age", "age missing", "city = Rome"."""
+        """The names of all features, such as "age", "age missing", "city = Rome"."""
         return [name for column in self.columns for name in column.features]
 
     def inputs(
@@ -86,8 +86,9 @@ class Table:
     ) -> torch.Tensor:
         """Rows of a frame as features, (rows, features) float32.
 
-        Columns that the table does not know, and texts that training never saw, are left out:
-        `note` gets one line about each. DataError if a column is missing or holds something else.
+        Columns that the table does not know, and texts that training never saw, are left out.
+        `note` is called with one line about each. DataError if a column is missing, or holds values
+        of another kind.
         """
         wanted = [column.name for column in self.columns]
         missing = [name for name in wanted if name not in frame.columns]
@@ -116,12 +117,12 @@ class Table:
         return _TARGETS[self.task](self, frame)
 
     def units(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Outputs (rows, targets) of a regression in the targets' own units."""
+        """Outputs (rows, targets) of a regression, converted to the targets' own units."""
         mean, std = (torch.tensor(v, dtype=outputs.dtype) for v in (self.mean, self.std))
         return outputs.cpu() * std + mean
 
     def dataset(self, frame: "pandas.DataFrame", name: str) -> Dataset:
-        """Features and targets of these rows."""
+        """A data set of the features and targets of these rows."""
         said: list[str] = []
         inputs, outputs = self.inputs(frame, said.append), self.outputs(frame)
         return Dataset(
@@ -134,12 +135,12 @@ class Table:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers, texts and lists."""
+        """The table as plain numbers, texts and lists."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Table":
-        """What `to_json` gave; DataError if it is something else."""
+        """The table from a `to_json`. DataError if the value is something else."""
         try:
             columns = tuple(
                 Column(**{**column, "categories": tuple(column["categories"])})
@@ -152,14 +153,14 @@ class Table:
 
 
 class _Number:
-    """A column of numbers, truth values included."""
+    """A column of numbers or truth values."""
 
     @staticmethod
     def fit(name: str, series: "pandas.Series") -> Column | None:
         values = _as_numbers(name, series)
         known = values[~numpy.isnan(values)]
         if not len(known):
-            return None  # nothing but gaps
+            return None  # the column holds only gaps
         fill = float(numpy.median(known))
         filled = numpy.where(numpy.isnan(values), fill, values)
         return Column(
@@ -216,13 +217,13 @@ _KINDS: dict[str, Any] = {_NUMBER: _Number, _CATEGORY: _Category}
 
 
 def _mean_std(values: numpy.ndarray) -> tuple[float, float]:
-    """Mean and standard deviation; the latter 1 where all values are the same."""
+    """(mean, standard deviation). The deviation is 1 if all values are equal."""
     std = float(values.std())
     return float(values.mean()), std if std > 1e-12 * max(1.0, float(abs(values).max())) else 1.0
 
 
 def _as_numbers(name: str, series: "pandas.Series") -> numpy.ndarray:
-    """float64, gaps as NaN; DataError for texts and infinities, with the row."""
+    """float64 values, with NaN for gaps. DataError, with the row, for texts and infinities."""
     import pandas
 
     numbers = pandas.to_numeric(series, errors="coerce").to_numpy(float, na_value=math.nan)
@@ -272,7 +273,7 @@ _TARGETS: dict[str, Callable[[Table, "pandas.DataFrame"], torch.Tensor]] = {
 
 
 def _class_name(value: Any) -> str:
-    """A label as text: 1.0 is "1"."""
+    """A label as text. 1.0 becomes "1"."""
     whole = isinstance(value, (float, numpy.floating)) and float(value).is_integer()
     return str(int(value)) if whole else str(value)
 
@@ -313,7 +314,7 @@ def read(path: str | Path) -> "pandas.DataFrame":
             frame = pandas.read_csv(path, sep=separator, encoding="utf-8-sig", low_memory=False)
     except DataError:
         raise
-    except Exception as error:  # pandas, pyarrow and codecs each raise their own
+    except Exception as error:  # pandas, pyarrow and codecs raise different classes
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{path}: not a readable table ({reason})") from None
     if not len(frame):
@@ -350,11 +351,11 @@ def _is_number(text: str) -> bool:
 
 
 def guess_task(frame: "pandas.DataFrame", targets: Sequence[str]) -> str:
-    """The task that the targets' types stand for.
+    """The task that follows from the targets' types.
 
-    Several targets: multi-label if all are 0 or 1, else regression. One: classification if it holds
-    text or truth values, or whole numbers of at most MAX_INTEGER_CLASSES kinds, each in at least
-    two rows on average; else regression.
+    Several targets are multi-label if all values are 0 or 1, else a regression. One target is a
+    classification if it holds text or truth values. It also is one if it holds whole numbers of at
+    most MAX_INTEGER_CLASSES values, each in two rows on average. Else it is a regression.
     """
     from pandas.api import types
 
@@ -372,10 +373,10 @@ def guess_task(frame: "pandas.DataFrame", targets: Sequence[str]) -> str:
 
 
 def fit(frame: "pandas.DataFrame", targets: Sequence[str], task: str = "auto") -> Table:
-    """Fit a Table on training rows. DataError in one line for what cannot be learned from.
+    """Fit a Table on training rows.
 
-    targets: names of the columns to predict; all others are features. task: one of TASKS, or
-    "auto" for `guess_task`'s.
+    targets: names of the columns to predict. All others are features. task: one of TASKS, or "auto"
+    for that of `guess_task`. DataError, in one line, for columns that cannot be learned from.
     """
     task = checked_task(frame, targets, task)
     columns = _columns(frame, targets)
@@ -435,7 +436,7 @@ def _columns(frame: "pandas.DataFrame", targets: Sequence[str]) -> tuple[Column,
 
 
 def _classes(series: "pandas.Series") -> tuple[str, ...]:
-    """Names of the classes, numbers in their order."""
+    """The names of the classes, sorted. Numbers are sorted by value."""
     values = series.unique()
     try:
         values = sorted(values)
@@ -445,8 +446,10 @@ def _classes(series: "pandas.Series") -> tuple[str, ...]:
 
 
 class Choice(NamedTuple):
-    """What to learn from a file, and what of it. validation: the share of rows that is held out
-    besides the test rows, which are TEST_SHARE of all.
+    """The targets to learn from a file, and the rows and columns that are held out.
+
+    validation: the share of all rows that is held out in addition to the test rows, which are
+    TEST_SHARE.
     """
 
     targets: tuple[str, ...]
@@ -456,7 +459,7 @@ class Choice(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """A file's rows, each in one part, and the table that was fitted on the training rows."""
+    """The rows of a file in parts, and the table that was fitted on the training rows."""
 
     train: Dataset
     test: Dataset
@@ -465,10 +468,11 @@ class Parts(NamedTuple):
 
 
 def load(path: str | Path, choice: Choice, table: Table | None = None) -> Parts:
-    """Read a file and split its rows at random, the same way each time; classes keep their shares.
+    """Read a file and split its rows at random.
 
-    table: what an earlier training fitted; else one is fitted on the training rows. DataError in
-    one line.
+    The split is the same each time, and classes keep their shares. table: of an earlier training.
+    Without it, one is fitted on the training rows. DataError, in one line, for a file that cannot
+    be read or used.
     """
     path, frame = Path(path), read(path)
     if table is None:
@@ -494,7 +498,7 @@ def load(path: str | Path, choice: Choice, table: Table | None = None) -> Parts:
 
 
 def _why_not_split(labels: numpy.ndarray | None, error: ValueError) -> str:
-    """Why the rows cannot be split so that each part has each class, and the way out."""
+    """The reason why the rows cannot be split so that each part has all classes; the way out."""
     if labels is None:
         return f"cannot be split: {error}"
     classes, counts = numpy.unique(labels, return_counts=True)
@@ -511,8 +515,9 @@ def _why_not_split(labels: numpy.ndarray | None, error: ValueError) -> str:
 def split_rows(
     count: int, validation: float, labels: numpy.ndarray | None, name: str
 ) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
-    """Numbers of the rows to train, to test and to validate on, by scikit-learn. labels: the class
-    of each row, whose shares are kept.
+    """(training rows, test rows, validation rows) as indices, by scikit-learn.
+
+    labels: the class of each row, or None. Each part gets the same shares of the classes.
     """
     try:
         from sklearn.model_selection import train_test_split
