@@ -20,7 +20,7 @@ from .tiles import LANES, ROWS
 _PIECE = 0.25  # seconds between two looks at whether to stop, about
 _TRIAL = 0.005  # seconds of a piece that measures a number of threads
 _TRIALS = 3  # of each number, of which the best counts: one may meet a neighbour, or cold caches
-_AGAIN = 8  # pieces until the numbers of threads that lost are measured again
+_AGAIN = 8  # pieces until a number of threads that lost is measured again
 _CHUNKS = 8  # that the first layer's inputs are cut into, at most
 _SPEED, _OVERHEAD = 5e10, 1e-5  # floating-point operations a second, seconds of a step: a guess
 _choices: dict[tuple, "_Choice"] = {}  # by sizes, batch and threads
@@ -226,7 +226,7 @@ class _Choice:
     """How many threads to use: the number that took least in its last few pieces.
 
     One slow piece says little: a thread may have started late. A neighbour that needs a core makes
-    several of them slow. The numbers that lost are measured again now and then. The results are the
+    several of them slow. The numbers that lost are measured again in turns. The results are the
     same whatever the number.
     """
 
@@ -240,14 +240,17 @@ class _Choice:
     def next(self) -> tuple[int, int]:
         """(threads, steps) of the next piece."""
         self.turn += 1
-        again = self.turn % _AGAIN == 0
-        if self.trials or again:
-            turn = self.turn // _AGAIN
-            workers = self.trials[0] if self.trials else self.counts[turn % len(self.counts)]
-            known = self.seconds.get(workers, min(self.seconds.values(), default=self.guess))
-            return workers, max(1, int(_TRIAL / known))
-        workers = min(self.seconds, key=self.seconds.__getitem__)
-        return workers, max(1, int(_PIECE / self.seconds[workers]))
+        if self.trials:
+            return self._trial(self.trials[0])
+        best = min(self.seconds, key=self.seconds.__getitem__)
+        others = [count for count in self.counts if count != best]
+        if others and self.turn % _AGAIN == 0:
+            return self._trial(others[self.turn // _AGAIN % len(others)])
+        return best, max(1, int(_PIECE / self.seconds[best]))
+
+    def _trial(self, workers: int) -> tuple[int, int]:
+        known = self.seconds.get(workers, min(self.seconds.values(), default=self.guess))
+        return workers, max(1, int(_TRIAL / known))
 
     def took(self, workers: int, seconds: float) -> None:
         """So many threads took so long for a step."""

@@ -279,6 +279,13 @@ def test_threads_are_measured_and_the_fastest_is_taken():
     assert min(steps) * 2e-4 < 0.011, "a slower count must be measured briefly"
 
 
+def test_the_number_of_threads_that_lost_is_measured_every_eighth_piece():
+    choice = epoch._Choice(2, 1e-3)
+    for workers in (1, 2) * 3:
+        choice.took(workers, 1e-4 * workers)
+    assert [choice.next()[0] for _ in range(16)].count(2) == 2
+
+
 def test_an_interrupt_is_answered_within_the_epoch(fixed):
     spec, parameters, states, data, targets, _ = training((50, 17, 6), rule="adam")
     before = [p.clone() for p in parameters]
