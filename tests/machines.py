@@ -37,11 +37,28 @@ FILES = [
             "optim",
             "properties",
             "determinism",
+            "autocast",
+            "layer_norm",
+            "rounding",
         )
     ),
     *(
         f"tests/mlp/test_{name}.py"
-        for name in ("engines", "loss", "modules", "net", "optim", "replay", "stepwise", "trainer")
+        for name in (
+            "engines",
+            "loss",
+            "means",
+            "modules",
+            "net",
+            "optim",
+            "packs",
+            "precision",
+            "replay",
+            "schedule",
+            "stepwise",
+            "sweep",
+            "trainer",
+        )
     ),
 ]
 # Left out: tests in float64, where rounding decides nothing, tests that compare a computation with

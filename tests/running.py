@@ -24,11 +24,21 @@ KINDS = {
         "To run: HANDGRAD_DATA=FOLDER pytest -n auto; handgrad train mnist --data-dir FOLDER fills "
         "the folder",
     ),
-    "could not import": (None, 'To run: pip install -e ".[dev]"'),
+    r"could not import|needs (numba|tqdm)": (None, 'To run: pip install -e ".[dev]"'),
     "--full": ("takes minutes; needs --full", "To run: pytest -n auto --full"),
     r"C\+\+ compiler": ("needs a C++ compiler", "To run: apt install g++"),
     "C compiler": ("needs a C compiler", "To run: apt install gcc"),
-    "in the interpreter": (None, "To run: TRITON_INTERPRET=1 pytest tests/proof"),
+    "in the interpreter": (
+        "needs Triton's interpreter, which a machine with a GPU does not take by itself",
+        "To run: TRITON_INTERPRET=1 pytest -n auto tests/kernels tests/proof",
+    ),
+    "machine without a GPU": (
+        "needs a machine without a GPU",
+        "To run: CUDA_VISIBLE_DEVICES= pytest -n auto tests/mlp",
+    ),
+    "newer torch": ("needs a newer torch", "To run: pip install --upgrade torch triton"),
+    "git checkout": ("needs a git checkout", "To run: git init && git add -A && pytest tests"),
+    "two cores": (None, "To run: on Linux with two cores: pytest tests/mlp/test_cpu_epoch.py"),
     "by design": (
         "has no such case: an engine refuses that training, or torch or the data has none",
         "Nothing is missing; other tests check the refusals",

@@ -58,7 +58,7 @@ def test_top_level():
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True
     ).stdout.split()
     if not listed:
-        pytest.skip("this is no git checkout, so the top level may hold other files")
+        pytest.skip("needs a git checkout, which says what was built or downloaded")
     top = {name.split("/")[0] for name in listed}
     assert {name for name in top if not name.startswith(".")} <= TOP_LEVEL
 

@@ -1,5 +1,6 @@
 """The plugin in tests/running.py, tried on a folder of small tests."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -58,7 +59,33 @@ def test_kinds_of_skips():
     )
     assert len({*map(running.kind, refusals)}) == 1
     assert running.kind("could not import 'numba'").endswith('. To run: pip install -e ".[dev]"')
-    assert running.kind("this machine has a GPU") == "this machine has a GPU"
+    assert running.kind("something else") == "something else"
+
+
+def reasons(tree):
+    """The texts that calls of pytest.skip, skipif, skip and importorskip give as reasons. Of an
+    f-string, its fixed part.
+    """
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name = getattr(call.func, "attr", "")
+        given = [k.value for k in call.keywords if k.arg == "reason"]
+        given += call.args[:1] if name == "skip" else []
+        for reason in given if name in ("skip", "skipif", "importorskip") else []:
+            parts = reason.values if isinstance(reason, ast.JoinedStr) else [reason]
+            text = "".join(part.value for part in parts if isinstance(part, ast.Constant))
+            if text:
+                yield text
+
+
+def test_every_reason_to_skip_names_what_is_missing_and_a_command():
+    found = {
+        reason: path
+        for path in (ROOT / "tests").rglob("*.py")
+        for reason in reasons(ast.parse(path.read_text()))
+    }
+    assert len(found) > 10
+    unknown = {reason: path for reason, path in found.items() if running.kind(reason) == reason}
+    assert not unknown, "give these a row in running.KINDS"
 
 
 def test_machines_are_of_tests_that_exist():

@@ -164,7 +164,7 @@ def test_resume_refuses_changed_options(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "run" / "config.json").read_text() == config
 
 
-@pytest.mark.skipif(CUDA_COUNT > 0, reason="this machine has a GPU")
+@pytest.mark.skipif(CUDA_COUNT > 0, reason="needs a machine without a GPU")
 @pytest.mark.parametrize(
     "argv", ["train --device cuda", "train --engine graph", "evaluate run --device cuda"]
 )

@@ -134,7 +134,7 @@ def test_losses(loss, device):
 
 @pytest.mark.skipif(
     not hasattr(torch._dynamo.config, "trace_autograd_ops"),
-    reason="this version of torch cannot trace .backward()",
+    reason="tracing .backward() needs a newer torch",
 )
 def test_a_whole_step_is_one_graph(device):
     loss = CrossEntropyLoss()

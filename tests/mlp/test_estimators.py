@@ -216,7 +216,7 @@ def test_many_compiled_epochs_are_scikit_learns(name, changes, rows):
     """
     pytest.importorskip("numba")
     if kernels.backend(torch.empty(0)) != "torch":
-        pytest.skip("the compiled epoch serves only where no kernel does")
+        pytest.skip("the compiled epoch needs a machine without a GPU")
     x, y = datasets.load_iris(return_X_y=True)
     x, y = x[:rows], y[:rows] if name == "MLPClassifier" else x[:rows, ::2]
     ours, theirs = pair(name, **{"learning_rate_init": 0.01, **changes})
@@ -251,7 +251,7 @@ def test_compiled_epochs_are_the_manual_ones(changes):
     """
     pytest.importorskip("numba")
     if kernels.backend(torch.empty(0)) != "torch":
-        pytest.skip("the compiled epoch serves only where no kernel does")
+        pytest.skip("the compiled epoch needs a machine without a GPU")
     x, y = datasets.load_iris(return_X_y=True)
     common = {"max_iter": 8, "random_state": 0, "precision": "fp32", "device": "cpu", **changes}
     common["hidden_layer_sizes"] = (5, 4)

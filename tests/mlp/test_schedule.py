@@ -182,7 +182,7 @@ def test_step_lr_resumed():
 def test_per_step_on_each_engine(name, kind, engine):
     """Weights are those of torch's loop, also where momentum or betas change at each step."""
     if engine == "epoch":
-        pytest.importorskip("numba", reason="the epoch of a CPU is compiled by numba")
+        pytest.importorskip("numba", reason="the compiled epoch needs numba")
     make = BY_STEP[name]
     options = {"lr": 0.01, "momentum": 0.9} if kind == "sgd" else {"lr": 0.01}
     theirs = torch.optim.SGD if kind == "sgd" else torch.optim.Adam
@@ -232,7 +232,7 @@ def test_auto_keeps_its_engine_for_steps(device):
 
 def test_a_schedule_that_makes_another_rule_is_refused_by_whole_epochs():
     """Momentum that falls to 0 within an epoch is refused, because plain SGD has no buffers."""
-    pytest.importorskip("numba", reason="the epoch of a CPU is compiled by numba")
+    pytest.importorskip("numba", reason="the compiled epoch needs numba")
     make = lambda o: cyclic(o, base_momentum=0.0, max_momentum=0.9)  # noqa: E731
     trainer = trainer_of(lambda p: mlp.SGD(p, lr=0.01, momentum=0.9), "epoch")
     with pytest.raises(ValueError, match=r"moves momentum to sgd at step 2 of the epoch.*'manual'"):

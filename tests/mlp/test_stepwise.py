@@ -56,7 +56,7 @@ def test_steps_are_recorded_once(stored, dtype, device, monkeypatch):
     are replays, for every dtype of data.
     """
     if device != "cpu":
-        pytest.skip("on a GPU, steps are launched or captured, not replayed")
+        pytest.skip("replayed steps need a machine without a GPU")
     recorded = []
     enter = Replay.__enter__
     monkeypatch.setattr(Replay, "__enter__", lambda self: recorded.append(self) or enter(self))
