@@ -186,7 +186,8 @@ def linear_update(dz, x, parameters, states, hyper, step, rule):
 def check_mlp_update(saved, parameters, states, hyper, rule) -> None:
     """Raises a ValueError unless hyper, states and parameters fit the rule and the forward.
 
-    There must be as many parameters as the forward had, and all tensors must be contiguous.
+    There must be as many parameters as the forward had, and as many of each state, of the same
+    shapes. All must be contiguous.
     """
     layers, bias = len(saved.weights), saved.bias
     if len(hyper) != len(rule.columns):
@@ -205,11 +206,21 @@ def check_mlp_update(saved, parameters, states, hyper, rule) -> None:
             f"mlp_update: there must be {layers + sum(bias)} parameters and as many of each state, "
             f"got {counts}"
         )
-    if bad := [tuple(t.shape) for ts in (parameters, *states) for t in ts if not t.is_contiguous()]:
-        raise ValueError(
-            "mlp_update: parameters and states must be contiguous, got a tensor of shape "
-            f"{bad[0]} that is not; pass .contiguous() and copy back"
-        )
+    shapes: list[torch.Size] = []
+    for w, has_bias in zip(saved.weights, bias):
+        shapes += (w.shape, w.shape[:1]) if has_bias else (w.shape,)
+    for tensors in (parameters, *states):
+        for i, (t, shape) in enumerate(zip(tensors, shapes)):
+            if t.shape != shape:
+                raise ValueError(
+                    f"mlp_update: parameter {i} and its states must be {tuple(shape)} as in the "
+                    f"forward, got {tuple(t.shape)}"
+                )
+            if not t.is_contiguous():
+                raise ValueError(
+                    "mlp_update: parameters and states must be contiguous, got a tensor of shape "
+                    f"{tuple(t.shape)} that is not; pass .contiguous() and copy back"
+                )
 
 
 def _update(dy, saved, lists, numbers, out, bwd_dz, bwd_dx, update_layer):

@@ -194,6 +194,18 @@ def test_gradient_is_not_stored(device):
             r"2 parameters and as many of each state, got \[1\]",
         ),
         (
+            {"parameters": [torch.zeros(5, 16), torch.zeros(5)]},
+            r"parameter 0 and its states must be \(5, 17\) as in the forward, got \(5, 16\)",
+        ),
+        (
+            {
+                "rule": "momentum",
+                "hyper": hyperparameters("momentum"),
+                "states": [[torch.zeros(5, 17), torch.zeros(4)]],
+            },
+            r"parameter 1 and its states must be \(5,\) as in the forward, got \(4,\)",
+        ),
+        (
             {"parameters": [torch.zeros(17, 5).t(), torch.zeros(5)]},
             r"must be contiguous, got a tensor of shape \(5, 17\) that is not",
         ),
