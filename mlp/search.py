@@ -1,10 +1,9 @@
-"""Search for settings by cross-validation: scikit-learn's GridSearchCV and RandomizedSearchCV, with
-all trials and folds as one pack on a pool of threads.
+"""Search for settings by cross-validation, as scikit-learn's GridSearchCV and RandomizedSearchCV.
 
-scikit-learn's BaseSearchCV makes folds, scores, ranks and refits. What differs is how networks are
-trained: a compiled epoch holds no lock of Python, so threads of one process train side by side,
-and none of them loads torch or copies the data. Successive halving gives all settings a few epochs
-and only the best more.
+All trials and folds are trained as one pack, on a pool of threads. scikit-learn's BaseSearchCV
+makes folds, scores, ranks and refits. Only the training differs. A compiled epoch holds no lock of
+Python, so threads of one process train side by side. None of them loads torch or copies the data.
+Successive halving gives a few epochs to all settings, and more only to the best.
 """
 
 import collections
@@ -29,24 +28,25 @@ from sklearn.model_selection._validation import _warn_or_raise_about_fit_failure
 from . import cpu, progress, spreading
 from .estimators import trusted
 
-FACTOR = 3  # of halving: each rung keeps a third and trains three times as long
-_CHUNKS = 20  # at most, of a rung: progress is told after each
+FACTOR = 3  # of halving. Each rung keeps a third and trains three times as long.
+_CHUNKS = 20  # the most chunks of a rung. Progress is shown after each.
 _RESOURCE = "max_iter"
 
 
 class SearchCV(BaseSearchCV):
     """Cross-validated search over the parameters of an estimator.
 
-    estimator: `MLPClassifier`, `MLPRegressor`, a pipeline of one, or any of scikit-learn's.
-    parameters: lists by name, or distributions. trials: how many settings are drawn; None takes
-    the whole grid. cv, scoring, refit: as GridSearchCV's. halving: successive halving over
-    `max_iter`. random_state: of the draw. jobs: threads; None takes all cores. verbose: show
-    progress with the time that is left. devices: the fits take these in turn, such as
-    ["cuda:0", "cuda:1"], unless the estimator names its own.
+    estimator: `MLPClassifier`, `MLPRegressor`, a pipeline with one, or any of scikit-learn's.
+    parameters: lists by name, or distributions. trials: the number of settings to draw, or None for
+    the whole grid. cv, scoring, refit: as for GridSearchCV. halving: successive halving over
+    `max_iter`. random_state: of the draw. jobs: threads, or None for all cores. verbose: show
+    progress with the time that is left. devices: the fits take these in turn, such as ["cuda:0",
+    "cuda:1"], unless the estimator names its own.
 
-    After `fit`: cv_results_, best_params_, best_score_, best_index_, best_estimator_, n_splits_,
-    as GridSearchCV has them. Under halving cv_results_ has a column "iter", the rung, and the best
-    is one of the last rung. ValueError in one line for what cannot be searched.
+    After `fit`, there are cv_results_, best_params_, best_score_, best_index_, best_estimator_ and
+    n_splits_, as for GridSearchCV. With halving, cv_results_ has a column "iter" with the rung, and
+    the best setting is of the last rung. ValueError, in one line, for a search that is not
+    possible.
     """
 
     pre_dispatch = "2*n_jobs"
@@ -81,14 +81,14 @@ class SearchCV(BaseSearchCV):
 
     @property
     def n_jobs(self) -> int:
-        """Threads that train."""
+        """The number of threads that train."""
         if self.jobs is not None:
             return self.jobs
         affinity = getattr(os, "sched_getaffinity", None)
         return len(affinity(0)) if affinity else os.cpu_count() or 1
 
     def fit(self, X: Any, y: Any = None, **params: Any) -> "SearchCV":
-        """Search on X (samples, features) and y, then train the best on all of them."""
+        """Search on X (samples, features) and y, then train the best setting on all samples."""
         self._candidates = self._drawn()  # an error comes before any training
         self._bar, self.verbose, shown = bool(self.verbose), 0, self.verbose
         quick = None if params or self.scoring is not None else trusted(self.estimator, X, y)
@@ -111,8 +111,9 @@ class SearchCV(BaseSearchCV):
             self.__dict__.pop("_folds", None)
 
     def _fit_quickly(self, network: Any, X: numpy.ndarray, y: numpy.ndarray) -> None:
-        """What BaseSearchCV.fit does before it trains the best. A fit costs little beside its
-        training. network, X, y: of `estimators.trusted`.
+        """Do the work of BaseSearchCV.fit before the best setting is trained.
+
+        A fit takes little time in addition to its training. network, X, y: of `estimators.trusted`.
         """
         self._validate_params()
         self.scorer_, self.multimetric_ = check_scoring(self.estimator), False
@@ -152,8 +153,9 @@ class SearchCV(BaseSearchCV):
         y: numpy.ndarray,
         task: tuple[dict[str, Any], Any, Any],
     ) -> dict[str, Any]:
-        """The score of one setting on one fold, as scikit-learn's table takes it. task: parameters,
-        training rows, test rows.
+        """The result of one setting on one fold, in the form for scikit-learn's table.
+
+        task: (parameters, training rows, test rows).
         """
         parameters, train, test = task
         score, error, started = self.error_score, None, time.time()
@@ -168,7 +170,7 @@ class SearchCV(BaseSearchCV):
         return {"test_scores": score, "fit_error": error, "n_test_samples": len(test), **times}
 
     def _train_best(self, X: Any, y: Any) -> None:
-        """What BaseSearchCV does at its end, on the data as they were given."""
+        """Do the last part of BaseSearchCV.fit, on the data as they were given."""
         started = time.time()
         best = clone(self.estimator).set_params(**clone(self.best_params_, safe=False))
         self.best_estimator_ = best.fit(X, y)
@@ -208,7 +210,7 @@ class SearchCV(BaseSearchCV):
 
     def _check_input_parameters(self, X: Any, y: Any, split_params: dict) -> None:
         self._refuse_too_many_folds(y)
-        # The same folds for all settings, also where a splitter draws new ones at each call.
+        # The same folds for all settings, even if a splitter draws new ones at each call.
         self._folds = _Folds(list(self._checked_cv_orig.split(X, y, **split_params)))
 
     def _refuse_too_many_folds(self, y: Any) -> None:
@@ -241,7 +243,7 @@ class SearchCV(BaseSearchCV):
         rung: int,
         advance: Callable[[int], Any],
     ) -> numpy.ndarray:
-        """Train and score these settings; their mean scores."""
+        """Train and score these settings. Returns their mean scores."""
         size = max(self.n_jobs, -(-len(candidates) // _CHUNKS)) if self._bar else len(candidates)
         results: dict[str, Any] = {}
         for start in range(0, len(candidates), size):
@@ -255,7 +257,7 @@ class SearchCV(BaseSearchCV):
         return results[f"mean_test_{name}"][-len(candidates) :]
 
     def _rungs(self) -> list[tuple[int, dict[str, int]]]:
-        """(how many settings, their epochs) of each rung; the last has all epochs."""
+        """[(number of settings, their epochs)] of each rung. The last rung has all epochs."""
         resource = self._resource()
         assert resource is not None
         most, count = self.estimator.get_params()[resource], len(self._candidates)
@@ -268,7 +270,7 @@ class SearchCV(BaseSearchCV):
     def _best(
         candidates: list[dict[str, Any]], scores: numpy.ndarray, count: int
     ) -> list[dict[str, Any]]:
-        """The `count` settings with the highest scores, in their order; NaN is the lowest."""
+        """The `count` settings with the highest scores, in the given order. NaN is the lowest."""
         ranked = numpy.argsort(-numpy.nan_to_num(scores, nan=-numpy.inf), kind="stable")[:count]
         return [candidates[i] for i in sorted(ranked)]
 
@@ -287,7 +289,7 @@ def _shrunk(plan: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 class _Folds:
-    """Folds that were drawn once, as a splitter of scikit-learn."""
+    """Folds that were drawn once, in the form of a splitter of scikit-learn."""
 
     def __init__(self, pairs: Sequence[tuple[Any, Any]]) -> None:
         self.pairs = pairs
@@ -297,13 +299,13 @@ class _Folds:
         return iter(self.pairs)
 
     def get_n_splits(self, *args: Any, **kwargs: Any) -> int:
-        """How many there are."""
+        """The number of folds."""
         return len(self.pairs)
 
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """torch computes in the thread that calls it: the trials are what runs side by side."""
+    """A context in which torch uses one thread for each trial, because trials run side by side."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -314,7 +316,7 @@ def _one_thread_each() -> Iterator[None]:
 
 @contextmanager
 def _progress(total: int, shown: bool) -> Iterator[Callable[[int], Any]]:
-    """A function that takes note of fits; a bar with the time left, if it is shown."""
+    """A function that counts fits. It moves a bar with the time left, if one is shown."""
     if not shown:
         yield lambda count: None
         return
@@ -327,11 +329,11 @@ def ensemble(
     score: Callable[[numpy.ndarray], float],
     most: int = 10,
 ) -> tuple[list[int], float]:
-    """Greedy selection: add, again and again, the member whose part in the mean of the outputs
-    raises the score most, and stop where none does. (members, one may be there twice; the score of
-    their mean).
+    """Greedy selection of models whose mean output has the best score.
 
-    outputs: of each candidate, on rows that it was not trained on.
+    Each step adds the member that raises the score of the mean most. It stops if none does. Returns
+    (members, the score of their mean). A member may be there twice. outputs: of each candidate, on
+    rows on which it was not trained.
     """
     chosen: list[int] = []
     total, best = numpy.zeros_like(outputs[0]), -numpy.inf

@@ -1,11 +1,12 @@
-"""Many independent networks trained together: that differ in anything, or replicas of one.
+"""Many independent networks trained together: networks with own settings, or replicas of one.
 
-`Sweep([settings, …])` is the first, see `mlp.packs`; `Sweep(sizes, replicas, lr, …)` the second.
+`Sweep([settings, …])` trains networks with their own settings, see `mlp.packs`. `Sweep(sizes,
+replicas, lr, …)` trains replicas.
 
-On a GPU one launch an epoch trains all of them, a program a network; on a CPU with numba every core
-takes a network at a time. Elsewhere, and for networks that the kernel does not serve, batched
-products do the same. A replica's initial weights and order
-of samples are those that `Trainer` takes for its seed, so any of them can be trained again alone.
+On a GPU, one launch trains an epoch of all replicas, with one program for each network. On a CPU
+with numba, each core takes one network at a time. Elsewhere, and for networks that the kernel does
+not serve, batched products compute the same. A replica has the initial weights and the order of
+samples of `Trainer` with its seed. So any of them can be trained again alone.
 """
 
 import copy
@@ -33,7 +34,7 @@ from .runs.checkpoint import save
 
 
 def spread(low: float, high: float, count: int) -> list[float]:
-    """`count` numbers from low to high in equal ratios."""
+    """`count` numbers from low to high, in equal ratios."""
     if not 0 < low <= high:
         raise ValueError(
             "sweep: a range of learning rates must be LOW:HIGH with 0 < LOW <= HIGH, got "
@@ -54,7 +55,7 @@ def _one_each(name: str, value, replicas: int) -> list:
 
 @dataclass
 class Row:
-    """One network of a sweep after its last epoch."""
+    """One network of a sweep, after its last epoch."""
 
     replica: int
     seed: int
@@ -62,17 +63,19 @@ class Row:
     momentum: float
     train_loss: float
     test_accuracy: float | None = None
-    test_loss: float | None = None  # where the targets are no labels
-    diverged: bool = False  # whether its loss was not finite at some step
+    test_loss: float | None = None  # if the targets are no labels
+    diverged: bool = False  # True if the loss of a step was not finite
     validation_accuracy: float | None = None
     validation_loss: float | None = None
-    epochs: int | None = None  # that were trained, of a network with settings of its own
-    settings: dict[str, Any] = field(default_factory=dict)  # those that are not the defaults
+    epochs: int | None = None  # trained ones, of a network with own settings
+    settings: dict[str, Any] = field(default_factory=dict)  # all that are not the defaults
 
     @property
     def rank(self) -> tuple:
-        """Rows in this order have the best network first, and those that diverged last. They are
-        judged by the validation data if there are some, else by the test data, else by the loss.
+        """The sort key: the best network first, and those that diverged last.
+
+        Networks are judged by the validation data if there are any, else by the test data, else by
+        the training loss.
         """
         accuracy, loss = self.validation_accuracy, self.validation_loss
         if accuracy is None and loss is None:
@@ -82,20 +85,21 @@ class Row:
 
 
 class Sweep:
-    """Many multilayer perceptrons: of settings that differ in anything, or replicas of one.
+    """Many multilayer perceptrons: networks with own settings, or replicas of one.
 
     Sweep([settings, …], loss=…, device=…): each of the settings is a `mlp.Settings`, or a dict of
     some of its fields: hidden, activation, optimizer, lr, momentum, weight_decay, options,
     schedule, batch_size, seed, rows, …
 
     Sweep(sizes, replicas, …): networks of the same sizes. sizes, activation, output_activation,
-    bias, init as `mlp.MLP`. lr, momentum, seeds: a number, or one for each replica; seeds None
-    counts from 0. optimizer: a name of `mlp.optim.OPTIMIZERS`, with options. loss: one of
-    `mlp.loss`, its name or a loss module.
+    bias, init: as for `mlp.MLP`. lr, momentum, seeds: one number, or one for each replica. seeds:
+    None counts from 0. optimizer: a name in `mlp.optim.OPTIMIZERS`, with options. loss: a loss of
+    `mlp.loss`, its name, or a loss module. ValueError for arguments that do not fit, and for
+    networks that are no multilayer perceptrons.
 
-    devices: several devices in place of device. Each trains its share of the networks, at the same
-    time; the rows and numbers are those of one device. A CPU is one device, whose cores all train
-    anyway.
+    devices: several devices, instead of `device`. They train shares of the networks at the same
+    time. The results are the same as on one device. A CPU is one device, and all its cores are used
+    in any case.
     """
 
     def __init__(
@@ -157,7 +161,7 @@ class Sweep:
         self._stack(model, made, init)
 
     def _stack(self, model: MLP, optimizer: Any, init: str | None) -> None:
-        """Weights of each replica's seed, and the optimizer's states, one on top of the other."""
+        """Make the weights from each replica's seed, and the optimizer's states, stacked."""
         self.parameters = [
             torch.empty(self.replicas, *p.shape, device=self.device) for p in model.parameters()
         ]
@@ -184,7 +188,7 @@ class Sweep:
         each: dict[str, Any],
         options: dict[str, Any],
     ) -> None:
-        """A sweep for each device, with its share of the networks. each: what may be a list."""
+        """Make one sweep for each device, with its share. each: values that may be lists."""
         lists: dict[str, Sequence[Any]]
         if replicas is None:
             self._take_settings(sizes, options)
@@ -204,7 +208,7 @@ class Sweep:
             self.shares.append(Sweep(**own, loss=loss, device=device, **options))
 
     def _take_settings(self, given: Sequence[Any], options: dict[str, Any]) -> None:
-        """The other form: a network for each of the settings, made when the data are known."""
+        """Prepare networks with own settings. They are made when the data are known."""
         if isinstance(given[0] if len(given) else 0, int):
             raise ValueError(
                 "sweep: give replicas, how many networks of these sizes; or a list of settings, "
@@ -227,7 +231,7 @@ class Sweep:
         device: torch.device | str | None = None,
         devices: Sequence[torch.device | str] | None = None,
     ) -> "Sweep":
-        """A recipe's network `replicas` times, with a learning rate and a seed for each."""
+        """A recipe's network `replicas` times, with one learning rate and one seed for each."""
         if reason := recipe.beyond_pack():
             raise ValueError(f"sweep: {reason}")
         network = recipe.network(train)
@@ -271,15 +275,17 @@ class Sweep:
         early_stopping: int | None = None,
         on_progress: Callable[[int], Any] | None = None,
     ) -> list[Row]:
-        """Train all networks; returns a row for each, best first: by accuracy (by loss where the
-        targets are no labels) on `validation`, else on `evaluate`, else by training loss.
+        """Train all networks, and return one row for each, the best first.
 
-        train, evaluate, validation: as `Trainer.fit`. on_epoch(epoch, mean losses of all networks)
-        is called after each epoch. A network whose loss stops being finite ends last; the others
-        go on. Of networks with settings: batch_size and drop_last are the settings' own;
-        early_stopping: each ends after so many epochs without a lower loss of the first of
-        validation, evaluate, train, and has its best weights; on_progress(epochs of all) may be
-        called by any thread.
+        Networks are ranked by accuracy (by loss if the targets are no labels) on `validation`, else
+        on `evaluate`, else by training loss. A network whose loss is not finite at some step comes
+        last. The others go on.
+
+        train, evaluate, validation: as for `Trainer.fit`. on_epoch: called with (epoch, mean losses
+        of all networks) after each epoch. on_progress: called with a count of epochs, by any
+        thread. Networks with own settings have their own batch_size and drop_last. early_stopping:
+        each of them ends after so many epochs without a lower loss, on the first of validation,
+        evaluate and train, and has its best weights.
         """
         if self.shares:
             told = on_epoch and spreading.Gathered(on_epoch, self.replicas, len(self.shares)).told
@@ -331,8 +337,9 @@ class Sweep:
         return self._ranked(losses.tolist(), diverged.tolist(), (evaluate, validation))
 
     def _fit_shares(self, told: Any, data: tuple, options: dict[str, Any]) -> list[Row]:
-        """Train the share of each device in a thread; as `fit`. told: with (device, epoch, losses)
-        after each epoch.
+        """Train the share of each device in its own thread, as `fit`.
+
+        told: called with (device, epoch, losses) after each epoch.
         """
         fits = [
             partial(share.fit, *data, on_epoch=told and partial(told, i), **options)
@@ -371,7 +378,7 @@ class Sweep:
         return self.rows
 
     def _measured(self, data: Any) -> list[tuple[float | None, float | None]]:
-        """(accuracy, None) of labels or (None, loss) of each network on these data, if any."""
+        """(accuracy, None) for labels, or (None, loss), of each network on these data, if any."""
         if data is None:
             return [(None, None)] * self.replicas
         data = self._fitted(data)
@@ -380,7 +387,7 @@ class Sweep:
         return [(None, value) for value in self.test_losses(data)]
 
     def _backend(self, batch_size: int, steps: int):
-        """The function that trains all networks for an epoch; steps: of all of them together."""
+        """The function that trains an epoch of all networks. steps: of all networks together."""
         if cpu.serves(self.parameters[0]):
             costs = cpu.costs(self.spec.sizes, batch_size, steps)
             return cpu.train_replicas if costs is None else packs.reference
@@ -390,20 +397,20 @@ class Sweep:
         return packs.reference if refused else kernels.train_replicas
 
     def _fitted(self, data) -> Dataset:
-        """Anything that `fit` takes, as numbers that these networks can meet."""
+        """Anything that `fit` takes, as a data set for these networks, on their device."""
         return fitted(Dataset.of(data), self.device, torch.float32, self.config["sizes"][-1])
 
     def _means(self, values, count: int, batch_size: int) -> torch.Tensor:
-        """(replicas,) losses of an epoch from those of its steps, (replicas, steps)."""
+        """(replicas,) mean losses of an epoch, from the losses of its steps (replicas, steps)."""
         if self.loss.reduction == "sum":
             return values.sum(1) / count
         sizes = [min(batch_size, count - s) for s in range(0, count, batch_size)]
         return (values * torch.tensor(sizes, device=self.device)).sum(1) / count
 
     def _ranked(self, losses: list[float], diverged: list[bool], measured: Any) -> list[Row]:
-        """A row for each network, best first. measured: test and validation data, or None.
+        """One row for each network, the best first. measured: test and validation data, or None.
 
-        One that diverged comes last, whatever it classifies rightly by accident.
+        Networks that diverged come last, even if they predict some labels right by chance.
         """
         tests, others = (self._measured(data) for data in measured)
         numbers = zip(self.seeds, self.lrs, self.momenta, losses, tests, diverged, others)
@@ -415,7 +422,7 @@ class Sweep:
         return self.rows
 
     def network(self, replica: int) -> MLP:
-        """One of the networks, as a module of its own, on this sweep's first device."""
+        """One of the networks as its own module, on the first device of this sweep."""
         if self.shares:
             place, device = divmod(replica, len(self.shares))
             return self.shares[device].network(place).to(self.device)
@@ -428,13 +435,13 @@ class Sweep:
         return model
 
     def save(self, folder: str | Path) -> None:
-        """Every network as NNN.safetensors in `folder`, for `mlp.load`."""
+        """Write every network as NNN.safetensors into `folder`, for `mlp.load`."""
         for replica in range(self.replicas):
             save(self.network(replica), Path(folder) / f"{replica:03d}.safetensors")
 
     @torch.no_grad()
     def _scores(self, data, replicas):
-        """(networks, rows, classes) probabilities of one piece after another, and its labels."""
+        """Pairs (probabilities (networks, rows, classes), labels (rows,)) of consecutive pieces."""
         data = self._fitted(data)
         if not data.is_classification:
             raise ValueError(f"sweep: accuracy is of labels, but {data.name} has numbers to meet")
@@ -449,7 +456,7 @@ class Sweep:
         return [measure(network, self.loss, data)["test_loss"] for network in networks]
 
     def accuracies(self, data: Dataset) -> list[float]:
-        """The share of samples that each network classifies rightly."""
+        """The share of samples that each network predicts right."""
         right: Any = 0
         total = 0
         for scores, y in self._scores(data, range(self.replicas)):
@@ -457,9 +464,9 @@ class Sweep:
         return (right / total).tolist()
 
     def ensemble_accuracy(self, data: Dataset) -> float:
-        """The share of samples that the mean of the networks' probabilities classifies rightly.
+        """The share of samples that the mean of the networks' probabilities predicts right.
 
-        Networks that diverged have no part in it. NaN if all did.
+        Networks that diverged are left out. The result is NaN if all diverged.
         """
         diverged = {row.replica for row in self.rows if row.diverged}
         sound = [replica for replica in range(self.replicas) if replica not in diverged]
