@@ -17,44 +17,32 @@ _full_all, _one_all = outer_tile(ROWS, COLUMNS), outer_tile(1, COLUMNS)
 _dot_44, _dot_41, _dot_14, _dot_11 = dot_tile(4, 4), dot_tile(4, 1), dot_tile(1, 4), dot_tile(1, 1)
 
 
-@njit(nogil=True)
-def _rows_full(w, a, b, c, vectors, terms, add):
-    """ROWS rows of `product`."""
-    b_at, c_at = b[0], c[0]
-    while vectors >= COLUMNS:
-        _full_all(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
-        vectors -= COLUMNS
-        b_at += COLUMNS * LANES
-        c_at += COLUMNS * LANES
-    if vectors >= 3:
-        _full_3(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
-        vectors -= 3
-        b_at += 3 * LANES
-        c_at += 3 * LANES
-    if vectors == 2:
-        _full_2(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
-    elif vectors == 1:
-        _full_1(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
+def _strip(widest, three, two, one):
+    """The function that computes some rows of `_product`, by tiles of so many columns."""
+
+    @njit(nogil=True)
+    def strip(w, a, b, c, vectors, terms, add):
+        b_at, c_at = b[0], c[0]
+        while vectors >= COLUMNS:
+            widest(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
+            vectors -= COLUMNS
+            b_at += COLUMNS * LANES
+            c_at += COLUMNS * LANES
+        if vectors >= 3:
+            three(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
+            vectors -= 3
+            b_at += 3 * LANES
+            c_at += 3 * LANES
+        if vectors == 2:
+            two(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
+        elif vectors == 1:
+            one(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
+
+    return strip
 
 
-@njit(nogil=True)
-def _rows_single(w, a, b, c, vectors, terms, add):
-    """One row of `product`."""
-    b_at, c_at = b[0], c[0]
-    while vectors >= COLUMNS:
-        _one_all(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
-        vectors -= COLUMNS
-        b_at += COLUMNS * LANES
-        c_at += COLUMNS * LANES
-    if vectors >= 3:
-        _one_3(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
-        vectors -= 3
-        b_at += 3 * LANES
-        c_at += 3 * LANES
-    if vectors == 2:
-        _one_2(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
-    elif vectors == 1:
-        _one_1(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
+_rows_full = _strip(_full_all, _full_3, _full_2, _full_1)  # ROWS rows
+_rows_single = _strip(_one_all, _one_3, _one_2, _one_1)  # one row
 
 
 @njit(nogil=True)
