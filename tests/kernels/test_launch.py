@@ -1,12 +1,14 @@
 """How the backend is chosen, what a dry run lists, and which checks a launch plan saves."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import kernels
-from kernels import configs, launch
+from kernels import configs, launch, tape
 from kernels.launch import KERNEL_DTYPES
 from kernels.operations import OPERATIONS, Make
 
@@ -273,3 +275,18 @@ def test_plans_are_forgotten_when_there_are_many(monkeypatch):
     for size in (1, 2, 3, 1, 4, 1, 4):
         launch.planned(make, (torch.ones(size),))
     assert asked == [1, 2, 3, 4, 1]
+
+
+def test_the_tape_gives_back_all_that_a_forward_saved():
+    """In any mixture of tensors, tuples of them, None and numbers."""
+    x, a, b, c, d = (torch.full((2,), float(i)) for i in range(5))
+    saved = a, (b, None), 3, (c, (7, d)), (x, b)
+    operation = SimpleNamespace(inputs=1, made=range(len(saved)), sources=(None,) * len(saved))
+    ctx = SimpleNamespace()
+    ctx.save_for_backward = lambda *tensors: setattr(ctx, "saved_tensors", tensors)
+    tape.remember(ctx, operation, (x, 5), (None,), (x,), saved)
+    arguments, found = tape.recall(ctx)
+    given = tree_leaves(((x, 5), list(saved)))
+    assert all(
+        one is other for one, other in zip(tree_leaves((arguments, found)), given, strict=True)
+    )
