@@ -5,6 +5,7 @@ training images, where a recipe does. "rest" is the trainer's own work: the orde
 copies for a divergence, the history. The fastest of a few trainings counts.
 """
 
+import functools
 import time
 from unittest import mock
 
@@ -17,7 +18,7 @@ from mlp.data.shifts import Shifts
 from .samples import mnist
 from .table import Table, device
 
-ROUNDS = 5
+ROUNDS = 3
 # (data, recipe, engine, epochs of a training)
 TRAININGS = (
     ("digits", "default", "manual", 10),
@@ -28,9 +29,15 @@ TRAININGS = (
 )
 
 
+@functools.cache
+def loaded(name: str) -> tuple[mlp.Dataset, mlp.Dataset]:
+    """Training and test data, read once."""
+    return data.load(name, verbose=False)
+
+
 def spent(name: str, recipe: recipes.Recipe, engine: str, epochs: int) -> dict[str, float]:
     """Seconds of an epoch by part, in the fastest training."""
-    train, test = (part.to(device()) for part in recipe.prepare(*data.load(name, verbose=False)))
+    train, test = (part.to(device()) for part in recipe.prepare(*loaded(name)))
     plan = schedule.Plan(epochs, -(-len(train) // recipe.batch_size))
     found, shift = [], Shifts.epoch
     for _ in range(ROUNDS + 1):  # the first, which loads code, does not count

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim import Optimizer, lr_scheduler
 
+from .state import copied
 from .stopping import watched
 
 INTERVALS = ("epoch", "step")
@@ -252,7 +253,7 @@ def _settings(state: dict) -> dict[str, str]:
 def options_of(optimizer: torch.optim.Optimizer) -> list[dict]:
     """The options of each parameter group, which schedulers change: all but the parameters."""
     return [
-        {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
+        {name: copied(value) for name, value in group.items() if name != "params"}
         for group in optimizer.param_groups
     ]
 
