@@ -258,7 +258,7 @@ def training(
     small = precision == "tf32x3" and states > 1 and block_m > 32 and older(arch)
     if small and kernel != "exchange":
         return Training(columns, 16, 16, rows, num_warps=8, num_stages=1)
-    if OLD_TRITON and block_m * padded(sizes[-1]) >= MOST_OUTPUTS[precision]:
+    if OLD_TRITON and block_m > 32 and block_m * padded(sizes[-1]) >= MOST_OUTPUTS[precision]:
         return Training(16, 16, 16, rows, num_warps=8, num_stages=1)
     return Training(columns, block_k, 16, rows, num_warps=8, num_stages=3)
 
