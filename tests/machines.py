@@ -38,7 +38,6 @@ FILES = [
             "properties",
             "determinism",
             "autocast",
-            "layer_norm",
             "rounding",
         )
     ),
