@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_map
 from .operations import flatten
 
 aten = torch.ops.aten
-SIMULATIONS = 8
+SIMULATIONS = 16  # in a tensor of few numbers, the worst of few draws may be small by luck
 
 
 def floor(dtype: torch.dtype, device: torch.device) -> float:
@@ -55,8 +55,19 @@ def _mean(x, *args, **kwargs):
     return total / (x.numel() / max(total.numel(), 1))
 
 
+def _var_mean(x, dim, unbiased=True, keepdim=False):
+    mean = x.mean(dim, keepdim=True)
+    total = (x - mean).square().sum(dim, keepdim=keepdim)
+    count = x.numel() / max(total.numel(), 1) - unbiased
+    return total / count, mean if keepdim else mean.view(total.shape)
+
+
 # Operations that consist of several steps. Each step rounds.
-STEPS = {aten.mean.default: _mean, aten.mean.dim: _mean} | get_decompositions(
+STEPS = {
+    aten.mean.default: _mean,
+    aten.mean.dim: _mean,
+    aten.var_mean.dim: _var_mean,
+} | get_decompositions(
     [
         aten._log_softmax,
         aten._log_softmax_backward_data,

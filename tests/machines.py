@@ -27,6 +27,7 @@ FILES = [
         for name in (
             "smoke",
             "linear",
+            "layer_norm",
             "linear_memory",
             "activations",
             "elementwise_loss",

@@ -2,6 +2,9 @@
 torch's opcheck.
 """
 
+from types import SimpleNamespace
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -92,6 +95,24 @@ def test_opcheck(name, backend, device, monkeypatch):
             with kernels.use(backend):
                 opcheck(op, given, test_utils=CHECKED[backend])
     assert called == {name, f"{name}_bwd"}
+
+
+class Saved(NamedTuple):
+    x: torch.Tensor
+    made: torch.Tensor
+    again: torch.Tensor
+    pair: tuple
+    y: torch.Tensor
+
+
+def test_a_tensor_that_was_saved_twice_is_returned_once():
+    """An operator may not return a tensor twice, so a mark says which output it is."""
+    operation = SimpleNamespace(saved=Saved, parameters=("x",), derived={})
+    x, made, y = torch.ones(2), torch.full((2,), 2.0), torch.full((2,), 3.0)
+    saved = Saved(x, made, made, (None, made), y)
+    outputs = compiled_operators._outputs(operation, y, saved)
+    assert sum(t.numel() > 0 for t in outputs) == 2, "y and made"
+    assert_equal(tuple(compiled_operators._saved(operation, (x,), outputs)), tuple(saved))
 
 
 def test_every_operator_is_checked():

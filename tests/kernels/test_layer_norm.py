@@ -6,7 +6,15 @@ import torch.nn.functional as F
 
 import kernels
 from kernels import launch, layer_norm_bwd, layer_norm_fwd
-from tests.checks import LAYOUTS, assert_as_accurate, assert_equal, compare, double, with_gradients
+from tests.checks import (
+    LAYOUTS,
+    assert_as_accurate,
+    assert_equal,
+    compare,
+    double,
+    gradient_penalty,
+    with_gradients,
+)
 
 
 def inputs(shape, normalized, device, dtype=torch.float32):
@@ -102,14 +110,10 @@ def test_derivatives(device):
     function = lambda *t: kernels.layer_norm(t[0], (2, 3), *t[1:], 0.1)  # noqa: E731
     assert torch.autograd.gradcheck(function, (x, w, b))
     assert torch.autograd.gradgradcheck(function, (x, w, b))
-    singles = [t.detach().float().requires_grad_() for t in (x, w, b)]
-    seconds = []
-    for f in (kernels.layer_norm, F.layer_norm):
-        (dx,) = torch.autograd.grad(
-            f(singles[0], (2, 3), *singles[1:]).sin().sum(), singles[:1], create_graph=True
-        )
-        seconds.append(torch.autograd.grad(dx.square().sum(), singles))
-    torch.testing.assert_close(*seconds)
+    functions = [
+        lambda *t, f=f: f(t[0], (2, 3), *t[1:]) for f in (kernels.layer_norm, F.layer_norm)
+    ]
+    compare(*map(gradient_penalty, functions), [t.detach().float() for t in (x, w, b)])
 
 
 @pytest.mark.parametrize(

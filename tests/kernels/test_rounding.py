@@ -25,11 +25,11 @@ def layer(x, w, dy):
 @PRECISIONS
 def test_equal_rows_have_equal_errors_and_opposite_rows_opposite_ones(dtype):
     make = Make("cpu", torch.float64)
-    x, w = (make.real(n, 36).to(dtype).double() for n in (1, 8))
+    x, w = (make.real(n, 36).to(dtype).double() for n in (1, 64))
     x = x.expand(36, 36)
     for seed in range(4):
         y = rounded(lambda: torch.tanh(x @ w.t()), dtype, seed)
-        assert (y == y[0]).all() and (y[0] != torch.tanh(x @ w.t())[0]).all()
+        assert (y == y[0]).all() and (y[0] != torch.tanh(x @ w.t())[0]).any()
         assert torch.equal(rounded(lambda: torch.tanh(-x @ w.t()), dtype, seed), -y)
     assert not torch.equal(*(rounded(lambda: x @ w.t(), dtype, seed) for seed in (0, 1)))
 

@@ -102,10 +102,11 @@ def test_the_scale_is_resumed(device):
 
 def test_any_module(device):
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).to(device)
-    trainer = Trainer(model, nn.CrossEntropyLoss(), "adam", verbose=False, precision="bf16")
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    trainer = Trainer(model, nn.CrossEntropyLoss(), optimizer, verbose=False, precision="bf16")
     data = [t.to(device) for t in tensors()]
-    rows = trainer.fit(data, 3, 16, evaluate=data)
-    assert rows[-1]["test_loss"] < rows[0]["test_loss"]
+    rows = trainer.fit(data, 12, 16, evaluate=data)
+    assert rows[-1]["train_loss"] < 0.9 * rows[0]["train_loss"], "12 epochs fit 70 rows better"
     with torch.no_grad():  # evaluation uses float32 weights, as they are saved
         expected = nn.functional.cross_entropy(model.eval()(data[0]), data[1])
     assert rows[-1]["test_loss"] == pytest.approx(float(expected), rel=1e-5)
