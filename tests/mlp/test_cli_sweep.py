@@ -87,7 +87,7 @@ BAD = {
     "width": ("--hidden 10,0", "positive integers"),
     "size": ("--hidden 1000000000000", "parameters need .* GB, but this machine has"),
     "list": ("--momentum 0.1/high", "--momentum"),
-    "share": ("--validation 0.9", "--validation 0.9: nothing is left to train on"),
+    "share": ("--validation 0.9", "--validation 0.9: leaves nothing to train on"),
     "weights": ("--class-weight heavy", "unknown class weight 'heavy'; known: balanced"),
     "seed": ("--seed 9223372036854775809", "--seed must be a whole number from 0 to 2⁶³"),
     "device": ("--device abacus", "unknown device 'abacus'"),
