@@ -95,8 +95,10 @@ def test_torchrun_goes_on_with_a_run(tmp_path, monkeypatch):
             assert two[key] == pytest.approx(one[key], rel=1e-5)
 
 
+# It ends by os._exit after a barrier. Threads of torch's sharding abort an interpreter that ends by
+# itself, once in some twenty runs ("terminate called without an active exception").
 SHARDED = """
-import copy, torch, torch.distributed as dist, mlp
+import copy, os, torch, torch.distributed as dist, mlp
 from torch.distributed.fsdp import fully_shard
 
 dist.init_process_group("gloo")
@@ -115,14 +117,17 @@ for make in (lambda p: mlp.SGD(p, 0.1, momentum=0.9), lambda p: mlp.Adam(p, 0.01
             optimizer.step()
     for p, q in zip(model.parameters(), twin.parameters()):
         torch.testing.assert_close(p.full_tensor(), q)
-dist.destroy_process_group()
+dist.barrier()
+print(f"rank {rank} agrees", flush=True)
+os._exit(0)
 """
 
 
 def test_fully_sharded(tmp_path):
     """FSDP2 of our modules, started by torchrun, trains as one process does."""
     (tmp_path / "sharded.py").write_text(SHARDED)
-    torchrun(tmp_path, "sharded.py")
+    said = torchrun(tmp_path, "sharded.py")
+    assert "rank 0 agrees" in said and "rank 1 agrees" in said
 
 
 @pytest.mark.parametrize("name", [name for name in engines.ENGINES if name != "autograd"])
