@@ -1,4 +1,4 @@
-"""Accuracy of the estimators and of scikit-learn's, at equal settings, over several seeds."""
+"""The accuracy of our estimators and of scikit-learn's, with equal settings and several seeds."""
 
 import warnings
 from collections.abc import Callable
@@ -16,11 +16,14 @@ from .table import Table
 
 SEEDS = 5
 SETTINGS = {"hidden_layer_sizes": (64, 32), "max_iter": 60, "early_stopping": False}
-_NOISE = 3.0  # standard errors that the mean difference may have
+_NOISE = 3.0  # the largest mean difference, in standard errors
 
 
 def california(rows: int = 2000) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Made-up rows like those of California housing: eight columns, a skewed price with noise."""
+    """(inputs (rows, 8), prices (rows,)): random data like those of California housing.
+
+    The price is skewed, has noise, and is at most 5.
+    """
     rng = numpy.random.default_rng(0)
     income, age, rooms, people = (
         rng.gamma(3, 1.3, rows),
@@ -45,7 +48,7 @@ DATA: dict[str, tuple[str, Callable[[], tuple[Any, Any]]]] = {
 
 
 def _scores(kind: type, x: Any, y: Any, options: dict[str, Any]) -> numpy.ndarray:
-    """Accuracy, or R², on the test rows for each seed."""
+    """The accuracy, or R², on the test rows for each seed, (SEEDS,)."""
     found = []
     for seed in range(SEEDS):
         parts = train_test_split(x, y, test_size=0.25, random_state=seed)
@@ -55,7 +58,10 @@ def _scores(kind: type, x: Any, y: Any, options: dict[str, Any]) -> numpy.ndarra
 
 
 def run() -> Table:
-    """Mean and deviation of accuracy, or of R², over seeds. Splits and settings are the same."""
+    """The mean and the standard deviation of accuracy, or of R², over the seeds.
+
+    Our estimators and scikit-learn's have the same splits and settings.
+    """
     table = Table(
         f"Accuracy, or R², of {SEEDS} seeds, ours and scikit-learn's", "python -m bench accuracy"
     )

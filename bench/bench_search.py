@@ -1,5 +1,6 @@
-"""A search for settings by cross-validation, by `mlp.SearchCV` and by scikit-learn's GridSearchCV,
-the latter with its own MLPClassifier and with ours.
+"""The time of a search by cross-validation, with `mlp.SearchCV` and scikit-learn's GridSearchCV.
+
+GridSearchCV runs twice: with scikit-learn's MLPClassifier and with ours.
 """
 
 import os
@@ -23,11 +24,11 @@ GRID = {
     "alpha": [1e-5, 1e-4, 1e-3, 1e-2],
     "learning_rate_init": [0.001, 0.003, 0.01, 0.03],
 }
-_WITHIN = 0.01  # accuracies may differ so much, as precision and order of sums differ
+_WITHIN = 0.01  # the best accuracy may be lower by this, because rounding differs
 
 
 def _searches(jobs: int) -> dict[str, Any]:
-    """Searches by name. All are compared with the first."""
+    """{name: search}. All are compared with the first. jobs: threads or processes."""
     common = {"max_iter": EPOCHS, "random_state": 0}
     ours = mlp.MLPClassifier(**common, device="cpu", precision="fp32")
     options = {"cv": FOLDS, "refit": False}
@@ -42,8 +43,9 @@ def _searches(jobs: int) -> dict[str, Any]:
 
 
 def run() -> Table:
-    """Seconds of 64 settings × 5 folds on breast cancer, on all cores, with compiled code
-    loaded.
+    """Seconds of each search: 64 settings × 5 folds on breast cancer, on all cores.
+
+    This process has loaded its compiled code before.
     """
     x, y = load_breast_cancer(return_X_y=True)
     x = StandardScaler().fit_transform(x)

@@ -1,8 +1,8 @@
 """The time of an epoch of `Trainer.fit` by part: the steps, the test rows, the shifts, the rest.
 
 "test rows" is the forward pass of the test rows after each epoch. "shifts" is the time to move the
-training images, where a recipe does. "rest" is the trainer's own work: the order of the samples,
-copies for a divergence, the history. The fastest of a few trainings counts.
+training images, if the recipe moves them. "rest" is the trainer's own work: the order of the
+samples, copies for a divergence, the history. The fastest of three trainings counts.
 """
 
 import functools
@@ -31,16 +31,16 @@ TRAININGS = (
 
 @functools.cache
 def loaded(name: str) -> tuple[mlp.Dataset, mlp.Dataset]:
-    """Training and test data, read once."""
+    """(training data, test data) of this name, read once."""
     return data.load(name, verbose=False)
 
 
 def spent(name: str, recipe: recipes.Recipe, engine: str, epochs: int) -> dict[str, float]:
-    """Seconds of an epoch by part, in the fastest training."""
+    """{part: seconds of an epoch} of the fastest training. epochs: the length of a training."""
     train, test = (part.to(device()) for part in recipe.prepare(*loaded(name)))
     plan = schedule.Plan(epochs, -(-len(train) // recipe.batch_size))
     found, shift = [], Shifts.epoch
-    for _ in range(ROUNDS + 1):  # the first, which loads code, does not count
+    for _ in range(ROUNDS + 1):  # the first loads code and does not count
         model = recipe.model(train, 0, device())
         parts = model, recipe.make_loss(), recipe.make_optimizer, engine
         trainer = mlp.Trainer(*parts, verbose=False)
@@ -70,7 +70,7 @@ def spent(name: str, recipe: recipes.Recipe, engine: str, epochs: int) -> dict[s
 
 
 def run() -> Table:
-    """Milliseconds of an epoch, and the share of each part."""
+    """The milliseconds of an epoch, and the share of each part in percent."""
     table = Table("An epoch of the trainer, by part", "python -m bench trainer", note=__doc__ or "")
     compiled = device().type != "cpu" or cpu.serves(torch.empty(1))
     has_mnist = mnist("cpu").name.startswith("mnist")

@@ -1,8 +1,10 @@
-"""scikit-learn's MLPClassifier and MLPRegressor on handgrad's engines.
+"""scikit-learn's MLPClassifier and MLPRegressor, trained by handgrad's engines.
 
-Parameters, attributes, initial weights and the order of samples are scikit-learn's for the same
-`random_state`, so the same network comes out, to rounding. What differs: sparse input is made
-dense, solver "lbfgs" and Poisson loss are left to scikit-learn, and a GPU computes in float32.
+Parameters and attributes are scikit-learn's. With the same `random_state`, the initial weights and
+the order of samples are too. So the trained network is the same, up to rounding.
+
+Three things differ. Sparse input is made dense. The solver "lbfgs" and the Poisson loss are not
+served. A GPU computes in float32 by default.
 """
 
 import contextlib
@@ -38,12 +40,12 @@ from .loss import BinaryCrossEntropy, MeanSquaredError, SoftmaxCrossEntropy
 from .modules import MLP
 from .optim import SGD, Adam
 
-# scikit-learn's names of activations -> ours.
+# {scikit-learn's name of an activation: our name}
 ACTIVATIONS = {"identity": "identity", "logistic": "sigmoid", "tanh": "tanh", "relu": "relu"}
-_GLOROT = {"logistic": 2.0}  # what scikit-learn's initial weights are scaled by; else 6
+_GLOROT = {"logistic": 2.0}  # scikit-learn's factor for initial weights. Else it is 6.
 _PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
 _AUTO_BATCH = 200
-_COMPILED_DRAWS = "MT19937"  # numpy's RandomState, whose shuffles are compiled
+_COMPILED_DRAWS = "MT19937"  # numpy's RandomState. The compiled code can shuffle with it.
 _ADAPTIVE_DIVISOR, _ADAPTIVE_LEAST = 5.0, 1e-6
 _SOLVERS: dict[str, Callable] = {
     "sgd": lambda e, groups: SGD(
@@ -59,7 +61,7 @@ _SOLVERS: dict[str, Callable] = {
 
 
 def _constant(estimator: "_Network", optimizer: torch.optim.Optimizer) -> None:
-    """The learning rate stays."""
+    """Keep the learning rate."""
 
 
 def _invscaling(estimator: "_Network", optimizer: torch.optim.Optimizer) -> None:
@@ -67,8 +69,10 @@ def _invscaling(estimator: "_Network", optimizer: torch.optim.Optimizer) -> None
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Another learning rate. scikit-learn's velocities hold the rates of their own steps, torch's
-    buffers do not: they are scaled, so that past gradients go on with the rates they had.
+    """Set another learning rate.
+
+    scikit-learn's velocities contain the rate of each step, but torch's momentum buffers do not. So
+    the buffers are multiplied by old rate / new rate. Past gradients then keep the rates they had.
     """
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -78,12 +82,13 @@ def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-# What happens to the rate of sgd after an epoch; "adaptive" acts where training would stop.
+# Called after each epoch of solver "sgd". "adaptive" changes nothing here, because `_stops` divides
+# its rate when training would stop.
 _SCHEDULES = {"constant": _constant, "invscaling": _invscaling, "adaptive": _constant}
 
 
 class _Network(BaseEstimator):
-    """What classifier and regressor share: checks, the training loop, attributes."""
+    """The common base of classifier and regressor: checks, the training loop, attributes."""
 
     _parameter_constraints: ClassVar[dict] = {
         "hidden_layer_sizes": ["array-like", Interval(Integral, 1, None, closed="left")],
@@ -175,21 +180,26 @@ class _Network(BaseEstimator):
         self.precision = precision
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "_Network":
-        """Train on X (samples, features) and y. sample_weight: (samples,), of their losses."""
+        """Train on X (samples, features) and y (samples,) or (samples, outputs). Returns self.
+
+        X is read as float64, unless it is float32. sample_weight: (samples,) factors of the
+        samples' losses. None weighs all the same. A ConvergenceWarning says that training used all
+        `max_iter` epochs. For ValueErrors, see the class.
+        """
         return self._fit(X, y, sample_weight, incremental=False)
 
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> "_Network":
-        """One epoch more on these samples."""
+        """Train one more epoch, on these samples. Returns self. Arguments are as for `fit`."""
         return self._fit(X, y, sample_weight, incremental=True)
 
     @property
     def coefs_(self) -> list[numpy.ndarray]:
-        """Weights of each layer, (inputs, outputs)."""
+        """The weights of each layer, (inputs, outputs), in the network's dtype."""
         return [layer.weight.detach().cpu().numpy().T for layer in self._layers()]
 
     @property
     def intercepts_(self) -> list[numpy.ndarray]:
-        """Biases of each layer, (outputs,)."""
+        """The biases of each layer, (outputs,), in the network's dtype."""
         return [layer.bias.detach().cpu().numpy() for layer in self._layers()]
 
     def _layers(self) -> list[Any]:
@@ -200,7 +210,7 @@ class _Network(BaseEstimator):
 
     def __getstate__(self) -> dict:
         state = dict(super().__getstate__())
-        state.pop("_trained", None)  # the engine, which is made again
+        state.pop("_trained", None)  # an engine, which is not pickled
         return state
 
     def __sklearn_tags__(self) -> Any:
@@ -254,10 +264,14 @@ class _Network(BaseEstimator):
         return sizes
 
     def _start(self, sizes: list[int], read: numpy.dtype) -> None:
-        """Fresh weights, drawn as scikit-learn draws them, and nothing reached yet."""
+        """Make a network with new weights, drawn as in scikit-learn, and reset the attributes.
+
+        sizes: widths from input to output. read: the dtype of X.
+        """
         found = "cuda" if torch.cuda.is_available() else "cpu"
         device = self.device or spreading.next_device() or found
-        # As scikit-learn: float64 inputs are learned from in float64. The kernels have none.
+        # float64 inputs get a float64 network, as in scikit-learn. No kernel serves float64, so a
+        # GPU gets a float32 network.
         auto = torch.float64 if device == "cpu" and read == numpy.float64 else torch.float32
         dtype = _PRECISIONS.get(self.precision, auto)
         self._model = MLP(sizes, ACTIVATIONS[self.activation], device=device, dtype=dtype)
@@ -283,7 +297,10 @@ class _Network(BaseEstimator):
         return {name: p.detach().clone() for name, p in self._model.state_dict().items()}
 
     def _hold_out(self, X, targets, weights):
-        """Samples to train on, and under early stopping (inputs, targets, weights) to judge by."""
+        """(inputs, targets, weights, held): the samples to train on, and the held-out ones.
+
+        held: (inputs, targets, weights) that score each epoch, or None without early stopping.
+        """
         if not self.early_stopping:
             return X, targets, weights, None
         arrays = [X, targets] if weights is None else [X, targets, weights]
@@ -305,7 +322,7 @@ class _Network(BaseEstimator):
         return False
 
     def _dataset(self, X, targets) -> Dataset:
-        """On the network's device, in its dtype."""
+        """The data set of these arrays, on the network's device and in its dtype."""
         dense = X.toarray() if hasattr(X, "toarray") else X
         first = next(self._model.parameters())
         inputs = torch.from_numpy(numpy.ascontiguousarray(dense)).to(first.dtype)
@@ -314,7 +331,7 @@ class _Network(BaseEstimator):
         return Dataset(inputs, targets, self._class_names()).to(first.device)
 
     def _training(self, X, targets, weights, held, incremental) -> "_Training":
-        """Data and loss of this call; the optimizer goes on under partial_fit."""
+        """Prepare data, loss and optimizer of one call. partial_fit keeps its last optimizer."""
         data = self._dataset(X, targets)
         first, count = data.inputs, len(data)
         batch: Any = min(_AUTO_BATCH, count) if self.batch_size == "auto" else self.batch_size
@@ -334,7 +351,11 @@ class _Network(BaseEstimator):
         return _Training(self, data, judges, weights, int(batch), epochs)
 
     def _groups(self) -> list[dict]:
-        """The penalty is on weights alone; without one, all parameters are one group."""
+        """The optimizer's parameter groups.
+
+        Only weights have a penalty, so weights and biases are two groups. Without a penalty, all
+        parameters are one group.
+        """
         if not self.alpha:
             return [{"params": list(self._model.parameters()), "decays": False}]
         layers = self._layers()
@@ -344,7 +365,7 @@ class _Network(BaseEstimator):
         ]
 
     def _run(self, training: "_Training", held, epochs: int) -> bool:
-        """Train until nothing improves, at most `epochs`; whether the epochs ran out."""
+        """Train until nothing improves, at most `epochs`. Returns True if it used all epochs."""
         order = numpy.arange(len(training.data))
         self.n_iter_ = 0
         if training.session is not None:
@@ -360,7 +381,7 @@ class _Network(BaseEstimator):
         return True
 
     def _run_compiled(self, training: "_Training", order: numpy.ndarray, epochs: int) -> bool:
-        """As `_run`, many epochs in a call; what stops them is compiled."""
+        """Do the work of `_run` with many epochs in a call. The compiled code decides the stop."""
         session, watch = training.session, self._watch()
         while self.n_iter_ < epochs:
             orders = numpy.empty((training.ahead(epochs - self.n_iter_), len(order)), numpy.int64)
@@ -390,7 +411,12 @@ class _Network(BaseEstimator):
 
     @contextlib.contextmanager
     def _draws(self, orders: numpy.ndarray) -> Iterator[numpy.ndarray | None]:
-        """The random state as compiled epochs take and move it; None where orders are known."""
+        """A context with the random state from which compiled epochs draw their orders.
+
+        It yields (625,) uint32: the 624 words of MT19937 and the place in them. The epochs advance
+        it, and the estimator takes it back at the end. Without shuffle, and for other generators,
+        it yields None and fills `orders` here.
+        """
         kind, key, place, *rest = self._random.get_state()
         if not self.shuffle or kind != _COMPILED_DRAWS:
             for i in range(len(orders)):
@@ -402,7 +428,7 @@ class _Network(BaseEstimator):
         self._random.set_state((kind, draws[:-1], int(draws[-1]), *rest))
 
     def _watch(self) -> Any:
-        """What ends the compiled epochs."""
+        """The rule by which the compiled epochs end, see `cpu.session.Watch`."""
         from .cpu.session import TRAINING_LOSS, Watch
 
         if not self.early_stopping:
@@ -415,7 +441,10 @@ class _Network(BaseEstimator):
         )
 
     def _next_order(self, order: numpy.ndarray) -> numpy.ndarray:
-        """As sklearn.utils.shuffle, which takes longer than a short epoch."""
+        """The next epoch's order: the same as from sklearn.utils.shuffle.
+
+        That function is not used, because it takes longer than a short epoch.
+        """
         if not self.shuffle:
             return order
         places = numpy.arange(len(order))
@@ -423,7 +452,7 @@ class _Network(BaseEstimator):
         return order[places]
 
     def _note_epochs(self, losses: list[float], samples: int, scores: Any = None) -> None:
-        """Take note of epochs that were trained, and of their scores if those are known."""
+        """Record the losses of trained epochs, and their scores if they are known."""
         scores = scores if self.early_stopping else None
         for i, loss in enumerate(losses):
             self.loss_ = loss
@@ -460,7 +489,10 @@ class _Network(BaseEstimator):
         self._no_improvement = 0 if better else self._no_improvement + 1
 
     def _stops(self) -> bool:
-        """Whether training ends here. An adaptive learning rate is divided first."""
+        """True if training ends here.
+
+        An adaptive learning rate is divided instead, until it is at most `_ADAPTIVE_LEAST`.
+        """
         rate = self._optimizer.param_groups[0]["lr"]
         if self.learning_rate != "adaptive" or self.solver != "sgd" or rate <= _ADAPTIVE_LEAST:
             return True
@@ -469,13 +501,14 @@ class _Network(BaseEstimator):
         return False
 
     def _outputs(self, X, check: bool = True) -> torch.Tensor:
-        """The network's outputs, (samples, outputs) float64 on the CPU."""
+        """The network's outputs, (samples, outputs), float64 on the CPU. check: validate X."""
         if check:
             check_is_fitted(self)
             X = validate_data(self, X, accept_sparse=("csr", "csc"), reset=False)
         dense = X.toarray() if hasattr(X, "toarray") else X
         device = next(self._model.parameters()).device
-        # Rows come out the same in any batch, as scikit-learn's do, where a float64 is cheap.
+        # In float64, the outputs of a row are the same in any batch, as in scikit-learn. float64 is
+        # cheap on a CPU only.
         dtype = torch.float64 if device.type == "cpu" else torch.float32
         x = torch.from_numpy(numpy.ascontiguousarray(dense)).to(device, dtype)
         weights, biases = (
@@ -487,9 +520,10 @@ class _Network(BaseEstimator):
 
 
 class _Training:
-    """One call of fit: data on the device, the loss, and an engine, or weighted steps.
+    """The training of one call of fit: data on the device, loss and optimizer.
 
-    judges: held-out rows, whose score is looked at after each epoch.
+    Compiled epochs of a CPU or an engine train it. With sample weights, steps by autograd do.
+    judges: held-out rows that score each compiled epoch. weights: (samples,), or None.
     """
 
     def __init__(
@@ -515,12 +549,12 @@ class _Training:
             self.engine, _ = engines.choose(*chosen)
 
     def _session(self, judges: Dataset | None, epochs: int) -> Any:
-        """The compiled epochs of a CPU, or None where they do not serve or do not pay."""
+        """The compiled epochs of a CPU. None if they cannot train this network or do not pay."""
         parameters = [p.detach() for p in self.model.parameters()]
         wanted, parts = self.estimator.engine, self.optimizer.parts()
         if wanted not in ("auto", "epoch") or not cpu.serves(parameters[0]):
             return None
-        spec = spec_of(self.model, self.loss, parts[0].rule)  # its groups differ in decay alone
+        spec = spec_of(self.model, self.loss, parts[0].rule)  # its groups differ only in decay
         steps = epochs * -(-len(self.data) // self.batch)
         if isinstance(spec, str) or (
             wanted == "auto"
@@ -530,7 +564,7 @@ class _Training:
         from .cpu.session import Held, Session
 
         for part in parts:
-            part.states()  # makes them
+            part.states()  # this makes them
         states = [
             [self.optimizer.state[p][name] for p in self.model.parameters()]
             for name in spec.rule.states
@@ -544,24 +578,27 @@ class _Training:
         return Session(spec, parameters, states, samples, count, self.batch, held)
 
     def finish(self) -> None:
-        """Write the network, with its best weights under early stopping; states of the last."""
+        """Write the last weights and optimizer states to their tensors.
+
+        Under early stopping, the best weights then replace the last. The states stay.
+        """
         self.session.store()
         if self.estimator.early_stopping and self.session.take_best():
             self.session.store()
             self.estimator._best = self.estimator._weights()
 
     def close(self) -> None:
-        """Nothing is trained any more."""
+        """End the threads of the compiled epochs. Nothing can be trained after this."""
         if self.session is not None:
             self.session.close()
 
     def _changes(self) -> bool:
-        """Whether the learning rate is another one after each epoch."""
+        """True if the schedule changes the learning rate after each epoch."""
         return _SCHEDULES[self.estimator.learning_rate] is not _constant
 
     @contextlib.contextmanager
     def optimizer_at_hand(self) -> Iterator[None]:
-        """The optimizer's states and rate may be changed in here, if a schedule does so."""
+        """A context in which a schedule may change the optimizer's states and learning rate."""
         estimator = self.estimator
         if estimator.solver != "sgd" or estimator.learning_rate == "constant":
             yield
@@ -571,7 +608,11 @@ class _Training:
         self.session.load()
 
     def ahead(self, left: int) -> int:
-        """Epochs of the next compiled call: one, where the rate changes after each."""
+        """The number of epochs of the next compiled call, at most `left`.
+
+        It is 1 if Python acts after each epoch: it prints the loss, draws the order, or changes the
+        learning rate.
+        """
         estimator = self.estimator
         drawn = estimator._random.get_state()[0] == _COMPILED_DRAWS or not estimator.shuffle
         if estimator.verbose or not drawn or (estimator.solver == "sgd" and self._changes()):
@@ -579,8 +620,10 @@ class _Training:
         return self.session.ahead(left)
 
     def epochs(self, orders: numpy.ndarray, watch: Any, draws: Any) -> Any:
-        """Train in these orders, or in those that draws give, until `watch` ends it:
-        `session.Found`.
+        """Train an epoch for each row of `orders`, or fewer if `watch` ends training.
+
+        orders: (epochs, samples) int64. draws: the state to draw the orders from, or None for the
+        given ones, see `_Network._draws`. Returns `cpu.session.Found`.
         """
         group = self.optimizer.param_groups[0]
         rule, alpha = self.optimizer.row(group), self.estimator.alpha
@@ -591,7 +634,11 @@ class _Training:
         return found
 
     def epoch(self, order: numpy.ndarray) -> float:
-        """Train on all samples once; the mean loss with its penalty, as scikit-learn reports it."""
+        """Train on all samples once, in this order (samples,).
+
+        Returns the mean loss with its penalty, as scikit-learn reports it. ValueError if the loss
+        is not finite.
+        """
         try:
             return self._epoch(torch.from_numpy(order).to(self.data.inputs.device))
         except FloatingPointError as error:
@@ -599,14 +646,15 @@ class _Training:
 
     def _epoch(self, order: torch.Tensor) -> float:
         whole = len(order) // self.batch * self.batch
-        # The penalty of a batch is alpha over its samples: a smaller last one is a part of its own.
+        # A batch's weight decay is alpha over its number of samples. So a smaller last batch is
+        # trained on its own.
         parts = [p for p in (order[:whole], order[whole:]) if len(p)] if self.decays else [order]
         total, self._penalties = 0.0, [self._penalty()]
         for part in parts:
             total += self._part(part) * len(part)
         batches = -(-len(order) // self.batch)
         penalty = sum(self._penalties[:-1])
-        if len(self._penalties) <= batches:  # a GPU's engine tells of no step
+        if len(self._penalties) <= batches:  # not every step was reported, so estimate
             penalty = (self._penalties[0] + self._penalty()) / 2 * batches
         return (total * self.per_output + penalty) / len(order)
 
@@ -618,7 +666,10 @@ class _Training:
         return self.engine.epoch(self.data, order, self.batch, told).loss
 
     def _note_penalty(self, steps: int = 1) -> None:
-        """The penalty after a step, which is the one before the next step."""
+        """Record the penalty after a step, which is the one before the next step.
+
+        steps: more than 1 from an engine that calls once an epoch. Nothing is recorded then.
+        """
         if steps == 1:
             self._penalties.append(self._penalty())
 
@@ -627,7 +678,7 @@ class _Training:
             group["weight_decay"] = self.estimator.alpha / samples if group["decays"] else 0.0
 
     def _penalty(self) -> float:
-        """½ alpha Σ w² over the weights, which scikit-learn adds to the summed loss of a batch."""
+        """½ alpha Σ w² over all weights. scikit-learn adds it to the summed loss of each batch."""
         if not self.decays:
             return 0.0
         squares = sum(float(p.detach().square().sum()) for p in self.decayed)
@@ -653,19 +704,31 @@ class _Training:
 
 
 class MLPClassifier(ClassifierMixin, _Network):
-    """`sklearn.neural_network.MLPClassifier` on handgrad's engines.
+    """`sklearn.neural_network.MLPClassifier`, trained by handgrad's engines.
 
-    Parameters and attributes are the same.
+    Parameters, their defaults and attributes are scikit-learn's, with three more parameters. X is
+    (samples, features). y is (samples,) classes, or (samples, labels) of 0 and 1 for several
+    labels. Two classes and several labels have logistic outputs. More classes have a softmax.
 
-    device: "cpu", "cuda", …; None takes the GPU if there is one. engine: as `mlp.Trainer`'s.
-    precision: "fp32", "fp64", or "auto": on a CPU that of X, on a GPU fp32. Two classes and several
-    labels have logistic outputs, more classes a softmax.
+    device: a torch device, such as "cpu" or "cuda". None (the default) takes the GPU if there is
+    one, else the CPU. In a search with `devices`, it takes the next of these.
+    engine: a name in `mlp.ENGINES`, or "auto" (the default), as for `mlp.Trainer`.
+    precision: "fp32" or "fp64". "auto" (the default) is "fp32" on a GPU and for float32 X. On a CPU
+    it is "fp64" for all other X.
+
+    ValueError for parameters out of range, the solver "lbfgs", and partial_fit with early_stopping.
+    ValueError for data that do not fit: wrong shapes, classes that differ from the first call's, or
+    a validation set of fewer than 2 samples. ValueError if a loss or the final weights are not
+    finite. max_fun has no effect, because only "lbfgs" reads it.
     """
 
     def partial_fit(
         self, X: Any, y: Any, sample_weight: Any = None, classes: Any = None
     ) -> "MLPClassifier":
-        """One epoch more. classes: all there will be, at the first call."""
+        """Train one more epoch, on these samples. Returns self.
+
+        classes: all classes of all calls. The first call needs them, later calls may omit them.
+        """
         if _check_partial_fit_first_call(self, classes):
             self._binarizer = LabelBinarizer()
             multilabel = type_of_target(y).startswith("multilabel")
@@ -716,7 +779,7 @@ class MLPClassifier(ClassifierMixin, _Network):
     def _make_loss(self, reduction: str):
         if self._is_softmax():
             return SoftmaxCrossEntropy(reduction=reduction), 1.0
-        scale = 1.0 if reduction == "none" else float(self.n_outputs_)  # a sum over outputs
+        scale = 1.0 if reduction == "none" else float(self.n_outputs_)  # sum over outputs, not mean
         return BinaryCrossEntropy(reduction=reduction, scale=scale), 1.0
 
     def _stratifies(self) -> bool:
@@ -735,18 +798,18 @@ class MLPClassifier(ClassifierMixin, _Network):
         return float(accuracy_score(expected, predicted, sample_weight=weights))
 
     def _answers(self, outputs: torch.Tensor) -> numpy.ndarray:
-        """Classes, or rows of 0 and 1 for several labels."""
+        """The classes (samples,), or rows of 0 and 1 (samples, labels) for several labels."""
         if self._is_softmax():
             return self.classes_[outputs.argmax(1).numpy()]
         scores = torch.sigmoid(outputs).numpy()
         return self._binarizer.inverse_transform(scores.ravel() if self.n_outputs_ == 1 else scores)
 
     def predict(self, X: Any) -> numpy.ndarray:
-        """The class of each sample, or a row of 0 and 1 for several labels."""
+        """The class of each sample (samples,), or 0 and 1 (samples, labels) for several labels."""
         return self._answers(self._outputs(X))
 
     def predict_proba(self, X: Any) -> numpy.ndarray:
-        """(samples, classes): the probability of each class, in the order of `classes_`."""
+        """The probability of each class, (samples, classes) float64, in the order of `classes_`."""
         outputs = self._outputs(X)
         if self._is_softmax():
             return torch.softmax(outputs, 1).numpy()
@@ -756,7 +819,7 @@ class MLPClassifier(ClassifierMixin, _Network):
         return scores
 
     def predict_log_proba(self, X: Any) -> numpy.ndarray:
-        """The logarithm of `predict_proba`."""
+        """The logarithm of `predict_proba`, (samples, classes) float64."""
         probabilities = self.predict_proba(X)
         return numpy.log(probabilities, out=probabilities)
 
@@ -767,12 +830,15 @@ class MLPClassifier(ClassifierMixin, _Network):
 
 
 class MLPRegressor(RegressorMixin, _Network):
-    """`sklearn.neural_network.MLPRegressor` on handgrad's engines.
+    """`sklearn.neural_network.MLPRegressor`, trained by handgrad's engines.
 
-    Parameters and attributes are the same.
+    Parameters, their defaults and attributes are scikit-learn's, with three more parameters. X is
+    (samples, features). y is (samples,), or (samples, outputs) for several targets.
 
-    loss: "squared_error"; "poisson" is left to scikit-learn. device: "cpu", "cuda", …; None takes
-    the GPU if there is one. engine and precision: as `MLPClassifier`'s.
+    loss: "squared_error" (the default). scikit-learn's "poisson" is not served.
+    device, engine, precision: as for `MLPClassifier`.
+
+    ValueError as for `MLPClassifier`, except for classes, and for the loss "poisson".
     """
 
     _parameter_constraints: ClassVar[dict] = {
@@ -812,8 +878,8 @@ class MLPRegressor(RegressorMixin, _Network):
         engine: str = "auto",
         precision: str = "auto",
     ) -> None:
-        # scikit-learn and editors read the parameters from this signature. Their values go on by
-        # name: `locals` has all of them.
+        # scikit-learn and editors read the parameters from this signature. `locals` has all their
+        # values, which are passed on by name.
         given = locals()
         names = list(inspect.signature(_Network.__init__).parameters)[1:]
         super().__init__(**{name: given[name] for name in names})
@@ -840,7 +906,8 @@ class MLPRegressor(RegressorMixin, _Network):
         return ()
 
     def _make_loss(self, reduction: str):
-        # Half the sum over outputs is minimised; the loss that is reported is a mean over them.
+        # Training minimises half the sum of squares over the outputs. The reported loss is half
+        # their mean.
         outputs = float(self.n_outputs_)
         scale = 0.5 if reduction == "none" else 0.5 * outputs
         return MeanSquaredError(reduction=reduction, scale=scale), 1.0 / outputs
@@ -857,18 +924,19 @@ class MLPRegressor(RegressorMixin, _Network):
         return R2
 
     def predict(self, X: Any) -> numpy.ndarray:
-        """(samples,) or, of several targets, (samples, outputs)."""
+        """Predictions, float64: (samples,), or (samples, outputs) for several targets."""
         outputs = self._outputs(X).numpy()
         return outputs.ravel() if outputs.shape[1] == 1 else outputs
 
 
 class _Trusted:
-    """An estimator within a search, whose data were checked before: a clone, a fit and a score cost
-    little beside a small network's training.
+    """An estimator inside a search. It does not check data again that the search has checked.
+
+    So a clone, a fit and a score take little time beside the training of a small network.
     """
 
-    _names: tuple[str, ...] = ()  # of the parameters
-    _valid: ClassVar[set] = set()  # their values that were checked
+    _names: tuple[str, ...] = ()  # names of the parameters
+    _valid: ClassVar[set] = set()  # sets of their values that were checked
 
     def __sklearn_clone__(self) -> Any:
         made = object.__new__(type(self))
@@ -880,7 +948,7 @@ class _Trusted:
         return {name: self.__dict__[name] for name in self._names}
 
     def set_params(self, **params: Any) -> Any:
-        """Without a look at the names."""
+        """Set parameters without a check of their names. Returns self."""
         self.__dict__.update(params)
         return self
 
@@ -903,7 +971,7 @@ class _TrustedClassifier(_Trusted, MLPClassifier):
         return X, labels if self._is_softmax() else labels.reshape(-1, 1).astype(numpy.float64)
 
     def score(self, X: Any, y: Any) -> float:
-        """The accuracy."""
+        """The accuracy: the share of samples whose class is predicted right."""
         outputs = self._outputs(X, check=False).numpy()
         found = outputs.argmax(1) if self._is_softmax() else (outputs[:, 0] > 0).astype(int)
         return float(numpy.mean(self.classes_[found] == y))
@@ -915,7 +983,7 @@ class _TrustedRegressor(_Trusted, MLPRegressor):
         return X, y.reshape(-1, 1).astype(numpy.float64)
 
     def score(self, X: Any, y: Any) -> float:
-        """R²."""
+        """R² of the predictions."""
         return float(r2_score(y, self._outputs(X, check=False).numpy()))
 
 
@@ -926,15 +994,17 @@ _TRUSTED: dict[type, type] = {
 
 
 def trusted(estimator: Any, X: Any, y: Any) -> tuple[Any, numpy.ndarray, numpy.ndarray] | None:
-    """(estimator, X, y) for fits on rows of X and y that check nothing again, as within a search.
-    None for another estimator, or for data that are not rows of finite numbers with one target.
+    """(estimator, X, y), all checked once, for a search. Fits on rows of them check nothing again.
+
+    X: (samples, features), contiguous. y: (samples,). None for a class other than `MLPClassifier`
+    and `MLPRegressor`, for sparse X, and for data that are not finite or have several targets.
     """
     if type(estimator) not in _TRUSTED or hasattr(X, "toarray"):
         return None
     try:
         checked, rows = clone(estimator)._validate_input(X, y, False, True)
         column = column_or_1d(y)
-    except (TypeError, ValueError):  # each fit will say so
+    except (TypeError, ValueError):  # each fit will raise it
         return None
     if rows.ndim == 2 and rows.shape[1] > 1:
         return None

@@ -1,8 +1,13 @@
-"""Networks that differ in anything, trained side by side; each as `Trainer` would train it alone.
+"""Networks with own settings, trained side by side. Each trains as `Trainer` trains it alone.
 
-On a CPU with numba a core takes a network, all its epochs in compiled calls, the longest first.
-Elsewhere the networks of one architecture, rule and batch train in one launch an epoch, and each
-such group has a stream of its own on a GPU. A network that has ended is taken out of its group.
+On a CPU with numba, each core takes one network and trains all its epochs in compiled calls. The
+networks with the most work come first.
+
+Elsewhere, and if compiled code does not pay, networks with the same architecture, loss, rule, batch
+and number of rows are a group. One launch, or batched products, train an epoch of a group. On a
+GPU, each group has its own stream. A network that has ended leaves its group.
+
+A network that the kernels cannot describe is trained by its own `Trainer`.
 """
 
 import inspect
@@ -31,12 +36,22 @@ from .stopping import EarlyStopping
 
 @dataclass(frozen=True)
 class Settings:
-    """One network of a sweep and how it is trained.
+    """The settings of one network of a sweep, and of its training.
 
-    hidden: widths between the data's inputs and outputs. lr: left out of a dict that names an
-    optimizer, it is that one's default. options: other arguments of it, by torch's names.
-    schedule, warmup: as `mlp.schedule`'s. rows: indices of the training rows that it trains on, one
-    may be there twice (bootstrap); None for all.
+    hidden: widths between the data's inputs and outputs. (100, 50) by default.
+    activation, output_activation, bias, init: as for `mlp.MLP`. "relu", "identity", True and None
+    by default.
+    optimizer: a name in `mlp.optim.OPTIMIZERS`, "sgd" by default. options: its other arguments, by
+    torch's names.
+    lr: 0.1 by default. A dict that names an optimizer but no lr gets that optimizer's default.
+    momentum, weight_decay: 0 (the default) keeps the optimizer's own default.
+    schedule, warmup: as for `mlp.schedule`. "constant" and 0 epochs by default.
+    batch_size: 32 by default, and at most the number of rows is used.
+    seed: for the initial weights and the order of samples, 0 by default.
+    rows: the training rows to use, as indices (n,) or a mask (samples,). An index may occur twice
+    (bootstrap). None (the default) takes all.
+
+    ValueError for an unknown name or value, if made by `of`. Other errors come from `Sweep.fit`.
     """
 
     hidden: tuple[int, ...] = (100, 50)
@@ -57,7 +72,11 @@ class Settings:
 
     @classmethod
     def of(cls, given: Any) -> "Settings":
-        """Settings, or a dict of some of them. ValueError: a name that there is not."""
+        """The Settings that `given` is, or that it describes as a dict of some fields.
+
+        ValueError for an unknown field, optimizer or schedule. The same for a batch_size that is
+        not a whole number of at least 1.
+        """
         if isinstance(given, cls):
             return given
         known = [f.name for f in fields(cls)]
@@ -79,7 +98,7 @@ class Settings:
         return made
 
     def said(self) -> dict[str, Any]:
-        """What differs from the defaults, without rows: for tables."""
+        """The fields that differ from the defaults, without rows, for tables."""
         plain = Settings()
         return {
             f.name: getattr(self, f.name)
@@ -106,7 +125,8 @@ class Member:
         except TypeError as error:
             raise ValueError(f"sweep: optimizer {settings.optimizer}: {error}") from None
         rule = rule_of(self.model, self.optimizer)
-        # None: what no kernel knows, such as a loss with class weights; a trainer takes it.
+        # None if the kernels cannot describe the training, such as a loss with class weights. Then
+        # a Trainer trains it.
         spec = spec_of(self.model, loss, rule)
         self.spec: Any = None if isinstance(spec, str) else spec
         self.rows = _rows(settings.rows, len(train), device)
@@ -121,18 +141,18 @@ class Member:
 
     @property
     def parameters(self) -> list[torch.Tensor]:
-        """Of the network, where they lie."""
+        """The network's parameters, detached. They share its memory."""
         return [p.detach() for p in self.model.parameters()]
 
     @property
     def work(self) -> float:
-        """About how long an epoch takes: products, and steps."""
+        """The estimated seconds of an epoch: a part for each step, and a part for its products."""
         sizes = self.model.sizes
         products = sum(k * n for k, n in itertools.pairwise(sizes))
         return self.steps * (1e-5 + 6 * self.batch * products / 5e10)
 
     def begin(self, epochs: int, early_stopping: int | None) -> None:
-        """Before the first epoch."""
+        """Make the schedule and the early stopping, before the first epoch."""
         plan = schedule.Plan(epochs, self.steps, self.settings.warmup)
         self.scheduler = made = schedule.named(self.settings.schedule, plan)
         if self.spec is None:
@@ -141,28 +161,28 @@ class Member:
         self.stopping = None if early_stopping is None else EarlyStopping(early_stopping)
 
     def order(self, epoch: int, samples: int) -> torch.Tensor:
-        """The rows of an epoch, as `Trainer` draws them for this network alone."""
+        """The rows of an epoch, (count,) int64, as `Trainer` draws them for this network alone."""
         device = self.parameters[0].device
         drawn = permutation(self.count, self.settings.seed, epoch, device)
         return drawn if self.rows is None else self.rows[drawn]
 
     def numbers(self) -> list[float]:
-        """The optimizer's numbers as they are now."""
+        """The current row of the optimizer's numbers, see `kernels.row_of`."""
         return [float(number) for number in self.part.numbers]
 
     @property
     def part(self) -> Any:
-        """All parameters, as the optimizer sees them."""
+        """The one `optim.Part` of the optimizer, with all parameters."""
         (part,) = self.optimizer.parts()
         return part
 
     def states(self) -> list[list[torch.Tensor]]:
-        """Of the optimizer's rule, in the parameters' order."""
+        """One list for each state of the optimizer's rule, in the parameters' order."""
         return self.part.states()
 
 
 def outputs_of(data: Dataset) -> int:
-    """How many outputs a network for these data has."""
+    """The number of outputs of a network for these data."""
     return len(data.classes) if data.is_classification else data.targets.shape[1]
 
 
@@ -181,17 +201,20 @@ def _rows(given: Any, samples: int, device: torch.device) -> torch.Tensor | None
 
 @dataclass
 class Task:
-    """What all members share in a call of `fit`. judges: the data whose loss ends a member."""
+    """The arguments of one call of `fit`, shared by all members.
+
+    judges: the data whose loss early stopping and schedules use. None is the training loss.
+    """
 
     train: Dataset
     judges: Dataset | None
     epochs: int
     early_stopping: int | None
-    told: Callable[[int], Any]  # with the number of epochs that were trained
+    told: Callable[[int], Any]  # called with a count of epochs, trained or left out
 
 
 def train(members: Sequence[Member], task: Task) -> None:
-    """Train all members to their ends."""
+    """Train each member until its last epoch, its early stopping or its divergence."""
     for member in members:
         member.begin(task.epochs, task.early_stopping)
     steps = task.epochs * sum(member.steps for member in members)
@@ -215,7 +238,7 @@ def train(members: Sequence[Member], task: Task) -> None:
 
 
 def _train_alone(member: Member, task: Task) -> None:
-    """By a trainer of its own: what no kernel knows."""
+    """Train a member with its own Trainer, because the kernels cannot describe it."""
     from .trainer import Trainer
 
     data = task.train
@@ -247,7 +270,7 @@ def _is_compiled(member: Member, steps: int) -> bool:
 
 
 def _train_compiled(member: Member, task: Task) -> None:
-    """All epochs of a network in compiled calls, on this thread."""
+    """Train all epochs of a member in compiled calls, on this thread."""
     from .cpu.session import LOSS, TRAINING_LOSS, Held, Session, Watch
 
     data, held, outputs = task.train, None, member.spec.sizes[-1]
@@ -283,7 +306,7 @@ def _train_compiled(member: Member, task: Task) -> None:
 
 
 def _note(member: Member, found: Any, done: int) -> None:
-    """Take note of compiled epochs; a schedule that looks at a loss is told."""
+    """Record compiled epochs, and step a schedule that needs a loss."""
     member.losses += found.losses
     if _looks(member) and found.losses:
         row = {"train_loss": found.losses[-1], "validation_loss": found.values[-1]}
@@ -292,16 +315,20 @@ def _note(member: Member, found: Any, done: int) -> None:
 
 
 def _looks(member: Member) -> bool:
-    """Whether the schedule looks at a loss."""
+    """True if the schedule needs a loss after each epoch, such as "plateau"."""
     return member.plan is not None and member.plan.takes_metric
 
 
 def _numbers_ahead(member: Member, epochs: int) -> torch.Tensor:
-    """A row of the rule's numbers, or one for each step of the next epochs."""
+    """The rule's numbers for the next epochs, float64.
+
+    They are one row (columns,), or (epochs · steps, columns) if there is a schedule that needs no
+    loss. That schedule is then stepped through these epochs.
+    """
     if member.plan is None or member.plan.takes_metric:
         return torch.tensor(member.numbers(), dtype=torch.float64)
     rows = []
-    member.part.advance(0)  # torch's schedulers ask whether a step was taken
+    member.part.advance(0)  # torch's schedulers check that a step was taken
     for _ in range(epochs):
         for _ in range(member.steps):
             rows.append(member.numbers())
@@ -311,7 +338,7 @@ def _numbers_ahead(member: Member, epochs: int) -> torch.Tensor:
 
 
 def _numbers_of_all(members: Sequence[Member]) -> torch.Tensor:
-    """float32 numbers of the next epoch: (members, columns), or (members, steps, columns)."""
+    """The next epoch's numbers, float32: (members, columns), or (members, steps, columns)."""
     rows = [_numbers_ahead(member, 1) for member in members]
     if any(row.dim() == 2 for row in rows):
         rows = [row.expand(member.steps, -1) for row, member in zip(rows, members, strict=True)]
@@ -319,7 +346,10 @@ def _numbers_of_all(members: Sequence[Member]) -> torch.Tensor:
 
 
 def _train_groups(groups: list[list[Member]], task: Task) -> None:
-    """An epoch of each group after the other, on streams of their own, until all have ended."""
+    """Train all groups until all their members have ended.
+
+    Each round launches one epoch of each group, and then reads the results of all groups.
+    """
     packs = [_Group(group, task) for group in groups]
     for epoch in range(1, task.epochs + 1):
         for pack in packs:
@@ -333,8 +363,10 @@ def _train_groups(groups: list[list[Member]], task: Task) -> None:
 
 
 def reference(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:
-    """`kernels.train_replicas_ref`. Small products are computed by one CPU thread: two that wait
-    for each other after every product are slower, beside a busy core by far.
+    """Call `kernels.train_replicas_ref`, on a CPU with one thread if the products are small.
+
+    Two threads wait for each other after every product. For small products this takes longer than
+    one thread needs, and far longer on a busy machine.
     """
     is_small = run.batch * max(p.numel() for p in run.parameters) <= ALONE
     with threads(1 if is_small and run.data.device.type == "cpu" else None):
@@ -342,7 +374,7 @@ def reference(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class _Group:
-    """Networks of one architecture, stacked; those that have ended are taken out."""
+    """Networks with the same spec, batch and number of rows, stacked. Ended ones are taken out."""
 
     def __init__(self, members: list[Member], task: Task) -> None:
         self.active, self.task, first = list(members), task, members[0]
@@ -360,13 +392,13 @@ class _Group:
         self.train = reference if refused else kernels.train_replicas
 
     def launch(self, epoch: int) -> None:
-        """Train an epoch of those that have not ended; does not wait for it."""
+        """Launch an epoch of the networks that have not ended. It does not wait for the result."""
         if not self.active:
             return
         data, task = self.task.train, self.task
         device = data.inputs.device
         loss = self.active[0].loss
-        with torch.cuda.stream(self.stream):  # None: nothing
+        with torch.cuda.stream(self.stream):  # None has no effect
             run = kernels.Run(
                 self.spec,
                 self.parameters,
@@ -384,7 +416,7 @@ class _Group:
         task.told(len(self.active))
 
     def after_epoch(self, epoch: int) -> None:
-        """Read the losses; judge each network, and take out those that have ended."""
+        """Read the losses, judge each network, and take out the networks that have ended."""
         if not self.active:
             return
         if self.stream is not None:
@@ -411,7 +443,7 @@ class _Group:
             row["validation_loss"] = found["test_loss"]
         if _looks(member):
             assert member.plan is not None
-            member.part.advance(0)  # torch's schedulers ask whether a step was taken
+            member.part.advance(0)  # torch's schedulers check that a step was taken
             member.plan.after_epoch(row)
         if member.stopping is not None:
             self._copy(i, member)
@@ -436,17 +468,17 @@ class _Group:
         if member.stopping is not None:
             member.stopping.take_best([member.model])
             member.best = member.stopping.best
-        trained = len(member.losses) + member.diverged  # `launch` told of the failed epoch too
+        trained = len(member.losses) + member.diverged  # `launch` counted the failed epoch too
         self.task.told(self.task.epochs - trained)
 
     def finish(self) -> None:
-        """Give those that are left their weights."""
+        """Write the weights of the remaining networks into their modules."""
         for i, member in enumerate(self.active):
             self._end(i, member)
 
 
 def _mean(member: Member, values: torch.Tensor) -> float:
-    """The loss of all rows from that of batches."""
+    """The mean loss of all rows, from the losses of an epoch's batches (steps,)."""
     if member.loss.reduction == "sum":
         return float(values.sum()) / member.count
     starts = range(0, member.count, member.batch)
@@ -455,12 +487,15 @@ def _mean(member: Member, values: torch.Tensor) -> float:
 
 
 def _stacked(lists: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
-    """Tensors of all members, one on top of the other."""
+    """The tensors of all members, stacked: (members, …) each."""
     return [torch.stack(list(each)) for each in zip(*lists, strict=True)]
 
 
 def grid(base: Settings, **lists: Sequence[Any]) -> list[Settings]:
-    """All combinations of the values by name, with a seed of its own for each."""
+    """The Settings of all combinations of these values of fields, and of `base` for the rest.
+
+    The seeds count from the seed of `base`, so each network has its own.
+    """
     found = [base]
     for name, values in lists.items():
         found = [replace(one, **{name: value}) for one in found for value in values]

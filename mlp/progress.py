@@ -13,9 +13,10 @@ OnStep = Callable[..., object] | None
 
 @contextlib.contextmanager
 def bar(total: int, unit: str, shown: bool | None = None) -> Iterator[Any]:
-    """A bar of tqdm with the time that is left.
+    """A context with a tqdm bar of `total` units, which shows the time left.
 
-    shown: None shows it in a terminal and in a notebook only.
+    shown: True or False, or None to show it in a terminal or a notebook only. DataError if tqdm is
+    not installed.
     """
     try:
         from tqdm.auto import tqdm
@@ -30,7 +31,11 @@ def bar(total: int, unit: str, shown: bool | None = None) -> Iterator[Any]:
 def shown(
     progress: bool | None, steps: int, on_epoch: OnEpoch, on_step: OnStep
 ) -> Iterator[tuple[OnEpoch, OnStep]]:
-    """The two callbacks of `Trainer.fit`, extended to move a bar of so many steps if shown."""
+    """A context with the two callbacks of `Trainer.fit`, extended to move a bar.
+
+    If no bar is shown, they are the given ones. progress: see `shown` of `bar`. steps: the bar's
+    total.
+    """
     if progress is False:
         yield on_epoch, on_step
         return

@@ -1,9 +1,11 @@
-"""Search for settings by cross-validation, as scikit-learn's GridSearchCV and RandomizedSearchCV.
+"""Searches for settings by cross-validation, as scikit-learn's GridSearchCV does.
 
-All trials and folds are trained as one pack, on a pool of threads. scikit-learn's BaseSearchCV
-makes folds, scores, ranks and refits. Only the training differs. A compiled epoch holds no lock of
-Python, so threads of one process train side by side. None of them loads torch or copies the data.
-Successive halving gives a few epochs to all settings, and more only to the best.
+A pool of threads trains all trials and folds. scikit-learn's BaseSearchCV makes folds, scores,
+ranks and refits. Only the training differs.
+
+A compiled epoch holds no lock of Python, so threads of one process train side by side. Unlike
+processes, they do not load torch again or copy the data. Successive halving gives a few epochs to
+all settings, and more only to the best. As in RandomizedSearchCV, settings can be drawn at random.
 """
 
 import collections
@@ -28,8 +30,8 @@ from sklearn.model_selection._validation import _warn_or_raise_about_fit_failure
 from . import cpu, progress, spreading
 from .estimators import trusted
 
-FACTOR = 3  # of halving. Each rung keeps a third and trains three times as long.
-_CHUNKS = 20  # the most chunks of a rung. Progress is shown after each.
+FACTOR = 3  # Each rung of a halving keeps a third and trains three times as long.
+_CHUNKS = 20  # the most chunks of a rung. The bar moves after each chunk.
 _RESOURCE = "max_iter"
 
 
@@ -37,16 +39,22 @@ class SearchCV(BaseSearchCV):
     """Cross-validated search over the parameters of an estimator.
 
     estimator: `MLPClassifier`, `MLPRegressor`, a pipeline with one, or any of scikit-learn's.
-    parameters: lists by name, or distributions. trials: the number of settings to draw, or None for
-    the whole grid. cv, scoring, refit: as for GridSearchCV. halving: successive halving over
-    `max_iter`. random_state: of the draw. jobs: threads, or None for all cores. verbose: show
-    progress with the time that is left. devices: the fits take these in turn, such as ["cuda:0",
-    "cuda:1"], unless the estimator names its own.
+    parameters: {name: list of values}. With trials, a value may also be a distribution.
+    cv, scoring, refit: as for GridSearchCV. 5, None (the estimator's score) and True by default.
+    trials: the number of settings to draw, or None (the default) for the whole grid.
+    halving: True for successive halving over `max_iter`. False by default.
+    random_state: the seed of the draw. None by default.
+    jobs: the number of threads. None (the default) is all cores.
+    verbose: 1 shows progress with the time left. 0 by default.
+    devices: devices that the fits take in turn, such as ["cuda:0", "cuda:1"]. An estimator with its
+    own device keeps it. None by default.
 
     After `fit`, there are cv_results_, best_params_, best_score_, best_index_, best_estimator_ and
     n_splits_, as for GridSearchCV. With halving, cv_results_ has a column "iter" with the rung, and
-    the best setting is of the last rung. ValueError, in one line, for a search that is not
-    possible.
+    the best setting is one of the last rung.
+
+    ValueError, in one line, for trials below 1, and for a parameter that the estimator does not
+    have. The same for more folds than rows, and for halving without `max_iter`.
     """
 
     pre_dispatch = "2*n_jobs"
@@ -88,7 +96,11 @@ class SearchCV(BaseSearchCV):
         return len(affinity(0)) if affinity else os.cpu_count() or 1
 
     def fit(self, X: Any, y: Any = None, **params: Any) -> "SearchCV":
-        """Search on X (samples, features) and y, then train the best setting on all samples."""
+        """Search on X (samples, features) and y (samples, …). Returns self.
+
+        If `refit` is set, it then trains the best setting on all samples. params: fit parameters,
+        as for GridSearchCV.
+        """
         self._candidates = self._drawn()  # an error comes before any training
         self._bar, self.verbose, shown = bool(self.verbose), 0, self.verbose
         quick = None if params or self.scoring is not None else trusted(self.estimator, X, y)
@@ -111,9 +123,10 @@ class SearchCV(BaseSearchCV):
             self.__dict__.pop("_folds", None)
 
     def _fit_quickly(self, network: Any, X: numpy.ndarray, y: numpy.ndarray) -> None:
-        """Do the work of BaseSearchCV.fit before the best setting is trained.
+        """Do the work of BaseSearchCV.fit up to the training of the best setting.
 
-        A fit takes little time in addition to its training. network, X, y: of `estimators.trusted`.
+        A fit takes little time in addition to its training, because `network` does not check data.
+        network, X, y: the result of `estimators.trusted`.
         """
         self._validate_params()
         self.scorer_, self.multimetric_ = check_scoring(self.estimator), False
@@ -170,7 +183,7 @@ class SearchCV(BaseSearchCV):
         return {"test_scores": score, "fit_error": error, "n_test_samples": len(test), **times}
 
     def _train_best(self, X: Any, y: Any) -> None:
-        """Do the last part of BaseSearchCV.fit, on the data as they were given."""
+        """Do the last part of BaseSearchCV.fit: train the best setting on the data as given."""
         started = time.time()
         best = clone(self.estimator).set_params(**clone(self.best_params_, safe=False))
         self.best_estimator_ = best.fit(X, y)
@@ -179,7 +192,7 @@ class SearchCV(BaseSearchCV):
             self.feature_names_in_ = best.feature_names_in_
 
     def _drawn(self) -> list[dict[str, Any]]:
-        """All settings to try."""
+        """All settings to try. ValueError if the search is not possible, see the class."""
         if self.trials is None:
             candidates = list(ParameterGrid(self.parameters))
         elif self.trials < 1:
@@ -210,7 +223,7 @@ class SearchCV(BaseSearchCV):
 
     def _check_input_parameters(self, X: Any, y: Any, split_params: dict) -> None:
         self._refuse_too_many_folds(y)
-        # The same folds for all settings, even if a splitter draws new ones at each call.
+        # All settings have the same folds, even if a splitter draws new ones at each call.
         self._folds = _Folds(list(self._checked_cv_orig.split(X, y, **split_params)))
 
     def _refuse_too_many_folds(self, y: Any) -> None:
@@ -243,7 +256,11 @@ class SearchCV(BaseSearchCV):
         rung: int,
         advance: Callable[[int], Any],
     ) -> numpy.ndarray:
-        """Train and score these settings. Returns their mean scores."""
+        """Train and score these settings, and return their mean scores (settings,).
+
+        evaluate: the function of BaseSearchCV that does so. resources: parameters that this rung
+        sets. rung: its number, from 0. advance: called with a count of fits.
+        """
         size = max(self.n_jobs, -(-len(candidates) // _CHUNKS)) if self._bar else len(candidates)
         results: dict[str, Any] = {}
         for start in range(0, len(candidates), size):
@@ -257,7 +274,10 @@ class SearchCV(BaseSearchCV):
         return results[f"mean_test_{name}"][-len(candidates) :]
 
     def _rungs(self) -> list[tuple[int, dict[str, int]]]:
-        """[(number of settings, their epochs)] of each rung. The last rung has all epochs."""
+        """[(number of settings, {"max_iter": epochs})] of each rung. The last has all epochs.
+
+        In a pipeline, the key has the step's name before it.
+        """
         resource = self._resource()
         assert resource is not None
         most, count = self.estimator.get_params()[resource], len(self._candidates)
@@ -284,12 +304,12 @@ class SearchCV(BaseSearchCV):
 
 
 def _shrunk(plan: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same rungs for a third of the settings."""
+    """The same rungs with a third of the settings in each."""
     return [(max(1, n // FACTOR), epochs) for n, epochs in plan]
 
 
 class _Folds:
-    """Folds that were drawn once, in the form of a splitter of scikit-learn."""
+    """Folds that were drawn once, with the methods of a splitter of scikit-learn."""
 
     def __init__(self, pairs: Sequence[tuple[Any, Any]]) -> None:
         self.pairs = pairs
@@ -316,7 +336,7 @@ def _one_thread_each() -> Iterator[None]:
 
 @contextmanager
 def _progress(total: int, shown: bool) -> Iterator[Callable[[int], Any]]:
-    """A function that counts fits. It moves a bar with the time left, if one is shown."""
+    """A context with a function that counts fits. If `shown`, it moves a bar with the time left."""
     if not shown:
         yield lambda count: None
         return
@@ -331,9 +351,11 @@ def ensemble(
 ) -> tuple[list[int], float]:
     """Greedy selection of models whose mean output has the best score.
 
-    Each step adds the member that raises the score of the mean most. It stops if none does. Returns
-    (members, the score of their mean). A member may be there twice. outputs: of each candidate, on
-    rows on which it was not trained.
+    Returns (members, the score of their mean). Each step adds the member that raises the score of
+    the mean most. The selection stops if none does. A member may be there twice.
+
+    outputs: the outputs of each candidate, on rows on which it was not trained. score: a function
+    of a mean output, larger is better. most: the largest number of members.
     """
     chosen: list[int] = []
     total, best = numpy.zeros_like(outputs[0]), -numpy.inf

@@ -1,4 +1,4 @@
-"""Networks over several devices. The devices train their shares at the same time.
+"""Trainings of many networks on several devices, which train their shares at the same time.
 
 A sweep is divided into one sweep for each device. The fits of a search take the devices in turn. A
 network trains on one device only, so its numbers are the same as on one device.
@@ -21,7 +21,10 @@ _turns: Iterator[str] | None = None
 
 @contextlib.contextmanager
 def over(devices: Sequence[torch.device | str] | None) -> Iterator[None]:
-    """A context in which estimators without their own device take these devices in turn."""
+    """A context in which estimators without their own device take these devices in turn.
+
+    None, or no devices, changes nothing for them: `next_device` then returns None.
+    """
     global _turns
     before = _turns
     _turns = None if not devices else itertools.cycle([str(device) for device in devices])
@@ -32,20 +35,21 @@ def over(devices: Sequence[torch.device | str] | None) -> Iterator[None]:
 
 
 def next_device() -> str | None:
-    """The next device within `over`, in any thread, or None outside of it."""
+    """The next device inside `over`, for any thread. None outside of it."""
     with _lock:
         return None if _turns is None else next(_turns)
 
 
 def share(values: Sequence[Any], device: int, devices: int) -> list[Any]:
-    """The values of one device's networks: every devices-th one, from its number on."""
+    """The values for one device's networks: those at device, device + devices, …"""
     return list(values[device::devices])
 
 
 def side_by_side(functions: Sequence[Callable[[], Any]], device: torch.device) -> list[Any]:
-    """Call each function in its own thread, and return their results. device: of the first one.
+    """Call each function in its own thread, and return their results in order.
 
-    Triton's interpreter works in one thread only, so it calls them one after another.
+    device: the device of the first function. Under Triton's interpreter, the functions run one
+    after another, because it works in one thread only.
     """
     on_cpu = device.type == "cpu"
     interpreted = on_cpu and kernels.backend(torch.empty(1, device=device)) == "triton"
@@ -54,7 +58,10 @@ def side_by_side(functions: Sequence[Callable[[], Any]], device: torch.device) -
 
 
 class Gathered:
-    """Calls on_epoch(epoch, losses of all networks) when all shares have ended the epoch."""
+    """Calls on_epoch(epoch, losses) when all shares have ended the epoch.
+
+    losses: (networks,), on the CPU. networks, devices: their numbers in the whole sweep.
+    """
 
     def __init__(self, on_epoch: Callable[[int, torch.Tensor], Any], networks: int, devices: int):
         self.on_epoch, self.networks, self.devices = on_epoch, networks, devices
@@ -62,7 +69,7 @@ class Gathered:
         self._found: dict[int, dict[int, torch.Tensor]] = {}
 
     def told(self, device: int, epoch: int, losses: torch.Tensor) -> None:
-        """Add a share's losses of an epoch."""
+        """Add one share's losses of an epoch, (networks of the share,)."""
         with self._lock:
             found = self._found.setdefault(epoch, {})
             found[device] = losses

@@ -1,12 +1,14 @@
 """Many independent networks trained together: networks with own settings, or replicas of one.
 
 `Sweep([settings, …])` trains networks with their own settings, see `mlp.packs`. `Sweep(sizes,
-replicas, lr, …)` trains replicas.
+replicas, lr, …)` trains replicas, which share everything but seed, lr and momentum.
 
 On a GPU, one launch trains an epoch of all replicas, with one program for each network. On a CPU
 with numba, each core takes one network at a time. Elsewhere, and for networks that the kernel does
-not serve, batched products compute the same. A replica has the initial weights and the order of
-samples of `Trainer` with its seed. So any of them can be trained again alone.
+not serve, batched products compute the same.
+
+A replica has the initial weights and the order of samples of `Trainer` with its seed. So any
+replica can be trained again alone.
 """
 
 import copy
@@ -34,7 +36,7 @@ from .runs.checkpoint import save
 
 
 def spread(low: float, high: float, count: int) -> list[float]:
-    """`count` numbers from low to high, in equal ratios."""
+    """`count` numbers from low to high, in equal ratios. ValueError unless 0 < low <= high."""
     if not 0 < low <= high:
         raise ValueError(
             "sweep: a range of learning rates must be LOW:HIGH with 0 < LOW <= HIGH, got "
@@ -63,12 +65,12 @@ class Row:
     momentum: float
     train_loss: float
     test_accuracy: float | None = None
-    test_loss: float | None = None  # if the targets are no labels
+    test_loss: float | None = None  # if the targets are not labels
     diverged: bool = False  # True if the loss of a step was not finite
     validation_accuracy: float | None = None
     validation_loss: float | None = None
-    epochs: int | None = None  # trained ones, of a network with own settings
-    settings: dict[str, Any] = field(default_factory=dict)  # all that are not the defaults
+    epochs: int | None = None  # trained epochs. None for a replica.
+    settings: dict[str, Any] = field(default_factory=dict)  # those that differ from the defaults
 
     @property
     def rank(self) -> tuple:
@@ -87,19 +89,27 @@ class Row:
 class Sweep:
     """Many multilayer perceptrons: networks with own settings, or replicas of one.
 
-    Sweep([settings, …], loss=…, device=…): each of the settings is a `mlp.Settings`, or a dict of
-    some of its fields: hidden, activation, optimizer, lr, momentum, weight_decay, options,
-    schedule, batch_size, seed, rows, …
+    All networks are float32. `fit` trains them, and `rows` then has its results.
+
+    Sweep([settings, …]): networks with own settings. Each is a `mlp.Settings`, or a dict of some of
+    its fields, such as hidden, optimizer, lr, batch_size and seed. Of the other arguments, only
+    loss, device and devices are used.
 
     Sweep(sizes, replicas, …): networks of the same sizes. sizes, activation, output_activation,
-    bias, init: as for `mlp.MLP`. lr, momentum, seeds: one number, or one for each replica. seeds:
-    None counts from 0. optimizer: a name in `mlp.optim.OPTIMIZERS`, with options. loss: a loss of
-    `mlp.loss`, its name, or a loss module. ValueError for arguments that do not fit, and for
-    networks that are no multilayer perceptrons.
+    bias, init: as for `mlp.MLP`, with the same defaults.
+    lr, momentum: one number, or one for each replica. 0.1 and 0.0 by default.
+    seeds: one number, or one for each replica. None (the default) counts from 0.
+    optimizer: a name in `mlp.optim.OPTIMIZERS`, "sgd" by default. options: its other arguments.
 
+    loss: a loss of `mlp.loss`, its name, or a loss module. The default, None, is softmax
+    cross-entropy.
+    device: None (the default) is the GPU if there is one, else the CPU.
     devices: several devices, instead of `device`. They train shares of the networks at the same
     time. The results are the same as on one device. A CPU is one device, and all its cores are used
     in any case.
+
+    ValueError for settings, options or numbers that do not fit. The same for replicas that the
+    training kernels cannot describe, such as those with a loss that they do not know.
     """
 
     def __init__(
@@ -125,7 +135,7 @@ class Sweep:
         self.loss, self.rows = loss_of(loss), []
         self.members: list[packs.Member] = []
         self.settings: list[packs.Settings] = []
-        self.shares: list[Sweep] = []  # of several devices
+        self.shares: list[Sweep] = []  # one sweep for each of several devices
         if devices:
             network: dict[str, Any] = {"activation": activation, "bias": bias, "init": init}
             network |= {"output_activation": output_activation, "optimizer": optimizer, **options}
@@ -161,7 +171,7 @@ class Sweep:
         self._stack(model, made, init)
 
     def _stack(self, model: MLP, optimizer: Any, init: str | None) -> None:
-        """Make the weights from each replica's seed, and the optimizer's states, stacked."""
+        """Make the stacked weights, from each replica's seed, and the stacked optimizer states."""
         self.parameters = [
             torch.empty(self.replicas, *p.shape, device=self.device) for p in model.parameters()
         ]
@@ -188,7 +198,10 @@ class Sweep:
         each: dict[str, Any],
         options: dict[str, Any],
     ) -> None:
-        """Make one sweep for each device, with its share. each: values that may be lists."""
+        """Make one sweep for each device, with its share of the networks.
+
+        each: arguments that are one value, or one for each replica. options: those for all.
+        """
         lists: dict[str, Sequence[Any]]
         if replicas is None:
             self._take_settings(sizes, options)
@@ -208,7 +221,7 @@ class Sweep:
             self.shares.append(Sweep(**own, loss=loss, device=device, **options))
 
     def _take_settings(self, given: Sequence[Any], options: dict[str, Any]) -> None:
-        """Prepare networks with own settings. They are made when the data are known."""
+        """Read the settings. The networks are made when `fit` knows the data."""
         if isinstance(given[0] if len(given) else 0, int):
             raise ValueError(
                 "sweep: give replicas, how many networks of these sizes; or a list of settings, "
@@ -231,7 +244,12 @@ class Sweep:
         device: torch.device | str | None = None,
         devices: Sequence[torch.device | str] | None = None,
     ) -> "Sweep":
-        """A recipe's network `replicas` times, with one learning rate and one seed for each."""
+        """A sweep of `replicas` networks of a recipe, with one learning rate and seed for each.
+
+        train: gives the sizes of inputs and outputs. lrs: (replicas,). The seeds count from `seed`.
+        ValueError for convolutions, and for a recipe with a schedule, random shifts, clipped
+        gradients or early stopping.
+        """
         if reason := recipe.beyond_pack():
             raise ValueError(f"sweep: {reason}")
         network = recipe.network(train)
@@ -277,15 +295,20 @@ class Sweep:
     ) -> list[Row]:
         """Train all networks, and return one row for each, the best first.
 
-        Networks are ranked by accuracy (by loss if the targets are no labels) on `validation`, else
-        on `evaluate`, else by training loss. A network whose loss is not finite at some step comes
-        last. The others go on.
+        Networks are ranked by accuracy (by loss if the targets are not labels) on `validation`,
+        else on `evaluate`, else by training loss. A network whose loss is not finite at some step
+        comes last. The others go on.
 
-        train, evaluate, validation: as for `Trainer.fit`. on_epoch: called with (epoch, mean losses
-        of all networks) after each epoch. on_progress: called with a count of epochs, by any
-        thread. Networks with own settings have their own batch_size and drop_last. early_stopping:
-        each of them ends after so many epochs without a lower loss, on the first of validation,
-        evaluate and train, and has its best weights.
+        train, evaluate, validation: as for `Trainer.fit`.
+        batch_size, drop_last, on_epoch: for replicas. on_epoch(epoch, losses) is called after each
+        epoch, with the mean losses (replicas,). Networks with own settings use their own
+        batch_size, and they do not leave out a smaller last batch.
+        early_stopping, on_progress: for networks with own settings. A network ends after
+        `early_stopping` epochs without a lower loss, and then has its best weights. The loss is
+        that of validation, else of evaluate, else of train. on_progress(count) is called with a
+        number of epochs, from any thread.
+
+        ValueError for data that do not fit the networks, and for early_stopping with replicas.
         """
         if self.shares:
             told = on_epoch and spreading.Gathered(on_epoch, self.replicas, len(self.shares)).told
@@ -337,9 +360,10 @@ class Sweep:
         return self._ranked(losses.tolist(), diverged.tolist(), (evaluate, validation))
 
     def _fit_shares(self, told: Any, data: tuple, options: dict[str, Any]) -> list[Row]:
-        """Train the share of each device in its own thread, as `fit`.
+        """Do the work of `fit`: train the share of each device in its own thread.
 
-        told: called with (device, epoch, losses) after each epoch.
+        told: called with (index of the device, epoch, losses) after each epoch, or None. data,
+        options: the other arguments of `fit`.
         """
         fits = [
             partial(share.fit, *data, on_epoch=told and partial(told, i), **options)
@@ -378,7 +402,10 @@ class Sweep:
         return self.rows
 
     def _measured(self, data: Any) -> list[tuple[float | None, float | None]]:
-        """(accuracy, None) for labels, or (None, loss), of each network on these data, if any."""
+        """(accuracy, None) of each network on data with labels, (None, loss) on other data.
+
+        Without data, both are None.
+        """
         if data is None:
             return [(None, None)] * self.replicas
         data = self._fitted(data)
@@ -387,7 +414,10 @@ class Sweep:
         return [(None, value) for value in self.test_losses(data)]
 
     def _backend(self, batch_size: int, steps: int):
-        """The function that trains an epoch of all networks. steps: of all networks together."""
+        """The function that trains an epoch of all networks.
+
+        steps: the sum of the steps of all networks, to judge if compiled code pays.
+        """
         if cpu.serves(self.parameters[0]):
             costs = cpu.costs(self.spec.sizes, batch_size, steps)
             return cpu.train_replicas if costs is None else packs.reference
@@ -397,7 +427,7 @@ class Sweep:
         return packs.reference if refused else kernels.train_replicas
 
     def _fitted(self, data) -> Dataset:
-        """Anything that `fit` takes, as a data set for these networks, on their device."""
+        """The data set of any data that `fit` takes, for these networks and on their device."""
         return fitted(Dataset.of(data), self.device, torch.float32, self.config["sizes"][-1])
 
     def _means(self, values, count: int, batch_size: int) -> torch.Tensor:
@@ -408,7 +438,7 @@ class Sweep:
         return (values * torch.tensor(sizes, device=self.device)).sum(1) / count
 
     def _ranked(self, losses: list[float], diverged: list[bool], measured: Any) -> list[Row]:
-        """One row for each network, the best first. measured: test and validation data, or None.
+        """One row for each network, the best first. measured: (test, validation) data, or None.
 
         Networks that diverged come last, even if they predict some labels right by chance.
         """
@@ -422,7 +452,7 @@ class Sweep:
         return self.rows
 
     def network(self, replica: int) -> MLP:
-        """One of the networks as its own module, on the first device of this sweep."""
+        """A copy of one network as its own module, on the first device of this sweep."""
         if self.shares:
             place, device = divmod(replica, len(self.shares))
             return self.shares[device].network(place).to(self.device)
@@ -441,7 +471,10 @@ class Sweep:
 
     @torch.no_grad()
     def _scores(self, data, replicas):
-        """Pairs (probabilities (networks, rows, classes), labels (rows,)) of consecutive pieces."""
+        """Pairs of probabilities (networks, rows, classes) and labels (rows,), piece by piece.
+
+        replicas: the indices of the networks. ValueError if the targets are not labels.
+        """
         data = self._fitted(data)
         if not data.is_classification:
             raise ValueError(f"sweep: accuracy is of labels, but {data.name} has numbers to meet")
@@ -450,13 +483,13 @@ class Sweep:
             yield torch.stack([self.loss.probabilities(model(x)) for model in models]), y
 
     def test_losses(self, data: Dataset) -> list[float]:
-        """The mean loss of each network over the samples."""
+        """The mean loss of each network over the samples of `data`."""
         data = self._fitted(data)
         networks = map(self.network, range(self.replicas))
         return [measure(network, self.loss, data)["test_loss"] for network in networks]
 
     def accuracies(self, data: Dataset) -> list[float]:
-        """The share of samples that each network predicts right."""
+        """The share of samples that each network predicts right. ValueError without labels."""
         right: Any = 0
         total = 0
         for scores, y in self._scores(data, range(self.replicas)):
@@ -466,7 +499,8 @@ class Sweep:
     def ensemble_accuracy(self, data: Dataset) -> float:
         """The share of samples that the mean of the networks' probabilities predicts right.
 
-        Networks that diverged are left out. The result is NaN if all diverged.
+        Networks that diverged are left out. The result is NaN if all diverged. ValueError without
+        labels.
         """
         diverged = {row.replica for row in self.rows if row.diverged}
         sound = [replica for replica in range(self.replicas) if replica not in diverged]

@@ -21,11 +21,11 @@ from . import cpu
 from .engines.epochwise import Epoch, rule_of, spec_of
 from .trainer import Trainer
 
-Results = tuple[torch.Tensor, torch.Tensor]  # of an epoch: (losses, correct), one for each step
+Results = tuple[torch.Tensor, torch.Tensor]  # an epoch's (losses, correct), (steps,) each
 
 
 class _Member:
-    """A function in its thread. run: the epoch that it waits for, or None."""
+    """A function in its own thread. run: the epoch that it waits for, or None."""
 
     def __init__(self, lock: threading.Lock):
         self.turn = threading.Condition(lock)
@@ -38,8 +38,9 @@ class Together:
     """Calls functions whose trainers train their epochs together.
 
     A trainer takes part if its `together` is the `train` of this object and its engine is `epoch`.
-    The networks, rules and batches must be alike, as those of several seeds are, and `Trainer.fit`
-    must be given the same data set.
+    All trainers need networks, rules and batches of the same kind, such as those of several seeds.
+    Each `Trainer.fit` needs the same data set. With several data sets, each trainer has its own
+    launch or call.
     """
 
     def __init__(self) -> None:
@@ -77,7 +78,7 @@ class Together:
                 self._go_on(member)
 
     def _go_on(self, member: _Member) -> None:
-        """Let a function run until it waits again, or has ended."""
+        """Let a function run until it waits again or has ended."""
         member.runs = True
         member.turn.notify()
         self._back.wait_for(lambda: not member.runs)
@@ -93,13 +94,16 @@ class Together:
                 self._back.notify()
 
     def _wait(self, member: _Member) -> None:
-        """Wait until it is this function's turn. KeyboardInterrupt if all functions are ended."""
+        """Wait for this function's turn. KeyboardInterrupt if `call` has ended all functions."""
         member.turn.wait_for(lambda: member.runs or member.ended)
         if member.ended:
             raise KeyboardInterrupt
 
     def train(self, run: kernels.Run) -> Results:
-        """As `kernels.train_epoch`. It waits until all other functions have an epoch to train."""
+        """Train an epoch in place, and return (losses, correct), as `kernels.train_epoch` does.
+
+        It waits until every other function has an epoch to train or has ended.
+        """
         member: _Member = self._here.member
         member.run, member.runs = run, False
         self._back.notify()
@@ -110,9 +114,10 @@ class Together:
 
 @torch.no_grad()
 def train_all(runs: Sequence[kernels.Run]) -> list[Results]:
-    """Train an epoch of networks of the same kind.
+    """Train an epoch of each network, and return the results in the same order.
 
-    Several networks that read the same data are trained in one launch or call.
+    Networks that read the same data must be of the same kind. One launch or call trains them.
+    Otherwise each network has its own launch or call.
     """
     first, on_cpu = runs[0], cpu.serves(runs[0].parameters[0])
     if len(runs) == 1 or len({run.data.data_ptr() for run in runs}) > 1:
@@ -138,14 +143,14 @@ def train_all(runs: Sequence[kernels.Run]) -> list[Results]:
 
 
 def _stacked(lists: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
-    """The tensors of all networks, stacked."""
+    """The tensors of all networks, stacked: (networks, …) each."""
     return [torch.stack(list(each)) for each in zip(*lists, strict=True)]
 
 
 def refusal(trainer: Trainer, batch_size: int, steps: int) -> str | None:
     """The reason why networks like this trainer's cannot train together, or None.
 
-    trainer: its `check` was called before. steps: of all networks together.
+    Call the trainer's `check` first. steps: the sum of the steps of all networks.
     """
     if trainer.requested not in ("auto", Epoch.name):
         return f"engine {trainer.requested} trains one network"
