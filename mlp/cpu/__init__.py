@@ -1,16 +1,16 @@
-"""Training on a CPU, a whole epoch in one call of code that numba compiles.
+"""Training on a CPU. One call of code that numba compiles runs a whole epoch.
 
-    language   what the tables' scalars call, as a compiler for the CPU needs it
+    language   the functions that the tables' scalars call, written for numba
     rows       the rows of the tables, compiled
     tiles      register tiles of matrix products
-    products   the products, of such tiles
+    products   matrix products that consist of such tiles
     waiting    how threads wait for each other
     loop       the steps of an epoch
     epoch      the host's side: memory and pieces
     team       the threads of a training, each on a core of its own
     session    many epochs of one small network
 
-numba is optional and slow to import: what needs it is imported where it is used.
+numba is optional and slow to import. So modules that need it are imported where they are used.
 """
 
 import contextlib
@@ -32,45 +32,45 @@ NEEDS = (
 
 
 class Call(NamedTuple):
-    """A function that numba compiles for itself: the module that has it, and how long that takes,
-    in seconds of CPU.
-    """
+    """A function that numba compiles separately."""
 
-    module: str
-    compiles: float
+    module: str  # of this package, which holds the function
+    compiles: float  # seconds of CPU to compile it
 
 
 EPOCH, MANY_EPOCHS = Call("epoch", 10.0), Call("session", 24.0)
 
-# Seconds of CPU to import numba and read what it kept on disk. Saved by a step beside engine
-# manual, of one thread each: Python's part, and of each multiply-add. The rows `epoch, one thread`
-# and `manual` of `python -m bench cpu` show the reference network's. In CPU time of one thread,
-# 30-16-2 saved 88 µs, 784-256-10 187 µs with a batch of 32 and 474 with 128.
+# Seconds of CPU to import numba and to read its compiled code from disk.
 _LOADS = 0.6
+# Seconds that a step saves against engine manual, with one thread each: Python's part, and the part
+# of each multiply-add. `python -m bench cpu` shows the reference network's times in its rows
+# `epoch, one thread` and `manual`. In CPU time of one thread, a step of 30-16-2 saved 88 µs. A step
+# of 784-256-10 saved 187 µs with a batch of 32 and 474 µs with 128.
 _SAVED, _SAVED_EACH = 9e-5, 5e-12
-# Weights that caches hold: beyond, BLAS, which packs what it reads, is faster than tiles.
+# Weights that caches hold. Beyond, BLAS is faster than tiles, because it packs what it reads.
 _WEIGHTS = 1_500_000
-_many = 0  # how many callers of `many` are at work
+_many = 0  # callers that are inside `many`
 
 
 def serves(parameter: torch.Tensor) -> bool:
-    """Whether the compiled epoch trains a network with this parameter."""
+    """True if the compiled epoch can train a network with this parameter."""
     on_cpu = parameter.device.type == "cpu" and parameter.dtype == torch.float32
     known = importlib.util.find_spec("numba") is not None
     return on_cpu and known and kernels.backend(parameter) == "torch"
 
 
 def is_loaded(call: Call = EPOCH) -> bool:
-    """Whether this process has trained by this call before."""
-    # Another thread may be importing it.
+    """True if this process has already trained by this call."""
+    # While another thread imports the module, it may not have `compiled` yet.
     compiled = getattr(sys.modules.get(f"{__name__}.{call.module}"), "compiled", None)
     return compiled is not None and bool(compiled().signatures)
 
 
 def costs(sizes: Sequence[int], batch: int, steps: int, call: Call = EPOCH) -> str | None:
-    """Why compiled steps do not pay in a training of so many, or None. call: what takes them.
+    """The reason why compiled steps do not pay in a training of `steps` steps, or None.
 
-    It gains nothing, or less than compiling it, or reading what was compiled, takes.
+    They do not pay if they save nothing, or less time than it takes to load or compile them.
+    call: the compiled function that takes the steps.
     """
     products = sum(k * n for k, n in itertools.pairwise(sizes))
     if products > _WEIGHTS:
@@ -92,7 +92,10 @@ def costs(sizes: Sequence[int], batch: int, steps: int, call: Call = EPOCH) -> s
 
 @contextlib.contextmanager
 def many() -> Iterator[None]:
-    """So many trainings follow in here that to load or to compile the code always pays."""
+    """Inside this block, `costs` assumes that loading or compiling the code pays.
+
+    Use it where many trainings follow.
+    """
     global _many
     _many += 1
     try:

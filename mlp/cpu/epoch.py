@@ -1,4 +1,4 @@
-"""The host's side of the compiled epoch: its memory, its threads, the pieces it is cut into."""
+"""The host's side of the compiled epoch: its memory, its threads and its pieces."""
 
 import collections
 import concurrent.futures
@@ -17,31 +17,35 @@ from kernels import activations
 from . import loop, products, rows, team
 from .tiles import LANES, ROWS
 
-_PIECE = 0.25  # seconds between two looks at whether to stop, about
+_PIECE = 0.25  # about the seconds of a piece; after each, the host checks whether to stop
 _TRIAL = 0.005  # seconds of a piece that measures a number of threads
-_TRIALS = 3  # of each number, of which the best counts: one may meet a neighbour, or cold caches
-_AGAIN = 8  # pieces until a number of threads that lost is measured again
-_CHUNKS = 8  # that the first layer's inputs are cut into, at most
-_SPEED, _OVERHEAD = 5e10, 1e-5  # floating-point operations a second, seconds of a step: a guess
-_choices: dict[tuple, "_Choice"] = {}  # by sizes, batch and threads
+# Measurements of each number of threads. The best one counts, because another process or cold
+# caches may slow a measurement down.
+_TRIALS = 3
+_AGAIN = 8  # once in so many pieces, a number of threads that lost is measured again
+_CHUNKS = 8  # most chunks that the first layer's inputs are cut into
+# Guesses: floating-point operations a second, and the seconds that each step takes besides.
+_SPEED, _OVERHEAD = 5e10, 1e-5
+_choices: dict[tuple, "_Choice"] = {}  # the key is (sizes, batch, threads)
 
 
 @functools.cache
 def compiled() -> Any:
-    """`loop.steps` and the products that it calls, compiled or read from disk."""
+    """`loop.steps`, compiled or read from disk. The products that it calls are compiled first."""
     products.compiled()
     return rows.cached(njit, rows.named(loop.steps), nogil=True, error_model="numpy")
 
 
 def is_compiled() -> bool:
-    """Whether this version has compiled the steps for this processor, now or on disk."""
+    """True if the steps of this version are compiled, in this process or on disk."""
     return rows.is_kept(compiled())
 
 
 class Memory:
-    """The flat array of a training and where everything lies in it.
+    """The flat array of a training, and where everything lies in it.
 
-    spec: a `kernels.Spec`; batch: the largest; workers: the most that will share it.
+    spec: a `kernels.Spec`. batch: rows of the largest batch. workers: the most that will share the
+    array.
     """
 
     def __init__(self, spec: Any, batch: int, workers: int):
@@ -63,12 +67,13 @@ class Memory:
         places[loop.STATE] = self.size
         self.size *= 1 + lists
         for layer, pitch, name in zip(layers, pitches, acts):
-            # y and z apart: a loop that writes where it reads is not made of vectors.
+            # y and z have places of their own. A loop that writes where it reads does not become
+            # vector instructions.
             for column in (loop.Y, loop.Z, loop.D):
                 layer[column] = self._take(batch * pitch)
             needs_z = activations.get(name).needs == "z"
             layer[loop.KEPT] = layer[loop.Z if needs_z else loop.Y]
-        chunks = max(1, min(_CHUNKS, spec.sizes[0] // 64 * 2))  # one, or the same in each half
+        chunks = max(1, min(_CHUNKS, spec.sizes[0] // 64 * 2))  # one, or equally many in each half
         places[loop.CHUNKS] = chunks
         places[loop.X] = self._take(batch * spec.sizes[0])
         places[loop.PARTIAL] = self._take(chunks * batch * pitches[0])
@@ -81,7 +86,7 @@ class Memory:
         places[loop.IGNORED], places[loop.BATCH] = spec.loss.ignored, batch
         self.layers, self.places = layers, places
         whole = np.zeros(self.size + LANES, np.float32)
-        start = -whole.ctypes.data % (4 * LANES) // 4  # vectors start on cache lines
+        start = -whole.ctypes.data % (4 * LANES) // 4  # w begins on a multiple of a vector's bytes
         self.w = whole[start : start + self.size]
         self.w[places[loop.ONE]] = 1.0
 
@@ -91,7 +96,10 @@ class Memory:
         return start
 
     def matrices(self, tensors: Any, at: int) -> Any:
-        """(tensor as numpy's, its place in w) of parameters, or of states `at` floats behind."""
+        """Yield (tensor as a numpy array, its place in w): all weights, then all biases.
+
+        at: 0 for parameters. For states, the floats from a parameter to its state.
+        """
         step = 1 + self.spec.bias
         for layer, tensor in zip(self.layers, tensors[::step]):
             k, n, start = layer[loop.K], layer[loop.N], at + layer[loop.W]
@@ -103,12 +111,12 @@ class Memory:
             yield tensor.numpy(), self.w[start : start + layer[loop.N]]
 
     def loss_numbers(self) -> np.ndarray:
-        """(batch, outputs): the loss's parameter for each output of each row."""
+        """The loss's parameter for each output of each row, (batch, outputs) float32."""
         shape = self.batch, self.spec.sizes[-1]
         return np.broadcast_to(np.float32(self.spec.loss_numbers), shape).copy()
 
     def copy(self, lists: Any, back: bool = False) -> None:
-        """Parameters and states into w, or back."""
+        """Copy parameters and states into w. With `back`, copy them from w to the tensors."""
         for i, tensors in enumerate(lists):
             for outside, inside in self.matrices(tensors, i * self.places[loop.STATE]):
                 if back:
@@ -118,17 +126,22 @@ class Memory:
 
 
 def _pitch(size: int) -> int:
-    """Floats of a row of `size`: whole vectors, and rows do not all fall on the same cache sets."""
+    """Floats of a row of `size` numbers, padded to whole vectors.
+
+    If that is a multiple of 256, a row gets one vector more. Otherwise all rows would fall on the
+    same cache sets.
+    """
     padded = -(-size // LANES) * LANES
     return padded + LANES if padded % 256 == 0 else padded
 
 
 def train_epoch(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `kernels.train_epoch`, on a CPU: trains in place, (losses, correct) of every step.
+    """`kernels.train_epoch` on a CPU. Trains in place and returns (losses, correct) of every step.
 
-    Any width, batch and number of classes. correct counts labels; of targets that are numbers it
-    is 0. The threads are torch's. KeyboardInterrupt: at most a piece of the epoch later, with
-    parameters, states and count as they were after some step.
+    It takes any width, batch and number of classes. correct counts right labels, and is 0 where
+    targets are numbers. There are at most as many threads as torch uses. A KeyboardInterrupt is
+    raised at most a piece of the epoch later. Parameters, states and count are then as they were
+    after some step.
     """
     spec, workers = run.spec, max(1, torch.get_num_threads())
     memory = Memory(spec, min(run.batch, len(run.order)), workers)
@@ -136,7 +149,7 @@ def train_epoch(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:
     task = _Task(memory, run.data, run.targets, run.order, table, run.scale, run.shift)
     choice, stopped = _choice(spec, memory.batch, workers), threading.Event()
     with team.threads(workers) as pool:
-        # Beside the calling thread, which alone Ctrl-C interrupts.
+        # Another thread trains, because Ctrl-C interrupts only the calling one.
         future = pool.submit(_train, task, [run.parameters, *run.states], choice, stopped, pool)
         try:
             future.result()
@@ -148,7 +161,10 @@ def train_epoch(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train_replicas(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `kernels.train_replicas`, on a CPU: each of torch's threads takes a network at a time."""
+    """`kernels.train_replicas` on a CPU. Each thread trains one network at a time.
+
+    There are as many threads as torch uses.
+    """
     spec, batch, stopped = run.spec, min(run.batch, run.order.shape[1]), threading.Event()
 
     def one(replica: int) -> _Task:
@@ -160,7 +176,7 @@ def train_replicas(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:
         _train(task, lists, _choice(spec, memory.batch, 1), stopped)
         return task
 
-    compiled(), rows.of(spec)  # once, not by every thread
+    compiled(), rows.of(spec)  # compiled once, before the threads start
     with team.threads(max(1, torch.get_num_threads())) as pool:
         futures = [pool.submit(one, replica) for replica in range(run.replicas)]
         try:
@@ -176,8 +192,10 @@ def train_replicas(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _numbers(rule, hyper, taken: float, steps: int) -> np.ndarray:
-    """(steps, columns) numbers of the rule at each step, from float64. hyper: a row, or one for
-    each step; or (…, 1, columns) of several trainings, of which (…, steps, columns) are made.
+    """The rule's numbers at each step: (steps, columns) float32, computed in float64.
+
+    hyper: one row, or one row for each step. For several trainings it is (…, 1, columns), and the
+    result is (…, steps, columns). taken: the steps taken so far.
     """
     at = torch.arange(taken + 1, taken + steps + 1, dtype=torch.float64)
     columns = rule.at_ref(torch.as_tensor(hyper, dtype=torch.float64).unbind(-1), at)
@@ -186,14 +204,14 @@ def _numbers(rule, hyper, taken: float, steps: int) -> np.ndarray:
 
 
 class _Task:
-    """A `loop.Run` with the arrays whose addresses it holds, which must live as long."""
+    """A `loop.Run`, and the arrays whose addresses it holds. They must live as long as the run."""
 
     def __init__(self, memory: Memory, data, targets, indices, numbers, scale, shift):
         spec, steps, self.memory, self.done = memory.spec, len(numbers), memory, 0
         soft = targets.is_floating_point()
         self.losses, self.correct = np.zeros(steps, np.float32), np.zeros(steps, np.int32)
         self.counter = np.zeros(8, np.int64)
-        # The steps read bytes or float32; any other type is converted.
+        # The steps read bytes or float32. Any other type is converted.
         is_bytes = data.dtype == torch.uint8
         samples = (data if is_bytes else data.float()).contiguous().numpy()
         self.held = {
@@ -223,16 +241,16 @@ class _Task:
 
 
 class _Choice:
-    """How many threads to use: the number that took least in its last few pieces.
+    """How many threads to use: the number that was fastest in its last few pieces.
 
-    One slow piece says little: a thread may have started late. A neighbour that needs a core makes
-    several of them slow. The numbers that lost are measured again in turns. The results are the
-    same whatever the number.
+    One slow piece says little, because a thread may have started late. If another process needs a
+    core, several pieces are slow. The numbers that lost are measured again in turns. The results
+    are the same for every number.
     """
 
     def __init__(self, workers: int, guess: float):
         self.counts = [1 << i for i in range(workers.bit_length()) if 1 << i < workers] + [workers]
-        # Number of threads -> seconds of a step, the least of the last pieces; and those of each.
+        # Number of threads -> seconds of a step: the least of its last pieces, which `_last` holds.
         self.seconds: dict[int, float] = {}
         self._last = {count: collections.deque[float](maxlen=_TRIALS) for count in self.counts}
         self.guess, self.turn, self.trials = guess, 0, _TRIALS * self.counts
@@ -253,7 +271,7 @@ class _Choice:
         return workers, max(1, int(_TRIAL / known))
 
     def took(self, workers: int, seconds: float) -> None:
-        """So many threads took so long for a step."""
+        """Note that a step with `workers` threads took so many seconds."""
         if workers in self.trials:
             self.trials.remove(workers)
         self._last[workers].append(seconds)
@@ -261,7 +279,7 @@ class _Choice:
 
 
 def _choice(spec, batch: int, workers: int) -> _Choice:
-    """What is known of such trainings so far."""
+    """The `_Choice` for trainings of this size, with all that it has measured so far."""
     key = (spec.sizes, batch, workers)
     if key not in _choices:
         products = sum(k * n for k, n in zip(spec.sizes, spec.sizes[1:]))
@@ -270,7 +288,10 @@ def _choice(spec, batch: int, workers: int) -> _Choice:
 
 
 def _train(task: _Task, lists, choice: _Choice, stopped: threading.Event, pool=None) -> None:
-    """All steps in pieces, until stopped. lists: parameters and states, read, then written."""
+    """Take all steps in pieces, until `stopped` is set.
+
+    lists: parameters and states. They are read at the start and written at the end.
+    """
     memory, steps = task.memory, len(task.losses)
     memory.copy(lists)
     while task.done < steps and not stopped.is_set():
@@ -283,7 +304,7 @@ def _train(task: _Task, lists, choice: _Choice, stopped: threading.Event, pool=N
 
 
 def _piece(task: _Task, workers: int, count: int, pool=None) -> None:
-    """Some steps more by this thread, and others of the pool."""
+    """Take `count` more steps on this thread and on workers - 1 threads of the pool."""
     task.counter[:] = 0
     call, run, begin = compiled(), task.run, task.done
     end = begin + count

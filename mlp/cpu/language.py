@@ -1,6 +1,6 @@
-"""For numba: the functions that the tables' scalars call (`tl.exp`, `tl.where`, …).
+"""The functions that the tables' scalars call (`tl.exp`, `tl.where`, …), written for numba.
 
-They have no branches and stay in float32, so that a loop over them becomes vector instructions.
+They have no branches and stay in float32. So a loop over them becomes vector instructions.
 """
 
 import math
@@ -13,12 +13,12 @@ from numba.extending import intrinsic
 _f = np.float32
 _LOG2E, _LN2_HIGH, _LN2_LOW = _f(1.44269504), _f(0.693359375), _f(-2.12194440e-4)
 _INFINITE = _f(np.inf)
-_LARGEST, _SMALLEST = _f(88.8), _f(-104.0)  # beyond, exp is infinite or 0
+_LARGEST, _SMALLEST = _f(88.8), _f(-104.0)  # beyond these, exp is infinite or 0
 
 
 @intrinsic
 def _power_of_two(typing, exponent):
-    """2 ** exponent as float32, of an int32 from -126 to 127, by its bits."""
+    """2 ** exponent as float32, made from its bits. exponent: int32 from -126 to 127."""
 
     def generate(context, builder, signature, args):
         i32 = ir.IntType(32)
@@ -40,7 +40,7 @@ def _bits(typing, x):
 
 @intrinsic
 def _of_bits(typing, bits):
-    """The float32 with these bits, an int32."""
+    """The float32 whose bits are this int32."""
 
     def generate(context, builder, signature, args):
         return builder.bitcast(args[0], ir.FloatType())
@@ -62,7 +62,7 @@ def _nearest(typing, x):
 
 @njit(forceinline=True)
 def exp(x):
-    """e ** x to two units in the last place: 2ⁿ · e ** r with |r| <= ln 2 / 2."""
+    """e ** x, to two units in the last place. It is 2ⁿ · e ** r with |r| <= ln 2 / 2."""
     x = _f(x)
     clipped = _LARGEST if x > _LARGEST else x
     clipped = _SMALLEST if clipped < _SMALLEST else clipped
@@ -75,10 +75,9 @@ def exp(x):
     q = q * r + _f(1.6666665459e-1)
     q = q * r + _f(5.0000001201e-1)
     q = q * r * r + r + _f(1.0)
-    whole = n if n == n else _f(0.0)  # NaN has no int
-    half = np.int32(whole) >> np.int32(
-        1
-    )  # in two factors: 2 ** 128 and 2 ** -140 are no normal floats
+    whole = n if n == n else _f(0.0)  # NaN cannot become an int
+    # There are two factors, because 2 ** 128 and 2 ** -140 are no normal floats.
+    half = np.int32(whole) >> np.int32(1)
     return q * _power_of_two(np.int32(half)) * _power_of_two(np.int32(np.int32(whole) - half))
 
 
@@ -102,7 +101,7 @@ def sqrt(x):
 
 @njit(forceinline=True)
 def log(x):
-    """ln x to two units in the last place: x = 2ⁿ (1 + f) with √½ <= 1 + f < √2."""
+    """ln x, to two units in the last place. x is 2ⁿ (1 + f) with √½ <= 1 + f < √2."""
     x = _f(x)
     subnormal = x < _f(1.17549435e-38)
     bits = _bits(x * _f(8388608.0) if subnormal else x)
@@ -120,7 +119,7 @@ def log(x):
     q = q * f + _f(3.3333331174e-1)
     s = f * f
     y = f + (q * f * s + e * _LN2_LOW - _f(0.5) * s) + e * _LN2_HIGH
-    y = y if x < _INFINITE else x  # infinite, or NaN
+    y = y if x < _INFINITE else x  # x is infinite or NaN
     y = y if x != _f(0.0) else -_INFINITE
     return y if not x < _f(0.0) else _f(np.nan)
 
@@ -139,7 +138,7 @@ def minimum(a, b):
 
 @njit(forceinline=True)
 def erf(x):
-    """The error function, by a quotient of polynomials on [-4, 4], beyond which it is ±1."""
+    """The error function. On [-4, 4] it is a quotient of polynomials, and beyond it is ±1."""
     x = _f(x)
     c = _f(4.0) if x > _f(4.0) else x
     c = _f(-4.0) if c < _f(-4.0) else c

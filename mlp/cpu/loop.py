@@ -1,19 +1,20 @@
-"""The steps of an epoch, compiled by numba: one function for all networks, rules and losses.
+"""The steps of an epoch, compiled by numba. One function serves all networks, rules and losses.
 
-Everything lies in one flat float32 array. A layer's weights are kept transposed, w[k, n], with the
-bias as one row more, and each row is padded with zeros to whole vectors. A step has two halves,
-and all workers meet after each:
+Everything lies in one flat float32 array. A layer's weights are kept transposed, w[k, n], and the
+bias is one more row. A layer of few outputs keeps w[n, k] instead. Zeros pad each row to whole
+vectors. A step has two halves, and all workers meet after each:
 
-    1. Each worker owns rows of every w. It applies the update of the step before to them. Of the
-       first layer, it then adds up what its rows give to this step's outputs: the inputs that
-       belong to them are read by nobody else.
+    1. Each worker owns rows of every w. It applies the update of the step before to them. It then
+       multiplies its rows of the first layer by this step's inputs, and adds up the products. No
+       other worker reads the inputs that belong to these rows.
     2. Each worker owns rows of the batch. It takes them through the remaining layers, the loss and
-       the backward pass down to the first layer's dz.
+       the backward pass, down to the first layer's dz.
 
-Every number is the sum of the same terms in the same order whatever the number of workers. The
-sums over the first layer's inputs are cut into chunks that depend on the network alone. The sums
-of the chunks are added up in each half of the inputs, then those of the halves. Up to two workers
-add them up where they are made; more keep one for each chunk, and add them up when they meet.
+Every number is the sum of the same terms in the same order, whatever the number of workers. The
+sums over the first layer's inputs are cut into chunks, which depend on the network alone. The sums
+of the chunks are added up in each half of the inputs, and then the two halves. One or two workers
+add up the chunks where they compute them. More workers keep a sum for each chunk, and add these up
+after they have met.
 """
 
 from typing import NamedTuple
@@ -24,39 +25,47 @@ from numba import njit
 from .tiles import LANES, ROWS, scale_octets
 from .waiting import call, floats, integers, meet, narrow_integers, octets, prefetch
 
-# Columns of `Run.layers`: inputs, outputs, floats in a padded row; where w, y, z, dz and what the
-# backward needs (y or z) begin; rows of w that are updated at a time.
-# Last: whether w is kept across, w[n, k], as suits few outputs; rows of w, and floats of one.
+# Columns of `Run.layers`. K, N: inputs and outputs. PITCH: floats of a padded row of outputs. W, Y,
+# Z, D: where w, y, z and dz begin. KEPT: where y or z begins, whichever the backward needs. BLOCK:
+# rows of w that are updated at a time. ACROSS: 1 if w is kept across, as w[n, k], which suits few
+# outputs. TALL, WIDE: rows of w without the bias, and floats of a row.
 K, N, PITCH, W, Y, Z, D, KEPT, BLOCK, ACROSS, TALL, WIDE, COLUMNS_OF_LAYER = range(13)
-# Entries of `Run.places`. In w: where inputs, partial sums, the loss's outputs, targets and
-# gradient (without padding), gradients of w, losses of rows and a one begin; floats between a
-# parameter and its state.
+# Entries of `Run.places`. The first ones are where parts of the flat array begin. X: inputs.
+# PARTIAL: partial sums. Q: the loss's outputs, targets and gradient, without padding. SCRATCH:
+# gradients of w. LOSS: losses of rows. RIGHT: 1 for each row that is right, else 0. ONE: a one.
+# STATE is the number of floats from a parameter to its state.
 X, PARTIAL, Q, SCRATCH, LOSS, RIGHT, ONE, STATE = range(8)
-# Sizes and choices: chunks of the inputs, rows of a batch, of the epoch; whether there are biases;
-# whether a loss is the mean over rows; the label that counts for nothing; numbers of the rule.
+# Sizes and choices. CHUNKS: chunks of the inputs. BATCH, ROWS_OF_EPOCH: rows of each. BIAS: 1 with
+# biases. MEAN: 1 if a loss is the mean over rows. IGNORED: the label that counts for nothing.
+# COUNT: numbers of the rule.
 CHUNKS, BATCH, ROWS_OF_EPOCH, BIAS, MEAN, IGNORED, COUNT = range(8, 15)
-# Addresses: of the data, uint8 or float32 (the other is 0), of labels, int64, or targets, float32
-# (the other is 0), of the loss's parameter for each output, the order, int64, the rule's numbers
-# for each step, and of what is returned: losses, float32, and right predictions, int32.
+# Addresses. PIXELS, REALS: the data, uint8 or float32. LABELS, TARGETS: int64 labels or float32
+# targets. The unused one of each pair is 0. PARAMETERS: the loss's parameter for each output.
+# ORDER: the int64 order. NUMBERS: the rule's numbers for each step. LOSSES, CORRECT: the results,
+# float32 losses and int32 counts of right rows.
 PIXELS, REALS, LABELS, TARGETS, PARAMETERS, ORDER, NUMBERS, LOSSES, CORRECT = range(15, 24)
-# Addresses of functions, and of the counter by which threads wait.
+# Addresses of functions. COUNTER: the address of the counter by which threads wait.
 FORWARD, BACKWARD, OUT_FORWARD, OUT_BACKWARD, CRITERION, RULE = range(24, 30)
 PRODUCT, TRANSPOSED, COUNTER = range(30, 33)
-# Addresses of the rule's numbers for biases, which may have another weight decay, and of w.
+# Addresses. BIAS_NUMBERS: the rule's numbers for biases, which may have another weight decay.
+# BASE: the flat array.
 BIAS_NUMBERS, BASE, PLACES = range(33, 36)
 LINE = 64  # bytes of a cache line
-SCRATCH_FLOATS = 4096  # of one worker's gradients, if a block of rows is not longer
-# Typed, because numba compiles a function once more for each Python literal.
+SCRATCH_FLOATS = 4096  # room for one worker's gradients, unless ROWS rows take more
+# These have a type, because numba compiles a function once more for each Python literal.
 NONE, ONCE = np.int64(0), np.int64(1)
 
 
 class Run(NamedTuple):
-    """All that a worker needs to know of a training. Few arrays, as numba passes each in parts."""
+    """All that a worker needs to know of a training.
+
+    It has few arrays, because numba passes each array in parts.
+    """
 
     w: np.ndarray  # (floats,) float32
-    layers: np.ndarray  # (layers, 9) int64
+    layers: np.ndarray  # (layers, COLUMNS_OF_LAYER) int64
     places: np.ndarray  # (PLACES,) int64
-    scale: np.float32  # of the data, and its shift
+    scale: np.float32  # the network's input is data · scale + shift
     shift: np.float32
     loss_scale: np.float32
 
@@ -68,8 +77,9 @@ def _address(run, offset):
 
 @njit(nogil=True)
 def product(run, a, b, c, shape, add):
-    """c[r, n] = (c[r, n] if add else 0) + Σ_j a[r, j] b[j, n] for shape = (rows, vectors of n, js).
+    """c[r, n] = (c[r, n] if add else 0) + Σ_j a[r, j] b[j, n].
 
+    shape = (rows, vectors of n, number of j).
     a = (offset, stride of r, stride of j), b = (offset, stride of j), c = (offset, stride of r).
     """
     call(run.places[PRODUCT], (_address(run, NONE), *a, *b, *c, *shape, add))
@@ -77,7 +87,10 @@ def product(run, a, b, c, shape, add):
 
 @njit(nogil=True)
 def product_transposed(run, a, b, c, shape):
-    """c[r, k] = Σ_n a[r, n] b[k, n] for shape = (rows, ks, vectors of n); all (offset, stride)."""
+    """c[r, k] = Σ_n a[r, n] b[k, n].
+
+    shape = (rows, number of k, vectors of n). a, b and c are (offset, stride).
+    """
     call(run.places[TRANSPOSED], (_address(run, NONE), *a, *b, *c, *shape))
 
 
@@ -96,14 +109,17 @@ def _copy(to, source):
 
 @njit(nogil=True)
 def _apply(run, layer, k, rows, gradient, numbers):
-    """Update `rows` rows of w from row k on by their gradients, with the numbers of a step."""
+    """Update `rows` rows of w, from row k on, by their gradients.
+
+    gradient: where the gradients begin. numbers: the address of the rule's numbers for the step.
+    """
     is_across = layer[ACROSS] and k < layer[TALL]
     pitch, outputs = (layer[WIDE], layer[K]) if is_across else (layer[PITCH], layer[N])
     at = layer[W] + k * layer[WIDE]
     state = at + run.places[STATE]
     addresses = (_address(run, at), _address(run, gradient), _address(run, state))
     call(run.places[RULE], (*addresses, run.places[STATE], numbers, rows * pitch))
-    if outputs < pitch:  # whatever the rule makes of zeros, the padding stays 0
+    if outputs < pitch:  # the padding stays 0, whatever the rule makes of zeros
         for row in range(rows):
             _clear(run.w, at + row * pitch + outputs, at + (row + 1) * pitch)
 
@@ -113,7 +129,7 @@ def update_rows(run, l, inputs, rows, worker, step):
     """Apply the update of `step`, a batch of `rows` rows, to some rows of layer l's weights.
 
     inputs = (first row, row behind the last, offset of their inputs, stride of batch rows). Forward
-    was z = x w + b, so dw = xᵀ dz; the bias is the row behind the last, whose input is 1.
+    was z = x w + b, so dw = xᵀ dz. The bias is the row behind the last one, and its input is 1.
     """
     layer = run.layers[l]
     begin, end, x, stride = inputs
@@ -121,7 +137,7 @@ def update_rows(run, l, inputs, rows, worker, step):
     gradient = run.places[SCRATCH] + worker * max(SCRATCH_FLOATS, pitch * ROWS)
     right, target, vectors = (layer[D], pitch), (gradient, pitch), pitch // LANES
     numbers = 4 * step * run.places[COUNT]
-    if layer[ACROSS]:  # dwᵀ = dzᵀ x, all of it
+    if layer[ACROSS]:  # dwᵀ = dzᵀ x, the whole matrix at once
         wide, outputs = layer[WIDE], (layer[D], ONCE, pitch)
         shape = (layer[N], wide // LANES, rows)
         product(run, outputs, (x, stride), (gradient, wide), shape, NONE)
@@ -139,7 +155,10 @@ def update_rows(run, l, inputs, rows, worker, step):
 
 @njit(nogil=True)
 def read_inputs(run, first, rows, begin, end, to):
-    """Features `begin` to `end` of the batch that starts at order[first], scaled and shifted."""
+    """Write features `begin` to `end` of a batch, scaled and shifted, from w[to] on.
+
+    The batch starts at order[first].
+    """
     width, order = end - begin, integers(run.places[ORDER])
     whole = width // LANES * LANES
     for m in range(rows):
@@ -158,7 +177,7 @@ def read_inputs(run, first, rows, begin, end, to):
 
 @njit(nogil=True)
 def read_ahead(run, first, rows, begin, end):
-    """Start to read what `read_inputs` will want of a batch: its samples lie anywhere."""
+    """Prefetch what `read_inputs` will read of a batch. Its samples lie anywhere in memory."""
     at, size = run.places[PIXELS], np.int64(1)
     if at == 0:
         at, size = run.places[REALS], np.int64(4)
@@ -171,7 +190,10 @@ def read_ahead(run, first, rows, begin, end):
 
 @njit(nogil=True)
 def part(count, unit, worker, workers):
-    """Where a worker's share of `count` begins, in whole units. That of `workers` is the end."""
+    """Where a worker's share of `count` begins. Shares consist of whole units.
+
+    A share ends where the next one begins. For worker = workers the result is `count`.
+    """
     blocks = (count + unit - 1) // unit
     return min(count, unit * (blocks * worker // workers))
 
@@ -186,7 +208,7 @@ def first_half(run, worker, workers, step, begin, end):
         for l in range(1, len(run.layers)):
             inputs, pitch = run.layers[l, K], run.layers[l - 1, PITCH]
             k, stop = part(inputs, ROWS, worker, workers), part(inputs, ROWS, worker + 1, workers)
-            if run.layers[l, ACROSS]:  # all of it by one
+            if run.layers[l, ACROSS]:  # the first worker takes the whole matrix
                 k, stop = NONE if worker == 0 else inputs, inputs
             if k < stop:
                 rows = (k, stop, run.layers[l - 1, Y] + k, pitch)
@@ -211,7 +233,10 @@ def first_half(run, worker, workers, step, begin, end):
 
 @njit(nogil=True)
 def _few_outputs(run, l, m, stop):
-    """Rows m to stop of z of a layer whose weights are kept across; z holds the bias."""
+    """Add y' w to rows m to stop of z, for a layer that keeps its weights across.
+
+    z holds the bias. y' is the output of the layer below.
+    """
     w, layer, below = run.w, run.layers[l], run.layers[l - 1, PITCH]
     pitch, left = layer[PITCH], (run.layers[l - 1, Y] + m * below, below)
     z, sums = layer[Z] + m * pitch, layer[Y] + m * pitch
@@ -224,7 +249,10 @@ def _few_outputs(run, l, m, stop):
 
 @njit(nogil=True)
 def add_products(run, inputs, x, rows, place, added):
-    """What inputs k to stop give to the first layer's z, as, or added to, a partial sum."""
+    """Compute the part of the first layer's z that comes from inputs = (k, stop).
+
+    It becomes partial sum number `place`. If `added`, it is added to that sum.
+    """
     (k, stop), pitch = inputs, run.layers[0, PITCH]
     weights = (run.layers[0, W] + k * pitch, pitch)
     to = (run.places[PARTIAL] + place * run.places[BATCH] * pitch, pitch)
@@ -233,7 +261,7 @@ def add_products(run, inputs, x, rows, place, added):
 
 @njit(nogil=True)
 def add_partial(run, to, place, m, stop):
-    """Add rows m to stop of a partial sum to what begins at `to`."""
+    """Add rows m to stop of partial sum number `place` to the floats from w[to] on."""
     pitch = run.layers[0, PITCH]
     size, start = (stop - m) * pitch, (place * run.places[BATCH] + m) * pitch
     total, partial = run.w[to : to + size], run.w[run.places[PARTIAL] + start :]
@@ -243,7 +271,7 @@ def add_partial(run, to, place, m, stop):
 
 @njit(nogil=True)
 def forward(run, m, stop, workers):
-    """Rows m to stop of the batch, from the first layer's partial sums to the last layer's y."""
+    """Take rows m to stop of a batch from the first layer's partial sums to the last layer's y."""
     w, places, count = run.w, run.places, len(run.layers)
     for l in range(count):
         layer = run.layers[l]
@@ -273,7 +301,10 @@ def forward(run, m, stop, workers):
 
 @njit(nogil=True)
 def fill_targets(run, first, m, stop):
-    """The targets of rows m to stop as numbers, without padding: given, or one-hot of labels."""
+    """Write the targets of rows m to stop as numbers, without padding.
+
+    They are the given targets, or a one-hot row for each label.
+    """
     classes = run.layers[-1, N]
     at = run.places[Q] + (run.places[BATCH] + m) * classes
     for row in range(m, stop):
@@ -292,7 +323,10 @@ def fill_targets(run, first, m, stop):
 
 @njit(nogil=True)
 def row_weight(run, row):
-    """1, or 0 for a label that is ignored, or NaN for one that is no class."""
+    """1, or 0 if the row's label is ignored, or NaN if it is no class.
+
+    row: its place in the order.
+    """
     if run.places[LABELS] == 0:
         return np.float32(1.0)
     label = integers(run.places[LABELS])[integers(run.places[ORDER])[row]]
@@ -303,7 +337,7 @@ def row_weight(run, row):
 
 @njit(nogil=True)
 def largest(values):
-    """The first place of the largest value; -1 if all are NaN."""
+    """The first place of the largest value. -1 if every value is NaN or -inf."""
     best, place = -np.inf, -1
     for i in range(len(values)):
         if values[i] > best:
@@ -313,10 +347,13 @@ def largest(values):
 
 @njit(nogil=True)
 def criterion(run, first, rows, m, stop):
-    """Losses and ∂loss/∂y of rows m to stop of a batch of `rows` rows."""
+    """Compute losses and ∂loss/∂y of rows m to stop, and whether each row is right.
+
+    The batch has `rows` rows and starts at order[first].
+    """
     w, places, layer = run.w, run.places, run.layers[-1]
     pitch, classes = layer[PITCH], layer[N]
-    # Without padding: a network of one output has a vector of rows, not of zeros.
+    # The loss reads no padding. So with one output, a vector holds several rows instead of zeros.
     outputs = places[Q] + m * classes
     targets = outputs + places[BATCH] * classes
     gradient = targets + places[BATCH] * classes
@@ -337,14 +374,14 @@ def criterion(run, first, rows, m, stop):
         count = np.float32(0.0)
         for row in range(rows):
             count += row_weight(run, first + row)
-    factor = count * np.float32(0.0) + run.loss_scale  # NaN if a label is no class
+    factor = count * np.float32(0.0) + run.loss_scale  # NaN if a label of the batch is no class
     if places[MEAN]:
         factor = factor / count
     for row in range(m, stop):
         weight = row_weight(run, first + row)
         counted = weight != 0
         w[places[LOSS] + row] = w[places[LOSS] + row] * weight * factor if counted else 0.0
-        to = layer[D] + row * pitch  # its padding stays 0
+        to = layer[D] + row * pitch  # the padding of dz stays 0
         for i in range(classes):
             w[to + i] = w[gradient + i] * factor if counted else np.float32(0.0)
         gradient += classes
@@ -357,8 +394,9 @@ def criterion(run, first, rows, m, stop):
 
 @njit(nogil=True)
 def backward(run, m, stop):
-    """dz of every layer, of rows m to stop. Forward was y = act(z), z = y' w + b, so
-    dz = dy · act'(z) and dy' = dz wᵀ.
+    """Compute dz of every layer, for rows m to stop.
+
+    Forward was y = act(z) and z = y' w + b, so dz = dy · act'(z) and dy' = dz wᵀ.
     """
     last = len(run.layers) - 1
     for l in range(last, -1, -1):
@@ -380,7 +418,7 @@ def backward(run, m, stop):
 
 @njit(nogil=True)
 def add_up(run, step):
-    """The loss of a step and how many of its rows were right."""
+    """Write the results of a step: its loss, and how many of its rows were right."""
     batch = run.places[BATCH]
     rows = min(batch, run.places[ROWS_OF_EPOCH] - step * batch)
     loss, right = np.float32(0.0), np.float32(0.0)
@@ -396,7 +434,7 @@ def add_up(run, step):
 
 
 def steps(run, worker, workers, begin, end):
-    """Train on the batches `begin` to `end` of the epoch; called by each of the workers."""
+    """Train on the batches `begin` to `end` of the epoch. Each worker calls this."""
     meetings, batch = 1, run.places[BATCH]
     for step in range(begin, end + 1):
         if step > begin and worker == 0:

@@ -1,7 +1,7 @@
-"""Matrix products of register tiles, each compiled once and called by its address.
+"""Matrix products of register tiles. Each is compiled once and called by its address.
 
-A function that numba compiles holds a copy of all that it calls. The tiles are most of the code of
-a step, so copies of them would be most of the time that compiling takes.
+A function that numba compiles holds a copy of every function that it calls. The tiles are most of
+the code of a step. So most of the time to compile would go into copies of them.
 """
 
 import functools
@@ -18,7 +18,7 @@ _dot_44, _dot_41, _dot_14, _dot_11 = dot_tile(4, 4), dot_tile(4, 1), dot_tile(1,
 
 
 def _strip(widest, three, two, one):
-    """The function that computes some rows of `_product`, by tiles of so many columns."""
+    """A function that computes rows of `_product` by tiles of COLUMNS, 3, 2 and 1 vectors."""
 
     @njit(nogil=True)
     def strip(w, a, b, c, vectors, terms, add):
@@ -47,8 +47,9 @@ _rows_single = _strip(_one_all, _one_3, _one_2, _one_1)  # one row
 
 @njit(nogil=True)
 def _product(w, a, b, c, shape, add):
-    """c[r, n] = (c[r, n] if add else 0) + Σ_j a[r, j] b[j, n] for shape = (rows, vectors of n, js).
+    """c[r, n] = (c[r, n] if add else 0) + Σ_j a[r, j] b[j, n].
 
+    shape = (rows, vectors of n, number of j).
     a = (offset, stride of r, stride of j), b = (offset, stride of j), c = (offset, stride of r).
     """
     rows, vectors, terms = shape
@@ -65,7 +66,10 @@ def _product(w, a, b, c, shape, add):
 
 @njit(nogil=True)
 def _product_transposed(w, a, b, c, shape):
-    """c[r, k] = Σ_n a[r, n] b[k, n] for shape = (rows, ks, vectors of n); all (offset, stride)."""
+    """c[r, k] = Σ_n a[r, n] b[k, n].
+
+    shape = (rows, number of k, vectors of n). a, b and c are (offset, stride).
+    """
     rows, columns, vectors = shape
     r = 0
     while r < rows:
@@ -88,7 +92,7 @@ def _product_transposed(w, a, b, c, shape):
 
 
 def _product_at(w_ptr, a, ar, aj, b, bj, c, cr, rows, vectors, terms, add):
-    w = carray(w_ptr, (1,))  # numba checks no bounds
+    w = carray(w_ptr, (1,))  # any length, because numba checks no bounds
     _product(w, (a, ar, aj), (b, bj), (c, cr), (rows, vectors, terms), add)
 
 
@@ -99,7 +103,7 @@ def _product_transposed_at(w_ptr, a, ar, b, bk, c, cr, rows, columns, vectors):
 
 @functools.cache
 def compiled() -> tuple[rows.Compiled, rows.Compiled]:
-    """`loop.product` and `loop.product_transposed`, compiled or read from disk."""
+    """The code behind `loop.product` and `loop.product_transposed`, compiled or read from disk."""
     return (
         rows.address(_product_at, types.void(rows.FLOATS, *[types.int64] * 11)),
         rows.address(_product_transposed_at, types.void(rows.FLOATS, *[types.int64] * 9)),

@@ -1,10 +1,10 @@
 """Rows of the tables of `kernels`, compiled for the CPU.
 
-A row's scalars are the `@triton.jit` functions that the GPU runs. Here the same Python code is
-given to numba, with `language` in the place of triton's own functions, and becomes a loop over an
-array that the compiled epoch calls by its address. So a formula stands once, and another network
-of the same rows compiles nothing. Numba keeps what it compiled on disk; its file is named after a
-digest of the code, so that an edited row is compiled again.
+A row's scalars are the `@triton.jit` functions that the GPU runs. Here numba compiles the same
+Python code, with `language` in the place of triton's own functions. The result is a loop over an
+array, which the compiled epoch calls by its address. So a formula is written once, and another
+network of the same rows compiles nothing. Numba keeps its compiled code on disk. The name of the
+file contains a digest of the code, so an edited row is compiled again.
 """
 
 import functools
@@ -23,12 +23,13 @@ from kernels import activations
 
 from . import language
 
-_OPTIONS = {"error_model": "numpy", "nogil": True}  # numpy: a division by zero is no exception
+# With numpy's error model, a division by zero raises no exception.
+_OPTIONS = {"error_model": "numpy", "nogil": True}
 FLOATS = types.CPointer(types.float32)
 
 
 def _plain(value):
-    """A constant as numba should see it: Python's floats would make everything float64."""
+    """A constant with float32 for floats. Python's floats would make everything float64."""
     if isinstance(value, float):
         return np.float32(value)
     if isinstance(value, tuple):
@@ -37,18 +38,18 @@ def _plain(value):
 
 
 class Scalar:
-    """A jit function of a table as numba's; `text` is all that it does, for the digest."""
+    """A jit function of a table, compiled by numba. `text` holds all its code, for the digest."""
 
     def __init__(self, function: Any):
         plain = getattr(function, "fn", function)
         code = plain.__code__
-        # co_consts[0] may be the docstring; constants of all kinds keep their places.
+        # co_consts[0] may be the docstring. Constants of all kinds keep their places.
         code = code.replace(co_consts=tuple(map(_plain, code.co_consts)))
         known: dict[str, Any] = {"__builtins__": __builtins__}
         text = [code.co_code.hex(), repr(code.co_consts)]
         for name in code.co_names:
             if name not in plain.__globals__:
-                continue  # an attribute
+                continue  # the name of an attribute
             value = plain.__globals__[name]
             if isinstance(value, python_types.ModuleType):
                 value = language  # triton.language, under whatever name
@@ -61,7 +62,7 @@ class Scalar:
             text.append(f"{name}={value!r}" if not callable(value) else name)
             known[name] = value
         self.text: str = "\n".join([*text, *code.co_names])
-        compiler: Any = njit  # its stubs want each option by name
+        compiler: Any = njit  # Any, because the stubs of njit want each option by name
         self.compiled: Any = compiler(
             python_types.FunctionType(code, known, plain.__name__), forceinline=True, **_OPTIONS
         )
@@ -69,13 +70,13 @@ class Scalar:
 
 @functools.cache
 def scalar(function: Any) -> Scalar:
-    """The jit function of a row as numba's, made once."""
+    """The `Scalar` of a row's jit function, made once."""
     return Scalar(function)
 
 
 @functools.cache
 def sources() -> str:
-    """A digest of this package's code: what was compiled from other code is not used."""
+    """A digest of this package's code. With it, results of other code are not used."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
@@ -83,7 +84,10 @@ def sources() -> str:
 
 
 def named(function: Any, *texts: str, **known: Any) -> Any:
-    """`function` with the globals `known`, under a name that holds the digest of its code."""
+    """A copy of `function` with the globals `known`. Its name contains a digest of the code.
+
+    texts: other code that the digest covers, besides this package's.
+    """
     digest = hashlib.sha256("\n".join((sources(), *texts)).encode()).hexdigest()[:16]
     made = python_types.FunctionType(
         function.__code__, {**function.__globals__, **known}, function.__name__
@@ -94,7 +98,7 @@ def named(function: Any, *texts: str, **known: Any) -> Any:
 
 
 def cached(compiler: Any, function: Any, *arguments: Any, **options: Any) -> Any:
-    """`compiler(…)(function)` with its result kept on disk, where there is a place to write to."""
+    """`compiler(…)(function)`. Its result is kept on disk if there is a place to write to."""
     try:
         return compiler(*arguments, cache=True, **options)(function)
     except RuntimeError as error:
@@ -104,7 +108,10 @@ def cached(compiler: Any, function: Any, *arguments: Any, **options: Any) -> Any
 
 
 def is_kept(function: Any) -> bool:
-    """Whether a function of `cached` is compiled, in this process or on disk for this processor."""
+    """True if a function of `cached` is compiled, in this process or on disk.
+
+    A file of another processor counts too, although numba would compile the function again.
+    """
     place, name = function.stats.cache_path, function.py_func.__qualname__
     return bool(function.signatures) or (
         place is not None and any(Path(place).glob(f"*{name}*.nbi"))
@@ -112,18 +119,18 @@ def is_kept(function: Any) -> bool:
 
 
 def address(function: Any, signature: Any, *texts: str, **known: Any) -> "Compiled":
-    """A function of this signature, compiled or read from disk; texts, known: as in `named`."""
+    """A function of this signature, compiled or read from disk. texts, known: as in `named`."""
     return Compiled(cached(cfunc, named(function, *texts, **known), signature, **_OPTIONS))
 
 
 class Compiled:
-    """A compiled loop and the address to call it by. The function must outlive the address."""
+    """A compiled loop, and the address to call it by. The function must outlive the address."""
 
     def __init__(self, function: Any):
         self.function, self.address = function, function.address
 
 
-SCALAR = None  # the row's function, in each of the loops below
+SCALAR = None  # each loop below is compiled with the row's function as SCALAR
 
 
 def _forward(z_ptr, y_ptr, n):
@@ -140,7 +147,10 @@ def _backward(d_ptr, s_ptr, n):
 
 @functools.cache
 def activation(row: Any) -> tuple[Compiled, Compiled]:
-    """y = act(z) and d = act'(d, s), each over n elements: f(z, y, n) and f(d, s, n)."""
+    """Two loops over n elements, the forward and the backward of an activation.
+
+    f(z, y, n) writes y = act(z). f(d, s, n) multiplies d by act'(z), computed from s = y or z.
+    """
     signature = types.void(FLOATS, FLOATS, types.int64)
     forward, backward = scalar(row.forward), scalar(row.backward)
     return (
@@ -151,7 +161,7 @@ def activation(row: Any) -> tuple[Compiled, Compiled]:
 
 @intrinsic
 def _gather(typing, pointer, stride, i, like):
-    """(pointer[i], pointer[i + stride], …), as many as `like` has."""
+    """(pointer[i], pointer[i + stride], …), with as many elements as `like`."""
 
     def generate(context, builder, signature, args):
         first, offset, index, _ = args
@@ -166,7 +176,7 @@ def _gather(typing, pointer, stride, i, like):
 
 @intrinsic
 def _scatter(typing, pointer, stride, i, values):
-    """pointer[i], pointer[i + stride], … = values, as float32."""
+    """Write values as float32 to pointer[i], pointer[i + stride], …"""
     count = len(values)
 
     def generate(context, builder, signature, args):
@@ -181,7 +191,7 @@ def _scatter(typing, pointer, stride, i, values):
     return types.void(pointer, types.int64, types.int64, values), generate
 
 
-STATES = NUMBERS = ()  # zeros, as many as the rule has
+STATES = NUMBERS = ()  # zeros, as many as the rule has states and numbers
 
 
 def _rule(p_ptr, g_ptr, s_ptr, stride, n_ptr, n):
@@ -194,8 +204,9 @@ def _rule(p_ptr, g_ptr, s_ptr, stride, n_ptr, n):
 
 @functools.cache
 def rule(row: Any) -> Compiled:
-    """p and its states after one step, over n elements: f(p, g, states, stride of states, numbers,
-    n).
+    """A loop over n elements that updates p and its states by one step.
+
+    It is f(p, g, states, stride of states, numbers, n).
     """
     signature = types.void(FLOATS, FLOATS, FLOATS, types.int64, FLOATS, types.int64)
     update, zero = scalar(row.update), np.float32(0.0)
@@ -205,13 +216,13 @@ def rule(row: Any) -> Compiled:
 
 
 def _elementwise(y_ptr, t_ptr, d_ptr, loss_ptr, parameter_ptr, rows, classes, pitch):
-    """One loop over all outputs of all rows: it becomes vector instructions."""
+    """One loop over all outputs of all rows, because it becomes vector instructions."""
     n = rows * pitch
     y, t, d = carray(y_ptr, (n,)), carray(t_ptr, (n,)), carray(d_ptr, (n,))
     losses, parameters = carray(loss_ptr, (rows,)), carray(parameter_ptr, (n,))
     for i in range(n):
         loss, d[i] = SCALAR(y[i], t[i], parameters[i])
-        t[i] = np.float32(loss)  # the targets are written anew for each batch
+        t[i] = np.float32(loss)  # t is free here, as each batch writes its targets
     for r in range(rows):
         total = np.float32(0.0)
         for c in range(classes):
@@ -220,7 +231,10 @@ def _elementwise(y_ptr, t_ptr, d_ptr, loss_ptr, parameter_ptr, rows, classes, pi
 
 
 def _softmax(y_ptr, t_ptr, d_ptr, loss_ptr, parameter_ptr, rows, classes, pitch):
-    """The one loss without a scalar: -Σ_c t_c log p_c with p = softmax(y), and p Σ t - t."""
+    """The loss -Σ_c t_c log p_c with p = softmax(y), and its gradient p Σ t - t.
+
+    It is the only loss without a scalar.
+    """
     y, t = carray(y_ptr, (rows, pitch)), carray(t_ptr, (rows, pitch))
     d, losses = carray(d_ptr, (rows, pitch)), carray(loss_ptr, (rows,))
     every = carray(d_ptr, (rows * pitch,))
@@ -244,7 +258,7 @@ def _softmax(y_ptr, t_ptr, d_ptr, loss_ptr, parameter_ptr, rows, classes, pitch)
             largest = max(largest, y[r, c])
         high = np.float32(math.log(s)) + largest
         for c in range(classes):
-            if t[r, c] != 0:  # beside a label, an output may be -inf
+            if t[r, c] != 0:  # where t is 0, an output may be -inf
                 total += t[r, c] * (high - y[r, c])
             d[r, c] = d[r, c] / s * given - t[r, c]
         losses[r] = total
@@ -252,8 +266,10 @@ def _softmax(y_ptr, t_ptr, d_ptr, loss_ptr, parameter_ptr, rows, classes, pitch)
 
 @functools.cache
 def loss(row: Any) -> Compiled:
-    """Losses of rows and ∂loss/∂y: f(y, t, d, losses, parameters, rows, classes, pitch). The losses
-    of single outputs may replace t. parameters: one for each output of each row, as y.
+    """A function that writes the losses of rows and ∂loss/∂y.
+
+    It is f(y, t, d, losses, parameters, rows, classes, pitch). parameters: one for each output of
+    each row, as y. The losses of single outputs may replace t.
     """
     signature = types.void(*[FLOATS] * 5, *[types.int64] * 3)
     if row.scalar is None:

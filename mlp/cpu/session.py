@@ -1,9 +1,9 @@
 """Many epochs of a small network in one compiled call.
 
 An epoch of a small table takes less time than Python needs to prepare one. So a `Session` keeps
-memory, addresses and numbers, and `epochs` trains until something stops it: also what looks at a
-loss or at a score after each epoch is compiled. Two things are scikit-learn's: weight decay on
-weights alone, with another one for the last batch, and the penalty as a part of the loss.
+memory and addresses, and `epochs` trains until something stops it. The code that looks at a loss or
+a score after each epoch is compiled too. Two things are as in scikit-learn. Weight decay applies to
+weights alone, and has another value for the last batch. The penalty is a part of the loss.
 """
 
 import functools
@@ -22,24 +22,29 @@ import kernels
 from . import epoch, loop, rows
 from .waiting import floats, integers, meet, narrow_integers
 
-_compiling = threading.Lock()  # else each of several threads would compile the same
-# What is looked at after an epoch. Of the held-out rows: the loss, the share of right labels, the
-# share of rows whose outputs all have the right sign, R².
+_compiling = threading.Lock()  # otherwise several threads would compile the same code
+# What a `Watch` looks at after an epoch: the training loss, or a value of the held-out rows. That
+# is the loss, the share of right labels, the share of rows whose outputs all have the right sign,
+# or R².
 TRAINING_LOSS, LOSS, LABELS, SIGNS, R2 = (np.int64(i) for i in range(5))
 # Entries of `_Many.watch`.
 _BEST, _WAITED, _TOL, _STRICT, _PATIENCE, _KEEPS, _DONE, _STOPPED, _FAILED, _ENTRIES = range(10)
-_PIECE, _INDICES = 0.25, 2_000_000  # seconds of a call, and indices of its orders, about
-STEPS: Any = None  # the compiled steps, where `_epochs` is compiled
+# About the most seconds that a call takes, and the most indices that its orders hold.
+_PIECE, _INDICES = 0.25, 2_000_000
+STEPS: Any = None  # `_epochs` is compiled with the compiled `loop.steps` as STEPS
 
 
 @dataclass
 class Watch:
-    """What ends a training, and whose weights are kept.
+    """What ends a training, and which epoch's weights are kept.
 
-    kind: LOSS, LABELS, SIGNS or R2 of held-out rows, or TRAINING_LOSS. An epoch is better if its
-    value gains `tol` on the best so far, or any value if `strict`; after more than `patience`
-    epochs that are not, training ends. keeps: copy the weights of the best epoch. best: of the
-    value, which is minus a loss. waited: epochs since a better one.
+    kind: LOSS, LABELS, SIGNS or R2 of held-out rows, or TRAINING_LOSS.
+    tol, strict: an epoch is better if its value gains at least `tol` on the best so far. If
+        `strict`, it is better if its value gains anything.
+    patience: training ends after more than `patience` epochs in a row that are not better.
+    keeps: copy the parameters of the epoch with the best value.
+    best: the best value so far. A loss counts with a minus.
+    waited: epochs since a better one.
     """
 
     kind: Any = TRAINING_LOSS
@@ -52,38 +57,40 @@ class Watch:
 
 
 class Held(NamedTuple):
-    """Rows that are measured after each epoch: (n, features) and targets, as the data."""
+    """Rows that are measured after each epoch. data: (n, features). targets: as in training."""
 
     data: torch.Tensor
     targets: torch.Tensor
-    rows: torch.Tensor | None = None  # those of the data that count; None for all
+    rows: torch.Tensor | None = None  # indices of the rows that count; None for all
 
 
 class Found(NamedTuple):
     """What `Session.epochs` measured: a number for each epoch that was trained."""
 
     losses: list[float]
-    values: list[float]  # of `Watch.kind`, a loss as it is
-    stopped: bool  # by the watch
-    failed: int | None = None  # the step of the epoch after them whose loss is not finite
+    values: list[float]  # of `Watch.kind`; here a loss has no minus
+    stopped: bool  # True if the watch ended the training
+    failed: int | None = None  # the step of the next epoch whose loss is not finite
 
 
 class _Many(NamedTuple):
-    """What a compiled call needs beside a `loop.Run`."""
+    """What a compiled call needs besides a `loop.Run`."""
 
-    orders: np.ndarray  # (epochs, rows) int64; of drawn ones, at first the one before in row 0
-    draws: np.ndarray  # (625,) uint32: MT19937 and the place in it, or empty: the orders are given
-    numbers: np.ndarray  # (epochs · steps, columns) float32 of weights, and of biases
-    bias_numbers: np.ndarray
-    shares: np.ndarray  # (steps,) float64: of an epoch's loss
-    held_shares: np.ndarray  # (steps of the held-out rows,) float64
+    # (epochs, rows) int64. If orders are drawn, row 0 at first holds the one before them.
+    orders: np.ndarray
+    # (625,) uint32: the state of MT19937 and the place in it. It is empty if the orders are given.
+    draws: np.ndarray
+    numbers: np.ndarray  # (epochs · steps, columns) float32, for weights
+    bias_numbers: np.ndarray  # the same for biases
+    shares: np.ndarray  # (steps,) float64: the factor of each step in an epoch's loss
+    held_shares: np.ndarray  # (steps of the held-out rows,) float64, likewise
     spread: np.ndarray  # (outputs,) float64: Σ (t - mean t)² of the held-out targets
-    counters: np.ndarray  # (calls, 8) int64, zeros; of several workers
+    counters: np.ndarray  # (calls, 8) int64 zeros, by which several workers wait
     losses: np.ndarray  # (epochs,) float64
     values: np.ndarray  # (epochs,) float64
-    watch: np.ndarray  # (_ENTRIES,) float64
+    watch: np.ndarray  # (_ENTRIES,) float64: a `Watch` and what happened
     best: np.ndarray  # (floats of the parameters,) float32
-    penalty: np.float64  # times Σ w², before each step: added to the epoch's loss
+    penalty: np.float64  # before each step, penalty · Σ w² is added to the epoch's loss
     kind: np.int64
 
 
@@ -97,7 +104,7 @@ def _sum_of_squares(w):
 
 @njit(nogil=True)
 def _squares(run):
-    """The sum of the squares of all weights, without biases; padding is 0."""
+    """The sum of the squares of all weights, without biases. The padding is 0."""
     total = 0.0
     for l in range(len(run.layers)):
         start = run.layers[l, loop.W]
@@ -108,7 +115,10 @@ def _squares(run):
 
 @njit(nogil=True)
 def _outputs(run, step):
-    """The outputs of a batch of the held-out rows, in y of the last layer; their number."""
+    """Compute the outputs of a batch of the held-out rows, in y of the last layer.
+
+    Returns the number of rows.
+    """
     batch = run.places[loop.BATCH]
     rows = min(batch, run.places[loop.ROWS_OF_EPOCH] - step * batch)
     loop.first_half(run, 0, 1, step, step, step + 1)
@@ -118,7 +128,10 @@ def _outputs(run, step):
 
 @njit(nogil=True)
 def _share_of_signs(run):
-    """The share of rows whose outputs are positive exactly where targets are above one half."""
+    """The share of rows whose outputs are positive exactly where targets are above one half.
+
+    NaN if an output is NaN.
+    """
     layer, places = run.layers[-1], run.places
     right, samples, classes = 0, places[loop.ROWS_OF_EPOCH], layer[loop.N]
     for step in range((samples + places[loop.BATCH] - 1) // places[loop.BATCH]):
@@ -137,9 +150,10 @@ def _share_of_signs(run):
 
 @njit(nogil=True)
 def _r2(run, spread):
-    """The mean R² of all outputs; spread: Σ (t - mean t)² of each. NaN if an output is not finite.
+    """The mean R² of all outputs. NaN if an output is not finite.
 
-    As scikit-learn's: where the targets are all the same, 1 if they are met exactly, else 0.
+    spread: Σ (t - mean t)² of each output. If an output's targets are all the same, its R² is 1 if
+    they are met exactly, else 0. This is scikit-learn's rule.
     """
     layer, places = run.layers[-1], run.places
     samples, classes = places[loop.ROWS_OF_EPOCH], layer[loop.N]
@@ -165,7 +179,10 @@ def _r2(run, spread):
 
 @njit(nogil=True)
 def _loss(run, shares):
-    """The mean loss of the held-out rows; `right` of `loop` then counts labels."""
+    """The mean loss of the held-out rows.
+
+    `loop.CORRECT` then has the number of right labels of each batch.
+    """
     for step in range(len(shares)):
         rows = _outputs(run, step)
         loop.criterion(run, step * run.places[loop.BATCH], rows, 0, rows)
@@ -196,7 +213,7 @@ def _measured(held, many):
 
 @njit(nogil=True)
 def _judge(run, many, loss, value):
-    """Take note of an epoch; whether training ends."""
+    """Note the loss and the value of an epoch. True if training ends."""
     watch, done = many.watch, int(many.watch[_DONE])
     many.losses[done] = loss
     many.values[done] = value
@@ -221,7 +238,10 @@ def _twisted(a, b):
 
 @njit(nogil=True)
 def _next_word(draws):
-    """The next 32 bits of MT19937: Matsumoto and Nishimura's, as numpy's RandomState has it."""
+    """The next 32 bits of MT19937, the same as those of numpy's RandomState.
+
+    Matsumoto and Nishimura wrote this generator.
+    """
     if draws[624] == 624:
         for i in range(227):
             draws[i] = draws[i + 397] ^ _twisted(draws[i], draws[i + 1])
@@ -239,7 +259,7 @@ def _next_word(draws):
 
 @njit(nogil=True)
 def _draw(many, e):
-    """The order of epoch e: the one before, as sklearn.utils.shuffle shuffles it."""
+    """Write the order of epoch e. It is the one before, shuffled as by sklearn.utils.shuffle."""
     count = many.orders.shape[1]
     places, before = np.arange(count), many.orders[max(e - 1, 0)].copy()
     mask = np.uint32(1)
@@ -258,7 +278,7 @@ def _draw(many, e):
 
 @njit(nogil=True)
 def _point_at(run, many, e):
-    """Let the steps of an epoch read its order and numbers."""
+    """Let the steps read the order and the numbers of epoch e."""
     order, steps = many.orders.shape[1], len(many.shares)
     numbers = 4 * e * steps * run.places[loop.COUNT]
     run.places[loop.ORDER] = np.int64(many.orders.ctypes.data) + 8 * e * order
@@ -268,7 +288,10 @@ def _point_at(run, many, e):
 
 @njit(nogil=True)
 def _after_epoch(run, held, many, penalty):
-    """The end of an epoch, by the first worker: its loss, what is watched, whether it ends here."""
+    """Note an epoch's loss and the watched value, and whether training ends here.
+
+    Only the first worker calls this.
+    """
     loss = penalty
     for step in range(len(many.shares)):
         value = floats(run.places[loop.LOSSES])[step]
@@ -282,7 +305,7 @@ def _after_epoch(run, held, many, penalty):
 
 
 def _epochs(run, held, worker, workers, many):
-    """Train until the watch ends it, or all orders were used; called by each of the workers."""
+    """Train until the watch ends it, or until all orders were used. Each worker calls this."""
     steps, meetings, turn = len(many.shares), 1, 0
     counters = np.int64(many.counters.ctypes.data)
     for e in range(len(many.orders)):
@@ -290,7 +313,7 @@ def _epochs(run, held, worker, workers, many):
             _draw(many, e)
         meetings = meet(counters, workers, meetings)
         _point_at(run, many, e)
-        # The penalty is of the weights before each step.
+        # With a penalty, a call takes one step, because it needs the weights before each step.
         size = 1 if many.penalty > 0 else steps
         penalty = 0.0
         for step in range(0, steps, size):
@@ -317,16 +340,21 @@ def compiled() -> Any:
 
 
 def is_compiled() -> bool:
-    """Whether this version has compiled `_epochs` for this processor, now or on disk."""
+    """True if `_epochs` of this version is compiled, in this process or on disk."""
     return rows.is_kept(compiled())
 
 
 class Session:
     """A network in training, held in the memory of the compiled epoch.
 
-    parameters: [w_1, b_1, w_2, …] float32; states: a list of the same shapes for each state of the
-    rule. They are read here and written by `store`. data, targets, batch: as in `kernels.Run`.
-    count: rows of an epoch. held: what is measured after each epoch. workers: threads.
+    parameters: [w_1, b_1, w_2, …] float32.
+    states: a list of the same shapes for each state of the rule. Parameters and states are read
+        here and written by `store`.
+    samples: (data, targets, scale, shift), as in `kernels.Run`.
+    count: rows of an epoch.
+    batch: rows of a step.
+    held: what is measured after each epoch.
+    workers: the number of threads.
     """
 
     def __init__(
@@ -375,7 +403,7 @@ class Session:
         self.memory.copy(self.lists, back=True)
 
     def take_best(self) -> bool:
-        """Let `store` write the parameters of the best epoch; False if none was kept."""
+        """Let `store` write the parameters of the best epoch. False if none were kept."""
         if not len(self._best):
             return False
         self.memory.w[: len(self._best)] = self._best
@@ -391,14 +419,19 @@ class Session:
         scale: float = 1.0,
         draws: np.ndarray | None = None,
     ) -> Found:
-        """Train on all samples in these orders, (epochs, rows) int64, or until `watch` stops it.
+        """Train for an epoch on each of the orders, or until `watch` stops it.
 
-        draws: (625,) uint32, the state of numpy's RandomState. Each order is then the one before
-        shuffled by it, written to `orders`, whose first row holds the one before the first.
-        numbers: a row of the rule's numbers, or one for each step; taken: steps taken so far.
-        alpha: scikit-learn's penalty; numbers are then the rule's hyperparameters by name, without
-        weight decay. scale: times the mean loss, for what is reported. Training ends where a loss
-        is not finite.
+        Training also ends where a loss is not finite.
+
+        orders: (epochs, rows) int64.
+        numbers: a row of the rule's hyperparameters, or one row for each step.
+        taken: the steps taken so far.
+        alpha: scikit-learn's penalty. numbers are then the rule's hyperparameters by name, without
+            weight decay.
+        scale: a factor of the mean loss that is reported.
+        draws: (625,) uint32, the state of numpy's RandomState. It then shuffles each order from the
+            one before, and the results are written to `orders`. At first, row 0 of `orders` holds
+            the order before the first.
         """
         count = len(orders)
         of_weights, of_biases = self._tables(numbers, taken, count, alpha)
@@ -435,8 +468,10 @@ class Session:
         return Found(losses, values, stopped, failed if failed >= 0 else None)
 
     def ahead(self, epochs: int) -> int:
-        """Epochs of the next call, at most so many: a call should not take long, as it cannot be
-        interrupted, nor should its orders fill the memory.
+        """The number of epochs for the next call, at most `epochs`.
+
+        A call should be short, because it cannot be interrupted. Its orders should not fill the
+        memory.
         """
         spec = self.memory.spec
         products = sum(k * n for k, n in zip(spec.sizes, spec.sizes[1:]))
@@ -445,7 +480,7 @@ class Session:
         return max(1, min(epochs, int(most)))
 
     def bad_loss(self, found: Found) -> str:
-        """In words, the loss that is not finite."""
+        """A sentence about the loss that is not finite."""
         return f"the loss is {self._task.losses[found.failed]} at step {found.failed}"
 
     def _call(self, many: _Many) -> None:
@@ -460,14 +495,17 @@ class Session:
             other.result()
 
     def close(self) -> None:
-        """Let the threads go."""
+        """End the threads."""
         if self._pool is not None:
             self._pool.shutdown()
 
     def _tables(
         self, numbers: Any, taken: int, count: int, alpha: float | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(steps of all epochs, columns) numbers of the weights' updates, and of the biases'."""
+        """The rule's numbers for weights, and those for biases.
+
+        Both are (steps of all epochs, columns).
+        """
         rule, steps = self.memory.spec.rule, count * self.steps
         if alpha is None:
             both = epoch._numbers(rule, numbers, float(taken), steps)
@@ -481,6 +519,9 @@ class Session:
 
 
 def _shares(spec: kernels.Spec, count: int, batch: int) -> np.ndarray:
-    """What the loss of each batch, a mean or a sum, counts in the mean over all rows."""
+    """The factor of each batch's loss in the mean over all rows.
+
+    A batch's loss is a mean or a sum.
+    """
     rows_ = np.diff([*range(0, count, batch), count])
     return (rows_ if spec.loss_mean else np.ones(len(rows_))) / count

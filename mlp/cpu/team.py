@@ -1,7 +1,7 @@
-"""The threads of a training: made once, kept for the next epoch, each on a core of its own.
+"""The threads of a training. They are kept for the next epoch, and each has a core of its own.
 
-Workers wait for each other by spinning, so two of them on one core take twice as long as one alone.
-Linux starts them so now and then, and leaves them there for longer than a small epoch takes.
+Workers wait for each other by spinning. So two of them on one core take twice as long as one alone.
+Linux sometimes starts two on one core, and leaves them there longer than a small epoch takes.
 """
 
 import contextlib
@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-# The core that the calling thread runs on; None where a thread cannot choose its core.
+# Returns the core that the calling thread runs on. None where a thread cannot choose its core.
 _core: Callable[[], int] | None = (
     getattr(ctypes.CDLL(None), "sched_getcpu", None) if hasattr(os, "sched_setaffinity") else None
 )
-_idle: dict[int, list[ThreadPoolExecutor]] = {}  # by number of threads
+_idle: dict[int, list[ThreadPoolExecutor]] = {}  # number of threads -> pools that no training uses
 
 
 @contextlib.contextmanager
@@ -24,7 +24,7 @@ def threads(count: int) -> Iterator[ThreadPoolExecutor]:
     pools = _idle.setdefault(count, [])
     try:
         pool = pools.pop()
-    except IndexError:  # all are at work
+    except IndexError:  # all pools are in use
         pool = ThreadPoolExecutor(count)
     try:
         yield pool
@@ -33,11 +33,11 @@ def threads(count: int) -> Iterator[ThreadPoolExecutor]:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_idle.clear)  # threads do not follow into the child
+    os.register_at_fork(after_in_child=_idle.clear)  # the child has no such threads
 
 
 def together(pool: ThreadPoolExecutor | None, workers: int, work: Callable[[int], Any]) -> None:
-    """work(0) by this thread, work(1), …, work(workers - 1) by threads of the pool."""
+    """Run work(0) on this thread, and work(1), …, work(workers - 1) on threads of the pool."""
     if workers == 1 or pool is None:
         work(0)
         return
@@ -60,8 +60,9 @@ def together(pool: ThreadPoolExecutor | None, workers: int, work: Callable[[int]
 
 @contextlib.contextmanager
 def _on(cores: set[int], allowed: set[int]) -> Iterator[None]:
-    """Keep this thread on `cores` for a while. It may run on all that are allowed if none is left,
-    or if the system takes the core away.
+    """Keep this thread on `cores` inside the block.
+
+    If `cores` is empty, or if the system takes them away, the thread may run on all allowed cores.
     """
     if cores:
         with contextlib.suppress(OSError):

@@ -1,19 +1,20 @@
-"""Register tiles of matrix products, for numba: what a compiler does not find by itself.
+"""Register tiles of matrix products, for numba. A compiler does not find them by itself.
 
-Everything lies in one flat float32 array; a matrix is an offset into it with strides. A tile keeps
+Everything lies in one flat float32 array. A matrix is an offset into it, with strides. A tile keeps
 its sums in vector registers while it walks over the terms. Each element is the sum of the same
-terms in the same order whatever the tile's shape, so that results do not depend on how a product
-is cut into tiles, or among how many threads.
+terms in the same order, whatever the tile's shape. So results do not depend on how a product is cut
+into tiles, or on the number of threads.
 """
 
 from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
 
-_MANY = bool(binding.get_host_cpu_features().get("avx512f"))  # 32 vector registers, else 16
-_HALVED = binding.get_host_cpu_name() == "znver4"  # takes 512 bits in two halves: no gain by them
+_MANY = bool(binding.get_host_cpu_features().get("avx512f"))  # True: 32 vector registers. False: 16
+# znver4 computes 512 bits in two halves, so they gain nothing.
+_HALVED = binding.get_host_cpu_name() == "znver4"
 LANES = 16 if _MANY and not _HALVED else 8  # floats of a vector
-# Rows, and columns in vectors, of a tile: as many sums as the registers hold beside its operands.
+# Rows of a tile, and its columns in vectors. The registers hold so many sums beside the operands.
 ROWS, COLUMNS = 4, 3 if not _MANY else 5 if _HALVED else 4
 
 _I64, _F32 = ir.IntType(64), ir.FloatType()
@@ -21,7 +22,7 @@ _VECTOR = ir.VectorType(_F32, LANES)
 
 
 def pointer(context, builder, signature, args, position, offset):
-    """The address of element `offset` of the float32 array that is argument number `position`."""
+    """The address of element `offset` of the float32 array in argument number `position`."""
     array = context.make_array(signature.args[position])(context, builder, args[position])
     return builder.gep(array.data, [offset])
 
@@ -48,7 +49,7 @@ def _multiply_add(builder, a, b, c):
 
 
 def _loop(builder, count, values, body):
-    """`values` after `count` rounds of `body(index, values) -> values`, kept in registers."""
+    """`values` after `count` rounds of `body(index, values) -> values`. They stay in registers."""
     before = builder.block
     head, inside, after = (builder.append_basic_block(name) for name in ("head", "body", "after"))
     builder.branch(head)
@@ -70,10 +71,11 @@ def _loop(builder, count, values, body):
 
 
 def outer_tile(rows: int, columns: int):
-    """A function of numba: c[r, v] = (c[r, v] if add else 0) + Σ_j a[r, j] b[j, v].
+    """A numba function that computes c[r, v] = (c[r, v] if add else 0) + Σ_j a[r, j] b[j, v].
 
-    `rows` rows of `columns` vectors. a is read by scalars with both strides, b and c by vectors:
-    f(w, a, stride_ar, stride_aj, b, stride_bj, c, stride_cr, terms, add), w the flat array.
+    c has `rows` rows of `columns` vectors. a is read by scalars with both strides, b and c by
+    vectors. w is the flat array. The function is
+    f(w, a, stride_ar, stride_aj, b, stride_bj, c, stride_cr, terms, add).
     """
 
     @intrinsic
@@ -119,9 +121,9 @@ def outer_tile(rows: int, columns: int):
 
 
 def dot_tile(rows: int, columns: int):
-    """A function of numba: c[r, k] = Σ_n a[r, n] b[k, n], of whole vectors of n.
+    """A numba function that computes c[r, k] = Σ_n a[r, n] b[k, n], for whole vectors of n.
 
-    f(w, a, stride_ar, b, stride_bk, c, stride_cr, vectors), w the flat array.
+    It is f(w, a, stride_ar, b, stride_bk, c, stride_cr, vectors). w is the flat array.
     """
 
     @intrinsic
@@ -158,7 +160,7 @@ def dot_tile(rows: int, columns: int):
 
 @intrinsic
 def scale_octets(typing, w, to, address, vectors, scale, shift):
-    """w[to + i] = scale · pixel + shift of the bytes at an address, so many vectors of them."""
+    """w[to + i] = scale · pixel + shift, for `vectors` vectors of bytes at an address."""
 
     def generate(context, builder, signature, args):
         _, to, address, vectors, scale, shift = args
@@ -182,7 +184,7 @@ def scale_octets(typing, w, to, address, vectors, scale, shift):
 
 
 def _sum(builder, vector):
-    """The sum of a vector's lanes, by halves."""
+    """The sum of a vector's lanes. Each round adds the upper half to the lower."""
     undefined, index = ir.Undefined, ir.IntType(32)
     count = LANES
     while count > 1:

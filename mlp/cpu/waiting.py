@@ -1,6 +1,6 @@
-"""What the compiled epoch tells the processor.
+"""Operations that the compiled epoch needs and numba does not have.
 
-Threads wait for each other, functions are called by their address, memory is read ahead.
+With them, threads wait for each other, call functions by their address and read memory ahead.
 """
 
 import platform
@@ -12,7 +12,7 @@ from numba.extending import intrinsic
 
 _I64, _I32 = ir.IntType(64), ir.IntType(32)
 _SPINS = 2000  # rounds before a waiting thread offers its core to others
-# What tells a processor that a thread waits: LLVM's name for it and its arguments.
+# The instruction that tells a processor that a thread waits: LLVM's name and the arguments.
 _PAUSES = {"x86_64": ("llvm.x86.sse2.pause", ()), "aarch64": ("llvm.aarch64.hint", (1,))}
 
 
@@ -27,14 +27,14 @@ def _pointer_to(kind):
     return at
 
 
-# What lies at an address, to be read and written by index.
+# Each makes a pointer of an address. Code reads and writes what lies there by index.
 octets, floats = _pointer_to(types.uint8), _pointer_to(types.float32)
 integers, narrow_integers = _pointer_to(types.int64), _pointer_to(types.int32)
 
 
 @intrinsic
 def arrive(typing, counter):
-    """Add one to the int64 at an address, seen by all threads."""
+    """Add one to the int64 at an address. All threads see it."""
 
     def generate(context, builder, signature, args):
         pointer = builder.inttoptr(args[0], _I64.as_pointer())
@@ -46,7 +46,7 @@ def arrive(typing, counter):
 
 @intrinsic
 def arrivals(typing, counter):
-    """The int64 at an address as it is now."""
+    """The present value of the int64 at an address."""
 
     def generate(context, builder, signature, args):
         pointer = builder.inttoptr(args[0], _I64.as_pointer())
@@ -84,7 +84,7 @@ def give_way(typing):
 
 @intrinsic
 def prefetch(typing, address):
-    """Start to read the cache line at an address, which will be needed soon."""
+    """Start to read the cache line at an address. It will be needed soon."""
 
     def generate(context, builder, signature, args):
         kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), *[_I32] * 3])
@@ -98,8 +98,9 @@ def prefetch(typing, address):
 
 @intrinsic
 def call(typing, address, arguments):
-    """Call the function at `address` with a tuple of int64 and float32 numbers; it returns
-    nothing.
+    """Call the function at `address` with a tuple of int64 and float32 numbers.
+
+    The function returns nothing.
     """
 
     def generate(context, builder, signature, args):
@@ -113,7 +114,10 @@ def call(typing, address, arguments):
 
 @njit
 def meet(counter, workers, meetings):
-    """Return when all workers have called this for the `meetings`th time; the next number."""
+    """Wait until all workers have called this for the `meetings`th time.
+
+    Returns the number of the next meeting.
+    """
     if workers > 1:
         arrive(counter)
         waited = 0
