@@ -208,11 +208,6 @@ class _Network(BaseEstimator):
             raise AttributeError(f"this {type(self).__name__} is not fitted yet: call fit")
         return list(model.children())
 
-    def __getstate__(self) -> dict:
-        state = dict(super().__getstate__())
-        state.pop("_trained", None)  # an engine, which is not pickled
-        return state
-
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = True

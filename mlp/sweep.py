@@ -12,6 +12,7 @@ replica can be trained again alone.
 """
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -92,8 +93,8 @@ class Sweep:
     All networks are float32. `fit` trains them, and `rows` then has its results.
 
     Sweep([settings, …]): networks with own settings. Each is a `mlp.Settings`, or a dict of some of
-    its fields, such as hidden, optimizer, lr, batch_size and seed. Of the other arguments, only
-    loss, device and devices are used.
+    its fields, such as hidden, optimizer, lr, batch_size and seed. Of the other arguments it takes
+    only loss, device and devices.
 
     Sweep(sizes, replicas, …): networks of the same sizes. sizes, activation, output_activation,
     bias, init: as for `mlp.MLP`, with the same defaults.
@@ -130,6 +131,15 @@ class Sweep:
         devices: Sequence[torch.device | str] | None = None,
         **options: Any,
     ):
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(
+                f"sweep: unknown optimizer {optimizer!r}; known: {', '.join(OPTIMIZERS)}"
+            )
+        shared: dict[str, Any] = {"lr": lr, "momentum": momentum, "seeds": seeds, "init": init}
+        shared |= {"activation": activation, "output_activation": output_activation}
+        shared |= {"bias": bias, "optimizer": optimizer}
+        if replicas is None:
+            options |= {name: value for name, value in shared.items() if value is not _PLAIN[name]}
         device = devices[0] if devices else device
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.loss, self.rows = loss_of(loss), []
@@ -137,9 +147,8 @@ class Sweep:
         self.settings: list[packs.Settings] = []
         self.shares: list[Sweep] = []  # one sweep for each of several devices
         if devices:
-            network: dict[str, Any] = {"activation": activation, "bias": bias, "init": init}
-            network |= {"output_activation": output_activation, "optimizer": optimizer, **options}
-            each = {"lr": lr, "momentum": momentum, "seeds": seeds}
+            each = {name: shared.pop(name) for name in ("lr", "momentum", "seeds")}
+            network = {**shared, **options}
             self._deal(devices, sizes, replicas, each, options if replicas is None else network)
             return
         if replicas is None:
@@ -228,7 +237,8 @@ class Sweep:
                 "such as [{'hidden': (64,), 'lr': 0.1}, …]"
             )
         if options:
-            raise ValueError(f"sweep: {next(iter(options))} belongs into the settings of each")
+            name = next(iter(options))
+            raise ValueError(f"sweep: {name} belongs into the settings of each network")
         self.settings = [packs.Settings.of(one) for one in given]
         self.replicas = len(self.settings)
 
@@ -510,3 +520,7 @@ class Sweep:
         for scores, y in self._scores(data, sound):
             right, total = right + int((scores.mean(0).argmax(1) == y).sum()), total + len(y)
         return right / total
+
+
+# What the arguments of a Sweep are if they are not given.
+_PLAIN = {name: p.default for name, p in inspect.signature(Sweep).parameters.items()}

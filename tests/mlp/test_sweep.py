@@ -154,11 +154,20 @@ def test_spread_has_equal_ratios():
             {"replicas": 2, "loss": mlp.SoftmaxCrossEntropy(label_smoothing=0.1)},
             "without class weights, smoothing",
         ),
+        ({"replicas": 2, "optimizer": "sgdm"}, "unknown optimizer 'sgdm'; known: sgd, adam"),
     ],
 )
 def test_bad_arguments_say_both_values(arguments, message):
     with pytest.raises(ValueError, match=message):
         Sweep(SIZES, **arguments)
+
+
+@pytest.mark.parametrize("devices", [None, ["cpu", "cpu"]])
+@pytest.mark.parametrize("name, value", [("lr", 0.5), ("seeds", [1, 2]), ("activation", "tanh")])
+def test_own_settings_leave_nothing_to_the_sweep(name, value, devices):
+    """It would be ignored in silence."""
+    with pytest.raises(ValueError, match=f"{name} belongs into the settings of each network"):
+        Sweep([{"hidden": (4,)}, {"hidden": (5,)}], devices=devices, **{name: value})
 
 
 def test_a_bad_range_or_data_says_both_values(data):
