@@ -16,7 +16,9 @@ the original layer, which still computes what it did before. Names and positions
 """
 
 import copy
+import dis
 import logging
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -67,14 +69,16 @@ def fuse(module: nn.Module, report: Callable[[str], object] | None = None) -> nn
     Some modules are left alone: subclasses, parametrized, pruned and lazy layers, and objects with
     a forward of their own. An activation is left alone if it does not directly follow its layer in
     an nn.Sequential, or if a hook on either would see other values than before. So register hooks
-    first, then fuse, then call `torch.compile`. Code that calls one layer of an nn.Sequential, as
-    in `self.body[0](x)`, gets the activated output.
+    first, then fuse, then call `torch.compile`. The layers of an nn.Sequential stay apart if a
+    method of the model uses it otherwise than by calling it, as `self.body[0](x)` does. Code
+    outside of the model that calls one layer gets the activated output.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"fuse: module must be an nn.Module, got {type(module).__name__}")
     report = report or logging.getLogger("handgrad").info
     copies: dict[tuple, tuple] = {}
     reasons: dict[int, str] = {}
+    apart = _taken_apart(module)
     for (
         path,
         child,
@@ -82,8 +86,12 @@ def fuse(module: nn.Module, report: Callable[[str], object] | None = None) -> nn
         module.named_modules()
     ):  # named_modules looks children up after it has yielded their parent, so they are fused
         if isinstance(child, nn.Sequential):
-            for slot, change in _fuse_neighbours(child, copies, reasons):
-                report(f"{path}.{slot}: {change}".lstrip("."))
+            if (name := path.rpartition(".")[2]) in apart:
+                reason = f"a method of the model does more with {name} than call it"
+                reasons |= {id(layer): reason for layer in child}
+            else:
+                for slot, change in _fuse_neighbours(child, copies, reasons):
+                    report(f"{path}.{slot}: {change}".lstrip("."))
         kind = type(child).__name__
         reason = _obstacle(child) or (
             reasons.get(id(child), _ALONE) if _is_follower(child) else None
@@ -94,6 +102,32 @@ def fuse(module: nn.Module, report: Callable[[str], object] | None = None) -> nn
             _make_ours(child)
             report(f"{path or 'module'}: {kind} -> mlp.{child}")
     return module
+
+
+def _taken_apart(module: nn.Module) -> set[str]:
+    """Names of the attributes that a method of the model uses otherwise than by calling them.
+
+    Such a method may call the layers of an nn.Sequential one by one. Its bytecode says so: Python
+    loads an attribute that is called at once by another instruction, or by one that says "NULL".
+    """
+    kinds = {kind for child in module.modules() for kind in type(child).__mro__}
+    own = [kind for kind in kinds if not kind.__module__.startswith(("torch.", "builtins", "mlp."))]
+    codes = [
+        function.__code__
+        for kind in own
+        for name, function in vars(kind).items()
+        if isinstance(function, types.FunctionType) and name != "__init__"
+    ]
+    found = set()
+    while codes:
+        code = codes.pop()
+        codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
+        found |= {
+            step.argval
+            for step in dis.get_instructions(code)
+            if step.opname == "LOAD_ATTR" and "NULL" not in step.argrepr
+        }
+    return found
 
 
 def _make_ours(layer, options=()):

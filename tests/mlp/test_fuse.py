@@ -199,3 +199,40 @@ def test_shared_layers():
     model["lone"].weight = nn.Parameter(torch.zeros(4, 4))
     assert not any(p.any() for name, p in model.state_dict().items() if "weight" in name)
     assert not pickle.loads(pickle.dumps(model))["tied"][2].weight.any()
+
+
+class Indexed(nn.Module):
+    """Calls layers of its Sequential one by one."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
+        self.head = nn.Sequential(nn.Linear(6, 3), nn.Tanh())
+
+    def forward(self, x):
+        before = self.body[0](x)
+        return self.head(self.body[1](before) + before)
+
+
+class Iterating(Indexed):
+    def forward(self, x):
+        for layer in self.body:
+            x = layer(x) + 1
+        return self.head(x)
+
+
+class Listing(Indexed):
+    def forward(self, x):
+        return self.head(sum([layer(x) for layer in list(self.body)]))
+
+
+@pytest.mark.parametrize("kind", [Indexed, Iterating, Listing])
+def test_a_sequential_whose_layers_are_called_one_by_one(kind):
+    """Its layers stay apart, because the first would return what the second returned before."""
+    model, x, lines = kind(), torch.randn(5, 6), []
+    expected = model(x)
+    mlp.fuse(model, report=lines.append)
+    torch.testing.assert_close(model(x), expected)
+    assert isinstance(model.body[1], nn.ReLU) and isinstance(model.head[1], nn.Identity)
+    left = "body.1: ReLU left alone: a method of the model does more with body than call it"
+    assert left in lines
