@@ -120,6 +120,8 @@ def call(operation: Differentiable, *args) -> torch.Tensor:
     if torch.compiler.is_compiling():
         return _traced(operation, args)
     flat, lengths = _spread(args[: operation.inputs])
+    if not _SAVED.issuperset(map(type, flat)):
+        _check_tensors(operation, args)
     if not launch.followed() and launch.plain(*flat, *args[operation.inputs :]):
         if operation.on_tape is not None and not launch.is_forced():
             y = operation.on_tape(*args)
@@ -132,6 +134,17 @@ def call(operation: Differentiable, *args) -> torch.Tensor:
             "torch.nested.to_padded_tensor(input, 0.0)"
         )
     return operation.fwd(*args)[0]
+
+
+def _check_tensors(operation: Differentiable, args: tuple) -> None:
+    """TypeError if an argument is no tensor, None or a tuple of these."""
+    for name, given in zip(operation.parameters, args[: operation.inputs]):
+        for one in given if isinstance(given, tuple) else (given,):
+            if one is not None and not isinstance(one, torch.Tensor):
+                raise TypeError(
+                    f"{operation.name}: {name} must be a torch.Tensor, got {type(one).__name__}; "
+                    "convert it with torch.as_tensor"
+                )
 
 
 def _traced(operation: Differentiable, args: tuple) -> torch.Tensor:

@@ -253,7 +253,10 @@ class _Network(BaseEstimator):
 
     def _hidden(self) -> list[int]:
         sizes = self.hidden_layer_sizes
-        sizes = [int(n) for n in (sizes if hasattr(sizes, "__iter__") else [sizes])]
+        sizes = list(sizes) if hasattr(sizes, "__iter__") else [sizes]
+        if any(int(n) != n for n in sizes):
+            raise ValueError(f"hidden_layer_sizes must be whole numbers, got {sizes}.")
+        sizes = [int(n) for n in sizes]
         if any(n <= 0 for n in sizes):
             raise ValueError(f"hidden_layer_sizes must be > 0, got {sizes}.")
         return sizes

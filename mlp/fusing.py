@@ -87,8 +87,8 @@ def fuse(module: nn.Module, report: Callable[[str], object] | None = None) -> nn
     ):  # named_modules looks children up after it has yielded their parent, so they are fused
         if isinstance(child, nn.Sequential):
             if (name := path.rpartition(".")[2]) in apart:
-                reason = f"a method of the model does more with {name} than call it"
-                reasons |= {id(layer): reason for layer in child}
+                more = f"a method of the model does more with {name} than call it"
+                reasons |= {id(layer): more for layer in child}
             else:
                 for slot, change in _fuse_neighbours(child, copies, reasons):
                     report(f"{path}.{slot}: {change}".lstrip("."))

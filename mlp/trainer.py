@@ -11,6 +11,7 @@ import torch
 from . import engines
 from .data import arrays, given
 from .data.dataset import Dataset, permutation
+from .data.given import check_columns
 from .data.seen import Seen, rows
 from .data.shifts import Shifts
 from .engines import means, shared, takeover
@@ -31,7 +32,7 @@ _BATCH_SIZE = 32
 _STATES = {
     "scheduler": {"name", "state", "made"},
     "precision": {"name", "skipped", "scaler"},
-    "seen": set(Seen._fields),
+    "seen": set(Seen._fields) - set(Seen._field_defaults),
     "stopping": set(EarlyStopping.FIELDS),
 }
 
@@ -212,6 +213,11 @@ class Trainer:
         schedule = self._scheduled(scheduler, interval)
         self._check(task, epochs, schedule)
         self.schedule, self._pending = schedule, None
+        if self.verbose and 0 < epochs <= len(self.history):
+            print(
+                f"nothing is trained: {len(self.history)} epochs are done, and epochs={epochs} "
+                f"counts them; give epochs={len(self.history) + epochs} to train {epochs} more"
+            )
         self.stopping = resumed(self.stopping, early_stopping, self._parts())
         if self.requested == "auto" and self.verbose:
             print(self.engine_note)
@@ -235,6 +241,7 @@ class Trainer:
                     break
                 if not goes_on:
                     break
+                self._still_serves(task)
         if self.stopping is not None:
             self.stopping.take_best(self._parts())
         return self.history
@@ -303,6 +310,9 @@ class Trainer:
         )
         train = self._fitted(taken.data)
         self._seen = Seen.of(taken)
+        for part in (evaluate, validation):
+            if part is not None:
+                check_columns(part.columns, train.columns, f"fit: {part.name}")
         count = len(train) // size * size if drops else len(train)
         return _Task(train, evaluate, validation, size, count, whole("fit: seed", seed, least=None))
 
@@ -384,6 +394,13 @@ class Trainer:
                 self.requested, *arguments, batch_size, demands, steps
             )
         self.engine.precision, self.engine.together = self.precision, self.together
+
+    def _still_serves(self, task: _Task) -> None:
+        """Choose again if a callback changed what the engine trains, such as a parameter frozen."""
+        if self.engine.refuses(self.model, self.loss, self.optimizer, task.batch_size) is not None:
+            self._choose(task.batch_size, self.engine.demands)
+            if self.verbose:
+                print(self.engine_note)
 
     def _mismatch(self) -> str | None:
         """The reason why this optimizer cannot train this network, or None."""
@@ -481,6 +498,8 @@ class Trainer:
         like = None if self._seen is None else self._seen.like()
         data = self._fitted(given.take(data, ignored, like).data)
         self._check_features("evaluate", data)
+        if self._seen is not None:
+            check_columns(data.columns, self._seen.columns, "evaluate")
         return measure(self.model, self.loss, data, self._shape)
 
     def predict(self, x: Any) -> torch.Tensor | np.ndarray:

@@ -693,5 +693,10 @@ def cross_entropy(
     "sum" or "none". The result has input's dtype. Differentiable twice. Errors: see
     `cross_entropy_fwd`.
     """
+    if not isinstance(target, torch.Tensor):
+        raise TypeError(
+            f"cross_entropy: target must be a torch.Tensor, got {type(target).__name__}; convert "
+            "it with torch.as_tensor"
+        )
     options = weight, ignore_index, reduction, label_smoothing, target.requires_grad
     return tape.call(CROSS_ENTROPY, input, target, *options)

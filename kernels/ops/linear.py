@@ -666,7 +666,7 @@ def linear(
     a name in `kernels.ACTIVATIONS`. Differentiable twice. float64 is computed by the reference.
     ValueError: shapes that do not fit, mixed dtypes or devices, an unknown activation.
     """
-    if weight.dim() == 1 and input.dim() and input.shape[-1:] == weight.shape:
+    if isinstance(weight, torch.Tensor) and weight.dim() == 1 and input.shape[-1:] == weight.shape:
         bias = None if bias is None else bias.unsqueeze(0)
         return linear(input, weight.unsqueeze(0), bias, activation).squeeze(-1)
     return tape.call(LINEAR, input, weight, bias, activation)

@@ -13,6 +13,7 @@ value None, or False for a flag. This file imports nothing heavy, so that --help
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -30,6 +31,7 @@ class Option(NamedTuple):
     help: str
     default: Any = None
     least: float | None = None  # the smallest value
+    most: float | None = None  # the largest value
     parse: Callable[[str], Any] | None = None  # text -> value; its ValueError names the right form
     is_argument: bool = False
     may_change: bool = False  # with --resume; other options must equal the stored ones
@@ -63,17 +65,19 @@ class Option(NamedTuple):
             return None
         if self.each is not None:
             one = self._replace(each=None, parse=_one(self.each))
-            return [one._at_least(one.read(part.strip())) for part in value.split("/")]
+            return [one._in_range(one.read(part.strip())) for part in value.split("/")]
         if self.parse is not None:
             try:
                 return self.parse(value)
             except ValueError as error:
                 raise ValueError(f"{self.flag} must be {error}, got {value!r}") from None
-        return self._at_least(value)
+        return self._in_range(value)
 
-    def _at_least(self, value: Any) -> Any:
+    def _in_range(self, value: Any) -> Any:
         if self.least is not None and not value >= self.least:
             raise ValueError(f"{self.flag} must be at least {self.least:g}, got {value}")
+        if self.most is not None and not value <= self.most:
+            raise ValueError(f"{self.flag} must be at most {self.most:g}, got {value}")
         return value
 
 
@@ -89,6 +93,17 @@ def _one(each: Callable[[str], Any]) -> Callable[[str], Any]:
             raise ValueError("a whole number" if each is int else "a number") from None
 
     return parse
+
+
+def positive(text: str) -> float:
+    """A positive, finite number from a text."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ValueError("a positive number")
+    return value
 
 
 def widths(text: str) -> tuple[int, ...]:
@@ -151,10 +166,16 @@ RECIPE = (
         least=1,
     ),
     Option("augment", int, "shift training images at random by up to so many pixels", least=0),
-    Option("clip_norm", float, "largest norm of all gradients of a step together", least=0),
+    Option("clip_norm", str, "largest norm of all gradients of a step together", parse=positive),
 )
 LOSS = (
-    Option("label_smoothing", float, "share of each label given to all classes alike", least=0),
+    Option(
+        "label_smoothing",
+        float,
+        "share of each label given to all classes alike",
+        least=0,
+        most=1,
+    ),
 )
 OPTIMIZER = (
     Option("lr", float, "learning rate", least=0),

@@ -57,6 +57,21 @@ def take(given: Any, ignored: int | None = None, like: Dataset | None = None) ->
     return taken._replace(batch_size=given.batch_size, drop_last=given.drop_last, note=note)
 
 
+def check_columns(columns: tuple[str, ...], trained: tuple[str, ...], what: str) -> None:
+    """DataError if columns have other names, or another order, than those of the training data.
+
+    () stands for data without names. So do numbers that count the columns.
+    """
+    counted = tuple(map(str, range(len(columns))))
+    if len(columns) != len(trained) or columns == trained or counted in (columns, trained):
+        return
+    at = next(i for i, (one, other) in enumerate(zip(columns, trained)) if one != other)
+    raise DataError(
+        f"{what}: column {at} is {columns[at]!r}, but the network was trained on {trained[at]!r} "
+        f"there; give the columns in the order {', '.join(trained)}"
+    )
+
+
 def _shape(given: Any, data: Dataset) -> tuple[int, ...] | None:
     """The shape of a sample if it has more than one dimension, else None."""
     if isinstance(given, (tuple, list)):

@@ -7,8 +7,8 @@ import torch
 
 from ..runs.schema import typed
 from . import arrays
-from .dataset import Dataset, Reading
-from .given import Given
+from .dataset import DataError, Dataset, Reading
+from .given import Given, check_columns
 
 
 class Seen(NamedTuple):
@@ -16,7 +16,7 @@ class Seen(NamedTuple):
 
     reading: how inputs were read. is_labels: True if the targets were labels. words: the classes if
     the labels were words, else None. column: True if the targets were numbers (N,). shape: of a
-    sample with more than one dimension, else None.
+    sample with more than one dimension, else None. columns: names of a frame's or table's columns.
     """
 
     reading: Reading
@@ -24,13 +24,16 @@ class Seen(NamedTuple):
     words: tuple[str, ...] | None
     column: bool
     shape: tuple[int, ...] | None
+    columns: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, given: Given) -> "Seen":
         """The facts about the data that `fit` was given."""
         data = given.data
         column = not data.is_classification and data.targets.dim() == 1
-        return cls(data.reading, data.is_classification, given.words, column, given.shape)
+        return cls(
+            data.reading, data.is_classification, given.words, column, given.shape, data.columns
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The facts as plain data for a checkpoint. Tuples of the reading become lists."""
@@ -44,7 +47,8 @@ class Seen(NamedTuple):
     def of_dict(cls, facts: dict[str, Any]) -> "Seen":
         """From `to_dict`."""
         reading = typed(Reading, facts["reading"], "the state of seen: reading")
-        return cls(**{**facts, "reading": reading})
+        columns = tuple(facts.get("columns", ()))
+        return cls(**{**facts, "reading": reading, "columns": columns})
 
     def like(self) -> Dataset | None:
         """A data set with the words as classes, by which test data are numbered, or None."""
@@ -58,7 +62,10 @@ class Seen(NamedTuple):
         ValueError if training scaled whole numbers and x is floating point, or the reverse. The
         values of black and white are then unknown.
         """
-        raw, _ = arrays.numbers(x, "predict: x")
+        raw, columns = arrays.numbers(x, "predict: x")
+        if not len(raw):
+            raise DataError("predict: x has no rows; give one at least")
+        check_columns(columns, self.columns, "predict: x")
         reading, stored = self.reading, getattr(torch, self.reading.stored, None)
         is_plain = (reading.scale, reading.shift, reading.mean) == (1.0, 0.0, None)
         as_stored = stored is None or raw.is_floating_point() == stored.is_floating_point

@@ -27,6 +27,7 @@ LOSSES = {"classification": "cross_entropy", "regression": "mse", "multilabel": 
 TASKS = tuple(LOSSES)
 TEST_SHARE = 0.2  # of the rows
 MAX_CATEGORIES = 100  # of a text column. More are names or ids, from which nothing can be learned.
+FEW_CATEGORIES = 20  # so many are learned from, even if most rows have a text of their own
 MAX_INTEGER_CLASSES = 20  # of a whole-number target. More are quantities.
 _NUMBER, _CATEGORY = "number", "category"
 
@@ -188,10 +189,11 @@ class _Category:
     def fit(name: str, series: "pandas.Series") -> Column | None:
         texts = series.dropna().astype(str)
         counts = texts.value_counts()
-        if len(counts) > MAX_CATEGORIES:
+        if len(counts) > MAX_CATEGORIES or len(counts) > max(FEW_CATEGORIES, len(texts) / 2):
             raise DataError(
-                f"column {name!r} has {len(counts)} different texts, at most {MAX_CATEGORIES}: it "
-                f"looks like a name or an id; leave it out with --drop {name}"
+                f"column {name!r} has {len(counts)} different texts in {len(texts)} rows, such as "
+                f"{counts.index[0]!r}; it looks like a date, a number written in another way, a "
+                f"name or an id; leave it out with --drop {name}"
             )
         return (
             Column(name, _CATEGORY, categories=tuple(sorted(counts.index))) if len(counts) else None
@@ -231,12 +233,19 @@ def _as_numbers(name: str, series: "pandas.Series") -> numpy.ndarray:
     if len(bad):
         row = int(bad[0])
         raise DataError(
-            f"column {name!r} must hold numbers, row {row + 1} has {series.iloc[row]!r}"
+            f"column {name!r} must hold numbers, row {_row(series, row)} has {series.iloc[row]!r}"
         )
     if numpy.isinf(numbers).any():
         row = int(numpy.flatnonzero(numpy.isinf(numbers))[0])
-        raise DataError(f"column {name!r}: row {row + 1} is {numbers[row]}; it must be finite")
+        raise DataError(
+            f"column {name!r}: row {_row(series, row)} is {numbers[row]}; it must be finite"
+        )
     return numbers
+
+
+def _row(series: "pandas.Series", at: int) -> int:
+    """The number of a row in its file, from 1. Rows keep it as their index if a file is split."""
+    return int(series.index[at]) + 1
 
 
 def _labels(table: Table, frame: "pandas.DataFrame") -> torch.Tensor:
@@ -311,9 +320,16 @@ def read(path: str | Path) -> "pandas.DataFrame":
             names = [name.strip().strip('"') for name in header.split(separator)]
             if repeated := sorted({name for name in names if names.count(name) > 1}):
                 raise DataError(f"{path}: the header names {_listed(repeated)} more than once")
-            frame = pandas.read_csv(path, sep=separator, encoding="utf-8-sig", low_memory=False)
+            options: dict[str, Any] = {"encoding": "utf-8-sig", "low_memory": False}
+            frame = pandas.read_csv(path, sep=separator, **options)
+            if separator == ";":  # where it separates columns, a comma is often the decimal point
+                other = pandas.read_csv(path, sep=separator, decimal=",", **options)
+                for name in other.select_dtypes("number").columns:
+                    frame[name] = other[name]
     except DataError:
         raise
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
     except Exception as error:  # pandas, pyarrow and codecs raise different classes
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{path}: not a readable table ({reason})") from None
@@ -487,7 +503,7 @@ def load(path: str | Path, choice: Choice, table: Table | None = None) -> Parts:
     _check_columns(frame, targets)
     labels = frame[targets[0]].map(_class_name).to_numpy() if task == "classification" else None
     rows = split_rows(len(frame), choice.validation, labels, str(path))
-    train, test, held = (frame.iloc[chosen].reset_index(drop=True) for chosen in rows)
+    train, test, held = (frame.iloc[chosen] for chosen in rows)
     table = table or fit(train, targets, task)
     return Parts(
         table.dataset(train, f"{path.name} (train)"),

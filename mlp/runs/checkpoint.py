@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..engines import takeover
 from ..modules import build
 from ..net import Net
 from .disk import (
@@ -37,20 +38,30 @@ def tensors_of(model: torch.nn.Module | Net) -> dict[str, torch.Tensor]:
 
 
 def config_of(model: torch.nn.Module | Net) -> dict[str, Any] | None:
-    """The description that builds one of our networks again, or None for another module."""
-    describe = getattr(model, "config", None)
-    return describe() if callable(describe) else None
+    """The description that builds one of our networks again, or None for another module.
+
+    None too if the network may compute something else than its description, such as a subclass.
+    `load` then asks for `load_weights`. Hooks are not stored, as in torch.
+    """
+    is_ours = takeover.description(model) is None
+    ours: Any = model
+    return ours.config() if is_ours else None
 
 
 def save(model: torch.nn.Module | Net, path: str | os.PathLike) -> None:
     """Write the weights of a network and its description to a .safetensors file.
 
     model: a network of ours, which `load` can build again, or any module. CheckpointError if the
-    folder of `path` does not exist.
+    folder of `path` does not exist, or if the file would have another suffix.
     """
     from safetensors.torch import save_file  # imported here, so that training works without it
 
     path = Path(path)
+    if path.suffix != ".safetensors":
+        raise CheckpointError(
+            f"{path}: weights are written as .safetensors, got {path.suffix or 'no suffix'}; use "
+            f"{path.stem}.safetensors"
+        )
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors_of(model).items()}
     metadata = {CHECKSUM: BLANK, SEALED: json.dumps(config_of(model))}
     if not path.parent.is_dir():

@@ -3,6 +3,7 @@ same ones.
 """
 
 import pytest
+import torch
 
 import kernels
 from kernels.operations import Make
@@ -181,3 +182,18 @@ def test_message(call, message, backend):
     else:
         with kernels.use(backend), pytest.raises(kind, match=message):
             call()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: kernels.cross_entropy(x, [0, 1]),
+        lambda x: kernels.linear(x, [[1.0]]),
+        lambda x: kernels.mse_loss(x, [0.0, 1.0]),
+        lambda x: kernels.layer_norm(x, 3, [1.0, 1.0, 1.0]),
+        lambda x: kernels.mlp(x, [[1.0]], [None]),
+    ],
+)
+def test_lists_are_no_tensors(call):
+    with pytest.raises(TypeError, match="got list; convert it with"):
+        call(torch.ones(2, 3))

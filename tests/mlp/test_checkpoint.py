@@ -250,3 +250,28 @@ def test_descriptions_of_the_wrong_kind(tmp_path):
         described(path, state, wrong if isinstance(wrong, str) else json.dumps(wrong))
         with pytest.raises(CheckpointError, match=r"w.safetensors: .*(description|weights)"):
             mlp.load(path)
+
+
+class Doubled(mlp.MLP):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_network_that_computes_something_else_is_saved_without_description(tmp_path):
+    """`load` would build a network without the subclass's forward, or the object's own."""
+    changed = mlp.MLP([4, 3])
+    changed.forward = lambda x, forward=changed.forward: 2 * forward(x)
+    for i, model in enumerate((Doubled([4, 3]), changed)):
+        path = tmp_path / f"{i}.safetensors"
+        mlp.save(model, path)
+        with pytest.raises(
+            CheckpointError, match=r"no description .*; use load_weights\(model, path\)"
+        ):
+            mlp.load(path)
+        other = mlp.load_weights(mlp.MLP([4, 3]), path)
+        assert all(torch.equal(p, q) for p, q in zip(other.parameters(), model.parameters()))
+
+
+def test_another_suffix_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"got \.st; use model\.safetensors"):
+        mlp.save(mlp.MLP([4, 3]), tmp_path / "model.st")

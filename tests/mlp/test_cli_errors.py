@@ -46,6 +46,8 @@ BAD = {
     ),
     "width 0": ("train --hidden 100,0", r"at least two positive integers.*got \(64, 100, 0, 10\)"),
     "batch": ("train --batch-size 0", "--batch-size must be at least 1, got 0"),
+    "smoothing": ("train --label-smoothing 2", "--label-smoothing must be at most 1, got 2"),
+    "clip": ("train --clip-norm 0", "--clip-norm must be a positive number, got '0'"),
     "epochs": ("train --epochs -1", "--epochs must be at least 1, got -1"),
     "rate": ("train --lr fast", "Invalid value for '--lr'"),
     "negative rate": ("train --lr -0.1", "--lr must be at least 0, got -0.1"),

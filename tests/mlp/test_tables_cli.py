@@ -191,7 +191,7 @@ def test_resumed_as_if_never_stopped(handgrad):
         (
             {"name": [f"n{i}" for i in range(100)]},
             ("--target", "price"),
-            "looks like a name or an id; leave it out with --drop name",
+            "a name or an id; leave it out with --drop name",
         ),
         (
             {"price": ["a"] * 99 + ["b"]},

@@ -90,3 +90,57 @@ def test_rows_of_another_width_are_refused_by_name():
         trainer.predict(x[0])
     with pytest.raises(ValueError, match=f"evaluate: {takes} data has 5"):
         trainer.evaluate((x[:, :5], y))
+
+
+def test_columns_of_a_frame_keep_their_order():
+    """Other names or another order would be predicted from in silence."""
+    pandas = pytest.importorskip("pandas")
+    x, y = tensors()
+    frame, labels = pandas.DataFrame(x.numpy(), columns=list("abcdef")), pandas.Series(y.numpy())
+    trainer = Trainer(MLP((6, 3)), verbose=False)
+    trainer.fit((frame, labels), 1)
+    assert (trainer.predict(frame) == trainer.predict(frame.to_numpy())).all()
+    order = "column 0 is 'f', but the network was trained on 'a' there; give the columns in the"
+    backwards = frame[list("fedcba")]
+    for call in (
+        lambda: trainer.predict(backwards),
+        lambda: trainer.evaluate((backwards, labels)),
+        lambda: Trainer(MLP((6, 3))).fit((frame, labels), 1, evaluate=(backwards, labels)),
+    ):
+        with pytest.raises(ValueError, match=order):
+            call()
+    again = Trainer(MLP((6, 3)), verbose=False)
+    again.load_state_dict(trainer.state_dict())
+    with pytest.raises(ValueError, match=order):
+        again.predict(backwards)
+    with pytest.raises(ValueError, match="predict: x has no rows"):
+        trainer.predict(x[:0])
+
+
+@pytest.mark.parametrize("engine", ["auto", "autograd", "manual", "epoch", "lean"])
+def test_a_parameter_that_a_callback_freezes(engine):
+    """It stays as it is, or the engine refuses to go on."""
+    model = MLP((6, 8, 3))
+    weight, kept = next(model.parameters()), []
+
+    def freeze(row):
+        weight.requires_grad_(False)
+        kept.append(weight.detach().clone())
+
+    try:
+        trainer = Trainer(model, engine=engine, verbose=False)
+    except ValueError:
+        pytest.skip("numba is not installed")
+    if engine in ("auto", "autograd"):
+        trainer.fit(tensors(), 3, on_epoch=freeze)
+    else:
+        with pytest.raises(ValueError, match=f"{engine}: trains every parameter, but 0.weight"):
+            trainer.fit(tensors(), 3, on_epoch=freeze)
+    assert torch.equal(weight, kept[0])
+
+
+def test_epochs_that_are_done_already(capsys):
+    trainer = Trainer(MLP((6, 3)), engine="autograd")
+    trainer.fit(tensors(), 2)
+    trainer.fit(tensors(), 2)
+    assert "nothing is trained: 2 epochs are done, and epochs=2 counts" in capsys.readouterr().out
