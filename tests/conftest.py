@@ -64,6 +64,7 @@ NEEDS = {
         "mlp/test_metrics.py",
         "mlp/test_readme.py",
         "mlp/test_trainer.py",
+        "test_types.py",
     ],
     "torchvision": ["mlp/test_fuse.py"],
     "typer": [
@@ -76,6 +77,7 @@ NEEDS = {
         "mlp/test_devices.py",
         "mlp/test_hostile.py",
         "mlp/test_main.py",
+        "mlp/test_spreading.py",
         "mlp/test_tables_cli.py",
     ],
 }

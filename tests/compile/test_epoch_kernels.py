@@ -8,6 +8,7 @@ Each row of MATRIX has a process of its own, because pytest's kernels are interp
 """
 
 import functools
+import inspect
 import itertools
 import json
 import os
@@ -20,6 +21,7 @@ import torch
 import triton
 
 from kernels import (
+    RULES,
     Run,
     Spec,
     StepState,
@@ -179,8 +181,19 @@ def test_a_load_above_the_exchange_is_seen():
     assert below == ("load", "y_ptr", 2) and above == ("load", "y_ptr", 0)
 
 
+def heaviest():
+    """The names of the rules that press most registers: for each number of states, the rule with
+    the most numbers, and among these the one with the longest formula.
+    """
+    weight = lambda rule: (len(rule.columns), len(inspect.getsource(rule.update.fn)))  # noqa: E731
+    found = {}
+    for rule in sorted(RULES.values(), key=weight):
+        found[len(rule.states)] = rule.name
+    return sorted(found.values())
+
+
 def cases():
-    """Every row of MATRIX, and the limits with a rule without states and with one of the most.
+    """Every row of MATRIX, and the limits with the heaviest rules.
 
     Without --full, only the first row of the usual architectures runs.
     """
@@ -189,7 +202,7 @@ def cases():
             usual = arch in USUAL and row in rows[:1]
             marks = [pytest.mark.long(10)] + ([] if usual else [pytest.mark.full])
             yield pytest.param(arch, row, marks=marks, id="-".join((arch, *row)))
-    for arch, rule, precision in itertools.product(NO_STACK, ("sgd", "adam"), LIMITS):
+    for arch, rule, precision in itertools.product(NO_STACK, heaviest(), LIMITS):
         for limit in map(str, range(len(LIMITS[precision]))):
             name = f"{arch}-{rule}-{precision}-limit {limit}"
             yield pytest.param(arch, (rule, precision, "", limit), marks=pytest.mark.full, id=name)
