@@ -44,6 +44,17 @@ class Make:
             return torch.empty(shape, dtype=self.dtype, device="meta")
         return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
 
+    def whole(self, *shape):
+        """A tensor of this shape with the numbers -1, 0 and 1.
+
+        Sums of their products are exact in every precision, whatever the order of the terms. So two
+        computations agree on the sign before a kink and on the largest number of a window.
+        """
+        if self.device.type == "meta":
+            return self.real(*shape)
+        whole = torch.randint(-1, 2, shape, generator=self.generator)
+        return whole.to(self.device, self.dtype)
+
     def positive(self, *shape):
         """A tensor of this shape with uniform numbers in [0.1, 1.1)."""
         if self.device.type == "meta":
@@ -106,8 +117,9 @@ def flatten(value) -> list[torch.Tensor]:
 
 
 def _linear_cases(make, m, k, n):
-    for activation in ACTIVATIONS:
-        yield activation, (make.real(m, k), make.real(n, k), make.real(n), activation)
+    for activation, row in ACTIVATIONS.items():
+        draw = make.whole if row.kinks else make.real
+        yield activation, (draw(m, k), draw(n, k), make.real(n), activation)
     yield "no bias", (make.real(m, k), make.real(n, k), None, "sigmoid")
 
 
@@ -123,7 +135,8 @@ def _mlp_cases(make, m, k, n):
             f"{activation}, {output}",
             (make.real(m, k), weights, [make.real(w) for w in widths[1:]], activation, output),
         )
-    yield "no biases", (make.real(m, k), weights, [None] * 3, "relu", "identity")
+    weights = [make.whole(*w.shape) for w in weights]
+    yield "no biases", (make.whole(m, k), weights, [None] * 3, "relu", "identity")
 
 
 def _mlp_torch(x, weights, biases, activation, output_activation):
@@ -184,16 +197,17 @@ def _conv2d_cases(make, m, k, n):
     """Cases of k channels in and n out.
 
     On the meta device, images have the size of MNIST's. On others they are small enough for the
-    interpreter.
+    interpreter. Where a window has a largest number, images and weights are whole.
     """
     small = make.device.type != "meta"
     m, k, n = (min(m, 3), min(k, 2), min(n, 5)) if small else (m, k, n)
     h, w, kernel = (8, 7, 3) if small else (28, 28, 5)
-    x, b = make.real(m, k, h, w), make.real(n)
-    yield "pool", (x, make.real(n, k, kernel, kernel), b, 1, 0, "relu", 2)
-    yield "same, no bias", (x, make.real(n, k, 2, 3), None, 1, "same", "gelu", (1, 2))
+    x, b, whole = make.real(m, k, h, w), make.real(n), make.whole(m, k, h, w)
+    yield "pool", (whole, make.whole(n, k, kernel, kernel), b, 1, 0, "relu", 2)
+    halves = whole / 2  # gelu of numbers below -5 is nearly 0, so these would be ties
+    yield "same, no bias", (halves, make.whole(n, k, 2, 3), None, 1, "same", "gelu", (1, 2))
     yield "stride, dilation", (x, make.real(n, k, 3, 2), b, (2, 1), (1, 2), "sigmoid", 1, (1, 2))
-    yield "one image", (make.real(k, h, w), make.real(n, k, 1, 1), b, 1, 0, "identity", 2)
+    yield "one image", (make.whole(k, h, w), make.whole(n, k, 1, 1), b, 1, 0, "identity", 2)
 
 
 def _conv2d_torch(x, w, b, stride, padding, activation, max_pool, *options):

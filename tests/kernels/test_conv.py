@@ -45,19 +45,25 @@ def by_torch(x, w, b, activation="identity", max_pool=1, **options):
 
 
 def draw(name, activation="identity", device="cpu", dtype=torch.float64, seed=0):
-    """x, w, b such that rounding cannot move z across a kink or change a window's maximum."""
+    """x, w, b such that rounding cannot move z across a kink or change a window's maximum.
+
+    In half precision x and w are whole numbers and quarters. Their sums are exact, so the same
+    numbers of a window are equal in every computation.
+    """
     x_shape, w_shape, options = GEOMETRIES[name]
     pool, options = (
         options.get("max_pool", 1),
         {k: v for k, v in options.items() if k != "max_pool"},
     )
     pool = (pool, pool) if isinstance(pool, int) else pool
+    eps = torch.finfo(dtype).eps
     for attempt in itertools.count(seed * 1000):
         torch.manual_seed(attempt)
-        x, w, b = (
-            torch.randn(*shape).to(device, dtype) for shape in (x_shape, w_shape, w_shape[:1])
-        )
+        x, w, b = (torch.randn(*shape) for shape in (x_shape, w_shape, w_shape[:1]))
         w = w * w[0].numel() ** -0.5
+        if eps > 1e-4:
+            x, w = x.round(), (4 * w).round() / 4
+        x, w, b = (t.to(device, dtype) for t in (x, w, b))
         z = F.conv2d(*double((x, w, b)), **options)
         windows = (
             ACTIVATIONS[activation]
@@ -67,9 +73,8 @@ def draw(name, activation="identity", device="cpu", dtype=torch.float64, seed=0)
             .flatten(-2)
         )
         first, *second = windows.topk(min(2, windows.shape[-1])).values.unbind(-1)
-        won = all(
-            ((first - s > 1e-4) | (first == 0)).all() for s in second
-        )  # equal zeros of relu are harmless: they have no gradient
+        margin = 1e-4 + 2 * eps * first.abs()
+        won = all(((first - s > margin) | (first == s)).all() for s in second)
         if won and all(((z - kink).abs() > 1e-4).all() for kink in ACTIVATIONS[activation].kinks):
             return x, w, b
 

@@ -1,5 +1,6 @@
 """In a Sweep every network is the one that Trainer trains alone. Also table, ensemble, files."""
 
+import functools
 import math
 from dataclasses import replace
 
@@ -37,42 +38,48 @@ def data():
     )
 
 
-def in_float64(*arguments, **options):
-    """A sweep in float64. A rule that divides by small gradients carries the rounding of float32 as
-    far as 1e-4, so in float32 no tolerance fits all processors.
+@pytest.fixture
+def in_float64(monkeypatch):
+    """A function that makes sweeps in float64. Their rates and the like are float64 too.
+
+    A rule that divides by small gradients carries the rounding of float32 as far as 1e-4. So in
+    float32 no tolerance fits all processors and all seeds.
     """
-    sweep = Sweep(*arguments, device="cpu", **options)
-    sweep.parameters = [p.double() for p in sweep.parameters]
-    sweep.states = [[t.double() for t in state] for state in sweep.states]
-    return sweep
+    numbers = functools.partial(kernels.hyperparameters, dtype=torch.float64)
+    monkeypatch.setattr(kernels, "hyperparameters", numbers)
+
+    def made(*arguments, **options):
+        sweep = Sweep(*arguments, device="cpu", **options)
+        sweep.parameters = [p.double() for p in sweep.parameters]
+        sweep.states = [[t.double() for t in state] for state in sweep.states]
+        return sweep
+
+    return made
 
 
 def assert_as_alone(sweep, rows, data, optimizer="sgd", loss=None, **options):
-    """Every network of the sweep is the one that Trainer trains with its settings.
-
-    Not to the last digit, because rates and the like are float32 in a sweep, float64 in Trainer.
-    """
+    """Every network of the sweep is the one that Trainer trains with its settings."""
     for row in rows:
         model = mlp.MLP(SIZES, sweep.config["activation"])
         mlp.initialise(dict(model.named_parameters()), None, row.seed)
         made = mlp.optim.OPTIMIZERS[optimizer](model.double().parameters(), lr=row.lr, **options)
         trainer = mlp.Trainer(model, loss, made, "manual", verbose=False)
         trainer.fit(data, 3, 16, seed=row.seed)
-        assert row.train_loss == pytest.approx(trainer.history[-1]["train_loss"], rel=1e-5)
+        assert row.train_loss == pytest.approx(trainer.history[-1]["train_loss"], rel=1e-9)
         for ours, expected in zip(sweep.network(row.replica).parameters(), model.parameters()):
-            torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(ours.double(), expected, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "gelu"])  # sigmoid keeps y, gelu keeps z
 @pytest.mark.parametrize("options", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_replicas_are_those_of_the_trainer(data, options, activation):
+def test_replicas_are_those_of_the_trainer(data, in_float64, options, activation):
     rates = {"lr": [0.02, 0.1, 0.2], "seeds": [5, 6, 7]}
     sweep = in_float64(SIZES, 3, activation=activation, **rates, **options)
     assert_as_alone(sweep, sweep.fit(data, 3, 16, data), data, **options)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_every_loss(name, data):
+def test_every_loss(name, data, in_float64):
     """A replica is the network that Trainer trains with that loss."""
     sweep = in_float64(SIZES, 2, [0.05, 0.1], seeds=[1, 2], loss=name)
     assert_as_alone(sweep, sweep.fit(data, 3, 16), data, loss=name)
