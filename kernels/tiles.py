@@ -1,5 +1,6 @@
 """What the kernels share: rounding, a tile's dot, a tile's sum of products."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -57,17 +58,46 @@ class Matrix(NamedTuple):
     rows: Any
     stride_row: Any
     stride_col: Any
+    wide: Any  # constexpr: True if offsets in the matrix need 64 bits
 
 
 def matrix(t: torch.Tensor) -> Matrix:
     """t (rows, columns), of any strides, as a kernel's Matrix."""
-    return Matrix(t, t.shape[0], *t.stride())
+    return Matrix(t, *layout(t.shape, t.stride()))
+
+
+_WIDE, _NARROW = tl.constexpr(True), tl.constexpr(False)
+
+
+def layout(shape: Sequence[int], strides: Sequence[int]) -> tuple:
+    """The fields of a Matrix after its address, for a matrix of this shape and these strides.
+
+    Offsets take 32 bits if the last element lies less than 2³¹ elements behind the first. This
+    depends on the strides: an expanded tensor has many elements in little memory, and a slice may
+    have few elements in much memory.
+    """
+    (rows, columns), (stride_row, stride_col) = shape, strides
+    last = (rows - 1) * stride_row + (columns - 1) * stride_col
+    return rows, stride_row, stride_col, _WIDE if last >= 2**31 else _NARROW
+
+
+@triton.jit
+def offsets(a, rows, columns):
+    """Offsets of elements of a Matrix from its address. rows and columns broadcast.
+
+    They have 64 bits where the Matrix needs them. Offsets outside the matrix may overflow, so they
+    must be masked.
+    """
+    if a.wide:
+        rows = rows.to(tl.int64)
+        columns = columns.to(tl.int64)
+    return rows * a.stride_row + columns * a.stride_col
 
 
 @triton.jit
 def load_tile(a, offs_m, offs_n, mask):
-    """Elements of a Matrix in float32, 0 outside the mask. The offsets are 64-bit and broadcast."""
-    ptrs = a.ptr + offs_m * a.stride_row + offs_n * a.stride_col
+    """Elements of a Matrix in float32, 0 outside the mask. offs_m and offs_n broadcast."""
+    ptrs = a.ptr + offsets(a, offs_m, offs_n)
     return tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
 
 
@@ -105,33 +135,30 @@ def product_tile(
 ):
     """acc[m, n] = Σ_k a[m, k] b[n, k] for k in [k_start, k_end), and with ROW_SUM also Σ_k a[m, k].
 
-    The forward and both products of the backward are this sum. They differ only in strides. Offsets
-    are 64-bit. WHOLE: k_end - k_start is a multiple of BLOCK_K, so no tile of the sum needs a mask.
+    The forward and both products of the backward are this sum. They differ only in strides. WHOLE:
+    k_end - k_start is a multiple of BLOCK_K, so no tile of the sum needs a mask.
     """
-    offs_k = k_start + tl.arange(0, BLOCK_K).to(tl.int64)
+    offs_k = k_start + tl.arange(0, BLOCK_K)
     mask_m = (offs_m < a.rows)[:, None]
     mask_n = (offs_n < b.rows)[None, :]
-    a_ptrs = (
-        a.ptr + offs_m.to(tl.int64)[:, None] * a.stride_row + offs_k[None, :] * a.stride_col
-    )  # [BLOCK_M, BLOCK_K]
-    b_ptrs = (
-        b.ptr + offs_n.to(tl.int64)[None, :] * b.stride_row + offs_k[:, None] * b.stride_col
-    )  # [BLOCK_K, BLOCK_N]
-    step = tl.full((), BLOCK_K, tl.int64)
+    a_offs = offsets(a, offs_m[:, None], offs_k[None, :])  # [BLOCK_M, BLOCK_K]
+    b_offs = offsets(b, offs_n[None, :], offs_k[:, None])  # [BLOCK_K, BLOCK_N]
+    same_row = tl.full((), 0, tl.int32)
+    step = tl.full((), BLOCK_K, tl.int32)
     acc = tl.zeros((offs_m.shape[0], offs_n.shape[0]), dtype=tl.float32)
     row_sum = tl.zeros((offs_m.shape[0],), dtype=tl.float32)
     for k in range(k_start, k_end, BLOCK_K):
         if WHOLE:
-            a_tile = tl.load(a_ptrs, mask=mask_m, other=0.0)
-            b_tile = tl.load(b_ptrs, mask=mask_n, other=0.0)
+            a_tile = tl.load(a.ptr + a_offs, mask=mask_m, other=0.0)
+            b_tile = tl.load(b.ptr + b_offs, mask=mask_n, other=0.0)
         else:
             mask_k = k + tl.arange(0, BLOCK_K) < k_end
-            a_tile = tl.load(a_ptrs, mask=mask_m & mask_k[None, :], other=0.0)
-            b_tile = tl.load(b_ptrs, mask=mask_k[:, None] & mask_n, other=0.0)
+            a_tile = tl.load(a.ptr + a_offs, mask=mask_m & mask_k[None, :], other=0.0)
+            b_tile = tl.load(b.ptr + b_offs, mask=mask_k[:, None] & mask_n, other=0.0)
         acc = dot(a_tile, b_tile, acc, PRECISION)
         if ROW_SUM:
             row_sum += tl.sum(a_tile.to(tl.float32), axis=1)
-        a_ptrs += step * a.stride_col
-        b_ptrs += step * b.stride_col
+        a_offs += offsets(a, same_row, step)
+        b_offs += offsets(b, same_row, step)
     # Triton 3.8 allows only one use of a sum that a loop carries (pass OptimizeThreadLocality).
     return acc, tl.where(offs_m < a.rows, row_sum, 0.0)

@@ -25,7 +25,16 @@ import triton
 import triton.language as tl
 
 from .. import activations, configs, launch, tape
-from ..tiles import Matrix, cast, load_tile, matrix, product_tile, tile_of_program
+from ..tiles import (
+    Matrix,
+    cast,
+    layout,
+    load_tile,
+    matrix,
+    offsets,
+    product_tile,
+    tile_of_program,
+)
 
 MAX_SPLITS = 32  # of the batch in dw; the workspace is at most this many times as large as dw
 
@@ -157,8 +166,8 @@ def _backward(dy, x, w, s, bias, activation, needs, bwd_dz, bwd_dx, bwd_dw):
 
 @triton.jit
 def linear_fwd_kernel(
-    y_ptr,
-    z_ptr,
+    y,  # Matrix [M, N], contiguous
+    z_ptr,  # [M, N], or None
     x,  # Matrix [M, K]
     w,  # Matrix [N, K]
     b_ptr,
@@ -173,7 +182,7 @@ def linear_fwd_kernel(
 ):
     """One tile of y = act(x wᵀ + b).
 
-    z is stored too if z_ptr is not None. y and z are contiguous (M, N).
+    z is stored too if z_ptr is not None.
     """
     row, column = tile_of_program()
     offs_m = row * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -182,11 +191,11 @@ def linear_fwd_kernel(
     z, _ = product_tile(x, w, offs_m, offs_n, 0, K, BLOCK_K, PRECISION, False, WHOLE)
     if b_ptr is not None:
         z += tl.load(b_ptr + offs_n * stride_b, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-    offs = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
-    mask = (offs_m < x.rows)[:, None] & (offs_n < N)[None, :]
+    offs = offsets(y, offs_m[:, None], offs_n[None, :])
+    mask = (offs_m < y.rows)[:, None] & (offs_n < N)[None, :]
     if z_ptr is not None:
         tl.store(z_ptr + offs, cast(z, z_ptr.dtype.element_ty), mask=mask)
-    tl.store(y_ptr + offs, cast(ACT(z), y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y.ptr + offs, cast(ACT(z), y.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -217,7 +226,7 @@ def linear_bwd_dz_kernel(
 
 @triton.jit
 def linear_bwd_dx_kernel(
-    dx_ptr,
+    dx,  # Matrix [M, K], contiguous
     dz,  # Matrix [M, N]
     w,  # Matrix [K, N]: transposed
     s,  # Matrix [M, K], or None
@@ -239,19 +248,20 @@ def linear_bwd_dx_kernel(
     offs_m = row * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = column * BLOCK_N + tl.arange(0, BLOCK_N)
     K = w.rows
-    dx, _ = product_tile(dz, w, offs_m, offs_k, 0, N, BLOCK_K, PRECISION, False, WHOLE)
-    offs_m = offs_m.to(tl.int64)[:, None]
-    offs_k = offs_k.to(tl.int64)[None, :]
-    mask = (offs_m < dz.rows) & (offs_k < K)
+    tile, _ = product_tile(dz, w, offs_m, offs_k, 0, N, BLOCK_K, PRECISION, False, WHOLE)
+    offs_m = offs_m[:, None]
+    offs_k = offs_k[None, :]
+    mask = (offs_m < dx.rows) & (offs_k < K)
     if s is not None:
-        dx = ACT_BWD(dx, load_tile(s, offs_m, offs_k, mask))
-    tl.store(dx_ptr + offs_m * K + offs_k, cast(dx, dx_ptr.dtype.element_ty), mask=mask)
+        tile = ACT_BWD(tile, load_tile(s, offs_m, offs_k, mask))
+    dx_ptrs = dx.ptr + offsets(dx, offs_m, offs_k)
+    tl.store(dx_ptrs, cast(tile, dx.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def linear_bwd_dw_kernel(
-    dw_ptr,
-    db_ptr,
+    dw,  # Matrix [N, K], contiguous: the first split's
+    db_ptr,  # [N], or None
     dz,  # Matrix [N, M]: transposed
     x,  # Matrix [K, M]: transposed
     M,
@@ -274,19 +284,19 @@ def linear_bwd_dw_kernel(
     offs_k = column * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(2)
     start = split * rows
-    N = dz.rows
+    N = dw.rows
     K = x.rows
     end = tl.minimum(start + rows, M)
     BIAS: tl.constexpr = db_ptr is not None
-    dw, db = product_tile(dz, x, offs_n, offs_k, start, end, BLOCK_K, PRECISION, BIAS, WHOLE)
+    tile, db = product_tile(dz, x, offs_n, offs_k, start, end, BLOCK_K, PRECISION, BIAS, WHOLE)
     if BIAS:  # noqa: SIM102  this is known at compile time, the next is not
         if column == 0:
             db_ptrs = db_ptr + split.to(tl.int64) * split_stride + offs_n
             tl.store(db_ptrs, cast(db, db_ptr.dtype.element_ty), mask=offs_n < N)
-    offs_n = offs_n.to(tl.int64)[:, None]
-    offs_k = offs_k[None, :]
-    dw_ptrs = dw_ptr + split.to(tl.int64) * split_stride + offs_n * K + offs_k
-    tl.store(dw_ptrs, cast(dw, dw_ptr.dtype.element_ty), mask=(offs_n < N) & (offs_k < K))
+    mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
+    dw_ptrs = dw.ptr + split.to(tl.int64) * split_stride
+    dw_ptrs += offsets(dw, offs_n[:, None], offs_k[None, :])
+    tl.store(dw_ptrs, cast(tile, dw.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -370,10 +380,9 @@ def linear_fwd(
     if plan.library:
         _library_fwd(x2, w, b, act, y, z)
     else:
-        matrices = Matrix(x2, *plan.left), Matrix(w, *plan.right)
-        launch.run(
-            linear_fwd_kernel, plan.grid, y, z, *matrices, b, plan.stride_b, K, **plan.options
-        )
+        outputs, bias = (Matrix(y, *plan.result), z), (b, plan.stride_b)
+        factors = Matrix(x2, *plan.left), Matrix(w, *plan.right)
+        launch.run(linear_fwd_kernel, plan.grid, *outputs, *factors, *bias, K, **plan.options)
     y = y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], N))
     return y, LinearSaved(x, w, kept(act, y, z), b is not None, activation)
 
@@ -386,8 +395,9 @@ class Plan(NamedTuple):
     library: bool  # True if it is torch's own product
     grid: tuple[int, int]
     options: dict  # of the fused kernel
-    left: tuple  # rows and strides of the left operand's Matrix
-    right: tuple  # and of the right operand's
+    result: tuple  # layout of the result's Matrix
+    left: tuple  # of the left factor's
+    right: tuple  # of the right factor's
     stride_b: int = 0
 
 
@@ -407,7 +417,8 @@ def _plan_product(kernel, act, left, right, **options) -> Plan:
     product = configs.product(kernel, left, M, N, heavy=act.needs == "z")
     options |= product.over(K)
     grid, library = product.grid(M, N), product.by_library(M, N, K)
-    return Plan(act, (M, N, K), library, grid, options, matrix(left)[1:], matrix(right)[1:])
+    layouts = layout((M, N), (N, 1)), matrix(left)[1:], matrix(right)[1:]
+    return Plan(act, (M, N, K), library, grid, options, *layouts)
 
 
 @torch.no_grad()
@@ -480,9 +491,9 @@ def linear_bwd_dx(
         with torch.no_grad():
             torch.mm(dz, w, out=dx)
         return dx if s is None else linear_bwd_dz(dx, s, activation_below, out=dx)
-    matrices = Matrix(dz, *plan.left), Matrix(w, *plan.right)
+    matrices = Matrix(dx, *plan.result), Matrix(dz, *plan.left), Matrix(w, *plan.right)
     below = None if s is None else matrix(s)
-    launch.run(linear_bwd_dx_kernel, plan.grid, dx, *matrices, below, N, **plan.options)
+    launch.run(linear_bwd_dx_kernel, plan.grid, *matrices, below, N, **plan.options)
     return dx
 
 
@@ -588,10 +599,11 @@ def _fused_dw(dz, x, dw, db, split_stride, plan: DwPlan) -> None:
 
     dw, db: where the first split writes. db is None without bias.
     """
-    matrices = matrix(dz.t()), matrix(x.t())
-    sizes = dz.shape[0], plan.rows, split_stride
+    (M, N), K = dz.shape, x.shape[1]
+    outputs = Matrix(dw, *layout((N, K), (K, 1))), db
+    factors, sizes = (matrix(dz.t()), matrix(x.t())), (M, plan.rows, split_stride)
     grid = *plan.tiles, plan.splits
-    launch.run(linear_bwd_dw_kernel, grid, dw, db, *matrices, *sizes, **plan.options)
+    launch.run(linear_bwd_dw_kernel, grid, *outputs, *factors, *sizes, **plan.options)
 
 
 def dw_parts(dz, x, bias, plan: DwPlan):

@@ -62,7 +62,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 def signature(value):
-    """The type that Triton gives an argument at launch. 1 and None become constants."""
+    """The type that Triton gives an argument at launch. 1, None and a constexpr are constants."""
     if isinstance(value, torch.Tensor):
         return POINTERS[value.dtype]
     if isinstance(value, tuple):

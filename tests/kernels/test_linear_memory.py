@@ -3,10 +3,12 @@ for.
 """
 
 import itertools
+import mmap
 
 import pytest
 import torch
 import torch.nn.functional as F
+import triton.language as tl
 
 import kernels
 from kernels import (
@@ -17,6 +19,7 @@ from kernels import (
     linear_bwd_dz,
     linear_fwd,
     linear_fwd_ref,
+    tiles,
 )
 from kernels.activations import ACTIVATIONS
 from kernels.operations import flatten
@@ -96,3 +99,72 @@ def test_output_may_be_overwritten(lead, backend, device):
     inputs = [torch.randn(*shape, device=device) for shape in ((*lead, 4), (5, 4), (5,))]
     with launch.use(backend):
         compare(lambda *i: F.relu_(kernels.linear(*i)), lambda *i: F.relu_(F.linear(*i)), inputs)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "wide"),
+    [
+        ((2**16, 2**15), (2**15, 1), False),  # the last offset is 2³¹ - 1
+        ((2**16 + 1, 2**15), (2**15, 1), True),
+        ((2, 1), (2**31 - 1, 1), False),
+        ((2, 1), (2**31, 1), True),  # two elements, far apart
+        ((1, 2), (1, 2**31), True),
+        ((2, 2), (2**30, 2**30), True),
+        ((2**20, 2**20), (0, 1), False),  # 2⁴⁰ elements in the memory of one row
+        ((1, 1), (2**40, 2**40), False),
+        ((0, 2**40), (2**40, 1), False),
+    ],
+)
+def test_offsets_have_64_bits_where_the_memory_needs_them(shape, strides, wide):
+    """What counts is how far apart elements lie, not how many there are."""
+    t = torch.empty(0, device="meta").as_strided(shape, strides)
+    assert tiles.matrix(t) == (t, shape[0], *strides, wide)
+    assert tiles.matrix(t.t()).wide.value is wide
+
+
+def far_apart(rows, columns, device):
+    """Half-precision numbers, (rows, columns), with 2³¹ elements from one row to the next.
+
+    On a CPU, memory that nobody touches is only reserved.
+    """
+    size = (rows - 1) * 2**31 + columns
+    if device == "cpu":
+        buffer = torch.frombuffer(mmap.mmap(-1, 2 * size), dtype=torch.float16)
+    else:
+        buffer = torch.zeros(size, dtype=torch.float16, device=device)
+    numbers = buffer.as_strided((rows, columns), (2**31, 1))
+    return numbers.copy_(torch.randn(rows, columns))
+
+
+def results(x, w, dz):
+    """y, dx, dw and db by the fused kernels."""
+    with launch.use(products="fused"):
+        return [linear_fwd(x, w)[0], linear_bwd_dx(dz, w), *linear_bwd_dw(dz, x)]
+
+
+def test_elements_2_31_apart(device):
+    """Offsets past 2³¹ elements are right, in rows and in columns of each factor."""
+    x, w, dz = (far_apart(2, columns, device) for columns in (5, 5, 3))
+    near = x.contiguous(), w.contiguous(), dz[:, :2].contiguous()
+    expected = results(*near)
+    assert_equal(results(x, near[1], near[2]), expected, "x")
+    assert_equal(results(near[0], w, near[2]), expected, "w")
+    assert_equal(results(near[0], near[1], dz[:, :2]), expected, "dz")
+
+
+@pytest.mark.parametrize("sizes", [(65, 48, 33), (7, 33, 1)], ids=str)
+def test_offsets_of_both_widths_give_the_same_bits(sizes, device, monkeypatch):
+    M, K, N = sizes
+    x, w, b = draw(M, K, N, device)
+    dz, below = torch.randn(M, N, device=device), torch.rand(M, K, device=device)
+
+    def everything(x, w, dz):
+        return [linear_fwd(x, w, b, "gelu"), linear_bwd_dx(dz, w, below, "tanh"), results(x, w, dz)]
+
+    expected = flatten(everything(x, w, dz))
+    monkeypatch.setattr(tiles, "_NARROW", tl.constexpr(True))
+    launch.forget()
+    wide = flatten(everything(x, w, dz))
+    launch.forget()
+    assert tiles.matrix(x).wide.value is True
+    assert_equal(wide, expected, sizes)
