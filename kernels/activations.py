@@ -265,6 +265,11 @@ class Activation(NamedTuple):
     module: Callable | None = None
 
     @property
+    def is_identity(self) -> bool:
+        """True if the output is the pre-activation itself, so the backward needs nothing."""
+        return self.needs == "nothing"
+
+    @property
     def needs_z(self) -> bool:
         """True if the backward needs the pre-activation."""
         return self.needs == "z"

@@ -244,9 +244,8 @@ def _refusal(sequential, layer, options, follower, option, after) -> str | None:
         return f"kernels have no {follower}"
     if not option.keys() <= options.keys():
         return _ALONE
-    if options.get("max_pool", 1) != 1 or (
-        "activation" in option and options["activation"] != "identity"
-    ):
+    activated = not kernels.ACTIVATIONS[options["activation"]].is_identity
+    if options.get("max_pool", 1) != 1 or ("activation" in option and activated):
         have = ", ".join(f"{name}={value}" for name, value in options.items())
         return f"the {type(layer).__name__} before it already has {have}"
     if _hooked(layer) or _hooked(follower):

@@ -4,6 +4,7 @@ The values are drawn on the CPU, so that every device starts from the same weigh
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 
@@ -25,12 +26,14 @@ def _draw(init: str, weight: torch.Tensor, generator) -> None:
         options = {"std": float(std)} if std else {}
     except ValueError:
         name = ""
-    if name not in _INITIALISERS or (options and (name != "normal" or not options["std"] >= 0)):
+    draw = _INITIALISERS.get(name)
+    takes = () if draw is None else inspect.signature(draw).parameters
+    if draw is None or not options.keys() <= set(takes) or not options.get("std", 0.0) >= 0:
         raise ValueError(
             f"init: unknown initialiser {init!r}; known: {', '.join(NAMES)}, and normal:STD, such "
             "as normal:0.1"
         )
-    _INITIALISERS[name](weight, **options, generator=generator)
+    draw(weight, **options, generator=generator)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from .optim import OPTIMIZERS
 
 # The optimizers' options that a message lists. torch has others, such as foreach.
 _SHOWN = {"lr", "momentum", "nesterov", "dampening", "weight_decay", "betas", "eps", "alpha"}
-_LOSS_OF_NUMBERS = "mse"
+LOSS_OF_NUMBERS = "mse"
 _KERNEL, _POOL = 5, 2  # sides of every convolution's kernel and of its max-pool, in pixels
 
 
@@ -72,6 +72,11 @@ class Recipe:
         """The `config()` of this recipe's network for a data set."""
         outputs = len(train.classes) if train.is_classification else train.targets.shape[1]
         if self.channels:
+            if not self.bias or not activations.get(self.output_activation).is_identity:
+                raise ValueError(
+                    "a network with convolutions has biases and no activation at its output, got "
+                    f"bias {self.bias} and output_activation {self.output_activation}"
+                )
             if train.image_shape is None:
                 raise ValueError(
                     f"a network with convolutions needs images, but {train.name} has rows of "
@@ -119,18 +124,18 @@ class Recipe:
 
     def describe(self, network: dict) -> str:
         """One line about the network of a `config()` and its training by this recipe."""
-        if network["kind"] == "convnet":
+        if self.channels:
             channels = " → ".join(map(str, [network["image_shape"][0], *network["channels"]]))
             widths = [*network["hidden"], network["classes"]]
             shape = f"convolutions {channels}, then {'-'.join(map(str, widths))}"
         else:
             shape = "-".join(map(str, network["sizes"]))
-        ends = network.get("output_activation", "identity")
+        ends = network.get("output_activation", self.output_activation)
         options = ", ".join(f"{name} {value}" for name, value in self.optimizer_options.items())
         return "; ".join(
             [
                 f"{shape} {network['activation']}"
-                + (f", {ends} at the end" * (ends != "identity")),
+                + ("" if activations.get(ends).is_identity else f", {ends} at the end"),
                 f"{self.loss} by {self.optimizer}" + (f" ({options})" if options else ""),
                 f"batches of {self.batch_size}",
                 *self._rules(),
@@ -142,9 +147,19 @@ class Recipe:
         """True if the loss reads outputs as values of the targets, False if as logits."""
         return LOSSES[self.loss].row.predict is unchanged
 
+    @property
+    def gives_values(self) -> bool:
+        """True if outputs are values of the targets, and may be any number."""
+        return self.reads_values and activations.get(self.output_activation).is_identity
+
+    @property
+    def _moves_rate(self) -> bool:
+        """True if the learning rate changes during the training."""
+        return schedule.known(self.schedule).moves or self.warmup > 0
+
     def _rules(self) -> Iterator[str]:
         """This recipe's schedule, shifts, clipping, stopping and smoothing, in words."""
-        if self.schedule != "constant" or self.warmup:
+        if self._moves_rate:
             warmup = f" after {self.warmup} epochs of warm-up" if self.warmup else ""
             yield f"schedule {self.schedule}{warmup}"
         if self.augment:
@@ -159,7 +174,7 @@ class Recipe:
     def beyond_pack(self) -> str | None:
         """The reason why many networks in one launch cannot be trained by this recipe, or None."""
         asked = {
-            "a schedule": self.schedule != "constant" or self.warmup > 0,
+            "a schedule": self._moves_rate,
             "random shifts": self.augment > 0,
             "clipped gradients": self.clip_norm is not None,
             "early stopping": self.early_stopping is not None,
@@ -298,7 +313,7 @@ def changed(recipe: Recipe, **changes: Any) -> Recipe:
 
 
 def suited(
-    recipe: Recipe, train: Dataset, loss_chosen: bool, default: str = _LOSS_OF_NUMBERS
+    recipe: Recipe, train: Dataset, loss_chosen: bool, default: str = LOSS_OF_NUMBERS
 ) -> Recipe:
     """The recipe with a loss that fits the targets.
 

@@ -83,15 +83,17 @@ class Named(NamedTuple):
 
     about: one line for people. make: called with a Plan, returns a function of the optimizer, as
     `Trainer.fit` takes it, or None if the rate is constant. ends: True if it has a last epoch.
+    moves: True if it changes the rate.
     """
 
     about: str
     make: Callable[[Plan], Callable[[Optimizer], Any] | None]
     ends: bool = False
+    moves: bool = True
 
 
 SCHEDULES: dict[str, Named] = {
-    "constant": Named("the same rate", _constant),
+    "constant": Named("the same rate", _constant, moves=False),
     "cosine": Named("down to 0 along a cosine", _cosine, ends=True),
     "step": Named("a tenth after each third of the epochs", _step),
     "plateau": Named("a tenth when the loss has not fallen for 3 epochs", _plateau),

@@ -19,6 +19,7 @@ app = typer.Typer(
     help="Train multilayer perceptrons by hand-written backpropagation.",
     rich_markup_mode=None,
     add_completion=False,
+    context_settings={"max_content_width": 100},
 )
 
 
@@ -35,7 +36,10 @@ def start(
 
 @command(app, "train", *options.TRAIN)
 def train(values: Values) -> None:
-    """Train a network; prints a line an epoch and writes a run folder."""
+    """Train a network into a run folder.
+
+    Prints a line for each epoch. The folder gets weights, history, settings and pictures.
+    """
     from . import devices
 
     if values["devices"] is not None:
@@ -48,7 +52,11 @@ def train(values: Values) -> None:
 
 @command(app, "evaluate", *options.EVALUATE)
 def evaluate(values: Values) -> None:
-    """Loss and accuracy of a trained network on its test data: top-1, top-k and by class."""
+    """Measure a trained network on its test data.
+
+    Prints loss, accuracy, top-k accuracy and the accuracy of each class, or the errors of a
+    regression.
+    """
     from . import results
 
     results.evaluate(values)
@@ -56,7 +64,11 @@ def evaluate(values: Values) -> None:
 
 @command(app, "report", *options.REPORT)
 def report(values: Values) -> None:
-    """Draw a run: curves, test images with predictions, confusion matrix, first-layer weights."""
+    """Draw the pictures of a run, or compare several runs.
+
+    The pictures are curves, test images with predictions, the confusion matrix, and the weights of
+    the first layer. Several runs get one table and one figure.
+    """
     from . import results
 
     results.report(values)
@@ -64,8 +76,10 @@ def report(values: Values) -> None:
 
 @command(app, "predict", *options.PREDICT)
 def predict(values: Values) -> None:
-    """The class of each image, and its probability. Images of another size are resized, with a
-    note.
+    """Predict images, or the rows of a file.
+
+    Prints the class and the probability of each image, or a prediction for each row. Images of
+    another size are resized, with a note.
     """
     from . import results
 
@@ -74,7 +88,7 @@ def predict(values: Values) -> None:
 
 @command(app, "runs", *options.RUNS)
 def runs(values: Values) -> None:
-    """List the runs below a folder, with their settings and scores."""
+    """List the runs in a folder, with settings and scores."""
     from . import comparing
 
     comparing.runs(values)
@@ -82,7 +96,10 @@ def runs(values: Values) -> None:
 
 @command(app, "export", *options.EXPORT)
 def export(values: Values) -> None:
-    """Write a trained network as an ONNX file, or as the weights of plain torch modules."""
+    """Write a trained network for other programs.
+
+    The file is an ONNX file, or the weights of plain torch modules.
+    """
     from . import exporting
 
     exporting.run(values)
@@ -90,7 +107,10 @@ def export(values: Values) -> None:
 
 @command(app, "sweep", *options.SWEEP)
 def sweep(values: Values) -> None:
-    """Train many networks at once; prints a table, best first, and the accuracy of their mean."""
+    """Train many networks at once.
+
+    Prints a table with the best networks first, and the accuracy of the mean of all.
+    """
     from . import sweeping
 
     sweeping.sweep(values)
@@ -98,7 +118,9 @@ def sweep(values: Values) -> None:
 
 @command(app, "search", *options.SEARCH)
 def search(values: Values) -> None:
-    """Try settings by cross-validation on the training rows; the best is trained into a run
+    """Search for good settings by cross-validation.
+
+    Each setting is measured on folds of the training rows. The best one is trained into a run
     folder.
     """
     from . import searching
@@ -108,7 +130,10 @@ def search(values: Values) -> None:
 
 @command(app, "data", *options.DATA)
 def data(values: Values) -> None:
-    """What would be trained on: samples, range, scale, classes, missing and constant columns."""
+    """Describe a data set without training.
+
+    Prints samples, range, scale, classes, and columns that are constant.
+    """
     from . import looking
 
     looking.data(values)
@@ -116,7 +141,7 @@ def data(values: Values) -> None:
 
 @command(app, "recipes")
 def recipes(values: Values) -> None:
-    """The networks and settings that --recipe knows, and all names that options take."""
+    """Show all recipes, and all names that options take."""
     from . import about
 
     about.recipes()
@@ -124,7 +149,7 @@ def recipes(values: Values) -> None:
 
 @command(app, "info", *options.INFO)
 def info(values: Values) -> None:
-    """Versions, the GPU, which backend each operation takes; --check tries every kernel."""
+    """Show versions, the device and the backends."""
     from . import about
 
     about.info(values)
@@ -154,7 +179,9 @@ def run(argv: list[str]) -> int:
 def _message(error: Exception) -> str:
     """The message of an error for a user. For an unexpected error it names the type too."""
     if hasattr(error, "format_message"):  # an error of typer
-        return error.format_message()
+        missing = hasattr(error, "param_type")  # only its error for an argument left out has this
+        needed = getattr(getattr(error, "param", None), "help", None) if missing else None
+        return f"{error.format_message()} {needed or ''}".strip()
     from ..engines import Diverged
 
     if isinstance(error, (ValueError, IndexError, OSError, Diverged)) or hasattr(

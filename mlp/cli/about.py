@@ -8,9 +8,13 @@ import torch
 
 import kernels
 
+from .. import data
+from ..data import files, tables
 from ..engines import ENGINES
 from ..recipes import LOSSES, OPTIMIZERS, RECIPES, Recipe
+from ..runs import logs
 from ..schedule import SCHEDULES
+from .exporting import FORMATS
 from .options import Values
 from .setup import PRECISIONS, pick_device
 from .terminal import say
@@ -23,6 +27,8 @@ def recipes() -> None:
         say(f"{name}: {recipe.about}")
         for setting in settings_of(recipe):
             say(f"    {setting}")
+    formats = (*tables.SUFFIXES, *files.READERS)
+    say(f"DATASET: {', '.join(data.NAMES)}, files {', '.join(formats)}, or a folder of images")
     known: dict[str, Iterable[str]] = {
         "activation": kernels.ACTIVATIONS,
         "loss": LOSSES,
@@ -30,6 +36,9 @@ def recipes() -> None:
         "schedule": SCHEDULES,
         "engine": ["auto", *ENGINES],
         "precision": PRECISIONS,
+        "task": tables.TASKS,
+        "log": logs.LOGS,
+        "format": FORMATS,
     }
     for option, names in known.items():
         say(f"--{option}: {', '.join(names)}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -16,14 +17,12 @@ from .terminal import complain, say
 def run(values: Values) -> None:
     """Write the network of a run folder as another program reads it."""
     path = values["file"]
-    name = values["format"] or ("torch" if path.suffix in (".pt", ".pth") else "onnx")
-    if name not in FORMATS:
-        raise ValueError(f"unknown format {name!r}; known: {', '.join(FORMATS)}")
+    write = _format(path, values["format"]).write
     settings = RunFolder(values["run"]).settings
     model, note = RunFolder(values["run"]).network("cpu")
     if note:
         complain(f"note: {note}")
-    say(f"{path}: {FORMATS[name](settings, model, path)}")
+    say(f"{path}: {write(settings, model, path)}")
 
 
 def pipeline(settings: Settings, model: torch.nn.Module) -> export.Pipeline:
@@ -74,5 +73,30 @@ def _torch(settings: Settings, model: torch.nn.Module, path: Path) -> str:
     return f"the state_dict of nn.Sequential({layers})"
 
 
-# Name -> function that writes such a file and returns one line about its contents.
-FORMATS = {"onnx": _onnx, "torch": _torch}
+class Format(NamedTuple):
+    """A row of FORMATS.
+
+    write: writes such a file, and returns one line about its contents. suffixes: of its files.
+    """
+
+    write: Callable[[Settings, torch.nn.Module, Path], str]
+    suffixes: tuple[str, ...]
+
+
+FORMATS = {"onnx": Format(_onnx, (".onnx",)), "torch": Format(_torch, (".pt", ".pth"))}
+
+
+def _format(path: Path, name: str | None) -> Format:
+    """The format called `name`, else that of the path's suffix. ValueError if there is none."""
+    if name is not None:
+        if name not in FORMATS:
+            raise ValueError(f"unknown format {name!r}; known: {', '.join(FORMATS)}")
+        return FORMATS[name]
+    for row in FORMATS.values():
+        if path.suffix.lower() in row.suffixes:
+            return row
+    known = [f"{name} ({', '.join(row.suffixes)})" for name, row in FORMATS.items()]
+    raise ValueError(
+        f"{path}: its suffix {path.suffix!r} does not tell the format; give --format, which is one "
+        f"of {', '.join(known)}"
+    )

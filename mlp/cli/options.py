@@ -23,76 +23,20 @@ import typer
 Values = dict[str, Any]
 
 
-class Option(NamedTuple):
-    """One option, or one argument, of a command."""
-
-    name: str
-    kind: Any
-    help: str
-    default: Any = None
-    least: float | None = None  # the smallest value
-    most: float | None = None  # the largest value
-    parse: Callable[[str], Any] | None = None  # text -> value; its ValueError names the right form
-    is_argument: bool = False
-    may_change: bool = False  # with --resume; other options must equal the stored ones
-    each: Callable[[str], Any] | None = None  # text -> value, for several values with "/" between
-
-    @property
-    def flag(self) -> str:
-        """The option on the command line, such as --batch-size."""
-        return self.name if self.is_argument else f"--{self.name.replace('_', '-')}"
-
-    def parameter(self) -> inspect.Parameter:
-        """The parameter of a function's signature from which typer makes the option."""
-        if self.is_argument:
-            row, kind = typer.Argument(help=self.help), self.kind
-            default = inspect.Parameter.empty if self.default is ... else self.default
-        else:
-            row, default = typer.Option(self.flag, help=self.help), self.default
-            kind = self.kind
-        if default is None:
-            kind = kind | None
-        return inspect.Parameter(
-            self.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=default,
-            annotation=Annotated[kind, row],
-        )
-
-    def read(self, value: Any) -> Any:
-        """The value in the form for the command. ValueError, which names the option, if invalid."""
-        if value is None:
-            return None
-        if self.each is not None:
-            one = self._replace(each=None, parse=_one(self.each))
-            return [one._in_range(one.read(part.strip())) for part in value.split("/")]
-        if self.parse is not None:
-            try:
-                return self.parse(value)
-            except ValueError as error:
-                raise ValueError(f"{self.flag} must be {error}, got {value!r}") from None
-        return self._in_range(value)
-
-    def _in_range(self, value: Any) -> Any:
-        if self.least is not None and not value >= self.least:
-            raise ValueError(f"{self.flag} must be at least {self.least:g}, got {value}")
-        if self.most is not None and not value <= self.most:
-            raise ValueError(f"{self.flag} must be at most {self.most:g}, got {value}")
-        return value
+def whole(text: str) -> int:
+    """A whole number from a text."""
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError("a whole number") from None
 
 
-def _one(each: Callable[[str], Any]) -> Callable[[str], Any]:
-    """As `each`, but its error names the expected kind of number."""
-    if each not in (int, float):
-        return each
-
-    def parse(text: str) -> Any:
-        try:
-            return each(text)
-        except ValueError:
-            raise ValueError("a whole number" if each is int else "a number") from None
-
-    return parse
+def number(text: str) -> float:
+    """A number from a text."""
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError("a number") from None
 
 
 def positive(text: str) -> float:
@@ -126,6 +70,77 @@ def seed(text: str) -> int:
     return value
 
 
+# Kind of a value -> its word in the help. A flag has no value.
+_WORDS = {str: "NAME", int: "N", float: "NUMBER", Path: "PATH"}
+# Kind -> its parser. typer's own errors do not name the value.
+_PARSERS: dict[Any, Callable[[str], Any]] = {int: whole, float: number}
+
+
+class Option(NamedTuple):
+    """One option, or one argument, of a command."""
+
+    name: str
+    kind: Any
+    help: str  # sentences: what it does, its unit, and the default, unless typer adds that
+    default: Any = None  # ... for an argument that must be given
+    least: float | None = None  # the smallest value
+    most: float | None = None  # the largest value
+    parse: Callable[[str], Any] | None = None  # text -> value; its ValueError names the right form
+    is_argument: bool = False
+    may_change: bool = False  # with --resume; other options must equal the stored ones
+    each: Callable[[str], Any] | None = None  # text -> value, for several values with "/" between
+    word: str = ""  # the value in the help, such as WIDTHS; "" takes that of the kind
+
+    @property
+    def flag(self) -> str:
+        """The option on the command line, such as --batch-size."""
+        return self.name if self.is_argument else f"--{self.name.replace('_', '-')}"
+
+    @property
+    def shown(self) -> str | None:
+        """The value in the help, such as WIDTHS, or None for a flag."""
+        return self.word or _WORDS.get(self.kind)
+
+    def parameter(self) -> inspect.Parameter:
+        """The parameter of a function's signature from which typer makes the option."""
+        kind, default = self.kind, self.default
+        if kind in _PARSERS:
+            kind, default = str, None if default is None else str(default)
+        if self.is_argument:
+            row = typer.Argument(help=self.help, metavar=self.shown)
+            default = inspect.Parameter.empty if default is ... else default
+        else:
+            row = typer.Option(self.flag, help=self.help, metavar=self.shown)
+        if default is None:
+            kind = kind | None
+        return inspect.Parameter(
+            self.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=default,
+            annotation=Annotated[kind, row],
+        )
+
+    def read(self, value: Any) -> Any:
+        """The value in the form for the command. ValueError, which names the option, if invalid."""
+        if value is None:
+            return None
+        if self.each is not None:
+            return [self._one(self.each, part.strip()) for part in value.split("/")]
+        parse = self.parse or _PARSERS.get(self.kind)
+        return value if parse is None else self._one(parse, value)
+
+    def _one(self, parse: Callable[[str], Any], text: str) -> Any:
+        try:
+            value = parse(text)
+        except ValueError as error:
+            raise ValueError(f"{self.flag} must be {error}, got {text!r}") from None
+        if self.least is not None and not value >= self.least:
+            raise ValueError(f"{self.flag} must be at least {self.least:g}, got {value}")
+        if self.most is not None and not value <= self.most:
+            raise ValueError(f"{self.flag} must be at most {self.most:g}, got {value}")
+        return value
+
+
 def command(app: typer.Typer, name: str, *rows: Option) -> Callable:
     """Register a function of one dict of values as a command with these options."""
 
@@ -148,186 +163,395 @@ def given(rows: tuple[Option, ...], values: Values) -> Values:
     return {row.name: values[row.name] for row in rows if values.get(row.name) is not None}
 
 
-_NAMES = "`handgrad recipes` lists them"
+_NAMES = "`handgrad recipes` lists the names."
+_RECIPES = "Default: the recipe's."
 
 RECIPE = (
-    Option("hidden", str, "widths of the hidden layers, such as 100,50", parse=widths),
-    Option("activation", str, f"such as relu or tanh; {_NAMES}"),
-    Option("loss", str, f"such as cross_entropy or mse; {_NAMES}"),
-    Option("optimizer", str, f"such as sgd or adam; {_NAMES}"),
-    Option("batch_size", int, "samples in a step", least=1),
-    Option("epochs", int, "passes over the training data", least=1, may_change=True),
-    Option("schedule", str, f"of the learning rate, such as cosine; {_NAMES}"),
-    Option("warmup", int, "epochs in which the learning rate rises to its value", least=0),
+    Option(
+        "hidden",
+        str,
+        f"Widths of the hidden layers, such as 100,50. An empty text means none. {_RECIPES}",
+        parse=widths,
+        word="WIDTHS",
+    ),
+    Option(
+        "activation", str, f"Activation of the hidden layers, such as relu. {_NAMES} {_RECIPES}"
+    ),
+    Option(
+        "loss",
+        str,
+        f"Loss, such as cross_entropy or mse. {_NAMES} Default: the recipe's, or one that fits the "
+        "targets.",
+    ),
+    Option("optimizer", str, f"Optimizer, such as sgd or adam. {_NAMES} {_RECIPES}"),
+    Option("batch_size", int, f"Samples in a step. {_RECIPES}", least=1),
+    Option("epochs", int, f"Passes over the training data. {_RECIPES}", least=1, may_change=True),
+    Option(
+        "schedule",
+        str,
+        f"How the learning rate changes, such as cosine; constant means not. {_NAMES} {_RECIPES}",
+    ),
+    Option(
+        "warmup",
+        int,
+        f"Epochs in which the learning rate rises to its value; 0 means none. {_RECIPES}",
+        least=0,
+    ),
     Option(
         "early_stopping",
         int,
-        "end after so many epochs without a lower loss: of --validation, else of the test rows",
+        "End after so many epochs without a lower loss, and keep the best weights. The loss is "
+        "that of --validation, else of the test rows. Default: train all epochs.",
         least=1,
     ),
-    Option("augment", int, "shift training images at random by up to so many pixels", least=0),
-    Option("clip_norm", str, "largest norm of all gradients of a step together", parse=positive),
+    Option(
+        "augment",
+        int,
+        "Shift each training image at random by up to so many pixels in each epoch; 0 means none. "
+        f"{_RECIPES}",
+        least=0,
+    ),
+    Option(
+        "clip_norm",
+        str,
+        "Scale the gradients of a step down to this norm of all together, if it is larger. "
+        "Default: the gradients stay.",
+        parse=positive,
+        word="NUMBER",
+    ),
 )
 LOSS = (
     Option(
         "label_smoothing",
         float,
-        "share of each label given to all classes alike",
+        "Share of each label that is given to all classes alike, 0 to 1. Default: 0.",
         least=0,
         most=1,
     ),
 )
 OPTIMIZER = (
-    Option("lr", float, "learning rate", least=0),
-    Option("momentum", float, "momentum, for the optimizers that have one", least=0),
-    Option("weight_decay", float, "pull of weights towards 0, as the optimizer has it", least=0),
+    Option("lr", float, f"Learning rate. {_RECIPES}", least=0),
+    Option(
+        "momentum",
+        float,
+        f"Momentum of an optimizer that has one, usually 0 to 1. {_RECIPES}",
+        least=0,
+    ),
+    Option(
+        "weight_decay",
+        float,
+        "Factor that pulls weights towards 0, as torch's optimizer of this name defines it. "
+        f"{_RECIPES}",
+        least=0,
+    ),
 )
 _READING = (
     Option(
         "standardize",
         str,
-        "auto (the default: a table whose columns differ tenfold in scale), yes or no",
+        "Subtract each column's mean and divide by its deviation: yes, no, or auto, which does it "
+        "if the columns differ tenfold in scale. Default: auto.",
+        word="auto|yes|no",
     ),
     Option(
         "image",
         str,
-        "shape of an image in flat rows, such as 28x28 or 3x32x32; size of the images of a folder",
+        "Height x width of the images, or channels x height x width, in pixels, such as 28x28. "
+        "Flat rows are read so, and the images of a folder are resized. Default: found from the "
+        "data.",
+        word="SHAPE",
     ),
     Option(
         "task",
         str,
-        "classification, regression or multilabel; default: what the targets' type says",
+        "classification, regression, or multilabel for a table with several targets of 0 and 1. "
+        "Default: found from the targets.",
+        word="TASK",
     ),
-    Option("target", str, "of a table: the column to predict, or several with commas"),
-    Option("drop", str, "of a table: columns to leave out, with commas"),
+    Option(
+        "target",
+        str,
+        "Column of a table to predict, or several with commas. A table needs it.",
+        word="COLUMNS",
+    ),
+    Option(
+        "drop",
+        str,
+        "Columns of a table to leave out, with commas. Default: none.",
+        word="COLUMNS",
+    ),
 )
 _HELD = (
-    Option("validation", float, "share of the rows to measure on besides the test rows", least=0),
-    Option("class_weight", str, "balanced: rare classes weigh as much as frequent ones"),
+    Option(
+        "validation",
+        float,
+        "Share of all rows, 0 to 1, that is held out besides the test rows, and measured after "
+        "each epoch. Default: 0.",
+        least=0,
+    ),
+    Option(
+        "class_weight",
+        str,
+        "balanced: the loss counts rare classes as much as frequent ones. Default: each sample "
+        "counts alike.",
+        word="balanced",
+    ),
+)
+_DATA_DIR = "Folder into which data sets are downloaded. Default: "
+DATA_DIR = Option(
+    "data_dir", Path, f"{_DATA_DIR}$HANDGRAD_DATA, else the cache folder.", may_change=True
 )
 RUN = (
-    Option("seed", str, "of initial weights and sample order; default 0", parse=seed),
-    Option("engine", str, f"auto (the default), or one by name; {_NAMES}", may_change=True),
-    Option("device", str, "auto (the default), cpu, cuda, cuda:1, …", may_change=True),
-    Option("precision", str, f"fp32 (the default), bf16, …; {_NAMES}"),
     Option(
-        "data_dir",
-        Path,
-        "folder of data sets; default $HANDGRAD_DATA, else the cache",
+        "seed",
+        str,
+        "Seed of the initial weights and of the samples' order. Default: 0.",
+        parse=seed,
+        word="N",
+    ),
+    Option(
+        "engine",
+        str,
+        f"How an epoch is computed: auto, the fastest that serves, or one by name. {_NAMES} "
+        "Default: auto.",
         may_change=True,
     ),
+    Option(
+        "device",
+        str,
+        "auto, the GPU if there is one; or cpu, cuda, cuda:1, … Default: auto.",
+        may_change=True,
+    ),
+    Option("precision", str, f"Number format, such as bf16. {_NAMES} Default: fp32."),
+    DATA_DIR,
     *_READING,
     *_HELD,
 )
+_NUMBERED = "Default: runs/DATASET, or runs/DATASET-2, -3, … if that is taken."
+_FORCE = Option("force", bool, "Replace the run in --out.", False)
 CALL = (
-    Option("out", Path, "run folder; default runs/DATASET, numbered"),
-    Option("force", bool, "replace the run in --out", False),
-    Option("plots", bool, "draw all pictures of `handgrad report` at the end", False),
-    Option("log", str, "csv or tensorboard, or both with a comma: numbers for other programs"),
-    Option("devices", int, "processes that share each batch, one for each device", least=1),
-    Option("seeds", int, "train so many networks, --seed and on; mean and deviation", least=1),
-    Option("resume", bool, "go on with the run in --out, up to --epochs", False),
+    Option("out", Path, f"Run folder to write. {_NUMBERED}"),
+    _FORCE,
+    Option("plots", bool, "At the end, draw all pictures of `handgrad report`.", False),
+    Option(
+        "log",
+        str,
+        "Also write each epoch's numbers for other programs: csv, tensorboard, or several with "
+        "commas. Default: none.",
+        word="NAMES",
+    ),
+    Option(
+        "devices",
+        int,
+        "Share each batch between so many processes, one for each device. Default: one process.",
+        least=1,
+    ),
+    Option(
+        "seeds",
+        int,
+        "Train so many networks, whose seeds count on from --seed, each into its own run folder, "
+        "and print mean and deviation. Default: one network.",
+        least=1,
+    ),
+    Option("resume", bool, "Go on with the run in --out, up to --epochs.", False),
 )
 DATASET = Option(
     "dataset",
     str,
-    "digits (the default), mnist, fashion-mnist, kmnist, or a path: .csv, .tsv, .parquet, .npz, "
-    ".npy, .mat, image folder",
+    "digits, mnist or another name; or the path of a table, such as t.csv, of arrays, such as "
+    "a.npz, or of a folder of images. `handgrad recipes` lists names and formats. Default: digits.",
     is_argument=True,
+    word="DATASET",
 )
-NAMED_RECIPE = Option("recipe", str, "settings by name; see `handgrad recipes`")
+NAMED_RECIPE = Option(
+    "recipe", str, "Network and settings by name. `handgrad recipes` shows them. Default: default."
+)
 TRAIN = (DATASET, NAMED_RECIPE, *RECIPE, *LOSS, *OPTIMIZER, *RUN, *CALL)
 
 DEVICES = Option(
-    "devices", int, "devices that train at once, each a share of the networks", least=1
+    "devices",
+    int,
+    "Devices that train at once, each a share of the networks. Default: one.",
+    least=1,
 )
 
-RUN_FOLDER = Option("run", Path, "a run folder", ..., is_argument=True)
-RUN_DATA = Option("data_dir", Path, "as for train; default: the run's")
-DEVICE = Option("device", str, "auto, cpu, cuda, cuda:1, …", "auto")
+RUN_FOLDER = Option(
+    "run", Path, "A run folder that `handgrad train` wrote.", ..., is_argument=True, word="RUN"
+)
+RUN_DATA = Option("data_dir", Path, f"{_DATA_DIR}the run's.")
+DEVICE = Option("device", str, "auto, the GPU if there is one; or cpu, cuda, cuda:1, …", "auto")
 EVALUATE = (
     RUN_FOLDER,
-    Option("top", int, "k of the top-k accuracy; default 5, or all classes if fewer", least=1),
+    Option(
+        "top",
+        int,
+        "A sample counts for the top-k accuracy if its class is among so many likeliest ones. "
+        "Default: 5, or all classes if there are fewer.",
+        least=1,
+    ),
     RUN_DATA,
     DEVICE,
 )
 REPORT = (
-    Option("runs", list[Path], "a run folder; several are compared", ..., is_argument=True),
-    Option("html", bool, "write report.html, one file with everything, instead of pictures", False),
-    Option("out", Path, "folder for the figure of several runs; default: this one"),
+    Option(
+        "runs",
+        list[Path],
+        "Run folders that `handgrad train` wrote. Several are compared.",
+        ...,
+        is_argument=True,
+        word="RUN",
+    ),
+    Option(
+        "html", bool, "Write report.html, one file with everything, instead of pictures.", False
+    ),
+    Option("out", Path, "Folder for the figure of several runs. Default: the current folder."),
     RUN_DATA,
     DEVICE,
 )
-RUNS = (Option("folder", Path, "where to look; default: runs", is_argument=True),)
+RUNS = (
+    Option(
+        "folder",
+        Path,
+        "Folder that is searched, with all folders in it. Default: runs.",
+        is_argument=True,
+        word="FOLDER",
+    ),
+)
 PREDICT = (
     RUN_FOLDER,
-    Option("images", list[Path], "PNG or JPEG files, or a table", ..., is_argument=True),
+    Option(
+        "files",
+        list[Path],
+        "Image files for a run on images, else one file of rows: a table, such as t.csv, or for a "
+        "run on arrays also arrays, such as a.npz.",
+        ...,
+        is_argument=True,
+        word="FILE",
+    ),
     DEVICE,
-    Option("out", Path, "CSV file for the predictions of a table; default: print them"),
+    Option("out", Path, "CSV file to write with the predictions for rows. Default: print them."),
 )
 EXPORT = (
     RUN_FOLDER,
-    Option("file", Path, "the file to write, such as model.onnx", ..., is_argument=True),
-    Option("format", str, "onnx or torch; default: torch for .pt and .pth, else onnx"),
+    Option(
+        "file", Path, "The file to write, such as model.onnx.", ..., is_argument=True, word="FILE"
+    ),
+    Option("format", str, "onnx or torch. Default: found from the name of FILE."),
 )
+_TOP = Option("top", int, "Rows of the table to print.", 10, least=0)
 SWEEP = (
     DATASET,
-    Option("replicas", int, "how many networks", 16, least=1),
+    Option("replicas", int, "Networks of each setting.", 16, least=1),
     Option(
         "lr",
         str,
-        "learning rate, or LOW:HIGH, spread over the networks in equal ratios",
+        "Learning rate, or LOW:HIGH, from which the networks get rates in equal ratios.",
         "0.01:1.0",
+        word="NUMBER",
     ),
     Option(
         "hidden",
         str,
-        "widths of the hidden layers; this and the five below take several values with / between, "
-        "such as 64/100,50: all combinations are trained, each by all --replicas",
+        "Widths of the hidden layers, such as 100,50. This option and the next five take several "
+        "values with / between, such as 64/100,50. All combinations are trained, each by all "
+        "--replicas.",
         "100,50",
         each=widths,
+        word="WIDTHS",
     ),
-    Option("activation", str, "as for train", "relu", each=str),
-    Option("optimizer", str, "as for train", "sgd", each=str),
-    Option("momentum", str, "for the optimizers that have one", least=0, each=float),
-    Option("weight_decay", str, "as for train", least=0, each=float),
-    Option("batch_size", str, "samples in a step", "32", least=1, each=int),
-    Option("loss", str, "as for train"),
-    Option("epochs", int, "passes over the training data", 10, least=1),
-    Option("schedule", str, "as for train"),
-    Option("early_stopping", int, "as for train, for each network on its own", least=1),
-    Option("validation", float, "share of the rows that rank the networks", least=0),
-    Option("class_weight", str, "as for train"),
-    Option("seed", str, "of the first network; the others count on", "0", parse=seed),
-    Option("top", int, "rows of the table to print", 10, least=0),
+    Option("activation", str, f"Activation of the hidden layers. {_NAMES}", "relu", each=str),
+    Option("optimizer", str, f"Optimizer. {_NAMES}", "sgd", each=str),
+    Option(
+        "momentum",
+        str,
+        "Momentum of an optimizer that has one, usually 0 to 1. Default: 0.",
+        least=0,
+        each=number,
+        word="NUMBER",
+    ),
+    Option(
+        "weight_decay",
+        str,
+        "Factor that pulls weights towards 0. Default: the optimizer's.",
+        least=0,
+        each=number,
+        word="NUMBER",
+    ),
+    Option("batch_size", str, "Samples in a step.", "32", least=1, each=whole, word="N"),
+    Option("loss", str, f"Loss. {_NAMES} Default: one that fits the targets."),
+    Option("epochs", int, "Passes over the training data.", 10, least=1),
+    Option("schedule", str, f"How the learning rates change. {_NAMES} Default: constant."),
+    Option(
+        "early_stopping",
+        int,
+        "End a network after so many epochs without a lower loss, and keep its best weights. "
+        "Default: train all epochs.",
+        least=1,
+    ),
+    Option(
+        "validation",
+        float,
+        "Share of all rows, 0 to 1, that is held out to rank the networks. Default: 0, and the "
+        "test rows rank them.",
+        least=0,
+    ),
+    _HELD[1],
+    Option(
+        "seed", str, "Seed of the first network. The others count on.", "0", parse=seed, word="N"
+    ),
+    _TOP,
     DEVICE,
     DEVICES,
-    Option("data_dir", Path, "as for train"),
+    DATA_DIR,
     *_READING,
-    Option("out", Path, "folder for sweep.jsonl and every network; none is written without it"),
+    Option(
+        "out",
+        Path,
+        "Folder for sweep.jsonl and all networks. Default: nothing is written.",
+    ),
 )
 SEARCH = (
     DATASET,
-    Option("trials", int, "settings that are tried", 32, least=1),
-    Option("folds", int, "parts of the training rows, of which each is predicted once", 5, least=2),
+    Option("trials", int, "Settings that are tried.", 32, least=1),
     Option(
-        "halving", bool, "a few epochs for all settings, more for the best third each time", False
+        "folds",
+        int,
+        "Parts of the training rows. Each is predicted by networks that learned from the others.",
+        5,
+        least=2,
     ),
-    Option("epochs", int, "passes over the training rows, at most", 100, least=1),
-    Option("scoring", str, "a score of scikit-learn; default: accuracy, or R² of numbers"),
-    Option("seed", str, "of settings, weights and folds", "0", parse=seed),
-    Option("top", int, "rows of the table to print", 10, least=0),
+    Option(
+        "halving",
+        bool,
+        "Train all settings for a few epochs, then the best third for more, and so on.",
+        False,
+    ),
+    Option("epochs", int, "The most passes over the training rows.", 100, least=1),
+    Option(
+        "scoring",
+        str,
+        "Score that ranks the settings, one of scikit-learn's. Default: accuracy, or R² of a "
+        "regression.",
+    ),
+    Option("seed", str, "Seed of settings, weights and folds.", "0", parse=seed, word="N"),
+    _TOP,
     DEVICES,
-    Option("data_dir", Path, "as for train"),
+    DATA_DIR,
     *_READING,
-    Option("out", Path, "run folder of the winner; default runs/DATASET, numbered"),
-    Option("force", bool, "replace the run in --out", False),
+    Option("out", Path, f"Run folder of the best setting. {_NUMBERED}"),
+    _FORCE,
 )
 DATA = (
     DATASET,
-    Option("data_dir", Path, "as for train"),
+    DATA_DIR,
     *_READING,
-    Option("plots", bool, "draw samples.png, or columns.png of a table, and classes.png", False),
-    Option("out", Path, "folder for the pictures; default: this one"),
+    Option(
+        "plots",
+        bool,
+        "Draw two pictures: samples.png, or columns.png of a table; and classes.png, or "
+        "targets.png of a regression.",
+        False,
+    ),
+    Option("out", Path, "Folder for the pictures. Default: the current folder."),
 )
-INFO = (Option("check", bool, "check every kernel against its float64 reference", False),)
+INFO = (Option("check", bool, "Compare every kernel with its float64 reference.", False),)

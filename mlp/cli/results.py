@@ -122,7 +122,7 @@ def predict(values: Values) -> None:
     Images of another size are resized, with a note. For a run on rows of numbers, see
     `tables.predict`.
     """
-    run, images = RunFolder(values["run"]), values["images"]
+    run, images = RunFolder(values["run"]), values["files"]
     settings, facts = run.settings, run.settings.data
     if facts is None:
         raise ValueError(f"{run.path / CONFIG} does not tell how inputs are read: train again")

@@ -158,6 +158,11 @@ def _read(settings: Settings) -> Read:
             raise ValueError(f"{path}: --image is for images, but this is a table")
         if settings.target is None:
             raise ValueError(f"{path}: is a table; say which column to predict with --target")
+        if settings.standardize == "no":
+            raise ValueError(
+                f"{path}: the columns of a table are always standardised, got --standardize no; "
+                "leave it out"
+            )
         choice = tables.Choice(
             _names(settings.target),
             _names(settings.drop or ""),
@@ -249,12 +254,12 @@ def suited(settings: Settings, found: Data, loss_chosen: bool) -> Data:
     `settings.recipe` gets a loss that fits the targets. A stored run keeps its units.
     """
     table, stored = found.facts.table, settings.data
-    default = tables.LOSSES["regression" if table is None else table.task]
+    default = recipes.LOSS_OF_NUMBERS if table is None else tables.TASKS[table.task].loss
     recipe = recipes.suited(settings.recipe, found.train, loss_chosen, default)
     recipe = settings.recipe = scoring.weighted(recipe, found.train, settings.class_weight)
     if stored is not None:
         found.facts.units = stored.units
-    elif table is None and recipe.output_activation == "identity" and recipe.reads_values:
+    elif table is None and recipe.gives_values:
         found.facts.units = units.of(found.train, settings.standardize)
         if found.facts.units is not None:
             note = f"{found.train.name}: the targets are standardised by the training data"

@@ -102,7 +102,7 @@ def predict(values: Values) -> None:
     Columns are found by their names in the training. For a run on arrays, they must be in the order
     of the training inputs.
     """
-    run, (path, *more) = RunFolder(values["run"]), values["images"]
+    run, (path, *more) = RunFolder(values["run"]), values["files"]
     settings, facts = run.settings, run.settings.data
     assert facts is not None
     named = facts.table is not None
@@ -110,7 +110,7 @@ def predict(values: Values) -> None:
     if more or path.suffix.lower() not in known:
         raise ValueError(
             f"{run.path} was trained on {'a table' if named else 'rows of numbers'}: give it one "
-            f"{' or '.join(known)} file, got {', '.join(map(str, values['images']))}"
+            f"{' or '.join(known)} file, got {', '.join(map(str, values['files']))}"
         )
     dtype = setup.pick_precision(settings.precision).weights
     model, note = run.network(setup.pick_device(values["device"]))
@@ -139,7 +139,9 @@ def _by_name(run: RunFolder, path: Path, features: int) -> torch.Tensor:
             f"{run.path / CONFIG}: a table of {len(table.features)} features does not fit the "
             f"network, which takes {features}"
         )
-    return table.inputs(tables.read(path), lambda line: complain(f"note: {path}: {line}"))
+    return table.inputs(
+        tables.read(path, table.texts), lambda line: complain(f"note: {path}: {line}")
+    )
 
 
 def _by_order(run: RunFolder, path: Path, features: int) -> torch.Tensor:
@@ -174,7 +176,7 @@ def _by_order(run: RunFolder, path: Path, features: int) -> torch.Tensor:
 def _answers(facts: Facts, loss: Any, outputs: torch.Tensor) -> tuple[list[str], list[list[Any]]]:
     """(header, rows) of the predictions in outputs."""
     table, count = facts.table, outputs.shape[1]
-    classes = table is None or table.task == "classification"
+    classes = table is None or tables.TASKS[table.task].has_labels
     if classes and facts.classes:
         shares = loss.probabilities(outputs).double().cpu().numpy()
         target = "class" if table is None else table.targets[0]

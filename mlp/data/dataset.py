@@ -297,11 +297,7 @@ class Dataset:
             raise DataError(f"{self.name}: is standardised already")
         on = self.inputs.device
         if by is None:
-            found = moments(self.inputs)
-            constant = found.low == found.high
-            # A mean is rounded, but a constant column must become exactly 0.
-            mean = torch.where(constant, found.low, found.mean)
-            std = found.std.masked_fill(constant, 1.0)
+            mean, std = centre(moments(self.inputs))
         else:
             reading = by.reading if isinstance(by, Dataset) else by
             if reading.mean is None or len(reading.mean) != self.features:
@@ -426,6 +422,13 @@ def moments(inputs: torch.Tensor) -> Moments:
         (piece.double().sub(mean).mul_(inverse).square_().sum(0) for piece in _pieces(inputs)), zero
     )
     return Moments(low, high, mean, (squares / len(inputs)).sqrt() * size)
+
+
+def centre(found: Moments) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mean, std) that standardise columns with these moments. A constant column becomes 0."""
+    # A mean is rounded, so a constant column would not become exactly 0.
+    constant = (found.low == found.high) | (found.std == 0)
+    return torch.where(constant, found.low, found.mean), found.std.masked_fill(constant, 1.0)
 
 
 def _pieces(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:

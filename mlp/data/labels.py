@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .dataset import DataError, Dataset
+from .dataset import DataError, Dataset, moments
+from .scaling import lost
 
 TASKS = ("classification", "regression")
 # More classes than this are refused as ids, unless each has 20 samples on average.
@@ -223,7 +224,10 @@ def _regression(arrays: Sequence[np.ndarray], name: str, task: str | None) -> Ta
         f"{name}: targets are {arrays[0].dtype}, {values[0].min():.6g} to {values[0].max():.6g}: "
         f"a regression with {outputs} output{'s' if outputs > 1 else ''}"
     )
-    tensors = [torch.from_numpy(value).float() for value in values]
+    tensors = [torch.from_numpy(value) for value in values]
+    # `units` subtracts the mean, which must come before a rounding that would hide the rest.
+    if not lost(moments(tensors[0])).any():
+        tensors = [tensor.float() for tensor in tensors]
     return Targets(tensors, (), (note,) if task is None else ())
 
 

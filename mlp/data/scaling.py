@@ -1,5 +1,7 @@
 """Checks of a table's columns: do they need to be standardised, and does float32 resolve them?"""
 
+import torch
+
 from .dataset import Dataset, Moments, moments
 
 # If columns differ in scale by more than this factor, one learning rate does not suit all.
@@ -40,6 +42,9 @@ def why_standardize(data: Dataset) -> str:
 
 def lost_in_float32(data: Dataset) -> list[int]:
     """Indices of columns whose deviation is below 100 times the rounding of float32."""
-    found = columns(data)
-    lost = (found.low != found.high) & (found.std < 100 * _EPS * found.mean.abs())
-    return lost.nonzero().flatten().tolist()
+    return lost(columns(data)).nonzero().flatten().tolist()
+
+
+def lost(found: Moments) -> torch.Tensor:
+    """(columns,) bool: True if the deviation is below 100 times the rounding of float32."""
+    return (found.low != found.high) & (found.std < 100 * _EPS * found.mean.abs())

@@ -6,8 +6,12 @@ texts that were fitted on the training rows. It is stored with a run as JSON, an
 `predict` apply it again. pandas reads the files.
 """
 
+import csv
 import dataclasses
+import io
 import math
+import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,19 +21,18 @@ import numpy
 import torch
 
 from . import DataError, Dataset, needs_extra
+from .dataset import centre, moments
 
 if TYPE_CHECKING:
     import pandas
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
-# Task -> its loss, unless the user chooses another.
-LOSSES = {"classification": "cross_entropy", "regression": "mse", "multilabel": "bce"}
-TASKS = tuple(LOSSES)
 TEST_SHARE = 0.2  # of the rows
 MAX_CATEGORIES = 100  # of a text column. More are names or ids, from which nothing can be learned.
 FEW_CATEGORIES = 20  # so many are learned from, even if most rows have a text of their own
 MAX_INTEGER_CLASSES = 20  # of a whole-number target. More are quantities.
 _NUMBER, _CATEGORY = "number", "category"
+_MOST = 0.5  # a column of texts is one of numbers if at least this share of them are numbers
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,11 @@ class Table:
         """The names of all features, such as "age", "age missing", "city = Rome"."""
         return [name for column in self.columns for name in column.features]
 
+    @property
+    def texts(self) -> list[str]:
+        """The names of the columns of texts."""
+        return [column.name for column in self.columns if _KINDS[column.kind].is_text]
+
     def inputs(
         self, frame: "pandas.DataFrame", note: Callable[[str], Any] = lambda line: None
     ) -> torch.Tensor:
@@ -115,7 +123,7 @@ class Table:
                     f"the table has no column {name!r}; it has {_listed(frame.columns)}"
                 )
             _check_target(frame, name)
-        return _TARGETS[self.task](self, frame)
+        return TASKS[self.task].outputs(self, frame)
 
     def units(self, outputs: torch.Tensor) -> torch.Tensor:
         """Outputs (rows, targets) of a regression, converted to the targets' own units."""
@@ -156,6 +164,8 @@ class Table:
 class _Number:
     """A column of numbers or truth values."""
 
+    is_text = False
+
     @staticmethod
     def fit(name: str, series: "pandas.Series") -> Column | None:
         values = _as_numbers(name, series)
@@ -185,15 +195,19 @@ class _Number:
 class _Category:
     """A column of texts."""
 
+    is_text = True
+
     @staticmethod
     def fit(name: str, series: "pandas.Series") -> Column | None:
-        texts = series.dropna().astype(str)
+        texts = series.dropna().map(_class_name)
         counts = texts.value_counts()
+        if len(counts) > FEW_CATEGORIES:
+            _refuse_numbers(name, texts)
         if len(counts) > MAX_CATEGORIES or len(counts) > max(FEW_CATEGORIES, len(texts) / 2):
             raise DataError(
                 f"column {name!r} has {len(counts)} different texts in {len(texts)} rows, such as "
-                f"{counts.index[0]!r}; it looks like a date, a number written in another way, a "
-                f"name or an id; leave it out with --drop {name}"
+                f"{counts.index[0]!r}; it looks like a date, a name or an id; leave it out with "
+                f"--drop {name}"
             )
         return (
             Column(name, _CATEGORY, categories=tuple(sorted(counts.index))) if len(counts) else None
@@ -206,7 +220,9 @@ class _Category:
     @staticmethod
     def values(column: Column, series: "pandas.Series", note: Callable) -> numpy.ndarray:
         known = series.notna()
-        texts = numpy.array([str(t) if k else None for t, k in zip(series, known)], dtype=object)
+        texts = numpy.array(
+            [_class_name(t) if k else None for t, k in zip(series, known)], dtype=object
+        )
         unseen = sorted(set(texts[known.to_numpy()]) - set(column.categories))
         if unseen:
             note(
@@ -218,10 +234,31 @@ class _Category:
 _KINDS: dict[str, Any] = {_NUMBER: _Number, _CATEGORY: _Category}
 
 
+def _refuse_numbers(name: str, texts: "pandas.Series") -> None:
+    """DataError if most of these texts are numbers, so that a few odd texts hide a quantity."""
+    import pandas
+
+    is_number = pandas.to_numeric(texts, errors="coerce").notna()
+    if is_number.mean() >= _MOST:
+        row = int(numpy.flatnonzero(~is_number.to_numpy())[0])
+        raise DataError(
+            f"column {name!r} holds numbers, but also {int((~is_number).sum())} texts, such as "
+            f"{texts.iloc[row]!r} in row {_row(texts, row)}; make such a cell empty if its number "
+            f"is missing, or leave the column out with --drop {name}"
+        )
+    plain = texts.str.replace(r"[,%$€£\s]", "", regex=True)
+    if pandas.to_numeric(plain, errors="coerce").notna().mean() >= _MOST:
+        raise DataError(
+            f"column {name!r} holds numbers that are written as texts, such as "
+            f"{texts.iloc[0]!r}; write plain numbers, such as 1234.5, or leave it out with "
+            f"--drop {name}"
+        )
+
+
 def _mean_std(values: numpy.ndarray) -> tuple[float, float]:
-    """(mean, standard deviation). The deviation is 1 if all values are equal."""
-    std = float(values.std())
-    return float(values.mean()), std if std > 1e-12 * max(1.0, float(abs(values).max())) else 1.0
+    """(mean, standard deviation) of a column (rows,), see `dataset.centre`."""
+    mean, std = centre(moments(torch.tensor(values)[:, None]))
+    return float(mean), float(std)
 
 
 def _as_numbers(name: str, series: "pandas.Series") -> numpy.ndarray:
@@ -274,10 +311,37 @@ def _quantities(table: Table, frame: "pandas.DataFrame") -> torch.Tensor:
     return torch.from_numpy(scaled.astype(numpy.float32))
 
 
-_TARGETS: dict[str, Callable[[Table, "pandas.DataFrame"], torch.Tensor]] = {
-    "classification": _labels,
-    "regression": _quantities,
-    "multilabel": _truths,
+def _fit_classes(frame: "pandas.DataFrame", targets: Sequence[str]) -> dict[str, Any]:
+    return {"classes": _classes(frame[targets[0]])}
+
+
+def _fit_quantities(frame: "pandas.DataFrame", targets: Sequence[str]) -> dict[str, Any]:
+    mean, std = zip(*(_mean_std(_as_numbers(name, frame[name])) for name in targets))
+    return {"mean": mean, "std": std}
+
+
+def _fit_truths(frame: "pandas.DataFrame", targets: Sequence[str]) -> dict[str, Any]:
+    return {"classes": tuple(targets)}
+
+
+class Task(NamedTuple):
+    """A row of TASKS.
+
+    loss: unless the user chooses another. fit: (training rows, names of the targets) -> fields of a
+    `Table`. outputs: (table, rows) -> targets as the network learns them. has_labels: True if the
+    one target is a class.
+    """
+
+    loss: str
+    fit: Callable[["pandas.DataFrame", Sequence[str]], dict[str, Any]]
+    outputs: Callable[[Table, "pandas.DataFrame"], torch.Tensor]
+    has_labels: bool = False
+
+
+TASKS = {
+    "classification": Task("cross_entropy", _fit_classes, _labels, has_labels=True),
+    "regression": Task("mse", _fit_quantities, _quantities),
+    "multilabel": Task("bce", _fit_truths, _truths),
 }
 
 
@@ -297,12 +361,16 @@ def _check_target(frame: "pandas.DataFrame", name: str) -> None:
     if len(gaps):
         raise DataError(
             f"the target {name!r} is missing in {len(gaps)} of {len(frame)} rows, first in row "
-            f"{int(gaps[0]) + 1}; remove those rows"
+            f"{int(gaps[0]) + 1}; remove those rows (words such as NA and None mean missing)"
         )
 
 
-def read(path: str | Path) -> "pandas.DataFrame":
-    """A CSV (comma, semicolon or tab), TSV or Parquet file as a frame; DataError in one line."""
+def read(path: str | Path, texts: Sequence[str] = ()) -> "pandas.DataFrame":
+    """A CSV (comma, semicolon or tab), TSV or Parquet file as a frame.
+
+    texts: names of columns whose values stay texts, even if this file has only numbers there.
+    DataError, in one line, for a file that cannot be read.
+    """
     try:
         import pandas
     except ImportError:
@@ -311,21 +379,8 @@ def read(path: str | Path) -> "pandas.DataFrame":
     if not path.exists():
         raise DataError(f"there is no file {str(path)!r}")
     try:
-        if path.suffix.lower() == ".parquet":
-            frame = pandas.read_parquet(path)
-        else:
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                header = file.readline().rstrip("\r\n")
-            separator = max(",;\t", key=header.count)
-            names = [name.strip().strip('"') for name in header.split(separator)]
-            if repeated := sorted({name for name in names if names.count(name) > 1}):
-                raise DataError(f"{path}: the header names {_listed(repeated)} more than once")
-            options: dict[str, Any] = {"encoding": "utf-8-sig", "low_memory": False}
-            frame = pandas.read_csv(path, sep=separator, **options)
-            if separator == ";":  # where it separates columns, a comma is often the decimal point
-                other = pandas.read_csv(path, sep=separator, decimal=",", **options)
-                for name in other.select_dtypes("number").columns:
-                    frame[name] = other[name]
+        is_parquet = path.suffix.lower() == ".parquet"
+        frame = pandas.read_parquet(path) if is_parquet else _parsed(path, texts)
     except DataError:
         raise
     except UnicodeDecodeError as error:
@@ -335,7 +390,75 @@ def read(path: str | Path) -> "pandas.DataFrame":
         raise DataError(f"{path}: not a readable table ({reason})") from None
     if not len(frame):
         raise DataError(f"{path}: has a header but no rows")
-    return frame.rename(columns=str)
+    return frame.rename(columns=str).reset_index(drop=True)
+
+
+def _parsed(path: Path, texts: Sequence[str]) -> "pandas.DataFrame":
+    """The rows of a text file. Names and texts are without blanks at their ends."""
+    import pandas
+
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        header = file.readline().rstrip("\r\n")
+    outside = re.sub(r'"[^"]*"', "", header)
+    separator = max(",;\t", key=outside.count)
+    names = [name.strip() for name in next(csv.reader([header], delimiter=separator), [])]
+    names = [name or f"Unnamed: {i}" for i, name in enumerate(names)]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"{path}: the header names {_listed(repeated)} more than once")
+    options: dict[str, Any] = {
+        "sep": separator,
+        "encoding": "utf-8-sig",
+        "names": names,
+        "header": 0,
+        "index_col": False,  # else pandas takes the first value of a longer row for its name
+        "dtype": dict.fromkeys(texts, str),
+        "skipinitialspace": True,
+        "low_memory": False,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pandas.errors.ParserWarning)
+        try:
+            frame = pandas.read_csv(path, **options)
+        except pandas.errors.ParserWarning:
+            raise DataError(
+                f"{path}: its rows have more values than the header's {len(names)} names; name "
+                "every column"
+            ) from None
+    if separator == ";":  # where it separates columns, a comma is often the decimal point
+        other = pandas.read_csv(path, decimal=",", **options)
+        for name in other.select_dtypes("number").columns:
+            frame[name] = other[name]
+    for name in frame.select_dtypes(exclude=["number", "bool"]).columns:
+        texts_of = frame[name]
+        stripped = texts_of.map(lambda text: text.strip() if isinstance(text, str) else text)
+        if not stripped.equals(texts_of):  # without the blanks they may be numbers, or gaps
+            again = io.StringIO(stripped.to_csv(index=False))
+            kind = {name: str} if name in texts else None
+            frame[name] = pandas.read_csv(again, skip_blank_lines=False, dtype=kind)[name]
+    return frame
+
+
+def without_index(frame: "pandas.DataFrame") -> tuple["pandas.DataFrame", tuple[str, ...]]:
+    """(the frame without an index that was written as a column without a name, notes).
+
+    A column with a name that counts the rows stays, and a note says so.
+    """
+    notes: tuple[str, ...] = ()
+    rows = numpy.arange(len(frame))
+    for name in frame.columns:
+        values = frame[name].to_numpy()
+        counts = values.dtype.kind in "iu" and any(
+            (values == rows + first).all() for first in (0, 1)
+        )
+        if counts and name.startswith("Unnamed: "):
+            frame = frame.drop(columns=name)
+            notes += ("the column without a name counts the rows, so it is left out",)
+        elif counts:
+            notes += (
+                f"column {name!r} counts the rows; leave it out with --drop {name} if it is no "
+                "quantity",
+            )
+    return frame, notes
 
 
 def numbers(path: str | Path) -> tuple[torch.Tensor, list[str]]:
@@ -396,12 +519,7 @@ def fit(frame: "pandas.DataFrame", targets: Sequence[str], task: str = "auto") -
     """
     task = checked_task(frame, targets, task)
     columns = _columns(frame, targets)
-    if task == "regression":
-        statistics = [_mean_std(_as_numbers(name, frame[name])) for name in targets]
-        mean, std = zip(*statistics)
-        return Table(columns, tuple(targets), task, mean=mean, std=std)
-    classes = _classes(frame[targets[0]]) if task == "classification" else tuple(targets)
-    return Table(columns, tuple(targets), task, classes)
+    return Table(columns, tuple(targets), task, **TASKS[task].fit(frame, targets))
 
 
 def checked_task(frame: "pandas.DataFrame", targets: Sequence[str], task: str = "auto") -> str:
@@ -416,7 +534,7 @@ def checked_task(frame: "pandas.DataFrame", targets: Sequence[str], task: str = 
     task = guess_task(frame, targets) if task == "auto" else task
     if task not in TASKS:
         raise DataError(f"unknown task {task!r}; known: auto, {', '.join(TASKS)}")
-    if task == "classification" and len(targets) > 1:
+    if TASKS[task].has_labels and len(targets) > 1:
         raise DataError(
             f"a classification has one target, got {_listed(targets)}; several columns of 0 and 1 "
             "are task multilabel"
@@ -443,7 +561,12 @@ def _columns(frame: "pandas.DataFrame", targets: Sequence[str]) -> tuple[Column,
                 f"column {name!r} holds dates or times; make numbers of them, or leave it out with "
                 f"--drop {name}"
             )
-        kind = _NUMBER if types.is_numeric_dtype(series) else _CATEGORY
+        known = series.dropna()
+        # pandas keeps truth values with gaps as objects
+        is_number = (
+            types.is_numeric_dtype(series) or known.map(lambda v: v is True or v is False).all()
+        )
+        kind = _NUMBER if is_number else _CATEGORY
         column = _KINDS[kind].fit(name, series)
         found += [] if column is None else [column]
     if not found:
@@ -490,23 +613,26 @@ def load(path: str | Path, choice: Choice, table: Table | None = None) -> Parts:
     Without it, one is fitted on the training rows. DataError, in one line, for a file that cannot
     be read or used.
     """
-    path, frame = Path(path), read(path)
+    path, frame = Path(path), read(path, () if table is None else table.texts)
+    notes: tuple[str, ...] = ()
     if table is None:
         _check_columns(frame, (*choice.targets, *choice.drop))
         if twice := set(choice.targets) & set(choice.drop):
             raise DataError(f"{path}: {_listed(sorted(twice))} is a target and cannot be dropped")
-        frame = frame.drop(columns=list(choice.drop))
+        frame, notes = without_index(frame.drop(columns=list(choice.drop)))
         task = checked_task(frame, choice.targets, choice.task)
     else:
         task = table.task
     targets = choice.targets if table is None else table.targets
     _check_columns(frame, targets)
-    labels = frame[targets[0]].map(_class_name).to_numpy() if task == "classification" else None
+    labels = frame[targets[0]].map(_class_name).to_numpy() if TASKS[task].has_labels else None
     rows = split_rows(len(frame), choice.validation, labels, str(path))
     train, test, held = (frame.iloc[chosen] for chosen in rows)
     table = table or fit(train, targets, task)
+    learned = table.dataset(train, f"{path.name} (train)")
+    said = tuple(f"{path.name}: {note}" for note in notes)
     return Parts(
-        table.dataset(train, f"{path.name} (train)"),
+        learned._with(notes=(*said, *learned.notes)),
         table.dataset(test, f"{path.name} (test)"),
         table.dataset(held, f"{path.name} (validation)") if len(held) else None,
         table,

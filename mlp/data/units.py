@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .dataset import DataError, Dataset
+from .dataset import DataError, Dataset, centre, moments
 
 _FAR, _SMALL = 10.0, 0.1  # a mean or deviation above _FAR, or a deviation below _SMALL, is bad
 
@@ -56,8 +56,7 @@ def of(train: Dataset, standardize: str) -> Units | None:
     if train.is_classification or standardize == "no":
         return None
     targets = train.targets.double().reshape(len(train), -1)
-    mean, std = targets.mean(0), targets.std(0, correction=0)
-    std = torch.where(std > 1e-12 * targets.abs().amax(0).clamp(min=1.0), std, 1.0)
+    mean, std = centre(moments(targets))
     binary = bool(((targets == 0) | (targets == 1)).all())
     odd = bool((mean.abs() > _FAR).any() or (std > _FAR).any() or (std < _SMALL).any())
     if binary or (standardize == "auto" and not odd):

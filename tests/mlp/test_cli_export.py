@@ -2,6 +2,8 @@
 set.
 """
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -94,3 +96,6 @@ def test_unknown_format(capsys):
     assert main(["export", "run", "model.tf", "--format", "tf"]) == 2
     known = ", ".join(exporting.FORMATS)
     assert f"unknown format 'tf'; known: {known}" in capsys.readouterr().err
+    assert main(["export", "run", "model.safetensors"]) == 2
+    said = r"suffix '.safetensors' does not tell the format; .*onnx \(.onnx\), torch \(.pt, .pth\)"
+    assert re.search(said, capsys.readouterr().err)

@@ -8,6 +8,7 @@ import pytest
 
 from kernels import selfcheck
 from mlp.__main__ import main
+from mlp.cli import options
 
 
 def test_help():
@@ -33,6 +34,28 @@ def test_help_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_every_help_fits(columns, monkeypatch, capsys):
+    """Each option is described in sentences, and no line is wider than the terminal."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main([]) == 0
+    listed = capsys.readouterr().out.partition("Commands:")[2]
+    names = re.findall(r"^  (\w+)  .*\.$", listed, re.M)
+    assert len(names) == len(listed.strip().splitlines()) > 10  # no description is cut short
+    for name in names:
+        assert main([name, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert max(map(len, text.splitlines())) <= columns
+    rows = [row for group in vars(options).values() if _is_rows(group) for row in group]
+    assert len(rows) > 60
+    for row in rows:
+        assert re.match(r"[A-Z]|[a-z0-9]+[,:]? ", row.help) and row.help[-1] in ".…", row
+
+
+def _is_rows(group):
+    return isinstance(group, tuple) and all(isinstance(row, options.Option) for row in group)
 
 
 def test_names_are_loaded_when_asked_for():

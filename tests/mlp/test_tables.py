@@ -187,6 +187,102 @@ def test_decimal_commas(tmp_path):
     assert frame["c"].tolist() == ["x,y", "z"]
 
 
+def write(path, *lines):
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_blanks_at_the_ends_of_names_and_texts(tmp_path):
+    path = write(tmp_path / "t.csv", "a , b", "1 , yes ", '2," no"', "3 ,NA ", '" 4 ",yes')
+    frame = tables.read(path)
+    assert frame["a"].tolist() == [1, 2, 3, 4]
+    assert frame["b"].tolist()[:2] == ["yes", "no"] and frame["b"].isna().tolist()[2]
+    assert frame["b"].iloc[3] == "yes"
+
+
+def test_an_index_without_a_name_is_left_out(tmp_path):
+    """A file sorted by class would be learned from the numbers of its rows."""
+    frame = pandas.DataFrame({"a": [0.5, 1.5, 2.0] * 10, "y": [0] * 15 + [1] * 15})
+    frame.to_csv(tmp_path / "t.csv")
+    parts = tables.load(tmp_path / "t.csv", tables.Choice(("y",)))
+    assert parts.table.features == ["a"]
+    assert parts.train.notes[0].startswith("t.csv: the column without a name counts the rows")
+    frame.assign(id=range(1, 31)).to_csv(tmp_path / "u.csv", index=False)
+    parts = tables.load(tmp_path / "u.csv", tables.Choice(("y",)))
+    assert parts.table.features == ["a", "id"] and "--drop id" in parts.train.notes[0]
+
+
+@pytest.mark.parametrize(
+    "offset, size", [(0, 1e-13), (1.7e18, 2.0**20), (2.0**53, 2.0**12), (5, 1e-6)]
+)
+def test_small_and_far_numbers_are_standardised(offset, size):
+    """Only a column of equal numbers is constant, however small its numbers are."""
+    values = offset + size * torch.randint(0, 9, (40,), dtype=torch.float64)
+    frame = pandas.DataFrame({"a": values.numpy(), "b": [offset] * 40, "y": [0.5, 1.0] * 20})
+    x = tables.fit(frame, ["y"]).inputs(frame)
+    expected = (values - offset) / size  # exact
+    expected = (expected - expected.mean()) / expected.std(correction=0)
+    torch.testing.assert_close(x[:, 0].double(), expected, rtol=1e-3, atol=1e-3)
+    assert x[:, 1].tolist() == [0] * 40
+    y = tables.fit(frame, ["a"], "regression").outputs(frame)
+    torch.testing.assert_close(y[:, 0].double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_texts_stay_texts_where_a_file_has_only_numbers(tmp_path):
+    train = write(
+        tmp_path / "t.csv", "zip,y", *(f"{z},{i}.5" for i, z in enumerate(["01", "2", "N"]))
+    )
+    table = tables.fit(tables.read(train), ["y"])
+    new = write(tmp_path / "n.csv", "zip", "01", '""', "2")
+    x, notes = lines(table, tables.read(new, table.texts))
+    assert x.tolist() == [[1, 0, 0], [0, 0, 0], [0, 1, 0]] and notes == []
+    x, notes = lines(table, pandas.DataFrame({"zip": [2.0, None]}))
+    assert x.tolist() == [[0, 1, 0], [0, 0, 0]] and notes == []
+
+
+def test_truth_values_with_gaps_are_numbers():
+    frame = pandas.DataFrame({"m": [True, None, False, True], "y": [0.5, 1, 2, 3]})
+    assert tables.fit(frame, ["y"]).features == ["m", "m missing"]
+
+
+@pytest.mark.parametrize(
+    "texts, message",
+    [
+        (
+            ["?", *map(str, range(40))],
+            "'a' holds numbers, but also 3 texts, such as '\\?' in row 1;",
+        ),
+        ([f"{i},{i:03}" for i in range(41)], "numbers that are written as texts, such as '0,000'"),
+        ([f"{i}%" for i in range(41)], "numbers that are written as texts, such as '0%'"),
+    ],
+)
+def test_numbers_among_texts_are_no_categories(texts, message):
+    frame = pandas.DataFrame({"a": texts * 3, "y": range(123)})
+    with pytest.raises(DataError, match=message):
+        tables.fit(frame, ["y"])
+
+
+def test_a_header_with_separators_in_quotes(tmp_path):
+    path = write(tmp_path / "t.csv", '"a,1";"b,1"', "1;2")
+    assert tables.read(path).columns.tolist() == ["a,1", "b,1"]
+
+
+def test_rows_longer_than_the_header(tmp_path):
+    """pandas would take the first value of each row for its name."""
+    path = write(tmp_path / "t.csv", "a,b", *("1,2,3",) * 3)
+    with pytest.raises(DataError, match="more values than the header's 2 names; name every column"):
+        tables.read(path)
+    frame = tables.read(write(path, "a,b", *("1,2,",) * 3))
+    assert frame["a"].tolist() == [1] * 3 and frame["b"].tolist() == [2] * 3
+
+
+def test_an_index_of_a_parquet_file(tmp_path, frame):
+    pytest.importorskip("pyarrow")
+    frame[frame.price > 2].assign(age=[1, 2, math.inf]).to_parquet(tmp_path / "t.parquet")
+    with pytest.raises(DataError, match="row 3 is inf"):
+        tables.fit(tables.read(tmp_path / "t.parquet"), ["price"])
+
+
 def test_other_encodings_say_the_way_out(tmp_path):
     path = tmp_path / "t.csv"
     path.write_bytes("a,b\n1,ö\n".encode("cp1252"))
