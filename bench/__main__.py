@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+from mlp.data import MissingPackage
+
 from . import parts, suite
 from .table import Table
 
@@ -136,14 +138,12 @@ def _names(text: str) -> list[str]:
 def make(name: str, options: dict) -> Table:
     """The table `name`. It has no rows, but a reason, where a package is not installed."""
     try:
-        module = importlib.import_module(f"bench.bench_{name}")
+        return importlib.import_module(f"bench.bench_{name}").run(**options)
     except ModuleNotFoundError as missing:
-        return Table(
-            NAMES[name].capitalize(),
-            f"python -m bench {name}",
-            not_run=f"needs the package {missing.name}",
-        )
-    return module.run(**options)
+        reason = f"needs the package {missing.name}"
+    except MissingPackage as missing:  # which a function of mlp needs
+        reason = str(missing)
+    return Table(NAMES[name].capitalize(), f"python -m bench {name}", not_run=reason)
 
 
 def _all(parser, arguments) -> int:

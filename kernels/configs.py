@@ -205,7 +205,7 @@ MOST_REPEATED = 2_000_000
 MOST_ROWS = {"ieee": 128, "tf32": 128, "tf32x3": 64}
 MOST_OUTPUTS = {"ieee": 128 * 32, "tf32": 128 * 16, "tf32x3": 64 * 64}
 # Triton 3.6 needs more registers for the same kernels. At these limits it gets smaller tiles, and
-# it loads nothing ahead. So does 3.7, which was not compiled.
+# it loads less ahead. So does 3.7, which was not compiled.
 OLD_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8)
 
 
@@ -259,7 +259,8 @@ def training(
     if small and kernel != "exchange":
         return Training(columns, 16, 16, rows, num_warps=8, num_stages=1)
     if OLD_TRITON and block_m > 32 and block_m * padded(sizes[-1]) >= MOST_OUTPUTS[precision]:
-        return Training(16, 16, 16, rows, num_warps=8, num_stages=1)
+        ahead = 1 if kernel == "exchange" or precision == "tf32x3" else 2
+        return Training(16, 16, 16, rows, num_warps=8, num_stages=ahead)
     return Training(columns, block_k, 16, rows, num_warps=8, num_stages=3)
 
 

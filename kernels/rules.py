@@ -644,7 +644,7 @@ def row_of(rule: "str | Rule", **hyperparameters: Any) -> tuple:
     """
     rule = get(rule)
     known = dict(rule.hyperparameters)
-    if unknown := hyperparameters.keys() - known:
+    if unknown := [name for name in hyperparameters if name not in known]:
         raise ValueError(
             f"{rule.name}: this rule has no {', '.join(sorted(unknown))}; its hyperparameters are "
             f"{', '.join(known)}"

@@ -152,7 +152,8 @@ def _traced(operation: Differentiable, args: tuple) -> torch.Tensor:
 
     torch.export and torch.func get the reference, whose operations they follow.
     """
-    if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
+    # The flag of `torch.compiler.is_exporting`. In torch 2.11 a compiler takes the call for True.
+    if torch.compiler._is_exporting_flag or torch._C._are_functorch_transforms_active():
         return operation.fwd(*args)[0]
     tensors: list[torch.Tensor] = []
     return compiled.operators[operation.name](tensors, compiled.written(args, tensors))[0]

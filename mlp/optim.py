@@ -251,7 +251,7 @@ class _Ruled(_Torch):
 
     def update(self, grads: Gradients | None = None) -> None:
         """`step` without torch's hooks and profiler record. Engines call it."""
-        self._opt_called = True  # torch's schedulers check that a step was taken
+        self._note_step()
         given_all = None
         if grads is not None:
             given_all = list(grads.values() if isinstance(grads, dict) else grads)
@@ -265,6 +265,11 @@ class _Ruled(_Torch):
             return
         with torch.no_grad():
             self._update_groups(given_all)
+
+    def _note_step(self) -> None:
+        """Tells torch's schedulers, which check it, that a step was taken."""
+        if not torch.compiler.is_compiling():  # torch 2.11 cannot trace the assignment
+            self._opt_called = True
 
     def _update_groups(self, given_all: list | None) -> None:
         """One step of every group from these gradients, or from .grad if None."""
@@ -288,9 +293,10 @@ class _Ruled(_Torch):
     def _are_known(self, params: list, grads: list) -> bool:
         """True if these parameters were checked before and no gradient is sparse.
 
-        torch ensures that .grad has its parameter's shape and dtype, so one check is enough.
+        torch ensures that .grad has its parameter's shape and dtype, so one check is enough. A
+        compiler always checks, because it traces this only once.
         """
-        if not all([g.layout is torch.strided for g in grads]):
+        if torch.compiler.is_compiling() or not all([g.layout is torch.strided for g in grads]):
             return False
         known, found = self.__dict__.setdefault("_known", set()), tuple(map(id, params))
         if found in known:
@@ -323,7 +329,7 @@ class _Ruled(_Torch):
 
     def _advance(self, group: dict, params: list, steps: int = 1) -> list:
         """Count steps. Returns each parameter's number of the last one, see `Part.advance`."""
-        self._opt_called = True  # torch's schedulers check that a step was taken
+        self._note_step()
         if not self.counted:
             if not self.row(group).states:
                 return [2] * len(params)
@@ -382,6 +388,8 @@ class _Ruled(_Torch):
         """
         rule = self.row(group)
         given = [group[name] for name, _ in rule.hyperparameters]
+        if torch.compiler.is_compiling():  # torch 2.11 cannot trace the lines below
+            return kernels.row_of(rule, **self._hyperparameters(group))
         kept = self.__dict__.setdefault("_numbers_of", {})
         made = kept.get(id(group))
         if made is not None and made[0] is rule and all(map(operator.is_, made[1], given)):

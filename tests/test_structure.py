@@ -213,7 +213,7 @@ def test_no_host_synchronisation(name):
 @pytest.mark.parametrize("package", [name for name in FILES if name.endswith("__init__.py")])
 def test_names_of_modules_are_modules(package):
     """No package binds the name of one of its modules to anything else."""
-    here = importlib.import_module(Path(package).parent.as_posix().replace("/", "."))
+    here = pytest.importorskip(Path(package).parent.as_posix().replace("/", "."))  # cli: typer
     for name, value in vars(here).copy().items():
         if module_exists(f"{here.__name__}.{name}"):
             assert isinstance(value, types.ModuleType), f"{here.__name__}.{name} is {value!r}"

@@ -14,7 +14,16 @@ import torch
 
 from . import files, images, scaling
 from .arrays import from_arrays
-from .dataset import DataError, Dataset, Reading, announce, needs_extra, permutation, split
+from .dataset import (
+    DataError,
+    Dataset,
+    MissingPackage,
+    Reading,
+    announce,
+    needs_extra,
+    permutation,
+    split,
+)
 from .images import open_image
 from .pixels import image_size
 
@@ -23,6 +32,7 @@ __all__ = [
     "STANDARDIZE",
     "DataError",
     "Dataset",
+    "MissingPackage",
     "Reading",
     "from_arrays",
     "load",

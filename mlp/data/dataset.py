@@ -29,9 +29,15 @@ class DataError(ValueError):
     """A data set cannot be found, read or used. The message is one line."""
 
 
-def needs_extra(package: str, what: str, extra: str = "train") -> DataError:
+class MissingPackage(DataError):
+    """An optional package is not installed. The message names the extra to install."""
+
+
+def needs_extra(package: str, what: str, extra: str = "train") -> MissingPackage:
     """The error for a missing optional package. It names the extra to install."""
-    return DataError(f"{what} needs {package}: install the extra, pip install 'handgrad[{extra}]'")
+    return MissingPackage(
+        f"{what} needs {package}: install the extra, pip install 'handgrad[{extra}]'"
+    )
 
 
 def announce(notes: Sequence[str]) -> None:

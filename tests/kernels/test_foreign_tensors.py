@@ -137,9 +137,18 @@ def test_distributed_tensors(mesh):
         tensor = isinstance(t, torch.Tensor)
         return distribute_tensor(t, mesh, [Replicate()]) if tensor else t
 
+    def convolves(given):
+        """False if torch itself refuses: 2.11 does so for most paddings."""
+        try:
+            return bool(PAIRS["conv2d"][1](*given).numel())
+        except RuntimeError:
+            return False
+
     for name in set(PAIRS) - {"elementwise_loss"}:
         for args in cases(name, "cpu", shape=(4, 6, 5)):
             given, local = leaves(name, tree_map(spread, args)), leaves(name, args)
+            if name == "conv2d" and not convolves(given):
+                continue
             results = gradients([PAIRS[name][0](*given)], given)
             assert all(isinstance(r, DTensor) for r in results)
             expected = gradients([PAIRS[name][0](*local)], local)

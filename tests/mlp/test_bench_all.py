@@ -7,8 +7,10 @@ import sys
 
 import pytest
 
-from bench import parts, suite, summary
+from bench import __main__ as main
+from bench import bench_trainer, parts, suite, summary
 from bench.parts import Part
+from mlp import data
 from tests import ROOT
 
 EXTRAS = ("tqdm", "typer", "sklearn", "torchvision", "matplotlib", "PIL", "scipy")
@@ -116,6 +118,16 @@ def test_few_tables_need_an_extra():
     code += " except ModuleNotFoundError: missing.append(name)\nprint(*sorted(missing))"
     done = subprocess.run(script(code), cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split() == ["accuracy", "recipes", "search"], done.stderr
+
+
+def test_a_table_that_needs_an_extra_while_it_runs_says_so(monkeypatch):
+    def loaded(name):
+        raise data.needs_extra("scikit-learn", f"the data set {name}")
+
+    monkeypatch.setattr(bench_trainer, "loaded", loaded)
+    table = main.make("trainer", {})
+    assert table.not_run.startswith("the data set digits needs scikit-learn: install")
+    assert not table.rows and not table.failed
 
 
 def test_unknown_parts_are_refused(tmp_path):

@@ -124,11 +124,15 @@ def test_every_optimizer(optimizer, options, device):
     ids=lambda loss: repr(loss)[:40],
 )
 def test_losses(loss, device):
-    """A compiled loss equals eager for every batch size, also in the target's gradient."""
+    """A compiled loss has eager's gradients for every batch size, also that of the target.
+
+    Some versions of torch compute an operator in parts when they trace it, which rounds otherwise.
+    """
     run = compiled(loss.to(device))
     for x, _ in batches(device):
         tensors = [x.requires_grad_(), x.detach().softmax(1).requires_grad_()]
-        assert_equal(gradients([run(*tensors)], tensors), gradients([loss(*tensors)], tensors))
+        ours, eager = (gradients([function(*tensors)], tensors) for function in (run, loss))
+        torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
     assert counters["stats"]["unique_graphs"] == 2
 
 
@@ -161,6 +165,8 @@ def test_a_whole_step_is_one_graph(device):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler on the CPU")
+# torch 2.11's own use of a deprecated function; on a GPU, advice to allow TF32
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated", "ignore:TensorFloat32")
 def test_inductor(device):
     net = NETWORKS["mlp"]().to(device)
     forward = lambda x, t: cross_entropy(net(2 * x), t)  # noqa: E731

@@ -98,6 +98,7 @@ def test_step_hooks(name):
 
 
 @EACH
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events at the end of each cycle")
 def test_hooks_and_profiler_see_a_step_once(name):
     """Hooks and the profiler do not make the update run twice."""
     results = []

@@ -122,6 +122,7 @@ def test_other_data_are_trained_one_after_another():
         torch.testing.assert_close(ours, theirs)
 
 
+@COMPILED
 def test_refused():
     made = trainer(0)
     made.check(data(), 1, 8)
