@@ -85,22 +85,26 @@ def test_networks_that_differ_in_anything_are_those_of_the_trainer(way):
 
 @pytest.mark.parametrize("watched", ["validation", "evaluate", "train"])
 def test_each_stops_on_its_own_with_its_best_weights(way, watched):
-    train, validation = data(rows=40), data(1)
-    told = []
-    given = [{**one, "lr": 0.5} for one in SETTINGS[:2]] + [{"lr": 1e-3, "hidden": (8, 6)}]
+    train, told = data(rows=40), []
+    given = [{**one, "lr": 0.5} for one in SETTINGS[:2]]
     given += [{"lr": 0.5, "hidden": (9,), "schedule": "plateau"}]
-    more = {} if watched == "train" else {watched: validation}
+    # Small steps along the gradient of all samples: the loss goes down in every epoch.
+    given += [{"lr": 0.01, "hidden": (8, 6), "batch_size": 40}]
+    # Few rows: the loss of all samples goes up soon.
+    given += [{"lr": 0.5, "hidden": (9,), "rows": [3, 3, 3, 20, 30]}]
+    more = {} if watched == "train" else {watched: train}
     sweep = Sweep(given, device="cpu")
     rows = sweep.fit(train, 25, early_stopping=2, on_progress=told.append, **more)
     assert sum(told) == 25 * len(given)
     by_number = {row.replica: row for row in rows}
     for i, one in enumerate(given):
-        judge = None if watched == "train" else validation
-        model, history = alone(one, train, 25, judge, 2)
+        model, history = alone(one, train, 25, more.get(watched), 2)
         assert by_number[i].epochs == len(history)
         assert_is(sweep.network(i), model)
+    assert by_number[3].epochs == 25
+    if watched != "train":
+        assert by_number[4].epochs < 25
     if watched == "validation":
-        assert len({row.epochs for row in rows}) > 1
         best = max(row.validation_accuracy for row in rows)
         assert rows[0].validation_accuracy == best and rows[0].test_accuracy is None
 
