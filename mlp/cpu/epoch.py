@@ -15,7 +15,7 @@ import kernels
 from kernels import activations
 
 from . import loop, products, rows, team
-from .tiles import LANES, ROWS
+from .tiles import LANES
 
 _PIECE = 0.25  # about the seconds of a piece; after each, the host checks whether to stop
 _TRIAL = 0.005  # seconds of a piece that measures a number of threads
@@ -26,6 +26,9 @@ _AGAIN = 8  # once in so many pieces, a number of threads that lost is measured 
 _CHUNKS = 8  # most chunks that the first layer's inputs are cut into
 # Guesses: floating-point operations a second, and the seconds that each step takes besides.
 _SPEED, _OVERHEAD = 5e10, 1e-5
+_SPARE = 8  # int32 that a list of terms is written past its end
+# Inputs that are 0 are left out of products, if at least this share of the data is 0.
+_ZEROS, _SAMPLED = 0.4, 64
 _choices: dict[tuple, "_Choice"] = {}  # the key is (sizes, batch, threads)
 
 
@@ -61,7 +64,7 @@ class Memory:
             layer[loop.ACROSS], layer[loop.WIDE] = across, _pitch(k) if across else pitch
             layer[loop.TALL] = n if across else k
             layer[loop.W] = self._take((layer[loop.TALL] + 1) * layer[loop.WIDE])
-            layer[loop.BLOCK] = max(ROWS, loop.SCRATCH_FLOATS // pitch // ROWS * ROWS)
+            layer[loop.BLOCK] = max(1, loop.SCRATCH_FLOATS // pitch // loop.LEAST) * loop.LEAST
             if across:
                 layer[loop.BLOCK] = k
         places[loop.STATE] = self.size
@@ -76,9 +79,14 @@ class Memory:
         chunks = max(1, min(_CHUNKS, spec.sizes[0] // 64 * 2))  # one, or equally many in each half
         places[loop.CHUNKS] = chunks
         places[loop.X] = self._take(batch * spec.sizes[0])
-        places[loop.PARTIAL] = self._take(chunks * batch * pitches[0])
+        places[loop.PARTIAL] = self._take(chunks * (batch + 1) * pitches[0])
+        places[loop.START] = self._take(workers * pitches[0])
+        terms = max(batch, spec.sizes[0]) + _SPARE
+        places[loop.TERMS], places[loop.LISTED] = terms, self._take(workers * terms)
+        places[loop.EVERY], places[loop.ZEROS] = self._take(terms), self._take(pitches[0])
+        places[loop.BITS] = self._take(-(-spec.sizes[0] // 8) * -(-batch // 8) * 2)
         places[loop.Q] = self._take(3 * batch * spec.sizes[-1])
-        scratch = max(loop.SCRATCH_FLOATS, max(pitches) * ROWS)
+        scratch = max(loop.SCRATCH_FLOATS, max(pitches) * loop.LEAST)
         places[loop.SCRATCH] = self._take(workers * scratch)
         places[loop.LOSS], places[loop.RIGHT] = self._take(batch), self._take(batch)
         places[loop.ONE] = self._take(1)
@@ -89,6 +97,8 @@ class Memory:
         start = -whole.ctypes.data % (4 * LANES) // 4  # w begins on a multiple of a vector's bytes
         self.w = whole[start : start + self.size]
         self.w[places[loop.ONE]] = 1.0
+        every = self.w[places[loop.EVERY] :][:terms].view(np.int32)
+        every[:] = np.arange(terms)
 
     def _take(self, floats: int) -> int:
         start = self.size
@@ -232,11 +242,16 @@ class _Task:
             places[place] = array.ctypes.data
         places[loop.BIAS_NUMBERS] = places[loop.NUMBERS]
         places[loop.BASE] = memory.w.ctypes.data
+        # The share of zeros depends on the data alone, so the results do too.
+        some = samples[:: max(1, len(samples) // _SAMPLED)]
+        skips = np.count_nonzero(some) <= (1 - _ZEROS) * some.size
+        places[loop.OCTETS] = products.OCTETS.ctypes.data if skips else 0
+        shifts = (0.0, shift) if skips else (shift, 0.0)
         functions = *rows.of(spec), *products.compiled()
         for place, function in enumerate(functions, loop.FORWARD):
             places[place] = function.address
         self.run = loop.Run(
-            memory.w, memory.layers, places, *map(np.float32, (scale, shift, spec.loss_scale))
+            memory.w, memory.layers, places, *map(np.float32, (scale, *shifts, spec.loss_scale))
         )
 
 

@@ -10,6 +10,11 @@ vectors. A step has two halves, and all workers meet after each:
     2. Each worker owns rows of the batch. It takes them through the remaining layers, the loss and
        the backward pass, down to the first layer's dz.
 
+If many inputs are 0, as in images, the first layer's products leave them out. Each row of a batch
+has a list of its other inputs, and each few rows of w have a list of the rows of the batch. What
+a pixel of 0 is read as, the background, is the same for all inputs, so it multiplies sums of w and
+of dz.
+
 Every number is the sum of the same terms in the same order, whatever the number of workers. The
 sums over the first layer's inputs are cut into chunks, which depend on the network alone. The sums
 of the chunks are added up in each half of the inputs, and then the two halves. One or two workers
@@ -22,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from .tiles import LANES, ROWS, scale_octets
+from .tiles import LANES, ROWS, mark, scale_octets
 from .waiting import call, floats, integers, meet, narrow_integers, octets, prefetch
 
 # Columns of `Run.layers`. K, N: inputs and outputs. PITCH: floats of a padded row of outputs. W, Y,
@@ -31,27 +36,32 @@ from .waiting import call, floats, integers, meet, narrow_integers, octets, pref
 # outputs. TALL, WIDE: rows of w without the bias, and floats of a row.
 K, N, PITCH, W, Y, Z, D, KEPT, BLOCK, ACROSS, TALL, WIDE, COLUMNS_OF_LAYER = range(13)
 # Entries of `Run.places`. The first ones are where parts of the flat array begin. X: inputs.
-# PARTIAL: partial sums. Q: the loss's outputs, targets and gradient, without padding. SCRATCH:
-# gradients of w. LOSS: losses of rows. RIGHT: 1 for each row that is right, else 0. ONE: a one.
-# STATE is the number of floats from a parameter to its state.
-X, PARTIAL, Q, SCRATCH, LOSS, RIGHT, ONE, STATE = range(8)
+# PARTIAL: partial sums. START: what each worker's gradients of the first layer start from. LISTED:
+# each worker's list of terms, int32. EVERY: the list of all terms. BITS: a byte for eight inputs of
+# a row, see `tiles.mark`. Q: the loss's outputs, targets
+# and gradient, without padding. SCRATCH: gradients of w. LOSS: losses of rows. RIGHT: 1 for each
+# row that is right, else 0. ONE: a one. ZEROS: a row of zeros. STATE is the number of floats from a
+# parameter to its state.
+X, PARTIAL, START, LISTED, EVERY, BITS, Q, SCRATCH, LOSS, RIGHT, ONE, ZEROS, STATE = range(13)
 # Sizes and choices. CHUNKS: chunks of the inputs. BATCH, ROWS_OF_EPOCH: rows of each. BIAS: 1 with
 # biases. MEAN: 1 if a loss is the mean over rows. IGNORED: the label that counts for nothing.
-# COUNT: numbers of the rule.
-CHUNKS, BATCH, ROWS_OF_EPOCH, BIAS, MEAN, IGNORED, COUNT = range(8, 15)
+# COUNT: numbers of the rule. TERMS: floats of a list of terms.
+CHUNKS, BATCH, ROWS_OF_EPOCH, BIAS, MEAN, IGNORED, COUNT, TERMS = range(13, 21)
 # Addresses. PIXELS, REALS: the data, uint8 or float32. LABELS, TARGETS: int64 labels or float32
 # targets. The unused one of each pair is 0. PARAMETERS: the loss's parameter for each output.
 # ORDER: the int64 order. NUMBERS: the rule's numbers for each step. LOSSES, CORRECT: the results,
 # float32 losses and int32 counts of right rows.
-PIXELS, REALS, LABELS, TARGETS, PARAMETERS, ORDER, NUMBERS, LOSSES, CORRECT = range(15, 24)
+PIXELS, REALS, LABELS, TARGETS, PARAMETERS, ORDER, NUMBERS, LOSSES, CORRECT = range(21, 30)
 # Addresses of functions. COUNTER: the address of the counter by which threads wait.
-FORWARD, BACKWARD, OUT_FORWARD, OUT_BACKWARD, CRITERION, RULE = range(24, 30)
-PRODUCT, TRANSPOSED, COUNTER = range(30, 33)
+FORWARD, BACKWARD, OUT_FORWARD, OUT_BACKWARD, CRITERION, RULE = range(30, 36)
+PRODUCT, LISTED_PRODUCT, TRANSPOSED, COUNTER = range(36, 40)
 # Addresses. BIAS_NUMBERS: the rule's numbers for biases, which may have another weight decay.
-# BASE: the flat array.
-BIAS_NUMBERS, BASE, PLACES = range(33, 36)
+# BASE: the flat array. OCTETS: `products.OCTETS`, or 0 if few inputs are 0.
+BIAS_NUMBERS, BASE, OCTETS, PLACES = range(40, 44)
 LINE = 64  # bytes of a cache line
-SCRATCH_FLOATS = 4096  # room for one worker's gradients, unless ROWS rows take more
+SCRATCH_FLOATS = 4096  # room for one worker's gradients, unless LEAST rows take more
+LEAST = 8  # rows of w that are updated at a time, or a multiple: a multiple of ROWS
+LOOKS = 16  # once in so many steps, weights are checked to be finite, see `add_weights`
 # These have a type, because numba compiles a function once more for each Python literal.
 NONE, ONCE = np.int64(0), np.int64(1)
 
@@ -65,8 +75,11 @@ class Run(NamedTuple):
     w: np.ndarray  # (floats,) float32
     layers: np.ndarray  # (layers, COLUMNS_OF_LAYER) int64
     places: np.ndarray  # (PLACES,) int64
-    scale: np.float32  # the network's input is data · scale + shift
+    # The network's input is data · scale + shift + background. The background is left out of the
+    # inputs that are read, so that most of them are 0.
+    scale: np.float32
     shift: np.float32
+    background: np.float32
     loss_scale: np.float32
 
 
@@ -83,6 +96,33 @@ def product(run, a, b, c, shape, add):
     a = (offset, stride of r, stride of j), b = (offset, stride of j), c = (offset, stride of r).
     """
     call(run.places[PRODUCT], (_address(run, NONE), *a, *b, *c, *shape, add))
+
+
+@njit(nogil=True)
+def product_listed(run, a, b, first, c, shape, bits, worker):
+    """c[r, n] = first[r, n] + Σ_j a[r, j] b[j, n], without terms that are 0 in all rows of a tile.
+
+    shape, a, b and c: as in `product`. first = (offset, stride of r). bits = (the address of a's
+    first byte, 1 if a is the transpose of the inputs, else 0).
+    """
+    listed = run.places[EVERY]
+    if run.places[OCTETS]:
+        listed = run.places[LISTED] + worker * run.places[TERMS]
+    lists = (_address(run, listed), bits[0], bytes_of_batch(run), bits[1], run.places[OCTETS])
+    arguments = (_address(run, NONE), *a, *b, *first, *c, *shape, *lists)
+    call(run.places[LISTED_PRODUCT], arguments)
+
+
+@njit(nogil=True)
+def bytes_of_batch(run):
+    """The number of bytes that `tiles.mark` writes for eight inputs: one for each row, padded."""
+    return (run.places[BATCH] + 7) // 8 * 8
+
+
+@njit(nogil=True)
+def bits_of(run, k):
+    """The address of the bytes of input number k, a multiple of 8, and of the next seven."""
+    return _address(run, run.places[BITS]) + k // 8 * bytes_of_batch(run)
 
 
 @njit(nogil=True)
@@ -125,37 +165,84 @@ def _apply(run, layer, k, rows, gradient, numbers):
 
 
 @njit(nogil=True)
-def update_rows(run, l, inputs, rows, worker, step):
-    """Apply the update of `step`, a batch of `rows` rows, to some rows of layer l's weights.
+def update_rows(run, l, begin, end, rows, worker, step):
+    """Apply the update of `step`, a batch of `rows` rows, to rows `begin` to `end` of w of layer l.
 
-    inputs = (first row, row behind the last, offset of their inputs, stride of batch rows). Forward
-    was z = x w + b, so dw = xᵀ dz. The bias is the row behind the last one, and its input is 1.
+    It is a layer behind the first one. Forward was z = x w + b, so dw = xᵀ dz. The bias is the row
+    behind the last one, and its input is 1.
     """
-    layer = run.layers[l]
-    begin, end, x, stride = inputs
-    pitch, block = layer[PITCH], layer[BLOCK]
-    gradient = run.places[SCRATCH] + worker * max(SCRATCH_FLOATS, pitch * ROWS)
+    layer, stride = run.layers[l], run.layers[l - 1, PITCH]
+    pitch, block, x = layer[PITCH], layer[BLOCK], run.layers[l - 1, Y]
+    gradient = run.places[SCRATCH] + worker * max(SCRATCH_FLOATS, pitch * LEAST)
     right, target, vectors = (layer[D], pitch), (gradient, pitch), pitch // LANES
-    numbers = 4 * step * run.places[COUNT]
+    numbers = run.places[NUMBERS] + 4 * step * run.places[COUNT]
     if layer[ACROSS]:  # dwᵀ = dzᵀ x, the whole matrix at once
         wide, outputs = layer[WIDE], (layer[D], ONCE, pitch)
         shape = (layer[N], wide // LANES, rows)
         product(run, outputs, (x, stride), (gradient, wide), shape, NONE)
-        _apply(run, layer, NONE, layer[N], gradient, run.places[NUMBERS] + numbers)
+        _apply(run, layer, NONE, layer[N], gradient, numbers)
     else:
         for k in range(begin, end, block):
             count = np.int64(min(block, end - k))
-            left = (x + k - begin, ONCE, stride)
-            product(run, left, right, target, (count, vectors, rows), NONE)
-            _apply(run, layer, k, count, gradient, run.places[NUMBERS] + numbers)
-    if end == layer[K] and run.places[BIAS]:
-        product(run, (run.places[ONE], NONE, NONE), right, target, (ONCE, vectors, rows), NONE)
-        _apply(run, layer, layer[TALL], ONCE, gradient, run.places[BIAS_NUMBERS] + numbers)
+            product(run, (x + k, ONCE, stride), right, target, (count, vectors, rows), NONE)
+            _apply(run, layer, k, count, gradient, numbers)
+    if end == layer[K]:
+        update_bias(run, layer, gradient, rows, step)
+
+
+@njit(nogil=True)
+def update_bias(run, layer, gradient, rows, step):
+    """Apply the update of `step` to a layer's bias, whose gradient is Σ dz."""
+    pitch = layer[PITCH]
+    if run.places[BIAS]:
+        ones, shape = (run.places[ONE], NONE, NONE), (ONCE, pitch // LANES, rows)
+        product(run, ones, (layer[D], pitch), (gradient, pitch), shape, NONE)
+        numbers = run.places[BIAS_NUMBERS] + 4 * step * run.places[COUNT]
+        _apply(run, layer, layer[TALL], ONCE, gradient, numbers)
+
+
+@njit(nogil=True)
+def start_gradients(run, rows, worker):
+    """Write the part of the first layer's gradients that comes from the background.
+
+    It is background · Σ dz, the same for every row of w. Returns its place.
+    """
+    layer = run.layers[0]
+    pitch = layer[PITCH]
+    start = run.places[START] + worker * pitch
+    ones, shape = (run.places[ONE], NONE, NONE), (ONCE, pitch // LANES, rows)
+    product(run, ones, (layer[D], pitch), (start, pitch), shape, NONE)
+    values = run.w[start : start + pitch]
+    for i in range(len(values)):
+        values[i] *= run.background
+    return start
+
+
+@njit(nogil=True)
+def update_first(run, inputs, start, rows, worker, step):
+    """As `update_rows`, for the first layer.
+
+    inputs = (first row of w, row behind the last, offset of their inputs). start: see
+    `start_gradients`.
+    """
+    layer = run.layers[0]
+    (begin, end, x), pitch, block = inputs, layer[PITCH], layer[BLOCK]
+    gradient = run.places[SCRATCH] + worker * max(SCRATCH_FLOATS, pitch * LEAST)
+    right, target, vectors = (layer[D], pitch), (gradient, pitch), pitch // LANES
+    numbers = run.places[NUMBERS] + 4 * step * run.places[COUNT]
+    for k in range(begin, end, block):
+        count = np.int64(min(block, end - k))
+        left, shape = (x + k - begin, ONCE, end - begin), (count, vectors, rows)
+        bits = (bits_of(run, k), ONCE)
+        product_listed(run, left, right, (start, NONE), target, shape, bits, worker)
+        _apply(run, layer, k, count, gradient, numbers)
+    if end == layer[K]:
+        update_bias(run, layer, gradient, rows, step)
 
 
 @njit(nogil=True)
 def read_inputs(run, first, rows, begin, end, to):
-    """Write features `begin` to `end` of a batch, scaled and shifted, from w[to] on.
+    """Write features `begin` to `end` of a batch, without the background, from w[to] on.
 
     The batch starts at order[first].
     """
@@ -173,6 +260,28 @@ def read_inputs(run, first, rows, begin, end, to):
             reals, values = floats(run.places[REALS] + 4 * at), run.w[x : x + width]
             for i in range(width):
                 values[i] = reals[i] * run.scale + run.shift
+    if run.places[OCTETS]:
+        mark_inputs(run, rows, begin, end, to)
+
+
+@njit(nogil=True)
+def mark_inputs(run, rows, begin, end, x):
+    """Write a bit for each input from `begin` to `end`, which lie from w[x] on: 1 if it is not 0.
+
+    The bits of rows up to the next multiple of 8 become 0.
+    """
+    width, stride, bits = end - begin, bytes_of_batch(run), bits_of(run, begin)
+    whole = width // 8
+    for m in range(rows):
+        mark(run.w, bits + m, stride, x + m * width, whole)
+        if 8 * whole < width:
+            byte = 0
+            for i in range(8 * whole, width):
+                byte |= (run.w[x + m * width + i] != 0) << (i - 8 * whole)
+            octets(bits + whole * stride + m)[0] = np.uint8(byte)
+    for m in range(rows, (rows + 7) // 8 * 8):
+        for i in range((width + 7) // 8):
+            octets(bits + i * stride + m)[0] = np.uint8(0)
 
 
 @njit(nogil=True)
@@ -206,19 +315,20 @@ def first_half(run, worker, workers, step, begin, end):
     before = min(batch, samples - (step - 1) * batch)
     if step > begin:
         for l in range(1, len(run.layers)):
-            inputs, pitch = run.layers[l, K], run.layers[l - 1, PITCH]
+            inputs = run.layers[l, K]
             k, stop = part(inputs, ROWS, worker, workers), part(inputs, ROWS, worker + 1, workers)
             if run.layers[l, ACROSS]:  # the first worker takes the whole matrix
                 k, stop = NONE if worker == 0 else inputs, inputs
             if k < stop:
-                rows = (k, stop, run.layers[l - 1, Y] + k, pitch)
-                update_rows(run, l, rows, before, worker, step - 1)
-    features, chunks = run.layers[0, K], places[CHUNKS]
+                update_rows(run, l, k, stop, before, worker, step - 1)
+    features, chunks, start = run.layers[0, K], places[CHUNKS], NONE
+    if step > begin:
+        start = start_gradients(run, before, worker)
     for chunk in range(chunks * worker // workers, chunks * (worker + 1) // workers):
         k, stop = part(features, LANES, chunk, chunks), part(features, LANES, chunk + 1, chunks)
         x = places[X] + k * batch
         if step > begin:
-            update_rows(run, 0, (k, stop, x, stop - k), before, worker, step - 1)
+            update_first(run, (k, stop, x), start, before, worker, step - 1)
         if step < end:
             rows = min(batch, samples - step * batch)
             read_inputs(run, step * batch, rows, k, stop, x)
@@ -228,7 +338,8 @@ def first_half(run, worker, workers, step, begin, end):
             if workers <= 2:
                 half = 2 * chunk // chunks * chunks // 2
                 added = min(chunk - half, ONCE)
-            add_products(run, (k, stop), x, rows, half, added)
+            add_products(run, (k, stop), x, rows, half, added, worker)
+            add_weights(run, (k, stop), step, half, added)
 
 
 @njit(nogil=True)
@@ -248,25 +359,63 @@ def _few_outputs(run, l, m, stop):
 
 
 @njit(nogil=True)
-def add_products(run, inputs, x, rows, place, added):
+def add_products(run, inputs, x, rows, place, added, worker):
     """Compute the part of the first layer's z that comes from inputs = (k, stop).
 
     It becomes partial sum number `place`. If `added`, it is added to that sum.
     """
     (k, stop), pitch = inputs, run.layers[0, PITCH]
     weights = (run.layers[0, W] + k * pitch, pitch)
-    to = (run.places[PARTIAL] + place * run.places[BATCH] * pitch, pitch)
-    product(run, (x, stop - k, ONCE), weights, to, (rows, pitch // LANES, stop - k), added)
+    to = (run.places[PARTIAL] + place * (run.places[BATCH] + 1) * pitch, pitch)
+    first = to if added else (run.places[ZEROS], NONE)
+    left, bits = (x, stop - k, ONCE), (bits_of(run, k), NONE)
+    shape = (rows, pitch // LANES, stop - k)
+    product_listed(run, left, weights, first, to, shape, bits, worker)
+
+
+@njit(nogil=True)
+def add_weights(run, inputs, step, place, added):
+    """Add up the weights of inputs = (k, stop), which the background multiplies.
+
+    They become the row behind the batch of partial sum number `place`. If `added`, they are added
+    to that row. Without a background, the sum serves only to make the loss NaN if a weight is not
+    finite, as 0 · inf does. So it is computed once in LOOKS steps, and only if inputs are left out.
+    """
+    (k, stop), pitch = inputs, run.layers[0, PITCH]
+    at = run.places[PARTIAL] + ((place + 1) * (run.places[BATCH] + 1) - 1) * pitch
+    looks = run.places[OCTETS] != 0 and step % LOOKS == 0
+    if run.background != 0 or looks:
+        ones, shape = (run.places[ONE], NONE, NONE), (ONCE, pitch // LANES, stop - k)
+        weights = (run.layers[0, W] + k * pitch, pitch)
+        product(run, ones, weights, (at, pitch), shape, added)
+    elif not added:
+        _clear(run.w, at, at + pitch)
 
 
 @njit(nogil=True)
 def add_partial(run, to, place, m, stop):
     """Add rows m to stop of partial sum number `place` to the floats from w[to] on."""
     pitch = run.layers[0, PITCH]
-    size, start = (stop - m) * pitch, (place * run.places[BATCH] + m) * pitch
+    size, start = (stop - m) * pitch, (place * (run.places[BATCH] + 1) + m) * pitch
     total, partial = run.w[to : to + size], run.w[run.places[PARTIAL] + start :]
     for i in range(size):
         total[i] += partial[i]
+
+
+@njit(nogil=True)
+def add_background(run, z, spare, workers):
+    """Add the part of the first layer's z that comes from the background, the same for every row.
+
+    z: the offset of a row. spare: the offset of a row that is free.
+    """
+    w, pitch, chunks, batch = run.w, run.layers[0, PITCH], run.places[CHUNKS], run.places[BATCH]
+    for half in range(0, chunks, (chunks + 1) // 2):
+        _clear(w, spare, spare + pitch)
+        for chunk in range(half, half + max(1, chunks // 2) if workers > 2 else half + 1):
+            add_partial(run, spare, chunk, batch, batch + 1)
+        row, sums = w[z : z + pitch], w[spare : spare + pitch]
+        for i in range(pitch):
+            row[i] += run.background * sums[i]
 
 
 @njit(nogil=True)
@@ -277,13 +426,16 @@ def forward(run, m, stop, workers):
         layer = run.layers[l]
         pitch = layer[PITCH]
         z, bias = layer[Z] + m * pitch, layer[W] + layer[TALL] * layer[WIDE]
-        for row in range(stop - m):
-            _copy(w[z + row * pitch : z + (row + 1) * pitch], w[bias : bias + pitch])
+        _copy(w[z : z + pitch], w[bias : bias + pitch])
+        if l == 0:
+            add_background(run, z, layer[Y] + m * pitch, workers)
+        for row in range(1, stop - m):
+            _copy(w[z + row * pitch : z + (row + 1) * pitch], w[z : z + pitch])
         if l == 0:
             chunks = places[CHUNKS]
             for half in range(0, chunks, (chunks + 1) // 2):
                 if workers > 2:
-                    at = places[PARTIAL] + (half * places[BATCH] + m) * pitch
+                    at = places[PARTIAL] + (half * (places[BATCH] + 1) + m) * pitch
                     for chunk in range(half + 1, half + chunks // 2):
                         add_partial(run, at, chunk, m, stop)
                 add_partial(run, z, half, m, stop)

@@ -6,14 +6,34 @@ the code of a step. So most of the time to compile would go into copies of them.
 
 import functools
 
+import numpy as np
 from numba import carray, njit, types
 
 from . import rows
-from .tiles import COLUMNS, LANES, ROWS, dot_tile, outer_tile
+from .tiles import (
+    COLUMNS,
+    LANES,
+    ROWS,
+    WIDEST,
+    dot_tile,
+    list_inputs,
+    list_rows,
+    listed_row,
+    listed_tile,
+    outer_tile,
+)
+
+# Row number `mask` begins with the places of the ones in a mask of eight bits.
+OCTETS = np.zeros((256, 8), np.uint8)
+for _mask in range(256):
+    _ones = [bit for bit in range(8) if _mask >> bit & 1]
+    OCTETS[_mask, : len(_ones)] = _ones
 
 _full_1, _full_2, _full_3 = (outer_tile(ROWS, columns) for columns in (1, 2, 3))
 _one_1, _one_2, _one_3 = (outer_tile(1, columns) for columns in (1, 2, 3))
 _full_all, _one_all = outer_tile(ROWS, COLUMNS), outer_tile(1, COLUMNS)
+_many_1, _many_2, _many_3 = (listed_tile(ROWS, columns) for columns in (1, 2, 3))
+_many_all = listed_tile(ROWS, COLUMNS)
 _dot_44, _dot_41, _dot_14, _dot_11 = dot_tile(4, 4), dot_tile(4, 1), dot_tile(1, 4), dot_tile(1, 1)
 
 
@@ -43,6 +63,79 @@ def _strip(widest, three, two, one):
 
 _rows_full = _strip(_full_all, _full_3, _full_2, _full_1)  # ROWS rows
 _rows_single = _strip(_one_all, _one_3, _one_2, _one_1)  # one row
+
+
+@njit(nogil=True)
+def _listed_full(w, places, a, b, first, c, vectors, terms):
+    """Compute ROWS rows of `_product_listed`, by tiles of COLUMNS, 3, 2 and 1 vectors."""
+    f_at, b_at, c_at = first[0], b[0], c[0]
+    while vectors > 0:
+        if vectors >= COLUMNS:
+            _many_all(w, places, a[0], a[1], a[2], b_at, b[1], f_at, first[1], c_at, c[1], terms)
+            width = COLUMNS
+        elif vectors >= 3:
+            _many_3(w, places, a[0], a[1], a[2], b_at, b[1], f_at, first[1], c_at, c[1], terms)
+            width = 3
+        elif vectors == 2:
+            _many_2(w, places, a[0], a[1], a[2], b_at, b[1], f_at, first[1], c_at, c[1], terms)
+            width = 2
+        else:
+            _many_1(w, places, a[0], a[1], a[2], b_at, b[1], f_at, first[1], c_at, c[1], terms)
+            width = 1
+        vectors -= width
+        b_at += width * LANES
+        f_at += width * LANES
+        c_at += width * LANES
+
+
+@njit(nogil=True)
+def _listed_single(w, places, a, b, first, c, vectors, terms):
+    """Compute a row of `_product_listed`, by tiles of about the same width."""
+    strips = (vectors + WIDEST - 1) // WIDEST
+    at = 0
+    for strip in range(strips):
+        end = vectors * (strip + 1) // strips
+        f_at, b_at, c_at = first[0] + at * LANES, b[0] + at * LANES, c[0] + at * LANES
+        listed_row(w, places, a[0], a[2], b_at, b[1], f_at, c_at, terms, end - at)
+        at = end
+
+
+@njit(nogil=True)
+def _listed(lists, r, height, terms):
+    """List the terms of `height` rows of `_product_listed` from row r on. Returns their number."""
+    listed, bits, stride, is_transposed, table = lists
+    if table == 0:  # the list holds all terms
+        return terms
+    octets = (terms + 7) // 8
+    if is_transposed:
+        chosen = ((1 << height) - 1) << (r % 8)
+        return list_rows(listed, bits + r // 8 * stride, chosen, octets, table)
+    return list_inputs(listed, bits + r, stride, octets, table)
+
+
+@njit(nogil=True)
+def _product_listed(w, a, b, first, c, shape, lists):
+    """c[r, n] = first[r, n] + Σ_j a[r, j] b[j, n], without the j at which a is 0 in all rows of a
+    tile.
+
+    shape, a, b and c: as in `_product`. first is like c. lists = (address of a list of int32,
+    address of the bytes that `mark` wrote, their stride, 1 if they are of a's transpose, address of
+    `OCTETS`). If the latter is 0, the list holds all terms, and none is left out.
+    """
+    rows, vectors, terms = shape
+    # A tile of one row reads more of b, but only what that row needs.
+    is_tall = lists[3] or lists[4] == 0
+    r = 0
+    while r < rows:
+        height = np.int64(ROWS if is_tall and r + ROWS <= rows else 1)
+        count = _listed(lists, r, height, terms)
+        from_row, before = (a[0] + r * a[1], a[1], a[2]), (first[0] + r * first[1], first[1])
+        to = (c[0] + r * c[1], c[1])
+        if height == ROWS:
+            _listed_full(w, lists[0], from_row, b, before, to, vectors, count)
+        else:
+            _listed_single(w, lists[0], from_row, b, before, to, vectors, count)
+        r += height
 
 
 @njit(nogil=True)
@@ -96,15 +189,43 @@ def _product_at(w_ptr, a, ar, aj, b, bj, c, cr, rows, vectors, terms, add):
     _product(w, (a, ar, aj), (b, bj), (c, cr), (rows, vectors, terms), add)
 
 
+def _product_listed_at(
+    w_ptr,
+    a,
+    ar,
+    aj,
+    b,
+    bj,
+    first,
+    fr,
+    c,
+    cr,
+    rows,
+    vectors,
+    terms,
+    listed,
+    bits,
+    stride,
+    flips,
+    table,
+):
+    w, lists = carray(w_ptr, (1,)), (listed, bits, stride, flips, table)
+    _product_listed(w, (a, ar, aj), (b, bj), (first, fr), (c, cr), (rows, vectors, terms), lists)
+
+
 def _product_transposed_at(w_ptr, a, ar, b, bk, c, cr, rows, columns, vectors):
     w = carray(w_ptr, (1,))
     _product_transposed(w, (a, ar), (b, bk), (c, cr), (rows, columns, vectors))
 
 
 @functools.cache
-def compiled() -> tuple[rows.Compiled, rows.Compiled]:
-    """The code behind `loop.product` and `loop.product_transposed`, compiled or read from disk."""
+def compiled() -> tuple[rows.Compiled, rows.Compiled, rows.Compiled]:
+    """The code behind `loop.product`, `product_listed` and `product_transposed`.
+
+    It is compiled or read from disk.
+    """
     return (
         rows.address(_product_at, types.void(rows.FLOATS, *[types.int64] * 11)),
+        rows.address(_product_listed_at, types.void(rows.FLOATS, *[types.int64] * 17)),
         rows.address(_product_transposed_at, types.void(rows.FLOATS, *[types.int64] * 9)),
     )

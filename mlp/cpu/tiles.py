@@ -16,8 +16,10 @@ _HALVED = binding.get_host_cpu_name() == "znver4"
 LANES = 16 if _MANY and not _HALVED else 8  # floats of a vector
 # Rows of a tile, and its columns in vectors. The registers hold so many sums beside the operands.
 ROWS, COLUMNS = 4, 3 if not _MANY else 5 if _HALVED else 4
+# Vectors of the widest tile of one row. It reads b from memory and needs one register for a.
+WIDEST = 13
 
-_I64, _F32 = ir.IntType(64), ir.FloatType()
+_I64, _I32, _I8, _F32 = ir.IntType(64), ir.IntType(32), ir.IntType(8), ir.FloatType()
 _VECTOR = ir.VectorType(_F32, LANES)
 
 
@@ -118,6 +120,179 @@ def outer_tile(rows: int, columns: int):
         return types.void(w, *[types.int64] * 9), generate
 
     return tile
+
+
+def _listed_sums(builder, at, shape, a, b, first, c, listed, terms):
+    """Generate the code of a tile that walks over a list. shape = (rows, vectors).
+
+    at: the pointer to an element of the flat array. a, b, first and c: an offset and its strides.
+    """
+    rows, columns = shape
+    lefts = [at(builder.add(a[0], builder.mul(_I64(r), a[1]))) for r in range(rows)]
+    right = at(b[0])
+
+    def body(i, sums):
+        j = builder.zext(builder.load(builder.gep(listed, [i])), _I64)
+        step = builder.mul(j, a[2])
+        base = builder.gep(right, [builder.mul(j, b[1])])
+        vectors = [_load(builder, builder.gep(base, [_I64(v * LANES)])) for v in range(columns)]
+        result = []
+        for r, left in enumerate(lefts):
+            scalar = _splat(builder, builder.load(builder.gep(left, [step])))
+            for v, vector in enumerate(vectors):
+                result.append(_multiply_add(builder, scalar, vector, sums[r * columns + v]))
+        return result
+
+    zero = ir.Constant(_VECTOR, [0.0] * LANES)
+    sums = _loop(builder, terms, [zero] * (rows * columns), body)
+    for i, value in enumerate(sums):
+        r, lane = _I64(i // columns), _I64(i % columns * LANES)
+        source = at(builder.add(builder.add(first[0], builder.mul(r, first[1])), lane))
+        target = at(builder.add(builder.add(c[0], builder.mul(r, c[1])), lane))
+        _store(builder, builder.fadd(_load(builder, source), value), target)
+
+
+def listed_tile(rows: int, columns: int):
+    """A numba function that computes c[r, v] = first[r, v] + Σ_j a[r, j] b[j, v] over listed j.
+
+    The list is `terms` int32 at the address `listed`. a, b and c are as in `outer_tile`, and first
+    is like c. The function is f(w, listed, a, stride_ar, stride_aj, b, stride_bj, first, stride_fr,
+    c, stride_cr, terms).
+    """
+
+    @intrinsic
+    def tile(typing, w, listed, a, stride_ar, stride_aj, b, stride_bj, first, stride_fr, c, cr, n):
+        def generate(context, builder, signature, args):
+            listed = builder.inttoptr(args[1], _I32.as_pointer())
+            at = lambda offset: pointer(context, builder, signature, args, 0, offset)  # noqa: E731
+            operands = args[2:5], args[5:7], args[7:9], args[9:11]
+            _listed_sums(builder, at, (rows, columns), *operands, listed, args[11])
+            return context.get_dummy_value()
+
+        return types.void(w, *[types.int64] * 11), generate
+
+    return tile
+
+
+@intrinsic
+def listed_row(typing, w, listed, a, stride_aj, b, stride_bj, first, c, terms, vectors):
+    """As a `listed_tile` of one row, of any number of vectors from 1 to WIDEST."""
+
+    def generate(context, builder, signature, args):
+        listed = builder.inttoptr(args[1], _I32.as_pointer())
+        at = lambda offset: pointer(context, builder, signature, args, 0, offset)  # noqa: E731
+        no = _I64(0)
+        operands = (args[2], no, args[3]), args[4:6], (args[6], no), (args[7], no)
+        after = builder.append_basic_block("after")
+        choice = builder.switch(args[9], after)
+        for columns in range(1, WIDEST + 1):
+            block = builder.append_basic_block("tile")
+            choice.add_case(_I64(columns), block)
+            builder.position_at_end(block)
+            _listed_sums(builder, at, (1, columns), *operands, listed, args[8])
+            builder.branch(after)
+        builder.position_at_end(after)
+        return context.get_dummy_value()
+
+    return types.void(w, *[types.int64] * 9), generate
+
+
+@intrinsic
+def mark(typing, w, bits, stride, at, octets):
+    """Write a byte for each eight numbers from w[at] on. Its bit i is 1 if number i is not 0.
+
+    The bytes begin at the address `bits`, with this stride.
+    """
+
+    def generate(context, builder, signature, args):
+        _, bits, stride, at, octets = args
+        source = pointer(context, builder, signature, args, 0, at)
+        target, eight = builder.inttoptr(bits, _I8.as_pointer()), ir.VectorType(_I32, 8)
+
+        def body(i, _):
+            line = builder.gep(source, [builder.mul(i, _I64(8))])
+            ones = builder.icmp_unsigned(
+                "!=", _load(builder, line, eight), ir.Constant(eight, [0] * 8)
+            )
+            to = builder.gep(target, [builder.mul(i, stride)])
+            builder.store(builder.bitcast(ones, _I8), to)
+            return ()
+
+        _loop(builder, octets, (), body)
+        return context.get_dummy_value()
+
+    return types.void(w, *[types.int64] * 4), generate
+
+
+def _append(builder, table, listed, count, mask, start):
+    """Append start + i to a list for each bit i of the mask. Returns the list's new length.
+
+    It has no branches: it writes eight numbers, of which the list's length covers the first ones.
+    """
+    eight = ir.VectorType(_I32, 8)
+    row = builder.gep(table, [builder.mul(builder.zext(mask, _I64), _I64(8))])
+    places = builder.bitcast(row, ir.VectorType(_I8, 8).as_pointer())
+    places = builder.zext(builder.load(places, align=8), eight)
+    undefined = ir.Constant(eight, ir.Undefined)
+    start = builder.insert_element(undefined, builder.trunc(start, _I32), _I32(0))
+    start = builder.shuffle_vector(start, undefined, ir.Constant(eight, [0] * 8))
+    to = builder.bitcast(builder.gep(listed, [count]), eight.as_pointer())
+    builder.store(builder.add(start, places), to, align=4)
+    return builder.add(count, builder.zext(builder.ctpop(mask), _I64))
+
+
+@intrinsic
+def list_inputs(typing, listed, bits, stride, octets, table):
+    """List the inputs that are not 0 in a row of a batch, and return their number.
+
+    bits: the address of the row's first byte, see `mark`. stride: from there to the next one. It
+    writes int32 from the address `listed` on. table: the address of `products.OCTETS`.
+    """
+
+    def generate(context, builder, signature, args):
+        listed, bits, stride, octets, table = args
+        to, known = _pointers(builder, listed, table)
+        source = builder.inttoptr(bits, _I8.as_pointer())
+
+        def body(i, values):
+            mask = builder.load(builder.gep(source, [builder.mul(i, stride)]))
+            return [_append(builder, known, to, values[0], mask, builder.mul(i, _I64(8)))]
+
+        return _loop(builder, octets, [_I64(0)], body)[0]
+
+    return types.int64(*[types.int64] * 5), generate
+
+
+@intrinsic
+def list_rows(typing, listed, bits, chosen, octets, table):
+    """List the rows of a batch in which one of the chosen inputs is not 0.
+
+    bits: the address of the bytes of eight inputs, one for each row. chosen: a mask of the inputs.
+    octets: how many times eight rows. listed, table: as in `list_inputs`. Returns their number.
+    """
+
+    def generate(context, builder, signature, args):
+        listed, bits, chosen, octets, table = args
+        to, known = _pointers(builder, listed, table)
+        eight = ir.VectorType(_I8, 8)
+        source = builder.inttoptr(bits, eight.as_pointer())
+        undefined = ir.Constant(eight, ir.Undefined)
+        only = builder.insert_element(undefined, builder.trunc(chosen, _I8), _I32(0))
+        only = builder.shuffle_vector(only, undefined, ir.Constant(ir.VectorType(_I32, 8), [0] * 8))
+
+        def body(i, values):
+            found = builder.and_(builder.load(builder.gep(source, [i]), align=1), only)
+            mask = builder.icmp_unsigned("!=", found, ir.Constant(eight, [0] * 8))
+            start = builder.mul(i, _I64(8))
+            return [_append(builder, known, to, values[0], builder.bitcast(mask, _I8), start)]
+
+        return _loop(builder, octets, [_I64(0)], body)[0]
+
+    return types.int64(*[types.int64] * 5), generate
+
+
+def _pointers(builder, listed, table):
+    return builder.inttoptr(listed, _I32.as_pointer()), builder.inttoptr(table, _I8.as_pointer())
 
 
 def dot_tile(rows: int, columns: int):

@@ -6,6 +6,7 @@ This holds for every network, row of the tables, batch size and number of thread
 import ctypes
 import importlib.util
 import itertools
+import math
 import os
 import signal
 import time
@@ -240,6 +241,62 @@ def test_the_number_of_threads_and_pieces_changes_no_bit(fixed):
         results.append([losses, *parameters, *states[0], *states[1]])
     for others in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others))
+
+
+def sparse(*arguments, **fields):
+    """As `training`, with data of which three quarters are 0."""
+    spec, parameters, states, data, targets, order = training(*arguments, **fields)
+    data[torch.rand(data.shape) < 0.75] = 0
+    return spec, parameters, states, data, targets, order
+
+
+@pytest.mark.parametrize("pixels", [True, False])
+@pytest.mark.parametrize(
+    ("sizes", "batch", "n"),
+    [
+        ((300, 40, 7), 32, 70),
+        ((1, 3), 5, 11),
+        ((13, 130, 2), 1, 9),
+        ((67, 9), 6, 20),
+    ],
+)
+def test_inputs_that_are_0_are_left_out(pixels, sizes, batch, n):
+    """Pixels of 0 are read as -0.3, and that part is added for all of them at once."""
+    check(*sparse(sizes, n, pixels=pixels, rule="momentum"), batch)
+
+
+def test_leaving_out_zeros_changes_no_bit(fixed, monkeypatch):
+    results = []
+    for share, workers, steps in ((2.0, 1, 100), (0.4, 1, 100), (0.4, 2, 3), (0.4, 3, 1)):
+        monkeypatch.setattr(epoch, "_ZEROS", share)
+        spec, parameters, states, data, targets, order = sparse((500, 90, 10), 300)
+        fixed(workers, steps)
+        losses, _ = cpu.train_epoch(
+            kernels.Run(
+                *(spec, parameters, states, data, targets, order, 32),
+                hyperparameters("sgd", lr=0.1),
+                torch.zeros(1),
+                scale=1 / 255,
+            )
+        )
+        results.append([losses, *parameters])
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others))
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_weight_that_is_not_finite_shows_although_its_input_is_0(bad):
+    spec, parameters, states, data, targets, order = sparse((40, 9, 3))
+    data[:, 17] = 0
+    parameters[0][4, 17] = bad
+    losses, _ = cpu.train_epoch(
+        kernels.Run(
+            *(spec, parameters, states, data, targets, order, 32),
+            hyperparameters("sgd", lr=0.1),
+            torch.zeros(1),
+        )
+    )
+    assert losses[0].isnan()
 
 
 def test_threads_stay_on_cores_apart_while_they_work():
