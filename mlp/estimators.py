@@ -3,8 +3,8 @@
 Parameters and attributes are scikit-learn's. With the same `random_state`, the initial weights and
 the order of samples are too. So the trained network is the same, up to rounding.
 
-Three things differ. Sparse input is made dense. The solver "lbfgs" and the Poisson loss are not
-served. A GPU computes in float32 by default.
+Three things differ. Training computes in float32, except for small tables and with `precision`
+"fp64". Sparse input is made dense. The solver "lbfgs" and the Poisson loss are not served.
 """
 
 import contextlib
@@ -44,6 +44,10 @@ from .optim import SGD, Adam
 ACTIVATIONS = {"identity": "identity", "logistic": "sigmoid", "tanh": "tanh", "relu": "relu"}
 _GLOROT = {"logistic": 2.0}  # scikit-learn's factor for initial weights. Else it is 6.
 _PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
+# scikit-learn computes in the dtype of X. But no kernel and no compiled epoch serves float64. So by
+# default, only tables of at most so many rows are trained in float64. They take little time, and
+# weights of samples then have the effect of repeated rows to many digits.
+_FEW_ROWS = 100
 _AUTO_BATCH = 200
 _COMPILED_DRAWS = "MT19937"  # numpy's RandomState. The compiled code can shuffle with it.
 _ADAPTIVE_DIVISOR, _ADAPTIVE_LEAST = 5.0, 1e-6
@@ -227,7 +231,7 @@ class _Network(BaseEstimator):
         weights = None if sample_weight is None else _check_sample_weight(sample_weight, X)
         self._random = check_random_state(self.random_state)
         if first:
-            self._start([X.shape[1], *self._hidden(), self.n_outputs_], X.dtype)
+            self._start([X.shape[1], *self._hidden(), self.n_outputs_], X)
         X, targets, weights, held = self._hold_out(X, targets, weights)
         training = self._training(X, targets, weights, held, incremental)
         epochs = 1 if incremental else self.max_iter
@@ -261,16 +265,15 @@ class _Network(BaseEstimator):
             raise ValueError(f"hidden_layer_sizes must be > 0, got {sizes}.")
         return sizes
 
-    def _start(self, sizes: list[int], read: numpy.dtype) -> None:
+    def _start(self, sizes: list[int], X: Any) -> None:
         """Make a network with new weights, drawn as in scikit-learn, and reset the attributes.
 
-        sizes: widths from input to output. read: the dtype of X.
+        sizes: widths from input to output. X: (samples, features).
         """
         found = "cuda" if torch.cuda.is_available() else "cpu"
         device = self.device or spreading.next_device() or found
-        # float64 inputs get a float64 network, as in scikit-learn. No kernel serves float64, so a
-        # GPU gets a float32 network.
-        auto = torch.float64 if device == "cpu" and read == numpy.float64 else torch.float32
+        is_double = device == "cpu" and X.dtype == numpy.float64 and X.shape[0] <= _FEW_ROWS
+        auto = torch.float64 if is_double else torch.float32
         dtype = _PRECISIONS.get(self.precision, auto)
         self._model = MLP(sizes, ACTIVATIONS[self.activation], device=device, dtype=dtype)
         with torch.no_grad():
@@ -556,7 +559,7 @@ class _Training:
         steps = epochs * -(-len(self.data) // self.batch)
         if isinstance(spec, str) or (
             wanted == "auto"
-            and cpu.costs(spec.sizes, self.batch, steps, cpu.MANY_EPOCHS) is not None
+            and cpu.costs(spec.sizes, self.batch, steps, cpu.MANY_EPOCHS, again=True) is not None
         ):
             return None
         from .cpu.session import Held, Session
@@ -711,8 +714,10 @@ class MLPClassifier(ClassifierMixin, _Network):
     device: a torch device, such as "cpu" or "cuda". None (the default) takes the GPU if there is
     one, else the CPU. In a search with `devices`, it takes the next of these.
     engine: a name in `mlp.ENGINES`, or "auto" (the default), as for `mlp.Trainer`.
-    precision: "fp32" or "fp64". "auto" (the default) is "fp32" on a GPU and for float32 X. On a CPU
-    it is "fp64" for all other X.
+    precision: "fp32" or "fp64", the dtype of the network. "auto" (the default) is "fp32", but
+    "fp64" on a CPU for X of float64 and at most 100 rows. In "fp64", a CPU trains the same network
+    as scikit-learn, to many digits. It takes many times as long, because no compiled epoch serves
+    float64.
 
     ValueError for parameters out of range, the solver "lbfgs", and partial_fit with early_stopping.
     ValueError for data that do not fit: wrong shapes, classes that differ from the first call's, or

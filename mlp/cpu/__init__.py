@@ -50,6 +50,7 @@ _SAVED, _SAVED_EACH = 9e-5, 5e-12
 # Weights that caches hold. Beyond, BLAS is faster than tiles, because it packs what it reads.
 _WEIGHTS = 1_500_000
 _many = 0  # callers that are inside `many`
+_passed = 0.0  # seconds that this process would have saved by code that it did not compile
 
 
 def serves(parameter: torch.Tensor) -> bool:
@@ -66,23 +67,32 @@ def is_loaded(call: Call = EPOCH) -> bool:
     return compiled is not None and bool(compiled().signatures)
 
 
-def costs(sizes: Sequence[int], batch: int, steps: int, call: Call = EPOCH) -> str | None:
+def costs(
+    sizes: Sequence[int], batch: int, steps: int, call: Call = EPOCH, again: bool = False
+) -> str | None:
     """The reason why compiled steps do not pay in a training of `steps` steps, or None.
 
     They do not pay if they save nothing, or less time than it takes to load or compile them.
     call: the compiled function that takes the steps.
+    again: True if a process often has many such trainings, as with estimators. Then code that is
+        on disk is loaded by the first one. So all of them use the same code, and one seed gives the
+        same bits. To compile pays as soon as all trainings of this process save enough together.
     """
+    global _passed
     products = sum(k * n for k, n in itertools.pairwise(sizes))
     if products > _WEIGHTS:
         return f"of {products:,} weights, which no cache holds, products by BLAS are faster"
     if is_loaded(call) or _many:
         return None
     saved = steps * (_SAVED + 3 * batch * products * _SAVED_EACH)
-    if saved < _LOADS:
+    if again:
+        saved += _passed
+    elif saved < _LOADS:
         return f"to load its compiled code takes about {_LOADS:.1f} s, more than it saves here"
     if saved < call.compiles:
         module = importlib.import_module(f".{call.module}", __name__)
         if not module.is_compiled():
+            _passed = saved if again else _passed
             return (
                 f"to compile it once takes about {call.compiles:.0f} s, more than the "
                 f"{saved:.0f} s that it saves here; engine 'epoch' does it, for all later runs"

@@ -18,6 +18,7 @@ from sklearn.utils import estimator_checks
 
 import kernels
 import mlp
+from mlp import cpu
 from tests import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -25,11 +26,13 @@ NAMES = ("MLPClassifier", "MLPRegressor")
 
 
 def pair(name, **options):
+    """Our estimator in float64 and scikit-learn's, with the same parameters."""
     # torch adds Adam's epsilon after the bias correction, scikit-learn before. With a tiny epsilon
     # both give the same.
     options = {"random_state": 0, "max_iter": 8, "epsilon": 1e-30, **options}
     options = {"hidden_layer_sizes": (7, 5), **options}
-    return getattr(mlp, name)(device="cpu", **options), getattr(neural_network, name)(**options)
+    ours = getattr(mlp, name)(device="cpu", precision="fp64", **options)
+    return ours, getattr(neural_network, name)(**options)
 
 
 @pytest.fixture(scope="module")
@@ -152,12 +155,49 @@ def test_partial_fit_and_warm_start(wine):
     assert_same(ours, theirs, x)
 
 
-def test_float32_stays(wine):
-    ours, _ = pair("MLPClassifier")
-    ours.fit(wine[0].astype(numpy.float32), wine[1])
-    assert {w.dtype for w in ours.coefs_} == {numpy.dtype("float32")}
-    ours.set_params(precision="fp64").fit(wine[0].astype(numpy.float32), wine[1])
-    assert {w.dtype for w in ours.coefs_} == {numpy.dtype("float64")}
+@pytest.mark.parametrize(
+    ("rows", "read", "precision", "dtype"),
+    [
+        (178, "float64", "auto", "float32"),  # more rows than train in float64 by default
+        (100, "float64", "auto", "float64"),
+        (100, "float32", "auto", "float32"),
+        (178, "float32", "fp64", "float64"),
+        (100, "float64", "fp32", "float32"),
+    ],
+)
+def test_the_precision_is_by_rows_and_dtype(rows, read, precision, dtype, wine):
+    ours = mlp.MLPClassifier((7,), max_iter=2, device="cpu", precision=precision)
+    ours.fit(wine[0][:rows].astype(read), wine[1][:rows])
+    assert {str(w.dtype) for w in [*ours.coefs_, *ours.intercepts_]} == {dtype}
+    assert ours.predict_proba(wine[0]).dtype == numpy.float64
+
+
+def test_fits_of_a_process_use_the_same_code(wine, monkeypatch):
+    """Code on disk is loaded by the first fit. Code that must be compiled first waits until all
+    fits together would save enough time.
+    """
+    session = pytest.importorskip("mlp.cpu.session")
+    if kernels.backend(torch.empty(0)) != "torch":
+        pytest.skip("the compiled epoch needs a machine without a GPU")
+    ours = mlp.MLPClassifier((7,), max_iter=100, random_state=0, device="cpu")
+    monkeypatch.setattr(cpu, "is_loaded", lambda *_: False)
+    monkeypatch.setattr(cpu, "_passed", 0.0)
+
+    def is_compiled(kept):
+        monkeypatch.setattr(session, "is_compiled", lambda: kept)
+        with monkeypatch.context() as inside:
+            used = []
+            make = session.Session.__init__
+            inside.setattr(
+                session.Session, "__init__", lambda *a, **k: (used.append(1), make(*a, **k))[1]
+            )
+            ours.fit(*wine)
+        return bool(used)
+
+    assert is_compiled(True) and cpu._passed == 0.0
+    assert not is_compiled(False) and cpu._passed > 0
+    monkeypatch.setattr(cpu, "_passed", cpu.MANY_EPOCHS.compiles)
+    assert is_compiled(False)
 
 
 def test_search_pipeline_and_pickle(wine):
