@@ -328,6 +328,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 def get(name: str, op: str = "activation") -> Activation:
     """The row called `name`. If there is none, a ValueError lists the known names."""
-    if name not in ACTIVATIONS:
+    row = ACTIVATIONS.get(name)
+    if row is None:
         raise ValueError(f"{op}: unknown activation {name!r}; known: {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
+    return row

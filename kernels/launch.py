@@ -97,7 +97,7 @@ def backend(*tensors: torch.Tensor | None) -> str:
     """
     if _forced == "torch":
         return "torch"
-    if _forced is None and _target is None and tensors and on_cpu(tensors[0]):
+    if tensors and tensors[0] is not None and not may_take(tensors[0]):
         return "torch"  # a shortcut that saves time in training loops on the CPU
     if watched() or not plain(*tensors):
         return "torch"
@@ -124,8 +124,8 @@ def path(*tensors: torch.Tensor | None) -> str:
     return backend(*tensors)
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-_NO_TENSORS = (str, type(None), int, float, bool)
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+_NO_TENSORS = frozenset((str, type(None), int, float, bool))
 # True for the batched gradients of is_grads_batched=True.
 _batched: Callable[[Any], bool] = torch._C._functorch.is_legacy_batchedtensor
 _NO_DISPATCH = torch.Tensor.__torch_dispatch__
@@ -134,6 +134,8 @@ _NO_DISPATCH = torch.Tensor.__torch_dispatch__
 _are_functorch_transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 _len_torch_dispatch_stack: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _is_tracing: Callable[[], bool] = torch._C._is_tracing
+# The setting of torch.no_grad. A context manager costs five times as much.
+set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
 
 
 def plain(*tensors: torch.Tensor | None) -> bool:
@@ -145,10 +147,8 @@ def plain(*tensors: torch.Tensor | None) -> bool:
     """
     for t in tensors:
         kind: Any = type(t)
-        if kind in _NO_TENSORS:
-            continue
         if kind not in _PLAIN:
-            if not isinstance(t, torch.Tensor):
+            if kind in _NO_TENSORS or not isinstance(t, torch.Tensor):
                 continue
             if kind.__torch_dispatch__ is not _NO_DISPATCH:
                 return False
@@ -165,6 +165,25 @@ def has_kernels(t: torch.Tensor) -> bool:
     if t.is_cpu and not INTERPRETED and _target is None:
         return False  # a shortcut
     return t.dtype in KERNEL_DTYPES and _has_kernels(t.device)
+
+
+def on_reference(t: torch.Tensor) -> bool:
+    """True if t is plain memory that no kernel takes, and nothing follows torch's operations.
+
+    torch.compile is not asked. This one test of a call replaces several.
+    """
+    return (
+        type(t) in _PLAIN
+        and not may_take(t)
+        and not followed()
+        and not t.is_nested
+        and not _batched(t)
+    )
+
+
+def may_take(t: torch.Tensor) -> bool:
+    """False if no kernel takes t, so that `backend` is "torch". A fast test, without exceptions."""
+    return not t.is_cpu or INTERPRETED or _forced is not None or _target is not None
 
 
 def is_forced() -> bool:

@@ -12,7 +12,7 @@ the NamedTuple that the forward returns beside y. Everything else follows from t
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -119,14 +119,14 @@ def call(operation: Differentiable, *args) -> torch.Tensor:
             return call(operation, *(_autocast(a, device, dtype) for a in args))
     if torch.compiler.is_compiling():
         return _traced(operation, args)
+    if operation.on_tape is not None and launch.on_reference(first):
+        y = operation.on_tape(*args)
+        if y is not None:
+            return y
     flat, lengths = _spread(args[: operation.inputs])
     if not _SAVED.issuperset(map(type, flat)):
         _check_tensors(operation, args)
     if not launch.followed() and launch.plain(*flat, *args[operation.inputs :]):
-        if operation.on_tape is not None and not launch.is_forced():
-            y = operation.on_tape(*args)
-            if y is not None:
-                return y
         return Function.apply(operation, args, lengths, *flat)
     if any([t.is_nested for t in flat if isinstance(t, torch.Tensor)]):
         raise ValueError(
@@ -177,7 +177,7 @@ class Function(torch.autograd.Function):
         return None, None, None, *differentiate(ctx, dy, ctx.needs_input_grad[3:])
 
 
-def _spread(inputs: tuple) -> tuple[tuple, tuple | None]:
+def _spread(inputs: tuple) -> tuple[Sequence, list | None]:
     """(flat, lengths): the arguments with their tuples spread out, and the lengths of the tuples.
 
     lengths has None for an argument that is no tuple. It is None if there are no tuples.
@@ -185,12 +185,18 @@ def _spread(inputs: tuple) -> tuple[tuple, tuple | None]:
     if tuple not in map(type, inputs):
         return inputs, None
     flat: list = []
+    lengths: list = []
     for a in inputs:
-        flat.extend(a) if type(a) is tuple else flat.append(a)
-    return tuple(flat), tuple([len(a) if type(a) is tuple else None for a in inputs])
+        if type(a) is tuple:
+            flat += a
+            lengths.append(len(a))
+        else:
+            flat.append(a)
+            lengths.append(None)
+    return flat, lengths
 
 
-def _gathered(flat: tuple, lengths: tuple | None) -> tuple:
+def _gathered(flat: tuple, lengths: list | None) -> tuple:
     """The arguments that `_spread` spread out."""
     if lengths is None:
         return flat
@@ -231,16 +237,23 @@ def remember(ctx, operation, args: tuple, lengths, flat: tuple, saved: tuple) ->
 
     Tensors go through save_for_backward, the inputs first. Everything else is stored on ctx.
     """
-    tensors, made = list(flat), []
+    tensors: list = [*flat]
+    made: list = []
     for i in operation.made:
         value = saved[i]
-        if type(value) is tuple and _SAVED.issuperset(map(type, value)):
-            start = len(tensors)
-            tensors += value
-            made.append(slice(start, len(tensors)))
+        if type(value) is tuple:
+            kinds = {*map(type, value)}
+            if kinds <= _SAVED:
+                start = len(tensors)
+                tensors += value
+                made.append(slice(start, len(tensors)))
+            else:
+                made.append(value if kinds <= _NO_TENSORS else _placed(value, tensors))
         else:
             made += _placed((value,), tensors)
-    options = _placed(args[operation.inputs :], tensors)
+    options = args[operation.inputs :]
+    if not _NO_TENSORS.issuperset(map(type, options)):
+        options = _placed(options, tensors)
     ctx.kept = operation, lengths, len(flat), options, made
     ctx.save_for_backward(*tensors)
 
@@ -249,7 +262,8 @@ def recall(ctx) -> tuple[tuple, list]:
     """The arguments of a Function's forward, and what it saved."""
     operation, lengths, count, options, made = ctx.kept
     tensors = ctx.saved_tensors
-    arguments = _gathered(tensors[:count], lengths) + _found(options, tensors)
+    options = _found(options, tensors) if type(options) is _Places else options
+    arguments = _gathered(tensors[:count], lengths) + options
     saved, remaining = [], iter(made)
     for at in operation.sources:
         value = next(remaining) if at is None else arguments[at]
@@ -324,7 +338,13 @@ def differentiate(ctx, dy: torch.Tensor, needs: tuple[bool, ...]) -> list:
     operation = ctx.kept[0]
     arguments, saved = recall(ctx)
     if torch.is_grad_enabled():
-        _, again = operation.fwd_ref(*arguments)
-        return compiled.flat(operation.bwd_ref(dy, *again, needs=needs))
-    bwd = operation.bwd if launch.plain(dy) else operation.bwd_ref
-    return compiled.flat(bwd(dy, *saved, needs=needs))
+        _, saved = operation.fwd_ref(*arguments)
+        bwd = operation.bwd_ref
+    elif launch.may_take(dy) and launch.plain(dy):
+        bwd = operation.bwd
+    else:
+        bwd = operation.bwd_ref  # what `bwd` would choose, without the choice for each layer
+    grads: list = []
+    for g in bwd(dy, *saved, needs=needs):
+        grads += g if type(g) is list or type(g) is tuple else [g]
+    return grads

@@ -34,7 +34,7 @@ class Criterion:
         self.reduction, self.scale = reduction, scale
         self.parameter = parameter  # a number, one number for each output, or None
         self._value: torch.Tensor | None = None
-        self._seeds: tuple[tuple, torch.Tensor] | None = None
+        self._seeded: torch.Tensor | None = None  # see `_seed`
 
     def __call__(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss as part of an autograd graph."""
@@ -121,10 +121,14 @@ class Criterion:
             raise RuntimeError(
                 f"{type(self).__name__}: backward was called before forward; call forward first"
             )
-        key = (value.shape, value.device, value.dtype)
-        if self._seeds is None or self._seeds[0] != key:
-            self._seeds = key, torch.full_like(value, self.scale)
-        return self._seeds[1]
+        seed = self._seeded
+        if seed is None or _kind(seed) != _kind(value):
+            self._seeded = seed = torch.full_like(value, self.scale)
+        return seed
+
+
+def _kind(t: torch.Tensor) -> tuple:
+    return t.shape, t.dtype, t.device
 
 
 class SoftmaxCrossEntropy(Criterion):

@@ -19,9 +19,11 @@ import torch
 
 import kernels
 from kernels import activations
+from kernels.ops.mlp import check_mlp, forward_checked
 
 from .init import initialise
 from .modules import check_activations, check_sizes, conv_layers
+from .views import Views
 
 _ALIGNMENT = 128  # bytes. Each view starts on a cache line, so loads from it can be vectorised.
 
@@ -48,6 +50,10 @@ class Stack:
                 self.shapes[f"{prefix}{i}.bias"] = (n,)
         self.bias = bias
         self._buffers: dict = {}
+        # shape, dtype, device and layout of the latest input that was checked
+        self._checked: tuple | None = None
+        each = (True,) * self.layers, (bias,) * self.layers
+        self._needs = [(first, *each[0], *each[1]) for first in (False, True)]  # see `mlp_bwd`
 
     def bind(self, parameters: list[torch.Tensor]) -> None:
         """Set the parameters: views that only this stack uses, in the order of `shapes`."""
@@ -55,6 +61,7 @@ class Stack:
         self.bound, self.weights = parameters, parameters[::step]
         self.biases = parameters[1::step] if self.bias else [None] * self.layers
         self._buffers.clear()
+        self._checked = None
 
     def bind_grads(self, grads: list[torch.Tensor]) -> None:
         """Set the tensors that `backward` fills, in the order of `shapes`."""
@@ -106,10 +113,13 @@ class Stack:
 
         keep: write into this stack's buffers and prepare `backward`.
         """
+        kind = x.shape, x.dtype, x.device, x.layout
+        if kind != self._checked:
+            check_mlp(x, self.weights, self.biases)
+            self._checked = kind
         out = self._buffers_for(x.shape[0])[0] if keep else None
-        y, saved = kernels.mlp_fwd(
-            x, self.weights, self.biases, self.activation, self.output_activation, out=out
-        )
+        acts = self.activation, self.output_activation
+        y, saved = forward_checked(x, self.weights, self.biases, *acts, out)
         if keep:
             self._saved = saved
         return y
@@ -120,7 +130,7 @@ class Stack:
         Returns dx (rows, sizes[0]) if `input_grad`, else None.
         """
         out = self._buffers_for(dy.shape[0])[1], self.grads
-        needs = (input_grad, *(True,) * self.layers, *(self.bias,) * self.layers)
+        needs = self._needs[input_grad]
         return kernels.mlp_bwd(dy, *self._saved, needs=needs, out=out)[0]
 
     def update(
@@ -245,7 +255,8 @@ class Net:
 
     def _build(self, config, device, dtype):
         self._describe(config)
-        self.flat, self.parameters = self._views(device, dtype)
+        self.parameters = self._views(device, dtype)
+        self.flat = self.parameters.flat
         self._bind()
 
     def _describe(self, config):
@@ -255,46 +266,48 @@ class Net:
             name: shape for stage in self.stages for name, shape in stage.shapes.items()
         }
 
-    def _views(self, device, dtype):
-        """(a flat tensor of zeros, its views by name), each view of its parameter's shape."""
+    def _views(self, device, dtype, beside=None):
+        """Views of a flat tensor of zeros, each of its parameter's shape. beside: see `Views`."""
         dtype = dtype or torch.get_default_dtype()
         unit = _ALIGNMENT // torch.empty((), dtype=dtype).element_size()
         sizes = [torch.Size(shape).numel() for shape in self._shapes.values()]
         offsets = [0, *itertools.accumulate(-(-size // unit) * unit for size in sizes)]
         flat = torch.zeros(offsets[-1], device=device, dtype=dtype)
-        return flat, {
+        named = {
             name: flat[start : start + size].view(shape)
             for (name, shape), start, size in zip(self._shapes.items(), offsets, sizes)
         }
+        return Views(flat, named, beside)
 
     def _bind(self):
         for stage in self.stages:
             stage.bind([self.parameters[n] for n in stage.shapes])
         if self._grads is not None:
-            self._bind_grads(self._grads[1])
+            self._bind_grads(self._grads)
 
     def _bind_grads(self, grads):
         for stage in self.stages:
             stage.bind_grads([grads[n] for n in stage.shapes])
 
     def _with_grads(self):
-        """(flat tensor of the gradients, its views by name)."""
+        """The gradients by name. They are allocated at the first call."""
         if self._grads is None:
             first = next(iter(self.parameters.values()))
+            beside = None if self.flat is None else self.parameters
             with torch.inference_mode(False):
-                self._grads = self._views(first.device, first.dtype)
-            self._bind_grads(self._grads[1])
+                self._grads = self._views(first.device, first.dtype, beside)
+            self._bind_grads(self._grads)
         return self._grads
 
     @property
     def flat_grad(self) -> torch.Tensor:
         """All gradients as one tensor."""
-        return self._with_grads()[0]
+        return self._with_grads().flat
 
     @property
     def grads(self) -> dict[str, torch.Tensor]:
         """Gradients by name, such as "0.weight". Each `backward` overwrites them."""
-        return self._with_grads()[1]
+        return self._with_grads()
 
     def __getstate__(self):
         # The state holds the tensors themselves. An optimizer that is copied or pickled with the
@@ -302,7 +315,7 @@ class Net:
         made = ("_config", "_shape", "_lead", "_shapes", "stages", "flat", "_grads")
         return {name: value for name, value in vars(self).items() if name not in made} | {
             "config": self._config,
-            "grads": None if self._grads is None else self._grads[1],
+            "grads": self._grads,
         }
 
     @torch.no_grad()

@@ -26,6 +26,8 @@ import kernels
 from kernels import launch
 from kernels.ops.optim import apply_checked
 
+from .views import Views
+
 P = ParamSpec("P")
 R = TypeVar("R")
 Gradients = Sequence[torch.Tensor | None] | dict[str, torch.Tensor | None]
@@ -255,16 +257,38 @@ class _Ruled(_Torch):
         given_all = None
         if grads is not None:
             given_all = list(grads.values() if isinstance(grads, dict) else grads)
-            count = len(self._params())
+            count = sum([len(group["params"]) for group in self.param_groups])
             if len(given_all) != count:
                 raise ValueError(
                     f"{type(self).__name__}: {count} parameters but {len(given_all)} gradients"
                 )
-        if not torch.is_grad_enabled():
-            self._update_groups(given_all)
+        if torch.compiler.is_compiling():
+            with torch.no_grad():
+                self._update_groups(given_all)
             return
-        with torch.no_grad():
-            self._update_groups(given_all)
+        # As torch.no_grad() does, at a fifth of its cost.
+        enabled = torch.is_grad_enabled()
+        launch.set_grad_enabled(False)
+        try:
+            if not (type(grads) is Views and self._update_whole(grads)):
+                self._update_groups(given_all)
+        finally:
+            launch.set_grad_enabled(enabled)
+
+    def _update_whole(self, grads: Views) -> bool:
+        """One step on the flat tensors of a `Net`, if that is a step of every parameter.
+
+        False if it is not, because of other parameters, several groups, or states.
+        """
+        if len(self.param_groups) != 1:
+            return False
+        (group,) = self.param_groups
+        rule, whole = self.row(group), grads.beside
+        if whole is None or rule.states or self.counted or not grads.are_of(group["params"]):
+            return False
+        numbers, maximize = self._numbers(group), group["maximize"]
+        apply_checked(rule, [whole.flat], [grads.flat], [], numbers, 2, maximize=maximize)
+        return True
 
     def _note_step(self) -> None:
         """Tells torch's schedulers, which check it, that a step was taken."""
@@ -276,28 +300,29 @@ class _Ruled(_Torch):
         start = 0
         for group in self.param_groups:
             params = group["params"]
-            given = (
-                [p.grad for p in params]
-                if given_all is None
-                else given_all[start : start + len(params)]
-            )
-            start += len(params)
+            if given_all is None:
+                given = [p.grad for p in params]
+            else:
+                given = given_all[start : start + len(params)]
+                start += len(params)
             if any([g is None for g in given]):
                 params = [p for p, g in zip(params, given) if g is not None]
                 given = [g for g in given if g is not None]
             if params:
-                if given_all is not None or not self._are_known(params, given):
+                if not self._are_known(params, given):
                     kernels.check_update(type(self).__name__, params, given)
                 self._update(group, params, given)
 
     def _are_known(self, params: list, grads: list) -> bool:
-        """True if these parameters were checked before and no gradient is sparse.
+        """True if these parameters were checked before, and each gradient is like its parameter.
 
-        torch ensures that .grad has its parameter's shape and dtype, so one check is enough. A
-        compiler always checks, because it traces this only once.
+        A compiler always checks, because it traces this only once.
         """
-        if torch.compiler.is_compiling() or not all([g.layout is torch.strided for g in grads]):
+        if torch.compiler.is_compiling():
             return False
+        for p, g in zip(params, grads):
+            if g.shape != p.shape or g.dtype is not p.dtype or g.layout is not torch.strided:
+                return False
         known, found = self.__dict__.setdefault("_known", set()), tuple(map(id, params))
         if found in known:
             return True

@@ -153,12 +153,11 @@ def cross_entropy_fwd_ref(
     labels_valid: bool = False,
 ) -> tuple[torch.Tensor, CrossEntropySaved]:
     """The reference of `cross_entropy_fwd`: same arguments, same results, plain torch."""
-    z, t = (logits, target) if logits.dim() > 1 else (logits.unsqueeze(0), target.unsqueeze(0))
-    if z.dtype in (torch.float16, torch.bfloat16):
-        z = z.float()
-    logp = torch.log_softmax(z, 1)
     if is_late(logits, target, weight, label_smoothing):
-        return _late_fwd_ref(logits, logp, target, ignore_index, reduction, labels_valid)
+        return _late_fwd_ref(logits, target, ignore_index, reduction, labels_valid)
+    z, t = (logits, target) if logits.dim() > 1 else (logits.unsqueeze(0), target.unsqueeze(0))
+    z = _widened(z)
+    logp = torch.log_softmax(z, 1)
     w = None if weight is None else weight.to(z.dtype).view(-1, *(1,) * (z.dim() - 2))
     dtarget = None
     if t.is_floating_point():
@@ -203,19 +202,29 @@ def is_late(
     return not (target.is_floating_point() or launch.has_kernels(logits))
 
 
-def _late_fwd_ref(logits, logp, target, ignore_index, reduction, labels_valid):
-    """ℓ = -log p_y of labels (N,): the loss, and log p for the backward."""
-    t, kind = target.long(), REDUCTIONS.index(reduction)
+def _widened(z: torch.Tensor) -> torch.Tensor:
+    """Logits, with half precision as float32."""
+    return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+
+
+def _late_fwd_ref(logits, target, ignore_index, reduction, labels_valid):
+    """ℓ = -log p_y of labels (N,): the loss, and log p for the backward.
+
+    torch's own operators check the arguments. If one raises, our checks name both values.
+    """
     try:
+        logp, kind = torch.log_softmax(_widened(logits), 1), REDUCTIONS.index(reduction)
+        t = target if target.dtype is torch.int64 else target.long()
         if labels_valid and reduction == "mean":
             loss = F.nll_loss(logp, t)
             counted = logp.new_full((), len(t))
         else:
             loss, counted = _nll(logp, t, None, kind, ignore_index)
-    except IndexError:
-        check_range(target, logp.shape[1], ignore_index)  # its error names the label
+    except (IndexError, RuntimeError, ValueError):
+        check_cross_entropy(logits, target, None, ignore_index, reduction, 0.0)
+        check_range(target, logits.shape[1], ignore_index)
         raise
-    loss = loss if loss.dtype == logits.dtype else loss.to(logits.dtype)
+    loss = loss if loss.dtype is logits.dtype else loss.to(logits.dtype)
     kept = logp, None, counted, reduction, target, ignore_index, True
     return loss, CrossEntropySaved(*kept)
 
@@ -234,7 +243,8 @@ def _late_bwd_ref(dy, logp, counted, reduction, target, ignore_index):
         return unit * (dy.unsqueeze(1) if reduction == "none" else dy)
     kind, given = REDUCTIONS.index(reduction), dy
     dy = dy if dy.dtype == logp.dtype else dy.to(logp.dtype)
-    g = _nll_bwd(dy, logp, target.long(), None, kind, ignore_index, counted)
+    t = target if target.dtype is torch.int64 else target.long()
+    g = _nll_bwd(dy, logp, t, None, kind, ignore_index, counted)
     dz = torch._log_softmax_backward_data(g, logp, 1, logp.dtype)
     return dz if dz.dtype == given.dtype else dz.to(given.dtype)
 
@@ -538,9 +548,12 @@ def cross_entropy_fwd(
     class, on the CPU. On a GPU the loss is then NaN, because a check would need a host
     synchronisation. `check_labels()` turns the check on.
     """
-    check_cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing)
+    options = (weight, ignore_index, reduction, label_smoothing)
+    is_free = target.dtype is torch.int64 and not launch.is_forced()
+    if is_free and is_late(logits, target, weight, label_smoothing):
+        return _late_fwd_ref(logits, target, ignore_index, reduction, labels_valid)
+    check_cross_entropy(logits, target, *options)
     if target_grad or launch.backend(logits, weight) == "torch":
-        options = (weight, ignore_index, reduction, label_smoothing)
         return cross_entropy_fwd_ref(
             logits, target, *options, target_grad, labels_valid=labels_valid
         )
@@ -645,14 +658,16 @@ def _on_tape(logits, target, weight, ignore_index, reduction, label_smoothing, _
 
     It serves where its gradient equals that of the reference, bit for bit.
     """
-    plain = reduction == "mean" and logits.dtype in (torch.float32, torch.float64)
-    if not plain or not is_late(logits, target, weight, label_smoothing):
+    if reduction != "mean" or logits.dtype not in (torch.float32, torch.float64):
+        return None
+    if not is_late(logits, target, weight, label_smoothing):
         return None
     options = weight, ignore_index, reduction, label_smoothing
-    if target.dtype != torch.int64:
+    if target.dtype is not torch.int64:
         check_cross_entropy(logits, target, *options)
+        target = target.long()
     try:
-        return F.cross_entropy(logits, target.long(), ignore_index=ignore_index)
+        return F.cross_entropy(logits, target, ignore_index=ignore_index)
     except (IndexError, RuntimeError, ValueError):
         check_cross_entropy(logits, target, *options)  # these two errors name both values
         check_range(target, logits.shape[1], ignore_index)

@@ -55,17 +55,18 @@ def _layer(x, w, b, activation, *, out=None):
 
 def stack_forward(x, weights, biases, activation, output_activation, out, layer_fwd):
     """`mlp_fwd` with `layer_fwd` for each layer, which is `layer_ref` or a function like it."""
-    inputs, kept, act = [], [], activation
-    last, y = len(weights) - 1, x
-    for layer, w in enumerate(weights):
-        if layer == last:
-            act = output_activation
-        inputs.append(y)
-        y, s = layer_fwd(y, w, biases[layer], act, out=None if out is None else out[layer])
-        kept.append(None if s is y and layer < last else s)
+    last = len(weights) - 1
+    out = (None,) * (last + 1) if out is None else out
+    y, hidden, kept = x, [], []
+    for layer in range(last):
+        y, s = layer_fwd(y, weights[layer], biases[layer], activation, out=out[layer])
+        hidden.append(y)
+        kept.append(None if s is y else s)
+    y, s = layer_fwd(y, weights[last], biases[last], output_activation, out=out[last])
+    kept.append(s)
     bias = tuple([b is not None for b in biases])
-    layers = tuple(weights), tuple(inputs[1:]), tuple(kept)
-    return y, MLPSaved(x, *layers, bias, activation, output_activation)
+    layers = tuple(weights), tuple(hidden), tuple(kept), bias
+    return y, MLPSaved(x, *layers, activation, output_activation)
 
 
 def stack_backward(dy, saved, needs, out, bwd_dz, bwd_dx, bwd_dw):
@@ -73,28 +74,29 @@ def stack_backward(dy, saved, needs, out, bwd_dz, bwd_dx, bwd_dw):
 
     A layer's dx is computed before `bwd_dw` is called, so `bwd_dw` may change the weights.
     """
-    weights, kept, bias = saved.weights, saved.kept, saved.bias
-    layers, inputs = len(weights), (saved.x, *saved.hidden)
-    if activations.get(saved.activation, "mlp").needs == "y":
-        kept = (*saved.hidden, kept[-1])
+    x, weights, hidden, kept, bias, activation, output_activation = saved
+    if activations.get(activation, "mlp").needs == "y":
+        kept = (*hidden, kept[-1])
+    layers = len(weights)
+    nothing = (None,) * layers
     needs = needs or (True,) * (2 * layers + 1)
-    needs_dx, needs_dw, needs_db = needs[0], needs[1 : layers + 1], needs[layers + 1 :]
-    dws, dbs = [None] * layers, [None] * layers
-    dz_out, grads_out = (None, None) if out is None else out
-    dz_out, grads_out = dz_out or (None,) * layers, grads_out or (None,) * layers
-    dz = bwd_dz(dy, kept[-1], saved.output_activation, out=dz_out[-1])
-    for layer in reversed(range(layers)):
-        below = None
+    needs_dw, needs_db = needs[1 : layers + 1], needs[layers + 1 :]
+    dws, dbs = [*nothing], [*nothing]
+    dz_out, grads_out = out or (None, None)
+    dz_out, grads_out = dz_out or nothing, grads_out or nothing
+    dz = bwd_dz(dy, kept[-1], output_activation, out=dz_out[-1])
+    for layer in range(layers - 1, -1, -1):
+        above = dz
         if layer:
-            kind = kept[layer - 1], saved.activation
-            below = bwd_dx(dz, weights[layer], *kind, out=dz_out[layer - 1])
-        elif needs_dx:
-            below = bwd_dx(dz, weights[0]).view(inputs[0].shape)
+            below = layer - 1
+            dz = bwd_dx(above, weights[layer], kept[below], activation, out=dz_out[below])
+        else:
+            dz = bwd_dx(above, weights[0]).view(x.shape) if needs[0] else None
         if needs_dw[layer] or needs_db[layer]:
-            dw, db = bwd_dw(dz, inputs[layer], bias[layer], out=grads_out[layer])
+            given = hidden[layer - 1] if layer else x
+            dw, db = bwd_dw(above, given, bias[layer], out=grads_out[layer])
             dws[layer] = dw if needs_dw[layer] else None
             dbs[layer] = db if needs_db[layer] else None
-        dz = below
     return dz, dws, dbs
 
 
@@ -119,30 +121,45 @@ def mlp_bwd_ref(
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None], list[torch.Tensor | None]]:
     """The reference of `mlp_bwd`: same arguments, same results, plain torch."""
     parts = linear_bwd_dz_ref, linear_bwd_dx_ref, linear_bwd_dw_ref
-    return stack_backward(dy, MLPSaved(*saved), needs, out, *parts)
+    return stack_backward(dy, saved, needs, out, *parts)
 
 
 def check_mlp(x, weights, biases) -> None:
     """Raises a ValueError unless the layers fit together.
 
     There must be at least one layer, and as many biases (or None) as weights. Each layer's input
-    must be as wide as the output of the layer before.
+    must be as wide as the output of the layer before. All tensors have one floating-point dtype.
     """
     if not weights or len(weights) != len(biases):
         raise ValueError(
             "mlp: there must be as many biases (or None) as weights, at least one, got "
             f"{len(weights)} weights and {len(biases)} biases"
         )
-    wide = weights[0].shape
+    check_linear(x, weights[0], biases[0], "mlp")
     for layer in range(1, len(weights)):
-        narrow = weights[layer].shape
-        if len(wide) != 2 or len(narrow) != 2 or narrow[1] != wide[0]:
+        wide, narrow = weights[layer - 1].shape, weights[layer].shape
+        if len(narrow) != 2 or narrow[1] != wide[0]:
             raise ValueError(
                 f"mlp: weight {layer} must be (out, {wide[0]}) after weight {layer - 1} "
                 f"{tuple(wide)}, "
                 f"got {tuple(narrow)}"
             )
-        wide = narrow
+        check_linear(x.new_empty(0, wide[0]), weights[layer], biases[layer], f"mlp, layer {layer}")
+
+
+def _fits(x, weights, biases) -> bool:
+    """True only if `check_mlp` would not raise. A fast test, because every call makes it."""
+    if x.dim() == 0 or not x.is_floating_point() or not 0 < len(weights) == len(biases):
+        return False
+    width, kind = x.shape[-1], (x.dtype, x.device, x.layout)
+    for w, b in zip(weights, biases):
+        shape = w.shape
+        if len(shape) != 2 or shape[1] != width or (w.dtype, w.device, w.layout) != kind:
+            return False
+        if b is not None and (b.shape != shape[:1] or (b.dtype, b.device, b.layout) != kind):
+            return False
+        width = shape[0]
+    return x.layout is torch.strided
 
 
 def mlp_fwd(
@@ -162,11 +179,22 @@ def mlp_fwd(
     float32, deterministic. ValueError: layers that do not fit together, or what `linear_fwd`
     raises.
     """
-    check_mlp(x, weights, biases)
-    if launch.backend(x, *weights) == "torch":
-        check_linear(x, weights[0], biases[0], "mlp")
-        return stack_forward(x, weights, biases, activation, output_activation, out, layer_ref)
-    return stack_forward(x, weights, biases, activation, output_activation, out, _layer)
+    if not _fits(x, weights, biases):
+        check_mlp(x, weights, biases)
+    return forward_checked(x, weights, biases, activation, output_activation, out)
+
+
+def forward_checked(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    activation: str,
+    output_activation: str,
+    out: Sequence[Buffers] | None = None,
+) -> tuple[torch.Tensor, MLPSaved]:
+    """`mlp_fwd` for a caller that has called `check_mlp` already."""
+    layer = layer_ref if launch.backend(x, *weights) == "torch" else _layer
+    return stack_forward(x, weights, biases, activation, output_activation, out, layer)
 
 
 def mlp_bwd(
@@ -181,11 +209,10 @@ def mlp_bwd(
     that is not needed is None. out: (for each layer a dz buffer, for each layer the (dw, db)
     buffers). Two launches for each layer, accumulation in float32, deterministic.
     """
-    kept = MLPSaved(*saved)
-    if launch.backend(dy, kept.x, *kept.weights) == "torch":
-        parts = linear_bwd_dz_ref, linear_bwd_dx_ref, linear_bwd_dw_ref
-        return stack_backward(dy, kept, needs, out, *parts)
-    return stack_backward(dy, kept, needs, out, linear_bwd_dz, linear_bwd_dx, linear_bwd_dw)
+    x, weights, *_ = saved
+    if launch.backend(dy, x, *weights) == "torch":
+        return mlp_bwd_ref(dy, *saved, needs=needs, out=out)
+    return stack_backward(dy, saved, needs, out, linear_bwd_dz, linear_bwd_dx, linear_bwd_dw)
 
 
 MLP = tape.Differentiable(

@@ -55,6 +55,10 @@ ERRORS = {
         lambda: kernels.mlp(x, [w, make.real(10, 99)]),
         r"mlp: weight 1 must be \(out, 100\) after weight 0 \(100, 784\), got \(10, 99\)",
     ),
+    "a later bias": (
+        lambda: kernels.mlp(x, [w, make.real(10, 100)], [b, make.real(1)]),
+        r"mlp, layer 1: bias must be \(10,\) as weight is \(10, 100\), got \(1,\)",
+    ),
     "first width": (lambda: kernels.mlp(x, [make.real(5, 7)]), r"with in = 784 .*got \(5, 7\)"),
     "stack's activation": (
         lambda: kernels.mlp(x, [w], activation="swish", output_activation="swish"),

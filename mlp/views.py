@@ -1,0 +1,37 @@
+"""Tensors by name that are views of one flat tensor."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+
+class Views(dict[str, torch.Tensor]):
+    """A dict of tensors that are contiguous views of `flat`. Copies and pickles are plain dicts.
+
+    beside: for gradients, the `Views` of their parameters, else None.
+    """
+
+    def __init__(
+        self, flat: torch.Tensor, named: Mapping[str, torch.Tensor], beside: "Views | None" = None
+    ):
+        super().__init__(named)
+        self.flat, self.beside = flat, beside
+        self._places = [t.data_ptr() for t in named.values()]
+
+    def __reduce__(self):
+        return dict, (dict(self),)
+
+    def are_whole(self) -> bool:
+        """True if each tensor still is the view that it was at first."""
+        now = [t.data_ptr() if t.is_contiguous() else None for t in self.values()]
+        return now == self._places
+
+    def are_of(self, parameters: Iterable[torch.Tensor]) -> bool:
+        """True if these are the gradients of exactly these parameters, in flat tensors alike.
+
+        One step on the flat tensors is then a step on each parameter.
+        """
+        named = self.beside
+        if named is None or list(map(id, named.values())) != list(map(id, parameters)):
+            return False
+        return self.are_whole() and named.are_whole()
