@@ -10,6 +10,7 @@ for a parameter group. The row uses torch's names of states and hyperparameters.
 """
 
 import functools
+import inspect
 import operator
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -547,3 +548,8 @@ OPTIMIZERS = {
     "rmsprop": RMSprop,
     "adagrad": Adagrad,
 }
+
+
+def default_rate(name: str) -> float:
+    """The learning rate that an optimizer of OPTIMIZERS has by default."""
+    return inspect.signature(OPTIMIZERS[name]).parameters["lr"].default

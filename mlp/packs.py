@@ -10,7 +10,6 @@ GPU, each group has its own stream. A network that has ended leaves its group.
 A network that the kernels cannot describe is trained by its own `Trainer`.
 """
 
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ from .engines.threads import ALONE, threads
 from .init import initialise
 from .metrics import measure
 from .modules import MLP, whole
-from .optim import OPTIMIZERS
+from .optim import OPTIMIZERS, default_rate
 from .stopping import EarlyStopping
 
 
@@ -91,7 +90,7 @@ class Settings:
             )
         lr = cls.lr
         if "optimizer" in given:
-            lr = inspect.signature(OPTIMIZERS[optimizer]).parameters["lr"].default
+            lr = default_rate(optimizer)
         made = cls(**{"lr": lr, **given, "hidden": hidden})
         whole("sweep: batch_size", made.batch_size)
         schedule.known(made.schedule)

@@ -21,7 +21,7 @@ from .init import initialise
 from .loss import LOSSES, Criterion
 from .modules import build
 from .net import Net
-from .optim import OPTIMIZERS
+from .optim import OPTIMIZERS, default_rate
 
 # The optimizers' options that a message lists. torch has others, such as foreach.
 _SHOWN = {"lr", "momentum", "nesterov", "dampening", "weight_decay", "betas", "eps", "alpha"}
@@ -288,7 +288,8 @@ def get(name: str) -> Recipe:
 def changed(recipe: Recipe, **changes: Any) -> Recipe:
     """A copy of a recipe with the changes that are not None.
 
-    A change that is no field of a recipe is an option of the loss, else of the optimizer.
+    A change that is no field of a recipe is an option of the loss, else of the optimizer. Another
+    optimizer starts with its own default rate.
     ValueError for an option that neither has, and for an unknown name.
     """
     changes = {key: value for key, value in changes.items() if value is not None}
@@ -296,8 +297,8 @@ def changed(recipe: Recipe, **changes: Any) -> Recipe:
     if fields.get("loss", recipe.loss) != recipe.loss:
         fields = {"loss_options": {}, **fields}
     kept = recipe.optimizer_options
-    if fields.get("optimizer", recipe.optimizer) != recipe.optimizer:
-        kept = {"lr": kept["lr"]} if "lr" in kept else {}
+    if _optimizer(fields.get("optimizer", recipe.optimizer)) is not _optimizer(recipe.optimizer):
+        kept = {"lr": default_rate(fields["optimizer"])}
     made = replace(recipe, **fields)
     made.make_loss()
     of_loss = {k: changes.pop(k) for k in [*changes] if k in _arguments(LOSSES[made.loss])}

@@ -547,11 +547,12 @@ class Trainer:
         """The network's outputs (N, outputs) for rows, which are read as the training data were."""
         hint = ""
         if not isinstance(x, Dataset):
-            hint = "; give one row as x[None]" if np.ndim(x) == 1 else ""
             dtype = torch.promote_types(self.engine.dtype, torch.float32)
             seen = self._seen
             plain = rows(arrays.numbers(x, "predict: x")[0]) if seen is None else None
-            x = seen.read(x, dtype) if seen is not None else plain
+            read = seen.read(x, dtype) if seen is not None else plain
+            hint = "; give one row as x[None]" if np.ndim(x) == 1 else ""
+            x = read
         self._check_features("predict", x, hint)
         found = outputs(self.model, x.to(self.device), shape=self._shape)
         return torch.cat([out for out, _ in found])

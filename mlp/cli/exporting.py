@@ -70,7 +70,33 @@ def _onnx(settings: Settings, model: torch.nn.Module, path: Path) -> str:
 def _torch(settings: Settings, model: torch.nn.Module, path: Path) -> str:
     export.to_torch(model, path)
     layers = ", ".join(type(layer).__name__ for layer in export.plain(model))
-    return f"the state_dict of nn.Sequential({layers})"
+    says = f"the state_dict of nn.Sequential({layers})"
+    if settings.data is None:
+        return says
+    return f"{says}; its inputs are {_read_as(settings.data)}, its outputs {_answers(settings)}"
+
+
+def _read_as(facts: Facts) -> str:
+    """A phrase: how the network's inputs follow from the numbers x that the data store."""
+    reading = facts.reading
+    x = "the features x of its table" if facts.table is not None else "x"
+    if reading.mean is not None:
+        x = f"({x} - mean) / std, with the data's mean and std of config.json"
+    parts = [
+        x,
+        f" · {reading.scale:.9g}" if reading.scale != 1 else "",
+        f" + {reading.shift:.9g}" if reading.shift else "",
+    ]
+    return "".join(parts)
+
+
+def _answers(settings: Settings) -> str:
+    """A phrase: what the network's outputs are."""
+    facts = settings.data
+    if facts is not None and facts.classes:
+        return "logits"
+    is_scaled = facts is not None and facts.units is not None
+    return "targets less their mean, over their std, of config.json" if is_scaled else "values"
 
 
 class Format(NamedTuple):

@@ -65,11 +65,17 @@ def numbers(value: Any, what: str) -> tuple[torch.Tensor, tuple[str, ...]]:
     columns: tuple[str, ...] = ()
     if hasattr(value, "columns") and hasattr(value, "dtypes"):
         value, columns = _from_frame(value, what)
+    if isinstance(value, torch.utils.data.Dataset | DataLoader):
+        raise DataError(
+            f"{what}: needs an array of rows, got a {type(value).__name__}; give its inputs alone"
+        )
     value = dense(value, what)
     if not torch.is_tensor(value):
         try:
             array = np.asanyarray(value)
         except (TypeError, ValueError) as error:
+            if "inhomogeneous" in str(error):  # numpy has no class for it
+                error = ValueError("its parts have different shapes; give the rows alone")
             raise DataError(f"{what}: is not an array ({error})") from None
         value = _tensor(array, what)
     if value.is_complex():
@@ -115,6 +121,7 @@ def _gathered(
     dataset: torch.utils.data.Dataset, collate: Callable | None, name: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(inputs, targets) of a map-style dataset of torch, in the order of its indices."""
+    _refuse_random(dataset, name)
     batches = []
     for batch in DataLoader(dataset, batch_size=_GATHERED, collate_fn=collate):
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
@@ -128,6 +135,25 @@ def _gathered(
         raise DataError(f"{name}: empty: it has no samples")
     inputs, targets = (torch.cat([torch.as_tensor(p) for p in parts]) for parts in zip(*batches))
     return inputs, targets
+
+
+def _refuse_random(dataset: Any, name: str) -> None:
+    """DataError if two readings of the first sample differ. Every epoch would get one of them."""
+    if not len(dataset):
+        return
+    first, again = (_leaves(dataset[0]) for _ in range(2))
+    if any(not np.array_equal(a, b, equal_nan=True) for a, b in zip(first, again)):
+        raise DataError(
+            f"{name}: two readings of sample 0 differ, but the samples are read once, before "
+            "training; leave out what is random, and shift images with augment="
+        )
+
+
+def _leaves(sample: Any) -> list[np.ndarray]:
+    """The arrays of real numbers in a sample."""
+    parts = sample if isinstance(sample, (tuple, list)) else [sample]
+    arrays = [np.asarray(part) for part in parts if not isinstance(part, dict)]
+    return [array for array in arrays if array.dtype.kind in "biuf"]
 
 
 def _taken_apart(source: Any, name: str) -> tuple[Any, Any]:

@@ -291,6 +291,10 @@ class Autograd(Engine):
         with self.precision.context(x.device):
             output = self.model(x if self.shape is None else x.view(len(x), *self.shape))
             value = self.loss(output, means.aligned(y, output))
+        if value.numel() != 1:
+            raise ValueError(
+                f"autograd: the loss must be one number, got {tuple(value.shape)}; take its mean"
+            )
         self.precision.step(value, self.optimizer, self.demands.clip_norm)
         return output.detach(), value.detach()
 

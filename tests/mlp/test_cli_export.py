@@ -83,12 +83,35 @@ def raw_test_inputs(settings):
 def test_torch_weights(capsys):
     assert main(["train", "digits", *QUICK, "--out", "run"]) == 0
     assert main(["export", "run", "plain.pt"]) == 0
-    assert "nn.Sequential(Linear, ReLU, Linear)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "nn.Sequential(Linear, ReLU, Linear); its inputs are x · 0.0039215686" in said
     plain = nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
     plain.load_state_dict(torch.load("plain.pt", weights_only=True))
     model, _ = RunFolder("run").network("cpu")
     x = torch.rand(5, 64)
     torch.testing.assert_close(plain(x), model(x))
+
+
+def test_torch_weights_of_scaled_data(capsys):
+    """The file holds weights only. The line says how the run scaled inputs and targets."""
+    x = write_table(lambda x: 1000 + 50 * x[:, 1])
+    assert main(["train", "data.npz", *QUICK, "--out", "run"]) == 0
+    assert main(["export", "run", "plain.pt"]) == 0
+    said = capsys.readouterr().out
+    assert "its inputs are (x - mean) / std, with the data's mean and std of config.json, " in said
+    assert "its outputs targets less their mean, over their std, of config.json" in said
+    facts = RunFolder("run").settings.data
+    plain = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1))
+    plain.load_state_dict(torch.load("plain.pt", weights_only=True))
+    mean, std = (
+        torch.tensor(v, dtype=torch.float64) for v in (facts.reading.mean, facts.reading.std)
+    )
+    with torch.no_grad():
+        values = plain(((torch.from_numpy(x) - mean) / std).float()) * facts.units.std[0]
+    np.save("rows.npy", x)
+    assert main(["predict", "run", "rows.npy", "--out", "answers.csv"]) == 0
+    answers = np.loadtxt("answers.csv", delimiter=",", skiprows=1, usecols=-1)
+    np.testing.assert_allclose(values[:, 0] + facts.units.mean[0], answers, rtol=1e-4)
 
 
 def test_unknown_format(capsys):

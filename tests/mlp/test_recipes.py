@@ -104,7 +104,7 @@ def test_inputs(name, images):
 
 def test_changed():
     """None changes nothing. lr and momentum go to the optimizer. A new optimizer or loss starts
-    without the old one's options, except for lr.
+    without the old one's options, with its own default rate.
     """
     recipe = recipes.get("default")
     assert changed(recipe, lr=None, momentum=None, hidden=None, epochs=None) == recipe
@@ -117,7 +117,7 @@ def test_changed():
         "momentum": 0.5,
     }
     adam = changed(recipe, optimizer="adam")
-    assert adam.optimizer_options == {"lr": recipe.optimizer_options["lr"]}
+    assert adam.optimizer_options == {"lr": 0.001}
     assert changed(recipe, optimizer="adam", lr=0.01).optimizer_options == {"lr": 0.01}
     assert changed(recipe, optimizer=recipe.optimizer).optimizer_options == recipe.optimizer_options
     half_sum = dataclasses.replace(

@@ -271,3 +271,33 @@ def test_a_loaded_trainer_predicts_the_same():
         assert second.predict(x).shape == (70,)
     with pytest.raises(ValueError, match="the state of seen must hold column, is_labels"):
         second.load_state_dict({**first.state_dict(), "seen": {"reading": 1}})
+
+
+class Noisy(Pairs):
+    """A data set that changes its samples at random, as augmentation does."""
+
+    def __getitem__(self, i):
+        return self.x[i] + torch.rand(()), int(self.y[i])
+
+
+@pytest.mark.parametrize("loads", [False, True])
+def test_random_samples_are_refused(loads):
+    """They are read once, so every epoch would train on the same draw."""
+    noisy = Noisy(X, Y)
+    with pytest.raises(ValueError, match="two readings of sample 0 differ"):
+        trainer().fit(DataLoader(noisy, batch_size=16) if loads else noisy, epochs=1)
+
+
+@pytest.mark.parametrize("name", ["tensors", "arrays", "TensorDataset", "DataLoader"])
+def test_predict_takes_inputs_alone(name):
+    """What `fit` takes has targets too: one line says what to give."""
+    trained = trainer()
+    trained.fit((X, Y), epochs=1)
+    with pytest.raises(ValueError, match=r"predict: x: .*give (its inputs|the rows) alone"):
+        trained.predict(GIVEN[name])
+
+
+def test_a_loss_of_several_numbers():
+    squares = lambda output, target: (output - target) ** 2  # noqa: E731
+    with pytest.raises(ValueError, match=r"the loss must be one number, got \(32, 3\)"):
+        trainer(loss=squares).fit((X, X[:, :3]), epochs=1)
