@@ -17,10 +17,11 @@ the original layer, which still computes what it did before. Names and positions
 
 import copy
 import dis
+import inspect
 import logging
 import types
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -53,6 +54,10 @@ OPTIONS: dict[type, dict[str, Any]] = {
 }  # arguments that only our classes have, with the value that changes nothing
 _LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm)  # modules with parameters
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_WALKS = {"modules", "named_modules", "children", "named_children", "_modules"}
+_STEPS = ("BINARY_SUBSCR", "FOR_ITER", "UNPACK_SEQUENCE")
+_SEEN = ("__init__", "forward")  # other checks see them
 _ALONE = "it does not directly follow a Linear or Conv2d in an nn.Sequential"
 
 
@@ -78,7 +83,7 @@ def fuse(module: nn.Module, report: Callable[[str], object] | None = None) -> nn
     report = report or logging.getLogger("handgrad").info
     copies: dict[tuple, tuple] = {}
     reasons: dict[int, str] = {}
-    apart = _taken_apart(module)
+    uses = [_uses(function) for function in _functions(module)]
     for (
         path,
         child,
@@ -86,9 +91,8 @@ def fuse(module: nn.Module, report: Callable[[str], object] | None = None) -> nn
         module.named_modules()
     ):  # named_modules looks children up after it has yielded their parent, so they are fused
         if isinstance(child, nn.Sequential):
-            if (name := path.rpartition(".")[2]) in apart:
-                more = f"a method of the model does more with {name} than call it"
-                reasons |= {id(layer): more for layer in child}
+            if (apart := _taken_apart(module, path, child, uses)) is not None:
+                reasons |= {id(layer): apart for layer in child}
             else:
                 for slot, change in _fuse_neighbours(child, copies, reasons):
                     report(f"{path}.{slot}: {change}".lstrip("."))
@@ -104,30 +108,100 @@ def fuse(module: nn.Module, report: Callable[[str], object] | None = None) -> nn
     return module
 
 
-def _taken_apart(module: nn.Module) -> set[str]:
-    """Names of the attributes that a method of the model uses otherwise than by calling them.
+class _Uses(NamedTuple):
+    """What a function of the model does with the model's attributes, read from its bytecode.
 
-    Such a method may call the layers of an nn.Sequential one by one. Its bytecode says so: Python
-    loads an attribute that is called at once by another instruction, or by one that says "NULL".
+    names: attributes that it reads without calling them at once, and those that it names as texts.
+    steps: how often it indexes or iterates. walks: True if it may call any module of the model.
     """
-    kinds = {kind for child in module.modules() for kind in type(child).__mro__}
-    own = [kind for kind in kinds if not kind.__module__.startswith(("torch.", "builtins", "mlp."))]
-    codes = [
-        function.__code__
-        for kind in own
-        for name, function in vars(kind).items()
-        if isinstance(function, types.FunctionType) and name != "__init__"
+
+    names: set[str]
+    steps: int
+    walks: bool
+
+
+def _taken_apart(
+    module: nn.Module, path: str, sequential: nn.Sequential, uses: Sequence[_Uses]
+) -> str | None:
+    """The reason why a function of the model may call the layers of an nn.Sequential one by one.
+
+    None if no function does. A Sequential inside of k lists is reached by k steps. One more step
+    takes it apart.
+    """
+    own = [kind for kind in type(sequential).__mro__ if not _is_foreign(kind.__module__)]
+    methods = [v for kind in own for name, v in vars(kind).items() if name not in _SEEN]
+    if any(map(_unwrapped, methods)):
+        return f"its {type(sequential).__name__} has methods of its own, which may call it"
+    if _hooked(sequential):
+        return f"a hook on its {type(sequential).__name__} may call it"
+    parts, depth = path.split("."), 0
+    while parts and isinstance(module.get_submodule(".".join(parts[:-1])), _LISTS):
+        depth += 1
+        parts.pop()
+    for use in uses:
+        if use.walks:
+            return "a method of the model goes through all its modules"
+        if parts and parts[-1] in use.names and use.steps >= depth + (depth > 0):
+            return f"a method of the model does more with {parts[-1]} than call it"
+    return None
+
+
+def _is_foreign(name: str) -> bool:
+    """True if this is the name of a module of Python, torch or ours."""
+    return name.split(".")[0] in ("torch", "builtins", "mlp", "kernels")
+
+
+def _functions(module: nn.Module) -> list[types.FunctionType]:
+    """The functions of the model's own classes and objects, without __init__ and torch's."""
+    children = [*module.modules()]
+    kinds = {kind for child in children for kind in type(child).__mro__}
+    values = [
+        value
+        for kind in kinds
+        if not _is_foreign(kind.__module__)
+        for name, value in vars(kind).items()
+        if name != "__init__"
     ]
-    found = set()
+    values += [value for child in children for value in vars(child).values()]
+    hooks = [getattr(child, name) for child in children for name in _HOOKS]
+    values += [hook for by_handle in hooks for hook in by_handle.values()]
+    found = [function for value in values for function in _unwrapped(value)]
+    return [function for function in found if not _is_foreign(function.__module__ or "")]
+
+
+def _unwrapped(value: object) -> list[types.FunctionType]:
+    """The functions in a method, a property, a partial function or a decorated function."""
+    if isinstance(value, property):
+        return [f for part in (value.fget, value.fset) for f in _unwrapped(part)]
+    for name in ("__func__", "func", "__wrapped__"):
+        if not isinstance(value, nn.Module) and callable(inner := getattr(value, name, None)):
+            return _unwrapped(inner)
+    return [value] if isinstance(value, types.FunctionType) else []
+
+
+def _uses(function: types.FunctionType) -> _Uses:
+    """See `_Uses`. Python loads an attribute that is called at once in another way."""
+    codes, names, steps, walks = [function.__code__], set(), 0, False
+    takes_inputs = len(inspect.signature(function).parameters) > 1
     while codes:
         code = codes.pop()
-        codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
-        found |= {
-            step.argval
-            for step in dis.get_instructions(code)
-            if step.opname == "LOAD_ATTR" and "NULL" not in step.argrepr
-        }
-    return found
+        walks |= takes_inputs and not _WALKS.isdisjoint(code.co_names)
+        for value in code.co_consts:
+            if isinstance(value, types.CodeType):
+                codes.append(value)
+            elif isinstance(value, str) and all(
+                p.isidentifier() or p.isdigit() for p in value.split(".")
+            ):
+                names |= set(value.split("."))
+                steps += value.count(".")
+        last = ""
+        for step in dis.get_instructions(code):
+            is_step = step.opname in _STEPS or (step.opname, step.argrepr) == ("BINARY_OP", "[]")
+            steps += is_step and last != "FOR_ITER"  # `for i, layer in …` is one step
+            last = step.opname
+            if step.opname == "LOAD_ATTR" and "NULL" not in step.argrepr:
+                names.add(step.argval)
+    return _Uses(names, steps, walks)
 
 
 def _make_ours(layer, options=()):

@@ -236,3 +236,87 @@ def test_a_sequential_whose_layers_are_called_one_by_one(kind):
     assert isinstance(model.body[1], nn.ReLU) and isinstance(model.head[1], nn.Identity)
     left = "body.1: ReLU left alone: a method of the model does more with body than call it"
     assert left in lines
+
+
+def layers():
+    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+
+
+class Hidden(nn.Sequential):
+    def hidden(self, x):
+        return self[0](x)
+
+
+class Owner(nn.Module):
+    """A model with a Sequential in every place."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.bodies = layers(), nn.ModuleList([layers()])
+        self.inner, self.kind = nn.Sequential(layers()), Hidden(*layers())
+        self.short = lambda x: self.body[0](x)
+
+    @property
+    def first(self):
+        return self.body[0]
+
+
+def first_of_all(self, x):
+    return next(m for m in self.modules() if isinstance(m, nn.Linear))(x)
+
+
+WAYS = {
+    "a property": lambda self, x: self.first(x),
+    "a decorated method": torch.no_grad()(lambda self, x: self.body[0](x)),
+    "a text": lambda self, x: getattr(self, "body")[0](x),  # noqa: B009
+    "a path": lambda self, x: self.get_submodule("body.0")(x),
+    "a list": lambda self, x: self.bodies[0][0](x),
+    "nested": lambda self, x: self.inner[0][0](x),
+    "a subclass": lambda self, x: self.kind.hidden(x),
+    "a function of the object": lambda self, x: self.short(x),
+    "all modules": first_of_all,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_one_layer(way, monkeypatch):
+    """Wherever a model calls one layer of a Sequential, it gets the same value as before."""
+    monkeypatch.setattr(Owner, "forward", WAYS[way], raising=False)
+    model, x = Owner(), torch.randn(4, 6)
+    expected = model(x)
+    torch.testing.assert_close(fuse(model)(x), expected)
+
+
+def test_a_hook_that_calls_one_layer():
+    model, x, seen = layers(), torch.randn(4, 6), []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(module[0](*inputs)))
+    model(x)
+    fuse(model)(x)
+    torch.testing.assert_close(seen[1], seen[0])
+
+
+def test_a_subclass_whose_caller_indexes_it():
+    model, x = Hidden(*layers()), torch.randn(4, 6)
+    expected = model.hidden(x)
+    torch.testing.assert_close(fuse(model).hidden(x), expected)
+
+
+def test_lists_that_are_only_called_are_fused(monkeypatch):
+    def forward(self, x):
+        for i, body in enumerate(self.bodies):
+            x = x[:, :6] + i if i else x
+            x = body(x)
+        return self.inner(x.repeat(1, 2)) + self.body(x.repeat(1, 2))
+
+    def initialise(self):
+        for module in self.modules():
+            nn.init.zeros_(module.weight)
+
+    monkeypatch.setattr(Owner, "forward", forward, raising=False)
+    monkeypatch.setattr(Owner, "initialise", initialise, raising=False)
+    model = Owner()
+    del model.short
+    type_of = type(model)
+    monkeypatch.delattr(type_of, "first")
+    fuse(model)
+    assert model.body[0].activation == "relu" and model.inner[0][0].activation == "relu"
