@@ -1,5 +1,5 @@
-"""Adds an activation, a rule, an engine, a recipe, a data set and a file format as CONTRIBUTING.md
-says, and trains with them.
+"""Adds an activation, a rule, an engine, a recipe, a schedule, an option, a data set and a file
+format as CONTRIBUTING.md says, and trains with them.
 
 tests/kernels/test_one_more_operation.py and test_one_more_loss.py do the same for an operation and
 a loss.
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+import typer
 
 import kernels
 import mlp
@@ -20,9 +21,12 @@ from kernels import rules
 from kernels.activations import ACTIVATIONS, Activation
 from kernels.rules import RULES, Rule
 from mlp import data, optim, recipes
+from mlp.cli import options, training
 from mlp.data import Dataset, files
 from mlp.engines import ENGINES, Engine
 from mlp.recipes import RECIPES, Recipe
+from mlp.runs import RunFolder
+from mlp.schedule import SCHEDULES, Named
 
 
 @triton.jit
@@ -209,6 +213,32 @@ def test_recipe(monkeypatch):
     assert isinstance(trainer.optimizer, mlp.Adam) and len(history) == 2
     with pytest.raises(ValueError, match="small"):
         recipes.get("smaller")
+
+
+def test_schedule(monkeypatch):
+    """A schedule needs only a row of `mlp.schedule.SCHEDULES`."""
+    halved = lambda plan: lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.5)  # noqa: E731
+    monkeypatch.setitem(SCHEDULES, "halved", Named("half the rate after each epoch", halved))
+    recipe = recipes.changed(recipes.PLAIN, hidden=(4,), lr=0.8, schedule="halved")
+    trainer = mlp.Trainer(recipe.model(batch()), None, recipe.make_optimizer, verbose=False)
+    trainer.fit(batch(), 2, scheduler=recipe.scheduler(20))
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.2
+    assert "; schedule halved" in recipe.describe(recipe.network(batch()))
+    assert "without a schedule" in recipe.beyond_pack()
+
+
+def test_option(monkeypatch, tmp_path, capsys):
+    """An option of an optimizer needs only a row of its group."""
+    row = options.Option("dampening", float, "Share of a gradient that momentum leaves out.")
+    monkeypatch.setattr(options, "OPTIMIZER", (*options.OPTIMIZER, row))
+    app = typer.Typer(rich_markup_mode=None)
+    app.callback()(lambda: None)
+    options.command(app, "train", *options.TRAIN, row)(training.train)
+    argv = "train digits --epochs 1 --engine manual --device cpu --momentum 0.5 --dampening 0.25"
+    app([*argv.split(), "--out", str(tmp_path / "run")], standalone_mode=False)
+    found = RunFolder(tmp_path / "run").settings.recipe.optimizer_options
+    assert found == {"lr": 0.05, "momentum": 0.5, "dampening": 0.25}
+    assert "dampening 0.25" in capsys.readouterr().out
 
 
 def test_data_set(monkeypatch, tmp_path):

@@ -450,7 +450,9 @@ def read_folder(root: Path, image: str | tuple[int, ...] | None = None) -> tuple
             1.0 if levels[1] <= 1 else 1 / levels[1],
             name=str(folder),
             levels=levels,
-            stored={_BYTE: "uint8", _SHORT: "uint16", None: "float32"}[pictures[0].white],
+            stored={_BYTE: "uint8", _SHORT: "uint16", None: "float32"}[
+                _common_white(pictures, paths)
+            ],
             notes=(*notes, *said),
         )
         for x, y, folder in zip(pixels.split([len(y) for y in targets]), targets, parts.values())

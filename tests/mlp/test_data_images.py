@@ -267,6 +267,9 @@ def test_modes_that_are_mixed(tmp_path):
         [1000, *(257 * g for g in (1, 2, 3, *range(10, 14), *range(20, 24)))]
     )
     assert train.levels == (0, 65535) and "8-bit and 16-bit images are mixed" in train.notes[0]
+    Image.new("L", (4, 4), 0).save(tmp_path / "b" / "ant" / "0.png")
+    Image.new("I;16", (4, 4), 1000).save(tmp_path / "b" / "cat" / "0.png")
+    assert data.load(str(tmp_path / "b"))[0].stored == "uint16"  # not that of the first image
     write_images(tmp_path / "c")
     Image.new("F", (4, 4), 0.5).save(tmp_path / "c" / "cat" / "9.tif")
     with pytest.raises(DataError, match=r"9.tif: floating-point and whole pixels have no common"):
