@@ -18,7 +18,9 @@ from . import loop, products, rows, team
 from .tiles import LANES
 
 _PIECE = 0.25  # about the seconds of a piece; after each, the host checks whether to stop
-_TRIAL = 0.005  # seconds of a piece that measures a number of threads
+# Seconds of a piece that measures a number of threads. In a shorter one, several threads would look
+# slow: they start late, and each finds the numbers in another core's cache.
+_TRIAL = 0.02
 # Measurements of each number of threads. The best one counts, because another process or cold
 # caches may slow a measurement down.
 _TRIALS = 3
@@ -259,8 +261,9 @@ class _Choice:
     """How many threads to use: the number that was fastest in its last few pieces.
 
     One slow piece says little, because a thread may have started late. If another process needs a
-    core, several pieces are slow. The numbers that lost are measured again in turns. The results
-    are the same for every number.
+    core, several pieces are slow. The numbers that lost are measured again in turns. Before another
+    number takes over, it is measured anew, because its seconds may be from before the other process
+    started. The results are the same for every number.
     """
 
     def __init__(self, workers: int, guess: float):
@@ -269,6 +272,7 @@ class _Choice:
         self.seconds: dict[int, float] = {}
         self._last = {count: collections.deque[float](maxlen=_TRIALS) for count in self.counts}
         self.guess, self.turn, self.trials = guess, 0, _TRIALS * self.counts
+        self.used = 0  # the number of the last piece that was no trial, 0 before the first
 
     def next(self) -> tuple[int, int]:
         """(threads, steps) of the next piece."""
@@ -276,6 +280,10 @@ class _Choice:
         if self.trials:
             return self._trial(self.trials[0])
         best = min(self.seconds, key=self.seconds.__getitem__)
+        before, self.used = self.used or best, best
+        if before != best:
+            self._last[best].clear()
+            return self._trial(best)
         others = [count for count in self.counts if count != best]
         if others and self.turn % _AGAIN == 0:
             return self._trial(others[self.turn // _AGAIN % len(others)])

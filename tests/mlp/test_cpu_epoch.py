@@ -330,10 +330,13 @@ def test_threads_are_measured_and_the_fastest_is_taken():
     assert choice.next() == (4, 2500)
     for _ in range(2):
         choice.took(4, 4e-4)  # three slow pieces do: another program takes time
-    assert choice.next() == (2, 1250)
+    assert choice.next() == (2, 100), "what it took before says little about now"
+    choice.took(2, 2.5e-4)
+    assert choice.next() == (6, 40), "it is the turn of a number that lost"
+    assert choice.next() == (2, 1000)
     workers, steps = zip(*(choice.next() for _ in range(40)))
     assert set(workers) == {1, 2, 4, 6}, "slower counts must be measured again"
-    assert min(steps) * 2e-4 < 0.011, "a slower count must be measured briefly"
+    assert min(steps) * 2.5e-4 < 0.021, "a slower count must be measured briefly"
 
 
 def test_the_number_of_threads_that_lost_is_measured_every_eighth_piece():
@@ -341,6 +344,18 @@ def test_the_number_of_threads_that_lost_is_measured_every_eighth_piece():
     for workers in (1, 2) * 3:
         choice.took(workers, 1e-4 * workers)
     assert [choice.next()[0] for _ in range(16)].count(2) == 2
+
+
+def test_a_number_of_threads_takes_over_only_if_it_is_faster_now():
+    choice = epoch._Choice(2, 1e-3)
+    for workers in (1, 2) * 3:
+        choice.took(workers, 1e-4 * workers)
+    assert choice.next()[0] == 1
+    for _ in range(3):  # another process slows both down
+        choice.took(1, 2.1e-4)
+    assert choice.next() == (2, 100)
+    choice.took(2, 4e-4)
+    assert choice.next()[0] == 1
 
 
 def test_an_interrupt_is_answered_within_the_epoch(fixed):
