@@ -2,12 +2,13 @@
 
 import contextlib
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 import kernels
-from kernels import launch
+from kernels import configs, launch
 
 from .harness import compare, conclude, microseconds
 from .table import Table, device
@@ -15,6 +16,12 @@ from .table import Table, device
 SHAPES = {
     "cpu": ((32, 784, 100), (32, 100, 50), (256, 784, 128), (1024, 512, 512)),
     "cuda": ((32, 784, 100), (256, 784, 128), (4096, 1024, 1024), (8192, 4096, 4096)),
+}
+# How the products may be computed: a row's name -> arguments of `kernels.use`
+KINDS: dict[str, dict[str, Any]] = {
+    "fused": {"products": "fused", "tma": False},
+    "fused, TMA": {"products": "fused", "tma": True},
+    "library": {"products": "library"},
 }
 # These limits only keep wrong results out of a table. The tests check accuracy.
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -24,11 +31,11 @@ def _eager(activation, x, w, b):
     return activation(F.linear(x, w, b))
 
 
-def _provider(function, x, w, b, dy, products=None):
-    """A function that runs forward and backward. products: as in `kernels.use`."""
+def _provider(function, x, w, b, dy, kind=None):
+    """A function that runs forward and backward. kind: one of KINDS, or None."""
 
     def run():
-        with kernels.use(products=products) if products else contextlib.nullcontext():
+        with kernels.use(**KINDS[kind]) if kind else contextlib.nullcontext():
             return torch.autograd.grad(function(x, w, b), (x, w, b), dy)
 
     return run
@@ -40,7 +47,7 @@ def _providers(on, activation, tensors):
     """
     eager = partial(_eager, kernels.ACTIVATIONS[activation].torch)
     ours = partial(kernels.linear, activation=activation)
-    kinds = launch.PRODUCTS if kernels.backend(tensors[0]) == "triton" else (None,)
+    kinds = _kinds(on, tensors[0].dtype) if kernels.backend(tensors[0]) == "triton" else (None,)
     providers = {_name(kind): _provider(ours, *tensors, kind) for kind in kinds}
     providers["eager"] = _provider(eager, *tensors)
     if on.type == "cuda" and activation == "relu":  # only one, because compiling takes seconds
@@ -48,8 +55,14 @@ def _providers(on, activation, tensors):
     return kinds, providers
 
 
-def _name(products) -> str:
-    return f"handgrad {products}" if products else "handgrad"
+def _kinds(on, dtype) -> tuple[str, ...]:
+    """The KINDS that a device has for a dtype."""
+    has_tma = configs.has_tma(launch.arch(on)) and dtype.itemsize == 2
+    return tuple(kind for kind, use in KINDS.items() if has_tma or not use.get("tma"))
+
+
+def _name(kind) -> str:
+    return f"handgrad {kind}" if kind else "handgrad"
 
 
 def _rows(on, activation, tensors, tolerance):
@@ -68,7 +81,8 @@ def _rows(on, activation, tensors, tolerance):
 def run() -> Table:
     """µs of forward and backward for each shape, dtype and activation.
 
-    On a GPU each case has two rows, for products in the fused kernel and by the library.
+    On a GPU each case has a row for products in the fused kernel and one for products by the
+    library. From Hopper on, half precision has one more row: the fused kernel with TMA.
     """
     on = device()
     table = Table("Linear + activation, forward and backward", "python -m bench linear")

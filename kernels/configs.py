@@ -38,6 +38,7 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     library: FromSize | None = None  # from this size on it is torch's own product; None: never
+    tma: bool = False  # True: the tensor memory accelerator loads tiles, where the GPU has one
 
 
 # (kernel name, architecture, "half" | "ieee" | "tf32x3" | "tf32", bucket) -> Config.
@@ -62,10 +63,15 @@ _FMA = FromSize(32, 2**19)
 _TENSOR_CORES = FromSize(512, 0)
 # tf32 and tf32x3: never. Torch's own product takes tf32 for both, and no library has tf32x3.
 
+# TMA: THE CHOICE IS REASONED, NOT MEASURED. `python -m bench linear` measures both. One thread asks
+# for a tile. Without TMA, all threads compute addresses of its elements and copy them. The host
+# encodes a descriptor for each factor, which takes some microseconds a launch. So only large
+# products use TMA.
+
 # Heuristic by element type and bucket. ieee products run on the FMA units, whose code unrolls K, so
 # K tiles stay at 16.
 _HEURISTIC = {
-    ("half", "large"): Config(128, 128, 64, 8, 3, _TENSOR_CORES),
+    ("half", "large"): Config(128, 128, 64, 8, 3, _TENSOR_CORES, tma=True),
     ("half", "small"): Config(64, 64, 64, 8, 3),
     ("half", "tiny"): Config(16, 32, 64, 4, 3),
     ("ieee", "large"): Config(64, 64, 16, 8, 2, _FMA),
@@ -116,12 +122,13 @@ class Product(NamedTuple):
     config: Config
     precision: str  # of float32 products
     processors: int
+    has_tma: bool = False
 
     @property
     def options(self) -> dict:
         """Keyword arguments of a product kernel: tiles, precision and launch options."""
         tiles = self.config._asdict()
-        del tiles["library"]
+        del tiles["library"], tiles["tma"]
         return dict(tiles, PRECISION=self.precision)
 
     def over(self, *terms: int) -> dict:
@@ -132,6 +139,24 @@ class Product(NamedTuple):
     def grid(self, m: int, n: int) -> tuple[int, int]:
         """(rows, columns) of tiles of an m × n result."""
         return triton.cdiv(m, self.config.BLOCK_M), triton.cdiv(n, self.config.BLOCK_N)
+
+    def by_tma(self, *factors: torch.Tensor) -> bool:
+        """True if kernels read these factors, (rows, columns), by descriptors.
+
+        The GPU must have a tensor memory accelerator, from Hopper on. It takes half-precision rows
+        of consecutive elements that begin at multiples of 16 bytes.
+        """
+        forced = launch.tma()
+        if not (self.config.tma if forced is None else forced) or not self.has_tma:
+            return False
+        return all(
+            t.dtype.itemsize == 2
+            and t.numel() > 0
+            and t.stride(1) == 1
+            and t.stride(0) % 8 == 0
+            and t.stride(0) >= t.shape[1]
+            for t in factors
+        )
 
     def by_library(self, m: int, n: int, k: int) -> bool:
         """True if torch's own product serves instead of the fused kernel, for sums of k terms."""
@@ -158,7 +183,7 @@ def product(kernel: str, like: torch.Tensor, m: int, n: int, heavy: bool = False
     config = lookup(kernel, arch, kind, bucket(m, n, processors))
     if heavy and config.BLOCK_N == 128:
         config = config._replace(BLOCK_N=64)
-    return Product(config, precision, processors)
+    return Product(config, precision, processors, has_tma(arch))
 
 
 def convolution(kernel: str, like: torch.Tensor, m: int, n: int) -> dict:
@@ -262,6 +287,11 @@ def training(
         ahead = 1 if kernel == "exchange" or precision == "tf32x3" else 3
         return Training(16, 16, 16, rows, num_warps=8, num_stages=ahead)
     return Training(columns, block_k, 16, rows, num_warps=8, num_stages=3)
+
+
+def has_tma(arch: str) -> bool:
+    """True for NVIDIA GPUs from Hopper on, which have a tensor memory accelerator."""
+    return arch.startswith("sm_") and not older(arch)
 
 
 def older(arch: str) -> bool:

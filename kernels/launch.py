@@ -36,6 +36,7 @@ PRODUCTS = ("fused", "library")
 
 _forced: str | None = None
 _products: str | None = None
+_tma: bool | None = None
 _observers: list = []
 # update of an optimizer -> how `compiled_optim` calls its operator
 operators: dict = {}
@@ -43,7 +44,7 @@ _target: tuple[str, int] | None = None  # (architecture, processors) while dry_r
 
 
 def use(
-    backend: str | None = None, *, products: str | None = None
+    backend: str | None = None, *, products: str | None = None, tma: bool | None = None
 ) -> contextlib.AbstractContextManager[None]:
     """A context manager. `use("torch")` forces the reference, `use("triton")` forces the kernels.
 
@@ -53,29 +54,36 @@ def use(
     chooses by size and precision. The library follows torch's precision settings: it takes TF32
     only where torch itself would.
 
-    Both settings hold in every thread.
+    tma forces how fused products of aligned half-precision tensors load their tiles on NVIDIA GPUs
+    from Hopper on. True: by the tensor memory accelerator. False: by pointers. Without tma,
+    `kernels.configs` chooses by size. Results have the same bits.
 
-    ValueError: neither argument, or an unknown value. Under `"triton"`, an operation also raises it
+    The settings hold in every thread.
+
+    ValueError: no argument, or an unknown value. Under `"triton"`, an operation also raises it
     for tensors that no kernel takes (float64, or on a CPU without the interpreter).
     """
-    if backend is None and products is None:
-        raise ValueError('use: give a backend, "torch" or "triton", or products=, got neither')
+    if backend is None and products is None and tma is None:
+        raise ValueError('use: give a backend, "torch" or "triton", or products= or tma=, got none')
     if backend not in ("torch", "triton", None):
         raise ValueError(f'use: backend must be "torch" or "triton", got {backend!r}')
     if products not in (*PRODUCTS, None):
         raise ValueError(f'use: products must be "fused" or "library", got {products!r}')
-    return _using(backend, products)
+    if tma not in (True, False, None):
+        raise ValueError(f"use: tma must be True or False, got {tma!r}")
+    return _using(backend, products, tma)
 
 
 @contextlib.contextmanager
-def _using(backend, products):
-    global _forced, _products
-    before = _forced, _products
+def _using(backend, products, tma):
+    global _forced, _products, _tma
+    before = _forced, _products, _tma
     _forced, _products = backend or _forced, products or _products
+    _tma = _tma if tma is None else tma
     try:
         yield
     finally:
-        _forced, _products = before
+        _forced, _products, _tma = before
 
 
 def products() -> str | None:
@@ -87,6 +95,11 @@ def products() -> str | None:
     if _products is None and torch.are_deterministic_algorithms_enabled():
         return "fused"
     return _products
+
+
+def tma() -> bool | None:
+    """Whether fused products load tiles by TMA, or None if `configs` may choose."""
+    return _tma
 
 
 def backend(*tensors: torch.Tensor | None) -> str:
@@ -213,7 +226,8 @@ def planned(make: Callable[..., Any], tensors: tuple, *options: Any) -> Any:
     """
     if (_forced is None and _target is None and on_cpu(tensors[0])) or watched():
         return make(*tensors, *options)  # on a CPU, the call is as cheap as the look-up
-    key: list[Any] = [make, options, _forced, _target, INTERPRETED, dot_precision(), products()]
+    key: list[Any] = [make, options, _forced, _target, INTERPRETED, dot_precision()]
+    key += (products(), _tma)
     for t in tensors:
         if t is None:
             key.append(None)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch
 
@@ -81,17 +82,37 @@ def layout(shape: Sequence[int], strides: Sequence[int]) -> tuple:
     return rows, stride_row, stride_col, _WIDE if last >= 2**31 else _NARROW
 
 
+Blocks = tuple[list[int], list[int]]
+
+
+def factors(left: Matrix, right: Matrix, blocks: Blocks | None) -> tuple:
+    """The factors of a product as a kernel takes them: Matrices, or descriptors of their memory.
+
+    The tensor memory accelerator reads descriptors, in blocks (rows, columns) of each tensor. The
+    tensors' strides must allow this, see `configs.Product.by_tma`. Without blocks, or where memory
+    does not begin at a multiple of 16 bytes, the factors stay Matrices. So they do where torch has
+    not applied a minus sign yet, because a descriptor hides its tensor from `launch.run`.
+    """
+    tensors = left.ptr, right.ptr
+    if blocks is None or any([t.data_ptr() % 16 or t.is_neg() for t in tensors]):
+        return left, right
+    return tuple(TensorDescriptor(t, t.shape, t.stride(), b) for t, b in zip(tensors, blocks))
+
+
 @triton.jit
 def offsets(a, rows, columns):
     """Offsets of elements of a Matrix from its address. rows and columns broadcast.
 
     They have 64 bits where the Matrix needs them. Offsets outside the matrix may overflow, so they
-    must be masked.
+    must be masked. A descriptor is read by places instead, so its offsets are 0.
     """
-    if a.wide:
-        rows = rows.to(tl.int64)
-        columns = columns.to(tl.int64)
-    return rows * a.stride_row + columns * a.stride_col
+    if isinstance(a, tl.tensor_descriptor):
+        return 0
+    else:
+        if a.wide:
+            rows = rows.to(tl.int64)
+            columns = columns.to(tl.int64)
+        return rows * a.stride_row + columns * a.stride_col
 
 
 @triton.jit
@@ -121,44 +142,77 @@ def tile_of_program():
 
 
 @triton.jit
+def rows_of(a, TRANSPOSED: tl.constexpr):
+    """The number of rows of a factor. TRANSPOSED: a descriptor describes the transpose."""
+    if isinstance(a, tl.tensor_descriptor):
+        return a.shape[1 if TRANSPOSED else 0]
+    else:
+        return a.rows
+
+
+@triton.jit
+def factor_tile(a, offs, mask, row, column, TRANSPOSED: tl.constexpr, FLIP: tl.constexpr):
+    """A tile of a factor, 0 outside the mask.
+
+    A Matrix is read at its offsets. A descriptor reads the tile that begins at (row, column) of its
+    matrix, and gives 0 outside the matrix. FLIP: the tile must be transposed after that.
+    """
+    if isinstance(a, tl.tensor_descriptor):
+        if TRANSPOSED:
+            tile = a.load([column, row])
+        else:
+            tile = a.load([row, column])
+        return tile.T if FLIP else tile
+    else:
+        return tl.load(a.ptr + offs, mask=mask, other=0.0)
+
+
+@triton.jit
 def product_tile(
-    a,  # Matrix [M, K]
-    b,  # Matrix [N, K]
-    offs_m,  # [BLOCK_M]
-    offs_n,  # [BLOCK_N]
+    a,  # [M, K]: a Matrix, or a descriptor
+    b,  # [N, K]: a Matrix, or a descriptor
+    m,  # the tile's first row of a
+    n,  # the tile's first row of b
     k_start,
     k_end,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
     ROW_SUM: tl.constexpr,
     WHOLE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,  # of a and b: whether their descriptors describe [K, M] and [K, N]
 ):
     """acc[m, n] = Σ_k a[m, k] b[n, k] for k in [k_start, k_end), and with ROW_SUM also Σ_k a[m, k].
 
     The forward and both products of the backward are this sum. They differ only in strides. WHOLE:
-    k_end - k_start is a multiple of BLOCK_K, so no tile of the sum needs a mask.
+    k_end - k_start is a multiple of BLOCK_K, so no tile of the sum needs a mask. A descriptor knows
+    no k_end, so there the sum must be WHOLE or end with the matrix.
     """
+    offs_m = m + tl.arange(0, BLOCK_M)
+    offs_n = n + tl.arange(0, BLOCK_N)
     offs_k = k_start + tl.arange(0, BLOCK_K)
-    mask_m = (offs_m < a.rows)[:, None]
-    mask_n = (offs_n < b.rows)[None, :]
+    inside_m = offs_m < rows_of(a, TRANSPOSED[0])
+    inside_n = offs_n < rows_of(b, TRANSPOSED[1])
     a_offs = offsets(a, offs_m[:, None], offs_k[None, :])  # [BLOCK_M, BLOCK_K]
     b_offs = offsets(b, offs_n[None, :], offs_k[:, None])  # [BLOCK_K, BLOCK_N]
     same_row = tl.full((), 0, tl.int32)
     step = tl.full((), BLOCK_K, tl.int32)
-    acc = tl.zeros((offs_m.shape[0], offs_n.shape[0]), dtype=tl.float32)
-    row_sum = tl.zeros((offs_m.shape[0],), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for k in range(k_start, k_end, BLOCK_K):
-        if WHOLE:
-            a_tile = tl.load(a.ptr + a_offs, mask=mask_m, other=0.0)
-            b_tile = tl.load(b.ptr + b_offs, mask=mask_n, other=0.0)
-        else:
-            mask_k = k + tl.arange(0, BLOCK_K) < k_end
-            a_tile = tl.load(a.ptr + a_offs, mask=mask_m & mask_k[None, :], other=0.0)
-            b_tile = tl.load(b.ptr + b_offs, mask=mask_k[:, None] & mask_n, other=0.0)
+        mask_a = inside_m[:, None]
+        mask_b = inside_n[None, :]
+        if not WHOLE:
+            inside_k = k + tl.arange(0, BLOCK_K) < k_end
+            mask_a = mask_a & inside_k[None, :]
+            mask_b = inside_k[:, None] & mask_b
+        a_tile = factor_tile(a, a_offs, mask_a, m, k, TRANSPOSED[0], TRANSPOSED[0])
+        b_tile = factor_tile(b, b_offs, mask_b, n, k, TRANSPOSED[1], not TRANSPOSED[1])
         acc = dot(a_tile, b_tile, acc, PRECISION)
         if ROW_SUM:
             row_sum += tl.sum(a_tile.to(tl.float32), axis=1)
         a_offs += offsets(a, same_row, step)
         b_offs += offsets(b, same_row, step)
     # Triton 3.8 allows only one use of a sum that a loop carries (pass OptimizeThreadLocality).
-    return acc, tl.where(offs_m < a.rows, row_sum, 0.0)
+    return acc, tl.where(inside_m, row_sum, 0.0)

@@ -39,9 +39,9 @@ SURVIVED = "**survived**", ""
 # test_<file>.py.
 TESTS = {
     "activations": ("test_activations.py", "test_extremes.py"),
-    "linear": ("test_products.py", "test_linear.py", "test_linear_memory.py"),
-    "tiles": ("test_linear.py", "test_linear_memory.py"),
-    "configs": ("test_products.py",),
+    "linear": ("test_products.py", "test_tma.py", "test_linear.py", "test_linear_memory.py"),
+    "tiles": ("test_tma.py", "test_linear.py", "test_linear_memory.py"),
+    "configs": ("test_products.py", "test_tma.py"),
     "cross_entropy": ("test_cross_entropy.py", "test_cross_entropy_kernel.py"),
     "losses": (
         "test_elementwise_loss.py",

@@ -26,8 +26,10 @@ import triton.language as tl
 
 from .. import activations, configs, launch, tape
 from ..tiles import (
+    Blocks,
     Matrix,
     cast,
+    factors,
     layout,
     load_tile,
     matrix,
@@ -175,8 +177,8 @@ def _backward(dy, x, w, s, bias, activation, needs, bwd_dz, bwd_dx, bwd_dw):
 def linear_fwd_kernel(
     y,  # Matrix [M, N], contiguous
     z_ptr,  # [M, N], or None
-    x,  # Matrix [M, K]
-    w,  # Matrix [N, K]
+    x,  # [M, K]: a Matrix, or a descriptor
+    w,  # [N, K]: a Matrix, or a descriptor
     b_ptr,
     stride_b,
     K,
@@ -192,10 +194,14 @@ def linear_fwd_kernel(
     z is stored too if z_ptr is not None.
     """
     row, column = tile_of_program()
-    offs_m = row * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    N = w.rows
-    z, _ = product_tile(x, w, offs_m, offs_n, 0, K, BLOCK_K, PRECISION, False, WHOLE)
+    m = row * BLOCK_M
+    n = column * BLOCK_N
+    z, _ = product_tile(
+        x, w, m, n, 0, K, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, False, WHOLE, (False, False)
+    )
+    offs_m = m + tl.arange(0, BLOCK_M)
+    offs_n = n + tl.arange(0, BLOCK_N)
+    N = y.stride_row  # y is contiguous
     if b_ptr is not None:
         z += tl.load(b_ptr + offs_n * stride_b, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     offs = offsets(y, offs_m[:, None], offs_n[None, :])
@@ -234,8 +240,8 @@ def linear_bwd_dz_kernel(
 @triton.jit
 def linear_bwd_dx_kernel(
     dx,  # Matrix [M, K], contiguous
-    dz,  # Matrix [M, N]
-    w,  # Matrix [K, N]: transposed
+    dz,  # [M, N]: a Matrix, or a descriptor
+    w,  # [K, N]: a Matrix, transposed, or a descriptor of [N, K]
     s,  # Matrix [M, K], or None
     N,
     ACT_BWD: tl.constexpr,
@@ -252,12 +258,14 @@ def linear_bwd_dx_kernel(
     A tile of the result (M, K) is BLOCK_M × BLOCK_N. Its sum runs over n, BLOCK_K terms at a time.
     """
     row, column = tile_of_program()
-    offs_m = row * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_k = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    K = w.rows
-    tile, _ = product_tile(dz, w, offs_m, offs_k, 0, N, BLOCK_K, PRECISION, False, WHOLE)
-    offs_m = offs_m[:, None]
-    offs_k = offs_k[None, :]
+    m = row * BLOCK_M
+    k = column * BLOCK_N
+    tile, _ = product_tile(
+        dz, w, m, k, 0, N, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, False, WHOLE, (False, True)
+    )
+    offs_m = m + tl.arange(0, BLOCK_M)[:, None]
+    offs_k = k + tl.arange(0, BLOCK_N)[None, :]
+    K = dx.stride_row  # dx is contiguous
     mask = (offs_m < dx.rows) & (offs_k < K)
     if s is not None:
         tile = ACT_BWD(tile, load_tile(s, offs_m, offs_k, mask))
@@ -269,8 +277,8 @@ def linear_bwd_dx_kernel(
 def linear_bwd_dw_kernel(
     dw,  # Matrix [N, K], contiguous: the first split's
     db_ptr,  # [N], or None
-    dz,  # Matrix [N, M]: transposed
-    x,  # Matrix [K, M]: transposed
+    dz,  # [N, M]: a Matrix, transposed, or a descriptor of [M, N]
+    x,  # [K, M]: a Matrix, transposed, or a descriptor of [M, K]
     M,
     rows,
     split_stride,
@@ -287,15 +295,19 @@ def linear_bwd_dw_kernel(
     db, without atomics. Each split writes its own part, split_stride elements after the last one's.
     """
     row, column = tile_of_program()
-    offs_n = row * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_k = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = row * BLOCK_M
+    k = column * BLOCK_N
     split = tl.program_id(2)
     start = split * rows
-    N = dw.rows
-    K = x.rows
     end = tl.minimum(start + rows, M)
     BIAS: tl.constexpr = db_ptr is not None
-    tile, db = product_tile(dz, x, offs_n, offs_k, start, end, BLOCK_K, PRECISION, BIAS, WHOLE)
+    tile, db = product_tile(
+        dz, x, n, k, start, end, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, BIAS, WHOLE, (True, True)
+    )
+    offs_n = n + tl.arange(0, BLOCK_M)
+    offs_k = k + tl.arange(0, BLOCK_N)
+    N = dw.rows
+    K = dw.stride_row  # dw is contiguous
     if BIAS:  # noqa: SIM102  this is known at compile time, the next is not
         if column == 0:
             db_ptrs = db_ptr + split.to(tl.int64) * split_stride + offs_n
@@ -388,8 +400,8 @@ def linear_fwd(
         _library_fwd(x2, w, b, act, y, z)
     else:
         outputs, bias = (Matrix(y, *plan.result), z), (b, plan.stride_b)
-        factors = Matrix(x2, *plan.left), Matrix(w, *plan.right)
-        launch.run(linear_fwd_kernel, plan.grid, *outputs, *factors, *bias, K, **plan.options)
+        inputs = factors(Matrix(x2, *plan.left), Matrix(w, *plan.right), plan.blocks)
+        launch.run(linear_fwd_kernel, plan.grid, *outputs, *inputs, *bias, K, **plan.options)
     y = y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], N))
     return y, LinearSaved(x, w, kept(act, y, z), b is not None, activation)
 
@@ -405,6 +417,7 @@ class Plan(NamedTuple):
     result: tuple  # layout of the result's Matrix
     left: tuple  # of the left factor's
     right: tuple  # of the right factor's
+    blocks: Blocks | None  # of the factors' descriptors, see `tiles.factors`
     stride_b: int = 0
 
 
@@ -414,18 +427,25 @@ def _plan_fwd(x, w, b, activation) -> Plan | None:
     act = activations.get(activation, "linear")
     if launch.backend(x, w, b) == "torch":
         return None
-    plan = _plan_product("linear_fwd", act, as_matrix(x), w, ACT=act.forward)
+    plan = _plan_product("linear_fwd", act, as_matrix(x), w, False, ACT=act.forward)
     return plan if b is None else plan._replace(stride_b=b.stride(0))
 
 
-def _plan_product(kernel, act, left, right, **options) -> Plan:
-    """The Plan of act(left rightᵀ), (M, N), for matrices left (M, K) and right (N, K)."""
+def _plan_product(kernel, act, left, w, transposed: bool, **options) -> Plan:
+    """Plans act(left · wᵀ), or left · w if transposed.
+
+    w is (out, in). A kernel takes its right factor as (columns of the result, terms of a sum).
+    """
+    right = w.t() if transposed else w
     (M, K), N = left.shape, right.shape[0]
     product = configs.product(kernel, left, M, N, heavy=act.needs == "z")
     options |= product.over(K)
     grid, library = product.grid(M, N), product.by_library(M, N, K)
     layouts = layout((M, N), (N, 1)), matrix(left)[1:], matrix(right)[1:]
-    return Plan(act, (M, N, K), library, grid, options, *layouts)
+    block_m, block_n, block_k = product.config[:3]
+    blocks = [block_m, block_k], [block_k, block_n] if transposed else [block_n, block_k]
+    by_tma = product.by_tma(left, w)
+    return Plan(act, (M, N, K), library, grid, options, *layouts, blocks if by_tma else None)
 
 
 @torch.no_grad()
@@ -498,9 +518,9 @@ def linear_bwd_dx(
         with torch.no_grad():
             torch.mm(dz, w, out=dx)
         return dx if s is None else linear_bwd_dz(dx, s, activation_below, out=dx)
-    matrices = Matrix(dx, *plan.result), Matrix(dz, *plan.left), Matrix(w, *plan.right)
-    below = None if s is None else matrix(s)
-    launch.run(linear_bwd_dx_kernel, plan.grid, *matrices, below, N, **plan.options)
+    inputs = factors(Matrix(dz, *plan.left), Matrix(w, *plan.right), plan.blocks)
+    result, below = Matrix(dx, *plan.result), None if s is None else matrix(s)
+    launch.run(linear_bwd_dx_kernel, plan.grid, result, *inputs, below, N, **plan.options)
     return dx
 
 
@@ -509,7 +529,7 @@ def _plan_dx(dz, w, activation) -> Plan | None:
     act = activations.get(activation)
     if launch.backend(dz, w) == "torch":
         return None
-    return _plan_product("linear_bwd_dx", act, dz, w.t(), ACT_BWD=act.backward)
+    return _plan_product("linear_bwd_dx", act, dz, w, True, ACT_BWD=act.backward)
 
 
 def linear_bwd_dw(
@@ -555,7 +575,7 @@ def _plan_dw(dz, x) -> "DwPlan | None":
     """Plans `linear_bwd_dw`. None means the reference."""
     if launch.backend(dz, x) == "torch":
         return None
-    return dw_plan("linear_bwd_dw", dz, (*dz.shape, x.shape[-1]))
+    return dw_plan("linear_bwd_dw", dz, as_matrix(x))
 
 
 class DwPlan(NamedTuple):
@@ -566,16 +586,15 @@ class DwPlan(NamedTuple):
     splits: int  # parts of the batch
     rows: int  # of the batch in each part
     library: bool  # True if it is torch's own product, in one part
+    blocks: Blocks | None  # of the factors' descriptors, see `tiles.factors`
 
 
-def dw_plan(
-    kernel: str, dz, sizes: tuple[int, int, int], heavy: bool = False, library: bool = True
-) -> DwPlan:
-    """How to compute dw = dzᵀ x of sizes (M, N, K).
+def dw_plan(kernel: str, dz, x, heavy: bool = False, library: bool = True) -> DwPlan:
+    """How to compute dw = dzᵀ x, from dz (M, N) and x (M, K).
 
     heavy: see `configs.product`. library: True if torch's own product may serve.
     """
-    M, N, K = sizes
+    (M, N), K = dz.shape, x.shape[1]
     product = configs.product(kernel, dz, N, K, heavy)
     rows, columns = product.grid(N, K)
     tiles = rows, max(columns, 1)  # if K = 0, one column for db
@@ -587,7 +606,11 @@ def dw_plan(
     options = product.over(length, M)
     if dz.dtype == torch.float32 and product.precision == "tf32x3":
         options |= configs.all_registers(dz.device)  # each product of tiles is three products
-    return DwPlan(options, tiles, splits, length, library)
+    block_m, block_n, block_k = product.config[:3]
+    blocks = [block_k, block_m], [block_k, block_n]
+    # A descriptor ends with the batch. So a split before the last must consist of whole tiles.
+    by_tma = product.by_tma(dz, x) and (splits == 1 or length % block_k == 0)
+    return DwPlan(options, tiles, splits, length, library, blocks if by_tma else None)
 
 
 @torch.no_grad()
@@ -607,10 +630,10 @@ def _fused_dw(dz, x, dw, db, split_stride, plan: DwPlan) -> None:
     dw, db: where the first split writes. db is None without bias.
     """
     (M, N), K = dz.shape, x.shape[1]
-    outputs = Matrix(dw, *layout((N, K), (K, 1))), db
-    factors, sizes = (matrix(dz.t()), matrix(x.t())), (M, plan.rows, split_stride)
-    grid = *plan.tiles, plan.splits
-    launch.run(linear_bwd_dw_kernel, grid, *outputs, *factors, *sizes, **plan.options)
+    outputs, sizes = (Matrix(dw, *layout((N, K), (K, 1))), db), (M, plan.rows, split_stride)
+    transposed = Matrix(dz, *matrix(dz.t())[1:]), Matrix(x, *matrix(x.t())[1:])
+    inputs, grid = factors(*transposed, plan.blocks), (*plan.tiles, plan.splits)
+    launch.run(linear_bwd_dw_kernel, grid, *outputs, *inputs, *sizes, **plan.options)
 
 
 def dw_parts(dz, x, bias, plan: DwPlan):

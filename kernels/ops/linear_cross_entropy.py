@@ -97,11 +97,14 @@ def linear_cross_entropy_fwd_kernel(
     """
     SOFT: tl.constexpr = t.ptr.dtype.element_ty.is_floating()  # probabilities
     pid = tl.program_id(0)
-    rows = pid * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = pid * BLOCK_M
+    rows = m + tl.arange(0, BLOCK_M)
     offs_c = tl.arange(0, BLOCK_N)
     M = x.rows
     C = w.rows
-    z, _ = product_tile(x, w, rows, offs_c, 0, K, BLOCK_K, PRECISION, False, False)
+    z, _ = product_tile(
+        x, w, m, 0, 0, K, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, False, False, (False, False)
+    )
     if b_ptr is not None:
         z += tl.load(b_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
     z = tl.where((offs_c < C)[None, :], z, float("-inf"))

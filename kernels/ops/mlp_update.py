@@ -85,13 +85,17 @@ def linear_update_kernel(
     `linear_bwd_dw_kernel`.
     """
     row, column = tile_of_program()
-    offs_n = row * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_k = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = row * BLOCK_M
+    k = column * BLOCK_N
     numbers = numbers_at(hyper_ptr, read(step), RULE)
     N = dz.rows
     K = x.rows
     BIAS: tl.constexpr = len(net.tensors) == 2
-    dw, db = product_tile(dz, x, offs_n, offs_k, 0, M, BLOCK_K, PRECISION, BIAS, WHOLE)
+    dw, db = product_tile(
+        dz, x, n, k, 0, M, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, BIAS, WHOLE, (True, True)
+    )
+    offs_n = n + tl.arange(0, BLOCK_M)
+    offs_k = k + tl.arange(0, BLOCK_N)
     if BIAS:  # noqa: SIM102  this is known at compile time, the next is not
         if column == 0:
             b = tl.load(net.tensors[1] + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
@@ -148,7 +152,7 @@ def linear_update(dz, x, parameters, states, hyper, step, rule):
     heavy = len(rule.states) > 1
     # In half precision, the library would round the gradient before the step.
     library = dz.dtype == torch.float32
-    plan = dw_plan("linear_update", dz, (M, N, K), heavy=heavy, library=library)
+    plan = dw_plan("linear_update", dz, x, heavy=heavy, library=library)
     if plan.splits == 1 and not plan.library:
         options = plan.options
         threads = options["num_warps"] * launch.lanes(launch.arch(dz.device))

@@ -207,20 +207,22 @@ def forward_tile(scratch, net, r, n, l: tl.constexpr, NET: tl.constexpr):
     offs_n = n + tl.arange(0, NET.tiles[l])
     y_ptr = scratch.y + (l - 2) * (NET.block_m * NET.pitch)
     w_ptr = net.tensors[(l - 1) * (1 + NET.bias)] + r * (N * K)
-    offs_m = tl.arange(0, NET.block_m)
     WHOLE: tl.constexpr = K % NET.block_r == 0
     # A Matrix with a name would turn its constants into tensors.
     z, _ = product_tile(
         Matrix(y_ptr, NET.block_m, NET.pitch, 1, False),
         Matrix(w_ptr, N, K, 1, False),
-        offs_m,
-        offs_n,
+        0,
+        n,
         0,
         K,
+        NET.block_m,
+        NET.tiles[l],
         NET.block_r,
         PRECISION,
         False,
         WHOLE,
+        (False, False),
     )
     if NET.bias:
         z += tl.load(net.tensors[2 * l - 1] + r * N + offs_n, mask=offs_n < N, other=0.0)[None, :]

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+from kernels import configs
 from tests import ROOT
 from tests.compile import worker
 
@@ -38,6 +39,7 @@ NEEDED = {
     "linear_cross_entropy_fwd_kernel",
     "optimizer_kernel",
 }
+BY_TMA = ["linear_bwd_dw_kernel", "linear_bwd_dx_kernel", "linear_fwd_kernel"]
 WARPGROUP = "wgmma.mma_async"  # HGMMA
 FIFTH_GENERATION = "tcgen05.mma"
 
@@ -72,6 +74,8 @@ def problems(arch, row):
             f"{row['spills']} spills, {row['stack']} bytes of stack, at {row['registers']} "
             "registers"
         )
+    if (row["bulk"] > 0) != (row["described"] > 0):
+        yield f"{row['bulk']} bulk copies for {row['described']} descriptors"
     if row.get("uneven"):
         yield f"{row['uneven']} sums whose lanes hold different results: see worker.uneven_sums"
     if row["dots"] and (used := set(row["products"])) != (expected := expected_products(arch, row)):
@@ -93,8 +97,10 @@ def test_every_kernel(arch, part, request):
     command += ["full"] if request.config.getoption("full") else []
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    rows, names = (json.loads(done.stdout)[key] for key in ("rows", "kernels"))
+    said = json.loads(done.stdout)
+    rows, names, described = (said[key] for key in ("rows", "kernels", "described"))
     found = [f"{row['label']}: {problem}" for row in rows for problem in problems(arch, row)]
     assert not found, "\n".join([f"{len(found)} of {len(rows)} kernels:", *found])
+    assert described == (BY_TMA if configs.has_tma(arch) else [])
     missing = NEEDED - set(names)
     assert rows and not missing, f"no shape reaches {missing}"

@@ -4,7 +4,8 @@ describes them.
     python -m tests.compile.worker sm_90 1/2          # half of them
     python -m tests.compile.worker sm_90 1/1 full     # all, with every combination of constants
 
-It prints a JSON object with "kernels", the names of all kernels, and "rows", the compiled ones.
+It prints a JSON object with "kernels", the names of all kernels, "described", the names of those
+that get descriptors, and "rows", the compiled ones.
 
 It is a process of its own, because under pytest jit functions are interpreted. Kernels that were
 compiled before come from Triton's cache, which processes may share.
@@ -21,6 +22,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import launch
 from kernels.operations import OPERATIONS, Make, flatten
@@ -39,7 +41,7 @@ SMS = {
 }
 # (batch, in, out): a small network's first layer, a batch that is split, large tiles, and unaligned
 # sizes with one output.
-SHAPES = [(32, 784, 100), (2048, 100, 50), (8192, 1024, 1024), (7, 33, 1)]
+SHAPES = [(32, 784, 100), (2048, 100, 50), (8192, 1024, 2048), (7, 33, 1)]
 # label -> (element type, torch.set_float32_matmul_precision)
 PRECISIONS = {
     "ieee": (torch.float32, "highest"),
@@ -65,6 +67,8 @@ def signature(value):
     """The type that Triton gives an argument at launch. 1, None and a constexpr are constants."""
     if isinstance(value, torch.Tensor):
         return POINTERS[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{POINTERS[value.base.dtype][1:]}{value.block_shape}>"
     if isinstance(value, tuple):
         types = map(signature, value)
         return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
@@ -146,13 +150,13 @@ def launches(arch, full=False):
 
 def listed(arch, op, arguments):
     """(kernel, arguments, options) of each launch of the operation's forward and backward, with
-    products in kernels and by the library.
+    products in kernels and by the library. Tiles are loaded by pointers, and by TMA where possible.
     """
     seen = []
     record = lambda kernel, grid, args, options: seen.append((kernel, args, options))  # noqa: E731
     with launch.dry_run(arch, SMS[arch]), launch.observe(record):
-        for products in launch.PRODUCTS:
-            with launch.use(products=products):
+        for products, tma in (("fused", True), ("fused", False), ("library", False)):
+            with launch.use(products=products, tma=tma):
                 op.results(arguments)
     return seen
 
@@ -160,6 +164,7 @@ def listed(arch, op, arguments):
 def identity(kernel, args, options, every_constant, every_activation):
     """A key for a launch. Of launches with the same key only one is compiled."""
     constants = {k: v for k, v in options.items() if not isinstance(v, triton.JITFunction)}
+    descriptors = sum(isinstance(v, TensorDescriptor) for v in args)
     if every_constant:
         more = [signature(v) if isinstance(v, torch.Tensor | tuple) else v is None for v in args]
     else:
@@ -171,7 +176,7 @@ def identity(kernel, args, options, every_constant, every_activation):
             if every_activation
             else []
         )
-    return str((kernel.fn.__name__, constants, more))
+    return str((kernel.fn.__name__, descriptors, constants, more))
 
 
 def target(arch):
@@ -196,6 +201,7 @@ def compile_and_describe(arch, label, precision, source, options):
     except Exception as error:  # the test judges errors of any kind
         return row | {"error": f"{type(error).__name__}: {error}"[-600:]}
     assembly = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+    row |= {"described": described(source), "bulk": assembly.count("cp.async.bulk.tensor")}
     row |= {"shared": compiled.metadata.shared, "dots": compiled.asm["ttir"].count("tt.dot ")}
     row["products"] = sorted(
         set(re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_s?mfma|v_wmma", assembly))
@@ -208,6 +214,11 @@ def compile_and_describe(arch, label, precision, source, options):
             "registers": max(map(int, re.findall(r"\.vgpr_count:\s+(\d+)", assembly)), default=0),
         }
     return row
+
+
+def described(source):
+    """How many arguments of a launch are descriptors, which the tensor memory accelerator reads."""
+    return sum(str(kind).startswith("tensordesc") for kind in source.signature.values())
 
 
 def uneven_sums(ptx):
@@ -259,6 +270,7 @@ if __name__ == "__main__":
     architecture, share, *more = sys.argv[1:]
     part, parts = map(int, share.split("/"))
     found = launches(architecture, full=more == ["full"])
-    described = [compile_and_describe(architecture, *each) for each in found[part - 1 :: parts]]
+    rows = [compile_and_describe(architecture, *each) for each in found[part - 1 :: parts]]
     names = sorted({source.fn.__name__ for _, _, source, _ in found})
-    json.dump({"kernels": names, "rows": described}, sys.stdout)
+    by_tma = sorted({source.fn.__name__ for _, _, source, _ in found if described(source)})
+    json.dump({"kernels": names, "described": by_tma, "rows": rows}, sys.stdout)

@@ -152,7 +152,7 @@ def test_masks_are_left_out_only_for_whole_tiles():
             x, w, dz = make.real(m, k), make.real(n, k), make.real(m, n)
             kernels.linear_fwd(x, w)
             kernels.linear_bwd_dx(dz, w)
-            plan = linear_ops.dw_plan("linear_bwd_dw", dz, (m, n, k))
+            plan = linear_ops.dw_plan("linear_bwd_dw", dz, x)
             seen.setdefault("splits", []).append((plan.splits, plan.options["WHOLE"]))
     assert seen == {
         "linear_fwd_kernel": [True, False, True],

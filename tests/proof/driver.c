@@ -1,8 +1,6 @@
 /* The part of the CUDA driver that Triton calls, for a machine without a GPU. Every call succeeds.
    A launch is only compared with the limits of a device. */
-#define cuTensorMapEncodeTiled declared_elsewhere
 #include "cuda.h"
-#undef cuTensorMapEncodeTiled
 
 #define PROCESSORS 132
 #define SHARED_OF_BLOCK 232448
@@ -11,11 +9,12 @@
 static CUcontext context = (CUcontext)0x10;
 static CUdeviceptr host_pointers[MOST_HOST_POINTERS];
 static int host_count;
-static int launches, refused;
+static int launches, refused, maps;
 
 /* The test calls these through ctypes. */
 int stub_launches(void) { return launches; }
 int stub_refused(void) { return refused; }
+int stub_maps(void) { return maps; }
 void stub_on_host(CUdeviceptr pointer) {
     if (host_count < MOST_HOST_POINTERS) host_pointers[host_count++] = pointer;
 }
@@ -69,7 +68,41 @@ CUresult cuOccupancyMaxActiveClusters(int *n, CUfunction f, const CUlaunchConfig
     *n = 1;
     return CUDA_SUCCESS;
 }
-CUresult cuTensorMapEncodeTiled(void *map) { return CUDA_SUCCESS; }
+
+static cuuint64_t size_of(CUtensorMapDataType type) {
+    switch (type) {
+    case CU_TENSOR_MAP_DATA_TYPE_UINT8: return 1;
+    case CU_TENSOR_MAP_DATA_TYPE_UINT16:
+    case CU_TENSOR_MAP_DATA_TYPE_FLOAT16:
+    case CU_TENSOR_MAP_DATA_TYPE_BFLOAT16: return 2;
+    case CU_TENSOR_MAP_DATA_TYPE_UINT64:
+    case CU_TENSOR_MAP_DATA_TYPE_INT64:
+    case CU_TENSOR_MAP_DATA_TYPE_FLOAT64: return 8;
+    default: return 4;
+    }
+}
+
+/* What the driver's documentation asks of a descriptor that is not interleaved. */
+CUresult cuTensorMapEncodeTiled(
+    CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
+    const cuuint64_t *shape, const cuuint64_t *strides, const cuuint32_t *box,
+    const cuuint32_t *steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+    CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
+    cuuint64_t size = size_of(type), inner = box[0] * size;
+    int bad = (size_t)map % 64 || (size_t)address % 16 || rank < 1 || rank > 5 || inner % 16 ||
+              interleave != CU_TENSOR_MAP_INTERLEAVE_NONE ||
+              (swizzle == CU_TENSOR_MAP_SWIZZLE_32B && inner > 32) ||
+              (swizzle == CU_TENSOR_MAP_SWIZZLE_64B && inner > 64) ||
+              (swizzle == CU_TENSOR_MAP_SWIZZLE_128B && inner > 128);
+    for (cuuint32_t i = 0; i < rank && !bad; i++)
+        bad = !shape[i] || shape[i] > 1ull << 32 || !box[i] || box[i] > 256 || !steps[i] || steps[i] > 8;
+    for (cuuint32_t i = 0; i + 1 < rank && !bad; i++)
+        bad = strides[i] % 16 || strides[i] >= 1ull << 40 ||
+              strides[i] < (i ? strides[i - 1] : size) * shape[i];
+    maps++;
+    refused += bad;
+    return bad ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
+}
 
 /* The driver does not know host memory, so it refuses the pointers that the test named as such. */
 CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdeviceptr pointer) {

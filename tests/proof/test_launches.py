@@ -43,6 +43,7 @@ def test_no_launch_is_refused(options):
     assert seen["refused"] == []
     assert seen["launches"] == sum(seen["kernels"].values()) - len(seen["host tensor"])
     assert seen["launches"] >= (300 if options else 25)
+    assert seen["encoded"] == seen["descriptors"] > 0
     # Programs that wait for each other must all be resident, at most one a multiprocessor.
     assert {row["kernel"] for row in seen["together"]} == {"exchange_kernel"}
     for row in seen["together"]:

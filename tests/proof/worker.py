@@ -119,6 +119,26 @@ def operations(full: bool) -> None:
                             operation.results(arguments)
 
 
+def descriptors(full: bool) -> int:
+    """Launches products whose factors are read by descriptors. Returns how many descriptors.
+
+    If full, also of large tiles, of rows of dz that have no descriptor, and of a split batch.
+    """
+    count = 0
+    shapes = (64, 48, 40), (8192, 64, 1024), (64, 48, 33), (4096, 64, 64)
+    dtypes = torch.float16, torch.bfloat16
+    cases = itertools.product(dtypes if full else dtypes[:1], shapes if full else shapes[:1])
+    for dtype, (M, K, N) in cases:
+        make = Make("cpu", dtype)
+        x, w, dz = make.real(M, K), make.real(N, K), make.real(M, N)
+        with launch.use(products="fused", tma=True):
+            kernels.linear_fwd(x, w)
+            kernels.linear_bwd_dx(dz, w)
+            kernels.linear_bwd_dw(dz, x)
+        count += 2 if N % 8 else 6
+    return count
+
+
 def updates(full: bool) -> None:
     """Launches every rule's step in a layer's backward and on tensors.
 
@@ -174,6 +194,7 @@ def main() -> None:
             operations("--full" in sys.argv)
             updates("--full" in sys.argv)
             trainings("--full" in sys.argv)
+            seen["descriptors"] = descriptors("--full" in sys.argv)
             parameter, host = torch.ones(4), torch.tensor(0.1)
             stub.stub_on_host(ctypes.c_ulonglong(host.data_ptr()))
             before = len(seen["refused"])
@@ -181,6 +202,7 @@ def main() -> None:
             seen["host tensor"] = seen["refused"][before:]
             del seen["refused"][before:]
         seen["launches"], seen["refused by the driver"] = stub.stub_launches(), stub.stub_refused()
+        seen["encoded"] = stub.stub_maps()
     json.dump(seen, sys.stdout)
 
 
