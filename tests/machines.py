@@ -121,23 +121,40 @@ def run(environment: dict[str, str]) -> tuple[str, list[str]]:
 
 
 def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.machines")
-    parser.add_argument("words", nargs="*")
-    parser.add_argument("--triton", help="a folder with another version of Triton")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    given = parser.parse_args(arguments)
     rows, can = settings(), flags()
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.machines",
+        description="Runs the numerical tests as other processors would.",
+        epilog=f"Settings: {', '.join(rows)}; with --triton also: another Triton.",
+    )
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="WORD",
+        help="run only settings with this in their name (default: all that this processor can run)",
+    )
+    parser.add_argument(
+        "--triton", metavar="FOLDER", help="one more run, with the Triton in this folder"
+    )
+    parser.add_argument(
+        "--jobs",
+        metavar="N",
+        type=int,
+        default=os.cpu_count(),
+        help="settings that run at the same time (default: one for each processor)",
+    )
+    given = parser.parse_args(arguments)
     if given.triton:
         path = os.pathsep.join(filter(None, (given.triton, os.environ.get("PYTHONPATH"))))
         rows["another Triton"] = "sse4_2", {"PYTHONPATH": path}
-    rows = {
-        n: row for n, row in rows.items() if not given.words or any(w in n for w in given.words)
-    }
+    chosen = {n: row for n, row in rows.items() if any(w in n for w in given.words or [n])}
+    if not chosen:
+        parser.error(f"no setting has {' or '.join(given.words)}; known: {', '.join(rows)}")
     bad = 0
     print("| setting | environment | result |\n|---|---|---|", flush=True)
     with ThreadPoolExecutor(given.jobs) as pool:
-        runs = {n: pool.submit(run, e) for n, (flag, e) in rows.items() if flag in can}
-        for name, (flag, environment) in rows.items():
+        runs = {n: pool.submit(run, e) for n, (flag, e) in chosen.items() if flag in can}
+        for name, (flag, environment) in chosen.items():
             text = " ".join(f"{k}={v}" for k, v in environment.items())
             last, failed = runs[name].result() if name in runs else (f"no {flag} here", [])
             print(f"| {name} | {text} | {last} |", flush=True)

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests import ROOT, machines, running
 
 SMALL = """
@@ -90,4 +92,11 @@ def test_every_reason_to_skip_names_what_is_missing_and_a_command():
 
 def test_machines_are_of_tests_that_exist():
     assert all((ROOT / file).exists() for file in machines.FILES)
+
+
+def test_machines_refuses_a_setting_that_it_does_not_know(capsys):
+    with pytest.raises(SystemExit) as end:
+        machines.main(["Zem"])
+    assert end.value.code == 2
+    assert "no setting has Zem; known: seed 0, seed 1" in " ".join(capsys.readouterr().err.split())
     assert {"sse4_2"} < {flag for flag, _ in machines.settings().values()}
