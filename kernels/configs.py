@@ -284,8 +284,8 @@ def training(
     if small and kernel != "exchange":
         return Training(columns, 16, 16, rows, num_warps=8, num_stages=1)
     if OLD_TRITON and block_m > 32 and block_m * padded(sizes[-1]) >= MOST_OUTPUTS[precision]:
-        ahead = 1 if kernel == "exchange" or precision == "tf32x3" else 3
-        return Training(16, 16, 16, rows, num_warps=8, num_stages=ahead)
+        stages = {"exchange": 1, "epoch": 2}.get(kernel, 3) if precision != "tf32x3" else 1
+        return Training(16, 16, 16, rows, num_warps=8, num_stages=stages)
     return Training(columns, block_k, 16, rows, num_warps=8, num_stages=3)
 
 
