@@ -291,7 +291,7 @@ class _Network(BaseEstimator):
         self.best_loss_: Any = None if self.early_stopping else math.inf
         self.validation_scores_: Any = [] if self.early_stopping else None
         self.best_validation_score_: Any = -math.inf if self.early_stopping else None
-        self._best = self._weights()
+        self._best = self._weights() if self.early_stopping else {}
         self._optimizer: Any = None
 
     def _weights(self) -> dict[str, torch.Tensor]:
@@ -517,7 +517,9 @@ class _Network(BaseEstimator):
             for name in ("weight", "bias")
         )
         with torch.no_grad():
-            return kernels.mlp(x, weights, biases, self._model.activation).double().cpu()
+            # Without a tape: to prepare one takes longer than the products of a small network.
+            outputs, _ = kernels.mlp_fwd(x, weights, biases, self._model.activation)
+        return outputs.double().cpu()
 
 
 class _Training:

@@ -14,6 +14,7 @@ numba is optional and slow to import. So modules that need it are imported where
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import itertools
@@ -56,8 +57,13 @@ _passed = 0.0  # seconds that this process would have saved by code that it did 
 def serves(parameter: torch.Tensor) -> bool:
     """True if the compiled epoch can train a network with this parameter."""
     on_cpu = parameter.device.type == "cpu" and parameter.dtype == torch.float32
-    known = importlib.util.find_spec("numba") is not None
-    return on_cpu and known and kernels.backend(parameter) == "torch"
+    return on_cpu and _has_numba() and kernels.backend(parameter) == "torch"
+
+
+@functools.cache
+def _has_numba() -> bool:
+    """True if numba is installed. To look for it takes longer than an epoch of a small table."""
+    return importlib.util.find_spec("numba") is not None
 
 
 def is_loaded(call: Call = EPOCH) -> bool:

@@ -76,9 +76,12 @@ def scalar(function: Any) -> Scalar:
 
 @functools.cache
 def sources() -> str:
-    """A digest of this package's code. With it, results of other code are not used."""
+    """A digest of this package's modules. With it, results of other code are not used.
+
+    `__init__` is left out, because no part of it is compiled.
+    """
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parent.glob("[!_]*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -237,18 +237,24 @@ def _twisted(a, b):
 
 
 @njit(nogil=True)
+def _twist(draws):
+    """The next 624 words of MT19937's state, by Matsumoto and Nishimura."""
+    for i in range(227):
+        draws[i] = draws[i + 397] ^ _twisted(draws[i], draws[i + 1])
+    for i in range(227, 623):
+        draws[i] = draws[i - 227] ^ _twisted(draws[i], draws[i + 1])
+    draws[623] = draws[396] ^ _twisted(draws[623], draws[0])
+    draws[624] = 0
+
+
+@njit(nogil=True, forceinline=True)
 def _next_word(draws):
     """The next 32 bits of MT19937, the same as those of numpy's RandomState.
 
-    Matsumoto and Nishimura wrote this generator.
+    They are computed where they are used, because a call for each word takes longer.
     """
     if draws[624] == 624:
-        for i in range(227):
-            draws[i] = draws[i + 397] ^ _twisted(draws[i], draws[i + 1])
-        for i in range(227, 623):
-            draws[i] = draws[i - 227] ^ _twisted(draws[i], draws[i + 1])
-        draws[623] = draws[396] ^ _twisted(draws[623], draws[0])
-        draws[624] = 0
+        _twist(draws)
     y = draws[draws[624]]
     draws[624] += np.uint32(1)
     y ^= y >> np.uint32(11)
@@ -512,10 +518,22 @@ class Session:
             return both, both
         batch, last = self.memory.batch, self.count - (self.steps - 1) * self.memory.batch
         decays = 0.0, alpha / batch, alpha / last
-        rows_ = [[kernels.row_of(rule, **numbers, weight_decay=decay)] for decay in decays]
-        of_biases, of_weights, of_last = epoch._numbers(rule, rows_, float(taken), steps)
-        of_weights[self.steps - 1 :: self.steps] = of_last[self.steps - 1 :: self.steps]
-        return of_weights, of_biases
+        rows_ = tuple(kernels.row_of(rule, **numbers, weight_decay=decay) for decay in decays)
+        return _decayed(rule, rows_, float(taken), steps, self.steps)
+
+
+# Kept for the other folds of a search, which train with the same numbers.
+@functools.lru_cache(maxsize=16)
+def _decayed(
+    rule: kernels.Rule, rows_: tuple[tuple, ...], taken: float, steps: int, every: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The tables of `Session._tables` with weight decay. Nobody may write into them.
+
+    rows_: the rule's rows for biases, for weights, and for the last of `every` steps.
+    """
+    of_biases, of_weights, of_last = epoch._numbers(rule, [[row] for row in rows_], taken, steps)
+    of_weights[every - 1 :: every] = of_last[every - 1 :: every]
+    return of_weights, of_biases
 
 
 def _shares(spec: kernels.Spec, count: int, batch: int) -> np.ndarray:

@@ -4,7 +4,6 @@ This holds for every network, row of the tables, batch size and number of thread
 """
 
 import ctypes
-import importlib.util
 import itertools
 import math
 import os
@@ -468,7 +467,7 @@ def test_the_call_of_many_epochs_is_compiled_for_itself(monkeypatch):
 
 
 def test_without_numba_the_note_says_what_would_be_faster(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(cpu, "_has_numba", lambda: False)
     model = mlp.MLP([4, 3])
     made = engines.choose("auto", model, mlp.SoftmaxCrossEntropy(), mlp.SGD(model.parameters()))
     assert made[0].name == "manual"
