@@ -271,9 +271,9 @@ class _Network(BaseEstimator):
         sizes: widths from input to output. X: (samples, features).
         """
         found = "cuda" if torch.cuda.is_available() else "cpu"
-        device = self.device or spreading.next_device() or found
-        is_double = device == "cpu" and X.dtype == numpy.float64 and X.shape[0] <= _FEW_ROWS
-        auto = torch.float64 if is_double else torch.float32
+        device = spreading.existing(self.device or spreading.next_device() or found)
+        is_double = X.dtype == numpy.float64 and X.shape[0] <= _FEW_ROWS
+        auto = torch.float64 if is_double and device.type == "cpu" else torch.float32
         dtype = _PRECISIONS.get(self.precision, auto)
         self._model = MLP(sizes, ACTIVATIONS[self.activation], device=device, dtype=dtype)
         with torch.no_grad():

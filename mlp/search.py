@@ -54,7 +54,8 @@ class SearchCV(BaseSearchCV):
     the best setting is one of the last rung.
 
     ValueError, in one line, for trials below 1, and for a parameter that the estimator does not
-    have. The same for more folds than rows, and for halving without `max_iter`.
+    have. The same for more folds than rows, for halving without `max_iter`, and for a device that
+    this machine does not have.
     """
 
     pre_dispatch = "2*n_jobs"
@@ -201,6 +202,9 @@ class SearchCV(BaseSearchCV):
             drawn = ParameterSampler(self.parameters, self.trials, random_state=self.random_state)
             candidates = list(drawn)
         known = self.estimator.get_params()
+        for name, value in known.items():
+            if name.rpartition("__")[2] == "device" and isinstance(value, str):
+                spreading.existing(value)
         unknown = sorted({name for one in candidates for name in one} - known.keys())
         if unknown:
             raise ValueError(

@@ -15,6 +15,22 @@ import torch
 
 import kernels
 
+
+def existing(name: torch.device | str) -> torch.device:
+    """The device of this name. ValueError, in one line, if this machine does not have it."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}; known: cpu, cuda, cuda:1, …") from None
+    count = torch.cuda.device_count() if device.type == "cuda" else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(
+            f"device {name} was asked for, but this machine has {count} CUDA devices; use device "
+            "cpu"
+        )
+    return device
+
+
 _lock = threading.Lock()
 _turns: Iterator[str] | None = None
 
@@ -23,11 +39,13 @@ _turns: Iterator[str] | None = None
 def over(devices: Sequence[torch.device | str] | None) -> Iterator[None]:
     """A context in which estimators without their own device take these devices in turn.
 
-    None, or no devices, changes nothing for them: `next_device` then returns None.
+    None, or no devices, changes nothing for them: `next_device` then returns None. ValueError for a
+    device that this machine does not have.
     """
     global _turns
     before = _turns
-    _turns = None if not devices else itertools.cycle([str(device) for device in devices])
+    names = [str(existing(device)) for device in devices or ()]
+    _turns = itertools.cycle(names) if names else None
     try:
         yield
     finally:

@@ -83,6 +83,8 @@ def test_folds_are_drawn_once(iris):
         ({"parameters": {"depth": [1]}}, "MLPClassifier has no parameter 'depth'"),
         ({"trials": 0}, "trials must be at least 1, got 0"),
         ({"cv": 51}, "51 folds need as many rows, but the largest class has 50; take at most"),
+        ({"devices": ["cuda:99"]}, r"device cuda:99 was asked for, .* use device cpu$"),
+        ({"estimator": network().set_params(device="gpu")}, "unknown device 'gpu'; known: cpu,"),
         (
             {"estimator": DummyClassifier(), "parameters": {"constant": [1]}, "halving": True},
             "halving gives more max_iter, which DummyClassifier does not have",
