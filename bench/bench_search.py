@@ -30,7 +30,7 @@ _WITHIN = 0.01  # the best accuracy may be lower by this, because rounding diffe
 def _searches(jobs: int) -> dict[str, Any]:
     """{name: search}. All are compared with the first. jobs: threads or processes."""
     common = {"max_iter": EPOCHS, "random_state": 0}
-    ours = mlp.MLPClassifier(**common, device="cpu", precision="fp32")
+    ours = mlp.MLPClassifier(**common, device="cpu")
     options = {"cv": FOLDS, "refit": False}
     return {
         "GridSearchCV, scikit-learn's MLPClassifier": GridSearchCV(
@@ -53,7 +53,7 @@ def run() -> Table:
     settings = numpy.prod([len(values) for values in GRID.values()])
     title = f"A search over {settings} settings × {FOLDS} folds, breast cancer, {jobs} cores"
     table = Table(title, "python -m bench search")
-    warm = mlp.MLPClassifier(max_iter=2, engine="epoch", precision="fp32", device="cpu")
+    warm = mlp.MLPClassifier(max_iter=2, engine="epoch", device="cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warm.fit(x, y)
