@@ -26,6 +26,7 @@ from sklearn.utils import check_random_state, column_or_1d
 from sklearn.utils._param_validation import Interval, Options, StrOptions
 from sklearn.utils.multiclass import (
     _check_partial_fit_first_call,
+    check_classification_targets,
     type_of_target,
     unique_labels,
 )
@@ -48,6 +49,7 @@ _PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
 # default, only tables of at most so many rows are trained in float64. They take little time, and
 # weights of samples then have the effect of repeated rows to many digits.
 _FEW_ROWS = 100
+_TEXTS = "SU"  # numpy's kinds of dtypes for bytes and texts
 _AUTO_BATCH = 200
 _COMPILED_DRAWS = "MT19937"  # numpy's RandomState. The compiled code can shuffle with it.
 _ADAPTIVE_DIVISOR, _ADAPTIVE_LEAST = 5.0, 1e-6
@@ -750,6 +752,7 @@ class MLPClassifier(ClassifierMixin, _Network):
             dtype=(numpy.float64, numpy.float32),
             reset=reset,
         )
+        check_classification_targets(y)
         if y.ndim == 2 and y.shape[1] == 1:
             y = column_or_1d(y, warn=True)
         if not hasattr(self, "classes_") or not (self.warm_start or incremental):
@@ -901,6 +904,11 @@ class MLPRegressor(RegressorMixin, _Network):
             dtype=(numpy.float64, numpy.float32),
             reset=reset,
         )
+        if y.dtype.kind in _TEXTS:
+            raise ValueError(
+                f"MLPRegressor: y must be numbers, got the text {str(y.flat[0])!r}; convert y with "
+                "y.astype(float), or use MLPClassifier for classes"
+            )
         if y.ndim == 2 and y.shape[1] == 1:
             y = column_or_1d(y, warn=True)
         y = y.reshape(len(y), -1).astype(numpy.float64)
@@ -1002,17 +1010,15 @@ def trusted(estimator: Any, X: Any, y: Any) -> tuple[Any, numpy.ndarray, numpy.n
     """(estimator, X, y), all checked once, for a search. Fits on rows of them check nothing again.
 
     X: (samples, features), contiguous. y: (samples,). None for a class other than `MLPClassifier`
-    and `MLPRegressor`, for sparse X, and for data that are not finite or have several targets.
+    and `MLPRegressor`, for sparse X, and for several targets. ValueError, in one line, for data
+    that no fit can train on.
     """
     if type(estimator) not in _TRUSTED or hasattr(X, "toarray"):
         return None
-    try:
-        checked, rows = clone(estimator)._validate_input(X, y, False, True)
-        column = column_or_1d(y)
-    except (TypeError, ValueError):  # each fit will raise it
-        return None
+    checked, rows = clone(estimator)._validate_input(X, y, False, True)
     if rows.ndim == 2 and rows.shape[1] > 1:
         return None
+    column = column_or_1d(y)
     made: Any = object.__new__(_TRUSTED[type(estimator)])
     parameters = estimator.get_params(deep=False)
     made.__dict__.update(parameters)

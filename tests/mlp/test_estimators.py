@@ -215,6 +215,12 @@ def test_lbfgs_is_left_to_scikit_learn(name, wine):
         estimator.fit(*wine)
 
 
+@pytest.mark.parametrize("kind", ["U", "S"])
+def test_texts_are_no_numbers(kind, wine):
+    with pytest.raises(ValueError, match="y must be numbers, got the text"):
+        mlp.MLPRegressor(device="cpu").fit(wine[0], wine[1].astype(kind))
+
+
 def test_diverging_is_one_line(wine):
     estimator = mlp.MLPRegressor(solver="sgd", learning_rate_init=1e6, device="cpu")
     with pytest.raises(ValueError, match="take a smaller learning_rate_init"):

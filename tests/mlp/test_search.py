@@ -97,6 +97,21 @@ def test_searches_that_are_refused(changes, message, iris):
         search.fit(*iris)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y: (x, np.where(y == 2, np.nan, y)), "Input y contains NaN"),
+        (lambda x, y: (np.where(x > 7, np.nan, x), y), "Input X contains NaN"),
+        (lambda x, y: (x, y[:-1]), "inconsistent numbers of samples"),
+        (lambda x, y: (x, x[:, 0]), "Unknown label type: continuous"),
+    ],
+)
+def test_data_that_no_fit_can_train_on_are_one_message(change, message, iris):
+    with pytest.raises(ValueError, match=message) as caught:
+        mlp.SearchCV(network(), GRID).fit(*change(*iris))
+    assert "fits failed" not in str(caught.value)
+
+
 def test_an_ensemble_adds_what_helps():
     target = np.array([0.0, 1.0, 0.0])
     outputs = [target + 0.5, target - 0.5, target + 3]
