@@ -986,7 +986,10 @@ class _TrustedClassifier(_Trusted, MLPClassifier):
     def score(self, X: Any, y: Any) -> float:
         """The accuracy: the share of samples whose class is predicted right."""
         outputs = self._outputs(X, check=False).numpy()
-        found = outputs.argmax(1) if self._is_softmax() else (outputs[:, 0] > 0).astype(int)
+        if self._is_softmax():
+            found = outputs.argmax(1)
+        else:  # a fold may have one class only, which is then the answer
+            found = (outputs[:, 0] > 0).astype(int) * (len(self.classes_) - 1)
         return float(numpy.mean(self.classes_[found] == y))
 
 

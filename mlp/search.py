@@ -54,8 +54,8 @@ class SearchCV(BaseSearchCV):
     the best setting is one of the last rung.
 
     ValueError, in one line, for trials below 1, and for a parameter that the estimator does not
-    have. The same for more folds than rows, for halving without `max_iter`, and for a device that
-    this machine does not have.
+    have. The same for a constant y, for more folds than rows, for halving without `max_iter`, and
+    for a device that this machine does not have.
     """
 
     pre_dispatch = "2*n_jobs"
@@ -103,6 +103,7 @@ class SearchCV(BaseSearchCV):
         as for GridSearchCV.
         """
         self._candidates = self._drawn()  # an error comes before any training
+        _refuse_constant(y)
         self._bar, self.verbose, shown = bool(self.verbose), 0, self.verbose
         quick = None if params or self.scoring is not None else trusted(self.estimator, X, y)
         try:
@@ -201,6 +202,10 @@ class SearchCV(BaseSearchCV):
         else:
             drawn = ParameterSampler(self.parameters, self.trials, random_state=self.random_state)
             candidates = list(drawn)
+        if self.n_jobs < 1:
+            raise ValueError(
+                f"SearchCV: jobs must be at least 1, or None for all cores, got {self.jobs}"
+            )
         known = self.estimator.get_params()
         for name, value in known.items():
             if name.rpartition("__")[2] == "device" and isinstance(value, str):
@@ -305,6 +310,13 @@ class SearchCV(BaseSearchCV):
         rungs = numpy.asarray(results["iter"])
         scores = numpy.nan_to_num(results[f"mean_test_{refit_metric}"], nan=-numpy.inf)
         return int(numpy.where(rungs == rungs.max(), scores, -numpy.inf).argmax())
+
+
+def _refuse_constant(y: Any) -> None:
+    """ValueError if all targets are the same. Every setting would then have the same score."""
+    values = numpy.asarray(y)
+    if values.ndim == 1 and len(values) and bool((values == values[0]).all()):
+        raise ValueError(f"SearchCV: y is {values[0]} in every row: nothing to learn")
 
 
 def _shrunk(plan: list[tuple[int, int]]) -> list[tuple[int, int]]:

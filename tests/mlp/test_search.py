@@ -12,7 +12,7 @@ pytest.importorskip("sklearn")
 
 from sklearn.datasets import load_iris
 from sklearn.dummy import DummyClassifier
-from sklearn.model_selection import GridSearchCV, RandomizedSearchCV, ShuffleSplit
+from sklearn.model_selection import GridSearchCV, KFold, RandomizedSearchCV, ShuffleSplit
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -83,6 +83,7 @@ def test_folds_are_drawn_once(iris):
         ({"parameters": {"depth": [1]}}, "MLPClassifier has no parameter 'depth'"),
         ({"trials": 0}, "trials must be at least 1, got 0"),
         ({"cv": 51}, "51 folds need as many rows, but the largest class has 50; take at most"),
+        ({"jobs": 0}, "jobs must be at least 1, or None for all cores, got 0"),
         ({"devices": ["cuda:99"]}, r"device cuda:99 was asked for, .* use device cpu$"),
         ({"estimator": network().set_params(device="gpu")}, "unknown device 'gpu'; known: cpu,"),
         (
@@ -104,12 +105,22 @@ def test_searches_that_are_refused(changes, message, iris):
         (lambda x, y: (np.where(x > 7, np.nan, x), y), "Input X contains NaN"),
         (lambda x, y: (x, y[:-1]), "inconsistent numbers of samples"),
         (lambda x, y: (x, x[:, 0]), "Unknown label type: continuous"),
+        (lambda x, y: (x, 0 * y), "SearchCV: y is 0 in every row: nothing to learn"),
     ],
 )
 def test_data_that_no_fit_can_train_on_are_one_message(change, message, iris):
     with pytest.raises(ValueError, match=message) as caught:
         mlp.SearchCV(network(), GRID).fit(*change(*iris))
     assert "fits failed" not in str(caught.value)
+
+
+def test_a_fold_of_one_class_is_scored_as_by_gridsearchcv(iris):
+    x, y = iris[0][:100], iris[1][:100]  # 50 rows of each of two classes
+    options = {"cv": KFold(2), "refit": False}
+    ours = mlp.SearchCV(network(), {"alpha": [0.01]}, **options).fit(x, y)
+    theirs = GridSearchCV(network(), {"alpha": [0.01]}, **options).fit(x, y)
+    scores = [s.cv_results_["mean_test_score"].tolist() for s in (ours, theirs)]
+    assert scores[0] == scores[1] == [0.0]
 
 
 def test_an_ensemble_adds_what_helps():
