@@ -280,7 +280,7 @@ def training(
     # On AMD a lane has twice the registers, and products need 16 rows.
     if not arch.startswith("sm_"):
         return Training(columns, 16, 16, 16, num_warps=4, num_stages=1)
-    small = precision == "tf32x3" and states > 1 and block_m > 32 and older(arch)
+    small = precision == "tf32x3" and states > 0 and block_m > 32 and older(arch)
     if small and kernel != "exchange":
         return Training(columns, 16, 16, rows, num_warps=8, num_stages=1)
     if OLD_TRITON and block_m > 32 and block_m * padded(sizes[-1]) >= MOST_OUTPUTS[precision]:

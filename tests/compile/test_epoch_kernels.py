@@ -182,8 +182,8 @@ def test_a_load_above_the_exchange_is_seen():
 
 
 def heaviest():
-    """The names of the rules that press most registers: for each number of states, the rule with
-    the most numbers, and among these the one with the longest formula.
+    """The names of rules that need many registers: for each number of states, the rule with the
+    most numbers, and among these the one with the longest formula.
     """
     weight = lambda rule: (len(rule.columns), len(inspect.getsource(rule.update.fn)))  # noqa: E731
     found = {}
