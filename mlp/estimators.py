@@ -3,8 +3,10 @@
 Parameters and attributes are scikit-learn's. With the same `random_state`, the initial weights and
 the order of samples are too. So the trained network is the same, up to rounding.
 
-Three things differ. Training computes in float32, except for small tables and with `precision`
-"fp64". Sparse input is made dense. The solver "lbfgs" and the Poisson loss are not served.
+Four things differ. Training computes in float32, except for small tables and with `precision`
+"fp64". `epsilon` is torch's: Adam adds it after the bias correction, scikit-learn before. With the
+default this changes only weights whose gradients are tiny. Sparse input is made dense. The solver
+"lbfgs" and the Poisson loss are not served.
 """
 
 import contextlib
@@ -655,10 +657,12 @@ class _Training:
         # trained on its own.
         parts = [p for p in (order[:whole], order[whole:]) if len(p)] if self.decays else [order]
         total, self._penalties = 0.0, [self._penalty()]
+        self._shares: list[float] = []
         for part in parts:
             total += self._part(part) * len(part)
         batches = -(-len(order) // self.batch)
-        penalty = sum(self._penalties[:-1])
+        shares = self._shares or [1.0] * batches
+        penalty = sum(p * share for p, share in zip(self._penalties, shares))
         if len(self._penalties) <= batches:  # not every step was reported, so estimate
             penalty = (self._penalties[0] + self._penalty()) / 2 * batches
         return (total * self.per_output + penalty) / len(order)
@@ -696,8 +700,10 @@ class _Training:
             losses = self.loss(self.model(x), y)
             losses = losses if losses.dim() == 1 else losses.sum(1)
             weights = self.weights[rows]
-            value = (losses * weights).sum() / weights.sum()
-            self._set_decay(float(weights.sum()))
+            weight = float(weights.sum())
+            value = (losses * weights).sum() / weight
+            self._set_decay(weight)
+            self._shares.append(len(rows) / weight)  # the penalty is divided as the losses are
             self.optimizer.zero_grad()
             value.backward()
             self.optimizer.step()
@@ -722,6 +728,7 @@ class MLPClassifier(ClassifierMixin, _Network):
     "fp64" on a CPU for X of float64 and at most 100 rows. In "fp64", a CPU trains the same network
     as scikit-learn, to many digits. It takes many times as long, because no compiled epoch serves
     float64.
+    epsilon: as in torch.optim.Adam, added after the bias correction. scikit-learn adds it before.
 
     ValueError for parameters out of range, the solver "lbfgs", and partial_fit with early_stopping.
     ValueError for data that do not fit: wrong shapes, classes that differ from the first call's, or

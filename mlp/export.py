@@ -13,6 +13,7 @@ from torch import nn
 from kernels import activations
 
 from .data import needs_extra
+from .engines import takeover
 from .modules import MLP, Conv2d, ConvNet, Linear, build
 from .net import Net
 from .runs.disk import replacing
@@ -98,12 +99,15 @@ def plain(model: nn.Module | Net) -> nn.Sequential:
     """The same network, made of torch.nn's modules, with copies of the weights, on the CPU.
 
     model: an `mlp.MLP`, `mlp.ConvNet`, `mlp.Linear`, `mlp.Conv2d` or `mlp.Net`. TypeError for other
-    classes. Each layer is followed by its activation, so the weights are named "0.weight",
-    "2.weight", …
+    classes. ValueError if a call of the model computes something else than its layers, as with a
+    hook or a pruned weight. Each layer is followed by its activation, so the weights are named
+    "0.weight", "2.weight", …
     """
     if type(model) not in PLAIN:
         known = ", ".join(kind.__name__ for kind in PLAIN)
         raise TypeError(f"export: takes {known}, got {type(model).__name__}; save its state_dict")
+    if isinstance(model, (MLP, ConvNet, Net)) and (reason := takeover.call(model)):
+        raise ValueError(f"export: {reason}; save its state_dict")
     return nn.Sequential(*PLAIN[type(model)](model)).eval()
 
 

@@ -26,7 +26,12 @@ _STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 def network(model: Net | torch.nn.Module) -> str | None:
     """The reason why a call of `model` may compute or train something else than its description."""
-    return description(model) or _hooks(model) or _parameters(model)
+    return call(model) or _parameters(model)
+
+
+def call(model: Net | torch.nn.Module) -> str | None:
+    """The reason why a call of `model` may compute something else than its description, or None."""
+    return description(model) or _hooks(model)
 
 
 def description(model: Net | torch.nn.Module) -> str | None:

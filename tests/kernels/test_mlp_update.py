@@ -232,7 +232,7 @@ def test_warps_share_small_tiles(tile, shared, monkeypatch):
     """
     sizes = dict(zip(("BLOCK_M", "BLOCK_N"), tile))
     options = {**sizes, "BLOCK_K": 16, "PRECISION": "ieee", "num_warps": 8, "num_stages": 2}
-    plan = DwPlan(options, (1, 1), splits=1, rows=9, library=False)
+    plan = DwPlan(options, (1, 1), splits=1, rows=9, library=False, blocks=None)
     monkeypatch.setattr(sys.modules[linear_update.__module__], "dw_plan", lambda *a, **k: plan)
     seen = []
     x, w = torch.empty(9, 5, device="meta"), torch.empty(7, 5, device="meta")

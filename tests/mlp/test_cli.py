@@ -307,7 +307,7 @@ def test_the_first_line_describes_what_is_trained(handgrad):
     argv = "train digits --activation tanh --optimizer adam --hidden 7,5 --batch-size 64 --epochs 1"
     status, out, _ = handgrad(*argv.split(), "--device", "cpu", "--engine", "manual")
     assert status == 0 and out.splitlines()[1] == (
-        "64-7-5-10 tanh; cross_entropy by adam (lr 0.05); batches of 64; 555 parameters; "
+        "64-7-5-10 tanh; cross_entropy by adam (lr 0.001); batches of 64; 555 parameters; "
         "engine manual; cpu"
     )
 

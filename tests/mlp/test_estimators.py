@@ -128,20 +128,24 @@ def test_regressor_is_the_same(options, diabetes):
     assert_same(ours, theirs, diabetes[0])
 
 
-@pytest.mark.parametrize("kind", ["binary texts", "several labels", "weights", "sparse"])
+@pytest.mark.parametrize(
+    "kind", ["binary texts", "several labels", "weights", "heavy weights", "sparse"]
+)
 def test_targets_and_inputs_of_all_kinds(kind, wine):
     scipy_sparse = pytest.importorskip("scipy.sparse")
     x, y = wine
-    weights = None
+    weights, options = None, {}
     if kind == "binary texts":
         y = numpy.where(y == 0, "no", "yes")
     elif kind == "several labels":
         y = numpy.stack([y == 0, y > 0, y == 1], 1).astype(int)
     elif kind == "weights":
         weights = numpy.linspace(0, 2, len(x))
+    elif kind == "heavy weights":  # the penalty of the loss is divided by them too
+        weights, options = numpy.linspace(50, 200, len(x)), {"alpha": 1.0, "batch_size": 32}
     elif kind == "sparse":
         x = scipy_sparse.csr_matrix(x)
-    ours, theirs = (e.fit(x, y, sample_weight=weights) for e in pair("MLPClassifier"))
+    ours, theirs = (e.fit(x, y, sample_weight=weights) for e in pair("MLPClassifier", **options))
     assert_same(ours, theirs, x)
 
 

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import mlp
 from kernels.activations import ACTIVATIONS
@@ -92,3 +93,28 @@ def test_missing_packages_are_named(monkeypatch, tmp_path):
     with pytest.raises(mlp.data.DataError, match=r"pip install 'handgrad\[export\]'"):
         export.to_onnx(pipeline, tmp_path / "model.onnx", torch.zeros(1, 4))
     assert list(tmp_path.iterdir()) == []
+
+
+def hooked(model):
+    model[0].register_forward_hook(lambda *call: call[-1] + 1)
+
+
+def forwarded(model):
+    model.forward = lambda x: x
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (hooked, "0 has a hook"),
+        (forwarded, "MLP has a forward of its own"),
+        (lambda model: prune.l1_unstructured(model[0], "weight", 1), "0 has "),
+        (lambda model: model.add_module("2", nn.ReLU()), "its layers are 0, 1, 2, not 0 to 1"),
+    ],
+    ids=["hook", "forward", "pruned", "one more layer"],
+)
+def test_networks_that_compute_something_else_are_refused(change, named):
+    model = mlp.MLP([4, 3, 2])
+    change(model)
+    with pytest.raises(ValueError, match=f"export: {named}.*; save its state_dict"):
+        export.plain(model)
