@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import data, modules, recipes, scoring
+from .. import data, modules, recipes, scoring, spreading
 from ..data import tables, units
 from ..data.describe import describe, targets
 from ..engines.stepwise import Diverged
@@ -61,17 +61,7 @@ def pick_device(name: str) -> torch.device:
     """The device of a name. "auto" is the GPU if there is one. ValueError if it does not exist."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"unknown device {name!r}; known: auto, cpu, cuda, cuda:1, …") from None
-    count = torch.cuda.device_count() if device.type == "cuda" else 0
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(
-            f"device {name} was asked for, but this machine has {count} CUDA devices; use "
-            "--device cpu"
-        )
-    return device
+    return spreading.existing(name)
 
 
 def pick_devices(name: str, count: int | None) -> list[str] | None:

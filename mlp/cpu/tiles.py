@@ -72,6 +72,18 @@ def _loop(builder, count, values, body):
     return phis
 
 
+def _add_term(builder, lefts, step, base, sums):
+    """Generate sums[r, v] + left[r][step] · base[v], the next term of a tile's sums."""
+    columns = len(sums) // len(lefts)
+    vectors = [_load(builder, builder.gep(base, [_I64(v * LANES)])) for v in range(columns)]
+    result = []
+    for r, left in enumerate(lefts):
+        scalar = _splat(builder, builder.load(builder.gep(left, [step])))
+        for v, vector in enumerate(vectors):
+            result.append(_multiply_add(builder, scalar, vector, sums[r * columns + v]))
+    return result
+
+
 def outer_tile(rows: int, columns: int):
     """A numba function that computes c[r, v] = (c[r, v] if add else 0) + Σ_j a[r, j] b[j, v].
 
@@ -96,16 +108,7 @@ def outer_tile(rows: int, columns: int):
 
             def body(j, sums):
                 step, line = builder.mul(j, stride_aj), builder.mul(j, stride_bj)
-                base = builder.gep(right, [line])
-                vectors = [
-                    _load(builder, builder.gep(base, [_I64(v * LANES)])) for v in range(columns)
-                ]
-                result = []
-                for r, left in enumerate(lefts):
-                    scalar = _splat(builder, builder.load(builder.gep(left, [step])))
-                    for v, vector in enumerate(vectors):
-                        result.append(_multiply_add(builder, scalar, vector, sums[r * columns + v]))
-                return result
+                return _add_term(builder, lefts, step, builder.gep(right, [line]), sums)
 
             sums = _loop(builder, terms, [zero] * (rows * columns), body)
             with builder.if_else(builder.icmp_signed("!=", add, _I64(0))) as (then, otherwise):
@@ -134,14 +137,7 @@ def _listed_sums(builder, at, shape, a, b, first, c, listed, terms):
     def body(i, sums):
         j = builder.zext(builder.load(builder.gep(listed, [i])), _I64)
         step = builder.mul(j, a[2])
-        base = builder.gep(right, [builder.mul(j, b[1])])
-        vectors = [_load(builder, builder.gep(base, [_I64(v * LANES)])) for v in range(columns)]
-        result = []
-        for r, left in enumerate(lefts):
-            scalar = _splat(builder, builder.load(builder.gep(left, [step])))
-            for v, vector in enumerate(vectors):
-                result.append(_multiply_add(builder, scalar, vector, sums[r * columns + v]))
-        return result
+        return _add_term(builder, lefts, step, builder.gep(right, [builder.mul(j, b[1])]), sums)
 
     zero = ir.Constant(_VECTOR, [0.0] * LANES)
     sums = _loop(builder, terms, [zero] * (rows * columns), body)

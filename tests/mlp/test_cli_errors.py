@@ -31,10 +31,10 @@ BAD = {
         f"unknown optimizer 'lamb'; known: {lists(OPTIMIZERS)}",
     ),
     "precision": ("train --precision fp8", f"unknown precision 'fp8'; known: {lists(PRECISIONS)}"),
-    "device": ("train --device abacus", "unknown device 'abacus'; known: auto, cpu, cuda"),
+    "device": ("train --device abacus", "unknown device 'abacus'; known: cpu, cuda"),
     "no such GPU": (
         "train --device cuda:99",
-        f"asked for, but this machine has {CUDA_COUNT} CUDA devices; use --device cpu",
+        f"asked for, but this machine has {CUDA_COUNT} CUDA devices; use device cpu",
     ),
     "widths": (
         "train --hidden 100,wide",
@@ -181,6 +181,6 @@ def test_no_gpu(argv, tmp_path, monkeypatch, capsys):
     assert main(argv.split()) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and re.search(
-        "0 CUDA devices; use --device cpu|needs a CUDA GPU", err
+        "0 CUDA devices; use device cpu|needs a CUDA GPU", err
     )
     assert not (tmp_path / "runs").exists()
