@@ -81,17 +81,19 @@ def stack_backward(dy, saved, needs, out, bwd_dz, bwd_dx, bwd_dw):
     nothing = (None,) * layers
     needs = needs or (True,) * (2 * layers + 1)
     needs_dw, needs_db = needs[1 : layers + 1], needs[layers + 1 :]
+    # No gradient is needed below this layer, where the lower layers are frozen.
+    lowest = next((i for i in range(layers) if needs[0] or needs_dw[i] or needs_db[i]), layers)
     dws, dbs = [*nothing], [*nothing]
     dz_out, grads_out = out or (None, None)
     dz_out, grads_out = dz_out or nothing, grads_out or nothing
-    dz = bwd_dz(dy, kept[-1], output_activation, out=dz_out[-1])
-    for layer in range(layers - 1, -1, -1):
-        above = dz
-        if layer:
+    dz = bwd_dz(dy, kept[-1], output_activation, out=dz_out[-1]) if lowest < layers else None
+    for layer in range(layers - 1, lowest - 1, -1):
+        above, dz = dz, None
+        if layer > lowest:
             below = layer - 1
             dz = bwd_dx(above, weights[layer], kept[below], activation, out=dz_out[below])
-        else:
-            dz = bwd_dx(above, weights[0]).view(x.shape) if needs[0] else None
+        elif needs[0]:
+            dz = bwd_dx(above, weights[0]).view(x.shape)
         if needs_dw[layer] or needs_db[layer]:
             given = hidden[layer - 1] if layer else x
             dw, db = bwd_dw(above, given, bias[layer], out=grads_out[layer])

@@ -72,10 +72,10 @@ def info(values: Values) -> None:
     cpu = f"cpu, {torch.get_num_threads()} threads"
     say(f"device {torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu}")
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        path = kernels.path(torch.empty(0, device=device, dtype=dtype))
+        backend = kernels.backend(torch.empty(0, device=device, dtype=dtype))
         say(
             f"{dtype}: {', '.join(kernels.OPERATIONS)} by "
-            f"{'Triton kernels' if path == 'triton' else 'the torch reference'}"
+            f"{'Triton kernels' if backend == 'triton' else 'the torch reference'}"
         )
     if values["check"]:
         _check(device)

@@ -356,7 +356,7 @@ class Manual(Engine):
         return result
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if not (self._labels_valid and x.device.type == "cpu" and kernels.path(x) == "torch"):
+        if not (self._labels_valid and x.device.type == "cpu" and kernels.backend(x) == "torch"):
             return self._train(x, y)
         numbers = None if self.demands.per_step else self.update.numbers()
         key = (x.data_ptr(), y.data_ptr(), len(x), numbers)

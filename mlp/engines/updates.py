@@ -210,7 +210,7 @@ def choose(
     is_foreign = takeover.optimizer(optimizer) is not None
     inlines = not is_foreign and clip_norm is None and len(net.stages) == 1
     part = whole(optimizer, named.values()) if inlines else None
-    on_kernels = kernels.path(next(iter(net.parameters.values()))) == "triton"
+    on_kernels = kernels.backend(next(iter(net.parameters.values()))) == "triton"
     # Without kernels, an inline update is faster only if the rule takes its step within the
     # gradient's matrix product.
     if part is not None and (on_kernels or part.rule.product_ref is not None):

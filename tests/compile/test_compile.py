@@ -31,7 +31,7 @@ SHARED = {
 NO_SPILLS = ("sm_80", "sm_90")
 # These are compiled in every run of the suite, the others with --full, as in CI.
 USUAL = ("sm_90",)
-PARTS = 3
+PARTS = 5
 # Only some shapes reach these kernels.
 NEEDED = {
     "linear_fwd_kernel",

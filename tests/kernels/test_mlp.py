@@ -8,8 +8,12 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
 import kernels
-from kernels import linear, mlp_bwd, mlp_fwd
+from kernels import linear, mlp_bwd, mlp_fwd, mlp_fwd_ref
 from kernels.activations import ACTIVATIONS
+from kernels.ops.linear import linear_bwd_dw_ref as bwd_dw
+from kernels.ops.linear import linear_bwd_dx_ref as bwd_dx
+from kernels.ops.linear import linear_bwd_dz_ref as bwd_dz
+from kernels.ops.mlp import stack_backward
 from tests.checks import (
     DTYPES,
     assert_equal,
@@ -124,6 +128,32 @@ def test_only_the_gradients_wanted(device):
             whole, flat(*mlp_bwd(torch.ones_like(y), *saved, needs=needs)), needs
         ):
             assert torch.equal(part, gradient) if needed else part is None
+
+
+@pytest.mark.parametrize(
+    ("needed", "parts"),
+    [
+        ((0,), ["dz", "dx", "dx", "dx"]),  # the inputs
+        ((1,), ["dz", "dx", "dx", "dw"]),  # the lowest weight
+        ((2, 6), ["dz", "dx", "dw", "dw"]),  # the second weight and the highest bias
+        ((6,), ["dz", "dw"]),
+        ((), []),
+    ],
+)
+def test_nothing_is_computed_for_frozen_layers(needed, parts):
+    """Below the lowest layer that needs a gradient, the backward computes no dz."""
+    x, *parameters = draw(WIDTHS, 7)
+    dy, saved = mlp_fwd_ref(x, parameters[:3], parameters[3:], "sigmoid")
+    done = []
+
+    def counted(name, part):
+        return lambda *args, **kwargs: done.append(name) or part(*args, **kwargs)
+
+    bwds = [counted(*part) for part in (("dz", bwd_dz), ("dx", bwd_dx), ("dw", bwd_dw))]
+    dx, dws, dbs = stack_backward(dy, saved, [i in needed for i in range(7)], None, *bwds)
+    assert sorted(done) == sorted(parts)
+    given = {i for i, gradient in enumerate((dx, *dws, *dbs)) if gradient is not None}
+    assert given == set(needed)
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])  # relu keeps y, gelu keeps z
