@@ -303,16 +303,16 @@ class Trainer:
         size = whole("fit: batch_size", size)
         if taken.note is not None and self.verbose:
             print(f"{taken.note}, {size} at a time")
-        like = taken.data if taken.words else None
+        seen = Seen.of(taken)
         evaluate, validation = (
-            None if part is None else self._fitted(given.take(part, ignored, like).data)
-            for part in measured
+            None if part is None else self._fitted(seen.take(part, ignored)) for part in measured
         )
         train = self._fitted(taken.data)
-        self._seen = Seen.of(taken)
+        self._seen = seen
         for part in (evaluate, validation):
             if part is not None:
                 check_columns(part.columns, train.columns, f"fit: {part.name}")
+                given.check_alike(train, part)
         count = len(train) // size * size if drops else len(train)
         return _Task(train, evaluate, validation, size, count, whole("fit: seed", seed, least=None))
 
@@ -495,8 +495,9 @@ class Trainer:
         another width.
         """
         ignored = means.reading(self.loss).ignore_index
-        like = None if self._seen is None else self._seen.like()
-        data = self._fitted(given.take(data, ignored, like).data)
+        seen = self._seen
+        taken = given.take(data, ignored).data if seen is None else seen.take(data, ignored)
+        data = self._fitted(taken)
         self._check_features("evaluate", data)
         if self._seen is not None:
             check_columns(data.columns, self._seen.columns, "evaluate")

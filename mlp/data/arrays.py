@@ -204,10 +204,11 @@ def in_memory(
             f"{name}: inputs {tuple(x.shape)} have their channels last, but networks take them "
             "first; give x.permute(0, 3, 1, 2), or x.flatten(1) if they are no images"
         )
+    stored = _dtype_name(x.dtype)
     if not x.is_floating_point() and x.dtype != torch.uint8:
         exact = x.to(torch.float32)
         x = exact if bool((exact.to(x.dtype) == x).all()) else x.double()
-    return Dataset(x, y, classes, shape, name=name, columns=columns, ignored=ignored)
+    return Dataset(x, y, classes, shape, name=name, columns=columns, stored=stored, ignored=ignored)
 
 
 def _dtype_name(dtype: object) -> str:

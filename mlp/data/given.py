@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
 from .dataset import DataError, Dataset
+from .pixels import check_units
 
 
 class Given(NamedTuple):
@@ -70,6 +71,17 @@ def check_columns(columns: tuple[str, ...], trained: tuple[str, ...], what: str)
         f"{what}: column {at} is {columns[at]!r}, but the network was trained on {trained[at]!r} "
         f"there; give the columns in the order {', '.join(trained)}"
     )
+
+
+def check_alike(train: Dataset, other: Dataset) -> None:
+    """DataError if only one of the two has bytes, and the numbers as read have other units.
+
+    Bytes of pixels are 0 to 255, but floating-point pixels are mostly 0 to 1.
+    """
+    if (train.inputs.dtype == torch.uint8) == (other.inputs.dtype == torch.uint8):
+        return
+    read = [data.read(data.inputs) for data in (train, other)]
+    check_units(read, (train.stored, other.stored), other.name)
 
 
 def _shape(given: Any, data: Dataset) -> tuple[int, ...] | None:

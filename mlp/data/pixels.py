@@ -23,6 +23,9 @@ _BYTE = 255
 # In other types than uint8, bytes are recognised only if the largest is at least this.
 _HALF_BYTE = 128
 _SMALL = 10.0
+# Training and test data whose mean sizes differ by this factor are probably in different units.
+_TENFOLD = 10.0
+_ENOUGH = 100  # numbers. The mean size of fewer tells nothing about the units.
 
 
 class Layout(NamedTuple):
@@ -200,6 +203,52 @@ def _same_levels(
     return each[0]
 
 
+def check_units(tensors: Sequence[torch.Tensor], dtypes: Sequence[str], name: str) -> None:
+    """DataError if training and test data are probably in different units.
+
+    They are if only one part is within [-1, 1], or only one has a dtype of whole numbers, and the
+    mean sizes differ by a factor of ten. So it is with bytes of pixels, and the same from 0 to 1.
+    Test data of the same dtype of whole numbers may be dark images, so they are not refused.
+    """
+    if len(tensors) < 2 or min(t.numel() for t in tensors) < _ENOUGH:
+        return
+    ranges = [(float(t.min()), float(t.max())) for t in tensors]
+    within = [_is_within_one(*found) for found in ranges]
+    if len(set(within)) == 1 and len({t.is_floating_point() for t in tensors}) == 1:
+        return
+    if within[-1] and len(set(dtypes)) == 1 and not tensors[0].is_floating_point():
+        return
+    small, large = sorted(float(t.double().abs().mean()) for t in tensors)
+    if small > 0 and _TENFOLD * small <= large:
+        said = [f"{d} {low:.6g} to {high:.6g}" for d, (low, high) in zip(dtypes, ranges)]
+        raise DataError(
+            f"{name}: training inputs are {said[0]}, test inputs {said[1]}; store both alike"
+        )
+
+
+def _is_within_one(low: float, high: float) -> bool:
+    """True if numbers from `low` to `high` are at most 1 in size."""
+    return low >= -1 and high <= 1
+
+
+def other_units(raw: torch.Tensor, levels: tuple[float, float] | None) -> str:
+    """Why pixels (N, features) are probably not in the units of these levels, or "".
+
+    Bytes do not fit levels of 0 and 1, and pixels up to 1 do not fit levels of bytes.
+    """
+    if levels is None or raw.numel() < _ENOUGH:
+        return ""
+    low, high = float(raw.min()), float(raw.max())
+    small, large = sorted((max(abs(low), abs(high)), levels[1]))
+    fits = _is_within_one(low, high) == _is_within_one(*levels)
+    if fits or small == 0 or large < _TENFOLD * small:
+        return ""
+    return (
+        f"its pixels are {low:.6g} to {high:.6g}, but black and white of the training are "
+        f"{levels[0]:.6g} and {levels[1]:.6g}"
+    )
+
+
 def is_flat_pixels(tensors: Sequence[torch.Tensor], dtypes: Sequence[str]) -> bool:
     """True if flat rows may hold bytes of pixels: 64 or more whole numbers, from 0 up to 255."""
     if tensors[0].dim() != 2 or tensors[0].shape[1] < _ROW_OF_PIXELS:
@@ -234,6 +283,7 @@ def understood(
             f"{name}: inputs {tuple(inputs[0].shape)} have {dims} axes; flatten them to "
             f"(N, {inputs[0][0].numel()})"
         )
+    check_units(inputs, dtypes, name)
     inputs = [t[:, None] if t.dim() == 1 else t for t in inputs]
     if len({t.dim() for t in inputs}) > 1:
         inputs = [t.flatten(1) for t in inputs]

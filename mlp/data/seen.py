@@ -8,7 +8,8 @@ import torch
 from ..runs.schema import typed
 from . import arrays
 from .dataset import DataError, Dataset, Reading
-from .given import Given, check_columns
+from .given import Given, check_columns, take
+from .pixels import other_units
 
 
 class Seen(NamedTuple):
@@ -56,26 +57,53 @@ class Seen(NamedTuple):
             return None
         return Dataset(torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64), self.words)
 
+    def take(self, given: Any, ignored: int | None = None) -> Dataset:
+        """Test data, see `given.take`. Objects in memory are read as the training read its data.
+
+        A Dataset says itself how it is read. ValueError as for `read`.
+        """
+        data, reading = take(given, ignored, self.like()).data, self.reading
+        if isinstance(given, Dataset) or self._is_plain:
+            return data
+        whole = not getattr(torch, data.stored, torch.float32).is_floating_point
+        self._check_units(data.inputs, data.stored, whole, "test data")
+        if reading.mean is not None:
+            data = data.standardized(reading)
+        return data._with(scale=reading.scale, shift=reading.shift)
+
+    @property
+    def _is_plain(self) -> bool:
+        """True if training changed no number."""
+        return (self.reading.scale, self.reading.shift, self.reading.mean) == (1.0, 0.0, None)
+
+    def _check_units(self, raw: torch.Tensor, dtype: str, whole: bool, what: str) -> None:
+        """ValueError if these numbers (N, …) are not stored as those of the training were.
+
+        dtype: their type, for the message. whole: True for a type of whole numbers.
+        """
+        stored = getattr(torch, self.reading.stored, None)
+        way = f"give {self.reading.stored}, or a Dataset that says how to read them"
+        if not self._is_plain and stored is not None and whole == stored.is_floating_point:
+            raise ValueError(
+                f"{what}: the network was trained on {self.reading.stored} inputs, which its data "
+                f"set scales, got {dtype}; {way}"
+            )
+        if reason := other_units(raw, self.reading.levels):
+            raise ValueError(f"{what}: {reason}; {way}")
+
     def read(self, x: Any, dtype: torch.dtype) -> Dataset:
         """Rows of an array or a frame, as the numbers that the network takes.
 
         ValueError if training scaled whole numbers and x is floating point, or the reverse. The
-        values of black and white are then unknown.
+        values of black and white are then unknown. The same for pixels up to 1 where training had
+        bytes, and the reverse.
         """
         raw, columns = arrays.numbers(x, "predict: x")
         if not len(raw):
             raise DataError("predict: x has no rows; give one at least")
         check_columns(columns, self.columns, "predict: x")
-        reading, stored = self.reading, getattr(torch, self.reading.stored, None)
-        is_plain = (reading.scale, reading.shift, reading.mean) == (1.0, 0.0, None)
-        as_stored = stored is None or raw.is_floating_point() == stored.is_floating_point
-        if not (is_plain or as_stored):
-            raise ValueError(
-                f"predict: the network was trained on {reading.stored} inputs, which its data set "
-                f"scales, got {raw.dtype}; give {reading.stored}, or a Dataset that says how to "
-                "read them"
-            )
-        return rows(reading.numbers(raw.reshape(len(raw), -1), dtype))
+        self._check_units(raw, str(raw.dtype), not raw.is_floating_point(), "predict")
+        return rows(self.reading.numbers(raw.reshape(len(raw), -1), dtype))
 
 
 def rows(inputs: torch.Tensor) -> Dataset:

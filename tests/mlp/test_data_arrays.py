@@ -318,3 +318,31 @@ def test_a_reading_survives_json():
     for data in (train, train.normalized(0.5, 0.25), table):
         stored = json.loads(json.dumps(dataclasses.asdict(data.reading)))
         assert typed(Reading, stored, "config.json") == data.reading
+
+
+ROWS = np.random.default_rng(5).integers(0, 256, (60, 20)).astype(np.uint8)
+ROW_LABELS = np.arange(60) % 3
+FRACTIONS = ROWS.astype(np.float32) / 255
+OTHER_UNITS = {
+    "bytes and fractions": (ROWS, FRACTIONS),
+    "fractions and bytes": (FRACTIONS, ROWS),
+    "floats of bytes and fractions": (ROWS.astype(np.float32), FRACTIONS),
+    "a mask and bytes": (ROWS // 200, ROWS),
+    "bytes and standardised": (ROWS, (ROWS - 127.0) / 73.0),
+}
+
+
+@pytest.mark.parametrize("train, test", OTHER_UNITS.values(), ids=OTHER_UNITS)
+def test_parts_in_other_units_are_refused(train, test):
+    with pytest.raises(
+        DataError, match=r"training inputs are .*, test inputs .*; store both alike"
+    ):
+        from_arrays(train, ROW_LABELS, test, ROW_LABELS)
+
+
+def test_parts_of_tables_in_the_same_units_are_read():
+    """A part of whole numbers beside fractions, and a small test part, are no other units."""
+    ages = np.arange(120.0).reshape(60, 2) + 20
+    for train, test in ((ages.astype(int), ages + 0.5), (ages, ages[:10] / 1000)):
+        parts = from_arrays(train, ROW_LABELS, test, ROW_LABELS[: len(test)])
+        assert torch.equal(parts[1].inputs, torch.from_numpy(test))

@@ -251,6 +251,46 @@ def test_predict_reads_as_training_did():
     assert torch.equal(made.predict(table), expected)
 
 
+def bytes_of_pixels():
+    """(a Dataset that reads bytes as 0 to 1, its bytes (200, 64), its labels)."""
+    generator = torch.Generator().manual_seed(3)
+    pixels = torch.randint(0, 256, (200, 64), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(200) % 3
+    levels = (0.0, 255.0)
+    return mlp.Dataset(pixels, labels, scale=1 / 255, levels=levels), pixels, labels
+
+
+def test_tensors_beside_a_data_set_are_read_as_it_is():
+    data, pixels, labels = bytes_of_pixels()
+    trainer = Trainer(MLP([64, 8, 3]), engine="manual", verbose=False)
+    row = trainer.fit(data, epochs=1, batch_size=50, evaluate=(pixels, labels))[-1]
+    own = trainer.evaluate(data)
+    assert row["test_loss"] == own["test_loss"]
+    for given in (pixels, pixels.long(), pixels.numpy()):
+        assert trainer.evaluate((given, labels)) == own
+    standard = Trainer(MLP([64, 8, 3]), engine="manual", verbose=False)
+    standard.fit(data.standardized(), epochs=1, batch_size=50)
+    expected = standard.evaluate(data.standardized())["test_loss"]
+    assert standard.evaluate((pixels, labels))["test_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_pixels_in_other_units_are_refused():
+    data, pixels, labels = bytes_of_pixels()
+    fractions, mask = pixels / 255, (pixels > 99).to(torch.uint8)
+    trainer = Trainer(MLP([64, 8, 3]), engine="manual", verbose=False)
+    trainer.fit(data, epochs=1, batch_size=50)
+    with pytest.raises(ValueError, match="trained on uint8 inputs, which its data set scales, got"):
+        trainer.evaluate((fractions, labels))
+    with pytest.raises(ValueError, match="its pixels are 0 to 1, but black and white of the"):
+        trainer.predict(mask)
+    plain = Trainer(MLP([64, 8, 3]), engine="manual", verbose=False)
+    with pytest.raises(ValueError, match="training inputs are uint8 0 to 255, test inputs float32"):
+        plain.fit((pixels, labels), epochs=1, batch_size=50, evaluate=(fractions, labels))
+    unscaled = mlp.Dataset(pixels.float(), labels)
+    with pytest.raises(ValueError, match="training inputs are uint8 0 to 1, test inputs float32 0"):
+        plain.fit(data, epochs=1, batch_size=50, evaluate=unscaled)
+
+
 def test_a_loaded_trainer_predicts_the_same():
     """The state holds how training read its inputs and which words its labels were."""
     pixels = torch.randint(0, 256, (70, 6), dtype=torch.uint8)
