@@ -144,8 +144,6 @@ def test_torchs_newer_precision_setting(setting, precision):
     disagree.
     """
     backends = torch.backends
-    if not hasattr(backends, "fp32_precision"):
-        pytest.skip("this setting needs a newer torch, 2.9")
     before = backends.fp32_precision, backends.cuda.matmul.fp32_precision
     # PyTorch's own test helpers, which other tests import, lock these settings.
     with getattr(backends, "__allow_nonbracketed_mutation")():
