@@ -95,6 +95,54 @@ def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 _SCHEDULES = {"constant": _constant, "invscaling": _invscaling, "adaptive": _constant}
 
 
+class _Arrays(list):
+    """The arrays of all layers, which are the network's own memory on a CPU.
+
+    So a change inside of an array changes the network. An array that is assigned to a place is
+    copied into the network. On other devices, the arrays are copies that cannot be written to. A
+    pickle or a copy of the list is a plain list.
+    """
+
+    def __init__(self, name: str, parameters: list[torch.Tensor]) -> None:
+        self._name, self._parameters = name, parameters
+        super().__init__(_array(p) for p in parameters)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        places: Any = range(len(self))[index]
+        if isinstance(places, int):
+            places, value = [places], [value]
+        values = list(value)
+        if len(values) != len(places):
+            raise ValueError(
+                f"{self._name} must have {len(places)} arrays, one for each layer, got "
+                f"{len(values)}; fit another estimator for other layers"
+            )
+        arrays = [self._checked(*one) for one in zip(places, values)]
+        for i, array in zip(places, arrays):
+            parameter = self._parameters[i].detach()
+            parameter.copy_(torch.from_numpy(array.T))
+            super().__setitem__(i, _array(parameter))
+
+    def _checked(self, layer: int, value: Any) -> numpy.ndarray:
+        array = numpy.array(value, dtype=numpy.float64)
+        if array.shape != self[layer].shape:
+            raise ValueError(
+                f"{self._name}[{layer}] must be {self[layer].shape}, got {array.shape}; fit "
+                "another estimator for other widths"
+            )
+        return array
+
+    def __reduce__(self) -> Any:
+        return list, (list(self),)
+
+
+def _array(parameter: torch.Tensor) -> numpy.ndarray:
+    """The numbers of a weight as (inputs, outputs), or of a bias (outputs,)."""
+    array = parameter.detach().cpu().numpy().T
+    array.flags.writeable = parameter.device.type == "cpu"
+    return array
+
+
 class _Network(BaseEstimator):
     """The common base of classifier and regressor: checks, the training loop, attributes."""
 
@@ -202,13 +250,25 @@ class _Network(BaseEstimator):
 
     @property
     def coefs_(self) -> list[numpy.ndarray]:
-        """The weights of each layer, (inputs, outputs), in the network's dtype."""
-        return [layer.weight.detach().cpu().numpy().T for layer in self._layers()]
+        """The weights of each layer, (inputs, outputs), in the network's dtype.
+
+        A change of an array, of the list, or of the attribute changes the network. On another
+        device than a CPU, the arrays cannot be written to, so assign new ones.
+        """
+        return _Arrays("coefs_", [layer.weight for layer in self._layers()])
+
+    @coefs_.setter
+    def coefs_(self, values: Any) -> None:
+        self.coefs_[:] = values
 
     @property
     def intercepts_(self) -> list[numpy.ndarray]:
-        """The biases of each layer, (outputs,), in the network's dtype."""
-        return [layer.bias.detach().cpu().numpy() for layer in self._layers()]
+        """The biases of each layer, (outputs,), in the network's dtype. See `coefs_`."""
+        return _Arrays("intercepts_", [layer.bias for layer in self._layers()])
+
+    @intercepts_.setter
+    def intercepts_(self, values: Any) -> None:
+        self.intercepts_[:] = values
 
     def _layers(self) -> list[Any]:
         model = self.__dict__.get("_model")

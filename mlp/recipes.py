@@ -319,16 +319,41 @@ def suited(
     """The recipe with a loss that fits the targets.
 
     If the targets are numbers but the loss needs classes, the loss `default` replaces it.
-    loss_chosen: the user chose the loss, so it is kept. ValueError if it cannot train the targets.
+    loss_chosen: the user chose the loss, or an option of it, so it is kept. ValueError if it cannot
+    train the targets. A loss of classes can train numbers that are shares of the classes.
     """
     row = LOSSES[recipe.loss].row
-    if train.is_classification or row.targets != "classes":
+    if train.is_classification:
         return recipe
-    if loss_chosen:
-        if reason := row.refusal(train.targets.shape[1], train.targets):
-            raise ValueError(f"{train.name}: {reason}")
+    if row.targets != "classes":
+        _check_chances(recipe, train)
         return recipe
-    return replace(recipe, loss=default, loss_options={})
+    if not loss_chosen:
+        return replace(recipe, loss=default, loss_options={})
+    if not _are_shares(train.targets):
+        options = "".join(f", {name} {value}" for name, value in recipe.loss_options.items())
+        raise ValueError(
+            f"{train.name}: the loss {recipe.loss}{options} is for classes, but the targets are "
+            "numbers; leave it out, or choose the loss mse for numbers, bce for yes or no"
+        )
+    return recipe
+
+
+def _check_chances(recipe: Recipe, train: Dataset) -> None:
+    """ValueError if the loss reads outputs as chances of yes, but a target is not within 0 to 1."""
+    low, high = float(train.targets.min()), float(train.targets.max())
+    if not recipe.reads_values and not (low >= 0 and high <= 1):
+        raise ValueError(
+            f"{train.name}: the loss {recipe.loss} needs targets from 0 for no to 1 for yes, but "
+            f"they are {low:.4g} to {high:.4g}; choose the loss mse for numbers"
+        )
+
+
+def _are_shares(targets: torch.Tensor) -> bool:
+    """True if each row (N, classes) is at least 0, sums to 1, and is not of one class only."""
+    sums = targets.sum(1)
+    close = bool(torch.isclose(sums, torch.ones_like(sums), atol=1e-3).all())
+    return targets.shape[1] > 1 and bool((targets >= 0).all()) and close
 
 
 def _optimizer(name: str):

@@ -4,7 +4,6 @@ The measures are R², MAE and RMSE of numbers, and F1, AUC and log loss of class
 """
 
 import math
-import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +20,7 @@ NAMES = {
     "auc": ("AUC", ".4f"),
     "log_loss": ("log loss", ".4f"),
     "exact": ("all labels right", ".2%"),
+    "accuracy": ("accuracy", ".2%"),
 }
 CLASS_WEIGHTS = ("balanced",)
 
@@ -82,14 +82,19 @@ def several(probabilities: numpy.ndarray, truths: numpy.ndarray) -> dict[str, fl
         return dict.fromkeys(("exact", "f1", "auc"), math.nan)
     said, truths = (probabilities > 0.5).astype(int), truths.astype(int)
     varies = bool((truths.min(0) != truths.max(0)).all())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # scikit-learn warns of a single label
-        f1 = metrics.f1_score(truths, said, average="macro", zero_division=0)
+    # One label alone would be taken for two classes, so each label is measured on its own.
+    f1 = [metrics.f1_score(t, s, zero_division=0) for t, s in zip(truths.T, said.T)]
     return {
         "exact": float((said == truths).all(1).mean()),
-        "f1": float(f1),
+        "f1": float(numpy.mean(f1)),
         "auc": float(metrics.roc_auc_score(truths, probabilities)) if varies else math.nan,
     }
+
+
+def one_label(probabilities: numpy.ndarray, truths: numpy.ndarray) -> dict[str, float]:
+    """{"accuracy", "f1", "auc"} of one label, as `several`. Both arrays are (rows, 1)."""
+    found = several(probabilities, truths)
+    return {"accuracy": found.pop("exact"), **found}
 
 
 def line(found: dict[str, float]) -> str:

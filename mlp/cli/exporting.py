@@ -11,12 +11,13 @@ from ..modules import ends
 from ..runs import Facts, RunFolder, Settings
 from ..runs.checkpoint import config_of
 from .options import Values
-from .terminal import complain, say
+from .terminal import check_file, complain, say
 
 
 def run(values: Values) -> None:
     """Write the network of a run folder as another program reads it."""
     path = values["file"]
+    check_file(path)
     write = _format(path, values["format"]).write
     settings = RunFolder(values["run"]).settings
     model, note = RunFolder(values["run"]).network("cpu")

@@ -18,7 +18,7 @@ from ..runs.disk import CheckpointError, write_text
 from ..trainer import Trainer
 from . import setup
 from .options import Values
-from .terminal import complain, say
+from .terminal import check_file, complain, say
 
 _LESS = ("mae", "auc")  # measures that only `evaluate` prints, not the line of an epoch
 
@@ -33,18 +33,28 @@ def quality(
     model: torch.nn.Module, loss: Any, part: data.Dataset, units: Units | None
 ) -> dict[str, float]:
     """The measures of a network on samples, see `scoring.numbers`, `classes` and `several`."""
+    if part.is_classification:
+        found, true = zip(*metrics.outputs(model, part))
+        shares = loss.probabilities(torch.cat(found)).double().cpu().numpy()
+        return scoring.classes(shares, torch.cat(true).cpu().numpy())
+    said, true, are_labels = _said(model, loss, part, units)
+    if said.shape != true.shape:
+        return {}  # several quantiles of one target
+    return (scoring.several if are_labels else scoring.numbers)(said, true)
+
+
+def _said(
+    model: torch.nn.Module, loss: Any, part: data.Dataset, units: Units | None
+) -> tuple[numpy.ndarray, numpy.ndarray, bool]:
+    """(predictions, targets, True if they are labels), in the targets' own units.
+
+    Predictions of labels are probabilities. Both are (rows, targets) float64.
+    """
     found, true = zip(*metrics.outputs(model, part))
     outputs, targets = torch.cat(found), torch.cat(true)
-    if part.is_classification:
-        shares = loss.probabilities(outputs).double().cpu().numpy()
-        return scoring.classes(shares, targets.cpu().numpy())
-    said = loss.predict(outputs)
-    targets = targets.reshape(len(targets), -1)
-    if said.shape != targets.shape:
-        return {}  # several quantiles of one target
-    if said is not outputs:
-        return scoring.several(own(said, None), own(targets, None))
-    return scoring.numbers(own(said, units), own(targets, units))
+    said, targets = loss.predict(outputs), targets.reshape(len(targets), -1)
+    units = units if said is outputs else None
+    return own(said, units), own(targets, units), said is not outputs
 
 
 def epoch_quality(trainer: Trainer, found: setup.Data) -> dict[str, float]:
@@ -70,11 +80,11 @@ def quality_lines(settings: Settings, trainer: Trainer, part: data.Dataset) -> l
     if facts is None or facts.table is None or part.is_classification or len(found) == 0:
         return lines
     names = facts.table.targets
-    if len(names) > 1 and units is not None:
-        outputs, targets = zip(*metrics.outputs(trainer.model, part))
-        said, true = own(torch.cat(outputs), units), own(torch.cat(targets), units)
+    if len(names) > 1:
+        said, true, are_labels = _said(trainer.model, trainer.loss, part, units)
+        measure = scoring.one_label if are_labels else scoring.numbers
         for i, name in enumerate(names):
-            one = scoring.numbers(said[:, i : i + 1], true[:, i : i + 1])
+            one = measure(said[:, i : i + 1], true[:, i : i + 1])
             lines.append(f"  {name:<20}{scoring.line(one)}")
     return lines
 
@@ -112,6 +122,8 @@ def predict(values: Values) -> None:
             f"{run.path} was trained on {'a table' if named else 'rows of numbers'}: give it one "
             f"{' or '.join(known)} file, got {', '.join(map(str, values['files']))}"
         )
+    if values["out"] is not None:
+        check_file(values["out"])
     dtype = setup.pick_precision(settings.precision).weights
     model, note = run.network(setup.pick_device(values["device"]))
     if note:

@@ -5,6 +5,7 @@ them could clear the screen or forge a line, so it is escaped.
 """
 
 import sys
+from pathlib import Path
 from typing import TextIO
 
 
@@ -26,3 +27,11 @@ def say(line: object = "", file: TextIO | None = None) -> None:
 def complain(message: object) -> None:
     """Print one line on stderr, with the program's name before it."""
     say(f"handgrad: {' '.join(str(message).split())}", sys.stderr)
+
+
+def check_file(path: Path) -> None:
+    """ValueError if no file can be written at this path, before the work for it is done."""
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent}; make it first")

@@ -170,13 +170,12 @@ class _Number:
     def fit(name: str, series: "pandas.Series") -> Column | None:
         values = _as_numbers(name, series)
         known = values[~numpy.isnan(values)]
-        if not len(known):
-            return None  # the column holds only gaps
+        flag = len(known) < len(values)
+        if not len(known) or (known.min() == known.max() and not flag):
+            return None  # nothing can be learned from it
         fill = float(numpy.median(known))
         filled = numpy.where(numpy.isnan(values), fill, values)
-        return Column(
-            name, _NUMBER, *_mean_std(filled), fill=fill, flag=bool(len(known) < len(values))
-        )
+        return Column(name, _NUMBER, *_mean_std(filled), fill=fill, flag=flag)
 
     @staticmethod
     def features(column: Column) -> list[str]:
@@ -209,9 +208,9 @@ class _Category:
                 f"{counts.index[0]!r}; it looks like a date, a name or an id; leave it out with "
                 f"--drop {name}"
             )
-        return (
-            Column(name, _CATEGORY, categories=tuple(sorted(counts.index))) if len(counts) else None
-        )
+        if not len(counts) or (len(counts) == 1 and len(texts) == len(series)):
+            return None  # nothing can be learned from it
+        return Column(name, _CATEGORY, categories=tuple(sorted(counts.index)))
 
     @staticmethod
     def features(column: Column) -> list[str]:
@@ -270,7 +269,8 @@ def _as_numbers(name: str, series: "pandas.Series") -> numpy.ndarray:
     if len(bad):
         row = int(bad[0])
         raise DataError(
-            f"column {name!r} must hold numbers, row {_row(series, row)} has {series.iloc[row]!r}"
+            f"column {name!r} must hold numbers, or true and false, but row {_row(series, row)} "
+            f"has {series.iloc[row]!r}"
         )
     if numpy.isinf(numbers).any():
         row = int(numpy.flatnonzero(numpy.isinf(numbers))[0])
@@ -366,7 +366,7 @@ def _check_target(frame: "pandas.DataFrame", name: str) -> None:
 
 
 def read(path: str | Path, texts: Sequence[str] = ()) -> "pandas.DataFrame":
-    """A CSV (comma, semicolon or tab), TSV or Parquet file as a frame.
+    """A CSV (comma, semicolon, tab or vertical bar), TSV or Parquet file as a frame.
 
     texts: names of columns whose values stay texts, even if this file has only numbers there.
     DataError, in one line, for a file that cannot be read.
@@ -400,7 +400,7 @@ def _parsed(path: Path, texts: Sequence[str]) -> "pandas.DataFrame":
     with path.open(encoding="utf-8-sig", newline="") as file:
         header = file.readline().rstrip("\r\n")
     outside = re.sub(r'"[^"]*"', "", header)
-    separator = max(",;\t", key=outside.count)
+    separator = max(",;\t|", key=outside.count)
     names = [name.strip() for name in next(csv.reader([header], delimiter=separator), [])]
     names = [name or f"Unnamed: {i}" for i, name in enumerate(names)]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
@@ -514,8 +514,9 @@ def guess_task(frame: "pandas.DataFrame", targets: Sequence[str]) -> str:
 def fit(frame: "pandas.DataFrame", targets: Sequence[str], task: str = "auto") -> Table:
     """Fit a Table on training rows.
 
-    targets: names of the columns to predict. All others are features. task: one of TASKS, or "auto"
-    for that of `guess_task`. DataError, in one line, for columns that cannot be learned from.
+    targets: names of the columns to predict. All others are features, except columns that have the
+    same value in all rows. task: one of TASKS, or "auto" for that of `guess_task`. DataError, in
+    one line, for columns that cannot be learned from.
     """
     task = checked_task(frame, targets, task)
     columns = _columns(frame, targets)
@@ -524,6 +525,10 @@ def fit(frame: "pandas.DataFrame", targets: Sequence[str], task: str = "auto") -
 
 def checked_task(frame: "pandas.DataFrame", targets: Sequence[str], task: str = "auto") -> str:
     """The task of these targets. DataError if one cannot be learned."""
+    if not targets:
+        raise DataError(f"no target is given; name one of the columns {_listed(frame.columns)}")
+    if twice := [name for name in targets if targets.count(name) > 1]:
+        raise DataError(f"the target {twice[0]!r} is given twice; name it once")
     _check_columns(frame, targets)
     for name in targets:
         _check_target(frame, name)
@@ -570,7 +575,10 @@ def _columns(frame: "pandas.DataFrame", targets: Sequence[str]) -> tuple[Column,
         column = _KINDS[kind].fit(name, series)
         found += [] if column is None else [column]
     if not found:
-        raise DataError(f"no column is left to learn from beside the target {_listed(targets)}")
+        raise DataError(
+            f"no column is left to learn from beside the target {_listed(targets)}: there is no "
+            "other, or all rows have the same value"
+        )
     return tuple(found)
 
 
@@ -614,6 +622,7 @@ def load(path: str | Path, choice: Choice, table: Table | None = None) -> Parts:
     be read or used.
     """
     path, frame = Path(path), read(path, () if table is None else table.texts)
+    _check_rows(len(frame), str(path))
     notes: tuple[str, ...] = ()
     if table is None:
         _check_columns(frame, (*choice.targets, *choice.drop))
@@ -628,7 +637,12 @@ def load(path: str | Path, choice: Choice, table: Table | None = None) -> Parts:
     labels = frame[targets[0]].map(_class_name).to_numpy() if TASKS[task].has_labels else None
     rows = split_rows(len(frame), choice.validation, labels, str(path))
     train, test, held = (frame.iloc[chosen] for chosen in rows)
-    table = table or fit(train, targets, task)
+    if table is None:
+        table = fit(train, targets, task)
+        known = {*targets, *(column.name for column in table.columns)}
+        if empty := [name for name in frame.columns if name not in known]:
+            notes += (f"left out, as all training rows have the same value: {_listed(empty)}",)
+            train, test, held = (part.drop(columns=empty) for part in (train, test, held))
     learned = table.dataset(train, f"{path.name} (train)")
     said = tuple(f"{path.name}: {note}" for note in notes)
     return Parts(
@@ -654,6 +668,11 @@ def _why_not_split(labels: numpy.ndarray | None, error: ValueError) -> str:
     )
 
 
+def _check_rows(count: int, name: str) -> None:
+    if count < 3:
+        raise DataError(f"{name}: {count} row{'s' * (count > 1)} cannot be split; give 3 at least")
+
+
 def split_rows(
     count: int, validation: float, labels: numpy.ndarray | None, name: str
 ) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
@@ -669,8 +688,7 @@ def split_rows(
         raise DataError(
             f"the validation share must be 0 to below {1 - TEST_SHARE:g}, got {validation:g}"
         )
-    if count < 3:
-        raise DataError(f"{name}: {count} row{'s' * (count > 1)} cannot be split; give 3 at least")
+    _check_rows(count, name)
     rows = numpy.arange(count)
 
     def part(rows: numpy.ndarray, share: float) -> tuple[numpy.ndarray, numpy.ndarray]:

@@ -212,6 +212,34 @@ def test_search_pipeline_and_pickle(wine):
     again[-1].partial_fit(*wine)
 
 
+def test_assigned_weights_are_the_networks(wine):
+    """Weights are changed in place, in the list, or as a whole, as in scikit-learn."""
+    x, y = wine
+    ours, theirs = pair("MLPClassifier")
+    weights = numpy.random.default_rng(0)
+    new = [weights.normal(size=w.shape) for w in (numpy.empty((13, 7)), numpy.empty((7, 5)))]
+    for one in (ours, theirs):
+        one.fit(x, y)
+        one.coefs_[0][:] = new[0]
+        one.coefs_[1] = new[1]
+        one.intercepts_ = [b + 1 for b in one.intercepts_]
+        one.coefs_[-1][2, 1] = 4.0
+    assert numpy.allclose(ours.predict_proba(x), theirs.predict_proba(x), rtol=1e-9, atol=1e-12)
+    assert type(pickle.loads(pickle.dumps(ours.coefs_))) is list
+    again = pickle.loads(pickle.dumps(ours))
+    again.coefs_[0] = new[0] * 2
+    assert (ours.coefs_[0] == new[0]).all() and (again.coefs_[0] == new[0] * 2).all()
+    with pytest.raises(ValueError, match=r"coefs_\[0\] must be \(13, 7\), got \(7, 13\); fit"):
+        ours.coefs_[0] = new[0].T
+    with pytest.raises(
+        ValueError, match=r"intercepts_ must have 3 arrays, one for each layer, got"
+    ):
+        ours.intercepts_ = ours.intercepts_[:2]
+    for one in (ours, theirs):  # a refused assignment has changed nothing, and training goes on
+        one.partial_fit(x, y)
+    assert numpy.allclose(ours.coefs_[0], theirs.coefs_[0], rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_lbfgs_is_left_to_scikit_learn(name, wine):
     estimator = getattr(mlp, name)(solver="lbfgs")

@@ -147,3 +147,13 @@ def test_unknown_names(images):
         ValueError, match="a network with convolutions needs images, but rows has rows of 4 numbers"
     ):
         Recipe("a test", channels=(2,)).model(rows)
+
+
+def test_a_loss_of_classes_is_kept_for_shares_of_classes_only():
+    shares = torch.tensor([[0.25, 0.75], [1.0, 0.0]])
+    recipe = recipes.get("default")
+    data = Dataset(torch.zeros(2, 3), shares)
+    assert recipes.suited(recipe, data, loss_chosen=True) is recipe
+    for bad in (shares * 2, shares - 0.5, shares[:, :1]):
+        with pytest.raises(ValueError, match="the loss cross_entropy is for classes, but the targ"):
+            recipes.suited(recipe, Dataset(torch.zeros(2, 3), bad), loss_chosen=True)

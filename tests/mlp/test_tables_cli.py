@@ -110,7 +110,7 @@ def test_rows_of_a_run_on_arrays_are_read_by_order(handgrad, files):
     ("text", "message"),
     [
         ("p,q,r\n1,2,3\n", "rows of 3 numbers (p, q, r), but the network was trained on rows of 2"),
-        ("p,q\n1,2\nx,4\n", "column 'p' must hold numbers, row 2 has 'x'"),
+        ("p,q\n1,2\nx,4\n", "column 'p' must hold numbers, or true and false, but row 2"),
         ("p,q\n1,2\n3,\n", "row 2 has a number that is missing or not finite"),
         ("1.5,2.5\n3,4\n", "the first line holds numbers (1.5, 2.5), where names of columns"),
         ("p,q\n", "has a header but no rows"),
@@ -154,6 +154,29 @@ def test_several_targets(handgrad):
     assert [line.split()[0] for line in lines[2:]] == ["price", "cost"]
 
 
+def test_several_labels(handgrad, files):
+    labels = {"high": (files.a > 0).astype(int), "low": (files.b < -0.5).astype(int)}
+    files[["a", "b"]].assign(**labels).to_csv("labels.csv", index=False)
+    argv = ("labels.csv", "--target", "high,low", *QUICK, "--epochs", "30", "--out", "run")
+    assert handgrad("train", *argv)[0] == 0
+    lines = handgrad("evaluate", "run")[1].splitlines()
+    assert handgrad("predict", "run", "labels.csv", "--out", "p.csv")[0] == 0
+    said = pandas.read_csv("p.csv").iloc[tables_rows(100, 0)[1]]
+    assert [line.split()[0] for line in lines[2:]] == ["high", "low"]
+    f1 = [metrics.f1_score(labels[n][said.index], said[n], zero_division=0) for n in labels]
+    assert [line.split()[4] for line in lines[2:]] == [f"{one:.4f}" for one in f1]
+    assert f"F1 {sum(f1) / 2:.4f}" in lines[1]
+
+
+def test_a_place_that_cannot_be_written(handgrad):
+    assert handgrad("train", "kind.csv", "--target", "kind", *QUICK, "--out", "run")[0] == 0
+    for command in (("predict", "run", "kind.csv", "--out"), ("export", "run")):
+        for place, message in (("run", "run: is a folder; name"), ("no/x.pt", "no folder no; mak")):
+            more = ("--format", "torch") if command[0] == "export" else ()
+            status, out, err = handgrad(*command, place, *more)
+            assert (status, out) == (2, "") and message in err and err.count("\n") == 1, err
+
+
 def test_large_targets_of_arrays_are_learned_in_units(handgrad, files):
     np.savez("price.npz", X=files[["a", "b"]].to_numpy(), y=files.price.to_numpy())
     status, out, err = handgrad("train", "price.npz", *QUICK, "--out", "run")
@@ -186,6 +209,11 @@ def test_resumed_as_if_never_stopped(handgrad):
         ({}, ("--target", "price", "--validation", "0.9"), "validation share must be"),
         ({}, ("--target", "price", "--class-weight", "balanced"), "needs classes"),
         ({}, ("--target", "city", "--class-weight", "odd"), "unknown class weight 'odd'"),
+        ({}, ("--target", ""), "no target is given; name one of the columns a, b, city"),
+        ({}, ("--target", "price,price"), "the target 'price' is given twice"),
+        ({}, ("--target", "price", "--label-smoothing", "0.1"), "label_smoothing 0.1 is for class"),
+        ({}, ("--target", "price,cost", "--loss", "cross_entropy"), "is for classes, but the targ"),
+        ({}, ("--target", "price", "--loss", "bce"), "bce needs targets from 0 for no to 1 for"),
         ({"price": 1.0}, ("--target", "price"), "is 1.0 in every row"),
         ({"price": [None] + [1.0] * 99}, ("--target", "price"), "missing in 1 of 100 rows"),
         (
@@ -211,7 +239,7 @@ def test_one_row(handgrad, files):
     files.head(1).to_csv("bad.csv", index=False)
     status, out, err = handgrad("train", "bad.csv", "--target", "price", *QUICK)
     assert (status, out) == (2, "") and err.count("\n") == 1
-    assert "in every row" in err and "nothing to learn" in err
+    assert "bad.csv: 1 row cannot be split; give 3 at least" in err
 
 
 def test_units_are_undone():
