@@ -34,9 +34,9 @@ def quality(
 ) -> dict[str, float]:
     """The measures of a network on samples, see `scoring.numbers`, `classes` and `several`."""
     if part.is_classification:
-        found, true = zip(*metrics.outputs(model, part))
+        found, labels = zip(*metrics.outputs(model, part))
         shares = loss.probabilities(torch.cat(found)).double().cpu().numpy()
-        return scoring.classes(shares, torch.cat(true).cpu().numpy())
+        return scoring.classes(shares, torch.cat(labels).cpu().numpy())
     said, true, are_labels = _said(model, loss, part, units)
     if said.shape != true.shape:
         return {}  # several quantiles of one target
