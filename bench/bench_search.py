@@ -37,8 +37,8 @@ def _searches(jobs: int) -> dict[str, Any]:
             MLPClassifier(**common), GRID, n_jobs=jobs, **options
         ),
         "GridSearchCV, ours": GridSearchCV(ours, GRID, n_jobs=jobs, **options),
-        "SearchCV, ours": mlp.SearchCV(ours, GRID, jobs=jobs, **options),
-        "SearchCV, ours, halving": mlp.SearchCV(ours, GRID, jobs=jobs, halving=True, **options),
+        "SearchCV, ours": mlp.SearchCV(ours, GRID, n_jobs=jobs, **options),
+        "SearchCV, ours, halving": mlp.SearchCV(ours, GRID, n_jobs=jobs, halving=True, **options),
     }
 
 

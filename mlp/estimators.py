@@ -1092,6 +1092,7 @@ def trusted(estimator: Any, X: Any, y: Any) -> tuple[Any, numpy.ndarray, numpy.n
     made: Any = object.__new__(_TRUSTED[type(estimator)])
     parameters = estimator.get_params(deep=False)
     made.__dict__.update(parameters)
-    kind = type(made)
-    made.__class__ = type(kind.__name__, (kind,), {"_names": tuple(parameters), "_valid": set()})
+    # The name is that of the caller's class, because messages contain it.
+    names = {"_names": tuple(parameters), "_valid": set()}
+    made.__class__ = type(type(estimator).__name__, (type(made),), names)
     return made, numpy.ascontiguousarray(checked), column

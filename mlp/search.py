@@ -10,6 +10,7 @@ all settings, and more only to the best. As in RandomizedSearchCV, settings can 
 
 import collections
 import os
+import re
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ import joblib
 import numpy
 import torch
 from sklearn.base import clone, is_classifier
-from sklearn.metrics import check_scoring
+from sklearn.metrics import check_scoring, get_scorer_names
 from sklearn.model_selection import ParameterGrid, ParameterSampler, StratifiedKFold, check_cv
 from sklearn.model_selection._search import BaseSearchCV
 from sklearn.model_selection._validation import _warn_or_raise_about_fit_failures
@@ -44,23 +45,20 @@ class SearchCV(BaseSearchCV):
     trials: the number of settings to draw, or None (the default) for the whole grid.
     halving: True for successive halving over `max_iter`. False by default.
     random_state: the seed of the draw. None by default.
-    jobs: the number of threads. None (the default) is all cores.
+    n_jobs: the number of threads. None (the default) and -1 are all cores.
     verbose: 1 shows progress with the time left. 0 by default.
     devices: devices that the fits take in turn, such as ["cuda:0", "cuda:1"]. An estimator with its
     own device keeps it. None by default.
+    pre_dispatch, error_score, return_train_score: as for GridSearchCV.
 
-    After `fit`, there are cv_results_, best_params_, best_score_, best_index_, best_estimator_ and
-    n_splits_, as for GridSearchCV. With halving, cv_results_ has a column "iter" with the rung, and
-    the best setting is one of the last rung.
+    After `fit`, there are all attributes of GridSearchCV: cv_results_, best_params_, best_score_,
+    best_index_, best_estimator_, n_splits_, scorer_, classes_ and others. With halving,
+    cv_results_ has a column "iter" with the rung, and the best setting is one of the last rung.
 
     ValueError, in one line, for trials below 1, and for a parameter that the estimator does not
-    have. The same for a constant y, for more folds than rows, for halving without `max_iter`, and
-    for a device that this machine does not have.
+    have. The same for a constant y, for more folds than rows, for halving without `max_iter`, for
+    an unknown scoring, for a device that this machine does not have, and if all fits failed.
     """
-
-    pre_dispatch = "2*n_jobs"
-    error_score = numpy.nan
-    return_train_score = False
 
     def __init__(
         self,
@@ -72,9 +70,12 @@ class SearchCV(BaseSearchCV):
         refit: bool | str | Callable = True,
         halving: bool = False,
         random_state: Any = None,
-        jobs: int | None = None,
+        n_jobs: int | None = None,
         verbose: int = 0,
         devices: Sequence[str] | None = None,
+        pre_dispatch: int | str = "2*n_jobs",
+        error_score: float | str = numpy.nan,
+        return_train_score: bool = False,
     ) -> None:
         self.estimator = estimator
         self.parameters = parameters
@@ -84,17 +85,21 @@ class SearchCV(BaseSearchCV):
         self.refit = refit
         self.halving = halving
         self.random_state = random_state
-        self.jobs = jobs
+        self.n_jobs = n_jobs
         self.verbose = verbose
         self.devices = devices
+        self.pre_dispatch = pre_dispatch
+        self.error_score = error_score
+        self.return_train_score = return_train_score
 
     @property
-    def n_jobs(self) -> int:
-        """The number of threads that train."""
-        if self.jobs is not None:
-            return self.jobs
+    def _threads(self) -> int:
+        """The number of threads that train. Below 0, it counts down from all cores, as joblib."""
         affinity = getattr(os, "sched_getaffinity", None)
-        return len(affinity(0)) if affinity else os.cpu_count() or 1
+        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+        if self.n_jobs is None:
+            return cores
+        return self.n_jobs if self.n_jobs > 0 else max(1, cores + 1 + self.n_jobs)
 
     def fit(self, X: Any, y: Any = None, **params: Any) -> "SearchCV":
         """Search on X (samples, features) and y (samples, …). Returns self.
@@ -105,14 +110,16 @@ class SearchCV(BaseSearchCV):
         self._candidates = self._drawn()  # an error comes before any training
         _refuse_constant(y)
         self._bar, self.verbose, shown = bool(self.verbose), 0, self.verbose
-        quick = None if params or self.scoring is not None else trusted(self.estimator, X, y)
         try:
             with (
+                _in_one_line(),
                 cpu.many(),
                 spreading.over(self.devices),
                 _one_thread_each(),
-                joblib.parallel_config(backend="threading"),
+                joblib.parallel_config(backend="threading", n_jobs=self._threads),
             ):
+                is_plain = not params and self.scoring is None
+                quick = trusted(self.estimator, X, y) if is_plain else None
                 if quick is None or callable(self.refit):
                     return super().fit(X, y, **params)
                 self._fit_quickly(*quick)
@@ -138,7 +145,7 @@ class SearchCV(BaseSearchCV):
         candidates: list[dict[str, Any]] = []
         rows: list[dict[str, Any]] = []
         more: dict[str, list] = collections.defaultdict(list)
-        with ThreadPoolExecutor(self.n_jobs) as pool:
+        with ThreadPoolExecutor(self._threads) as pool:
 
             def one(task: tuple[dict[str, Any], Any, Any]) -> dict[str, Any]:
                 return self._fitted(network, X, y, task)
@@ -173,16 +180,22 @@ class SearchCV(BaseSearchCV):
         task: (parameters, training rows, test rows).
         """
         parameters, train, test = task
-        score, error, started = self.error_score, None, time.time()
+        error, started = None, time.time()
+        scores = {"test_scores": self.error_score}
+        if self.return_train_score:
+            scores["train_scores"] = self.error_score
         made = clone(network).set_params(**parameters)
         try:
             made.fit(X[train], y[train])
             ended = time.time()
-            score = made.score(X[test], y[test])
+            for name, rows in zip(scores, (test, train)):
+                scores[name] = made.score(X[rows], y[rows])
         except Exception:  # the table shows it as a fit without a score
+            if self.error_score == "raise":
+                raise
             ended, error = time.time(), traceback.format_exc()
         times = {"fit_time": ended - started, "score_time": time.time() - ended}
-        return {"test_scores": score, "fit_error": error, "n_test_samples": len(test), **times}
+        return {**scores, "fit_error": error, "n_test_samples": len(test), **times}
 
     def _train_best(self, X: Any, y: Any) -> None:
         """Do the last part of BaseSearchCV.fit: train the best setting on the data as given."""
@@ -202,9 +215,12 @@ class SearchCV(BaseSearchCV):
         else:
             drawn = ParameterSampler(self.parameters, self.trials, random_state=self.random_state)
             candidates = list(drawn)
-        if self.n_jobs < 1:
+        if self.n_jobs == 0:
+            raise ValueError("SearchCV: n_jobs must be at least 1, or None for all cores, got 0")
+        if isinstance(self.scoring, str) and self.scoring not in get_scorer_names():
             raise ValueError(
-                f"SearchCV: jobs must be at least 1, or None for all cores, got {self.jobs}"
+                f"SearchCV: unknown scoring {self.scoring!r}; sklearn.metrics.get_scorer_names() "
+                "lists the known ones, such as accuracy, f1_macro, roc_auc_ovr and r2"
             )
         known = self.estimator.get_params()
         for name, value in known.items():
@@ -270,7 +286,7 @@ class SearchCV(BaseSearchCV):
         evaluate: the function of BaseSearchCV that does so. resources: parameters that this rung
         sets. rung: its number, from 0. advance: called with a count of fits.
         """
-        size = max(self.n_jobs, -(-len(candidates) // _CHUNKS)) if self._bar else len(candidates)
+        size = max(self._threads, -(-len(candidates) // _CHUNKS)) if self._bar else len(candidates)
         results: dict[str, Any] = {}
         for start in range(0, len(candidates), size):
             chunk = [{**one, **resources} for one in candidates[start : start + size]]
@@ -317,6 +333,27 @@ def _refuse_constant(y: Any) -> None:
     values = numpy.asarray(y)
     if values.ndim == 1 and len(values) and bool((values == values[0]).all()):
         raise ValueError(f"SearchCV: y is {values[0]} in every row: nothing to learn")
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """A context in which scikit-learn's ValueErrors of many lines become one line."""
+    try:
+        yield
+    except ValueError as error:
+        first, *more = str(error).strip().splitlines() or [""]
+        if not more:
+            raise
+        # Below its first line is a traceback of a fit, or advice about other estimators.
+        reason = reason_of(str(error))
+        said = f"{first.rstrip('.')}: {reason}" if reason else first
+        raise ValueError(f"SearchCV: {said}") from error
+
+
+def reason_of(text: str) -> str:
+    """The first error in a text with tracebacks, such as "ValueError: …", or ""."""
+    found = re.search(r"^(?:\w+\.)*(\w+(?:Error|Exception): .*)", text, re.MULTILINE)
+    return found.group(1) if found else ""
 
 
 def _shrunk(plan: list[tuple[int, int]]) -> list[tuple[int, int]]:

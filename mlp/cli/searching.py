@@ -43,8 +43,6 @@ def _space() -> dict[str, Any]:
 def search(values: Values) -> None:
     """Try settings, print a table and the ensemble's score, and train the winner."""
     try:
-        from sklearn.exceptions import FitFailedWarning
-
         from ..search import SearchCV
     except ModuleNotFoundError as missing:
         raise needs_extra("scikit-learn", f"a search ({missing.name})") from None
@@ -69,12 +67,9 @@ def search(values: Values) -> None:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         job.fit(x, y)
+        _check_scores(job, [str(one.message) for one in said])
         _print(job, values["top"])
         _ensemble(job, found, values)
-    # Other warnings, of epochs that ran out and of batches larger than a fold, are not shown.
-    for one in said:
-        if issubclass(one.category, FitFailedWarning):
-            complain(f"note: {' '.join(str(one.message).split()):.300}")
     settings.recipe, settings.recipe_name = _recipe(job, settings.recipe), "search"
     settings.seed = values["seed"]
     folder = training.begin(settings, {**values, "plots": False, "log": None}, loss_chosen=True)
@@ -96,11 +91,34 @@ def _estimator(train: Dataset, values: Values) -> Any:
     return kind(max_iter=values["epochs"], random_state=values["seed"] % 2**32, precision="fp32")
 
 
+def _check_scores(job: Any, said: list[str]) -> None:
+    """ValueError if no trial has a score. If some have none, their count is printed.
+
+    said: the warnings of the search. Those of epochs that ran out, and of batches larger than a
+    fold, are not shown.
+    """
+    from ..search import reason_of
+
+    missing = numpy.isnan(job.cv_results_["mean_test_score"])
+    if not missing.any():
+        return
+    reason = next(filter(None, map(reason_of, said)), "no warning says why")
+    if missing.all():
+        raise ValueError(
+            f"no trial has a score: {reason}; choose another --scoring, or look at the data"
+        )
+    complain(f"note: {missing.sum()} of {len(missing)} trials have no score: {reason}")
+
+
 def _print(job: Any, top: int) -> None:
     """Print the best settings, by the mean score of their folds."""
-    found = job.cv_results_
-    say(f"{len(found['params'])} trials of {job.n_splits_} folds; best first")
-    for i in _ranked(job)[:top]:
+    found, ranked = job.cv_results_, _ranked(job)
+    rungs = [str(epochs) for epochs in dict.fromkeys(found.get("param_max_iter", []))]
+    order = "; best first"
+    if rungs:
+        order = f", in rungs of {', '.join(rungs)} epochs; best first, the last rung at the top"
+    say(f"{len(ranked)} trials of {job.n_splits_} folds{order}")
+    for i in ranked[:top]:
         score, spread = found["mean_test_score"][i], found["std_test_score"][i]
         said = ", ".join(f"{name} {_shown(value)}" for name, value in found["params"][i].items())
         say(f"  {score:.4f} ± {spread:.4f}  {said}")
@@ -148,8 +166,10 @@ def _ensemble(job: Any, found: setup.Data, values: Values) -> None:
     mean = sum(members[i] for i in chosen) / len(chosen)
     name = "accuracy" if chances else "R²"
     winner = _score(getattr(job.best_estimator_, method)(test_x), test_y, chances)
+    count = f"{len(chosen)} model{'s' * (len(chosen) > 1)}"
+    different = f" ({len(members)} different)" if len(members) < len(chosen) else ""
     say(
-        f"ensemble of {len(chosen)} ({len(members)} different): {name} {inside:.4f} out of fold, "
+        f"ensemble of {count}{different}: {name} {inside:.4f} out of fold, "
         f"{_score(mean, test_y, chances):.4f} on the test rows; the best alone {winner:.4f}"
     )
 
@@ -186,12 +206,13 @@ def _recipe(job: Any, base: recipes.Recipe) -> recipes.Recipe:
 def _write(job: Any, folder: Path) -> None:
     """Write search.jsonl with one line for each trial, and draw the score over each parameter."""
     found = job.cv_results_
+    halved = "iter" in found
     rows = [
         {
             **params,
             "score": float(found["mean_test_score"][i]),
             "std": float(found["std_test_score"][i]),
-            **({"rung": int(found["iter"][i])} if "iter" in found else {}),
+            **({"rung": int(found["iter"][i])} if halved else {}),
         }
         for i, params in enumerate(found["params"])
     ]
@@ -201,5 +222,7 @@ def _write(job: Any, folder: Path) -> None:
         {name: [row[name] for row in rows] for name in names},
         [row["score"] for row in rows],
         folder / _PICTURE,
+        job.scoring or ("accuracy" if hasattr(job.estimator, "predict_proba") else "R²"),
+        [f"{row['max_iter']} epochs" for row in rows] if halved else None,
     )
     say(f"all trials in {folder / _TABLE} and {folder / _PICTURE}")

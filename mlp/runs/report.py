@@ -160,10 +160,17 @@ def predicted(values: Any, true: Any, names: Sequence[str], path: Path) -> None:
     _save(figure, path)
 
 
-def scores_over(parameters: dict[str, Sequence[Any]], scores: Sequence[float], path: Path) -> None:
+def scores_over(
+    parameters: dict[str, Sequence[Any]],
+    scores: Sequence[float],
+    path: Path,
+    name: str = "score",
+    groups: Sequence[str] | None = None,
+) -> None:
     """The score of each trial over each parameter.
 
     Numbers that span more than a factor of ten have a logarithmic scale. Other values are names.
+    name: of the score. groups: of the trials, each with a colour of its own.
     """
     pyplot = _pyplot()
     columns = min(3, len(parameters))
@@ -173,19 +180,39 @@ def scores_over(parameters: dict[str, Sequence[Any]], scores: Sequence[float], p
     )
     for axis in axes.flat[len(parameters) :]:
         axis.axis("off")
-    for axis, (name, values) in zip(axes.flat, parameters.items()):
-        is_number = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
-        shown = list(values)
-        if not is_number:
-            known = sorted(set(map(str, values)))
-            shown = [known.index(str(value)) for value in values]
-            axis.set_xticks(range(len(known)), list(map(_plain, known)), rotation=90)
-        elif min(values) > 0 and max(values) > 10 * min(values):
-            axis.set_xscale("log")
-        axis.scatter(shown, scores, s=14, alpha=0.7)
-        axis.set(xlabel=_plain(name), ylabel="score")
+    groups = groups or [""] * len(scores)
+    for axis, (parameter, values) in zip(axes.flat, parameters.items()):
+        shown = _places(axis, values)
+        for group in dict.fromkeys(groups):
+            chosen = [i for i, one in enumerate(groups) if one == group]
+            points = [shown[i] for i in chosen], [scores[i] for i in chosen]
+            axis.scatter(*points, s=14, alpha=0.7, label=_plain(group))
+        axis.set(xlabel=_plain(parameter), ylabel=_plain(name))
         axis.grid(alpha=0.3)
+    if len(set(groups)) > 1:
+        axes.flat[0].legend(fontsize=8)
     _save(figure, path)
+
+
+def _places(axis: Any, values: Sequence[Any]) -> list[Any]:
+    """The places of these values on the x axis, which gets its scale and its labels."""
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+        try:
+            known = sorted(set(values))
+        except TypeError:  # values of several types
+            known = sorted(set(values), key=str)
+        axis.set_xticks(range(len(known)), [_plain(str(one)) for one in known], rotation=90)
+        return [known.index(value) for value in values]
+    low, high = min(values), max(values)
+    if low > 0 and high > 10 * low:
+        from matplotlib import ticker
+
+        axis.set_xscale("log")
+        parts = (1, 3) if high < 100 * low else (1,)  # more labels would overlap
+        axis.xaxis.set_major_locator(ticker.LogLocator(subs=parts))
+        axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
+        axis.xaxis.set_minor_formatter(ticker.NullFormatter())
+    return list(values)
 
 
 def first_weights(

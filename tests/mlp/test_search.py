@@ -36,7 +36,7 @@ def network(**changes):
 
 
 def test_results_are_those_of_gridsearchcv(iris):
-    ours = mlp.SearchCV(network(), GRID, cv=3, jobs=2).fit(*iris)
+    ours = mlp.SearchCV(network(), GRID, cv=3, n_jobs=2).fit(*iris)
     theirs = GridSearchCV(network(), GRID, cv=3).fit(*iris)
     assert ours.best_params_ == theirs.best_params_ and ours.best_index_ == theirs.best_index_
     assert ours.cv_results_["params"] == theirs.cv_results_["params"]
@@ -44,6 +44,59 @@ def test_results_are_those_of_gridsearchcv(iris):
         np.testing.assert_allclose(ours.cv_results_[key], theirs.cv_results_[key])
     assert ours.score(*iris) == theirs.score(*iris)
     assert ours.verbose == 0 and ours.n_splits_ == 3
+
+
+PUBLIC = (
+    "best_params_",
+    "best_index_",
+    "best_score_",
+    "n_splits_",
+    "multimetric_",
+    "n_features_in_",
+)
+INTERFACE = {
+    "train score": {"return_train_score": True},
+    "train score, scoring": {"return_train_score": True, "scoring": "f1_macro"},
+    "several metrics": {"scoring": ["accuracy", "f1_macro"], "refit": "f1_macro"},
+    "no refit": {"scoring": ["accuracy", "f1_macro"], "refit": False},
+    "refit by a function": {"refit": lambda found: int(found["mean_test_score"].argmin())},
+    "dispatched in pairs": {"pre_dispatch": 2, "scoring": "accuracy"},
+    "a score of errors": {"error_score": 0.25, "grid": {"alpha": [-1.0, 0.1]}},
+    "an own splitter": {"cv": ShuffleSplit(2, random_state=0)},
+}
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.FitFailedWarning")
+@pytest.mark.parametrize("options", INTERFACE.values(), ids=INTERFACE)
+def test_the_interface_is_gridsearchcvs(options, iris):
+    """The same attributes, and the same columns of the table in the same order."""
+    options = {"cv": 2, **options}
+    grid = options.pop("grid", {"alpha": [0.1, 1.0]})
+    ours, theirs = (
+        kind(network(max_iter=3), grid, **options).fit(*iris)
+        for kind in (mlp.SearchCV, GridSearchCV)
+    )
+    assert list(ours.cv_results_) == list(theirs.cv_results_)
+    for name, values in theirs.cv_results_.items():
+        if name.startswith(("mean_t", "std_t", "split", "rank")):
+            np.testing.assert_allclose(ours.cv_results_[name], values, err_msg=name)
+    public = [{n for n in vars(one) if n.endswith("_")} for one in (ours, theirs)]
+    assert public[0] == public[1]
+    for name in PUBLIC:
+        assert getattr(ours, name, None) == getattr(theirs, name, None), name
+    assert str(ours.scorer_) == str(theirs.scorer_)
+    assert hasattr(ours, "classes_") == hasattr(theirs, "classes_")
+
+
+def test_threads_are_counted_as_in_joblib():
+    cores, one = (mlp.SearchCV(network(), GRID, n_jobs=n)._threads for n in (-1, -1000))
+    assert cores == mlp.SearchCV(network(), GRID)._threads and one == 1
+
+
+def test_an_error_is_raised_if_asked_for(iris):
+    search = mlp.SearchCV(network(), {"alpha": [-1.0]}, cv=2, error_score="raise")
+    with pytest.raises(ValueError, match="'alpha' parameter of MLPClassifier must be a float"):
+        search.fit(*iris)
 
 
 def test_draws_are_those_of_randomizedsearchcv(iris):
@@ -57,7 +110,7 @@ def test_draws_are_those_of_randomizedsearchcv(iris):
 
 def test_halving_gives_the_best_all_epochs(iris):
     grid = {"learning_rate_init": np.logspace(-4, -1, 9).tolist()}
-    search = mlp.SearchCV(network(), grid, cv=2, halving=True, jobs=2).fit(*iris)
+    search = mlp.SearchCV(network(), grid, cv=2, halving=True, n_jobs=2).fit(*iris)
     found = search.cv_results_
     assert list(found["iter"]) == [0] * 9 + [1] * 3 + [2]
     assert list(found["param_max_iter"]) == [1] * 9 + [3] * 3 + [9]
@@ -73,7 +126,7 @@ def test_folds_are_drawn_once(iris):
     """All settings use the same folds. Otherwise scores from different rows would be compared."""
     grid = {"strategy": ["most_frequent"], "constant": list(range(6))}
     cv = ShuffleSplit(2, test_size=0.1)
-    search = mlp.SearchCV(DummyClassifier(), grid, cv=cv, jobs=1).fit(*iris)
+    search = mlp.SearchCV(DummyClassifier(), grid, cv=cv, n_jobs=1).fit(*iris)
     assert len(set(search.cv_results_["mean_test_score"])) == 1
 
 
@@ -83,7 +136,9 @@ def test_folds_are_drawn_once(iris):
         ({"parameters": {"depth": [1]}}, "MLPClassifier has no parameter 'depth'"),
         ({"trials": 0}, "trials must be at least 1, got 0"),
         ({"cv": 51}, "51 folds need as many rows, but the largest class has 50; take at most"),
-        ({"jobs": 0}, "jobs must be at least 1, or None for all cores, got 0"),
+        ({"scoring": "nope"}, "unknown scoring 'nope'; sklearn.metrics.get_scorer_names"),
+        ({"parameters": {"alpha": [-1.0]}}, "All the 5 fits failed: InvalidParameterError: The"),
+        ({"n_jobs": 0}, "n_jobs must be at least 1, or None for all cores, got 0"),
         ({"devices": ["cuda:99"]}, r"device cuda:99 was asked for, .* use device cpu$"),
         ({"estimator": network().set_params(device="gpu")}, "unknown device 'gpu'; known: cpu,"),
         (
@@ -94,8 +149,9 @@ def test_folds_are_drawn_once(iris):
 )
 def test_searches_that_are_refused(changes, message, iris):
     search = mlp.SearchCV(**{"estimator": network(), "parameters": GRID, **changes})
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         search.fit(*iris)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +167,15 @@ def test_searches_that_are_refused(changes, message, iris):
 def test_data_that_no_fit_can_train_on_are_one_message(change, message, iris):
     with pytest.raises(ValueError, match=message) as caught:
         mlp.SearchCV(network(), GRID).fit(*change(*iris))
-    assert "fits failed" not in str(caught.value)
+    assert "fits failed" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_gaps_in_a_pipeline_are_one_line(iris):
+    x = np.where(iris[0] > 7, np.nan, iris[0])
+    pipeline = make_pipeline(StandardScaler(), network())
+    message = "^SearchCV: All the 2 fits failed: ValueError: Input X contains NaN.$"
+    with pytest.raises(ValueError, match=message):
+        mlp.SearchCV(pipeline, {"mlpclassifier__alpha": [0.1]}, cv=2).fit(x, iris[1])
 
 
 def test_a_fold_of_one_class_is_scored_as_by_gridsearchcv(iris):
@@ -162,3 +226,11 @@ def test_the_command_ranks_without_the_test_rows(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert main([*argv, "--folds", "101", "--out", "three"]) == 2
     assert capsys.readouterr().err.count("\n") == 1 and not Path("three").exists()
+    assert main([*argv, "--scoring", "roc_auc", "--out", "three"]) == 2  # it is for two classes
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "no trial has a score: ValueError: multi_class must be in" in said
+    assert not Path("three").exists()
+    assert main([*argv, "--halving", "--out", "four"]) == 0
+    assert (
+        "3 trials of 2 folds, in rungs of 1, 3 epochs; best first, the" in capsys.readouterr().out
+    )

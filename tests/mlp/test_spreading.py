@@ -83,7 +83,7 @@ def test_search_takes_devices_in_turn(monkeypatch):
     x, y = data().inputs.numpy(), data().targets.numpy()
     taken, next_device = [], spreading.next_device
     monkeypatch.setattr(spreading, "next_device", lambda: taken.append(next_device()) or taken[-1])
-    grid, options = {"learning_rate_init": [0.001, 0.1]}, {"cv": 2, "jobs": 2}
+    grid, options = {"learning_rate_init": [0.001, 0.1]}, {"cv": 2, "n_jobs": 2}
     network = mlp.MLPClassifier((3,), max_iter=3, random_state=0, engine="manual")
     several = mlp.SearchCV(network, grid, devices=["cpu", "cpu:0"], **options).fit(x, y)
     assert sorted(taken) == ["cpu", "cpu", "cpu", "cpu:0", "cpu:0"]  # 2 · 2 fits, and the best
