@@ -226,9 +226,9 @@ MOST_REPEATED = 2_000_000
 
 # The most that a training kernel holds in registers without spilling, by precision: rows of a
 # batch, and rows times outputs, all padded to powers of two. tests/compile compiles these limits.
-# With twice as many outputs there are 2 to 40 local accesses in ieee, and in tf32 on sm_80.
+# With twice as many outputs there are 2 to 40 local accesses in ieee, and on sm_80 in the others.
 MOST_ROWS = {"ieee": 128, "tf32": 128, "tf32x3": 64}
-MOST_OUTPUTS = {"ieee": 128 * 32, "tf32": 128 * 16, "tf32x3": 64 * 64}
+MOST_OUTPUTS = {"ieee": 128 * 32, "tf32": 128 * 16, "tf32x3": 64 * 32}
 # Triton 3.6 needs more registers for the same kernels. At these limits it gets smaller tiles, and
 # it loads less ahead. So does 3.7, which was not compiled.
 OLD_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8)
@@ -268,8 +268,11 @@ def training(
     pinned = PINNED_TRAINING.get((kernel, arch, precision, states, tuple(sizes), block_m))
     if pinned:
         return pinned
-    # tf32x3 holds every operand twice, as a large and a small part.
-    columns = max(16, min(64, (1024 if precision == "tf32x3" else 2048) // block_m))
+    largest = block_m > 32 and block_m * padded(sizes[-1]) >= MOST_OUTPUTS[precision]
+    # tf32x3 holds every operand twice, as a large and a small part. In ieee, updates that divide by
+    # a root spill at the limit of outputs.
+    narrow = precision == "tf32x3" or (precision == "ieee" and largest)
+    columns = max(16, min(64, (1024 if narrow else 2048) // block_m))
     block_k, rows = (
         (64 if states == 0 else 32, 8)
         if kernel == "exchange"
@@ -283,7 +286,7 @@ def training(
     small = precision == "tf32x3" and states > 0 and block_m > 32 and older(arch)
     if small and kernel != "exchange":
         return Training(columns, 16, 16, rows, num_warps=8, num_stages=1)
-    if OLD_TRITON and block_m > 32 and block_m * padded(sizes[-1]) >= MOST_OUTPUTS[precision]:
+    if OLD_TRITON and largest:
         stages = {"exchange": 1, "epoch": 2}.get(kernel, 3) if precision != "tf32x3" else 1
         return Training(16, 16, 16, rows, num_warps=8, num_stages=stages)
     return Training(columns, block_k, 16, rows, num_warps=8, num_stages=3)

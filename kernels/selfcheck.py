@@ -60,7 +60,9 @@ def errors(operation, args, dtype) -> list[tuple[float, float, float]]:
     exact = compute()
     with launch.use("triton"):
         kernel = operation.results(args)
-    plain = operation.results(args, reference=True)
+    # By default cuDNN rounds the factors of float32 convolutions to tf32.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        plain = operation.results(args, reference=True)
     simulated = functools.cache(lambda: rounding.worst_errors(compute, dtype))
     found = []
     for i, (k, p, e) in enumerate(zip(kernel, plain, exact)):
