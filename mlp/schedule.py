@@ -14,6 +14,18 @@ from .stopping import watched
 
 INTERVALS = ("epoch", "step")
 _PER_STEP = (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR)  # torch defines them per batch
+# Schedulers that change nothing but the rates, and call no function of the user.
+_CALM = (
+    lr_scheduler.ConstantLR,
+    lr_scheduler.CosineAnnealingLR,
+    lr_scheduler.CosineAnnealingWarmRestarts,
+    lr_scheduler.ExponentialLR,
+    lr_scheduler.LinearLR,
+    lr_scheduler.MultiStepLR,
+    lr_scheduler.PolynomialLR,
+    lr_scheduler.SequentialLR,
+    lr_scheduler.StepLR,
+)
 
 
 class Plan(NamedTuple):
@@ -169,6 +181,14 @@ class Schedule:
         """The name of the scheduler's class."""
         return type(self.scheduler).__name__
 
+    @property
+    def is_known_ahead(self) -> bool:
+        """True if the rates of later epochs are known now, and to step ahead has no other effect.
+
+        Each scheduler inside another one must be such a scheduler too.
+        """
+        return _is_calm(self.scheduler)
+
     def is_of(self, scheduler: Any, interval: str | None) -> bool:
         """True if this schedule was made from this same scheduler or function."""
         return self.interval == interval and (
@@ -242,6 +262,13 @@ class Schedule:
                 f"{now}; give the same, or load the state with state['scheduler'] = None"
             )
         self.scheduler.load_state_dict(copy.deepcopy(state["state"]))
+
+
+def _is_calm(scheduler: Any) -> bool:
+    if type(scheduler) is lr_scheduler.OneCycleLR:
+        return not scheduler.cycle_momentum
+    inner = getattr(scheduler, "_schedulers", ())
+    return type(scheduler) in _CALM and all(map(_is_calm, inner)) and "step" not in vars(scheduler)
 
 
 def _settings(state: dict) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The Trainer: fit, evaluate, predict and resume, with one engine."""
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from .data.seen import Seen, rows
 from .data.shifts import Shifts
 from .engines import means, shared, takeover
 from .engines.precision import Precision
-from .engines.stepwise import Demands, Diverged
+from .engines.stepwise import Demands, Diverged, EpochResult
 from .engines.updates import parameters as parameters_in
 from .metrics import measure, outputs
 from .modules import ends, loss_of, whole
@@ -222,26 +223,14 @@ class Trainer:
         if self.requested == "auto" and self.verbose:
             print(self.engine_note)
         left = max(epochs - len(self.history), 0) * math.ceil(task.samples / task.batch_size)
+        looks = on_epoch is not None or on_step is not None
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
             in_mode(self.model, True),
-            shown(progress, left, on_epoch, on_step) as (on_epoch, on_step),
+            shown(progress, left, on_epoch, on_step) as told,
         ):
-            for epoch in range(len(self.history) + 1, epochs + 1):
-                if self.stopping is not None and self.stopping.is_over:
-                    break
-                row, goes_on = self._row(epoch, task, on_step)
-                self.history.append(row)
-                if schedule is not None:
-                    schedule.after_epoch(row)
-                if self.stopping is not None:
-                    self.stopping.after_epoch(row, self._parts())
-                if on_epoch is not None and on_epoch(row) is False:
-                    break
-                if not goes_on:
-                    break
-                self._still_serves(task)
+            self._train(task, epochs, looks, *told)
         if self.stopping is not None:
             self.stopping.take_best(self._parts())
         return self.history
@@ -263,24 +252,102 @@ class Trainer:
         task = self._task(train, batch_size, (evaluate, validation), 0, drop_last)
         self._check(task, epochs, None)
 
+    def _train(self, task: _Task, epochs: int, looks: bool, on_epoch, on_step) -> None:
+        """Train until `epochs` epochs are done, or something ends the training.
+
+        looks: True if one of the functions is the user's.
+        """
+        pace = _Pace(task.samples) if self._runs_ahead(task, looks) else None
+        while len(self.history) < epochs:
+            if self.stopping is not None and self.stopping.is_over:
+                break
+            count = 1 if pace is None else pace.next(epochs - len(self.history))
+            if count > 1:
+                trained = self._several(task, count, on_epoch, on_step)
+                pace.took(count, trained, self.history)
+                continue
+            row, goes_on = self._row(len(self.history) + 1, task, on_step)
+            self.history.append(row)
+            if self.schedule is not None:
+                self.schedule.after_epoch(row)
+            if self.stopping is not None:
+                self.stopping.after_epoch(row, self._parts())
+            if pace is not None:
+                pace.took(1, 1, self.history)
+            if on_epoch is not None and on_epoch(row) is False:
+                break
+            if not goes_on:
+                break
+            if looks or not self._is_calm():
+                self._still_serves(task)
+
+    def _is_calm(self) -> bool:
+        """True if the schedule calls nothing that could change the network between two epochs."""
+        return self.schedule is None or self.schedule.is_known_ahead
+
+    def _runs_ahead(self, task: _Task, looks: bool) -> bool:
+        """True if nothing needs the network, or an epoch's loss, before the next epoch starts."""
+        return (
+            self.engine.runs_ahead
+            and not looks
+            and self.stopping is None
+            and (task.evaluate, task.validation, task.shifts) == (None, None, None)
+            and self._is_calm()
+        )
+
+    def _several(self, task: _Task, count: int, on_epoch, on_step) -> int:
+        """Train several epochs in one call, and return how many were trained.
+
+        If an epoch's loss is not finite, only the epochs before it are trained. To train that epoch
+        alone then raises the error. After Ctrl-C, the history has the whole epochs.
+        """
+        done, steps = len(self.history), math.ceil(task.samples / task.batch_size)
+        orders = [self._order(task, done + i) for i in range(1, count + 1)]
+        before, started = _Saved(self), time.perf_counter()
+        found: list[EpochResult] = []
+        good = None
+        try:
+            self._prepare_engine()
+            after = self.schedule and functools.partial(self.schedule.after_epoch, {})
+            self.engine.epochs(task.train, torch.stack(orders), task.batch_size, found, after)
+        except FloatingPointError:
+            before.restore(self)
+            good, found = len(found), []
+        finally:
+            seconds = time.perf_counter() - started
+            self.times["steps"] += seconds
+            if len(found) < count:
+                before.rewind(self, len(found), steps)
+            for result in found:
+                self.history.append(_measures(len(self.history) + 1, result, seconds / len(found)))
+        if good is not None:
+            return self._several(task, good, on_epoch, on_step) if good else 0
+        for row in self.history[done:]:
+            if on_step is not None:
+                on_step(steps)
+            if on_epoch is not None:
+                on_epoch(row)
+        return len(found)
+
+    def _order(self, task: _Task, epoch: int) -> torch.Tensor:
+        """The rows of an epoch, in the order of its steps."""
+        on = task.train.inputs.device
+        return permutation(len(task.train), task.seed, epoch, on)[: task.samples]
+
     def _row(self, epoch: int, task: _Task, on_step) -> tuple[dict, bool]:
         """Train an epoch and measure. Returns (row of the history, True if training goes on)."""
-        order = permutation(len(task.train), task.seed, epoch, self.device)[: task.samples]
+        order = self._order(task, epoch)
         started = time.perf_counter()
         if task.shifts is not None:
             task = task._replace(train=task.shifts.epoch(epoch))
         after = self._after_step(on_step)
         result = self._epoch(epoch, task, order, after)
         ended = time.perf_counter()
-        row = {
-            "epoch": epoch,
-            "train_loss": result.loss,
-            "train_accuracy": result.accuracy,
+        measured = {
             **self._validated(task.validation),
-            **(self.evaluate(task.evaluate) if task.evaluate is not None else {}),
-            "seconds": ended - started,
-            "samples_per_second": result.samples / (ended - started),
+            **(self._measured(task.evaluate) if task.evaluate is not None else {}),
         }
+        row = _measures(epoch, result, ended - started, measured)
         self.times["evaluate"] += time.perf_counter() - ended
         return row, after is None or not after.stopped
 
@@ -288,7 +355,7 @@ class Trainer:
         """{"validation_loss", "validation_accuracy"} of the validation data, {} without any."""
         if data is None:
             return {}
-        found = self.evaluate(data)
+        found = self._measured(data)
         return {f"validation_{key.removeprefix('test_')}": value for key, value in found.items()}
 
     def _task(self, train, batch_size, measured, seed, drop_last) -> _Task:
@@ -412,25 +479,21 @@ class Trainer:
             )
         return takeover.needs_closure(self.optimizer)
 
-    def _epoch(self, epoch: int, task: _Task, order, after_step):
-        before = [Snapshot(part) for part in self._parts()]
-        state, options = copied(self.optimizer.state_dict()), options_of(self.optimizer)
-        scheduled = None if self.schedule is None else self.schedule.state_dict()
+    def _prepare_engine(self) -> None:
         self.engine.shape = self._shape
         self.engine.moves = None if self.schedule is None else self.schedule.after_step
+
+    def _epoch(self, epoch: int, task: _Task, order, after_step):
+        before = _Saved(self)
+        self._prepare_engine()
         started = time.perf_counter()
         try:
             result = self.engine.epoch(task.train, order, task.batch_size, after_step)
             self.times["steps"] += time.perf_counter() - started
             return result
         except FloatingPointError as error:
-            for part in before:
-                part.restore()
             lr = float(self.optimizer.param_groups[0]["lr"])
-            self._load_optimizer(state)
-            if self.schedule is not None and scheduled is not None:
-                self.schedule.load_state_dict(scheduled)
-                restore_options(self.optimizer, options)
+            before.restore(self)
             untrained = epoch == 1 and str(error).endswith("at step 0")
             advice = (
                 "nothing was trained yet; look for numbers in the data that are not finite"
@@ -501,6 +564,10 @@ class Trainer:
         self._check_features("evaluate", data)
         if self._seen is not None:
             check_columns(data.columns, self._seen.columns, "evaluate")
+        return self._measured(data)
+
+    def _measured(self, data: Dataset) -> dict:
+        """As `evaluate`, for a data set that `fit` or `evaluate` has checked."""
         return measure(self.model, self.loss, data, self._shape)
 
     def predict(self, x: Any) -> torch.Tensor | np.ndarray:
@@ -610,6 +677,65 @@ class Trainer:
         engine.demands, engine.precision = self.engine.demands, self.precision
         engine.together = self.together
         self.engine = engine
+
+
+class _Saved:
+    """Copies of all that an epoch of a trainer changes."""
+
+    def __init__(self, trainer: Trainer):
+        optimizer, schedule = trainer.optimizer, trainer.schedule
+        self.parts = [Snapshot(part) for part in trainer._parts()]
+        self.state, self.options = copied(optimizer.state_dict()), options_of(optimizer)
+        self.scheduled = None if schedule is None else schedule.state_dict()
+
+    def restore(self, trainer: Trainer) -> None:
+        """Undo what was trained since."""
+        for part in self.parts:
+            part.restore()
+        trainer._load_optimizer(self.state)
+        self.rewind(trainer, 0, 0)
+
+    def rewind(self, trainer: Trainer, epochs: int, steps: int) -> None:
+        """Move the schedule to where so many epochs, of so many steps, leave it."""
+        schedule = trainer.schedule
+        if schedule is None or self.scheduled is None:
+            return
+        schedule.load_state_dict(self.scheduled)
+        restore_options(trainer.optimizer, self.options)
+        for _ in range(epochs):
+            for _ in range(steps):
+                schedule.after_step()
+            schedule.after_epoch({})
+
+
+class _Pace:
+    """The number of epochs for each call: as many as take about `SECONDS`."""
+
+    SECONDS, INDICES = 0.25, 2_000_000
+
+    def __init__(self, samples: int):
+        self.most, self.count = max(1, self.INDICES // samples), 1
+
+    def next(self, left: int) -> int:
+        """The number of epochs for the next call, at most `left`."""
+        return min(left, self.count)
+
+    def took(self, asked: int, trained: int, history: list[dict]) -> None:
+        """Note that a call trained so many epochs, and was asked for so many."""
+        fit = int(self.SECONDS / history[-1]["seconds"]) if trained == asked else 1
+        self.count = min(max(1, fit), self.most)
+
+
+def _measures(epoch: int, result: EpochResult, seconds: float, more: dict | None = None) -> dict:
+    """A row of the history. more: other measures."""
+    return {
+        "epoch": epoch,
+        "train_loss": result.loss,
+        "train_accuracy": result.accuracy,
+        **(more or {}),
+        "seconds": seconds,
+        "samples_per_second": result.samples / seconds,
+    }
 
 
 class _AfterStep:

@@ -20,7 +20,7 @@ import importlib.util
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -125,6 +125,13 @@ def train_epoch(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:
     from . import epoch
 
     return epoch.train_epoch(run)
+
+
+def epochs(run: kernels.Run, orders: torch.Tensor, hyper: torch.Tensor) -> Any:
+    """See `epoch.Epochs`."""
+    from . import epoch
+
+    return epoch.Epochs(run, orders, hyper)
 
 
 def train_replicas(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,8 +3,10 @@
 import collections
 import concurrent.futures
 import functools
+import math
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,9 @@ _TRIAL = 0.02
 # Measurements of each number of threads. The best one counts, because another process or cold
 # caches may slow a measurement down.
 _TRIALS = 3
-_AGAIN = 8  # once in so many pieces, a number of threads that lost is measured again
+# Once in so many pieces, a number of threads that lost is measured again. A short piece, as in a
+# small epoch, counts as a part of one.
+_AGAIN = 8
 _CHUNKS = 8  # most chunks that the first layer's inputs are cut into
 # Guesses: floating-point operations a second, and the seconds that each step takes besides.
 _SPEED, _OVERHEAD = 5e10, 1e-5
@@ -155,21 +159,46 @@ def train_epoch(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:
     raised at most a piece of the epoch later. Parameters, states and count are then as they were
     after some step.
     """
-    spec, workers = run.spec, max(1, torch.get_num_threads())
-    memory = Memory(spec, min(run.batch, len(run.order)), workers)
-    table = _numbers(spec.rule, run.hyper, float(run.count), run.steps)
-    task = _Task(memory, run.data, run.targets, run.order, table, run.scale, run.shift)
-    choice, stopped = _choice(spec, memory.batch, workers), threading.Event()
-    with team.threads(workers) as pool:
-        # Another thread trains, because Ctrl-C interrupts only the calling one.
-        future = pool.submit(_train, task, [run.parameters, *run.states], choice, stopped, pool)
-        try:
-            future.result()
-        finally:
-            stopped.set()
-            concurrent.futures.wait([future])
-            run.count += task.done
-    return torch.from_numpy(task.losses), torch.from_numpy(task.correct)
+    trained = Epochs(run, run.order[None], run.hyper)
+    trained.train()
+    return trained.losses[0], trained.correct[0]
+
+
+class Epochs:
+    """Several epochs of one training, prepared together. The bits are those of one after another.
+
+    run: the training, with the order of the first epoch. orders: (epochs, rows), the order of each
+    epoch. hyper: (columns,), or (steps of all epochs, columns).
+    losses, correct: (epochs, steps), the results.
+    """
+
+    def __init__(self, run: kernels.Run, orders: torch.Tensor, hyper: torch.Tensor):
+        spec, self.run, self.workers = run.spec, run, max(1, torch.get_num_threads())
+        memory = Memory(spec, min(run.batch, orders.shape[1]), self.workers)
+        table = _numbers(spec.rule, hyper, float(run.count), len(orders) * run.steps)
+        self._task = _Task(memory, run.data, run.targets, orders, table, run.scale, run.shift)
+        shape = len(orders), run.steps
+        self.losses = torch.from_numpy(self._task.losses).view(shape)
+        self.correct = torch.from_numpy(self._task.correct).view(shape)
+
+    def train(self, after_epoch: Callable[[int], None] | None = None) -> None:
+        """Train all epochs. An error or a KeyboardInterrupt ends this as in `train_epoch`.
+
+        after_epoch: called with the number of each whole epoch, from 0 on, by the thread that
+        trains. A KeyboardInterrupt cannot come between an epoch and this call.
+        """
+        task, run, stopped = self._task, self.run, threading.Event()
+        choice = _choice(run.spec, task.memory.batch, self.workers)
+        lists = [run.parameters, *run.states]
+        with team.threads(self.workers) as pool:
+            # Another thread trains, because Ctrl-C interrupts only the calling one.
+            future = pool.submit(_train, task, lists, choice, stopped, pool, after_epoch)
+            try:
+                future.result()
+            finally:
+                stopped.set()
+                concurrent.futures.wait([future])
+                run.count += task.done
 
 
 def train_replicas(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:
@@ -216,10 +245,15 @@ def _numbers(rule, hyper, taken: float, steps: int) -> np.ndarray:
 
 
 class _Task:
-    """A `loop.Run`, and the arrays whose addresses it holds. They must live as long as the run."""
+    """A `loop.Run`, and the arrays whose addresses it holds. They must live as long as the run.
+
+    indices: (rows,), the order of an epoch, or (epochs, rows). numbers: (steps of all epochs,
+    columns). losses, correct: of all steps. done: the count of steps taken.
+    """
 
     def __init__(self, memory: Memory, data, targets, indices, numbers, scale, shift):
         spec, steps, self.memory, self.done = memory.spec, len(numbers), memory, 0
+        self.steps = -(-indices.shape[-1] // memory.batch)
         soft = targets.is_floating_point()
         self.losses, self.correct = np.zeros(steps, np.float32), np.zeros(steps, np.int32)
         self.counter = np.zeros(8, np.int64)
@@ -239,7 +273,7 @@ class _Task:
             loop.COUNTER: self.counter,
         }
         places = memory.places.copy()
-        places[loop.ROWS_OF_EPOCH], places[loop.COUNT] = len(indices), numbers.shape[1]
+        places[loop.ROWS_OF_EPOCH], places[loop.COUNT] = indices.shape[-1], numbers.shape[1]
         for place, array in self.held.items():
             places[place] = array.ctypes.data
         places[loop.BIAS_NUMBERS] = places[loop.NUMBERS]
@@ -256,6 +290,16 @@ class _Task:
             memory.w, memory.layers, places, *map(np.float32, (scale, *shifts, spec.loss_scale))
         )
 
+    def point_at(self, epoch: int) -> None:
+        """Let the steps read the order and the numbers of this epoch, and write its results."""
+        places, held, first = self.run.places, self.held, epoch * self.steps
+        rows = epoch * int(places[loop.ROWS_OF_EPOCH])
+        places[loop.ORDER] = held[loop.ORDER].ctypes.data + 8 * rows
+        numbers = held[loop.NUMBERS].ctypes.data + 4 * first * int(places[loop.COUNT])
+        places[loop.NUMBERS] = places[loop.BIAS_NUMBERS] = numbers
+        places[loop.LOSSES] = self.losses.ctypes.data + 4 * first
+        places[loop.CORRECT] = self.correct.ctypes.data + 4 * first
+
 
 class _Choice:
     """How many threads to use: the number that was fastest in its last few pieces.
@@ -271,27 +315,30 @@ class _Choice:
         # Number of threads -> seconds of a step: the least of its last pieces, which `_last` holds.
         self.seconds: dict[int, float] = {}
         self._last = {count: collections.deque[float](maxlen=_TRIALS) for count in self.counts}
-        self.guess, self.turn, self.trials = guess, 0, _TRIALS * self.counts
+        self.guess, self.turn, self.trials = guess, 0.0, _TRIALS * self.counts
         self.used = 0  # the number of the last piece that was no trial, 0 before the first
 
-    def next(self) -> tuple[int, int]:
-        """(threads, steps) of the next piece."""
-        self.turn += 1
+    def next(self, left: float = math.inf) -> tuple[int, int]:
+        """(threads, steps) of the next piece, which has at most `left` steps."""
         if self.trials:
-            return self._trial(self.trials[0])
+            self.turn += 1
+            return self._trial(self.trials[0], left)
         best = min(self.seconds, key=self.seconds.__getitem__)
         before, self.used = self.used or best, best
+        steps = max(1, int(_PIECE / self.seconds[best]))
+        turn, self.turn = self.turn, self.turn + min(1.0, left / steps)
         if before != best:
             self._last[best].clear()
-            return self._trial(best)
+            return self._trial(best, left)
         others = [count for count in self.counts if count != best]
-        if others and self.turn % _AGAIN == 0:
-            return self._trial(others[self.turn // _AGAIN % len(others)])
-        return best, max(1, int(_PIECE / self.seconds[best]))
+        rounds = int(self.turn / _AGAIN)
+        if others and rounds > int(turn / _AGAIN):
+            return self._trial(others[rounds % len(others)], left)
+        return best, int(min(steps, left))
 
-    def _trial(self, workers: int) -> tuple[int, int]:
+    def _trial(self, workers: int, left: float) -> tuple[int, int]:
         known = self.seconds.get(workers, min(self.seconds.values(), default=self.guess))
-        return workers, max(1, int(_TRIAL / known))
+        return workers, int(min(max(1, _TRIAL / known), left))
 
     def took(self, workers: int, seconds: float) -> None:
         """Note that a step with `workers` threads took so many seconds."""
@@ -310,26 +357,43 @@ def _choice(spec, batch: int, workers: int) -> _Choice:
     return _choices[key]
 
 
-def _train(task: _Task, lists, choice: _Choice, stopped: threading.Event, pool=None) -> None:
+def _train(
+    task: _Task,
+    lists: list[list[torch.Tensor]],
+    choice: _Choice,
+    stopped: threading.Event,
+    pool: Any = None,
+    after_epoch: Callable[[int], None] | None = None,
+) -> None:
     """Take all steps in pieces, until `stopped` is set.
 
-    lists: parameters and states. They are read at the start and written at the end.
+    lists: parameters and states. They are read at the start and written at the end. after_epoch:
+    see `Epochs.train`.
     """
-    memory, steps = task.memory, len(task.losses)
-    memory.copy(lists)
-    while task.done < steps and not stopped.is_set():
-        workers, count = choice.next()
-        count = min(count, steps - task.done)
-        started = time.perf_counter()
-        _piece(task, workers, count, pool)
-        choice.took(workers, (time.perf_counter() - started) / count)
-    memory.copy(lists, back=True)
+    task.memory.copy(lists)
+    try:
+        for epoch in range(len(task.losses) // task.steps):
+            first, end = epoch * task.steps, (epoch + 1) * task.steps
+            task.point_at(epoch)
+            while task.done < end:
+                if stopped.is_set():
+                    return
+                workers, count = choice.next(end - task.done)
+                started = time.perf_counter()
+                _piece(task, workers, task.done - first, count, pool)
+                choice.took(workers, (time.perf_counter() - started) / count)
+            if after_epoch is not None:
+                after_epoch(epoch)
+    finally:
+        task.memory.copy(lists, back=True)
 
 
-def _piece(task: _Task, workers: int, count: int, pool=None) -> None:
-    """Take `count` more steps on this thread and on workers - 1 threads of the pool."""
+def _piece(task: _Task, workers: int, begin: int, count: int, pool=None) -> None:
+    """Take `count` steps, from step `begin` of the epoch on.
+
+    They run on this thread and on workers - 1 threads of the pool.
+    """
     task.counter[:] = 0
-    call, run, begin = compiled(), task.run, task.done
-    end = begin + count
+    call, run, end = compiled(), task.run, begin + count
     team.together(pool, workers, lambda worker: call(run, worker, workers, begin, end))
-    task.done = end
+    task.done += count

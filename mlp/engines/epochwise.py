@@ -282,3 +282,50 @@ class Epoch(Fused):
         finally:
             part.advance(int(count) - before)
         return self.measured(values, correct, data, order, batch_size, on_step)
+
+    @property
+    def runs_ahead(self) -> bool:
+        """True on a CPU, where one call prepares several epochs."""
+        first = next(iter(parameters_of(self.model).values())).detach()
+        return self.together is None and cpu.serves(first)
+
+    @torch.no_grad()
+    def epochs(
+        self,
+        data: Dataset,
+        orders: torch.Tensor,
+        batch_size: int,
+        found: list[EpochResult],
+        after_epoch: Callable[[], None] | None = None,
+    ) -> None:
+        part = self.part
+        count, steps = self.count(part), math.ceil(orders.shape[1] / batch_size)
+        if after_epoch is None or self.demands.per_step:
+            (numbers,) = self.numbers([part], len(orders) * steps)
+        else:
+            numbers = self._numbers_of_epochs(part, len(orders), steps, after_epoch)
+        first = numbers if numbers.dim() == 1 else numbers[:steps]
+        run = self.run(data, orders[0], batch_size, part.states(), count, first)
+        before, trained = int(count), cpu.epochs(run, orders, numbers)
+
+        def note(epoch: int) -> None:
+            results = trained.losses[epoch], trained.correct[epoch]
+            found.append(self.measured(*results, data, orders[epoch], batch_size, None))
+
+        try:
+            trained.train(note)
+        finally:
+            part.advance(int(count) - before)
+
+    def _numbers_of_epochs(
+        self, part: Part, epochs: int, steps: int, after_epoch: Callable[[], None]
+    ) -> torch.Tensor:
+        """(steps of all epochs, columns): the optimizer's numbers under a schedule for each epoch.
+
+        The scheduler is stepped through these epochs.
+        """
+        rows = []
+        for _ in range(epochs):
+            rows += self.numbers([part], 1)
+            after_epoch()
+        return torch.stack(rows).repeat_interleave(steps, 0)

@@ -76,6 +76,11 @@ class Engine:
     moves: Callable[[], None] | None = None
     together: Callable[[kernels.Run], tuple[torch.Tensor, torch.Tensor]] | None = None
 
+    @property
+    def runs_ahead(self) -> bool:
+        """True if `epochs` serves."""
+        return False
+
     def __init__(self, model: Net | torch.nn.Module, loss: Any, optimizer: torch.optim.Optimizer):
         # Any, because `refuses` of each engine checked the methods that it calls.
         self.model: Any = model
@@ -166,6 +171,22 @@ class Engine:
         if values and isinstance(values[0], torch.Tensor):
             values = torch.stack(values).tolist()
         return self.result(values, predictions, data, order, batch_size)
+
+    def epochs(
+        self,
+        data: Dataset,
+        orders: torch.Tensor,
+        batch_size: int,
+        found: list[EpochResult],
+        after_epoch: Callable[[], None] | None = None,
+    ) -> None:
+        """Train an epoch on each of the orders (epochs, samples). Results are those of `epoch`.
+
+        found: gets the measures of each whole epoch, also after a KeyboardInterrupt. after_epoch:
+        steps a scheduler. It is called ahead, after the numbers of each epoch were read.
+        FloatingPointError if an epoch's loss is not finite. `found` then has the epochs before it.
+        """
+        raise NotImplementedError
 
     def result(
         self,

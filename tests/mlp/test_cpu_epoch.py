@@ -38,7 +38,9 @@ def fixed(monkeypatch):
     """A function of (workers, steps) that gives every piece this many threads and steps."""
 
     def use(workers, steps):
-        monkeypatch.setattr(epoch._Choice, "next", lambda choice: (workers, steps))
+        monkeypatch.setattr(
+            epoch._Choice, "next", lambda choice, left: (workers, int(min(steps, left)))
+        )
         monkeypatch.setattr(torch, "get_num_threads", lambda: workers)
 
     return use
