@@ -40,7 +40,7 @@ from . import cpu, engines, spreading
 from .data import Dataset
 from .engines.epochwise import spec_of
 from .loss import BinaryCrossEntropy, MeanSquaredError, SoftmaxCrossEntropy
-from .modules import MLP
+from .modules import MLP, blank
 from .optim import SGD, Adam
 
 # {scikit-learn's name of an activation: our name}
@@ -339,7 +339,8 @@ class _Network(BaseEstimator):
         is_double = X.dtype == numpy.float64 and X.shape[0] <= _FEW_ROWS
         auto = torch.float64 if is_double and device.type == "cpu" else torch.float32
         dtype = _PRECISIONS.get(self.precision, auto)
-        self._model = MLP(sizes, ACTIVATIONS[self.activation], device=device, dtype=dtype)
+        with blank():
+            self._model = MLP(sizes, ACTIVATIONS[self.activation], device=device, dtype=dtype)
         with torch.no_grad():
             for layer in self._layers():
                 fan = layer.in_features + layer.out_features

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import skip_init
 
 from kernels import activations
 
@@ -46,14 +47,16 @@ def _copied(layer: nn.Module, plain: nn.Module) -> nn.Module:
 
 
 def _linear(layer: Any) -> list[nn.Module]:
-    plain = nn.Linear(
-        layer.in_features, layer.out_features, layer.bias is not None, dtype=layer.weight.dtype
+    plain = skip_init(
+        *(nn.Linear, layer.in_features, layer.out_features, layer.bias is not None),
+        dtype=layer.weight.dtype,
     )
     return [_copied(layer, plain), *_activation(layer.activation)]
 
 
 def _conv2d(layer: Any) -> list[nn.Module]:
-    plain = nn.Conv2d(
+    plain = skip_init(
+        nn.Conv2d,
         layer.in_channels,
         layer.out_channels,
         layer.kernel_size,

@@ -1,9 +1,11 @@
 """The autograd API: each nn.Module holds parameters and makes one call to `kernels`."""
 
+import contextlib
 import itertools
 import math
 import operator
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +18,31 @@ from kernels import activations
 from . import loss as losses
 from .init import initialise
 
+_thread = threading.local()  # .blank is True inside `blank`
+
+
+@contextlib.contextmanager
+def blank() -> Iterator[None]:
+    """Layers of this module that are made inside this block have no initial weights.
+
+    Use it where other weights replace them at once. It takes less time, and leaves torch's global
+    random generator as it was.
+    """
+    before, _thread.blank = getattr(_thread, "blank", False), True
+    try:
+        yield
+    finally:
+        _thread.blank = before
+
+
+class _Drawn:
+    """The base of our layers: their initial weights are torch's, except in `blank`."""
+
+    def reset_parameters(self) -> None:
+        """Draw new weights, as torch does."""
+        if not getattr(_thread, "blank", False):
+            super().reset_parameters()  # type: ignore[misc]
+
 
 def check_activations(op: str, *names: str) -> None:
     """ValueError for an unknown activation, also if no layer uses it. It lists the known ones."""
@@ -23,7 +50,7 @@ def check_activations(op: str, *names: str) -> None:
         activations.get(name, op)
 
 
-class Linear(nn.Linear):
+class Linear(_Drawn, nn.Linear):
     """`nn.Linear` with its activation fused in: act(x weightᵀ + bias).
 
     weight is (out_features, in_features), bias (out_features,). Parameters, initial weights and
@@ -176,7 +203,7 @@ def _is_plain(layer: nn.Module | None, activation: str) -> bool:
     return known and not hidden and layer._compiled_call_impl is None
 
 
-class Conv2d(nn.Conv2d):
+class Conv2d(_Drawn, nn.Conv2d):
     """`nn.Conv2d` with its activation and max-pool fused in.
 
     Parameters, initial weights and state_dict are those of `nn.Conv2d`. The arguments are
@@ -484,7 +511,7 @@ def _has_hooks(module):
 def build(
     config: dict, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> torch.nn.Module:
-    """The network that a `config()` describes, with new initial weights.
+    """The network that a `config()` describes. The caller fills its weights, see `blank`.
 
     ValueError for an unknown kind of network.
     """
@@ -494,4 +521,5 @@ def build(
         raise ValueError(
             f"build: unknown kind of network {config.get('kind')!r}; known: {', '.join(kinds)}"
         )
-    return kinds[config["kind"]](**arguments, device=device, dtype=dtype)
+    with blank():
+        return kinds[config["kind"]](**arguments, device=device, dtype=dtype)

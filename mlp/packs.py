@@ -28,7 +28,7 @@ from .engines.stepwise import Diverged
 from .engines.threads import ALONE, threads
 from .init import initialise
 from .metrics import measure
-from .modules import MLP, whole
+from .modules import MLP, blank, whole
 from .optim import OPTIMIZERS, default_rate
 from .stopping import EarlyStopping
 
@@ -113,7 +113,8 @@ class Member:
         self.settings, self.loss = settings, loss
         sizes = [train.features, *settings.hidden, outputs_of(train)]
         ends = settings.activation, settings.output_activation, settings.bias
-        self.model = MLP(sizes, *ends, device=device)
+        with blank():
+            self.model = MLP(sizes, *ends, device=device)
         initialise(dict(self.model.named_parameters()), settings.init, settings.seed)
         numbers = {"lr": settings.lr, **settings.options}
         for name in ("momentum", "weight_decay"):

@@ -30,7 +30,7 @@ from .data.given import fitted
 from .engines.epochwise import rule_of, spec_of
 from .init import initialise
 from .metrics import measure
-from .modules import MLP, loss_of
+from .modules import MLP, blank, loss_of
 from .optim import OPTIMIZERS
 from .recipes import Recipe
 from .runs.checkpoint import save
@@ -168,7 +168,8 @@ class Sweep:
             "output_activation": output_activation,
             "bias": bias,
         }
-        model = MLP(**self.config)
+        with blank():
+            model = MLP(**self.config)
         if max(self.momenta):
             options["momentum"] = max(self.momenta)
         made = OPTIMIZERS[optimizer](model.parameters(), lr=self.lrs[0], **options)
@@ -468,7 +469,8 @@ class Sweep:
             return self.shares[device].network(place).to(self.device)
         if self.members:
             return copy.deepcopy(self.members[replica].model)
-        model = MLP(**self.config, device=self.device)
+        with blank():
+            model = MLP(**self.config, device=self.device)
         with torch.no_grad():
             for p, stacked in zip(model.parameters(), self.parameters):
                 p.copy_(stacked[replica])

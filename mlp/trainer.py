@@ -261,8 +261,7 @@ class Trainer:
         while len(self.history) < epochs:
             if self.stopping is not None and self.stopping.is_over:
                 break
-            count = 1 if pace is None else pace.next(epochs - len(self.history))
-            if count > 1:
+            if pace is not None and (count := pace.next(epochs - len(self.history))) > 1:
                 trained = self._several(task, count, on_epoch, on_step)
                 pace.took(count, trained, self.history)
                 continue
@@ -308,7 +307,8 @@ class Trainer:
         good = None
         try:
             self._prepare_engine()
-            after = self.schedule and functools.partial(self.schedule.after_epoch, {})
+            schedule = self.schedule
+            after = None if schedule is None else functools.partial(schedule.after_epoch, {})
             self.engine.epochs(task.train, torch.stack(orders), task.batch_size, found, after)
         except FloatingPointError:
             before.restore(self)
