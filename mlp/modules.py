@@ -18,6 +18,8 @@ from kernels import activations
 from . import loss as losses
 from .init import initialise
 
+Window = int | tuple[int, int]  # sides of a pooling window in pixels: one, or (height, width)
+
 _thread = threading.local()  # .blank is True inside `blank`
 
 
@@ -73,7 +75,12 @@ class Linear(_Drawn, nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(…, in_features) -> (…, out_features)."""
-        return kernels.linear(input, self.weight, self.bias, self.activation)
+        return self.fused(input)
+
+    def fused(self, input: torch.Tensor, activation: str | None = None) -> torch.Tensor:
+        """`forward`, with this activation if one is given instead of the layer's own."""
+        weight, bias = _weight_and_bias(self)
+        return kernels.linear(input, weight, bias, activation or self.activation)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"
@@ -162,13 +169,14 @@ class MLP(nn.Module):
         modules, activation = self._modules, self.activation
         for i in range(last + 1):
             layer: Any = modules.get(str(i))
-            if not _is_plain(layer, self.output_activation if i == last else activation):
+            expected = self.output_activation if i == last else activation
+            if type(layer) is not Linear or layer.activation != expected:
                 return self._one_by_one(input)
-            # `layer.weight` would run nn.Module.__getattr__, which costs as much as a small
-            # operation.
-            own = layer._parameters
-            weights.append(own["weight"])
-            biases.append(own["bias"])
+            if not runs_forward(layer):
+                return self._one_by_one(input)
+            weight, bias = _weight_and_bias(layer)
+            weights.append(weight)
+            biases.append(bias)
         if str(last + 1) in modules or _has_any_global_hook():
             return self._one_by_one(input)
         return kernels.mlp(input, weights, biases, self.activation, self.output_activation)
@@ -189,18 +197,28 @@ class MLP(nn.Module):
         }
 
 
-def _is_plain(layer: nn.Module | None, activation: str) -> bool:
-    """True if a call of this layer only runs `kernels.linear` with this activation."""
-    if type(layer) is not Linear or layer.activation != activation:
+def runs_forward(module: nn.Module) -> bool:
+    """True if a call of this object runs its class's forward and nothing else.
+
+    False with a hook, a forward of the object's own, or a compiled call. Hooks on all modules are
+    not seen here.
+    """
+    hooks = module._forward_pre_hooks or module._forward_hooks
+    if hooks or module._backward_pre_hooks or module._backward_hooks:
         return False
-    hooks = layer._forward_pre_hooks or layer._forward_hooks
-    if hooks or layer._backward_pre_hooks or layer._backward_hooks:
-        return False
+    return "forward" not in module.__dict__ and module._compiled_call_impl is None
+
+
+def _weight_and_bias(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """layer.weight and layer.bias.
+
+    For a parameter `layer.weight` runs nn.Module.__getattr__, which costs as much as a small
+    operation.
+    """
     own, made = layer.__dict__, layer._parameters
-    # An attribute of the object hides the class's method, or a parameter, of the same name.
-    hidden = "forward" in own or "weight" in own or "bias" in own
-    known = "weight" in made and "bias" in made
-    return known and not hidden and layer._compiled_call_impl is None
+    if "weight" in made and "bias" in made and not ("weight" in own or "bias" in own):
+        return made["weight"], made["bias"]
+    return layer.weight, layer.bias
 
 
 class Conv2d(_Drawn, nn.Conv2d):
@@ -252,14 +270,20 @@ class Conv2d(_Drawn, nn.Conv2d):
 
         H' and W' are the sides that nn.Conv2d gives, divided by max_pool and rounded down.
         """
+        return self.fused(input)
+
+    def fused(
+        self, input: torch.Tensor, activation: str | None = None, max_pool: Window | None = None
+    ) -> torch.Tensor:
+        """`forward`, with these if they are given instead of the layer's own."""
         return kernels.conv2d(
             input,
             self.weight,
             self.bias,
             self.stride,
             self.padding,
-            self.activation,
-            self.max_pool,
+            activation or self.activation,
+            max_pool or self.max_pool,
             self.dilation,
         )
 

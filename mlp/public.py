@@ -25,6 +25,7 @@ from .net import Net
 from .optim import SGD, Adagrad, Adam, AdamW, Lion, RMSprop
 from .packs import Settings
 from .runs.checkpoint import load, load_weights, save
+from .sequential import Sequential
 from .sweep import Sweep
 from .trainer import History, Trainer
 
@@ -54,6 +55,7 @@ __all__ = [
     "Pinball",
     "PinballLoss",
     "RMSprop",
+    "Sequential",
     "Settings",
     "SoftmaxCrossEntropy",
     "Sweep",

@@ -1,9 +1,11 @@
 """Shared helpers of tests: the rule of accuracy, buffers that start as NaN, memory layouts."""
 
 import functools
+from unittest import mock
 
 import torch
 
+import kernels
 from kernels.operations import Make, flatten
 from kernels.rounding import errors, floor, worst, worst_errors
 
@@ -200,3 +202,22 @@ def assert_equal(ours, theirs, what=""):
         torch.testing.assert_close(
             a, b, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{what}: {m}"
         )
+
+
+def operations(function) -> list:
+    """What the layers compute while `function` runs: the activation of each linear layer, and
+    (activation, max_pool) of each convolution.
+    """
+    found, linear, conv2d = [], kernels.linear, kernels.conv2d
+
+    def noted_linear(*args):
+        found.append(args[3])
+        return linear(*args)
+
+    def noted_conv2d(*args):
+        found.append(args[5:7])
+        return conv2d(*args)
+
+    with mock.patch.multiple(kernels, linear=noted_linear, conv2d=noted_conv2d):
+        function()
+    return found

@@ -1,5 +1,5 @@
-"""Fused models of many kinds give the same outputs and gradients. They keep their parameters and
-names.
+"""Fused models of many kinds give the same outputs and gradients. They keep their modules,
+parameters and names.
 """
 
 import copy
@@ -12,7 +12,7 @@ from torch import nn
 
 import mlp
 from mlp import fuse
-from tests.checks import assert_as_accurate, assert_equal
+from tests.checks import assert_as_accurate, assert_equal, operations
 
 
 class Mixer(nn.Module):
@@ -89,16 +89,24 @@ def vgg():
     return model
 
 
-# name -> (model, shape of its input, number of activations and poolings that are not fused)
+# name -> (model, shape of its input, what its layers compute)
 MODELS = {
-    "perceptron": (perceptron, (9, 7), 0),
-    "mixer": (Mixer, (3, 6, 8), 1),  # one GELU follows a LayerNorm
-    "transformer": (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), (3, 6, 8), 0),
-    "vgg": (vgg, (3, 3, 12, 12), 0),
-    "autoencoder": (autoencoder, (5, 20), 0),
-    "actor-critic": (ActorCritic, (5, 7), 0),
+    "perceptron": (perceptron, (9, 7), ["relu", "gelu_tanh", "identity"]),
+    # one GELU follows a LayerNorm
+    "mixer": (Mixer, (3, 6, 8), ["gelu", "identity", "identity", "identity"]),
+    "transformer": (
+        lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
+        (3, 6, 8),
+        ["identity", "identity"],
+    ),
+    "vgg": (
+        vgg,
+        (3, 3, 12, 12),
+        [("relu", (2, 2)), ("relu", 1), ("relu", (2, 2)), "relu", "relu", "identity"],
+    ),
+    "autoencoder": (autoencoder, (5, 20), ["leaky_relu", "tanh", "silu", "sigmoid"]),
+    "actor-critic": (ActorCritic, (5, 7), ["tanh", "tanh", "identity"] * 2),
 }
-FOLLOWERS = (nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.GELU, nn.SiLU, nn.MaxPool2d)
 
 
 def built(name, device="cpu"):
@@ -120,17 +128,18 @@ def with_gradients(model, x):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_same_model(name, device):
-    """Outputs and gradients stay the same in float32 and float64, and parameters keep their names.
-    A second `fuse` changes nothing.
+    """Outputs and gradients stay the same in float32 and float64. Modules and parameters are the
+    same objects under the same names. A second `fuse` changes nothing.
     """
     model, x = built(name, device)
     before, parameters = copy.deepcopy(model), dict(model.named_parameters())
-    keys = list(model.state_dict())
+    keys, modules = list(model.state_dict()), dict(model.named_modules())
     assert fuse(model) is model
     assert all(parameters.pop(key) is p for key, p in model.named_parameters()) and not parameters
+    assert all(modules.pop(key) is m for key, m in model.named_modules()) and not modules
     assert list(model.state_dict()) == keys and not any(m.training for m in model.modules())
     assert not [m for m in model.modules() if type(m) in (nn.Linear, nn.Conv2d)]
-    assert sum(isinstance(m, FOLLOWERS) for m in model.modules()) == MODELS[name][2]
+    assert operations(lambda: model(x)) == MODELS[name][2]
     ours, exact = (
         functools.partial(with_gradients, copy.deepcopy(m).double(), x.double())
         for m in (model, before)
@@ -193,7 +202,7 @@ def test_shared_layers():
     places = (*model.values(), outside, *held)
     before = [place(x) for place in places]
     keys = list(model.state_dict())
-    assert fuse(model)["tied"][0] is model["tied"][2]
+    assert fuse(model)["tied"][0] is model["tied"][2] is fc and model["tied"][1] is act
     torch.testing.assert_close([place(x) for place in places], before)
     assert list(model.state_dict()) == keys and len(list(model.parameters())) == 2
     model["lone"].weight = nn.Parameter(torch.zeros(4, 4))
@@ -201,122 +210,12 @@ def test_shared_layers():
     assert not pickle.loads(pickle.dumps(model))["tied"][2].weight.any()
 
 
-class Indexed(nn.Module):
-    """Calls layers of its Sequential one by one."""
+def test_feature_extractor():
+    """torchvision's feature extractor finds the output of each layer."""
+    from torchvision.models.feature_extraction import create_feature_extractor
 
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
-        self.head = nn.Sequential(nn.Linear(6, 3), nn.Tanh())
-
-    def forward(self, x):
-        before = self.body[0](x)
-        return self.head(self.body[1](before) + before)
-
-
-class Iterating(Indexed):
-    def forward(self, x):
-        for layer in self.body:
-            x = layer(x) + 1
-        return self.head(x)
-
-
-class Listing(Indexed):
-    def forward(self, x):
-        return self.head(sum([layer(x) for layer in list(self.body)]))
-
-
-@pytest.mark.parametrize("kind", [Indexed, Iterating, Listing])
-def test_a_sequential_whose_layers_are_called_one_by_one(kind):
-    """Its layers stay apart, because the first would return what the second returned before."""
-    model, x, lines = kind(), torch.randn(5, 6), []
-    expected = model(x)
-    mlp.fuse(model, report=lines.append)
-    torch.testing.assert_close(model(x), expected)
-    assert isinstance(model.body[1], nn.ReLU) and isinstance(model.head[1], nn.Identity)
-    left = "body.1: ReLU left alone: a method of the model does more with body than call it"
-    assert left in lines
-
-
-def layers():
-    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
-
-
-class Hidden(nn.Sequential):
-    def hidden(self, x):
-        return self[0](x)
-
-
-class Owner(nn.Module):
-    """A model with a Sequential in every place."""
-
-    def __init__(self):
-        super().__init__()
-        self.body, self.bodies = layers(), nn.ModuleList([layers()])
-        self.inner, self.kind = nn.Sequential(layers()), Hidden(*layers())
-        self.short = lambda x: self.body[0](x)
-
-    @property
-    def first(self):
-        return self.body[0]
-
-
-def first_of_all(self, x):
-    return next(m for m in self.modules() if isinstance(m, nn.Linear))(x)
-
-
-WAYS = {
-    "a property": lambda self, x: self.first(x),
-    "a decorated method": torch.no_grad()(lambda self, x: self.body[0](x)),
-    "a text": lambda self, x: getattr(self, "body")[0](x),  # noqa: B009
-    "a path": lambda self, x: self.get_submodule("body.0")(x),
-    "a list": lambda self, x: self.bodies[0][0](x),
-    "nested": lambda self, x: self.inner[0][0](x),
-    "a subclass": lambda self, x: self.kind.hidden(x),
-    "a function of the object": lambda self, x: self.short(x),
-    "all modules": first_of_all,
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_every_way_to_one_layer(way, monkeypatch):
-    """Wherever a model calls one layer of a Sequential, it gets the same value as before."""
-    monkeypatch.setattr(Owner, "forward", WAYS[way], raising=False)
-    model, x = Owner(), torch.randn(4, 6)
-    expected = model(x)
-    torch.testing.assert_close(fuse(model)(x), expected)
-
-
-def test_a_hook_that_calls_one_layer():
-    model, x, seen = layers(), torch.randn(4, 6), []
-    model.register_forward_pre_hook(lambda module, inputs: seen.append(module[0](*inputs)))
-    model(x)
-    fuse(model)(x)
-    torch.testing.assert_close(seen[1], seen[0])
-
-
-def test_a_subclass_whose_caller_indexes_it():
-    model, x = Hidden(*layers()), torch.randn(4, 6)
-    expected = model.hidden(x)
-    torch.testing.assert_close(fuse(model).hidden(x), expected)
-
-
-def test_lists_that_are_only_called_are_fused(monkeypatch):
-    def forward(self, x):
-        for i, body in enumerate(self.bodies):
-            x = x[:, :6] + i if i else x
-            x = body(x)
-        return self.inner(x.repeat(1, 2)) + self.body(x.repeat(1, 2))
-
-    def initialise(self):
-        for module in self.modules():
-            nn.init.zeros_(module.weight)
-
-    monkeypatch.setattr(Owner, "forward", forward, raising=False)
-    monkeypatch.setattr(Owner, "initialise", initialise, raising=False)
-    model = Owner()
-    del model.short
-    type_of = type(model)
-    monkeypatch.delattr(type_of, "first")
-    fuse(model)
-    assert model.body[0].activation == "relu" and model.inner[0][0].activation == "relu"
+    model, x = built("perceptron")
+    places = {f"0.{i}": str(i) for i in range(6)}
+    models = nn.Sequential(copy.deepcopy(model)), nn.Sequential(fuse(model))
+    torchs, ours = (create_feature_extractor(each, places)(x) for each in models)
+    torch.testing.assert_close(ours, torchs)

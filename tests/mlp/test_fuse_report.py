@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, prune
 import mlp
 from kernels.activations import ACTIVATIONS
 from mlp import fuse
-from tests.checks import assert_equal, with_gradients
+from tests.checks import assert_equal, operations, with_gradients
 
 
 @pytest.mark.parametrize("activation", [name for name, row in ACTIVATIONS.items() if row.module])
@@ -19,7 +19,8 @@ def test_every_activation(activation):
     """`fuse` recognises each row's module. The module computes what the row does."""
     row, z = ACTIVATIONS[activation], torch.linspace(-3, 3, 101, dtype=torch.float64)
     assert_equal(row.module()(z), row.torch(z))
-    assert fuse(nn.Sequential(nn.Linear(3, 2), row.module()))[0].activation == activation
+    model = fuse(nn.Sequential(nn.Linear(3, 2), row.module()))
+    assert operations(lambda: model(torch.ones(1, 3))) == [activation]
 
 
 class Skip(nn.Sequential):
@@ -103,9 +104,13 @@ NEIGHBOURS = {  # name -> (model, place of the module that is left alone, reason
     "pool first": (
         lambda: nn.Sequential(conv(), nn.MaxPool2d(2), nn.Tanh()),
         2,
-        "already has activation=identity, max_pool=2",
+        "already has max_pool=(2, 2)",
     ),
-    "no images": (lambda: nn.Sequential(linear(), nn.MaxPool2d(2)), 1, "does not directly follow"),
+    "no images": (
+        lambda: nn.Sequential(linear(), nn.MaxPool2d(2)),
+        1,
+        "kernels have no Linear with MaxPool2d",
+    ),
     "between": (
         lambda: nn.Sequential(linear(), nn.LayerNorm(8), nn.ReLU()),
         2,
@@ -125,12 +130,12 @@ NEIGHBOURS = {  # name -> (model, place of the module that is left alone, reason
     "patched ReLU": (
         lambda: nn.Sequential(linear(), patched(nn.ReLU())),
         1,
-        "it has a forward of its own",
+        "it has a hook, a forward of its own or a compiled call",
     ),
     "overwritten": (
         lambda: nn.Sequential(linear(), nn.LeakyReLU(), nn.ELU(inplace=True)),
         1,
-        "the ELU after it overwrites",
+        "the module after it overwrites its output",
     ),
 }
 
@@ -149,29 +154,37 @@ def test_neighbours(name):
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
-@pytest.mark.parametrize("register", ["register_forward_hook", "register_full_backward_hook"])
-def test_hooks(register, place):
-    """A hook sees the same tensors after `fuse`, because the activation stays a module until the
-    hook is removed.
-    """
-    model, seen, lines = (
-        nn.Sequential(nn.Linear(4, 3), nn.Identity(), nn.LeakyReLU()).double(),
-        [],
-        [],
-    )
-    handle = getattr(model[place], register)(
-        lambda module, before, after: seen.extend(t.clone() for t in (*before, *after))
-    )
-    x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
-    model(x).sum().backward()
+def test_hooks(place):
+    """The report names the module that has a hook, or that has one before it."""
+    model, lines = nn.Sequential(nn.Linear(4, 3), nn.Identity(), nn.LeakyReLU()), []
+    handle = model[place].register_forward_hook(lambda *_: None)
     fuse(model, lines.append)
-    assert type(model[0]) is mlp.Linear and type(model[2]) is nn.LeakyReLU
-    assert ("does not directly follow" if place == 1 else "a hook on it") in lines[1]
-    model(x).sum().backward()
-    half = len(seen) // 2
-    torch.testing.assert_close(seen[:half], seen[half:])
+    reasons = "the Linear before it has a hook", "does not directly follow", "it has a hook"
+    assert lines[-1].startswith("2: LeakyReLU left alone: ") and reasons[place] in lines[-1]
     handle.remove()
-    assert fuse(model)[0].activation == "leaky_relu"
+    fuse(model, lines.append)
+    assert lines[-1] == "0: Linear + LeakyReLU run as one operation"
+
+
+def test_what_runs_together():
+    """One line for each module that changes and each operation. A module in two places is told
+    about in each, and changes once.
+    """
+    act, lines = nn.ReLU(), []
+    first = nn.Sequential(nn.Linear(2, 2), act)
+    model = nn.ModuleList([first, nn.Sequential(nn.LayerNorm(2), act), nn.Sequential(first, act)])
+    fuse(model, lines.append)
+    alone = "ReLU left alone: it does not directly follow a Linear or Conv2d in an nn.Sequential"
+    linear = "mlp.Linear(in_features=2, out_features=2, bias=True, activation=identity)"
+    assert lines == [
+        "0: Sequential -> mlp.Sequential",
+        f"0.0: Linear -> {linear}",
+        "0.0: Linear + ReLU run as one operation",
+        "1.0: LayerNorm -> mlp.LayerNorm((2,), eps=1e-05, elementwise_affine=True, bias=True)",
+        f"1.1: {alone}",
+        "2.0.0: Linear + ReLU run as one operation",
+        f"2.1: {alone}",
+    ]
 
 
 def test_losses(caplog):
@@ -211,7 +224,8 @@ def test_windows(window, stride):
     """A window and its stride may be a number, a tuple or a list."""
     model, x = nn.Sequential(conv(), nn.MaxPool2d(window, stride)), torch.randn(1, 2, 8, 8)
     before = model(x)
-    assert fuse(model)[0].max_pool == (window if window == (2, 3) else 2)
+    expected = (2, 3) if window == (2, 3) else (2, 2)
+    assert operations(lambda: fuse(model)(x)) == [("identity", expected)]
     torch.testing.assert_close(model(x), before)
 
 

@@ -28,6 +28,7 @@ MODELS = {
     "mlp": (lambda: mlp.MLP((7, 5, 3)), (4, 7)),
     "convnet": (lambda: mlp.ConvNet((1, 8, 8), (2, 3), 3, 1, (6,), 5), (2, 64)),
     "sequential": (lambda: nn.Sequential(mlp.Linear(7, 5), mlp.LayerNorm(5)), (4, 7)),
+    "fused": (lambda: mlp.Sequential(mlp.Linear(7, 5), nn.Tanh(), mlp.Linear(5, 3)), (4, 7)),
     "losses": (WithLosses, (4, 7)),
 }
 
