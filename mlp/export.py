@@ -3,6 +3,7 @@
 A program that loads them does not need handgrad.
 """
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,13 @@ class Pipeline(nn.Module):
         self.register_buffer("scale", torch.as_tensor(scale, dtype=dtype))
         self.register_buffer("shift", torch.as_tensor(shift, dtype=dtype))
 
+    def in_float32(self) -> None:
+        """Store and compute the network in float32. Its weights keep their values."""
+        self.network.float()
+        self.dtype = torch.float32
+        if not self.centres:  # else they are float64
+            self.scale, self.shift = self.scale.float(), self.shift.float()
+
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """(N, features) or (N, C, H, W), any dtype -> (N, outputs)."""
         x = inputs.to(self.scale.dtype)
@@ -157,8 +165,9 @@ class Pipeline(nn.Module):
 def to_onnx(pipeline: Pipeline, path: str | Path, example: torch.Tensor) -> None:
     """Write an ONNX file with input "inputs" and output "outputs", for any number of rows.
 
-    example: rows (N, features) of the dtype of the file's input, such as uint8 pixels. DataError,
-    in one line, if the packages onnx and onnxscript are not installed.
+    example: rows (N, features) of the dtype of the file's input, such as uint8 pixels. A bfloat16
+    network is written, and computes, in float32, because ONNX Runtime has no products of bfloat16
+    on a CPU. DataError, in one line, if the packages onnx and onnxscript are not installed.
     """
     try:
         import onnx  # noqa: F401
@@ -167,8 +176,11 @@ def to_onnx(pipeline: Pipeline, path: str | Path, example: torch.Tensor) -> None
         raise needs_extra("onnx and onnxscript", "writing ONNX files", "export") from None
     rows = torch.export.Dim("rows", min=1)
     two = example[:1].cpu().repeat(2, *(1,) * (example.dim() - 1))  # one row would be a constant
+    written = copy.deepcopy(pipeline).cpu().eval()
+    if written.dtype == torch.bfloat16:
+        written.in_float32()
     program = torch.onnx.export(
-        pipeline.cpu().eval(),
+        written,
         (two,),
         input_names=["inputs"],
         output_names=["outputs"],

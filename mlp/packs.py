@@ -111,7 +111,7 @@ class Member:
 
     def __init__(self, settings: Settings, loss: Any, train: Dataset, device: torch.device):
         self.settings, self.loss = settings, loss
-        sizes = [train.features, *settings.hidden, outputs_of(train)]
+        sizes = [train.features, *settings.hidden, train.outputs]
         ends = settings.activation, settings.output_activation, settings.bias
         with blank():
             self.model = MLP(sizes, *ends, device=device)
@@ -179,11 +179,6 @@ class Member:
     def states(self) -> list[list[torch.Tensor]]:
         """One list for each state of the optimizer's rule, in the parameters' order."""
         return self.part.states()
-
-
-def outputs_of(data: Dataset) -> int:
-    """The number of outputs of a network for these data."""
-    return len(data.classes) if data.is_classification else data.targets.shape[1]
 
 
 def _rows(given: Any, samples: int, device: torch.device) -> torch.Tensor | None:

@@ -70,7 +70,7 @@ class Recipe:
 
     def network(self, train: Dataset) -> dict:
         """The `config()` of this recipe's network for a data set."""
-        outputs = len(train.classes) if train.is_classification else train.targets.shape[1]
+        outputs = train.outputs
         if self.channels:
             if not self.bias or not activations.get(self.output_activation).is_identity:
                 raise ValueError(

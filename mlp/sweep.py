@@ -26,7 +26,8 @@ import kernels
 
 from . import cpu, packs, spreading
 from .data.dataset import Dataset, permutation
-from .data.given import fitted
+from .data.given import check_alike, check_columns, fitted, take
+from .data.seen import Seen
 from .engines.epochwise import rule_of, spec_of
 from .init import initialise
 from .metrics import measure
@@ -143,6 +144,7 @@ class Sweep:
         device = devices[0] if devices else device
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.loss, self.rows = loss_of(loss), []
+        self._seen: Seen | None = None  # facts about the training data
         self.members: list[packs.Member] = []
         self.settings: list[packs.Settings] = []
         self.shares: list[Sweep] = []  # one sweep for each of several devices
@@ -327,17 +329,17 @@ class Sweep:
             options |= {"early_stopping": early_stopping, "on_progress": on_progress}
             return self._fit_shares(told, (train, epochs, batch_size, evaluate), options)
         if self.settings:
-            judges = validation if validation is not None else evaluate
-            self._fit_settings(train, judges, epochs, early_stopping, on_progress)
-            return self._ranked_settings(evaluate, validation)
+            measured = (evaluate, validation)
+            return self._fit_settings(train, measured, epochs, early_stopping, on_progress)
         if early_stopping is not None:
             raise ValueError("sweep: early_stopping is for a list of settings")
-        train = self._fitted(train)
+        train = self._trained_on(train, self.config["sizes"][-1])
         if train.features != self.config["sizes"][0]:
             raise ValueError(
                 f"sweep: the networks take {self.config['sizes'][0]} features, but {train.name} "
                 f"has {train.features}"
             )
+        evaluate, validation = self._parts(train, (evaluate, validation))
         count = len(train) // batch_size * batch_size if drop_last else len(train)
         hyper = self._hyper()
         losses = torch.full((self.replicas,), math.nan, device=self.device)
@@ -385,20 +387,21 @@ class Sweep:
             for row in found:
                 row.replica = i + row.replica * len(self.shares)
                 rows.append(row)
-        self.config = self.shares[0].config
+        self.config, self._seen = self.shares[0].config, self.shares[0]._seen
         self.rows = sorted(rows, key=lambda row: row.rank)
         return self.rows
 
     def _fit_settings(
-        self, train: Any, judges: Any, epochs: int, early_stopping: int | None, told: Any
-    ) -> None:
-        data = fitted(Dataset.of(train), self.device, torch.float32, 1)
-        self.config = {"sizes": [data.features, packs.outputs_of(data)]}
+        self, train: Any, measured: Any, epochs: int, early_stopping: int | None, told: Any
+    ) -> list[Row]:
+        data = self._trained_on(train, 1)
+        self.config = {"sizes": [data.features, data.outputs]}
+        evaluate, validation = self._parts(data, measured)
         self.members = [packs.Member(s, self.loss, data, self.device) for s in self.settings]
-        for judged in (judges,) if judges is not None else ():
-            judges = self._fitted(judged)
+        judges = validation if validation is not None else evaluate
         told = told or (lambda count: None)
         packs.train(self.members, packs.Task(data, judges, epochs, early_stopping, told))
+        return self._ranked_settings(evaluate, validation)
 
     def _ranked_settings(self, evaluate: Any, validation: Any) -> list[Row]:
         found = [self._measured(data) for data in (evaluate, validation)]
@@ -437,9 +440,26 @@ class Sweep:
         )
         return packs.reference if refused else kernels.train_replicas
 
-    def _fitted(self, data) -> Dataset:
-        """The data set of any data that `fit` takes, for these networks and on their device."""
-        return fitted(Dataset.of(data), self.device, torch.float32, self.config["sizes"][-1])
+    def _trained_on(self, train: Any, outputs: int) -> Dataset:
+        """The training data on the networks' device. outputs: of the networks."""
+        taken = take(train)
+        self._seen = Seen.of(taken)
+        return fitted(taken.data, self.device, torch.float32, outputs)
+
+    def _parts(self, train: Dataset, given: Any) -> list[Dataset | None]:
+        """The test and validation data, checked before any training. None stays None."""
+        found = [None if part is None else self._fitted(part) for part in given]
+        for part in found:
+            if part is not None:
+                check_alike(train, part)
+        return found
+
+    def _fitted(self, data: Any) -> Dataset:
+        """Other data of any kind that `fit` takes, read as the training data, on their device."""
+        taken = Dataset.of(data) if self._seen is None else self._seen.take(data)
+        if self._seen is not None:
+            check_columns(taken.columns, self._seen.columns, f"sweep: {taken.name}")
+        return fitted(taken, self.device, torch.float32, self.config["sizes"][-1])
 
     def _means(self, values, count: int, batch_size: int) -> torch.Tensor:
         """(replicas,) mean losses of an epoch, from the losses of its steps (replicas, steps)."""

@@ -534,6 +534,7 @@ class Trainer:
         width = ends(self.model.config())[1]
         if data.is_classification and width < len(data.classes):
             as_numbers = "" if means.is_entropy(self.loss) else "; give numbers as floating point"
+            as_numbers += f"; {data._gaps}" if data._gaps else ""
             raise ValueError(
                 f"fit: the network has {width} outputs, but {data.name} has {len(data.classes)} "
                 f"classes{as_numbers}"

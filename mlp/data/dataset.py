@@ -155,6 +155,7 @@ class Dataset:
     ignored: int | None = None
     _buffers: dict = field(default_factory=dict, repr=False)
     _origin: Fingerprint | None = field(default=None, repr=False)  # before a standardisation
+    _gaps: str = field(default="", repr=False)  # one line if most numbers of classes are not used
 
     def __post_init__(self) -> None:
         if len(self.inputs) != len(self.targets):
@@ -183,6 +184,7 @@ class Dataset:
                     "out, or give targets of a regression as floating point"
                 )
             self.classes = tuple(str(c) for c in range(largest + 1))
+            self._gaps = _gaps(counted, len(self.classes))
         bad = (self.targets < 0) | (self.targets >= len(self.classes))
         bad = (bad if self.ignored is None else bad & (self.targets != self.ignored)).nonzero()
         if len(bad):
@@ -243,6 +245,18 @@ class Dataset:
     def is_classification(self) -> bool:
         """True if the targets are labels, False if they are floating point."""
         return not self.targets.is_floating_point()
+
+    @property
+    def outputs(self) -> int:
+        """The number of outputs that a network for these targets needs.
+
+        DataError if labels were given without classes, and most of their numbers have no sample.
+        """
+        if not self.is_classification:
+            return self.targets.shape[1]
+        if self._gaps:
+            raise DataError(f"{self.name}: {self._gaps}")
+        return len(self.classes)
 
     def class_counts(self) -> torch.Tensor:
         """(classes,) int64 on the CPU: the count of samples of each class."""
@@ -402,6 +416,18 @@ class Dataset:
                 self.read(self.inputs[start : start + size], dtype),
                 self.targets[start : start + size],
             )
+
+
+def _gaps(labels: torch.Tensor, count: int) -> str:
+    """What is wrong with labels of so many classes if most classes have no sample, else ""."""
+    found = labels.unique().tolist()
+    if 2 * len(found) >= count or count < 3:
+        return ""
+    shown = ", ".join(map(str, found[:_SHOWN])) + ", …" * (len(found) > _SHOWN)
+    return (
+        f"labels {shown} number the classes from 0, so {count - len(found)} of {count} classes "
+        "have no sample; give them as words, or numpy.unique(labels, return_inverse=True)[1]"
+    )
 
 
 class Moments(NamedTuple):

@@ -87,6 +87,21 @@ def test_onnx_agrees(tmp_path):
         torch.testing.assert_close(torch.from_numpy(found), expected[:rows], rtol=0, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("mean", [0.0, 2.0])
+def test_onnx_of_bfloat16_computes_in_float32(mean, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, x = mlp.MLP([6, 5, 2], dtype=torch.bfloat16), torch.randn(4, 6)
+    pipeline = export.Pipeline(model, 0.5, 1.0, mean=mean)
+    export.to_onnx(pipeline, tmp_path / "model.onnx", x)
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    (found,) = session.run(None, {"inputs": x.numpy()})
+    expected = model.float()((x - mean) * 0.5 + 1).detach()
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-5)
+    assert pipeline(x).dtype == torch.bfloat16  # the caller's is as it was
+
+
 def test_missing_packages_are_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     pipeline = export.Pipeline(mlp.MLP([4, 2]))

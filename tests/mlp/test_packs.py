@@ -51,7 +51,7 @@ def alone(given, train, epochs, validation=None, early_stopping=None, loss=None)
         rows = torch.as_tensor(made.rows)
         rows = torch.nonzero(rows)[:, 0] if rows.dtype == torch.bool else rows
         train = mlp.Dataset(train.inputs[rows], train.targets[rows], train.classes)
-    outputs = packs.outputs_of(train)
+    outputs = train.outputs
     model = mlp.MLP([7, *made.hidden, outputs], made.activation)
     mlp.initialise(dict(model.named_parameters()), None, made.seed)
     numbers = {"lr": made.lr, "weight_decay": made.weight_decay, **made.options}

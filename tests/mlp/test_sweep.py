@@ -4,6 +4,7 @@ import functools
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from mlp.sweep import Sweep, spread
 from tests.checks import assert_equal
 
 SIZES = (9, 8, 4)
+NAMES = "abcdefghi"
 OPTIMIZERS = {
     "sgd": {},
     "momentum": {"momentum": 0.9},
@@ -131,6 +133,32 @@ def test_regression_is_ranked_by_test_loss(data):
     for row in rows:
         y = sweep.network(row.replica)(x).detach()
         assert row.test_loss == pytest.approx(float((y - data.targets).square().mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"devices": ["cpu", "cpu"]}], ids=["alone", "dealt"])
+@pytest.mark.parametrize("own", [False, True], ids=["replicas", "settings"])
+def test_other_data_are_read_as_the_training_data(own, options):
+    """Words have the training's numbers, and bytes beside a data set that scales are scaled."""
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(0, 256, (60, 9), dtype=torch.uint8, generator=generator)
+    words = np.array(["ant", "bee", "cat"])[torch.arange(60) % 3]
+    some = words != "ant"  # on their own, bee and cat would be 0 and 1
+    many = mlp.Settings(hidden=(8,), lr=0.5, batch_size=20)
+    sweep = Sweep([many, many], **options) if own else Sweep((9, 8, 3), 2, lr=0.5, **options)
+    rows = sweep.fit((pixels / 255, words), 3, 20, (pixels[some] / 255, words[some]))
+    data = mlp.Dataset(pixels, torch.arange(60) % 3, scale=1 / 255)
+    expected = sweep.accuracies(data.rows(torch.from_numpy(some)))
+    assert [row.test_accuracy for row in sorted(rows, key=lambda r: r.replica)] == expected
+    sweep.fit(data, 1, 20)
+    assert sweep.accuracies((pixels, data.targets)) == sweep.accuracies(data)
+    with pytest.raises(ValueError, match="trained on uint8 inputs, which its data set scales, got"):
+        sweep.fit(data, 1, 20, (pixels / 255, data.targets))
+    pandas = pytest.importorskip("pandas")
+    frames = [
+        pandas.DataFrame(pixels.numpy() / 255.0, columns=list(n)) for n in (NAMES, NAMES[::-1])
+    ]
+    with pytest.raises(ValueError, match="column 0 is 'i', but the network was trained on 'a'"):
+        sweep.fit((frames[0], data.targets), 1, 20, (frames[1], data.targets))
 
 
 def test_every_network_can_be_saved_and_loaded(data, tmp_path):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
 
 import mlp
-from mlp import MLP, ConvNet, Net, Trainer
+from mlp import MLP, ConvNet, Net, Trainer, recipes
 
 pd = pytest.importorskip("pandas")
 
@@ -289,6 +289,24 @@ def test_pixels_in_other_units_are_refused():
     unscaled = mlp.Dataset(pixels.float(), labels)
     with pytest.raises(ValueError, match="training inputs are uint8 0 to 1, test inputs float32 0"):
         plain.fit(data, epochs=1, batch_size=50, evaluate=unscaled)
+
+
+def test_labels_with_gaps_make_no_outputs_in_silence():
+    """Labels number the classes, as in torch. We choose no width in which most have no sample."""
+    x, labels = torch.randn(30, 4), torch.arange(30) % 3 * 10 + 10
+    message = r"labels 10, 20, 30 number the classes from 0, so 28 of 31 classes have no sample; "
+    network = mlp.Settings(hidden=(3,), lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        mlp.Sweep([network]).fit((x, labels), 1, 10)
+    with pytest.raises(ValueError, match=message):
+        recipes.get("default").network(mlp.Dataset.of(x, labels))
+    with pytest.raises(ValueError, match="3 outputs, but data has 31 classes; " + message):
+        Trainer(MLP([4, 3, 3]), verbose=False).fit((x, labels), 1, 10)
+    wide = Trainer(MLP([4, 3, 31]), engine="manual", verbose=False)
+    assert wide.fit((x, labels), 1, 10)[-1]["train_loss"] > 0  # as torch
+    words = mlp.Dataset.of(x, [str(label) for label in labels.tolist()])
+    assert words.outputs == 3 and words.classes == ("10", "20", "30")
+    assert mlp.Dataset.of(x, labels // 20 * 2).outputs == 3  # 0 and 2: few gaps
 
 
 def test_a_loaded_trainer_predicts_the_same():
