@@ -278,7 +278,7 @@ def training(
         if kernel == "exchange"
         else (16 if precision == "ieee" else 32, 16)
     )
-    if precision == "ieee" and block_m > 64:
+    if precision == "ieee" and (block_m > 64 or largest):
         block_k = 16  # FMA: a thread holds its factors for the whole batch in registers
     # On AMD a lane has twice the registers, and products need 16 rows.
     if not arch.startswith("sm_"):
