@@ -111,14 +111,18 @@ def cached(compiler: Any, function: Any, *arguments: Any, **options: Any) -> Any
 
 
 def is_kept(function: Any) -> bool:
-    """True if a function of `cached` is compiled, in this process or on disk.
-
-    A file of another processor counts too, although numba would compile the function again.
-    """
-    place, name = function.stats.cache_path, function.py_func.__qualname__
-    return bool(function.signatures) or (
-        place is not None and any(Path(place).glob(f"*{name}*.nbi"))
-    )
+    """True if a function of `cached` is compiled for this processor, in this process or on disk."""
+    if function.signatures:
+        return True
+    try:
+        files = function._cache._cache_file  # a function that cannot be kept has no such file
+        index, processor = files._load_index(), function.targetctx.codegen().magic_tuple()
+        return any(
+            key[1] == processor and Path(files._cache_path, name).exists()
+            for key, name in index.items()
+        )
+    except Exception:  # a damaged file, or a numba that stores its index otherwise
+        return False
 
 
 def address(function: Any, signature: Any, *texts: str, **known: Any) -> "Compiled":

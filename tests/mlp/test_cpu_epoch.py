@@ -22,6 +22,8 @@ from mlp import cpu, engines
 from mlp.data import permutation
 
 pytest.importorskip("numba", reason="the compiled epoch needs numba")
+import numba
+
 from mlp.cpu import epoch, language, rows, session, team
 
 OPTIONS = {"lr": 0.05, "weight_decay": 0.01, "momentum": 0.9, "dampening": 0.3}
@@ -453,6 +455,31 @@ def test_auto_takes_it_where_it_pays(monkeypatch):
     assert chosen.name == "epoch", "an engine that is asked for by name is taken"
     monkeypatch.setattr(cpu, "is_loaded", lambda *_: True)
     assert engines.choose(*arguments, steps=1)[0].name == "epoch", "numba is loaded already"
+
+
+def _twice(x):
+    return 2 * x
+
+
+def test_only_code_for_this_processor_counts_as_kept(tmp_path, monkeypatch):
+    """numba keeps the code of several processors under one name, in a home that they share."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    made = [rows.cached(numba.njit, rows.named(_twice)) for _ in range(2)]
+    assert not rows.is_kept(made[0])
+    assert made[0](3) == 6 and rows.is_kept(made[0])
+    assert not made[1].signatures and rows.is_kept(made[1])
+    files = made[1]._cache._cache_file
+    ((key, name),) = files._load_index().items()
+    triple, processor, features = key[1]
+    for other in ((triple, "another", features), (triple, processor, features + ",+another")):
+        files._save_index({(key[0], other, key[2]): name})
+        assert not rows.is_kept(made[1])
+    files._save_index({key: name})
+    assert rows.is_kept(made[1])
+    next(tmp_path.rglob("*.nbc")).unlink()
+    assert not rows.is_kept(made[1])
+    next(tmp_path.rglob("*.nbi")).write_bytes(b"damaged")
+    assert not rows.is_kept(made[1])
 
 
 def test_the_call_of_many_epochs_is_compiled_for_itself(monkeypatch):
