@@ -9,6 +9,8 @@
     epoch      the host's side: memory and pieces
     team       the threads of a training, each on a core of its own
     session    many epochs of one small network
+    images     the convolutions of a batch
+    conv       the host's side of these: memory, threads, a stage of a Net
 
 numba is optional and slow to import. So modules that need it are imported where they are used.
 """
@@ -40,6 +42,7 @@ class Call(NamedTuple):
 
 
 EPOCH, MANY_EPOCHS = Call("epoch", 10.0), Call("session", 24.0)
+CONVOLUTIONS = Call("conv", 20.0)
 
 # Seconds of CPU to import numba and to read its compiled code from disk.
 _LOADS = 0.6
@@ -50,6 +53,10 @@ _LOADS = 0.6
 _SAVED, _SAVED_EACH = 9e-5, 5e-12
 # Weights that caches hold. Beyond, BLAS is faster than tiles, because it packs what it reads.
 _WEIGHTS = 1_500_000
+# Seconds that compiled convolutions save for each image of a step, about the least that was
+# measured with two threads. The most multiply-adds of an image's forward: beyond, torch is faster.
+_SAVED_EACH_IMAGE, _PRODUCTS = 2e-5, 1_500_000
+_SHARED = 8  # a thread more pays only for so many images
 _many = 0  # callers that are inside `many`
 _passed = 0.0  # seconds that this process would have saved by code that it did not compile
 
@@ -118,6 +125,50 @@ def many() -> Iterator[None]:
         yield
     finally:
         _many -= 1
+
+
+def convolves(stages: Sequence[Any], batch: int, steps: int) -> bool:
+    """True if compiled code computes a net's convolutions faster in a training of `steps` steps.
+
+    stages: of an `mlp.Net`. batch: images of a step.
+    """
+    weights = [stage.weight for stage in stages[:-1]]
+    if not weights or weights[0].dtype != torch.float32 or not serves(weights[0]):
+        return False
+    products = 0
+    for stage in stages[:-1]:
+        high, wide = (side - stage.weight.shape[2] + 1 for side in stage.image_shape[1:])
+        products += stage.weight.numel() * high * wide
+    # Without pooling, every output has a gradient, and products compute them faster.
+    pools = all([stage.options[-1] > 1 for stage in stages[:-1]])
+    if products > _PRODUCTS or not pools:
+        return False
+    if is_loaded(CONVOLUTIONS) or _many:
+        return True
+    saved = steps * batch * _SAVED_EACH_IMAGE
+    if saved < _LOADS:
+        return False
+    if saved > CONVOLUTIONS.compiles:
+        return True
+    return importlib.import_module(f".{CONVOLUTIONS.module}", __name__).is_compiled()
+
+
+@contextlib.contextmanager
+def convolving(net: Any, batch: int) -> Iterator[None]:
+    """Inside this block, compiled code computes the convolutions of an `mlp.Net`.
+
+    It uses as many threads as torch does. batch: images of the largest step.
+    """
+    from . import conv, team
+
+    stages, workers = net.stages, max(1, min(torch.get_num_threads(), batch // _SHARED))
+    _ = net.grads  # allocated now, because they are bound to these stages
+    with team.threads(workers) as pool:
+        net.stages = [conv.Convolutions(stages[:-1], batch, workers, pool), stages[-1]]
+        try:
+            yield
+        finally:
+            net.stages = stages
 
 
 def train_epoch(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:

@@ -354,6 +354,21 @@ def scale_octets(typing, w, to, address, vectors, scale, shift):
     return types.void(w, *kinds), generate
 
 
+@intrinsic
+def add_scaled(typing, w, to, source, factor):
+    """w[to + i] += factor · w[source + i], for the elements of one vector."""
+
+    def generate(context, builder, signature, args):
+        _, to, source, factor = args
+        at = lambda offset: pointer(context, builder, signature, args, 0, offset)  # noqa: E731
+        total, term = _load(builder, at(to)), _load(builder, at(source))
+        total = _multiply_add(builder, _splat(builder, factor), term, total)
+        _store(builder, total, at(to))
+        return context.get_dummy_value()
+
+    return types.void(w, types.int64, types.int64, types.float32), generate
+
+
 def _sum(builder, vector):
     """The sum of a vector's lanes. Each round adds the upper half to the lower."""
     undefined, index = ir.Undefined, ir.IntType(32)

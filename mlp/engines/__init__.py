@@ -66,7 +66,7 @@ def choose(
         if reason is None:
             note = f"engine {candidate}" + (f" ({'; '.join(refusals)})" if refusals else "")
             engine = kind(model, loss, optimizer)
-            engine.demands = demands
+            engine.demands, engine.planned = demands, steps
             return engine, note
         refusals.append(reason)
     raise ValueError("; ".join(refusals))

@@ -4,14 +4,16 @@ autograd   module forward, loss.backward(), optimizer.step(), for any network, l
 manual     a Net with preallocated buffers and no tape, for the networks whose backward we wrote
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 
 import kernels
 
+from .. import cpu
 from ..data.dataset import Dataset
 from ..net import Net, stages
 from ..state import parameters_of
@@ -62,14 +64,16 @@ class Demands(NamedTuple):
 class Engine:
     """The base of all engines: the loop over batches, with losses and predictions.
 
-    demands: of this training. shape: of a sample, if the module takes no flat rows. moves: a
-    function that steps the scheduler ahead, for engines that read numbers ahead. together: a
-    function that trains an epoch along with those of other trainers, see `mlp.together`.
+    demands: of this training. planned: its number of steps, if known. shape: of a sample, if the
+    module takes no flat rows. moves: a function that steps the scheduler ahead, for engines that
+    read numbers ahead. together: a function that trains an epoch along with those of other
+    trainers, see `mlp.together`.
     """
 
     name: str
     precisions: tuple[str, ...] = ("fp32",)
     demands = Demands()
+    planned: int | None = None
     shape: tuple[int, ...] | None = None
     shares = False  # True if several processes can share a training
     reads_ahead = False  # True if it reads the numbers of all steps before the first
@@ -321,7 +325,10 @@ class Autograd(Engine):
 
 
 class Manual(Engine):
-    """Trains a Net by calls of forward, backward and update."""
+    """Trains a Net by calls of forward, backward and update.
+
+    On a CPU with numba, compiled code computes the convolutions of a small ConvNet where that pays.
+    """
 
     name = "manual"
 
@@ -338,7 +345,7 @@ class Manual(Engine):
 
     def __init__(self, model: Net | torch.nn.Module, loss: Any, optimizer: torch.optim.Optimizer):
         super().__init__(model, loss, optimizer)
-        self._recordings, self._labels_valid = Recordings(), False
+        self._recordings, self._labels_valid, self._is_convolving = Recordings(), False, False
         self._bound: tuple[int, ...] | None = None
         self.net = model if isinstance(model, Net) else Net.over(model)
         self._bind()
@@ -371,13 +378,33 @@ class Manual(Engine):
     ) -> EpochResult:
         self._bind()
         self.trust(data)
-        with torch.no_grad(), threads(_threads(self.model, order.device, batch_size)):
+        alone = _threads(self.model, order.device, batch_size)
+        with torch.no_grad(), self._convolving(order, batch_size), threads(alone):
             result = super().epoch(data, order, batch_size, on_step)
         self._bound = memory(self.model, self.optimizer)  # includes states made in this epoch
         return result
 
+    @contextlib.contextmanager
+    def _convolving(self, order: torch.Tensor, batch_size: int) -> Iterator[None]:
+        """A context in which compiled code computes the convolutions, where that pays."""
+        steps = self.planned or math.ceil(len(order) / batch_size)
+        if not cpu.convolves(self.net.stages, batch_size, steps):
+            yield
+            return
+        stack = self.net.stages[-1]
+        largest = max(weight.numel() for weight in stack.weights)
+        alone = 1 if batch_size * largest <= ALONE else None
+        self._is_convolving = True
+        try:
+            with cpu.convolving(self.net, batch_size), threads(alone):
+                yield
+        finally:
+            self._is_convolving = False
+
     def step(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if not (self._labels_valid and x.device.type == "cpu" and kernels.backend(x) == "torch"):
+        on_cpu = x.device.type == "cpu" and kernels.backend(x) == "torch"
+        # A replay would leave out compiled convolutions, because they are no calls of torch.
+        if self._is_convolving or not (on_cpu and self._labels_valid):
             return self._train(x, y)
         numbers = None if self.demands.per_step else self.update.numbers()
         key = (x.data_ptr(), y.data_ptr(), len(x), numbers)
