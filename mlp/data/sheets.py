@@ -1,18 +1,21 @@
 """Pictures of a data set, with matplotlib: a sheet of samples, and a bar for each class."""
 
+import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from .dataset import Dataset, needs_extra
+from .dataset import Dataset, announce, needs_extra
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _EACH = 10  # samples of a class
 _CLASSES, _COLUMNS = 20, 24
+_SHOWN = 8  # the most characters that a note lists
 
 
 def _figure(width: float, height: float) -> "Figure":
@@ -21,6 +24,25 @@ def _figure(width: float, height: float) -> "Figure":
     except ImportError:
         raise needs_extra("matplotlib", "drawing") from None
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure: "Figure", path: Path, name: str) -> None:
+    """Write a figure in the format that the suffix of `name` says.
+
+    A note on stderr says if the font lacks characters, which are then drawn as boxes.
+    """
+    with warnings.catch_warnings(record=True) as said:
+        warnings.filterwarnings("always", r"Glyph \d+")
+        figure.savefig(path, dpi=120, format=Path(name).suffix.removeprefix("."))
+    lacks = set()
+    for one in said:
+        if found := re.match(r"Glyph (\d+)", str(one.message)):
+            lacks.add(chr(int(found.group(1))))
+        else:
+            warnings.warn(one.message, stacklevel=2)
+    if lacks:
+        shown = "".join(sorted(lacks)[:_SHOWN])
+        announce([f"{name}: the font lacks {len(lacks)} characters, such as {shown}"])
 
 
 def picture(row: torch.Tensor, data: Dataset) -> torch.Tensor:
@@ -55,7 +77,7 @@ def samples(data: Dataset, path: Path) -> None:
         for axis, sample in zip(row, chosen):
             axis.imshow(picture(data.inputs[sample], data).numpy(), cmap="gray", vmin=0, vmax=1)
         row[0].set_title(name, fontsize=9, loc="left", parse_math=False)
-    figure.savefig(path, dpi=120)
+    save(figure, path, path.name)
 
 
 def columns(data: Dataset, path: Path) -> None:
@@ -73,7 +95,7 @@ def columns(data: Dataset, path: Path) -> None:
         axis.set_title(data.columns[i] if data.columns else str(i), fontsize=8, parse_math=False)
         axis.tick_params(labelsize=6)
         axis.set_yticks([])
-    figure.savefig(path, dpi=120)
+    save(figure, path, path.name)
 
 
 def targets(train: Dataset, test: Dataset, path: Path) -> None:
@@ -83,7 +105,7 @@ def targets(train: Dataset, test: Dataset, path: Path) -> None:
         axis = figure.subplots()
         axis.hist(train.targets.flatten(1).cpu().numpy(), bins=40)
         axis.set(xlabel="target", ylabel="training samples")
-        figure.savefig(path, dpi=120)
+        save(figure, path, path.name)
         return
     count = len(train.classes)
     figure = _figure(7, max(2.0, 0.28 * min(count, 60) + 0.9))
@@ -101,7 +123,7 @@ def targets(train: Dataset, test: Dataset, path: Path) -> None:
     axis.set_ylim(count - 0.4, -0.6)
     axis.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside upper right", ncols=2, frameon=False)
-    figure.savefig(path, dpi=120)
+    save(figure, path, path.name)
 
 
 def write(train: Dataset, test: Dataset, folder: Path) -> list[Path]:

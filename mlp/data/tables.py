@@ -8,6 +8,8 @@ texts that were fitted on the training rows. It is stored with a run as JSON, an
 
 import csv
 import dataclasses
+import datetime
+import decimal
 import io
 import math
 import re
@@ -372,7 +374,7 @@ def read(path: str | Path, texts: Sequence[str] = ()) -> "pandas.DataFrame":
     DataError, in one line, for a file that cannot be read.
     """
     try:
-        import pandas
+        import pandas  # noqa: F401
     except ImportError:
         raise needs_extra("pandas", "reading tables") from None
     path = Path(path)
@@ -380,7 +382,7 @@ def read(path: str | Path, texts: Sequence[str] = ()) -> "pandas.DataFrame":
         raise DataError(f"there is no file {str(path)!r}")
     try:
         is_parquet = path.suffix.lower() == ".parquet"
-        frame = pandas.read_parquet(path) if is_parquet else _parsed(path, texts)
+        frame = _of_parquet(path) if is_parquet else _parsed(path, texts)
     except DataError:
         raise
     except UnicodeDecodeError as error:
@@ -391,6 +393,22 @@ def read(path: str | Path, texts: Sequence[str] = ()) -> "pandas.DataFrame":
     if not len(frame):
         raise DataError(f"{path}: has a header but no rows")
     return frame.rename(columns=str).reset_index(drop=True)
+
+
+def _of_parquet(path: Path) -> "pandas.DataFrame":
+    """The rows of a Parquet file. Decimals become floats, and an index with a name is a column."""
+    import pandas
+
+    frame = pandas.read_parquet(path)
+    if named := [name for name in frame.index.names if name is not None]:
+        frame = frame.reset_index(level=named)
+    for name, dtype in frame.dtypes.items():
+        kinds = {type(value) for value in frame[name].dropna()} if dtype.kind == "O" else set()
+        if kinds == {decimal.Decimal}:
+            frame[name] = frame[name].map(float, na_action="ignore").astype(float)
+        elif kinds == {datetime.date}:
+            frame[name] = pandas.to_datetime(frame[name])
+    return frame
 
 
 def _parsed(path: Path, texts: Sequence[str]) -> "pandas.DataFrame":

@@ -12,7 +12,7 @@ import torch
 
 from ..data import needs_extra
 from ..data.dataset import Dataset
-from ..data.sheets import picture
+from ..data.sheets import picture, save
 from .disk import replacing
 
 PICTURES = (
@@ -41,7 +41,7 @@ def _pyplot():
 def _save(figure, path: Path) -> None:
     """Write a figure in the format of the path's suffix, completely or not at all, and close it."""
     with replacing(path) as part:
-        figure.savefig(part, dpi=120, format=path.suffix.removeprefix("."))
+        save(figure, part, path.name)
     _pyplot().close(figure)
 
 

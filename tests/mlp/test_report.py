@@ -78,3 +78,9 @@ def test_pictures_are_whole_or_not_there(tmp_path, monkeypatch):
         report.curves(history(0.5), path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["c.png"]
     pyplot.close("all")
+
+
+def test_characters_that_the_font_lacks_get_one_note(tmp_path, capsys):
+    report.confusion([[1, 0], [0, 1]], ["東京", "Zürich"], tmp_path / "confusion.png")
+    err = capsys.readouterr().err
+    assert err == "note: confusion.png: the font lacks 2 characters, such as 京東\n"

@@ -1,5 +1,7 @@
 """Tables become features and targets, fitted on the training rows. Bad ones get one line."""
 
+import datetime
+import decimal
 import json
 import math
 
@@ -305,6 +307,23 @@ def test_an_index_of_a_parquet_file(tmp_path, frame):
     frame[frame.price > 2].assign(age=[1, 2, math.inf]).to_parquet(tmp_path / "t.parquet")
     with pytest.raises(DataError, match="row 3 is inf"):
         tables.fit(tables.read(tmp_path / "t.parquet"), ["price"])
+
+
+def test_types_of_parquet_that_numpy_lacks(tmp_path):
+    """A decimal is a number, a date is a date, and an index with a name is a column."""
+    pytest.importorskip("pyarrow")
+    days = [datetime.date(2026, 1, 1), datetime.date(2026, 1, 2)] * 10
+    prices = [decimal.Decimal("1.50"), None] * 10
+    frame = pandas.DataFrame({"price": prices, "day": days, "y": [0, 1] * 10})
+    frame.index = pandas.Index(range(5, 25), name="number")
+    frame.to_parquet(tmp_path / "t.parquet")
+    read = tables.read(tmp_path / "t.parquet")
+    assert read.price.tolist()[::2] == [1.5] * 10 and read.price.isna().sum() == 10
+    assert read.number.tolist() == list(range(5, 25)) and list(read.index) == list(range(20))
+    with pytest.raises(DataError, match="'day' holds dates or times"):
+        tables.fit(read, ["y"])
+    table = tables.fit(read.drop(columns="day"), ["y"])
+    assert table.features == ["number", "price", "price missing"]
 
 
 def test_other_encodings_say_the_way_out(tmp_path):
