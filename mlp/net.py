@@ -293,9 +293,8 @@ class Net:
         """The gradients by name. They are allocated at the first call."""
         if self._grads is None:
             first = next(iter(self.parameters.values()))
-            beside = None if self.flat is None else self.parameters
             with torch.inference_mode(False):
-                self._grads = self._views(first.device, first.dtype, beside)
+                self._grads = self._views(first.device, first.dtype, self.parameters)
             self._bind_grads(self._grads)
         return self._grads
 

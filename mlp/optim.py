@@ -13,7 +13,7 @@ import functools
 import inspect
 import operator
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
@@ -31,7 +31,7 @@ from .views import Views
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Gradients = Sequence[torch.Tensor | None] | dict[str, torch.Tensor | None]
+Gradients = Sequence[torch.Tensor | None] | Mapping[str, torch.Tensor | None]
 
 
 class Part:
@@ -151,9 +151,16 @@ class _Ruled(_Torch):
     ) -> Any:
         """Update every parameter from its .grad, or from `grads`.
 
-        grads: a sequence or dict in the parameters' order. Each gradient is dense and has its
-        parameter's shape, else ValueError. A parameter whose gradient is None stays as it is, as in
+        grads: a sequence in the parameters' order, or a mapping from name to gradient. The names
+        are those that the optimizer got, as in `SGD(model.named_parameters(), lr=0.1)` or
+        `SGD(net.parameters.items(), lr=0.1)`. If it got none, `net.grads` knows the parameters of
+        its network, and any other mapping must be in the parameters' order. Each gradient is dense
+        and has its parameter's shape. A parameter whose gradient is None stays as it is, as in
         torch. Returns the loss of `closure`, or None without one.
+
+        ValueError for another shape, for a name that is missing or unknown, and for a mapping
+        without known names in which two gradients have the same shape: a wrong order of these
+        could not be noticed.
         """
         # torch runs hooks and a profiler's record around every step. On a CPU this costs as much as
         # a small update. Here only a step with a hook or a profiler pays for it. If a subclass
@@ -206,15 +213,28 @@ class _Ruled(_Torch):
         return _light(super().state_dict)()
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As torch's. ValueError if the state has an option that is not supported.
+        """As torch's. Parameters that have names here keep them.
+
+        ValueError if the state has an option that is not supported, or the same names in another
+        order.
 
         Step counts move to the CPU unless they are for CUDA graphs (capturable). To read a count on
         a GPU, the host would have to wait for the GPU.
         """
         for group in state_dict["param_groups"]:
             self._refuse(group)
+        named = [group.get("param_names") for group in self.param_groups]
+        for group, names in zip(state_dict["param_groups"], named):
+            saved = group.get("param_names")
+            if names and saved and names != saved and sorted(names) == sorted(saved):
+                raise ValueError(
+                    f"{type(self).__name__}: the state is of the same parameters in another order, "
+                    f"{', '.join(saved)}, not {', '.join(names)}"
+                )
         _light(super().load_state_dict)(state_dict)
-        for group in self.param_groups:
+        for group, names in zip(self.param_groups, named):
+            if names:  # torch would take over the state's names, which may have a prefix
+                group["param_names"] = names
             for state in (self.state[p] for p in group["params"] if p in self.state):
                 if isinstance(state.get("step"), torch.Tensor) and not group.get("capturable"):
                     state["step"] = state["step"].cpu()
@@ -255,26 +275,34 @@ class _Ruled(_Torch):
     def update(self, grads: Gradients | None = None) -> None:
         """`step` without torch's hooks and profiler record. Engines call it."""
         self._note_step()
-        given_all = None
-        if grads is not None:
-            given_all = list(grads.values() if isinstance(grads, dict) else grads)
-            count = sum([len(group["params"]) for group in self.param_groups])
-            if len(given_all) != count:
-                raise ValueError(
-                    f"{type(self).__name__}: {count} parameters but {len(given_all)} gradients"
-                )
         if torch.compiler.is_compiling():
             with torch.no_grad():
-                self._update_groups(given_all)
+                self._update_groups(None if grads is None else self._in_order(grads))
             return
         # As torch.no_grad() does, at a fifth of its cost.
         enabled = torch.is_grad_enabled()
         launch.set_grad_enabled(False)
         try:
             if not (type(grads) is Views and self._update_whole(grads)):
-                self._update_groups(given_all)
+                self._update_groups(None if grads is None else self._in_order(grads))
         finally:
             launch.set_grad_enabled(enabled)
+
+    def _in_order(self, grads: Gradients) -> list:
+        """The gradients in the parameters' order. ValueError if they do not fit."""
+        params, kind = self._params(), type(self).__name__
+        if isinstance(grads, Mapping):
+            if isinstance(grads, Views) and grads.fit(params):
+                return list(grads.values())
+            names = [name for group in self.param_groups for name in group.get("param_names", ())]
+            if names:
+                return _by_name(kind, names, grads)
+        given = list(grads.values() if isinstance(grads, Mapping) else grads)
+        if len(given) != len(params):
+            raise ValueError(f"{kind}: {len(params)} parameters but {len(given)} gradients")
+        if isinstance(grads, Views) and grads.beside is not None:
+            return _by_memory(kind, params, grads, grads.beside)
+        return _by_shape(kind, params, grads) if isinstance(grads, Mapping) else given
 
     def _update_whole(self, grads: Views) -> bool:
         """One step on the flat tensors of a `Net`, if that is a step of every parameter.
@@ -285,8 +313,9 @@ class _Ruled(_Torch):
             return False
         (group,) = self.param_groups
         rule, whole = self.row(group), grads.beside
-        if whole is None or rule.states or self.counted or not grads.are_of(group["params"]):
+        if rule.states or self.counted or not grads.are_of(group["params"]):
             return False
+        assert isinstance(whole, Views)  # `are_of` says so
         numbers, maximize = self._numbers(group), group["maximize"]
         apply_checked(rule, [whole.flat], [grads.flat], [], numbers, 2, maximize=maximize)
         return True
@@ -424,6 +453,60 @@ class _Ruled(_Torch):
         if self._are_numbers(group):
             kept[id(group)] = rule, given, row
         return row
+
+
+def _by_name(kind: str, names: list[str], grads: Mapping) -> list:
+    """The gradients of these parameters. ValueError unless the names are the same, each once."""
+    if names == [*grads]:
+        return [*grads.values()]
+    wrong = {
+        "no gradient for": [name for name in names if name not in grads],
+        "no parameter called": [name for name in grads if name not in names],
+        "several parameters called": sorted({name for name in names if names.count(name) > 1}),
+    }
+    if any(wrong.values()):
+        found = (f"{what} {', '.join(map(str, which))}" for what, which in wrong.items() if which)
+        raise ValueError(
+            f"{kind}: {' and '.join(found)}; None as a gradient leaves a parameter as it is"
+        )
+    return [grads[name] for name in names]
+
+
+def _by_memory(kind: str, params: list[torch.Tensor], grads: Views, beside: Mapping) -> list:
+    """A network's gradients, for parameters that are the network's own or share their memory.
+
+    beside: the network's parameters by name. ValueError unless these are all of them.
+    """
+    places = {_place(p): name for name, p in beside.items()}
+    found = [places.get(_place(p), "") for p in params]
+    if set(found) != set(grads):
+        raise ValueError(
+            f"{kind}: these are gradients of a network with other parameters than this optimizer's;"
+            f" hand in a list in the optimizer's order, such as [*net.grads.values()]"
+        )
+    return [grads[name] for name in found]
+
+
+def _place(p: torch.Tensor) -> tuple:
+    return p.data_ptr(), p.shape, p.stride()
+
+
+def _by_shape(kind: str, params: list[torch.Tensor], grads: Mapping) -> list:
+    """Gradients in the parameters' order, which the shapes must prove."""
+    names: dict[torch.Size, Any] = {}
+    for p, (name, gradient) in zip(params, grads.items()):
+        if gradient is not None and gradient.shape != p.shape:
+            raise ValueError(
+                f"{kind}: gradient {name} is {tuple(gradient.shape)}, but the parameter in its "
+                f"place is {tuple(p.shape)}"
+            )
+        if names.setdefault(p.shape, name) != name:
+            raise ValueError(
+                f"{kind}: gradients {names[p.shape]} and {name} have the same shape, and this "
+                f"optimizer knows no names; make it from named parameters, as in "
+                f"{kind}(model.named_parameters(), …), or hand in a list in its order"
+            )
+    return [*grads.values()]
 
 
 # `step` as torch wraps it: with hooks and a profiler's record.

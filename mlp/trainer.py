@@ -43,7 +43,8 @@ class History(list):
 
     The keys are epoch, train_loss, train_accuracy, seconds and samples_per_second. With `evaluate`
     there are test_loss and test_accuracy, with `validation` validation_loss and
-    validation_accuracy. An accuracy is a share from 0 to 1, or None if the targets are no labels.
+    validation_accuracy. A loss is the mean over the samples, also with reduction "sum". An accuracy
+    is a share from 0 to 1, or None if the targets are no labels.
     """
 
     def __str__(self):
@@ -554,9 +555,11 @@ class Trainer:
     def evaluate(self, data: Any) -> dict:
         """{"test_loss", "test_accuracy"} of the whole data set, in evaluation mode.
 
-        It is computed in the weights' own dtype. The accuracy is None if the targets are no labels.
-        Labels that the loss ignores do not count. data: as for `fit`. ValueError for data of
-        another width.
+        The loss is the mean over the samples, also with reduction "sum", so data sets of any size
+        compare. It is computed in the weights' own dtype. The accuracy is None if the targets are
+        no labels. Labels that the loss ignores do not count.
+
+        data: as for `fit`. ValueError for data of another width.
         """
         ignored = means.reading(self.loss).ignore_index
         seen = self._seen

@@ -8,11 +8,14 @@ import torch
 class Views(dict[str, torch.Tensor]):
     """A dict of tensors that are contiguous views of `flat`. Copies and pickles are plain dicts.
 
-    beside: for gradients, the `Views` of their parameters, else None.
+    beside: for gradients, their parameters by name, else None.
     """
 
     def __init__(
-        self, flat: torch.Tensor, named: Mapping[str, torch.Tensor], beside: "Views | None" = None
+        self,
+        flat: torch.Tensor,
+        named: Mapping[str, torch.Tensor],
+        beside: Mapping[str, torch.Tensor] | None = None,
     ):
         super().__init__(named)
         self.flat, self.beside = flat, beside
@@ -26,12 +29,16 @@ class Views(dict[str, torch.Tensor]):
         now = [t.data_ptr() if t.is_contiguous() else None for t in self.values()]
         return now == self._places
 
+    def fit(self, parameters: Iterable[torch.Tensor]) -> bool:
+        """True if these are the gradients of exactly these parameters, in their order."""
+        named = self.beside
+        return named is not None and list(map(id, named.values())) == list(map(id, parameters))
+
     def are_of(self, parameters: Iterable[torch.Tensor]) -> bool:
         """True if these are the gradients of exactly these parameters, in flat tensors alike.
 
         One step on the flat tensors is then a step on each parameter.
         """
-        named = self.beside
-        if named is None or list(map(id, named.values())) != list(map(id, parameters)):
+        if not isinstance(self.beside, Views) or not self.fit(parameters):
             return False
-        return self.are_whole() and named.are_whole()
+        return self.are_whole() and self.beside.are_whole()

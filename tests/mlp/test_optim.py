@@ -132,7 +132,9 @@ def test_defaults_are_torchs(name):
 
 @pytest.mark.parametrize("name, options", CASES)
 def test_gradients_handed_in(name, options, device):
-    """step(), step(grads=list) and step(grads=dict) do the same. Only the first uses .grad."""
+    """step(), step(grads=list) and step(grads=dict) do the same. Only the first uses .grad. No two
+    of these gradients have the same shape, so a dict needs no names.
+    """
     expected, _ = trajectory(functools.partial(OPTIMIZERS[name], **options), device, steps=5)
     for wrap in (list, lambda grads: dict(enumerate(grads))):
         params, gradients = problem(device)
