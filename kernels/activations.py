@@ -142,7 +142,7 @@ def elu(z):
 
 @triton.jit
 def elu_bwd(dy, y):
-    return tl.where(y <= 0, dy * (y + 1.0), dy)  # (eᶻ - 1)' = eᶻ
+    return tl.where(y < 0, dy * (y + 1.0), dy)  # (eᶻ - 1)' = eᶻ
 
 
 def identity_ref(z: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -240,11 +240,12 @@ def relu_squared_bwd_ref(
 
 
 def elu_ref(z: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    return torch.where(z > 0, z, torch.expm1(z), out=out)
+    # expm1 overflows where its value is not taken. Its derivative there would be 0 · inf, NaN.
+    return torch.where(z > 0, z, torch.expm1(z.clamp(max=0)), out=out)
 
 
 def elu_bwd_ref(dy: torch.Tensor, y: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    return torch.where(y <= 0, dy * (y + 1), dy, out=out)
+    return torch.where(y < 0, dy * (y + 1), dy, out=out)
 
 
 class Activation(NamedTuple):

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+import kernels
 from kernels import activations
 from kernels.activations import ACTIVATIONS
 from kernels.ops.linear import linear_bwd_dx, linear_bwd_dz, linear_fwd
@@ -141,6 +142,37 @@ def test_extremes(name, value, dtype, device):
     dz = linear_bwd_dz(torch.ones_like(z)[:, None], z[:, None] if s is None else s, name)[:, 0]
     exact = functools.partial(derivative, name, z.double())
     assert_as_accurate(dz, derivative(name, z), exact, f"{name}'({value})")
+
+
+def curvature_of(function, z):
+    """The second derivative of a function, point by point, by autograd."""
+    z = z.clone().requires_grad_()
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(function(z).sum(), z, create_graph=True)
+        # relu's slope does not depend on z, so there is nothing to differentiate
+        if not slope.requires_grad:
+            return torch.zeros_like(z)
+        (found,) = torch.autograd.grad(slope.sum(), z, allow_unused=True)
+    return torch.zeros_like(z) if found is None else found
+
+
+@CASES
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("value", [0.0, 12.0, -12.0, 90.0, -90.0, 800.0, -800.0, 1e4, -1e4])
+def test_second_derivative_at_extremes(name, value, dtype, device):
+    """Far from zero, and at zero, the second derivative is torch's. No overflow of a branch that is
+    not taken makes it NaN. Far from zero most of them vanish, so they are compared beside 1.
+    """
+    row = ACTIVATIONS[name]
+    z = torch.tensor([value], dtype=dtype, device=device)
+
+    def ours(z):
+        return kernels.linear(z[:, None], torch.ones_like(z)[:, None], None, name)[:, 0]
+
+    expected = 1 + curvature_of(row.torch, z)
+    found = 1 + curvature_of(ours, z)
+    exact = lambda: 1 + curvature_of(row.torch, z.double())
+    assert_as_accurate(found, expected, exact, f"{name}''({value})")
 
 
 def test_unknown_name_lists_the_table(device):
