@@ -358,6 +358,10 @@ class Loss:
     def __repr__(self) -> str:
         return f"Loss({self.name!r})"
 
+    def __reduce__(self) -> tuple:
+        """A copy, or an unpickled row, is the row of this name. jit functions cannot be copied."""
+        return get, (self.name,)
+
     @property
     def cache_key(self) -> str:
         """A key that changes whenever the source of one of the row's jit functions changes."""

@@ -487,6 +487,10 @@ class Rule:
     def __repr__(self) -> str:
         return f"Rule({self.name})"
 
+    def __reduce__(self) -> tuple:
+        """A copy, or an unpickled row, is the row of this name. jit functions cannot be copied."""
+        return get, (self.name,)
+
 
 def key_of(*facts) -> str:
     """A hash of facts. For a jit function it covers its source and all functions that it calls."""

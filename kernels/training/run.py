@@ -171,15 +171,16 @@ class Run:
         data, targets, sizes = self.data, self.targets, self.spec.sizes
         if data.dim() != 2 or data.shape[1] != sizes[0] or not data.is_contiguous():
             raise ValueError(
-                f"training: data must be contiguous (n, {sizes[0]}), got {tuple(data.shape)}; "
-                "flatten it"
+                f"training: data must be contiguous (n, {sizes[0]}), got {tuple(data.shape)} of "
+                f"strides {data.stride()}; flatten it"
             )
         if reason := self.spec.loss.refusal(sizes[-1], targets):
             raise ValueError(reason)
         want = (len(data), sizes[-1]) if targets.is_floating_point() else (len(data),)
         if tuple(targets.shape) != want or not targets.is_contiguous():
             raise ValueError(
-                f"training: targets must be contiguous {want}, got {tuple(targets.shape)}"
+                f"training: targets must be contiguous {want}, got {tuple(targets.shape)} of "
+                f"strides {targets.stride()}"
             )
 
     def _check_numbers(self):

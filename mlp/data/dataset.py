@@ -166,6 +166,7 @@ class Dataset:
             raise DataError(f"{self.name}: empty: it has no samples")
         self.stored = self.stored or str(self.inputs.dtype).removeprefix("torch.")
         self.inputs = self.inputs.reshape(len(self.inputs), -1).contiguous()
+        self.targets = self.targets.contiguous()
         _check_finite(self, "inputs", self.columns)
         if self.targets.is_floating_point():
             _check_finite(self, "targets")

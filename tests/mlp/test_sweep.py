@@ -1,7 +1,9 @@
 """In a Sweep every network is the one that Trainer trains alone. Also table, ensemble, files."""
 
+import copy
 import functools
 import math
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -168,6 +170,35 @@ def test_every_network_can_be_saved_and_loaded(data, tmp_path):
     for replica in range(2):
         loaded = mlp.load(tmp_path / f"{replica:03d}.safetensors")
         assert_equal(list(loaded.parameters()), list(sweep.network(replica).parameters()))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Sweep(SIZES, replicas=3, device="cpu"),
+        lambda: Sweep([{"hidden": (8,)}, {"hidden": (5,)}], device="cpu"),
+    ],
+    ids=["replicas", "settings"],
+)
+def test_a_copy_trains_on_alike(make, data):
+    """Also a pickled one."""
+    sweep = make()
+    sweep.fit(data, epochs=1, evaluate=data)
+    copies = copy.deepcopy(sweep), pickle.loads(pickle.dumps(sweep))
+    expected = [row.test_loss for row in sweep.fit(data, epochs=2, evaluate=data)]
+    for made in copies:
+        assert [row.test_loss for row in made.fit(data, epochs=2, evaluate=data)] == expected
+
+
+@pytest.mark.parametrize(("loss", "outputs"), [("mse", 1), ("cross_entropy", 2)])
+def test_targets_may_be_a_column_of_a_matrix(loss, outputs):
+    x = torch.randn(50, 6)
+    matrix = x if loss == "mse" else (x > 0).long()
+    strided, packed = (
+        Sweep((6, 4, outputs), replicas=2, loss=loss, device="cpu").fit((x, targets), epochs=1)
+        for targets in (matrix[:, 0], matrix[:, 0].clone())
+    )
+    assert [row.train_loss for row in strided] == [row.train_loss for row in packed]
 
 
 def test_an_ensemble_of_one_is_that_network(data):
