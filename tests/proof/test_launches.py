@@ -1,5 +1,6 @@
 """Triton's own launcher, on a stub of the CUDA driver, accepts all our launches."""
 
+import functools
 import json
 import os
 import shutil
@@ -19,10 +20,24 @@ NEEDS_COMPILER = pytest.mark.skipif(
 )
 
 
-def said(module, *options):
-    """Runs a module of this folder with the stub as the only device. Returns its output."""
+@pytest.fixture
+def said(tmp_path):
+    """A function that runs a module of this folder and returns its output. The stub is the device.
+
+    The machine has another driver, as one with a GPU has. It is an empty library, so that a process
+    that takes it fails.
+    """
+    compiler, library = os.environ.get("CC", "cc"), str(tmp_path / "libcuda.so.1")
+    (tmp_path / "nothing.c").touch()
+    options = ["-shared", "-Wl,-soname,libcuda.so.1", "-o", library, str(tmp_path / "nothing.c")]
+    subprocess.run([compiler, *options], check=True)
+    return functools.partial(_said, str(tmp_path))
+
+
+def _said(drivers, module, *options):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
+    found = [drivers, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "LD_LIBRARY_PATH": os.pathsep.join(found)}
     command = [sys.executable, "-m", f"tests.proof.{module}", *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -38,7 +53,7 @@ def said(module, *options):
     ],
     ids=["one case each", "every case"],
 )
-def test_no_launch_is_refused(options):
+def test_no_launch_is_refused(options, said):
     seen = json.loads(said("worker", *options))
     assert seen["refused"] == []
     assert seen["launches"] == sum(seen["kernels"].values()) - len(seen["host tensor"])
@@ -55,7 +70,7 @@ def test_no_launch_is_refused(options):
 
 @pytest.mark.full
 @NEEDS_COMPILER
-def test_what_a_launch_costs_is_printed():
+def test_what_a_launch_costs_is_printed(said):
     _, *lines = said("timing").splitlines()
     costs = {line[:24].strip(): float(line[24:31]) for line in lines}
     assert list(costs)[:3] == ["kernels.linear_fwd", "its launch.run", "Triton's part"]

@@ -7,18 +7,19 @@ run, so the time is only that of Python, torch and Triton. Each line is the leas
 rounds of CALLS. On a GPU, torch.cuda is also asked for the current device.
 """
 
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from unittest import mock
 
+from tests.proof import stub  # before torch
+
+# isort: split
 import torch
 import triton
 
 import kernels
 from kernels import launch
-from tests.proof.worker import ARCH, PROCESSORS, Driver, build
+from tests.proof.worker import ARCH, PROCESSORS, Driver
 
 CALLS, ROUNDS = 500, 7
 
@@ -59,18 +60,16 @@ def main() -> None:
     """Prints the costs, with torch's smallest product for comparison."""
     torch.set_num_threads(1)
     one, few = torch.randn(1, 4), torch.randn(4, 4)
-    with tempfile.TemporaryDirectory() as folder:
-        stub = build(Path(folder))
-        triton.runtime.driver.set_active(Driver())
-        on_gpu = mock.patch.multiple(
-            launch,
-            _has_kernels=lambda device: True,
-            _device_facts=lambda device: (ARCH, PROCESSORS),
-        )
-        with on_gpu, launch.use("triton", products="fused"):
-            found = costs()
-        found["torch.addmm of one row"] = microseconds(lambda: torch.addmm(one, one, few))
-        assert stub.stub_launches() > 3 * CALLS * ROUNDS and stub.stub_refused() == 0
+    triton.runtime.driver.set_active(Driver())
+    on_gpu = mock.patch.multiple(
+        launch,
+        _has_kernels=lambda device: True,
+        _device_facts=lambda device: (ARCH, PROCESSORS),
+    )
+    with on_gpu, launch.use("triton", products="fused"):
+        found = costs()
+    found["torch.addmm of one row"] = microseconds(lambda: torch.addmm(one, one, few))
+    assert stub.driver.stub_launches() > 3 * CALLS * ROUNDS and stub.driver.stub_refused() == 0
     print(f"torch {torch.__version__}, triton {triton.__version__}; processor time on one thread")
     for name, cost in found.items():
         print(f"{name:24} {cost:6.1f} µs   {1e6 / cost:9,.0f} a second")

@@ -12,12 +12,11 @@ import ctypes
 import itertools
 import json
 import math
-import os
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
+from tests.proof import stub  # before torch
+
+# isort: split
 import torch
 import triton
 from triton.backends.nvidia import driver as nvidia
@@ -30,25 +29,8 @@ from kernels.ops.optim import apply_rule
 from kernels.rules import RULES, hyperparameters, row_of
 from tests.compile.worker import resources
 
-SOURCE = Path(__file__).with_name("driver.c")
-INCLUDE = Path(nvidia.__file__).parent / "include"
 ARCH, PROCESSORS = "sm_90", 132
 SHAPES = [(33, 17, 7), (2048, 100, 50)]  # a shape that no tile divides; a batch that is split
-
-
-def build(folder: Path) -> ctypes.CDLL:
-    """Builds the stub as libcuda.so.1 in `folder` and loads it.
-
-    Raises CalledProcessError if the compiler fails.
-    """
-    compiler = os.environ.get("CC", "cc")
-    library = folder / "libcuda.so.1"
-    name = "-Wl,-soname,libcuda.so.1"  # Triton's library then uses the one that is loaded
-    options = ["-shared", "-fPIC", name, "-I", str(INCLUDE)]
-    command = [compiler, *options, "-o", str(library), str(SOURCE)]
-    subprocess.run(command, check=True, capture_output=True)
-    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
-    return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
 class Driver(nvidia.CudaDriver):
@@ -187,22 +169,23 @@ def training(spec: kernels.Spec, replicas: int | None = None) -> kernels.Run:
 def main() -> None:
     """Launches everything and prints launches and refusals as JSON."""
     seen = {"kernels": {}, "refused": [], "together": [], "triton": triton.__version__}
-    with tempfile.TemporaryDirectory() as folder:
-        stub = build(Path(folder))
-        triton.runtime.driver.set_active(Driver())
-        with launch.dry_run(ARCH, PROCESSORS), launch.observe(launched(seen)):
-            operations("--full" in sys.argv)
-            updates("--full" in sys.argv)
-            trainings("--full" in sys.argv)
-            seen["descriptors"] = descriptors("--full" in sys.argv)
-            parameter, host = torch.ones(4), torch.tensor(0.1)
-            stub.stub_on_host(ctypes.c_ulonglong(host.data_ptr()))
-            before = len(seen["refused"])
-            kernels.sgd([parameter], [parameter], [], host)
-            seen["host tensor"] = seen["refused"][before:]
-            del seen["refused"][before:]
-        seen["launches"], seen["refused by the driver"] = stub.stub_launches(), stub.stub_refused()
-        seen["encoded"] = stub.stub_maps()
+    triton.runtime.driver.set_active(Driver())
+    with launch.dry_run(ARCH, PROCESSORS), launch.observe(launched(seen)):
+        operations("--full" in sys.argv)
+        updates("--full" in sys.argv)
+        trainings("--full" in sys.argv)
+        seen["descriptors"] = descriptors("--full" in sys.argv)
+        parameter, host = torch.ones(4), torch.tensor(0.1)
+        stub.driver.stub_on_host(ctypes.c_ulonglong(host.data_ptr()))
+        before = len(seen["refused"])
+        kernels.sgd([parameter], [parameter], [], host)
+        seen["host tensor"] = seen["refused"][before:]
+        del seen["refused"][before:]
+    seen["launches"], seen["refused by the driver"] = (
+        stub.driver.stub_launches(),
+        stub.driver.stub_refused(),
+    )
+    seen["encoded"] = stub.driver.stub_maps()
     json.dump(seen, sys.stdout)
 
 
