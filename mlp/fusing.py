@@ -146,6 +146,8 @@ def _obstacle_of_sequential(sequential: nn.Sequential) -> str | None:
     unchanged = kind.forward in (nn.Sequential.forward, Sequential.forward)
     if not unchanged or "forward" in vars(sequential):
         return f"its {kind.__name__} has a forward of its own"
+    if kind.__iter__ is not nn.Sequential.__iter__:
+        return f"its {kind.__name__} has an order of its own"
     if kind is not nn.Sequential and kind.__module__.startswith("torch."):
         return f"torch knows its {kind.__name__} by this class"
     return None

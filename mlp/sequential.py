@@ -110,7 +110,12 @@ def keys_from(children: Sequence[Any], at: int) -> tuple[Key, ...]:
         child = children[place]
         kind, own = type(child), child.__dict__
         known = _known.get(kind)
-        if known is None or not runs_forward(child) or known[0] is not kind.forward:
+        if (
+            known is None
+            or not runs_forward(child)
+            or known[0] is not kind.forward
+            or kind.__call__ is not _CALL  # a tracer of torch.fx replaces it, to see every child
+        ):
             keys.append((None if known is None else kind, None, own.get("inplace")))
             break
         reads = known[1]
@@ -191,11 +196,10 @@ class Sequential(nn.Sequential):
 
     def forward(self, input: Any) -> Any:
         """The output of the last child."""
-        children: list[Any] = list(self._modules.values())
+        children: list[Any] = list(self)
         at = 0
         while at < len(children):
-            # A tracer of torch.fx replaces nn.Module.__call__, and wants to see every child.
-            if _has_any_global_hook() or nn.Module.__call__ is not _CALL:
+            if _has_any_global_hook():
                 input, at = children[at](input), at + 1
                 continue
             for options, count in _planned(keys_from(children, at)):

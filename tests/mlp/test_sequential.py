@@ -76,10 +76,10 @@ def hook_from_a_hook(model, x):
     return model(x), seen
 
 
-def replaced_method(kind):
+def replaced(kind, method):
     def run(model, x):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kind, "forward", lambda self, x: 3 * x)
+            patch.setattr(kind, method, lambda self, x: 3 * x)
             return model(x)
 
     return run
@@ -164,7 +164,8 @@ WAYS = {
     "hooks that change values": doubling_hook,
     "hook on all modules": hook_on_all_modules,
     "hook from a hook": hook_from_a_hook,
-    "replaced ReLU.forward": replaced_method(nn.ReLU),
+    "replaced ReLU.forward": replaced(nn.ReLU, "forward"),
+    "replaced ReLU.__call__": replaced(nn.ReLU, "__call__"),
     "own forward": own_forward,
     "fx": lambda model, x: torch.fx.symbolic_trace(model)(x),
     "export": exported,
@@ -329,6 +330,25 @@ def test_classes(kind):
     assert type(ours[:1]) is type(ours)
     if kind is Named:
         torch.testing.assert_close(ours.hidden(x), model.hidden(x))
+
+
+class Backwards(nn.Sequential):
+    """A subclass whose forward is torch's, which asks it for the order."""
+
+    def __iter__(self):
+        return reversed(self._modules.values())
+
+
+def test_another_order():
+    model, lines = Backwards(nn.ReLU(), nn.Linear(6, 6)), []
+    x = torch.randn(3, 6)
+    expected = model(x)
+    assert type(fuse(model, lines.append)) is Backwards and "an order of its own" in lines[0]
+    torch.testing.assert_close(model(x), expected)
+    made = type("Ours", (mlp.Sequential,), {"__iter__": Backwards.__iter__})(
+        *model._modules.values()
+    )
+    torch.testing.assert_close(made(x), expected)
 
 
 def test_made_by_hand():
