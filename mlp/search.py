@@ -29,7 +29,7 @@ from sklearn.model_selection._search import BaseSearchCV
 from sklearn.model_selection._validation import _warn_or_raise_about_fit_failures
 
 from . import cpu, progress, spreading
-from .estimators import trusted
+from .trusted import trusted
 
 FACTOR = 3  # Each rung of a halving keeps a third and trains three times as long.
 _CHUNKS = 20  # the most chunks of a rung. The bar moves after each chunk.
@@ -135,7 +135,7 @@ class SearchCV(BaseSearchCV):
         """Do the work of BaseSearchCV.fit up to the training of the best setting.
 
         A fit takes little time in addition to its training, because `network` does not check data.
-        network, X, y: the result of `estimators.trusted`.
+        network, X, y: the result of `trusted.trusted`.
         """
         self._validate_params()
         self.scorer_, self.multimetric_ = check_scoring(self.estimator), False
