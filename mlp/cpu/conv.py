@@ -63,13 +63,17 @@ class Memory:
         image, outputs = (max(column) for column in zip(*most))
         places[images.IMAGE], places[images.DX] = self._take(image), self._take(image)
         places[images.Z], places[images.ACT] = self._take(outputs), self._take(outputs)
+        room = max(int(layer[images.PITCH]) + LANES for layer in layers)
+        places[images.MAXIMA], places[images.LISTED] = self._take(4 * room), self._take(2 * room)
+        places[images.ROOM] = room
         places[images.SHARE] = self.size
         self.size *= workers
-        places[images.ZEROS] = self._take(outputs)
+        places[images.ZEROS], places[images.NUMBERS] = self._take(outputs), self._take(2 * room)
         for layer in layers:
             self._place(layer, batch, act.needs)
         self.w = np.zeros(self.size + LANES, np.float32)
         whole = self.w.view(np.int32)
+        whole[places[images.NUMBERS] :][: 2 * room] = np.arange(2 * room)
         for layer in layers:
             c, y, x = np.ix_(*(np.arange(layer[i]) for i in (images.C, images.K, images.K)))
             taps = (c * layer[images.H] + y) * layer[images.W] + x

@@ -8,7 +8,7 @@ outputs too many. Output number p of channel o is Σ_k w[o, k] x[p + place of ta
 over a list of places needs no matrix of patches.
 
 Backward. Only winners have a gradient. Each one that is not 0 adds g · patch to its channel's dw,
-and g · w to the patch of dx that it read.
+and g · w to the patch of dx that it read. So the winners of a channel are listed first.
 
 A batch is cut into chunks, which depend on its size alone. Each has its own sums of gradients,
 which are added up in order. So results do not depend on the number of threads.
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from .tiles import LANES, add_scaled
+from .tiles import LANES, LINES, add_scaled, patch_lines
 from .waiting import call, floats
 
 # Columns of `Run.layers`: sizes. C, H, W: of an image. O: channels out. K: side of the kernel.
@@ -31,12 +31,16 @@ C, H, W, O, K, P, PH, PW, PITCH, WIDE, TERMS = range(11)
 # D: of the winners, for each image. KEPT is what act' is computed from, and D is dy, then dz. DW,
 # DB: sums of gradients, for each chunk.
 SPREAD, PADDED, BIAS, PLACES, Y, KEPT, WINNER, D, DW, DB, COLUMNS = range(11, 22)
-# Entries of `Run.places`: where each worker's scratch begins, and sizes. IMAGE: an image. Z, ACT:
-# outputs of one image. DX: its gradient. ZEROS. SHARE: floats of a worker's scratch. CHUNK: images
-# of a chunk. BASE: the address of the flat array.
-IMAGE, Z, ACT, DX, ZEROS, SHARE, CHUNK, BASE = range(8)
+# Entries of `Run.places`. Parts of each worker's scratch. IMAGE: an image. Z, ACT: its outputs. DX:
+# its gradient. MAXIMA: twice ROOM maxima, then their places, int32. LISTED: ROOM places of winners,
+# int32, then ROOM gradients.
+IMAGE, Z, ACT, DX, MAXIMA, LISTED = range(6)
+# ZEROS, NUMBERS: where zeros and 0, 1, 2, … as int32 begin. ROOM: at least the outputs of a
+# channel. SHARE: floats of a worker's scratch. CHUNK: images of a chunk. BASE: the flat array's
+# address.
+ZEROS, NUMBERS, ROOM, SHARE, CHUNK, BASE = range(6, 12)
 # Addresses of functions. NEEDS: 1 if act' is computed from y, 2 if from z, 0 from neither.
-FORWARD, BACKWARD, PRODUCT, NEEDS, ENTRIES = range(8, 13)
+FORWARD, BACKWARD, PRODUCT, NEEDS, ENTRIES = range(12, 17)
 
 
 class Run(NamedTuple):
@@ -83,6 +87,49 @@ def _outputs(run, layer, x, scratch):
 
 
 @njit(nogil=True)
+def _higher(best, place, values, places):
+    """Replace best and place where values are higher. NaN is the highest, and a later one wins.
+
+    The place is computed, not chosen: a loop with two choices does not become vector instructions.
+    """
+    for i in range(len(best)):
+        value, before = values[i], best[i]
+        higher = np.int32(value > before) | np.int32(value != value)
+        best[i] = value if higher else before
+        place[i] += higher * (places[i] - place[i])
+
+
+@njit(nogil=True)
+def _window_maxima(run, layer, act, scratch):
+    """Find the first maximum of the window that begins at each output of a channel.
+
+    act: where the channel's outputs begin. Returns where the maxima begin, and their places. Most
+    windows overlap others, but loops over all outputs become vector instructions.
+    """
+    side, across = layer[P], layer[W]
+    count = (layer[PH] - 1) * side * across + (layer[PW] - 1) * side + 1
+    rows, room = count + (side - 1) * across, run.places[ROOM]
+    line, found = scratch + run.places[MAXIMA], scratch + run.places[MAXIMA] + room
+    best, place = run.w[line : line + rows], run.whole[line + 2 * room : line + 2 * room + rows]
+    numbers = run.whole[run.places[NUMBERS] : run.places[NUMBERS] + rows + side]
+    outputs = run.w[act : act + rows]
+    for i in range(rows):
+        best[i] = outputs[i]
+        place[i] = numbers[i]
+    for column in range(1, side):
+        start = act + column
+        _higher(best, place, run.w[start : start + rows], numbers[column:])
+    maxima, places = run.w[found : found + count], run.whole[found + 2 * room :]
+    for i in range(count):
+        maxima[i] = best[i]
+        places[i] = place[i]
+    for row in range(1, side):
+        start = row * across
+        _higher(maxima, places, best[start:], place[start:])
+    return found, found + 2 * room
+
+
+@njit(nogil=True)
 def _pool(run, layer, image, scratch):
     """Keep the winner of each window of `image`: y, its place, and z if the backward needs it.
 
@@ -91,23 +138,18 @@ def _pool(run, layer, image, scratch):
     w, side, pitch = run.w, layer[P], layer[PITCH]
     to = image * layer[O] * layer[PH] * layer[PW]
     for o in range(layer[O]):
-        act = w[scratch + run.places[ACT] + o * pitch : scratch + run.places[ACT] + (o + 1) * pitch]
-        z = scratch + run.places[Z] + o * pitch
+        act, z = scratch + run.places[ACT] + o * pitch, scratch + run.places[Z] + o * pitch
+        maxima, places = _window_maxima(run, layer, act, scratch)
         for i in range(layer[PH]):
-            for j in range(layer[PW]):
-                start = i * side * layer[W] + j * side
-                best, place = act[start], start
-                for row in range(side):
-                    for at in range(start + row * layer[W], start + row * layer[W] + side):
-                        value = act[at]
-                        higher = (value > best) | (value != value)
-                        best = value if higher else best
-                        place = at if higher else place
-                w[layer[Y] + to] = best
+            at = i * side * layer[W]
+            for _ in range(layer[PW]):
+                place = run.whole[places + at]
+                w[layer[Y] + to] = w[maxima + at]
                 run.whole[layer[WINNER] + to] = place
                 if run.places[NEEDS] == 2:
                     w[layer[KEPT] + to] = w[z + place]
                 to += 1
+                at += side
 
 
 def forward(run, x, worker, begin, end):
@@ -127,31 +169,62 @@ def forward(run, x, worker, begin, end):
 
 
 @njit(nogil=True)
-def _winners(run, layer, image, chunk, x, dx):
+def _list_winners(run, layer, first, scratch):
+    """List the winners of a channel whose gradient is not 0. Returns their number and Σ dz.
+
+    first: the channel's first winner. The lists are the places, int32, and the gradients.
+    """
+    places, gradients = (
+        scratch + run.places[LISTED],
+        scratch + run.places[LISTED] + run.places[ROOM],
+    )
+    count, total = np.int64(0), np.float32(0.0)
+    for m in range(first, first + layer[PH] * layer[PW]):
+        g = run.w[layer[D] + m]
+        run.whole[places + count] = run.whole[layer[WINNER] + m]
+        run.w[gradients + count] = g
+        total += g
+        count += g != 0
+    return count, total
+
+
+@njit(nogil=True)
+def _winners(run, layer, image, chunk, x, dx, scratch):
     """Add up what the winners of `image` give dw, db and, unless dx is 0, dx.
 
     x: where the layer's input begins. dx: where its gradient begins.
     """
     w, side, wide, plane = run.w, layer[K], layer[WIDE], layer[H] * layer[W]
     size, pooled = layer[C] * side * wide, layer[PH] * layer[PW]
-    to = layer[DW] + chunk * layer[O] * size
-    at = image * layer[O] * pooled
+    places, gradients = (
+        scratch + run.places[LISTED],
+        scratch + run.places[LISTED] + run.places[ROOM],
+    )
+    listed = run.places[BASE] + 4 * places
     for o in range(layer[O]):
-        total, weights, sums = np.float32(0.0), layer[PADDED] + o * size, to + o * size
-        for m in range(at + o * pooled, at + (o + 1) * pooled):
-            g = w[layer[D] + m]
-            total += g
-            if g == 0:
-                continue
-            place, row = run.whole[layer[WINNER] + m], np.int64(0)
-            for c in range(layer[C]):
-                for line in range(place + c * plane, place + c * plane + side * layer[W], layer[W]):
-                    for i in range(0, wide, LANES):
-                        add_scaled(w, sums + row + i, x + line + i, g)
-                        if dx:
-                            add_scaled(w, dx + line + i, weights + row + i, g)
-                    row += wide
+        count, total = _list_winners(run, layer, (image * layer[O] + o) * pooled, scratch)
         w[layer[DB] + chunk * layer[O] + o] += total
+        sums = layer[DW] + (chunk * layer[O] + o) * size
+        for c in range(layer[C]):
+            for row in range(0, side, LINES):
+                lines = min(LINES, side - row)
+                for i in range(0, wide, LANES):
+                    to, start = (
+                        sums + (c * side + row) * wide + i,
+                        x + c * plane + row * layer[W] + i,
+                    )
+                    patch_lines(w, to, wide, gradients, listed, count, start, layer[W], lines)
+        if dx == 0:
+            continue
+        weights = layer[PADDED] + o * size
+        for m in range(count):
+            g, row, start = w[gradients + m], weights, dx + run.whole[places + m]
+            for _ in range(layer[C]):
+                for line in range(start, start + side * layer[W], layer[W]):
+                    for i in range(0, wide, LANES):
+                        add_scaled(w, line + i, row + i, g)
+                    row += wide
+                start += plane
 
 
 @njit(nogil=True)
@@ -176,12 +249,12 @@ def _image_back(run, n, chunk, x, scratch):
         if places[NEEDS]:
             call(places[BACKWARD], (base + 4 * d, base + 4 * kept, count))
         if l == 0:
-            _winners(run, layer, n, chunk, image, np.int64(0))
+            _winners(run, layer, n, chunk, image, np.int64(0), scratch)
             continue
         size, dx = layer[C] * layer[H] * layer[W], scratch + places[DX]
         below = run.layers[l - 1]
         _clear(w, dx, size)
-        _winners(run, layer, n, chunk, below[Y] + n * size, dx)
+        _winners(run, layer, n, chunk, below[Y] + n * size, dx, scratch)
         for i in range(size):
             w[below[D] + n * size + i] = w[dx + i]
 

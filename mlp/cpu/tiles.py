@@ -18,6 +18,7 @@ LANES = 16 if _MANY and not _HALVED else 8  # floats of a vector
 ROWS, COLUMNS = 4, 3 if not _MANY else 5 if _HALVED else 4
 # Vectors of the widest tile of one row. It reads b from memory and needs one register for a.
 WIDEST = 13
+LINES = 8  # most rows of `patch_lines`
 
 _I64, _I32, _I8, _F32 = ir.IntType(64), ir.IntType(32), ir.IntType(8), ir.FloatType()
 _VECTOR = ir.VectorType(_F32, LANES)
@@ -352,6 +353,43 @@ def scale_octets(typing, w, to, address, vectors, scale, shift):
 
     kinds = types.int64, types.int64, types.int64, types.float32, types.float32
     return types.void(w, *kinds), generate
+
+
+@intrinsic
+def patch_lines(typing, w, to, stride_to, factors, listed, terms, x, stride_x, lines):
+    """w[to + r stride_to + i] += Σ_j factor[j] · w[x + r stride_x + place[j] + i], for one vector.
+
+    The rows r are `lines`, from 1 to LINES. The factors begin at w[factors]. The places are `terms`
+    int32 at the address `listed`.
+    """
+
+    def generate(context, builder, signature, args):
+        _, to, stride_to, factors, listed, terms, x, stride_x, lines = args
+        at = lambda offset: pointer(context, builder, signature, args, 0, offset)  # noqa: E731
+        places, numbers = builder.inttoptr(listed, _I32.as_pointer()), at(factors)
+        after = builder.append_basic_block("after")
+        choice = builder.switch(lines, after)
+        for count in range(1, LINES + 1):
+            block = builder.append_basic_block("lines")
+            choice.add_case(_I64(count), block)
+            builder.position_at_end(block)
+            targets = [at(builder.add(to, builder.mul(_I64(r), stride_to))) for r in range(count)]
+            sources = [at(builder.add(x, builder.mul(_I64(r), stride_x))) for r in range(count)]
+
+            def body(j, sums, sources=sources):
+                place = builder.sext(builder.load(builder.gep(places, [j])), _I64)
+                factor = _splat(builder, builder.load(builder.gep(numbers, [j])))
+                terms = [_load(builder, builder.gep(source, [place])) for source in sources]
+                return [_multiply_add(builder, factor, *pair) for pair in zip(terms, sums)]
+
+            sums = _loop(builder, terms, [_load(builder, target) for target in targets], body)
+            for value, target in zip(sums, targets):
+                _store(builder, value, target)
+            builder.branch(after)
+        builder.position_at_end(after)
+        return context.get_dummy_value()
+
+    return types.void(w, *[types.int64] * 8), generate
 
 
 @intrinsic
