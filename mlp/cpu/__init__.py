@@ -42,7 +42,7 @@ class Call(NamedTuple):
 
 
 EPOCH, MANY_EPOCHS = Call("epoch", 10.0), Call("session", 24.0)
-CONVOLUTIONS = Call("conv", 20.0)
+CONVOLUTIONS = Call("conv", 9.0)
 
 # Seconds of CPU to import numba and to read its compiled code from disk.
 _LOADS = 0.6
@@ -55,7 +55,7 @@ _SAVED, _SAVED_EACH = 9e-5, 5e-12
 _WEIGHTS = 1_500_000
 # Seconds that compiled convolutions save for each image of a step, about the least that was
 # measured with two threads. The most multiply-adds of an image's forward: beyond, torch is faster.
-_SAVED_EACH_IMAGE, _PRODUCTS = 2e-5, 1_500_000
+_SAVED_EACH_IMAGE, _PRODUCTS = 3e-5, 1_500_000
 _SHARED = 8  # a thread more pays only for so many images
 _many = 0  # callers that are inside `many`
 _passed = 0.0  # seconds that this process would have saved by code that it did not compile
