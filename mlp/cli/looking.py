@@ -12,7 +12,7 @@ def data(values: Values) -> None:
     """Print a description of a data set, and draw it on request."""
     read = load(values)
     train, test = read.train, read.test
-    for line in describe.page(train, test):
+    for line in describe.page(train, test, read.table):
         say(line)
     if not values["plots"]:
         return
@@ -21,5 +21,7 @@ def data(values: Values) -> None:
     folder = values["out"] or Path()
     if not folder.is_dir():
         raise ValueError(f"--out {folder}: there is no such folder")
+    if read.table is not None:
+        train, test = map(read.table.in_own_units, (train, test))
     for path in sheets.write(train, test, folder):
         say(path)

@@ -1,7 +1,12 @@
 """Descriptions of a data set in words: one line for `train`, a page for `handgrad data`."""
 
+from typing import TYPE_CHECKING
+
 from .dataset import Dataset
 from .scaling import columns, lost_in_float32
+
+if TYPE_CHECKING:
+    from .tables import Table
 
 _SHOWN = 20  # the most classes or columns that are listed
 
@@ -69,26 +74,40 @@ def describe(train: Dataset, test: Dataset | None = None) -> str:
     return "; ".join(parts)
 
 
-def page(train: Dataset, test: Dataset) -> list[str]:
+def page(train: Dataset, test: Dataset, table: "Table | None" = None) -> list[str]:
     """A page about a data set, one string for each line.
 
     It shows the inputs, how they are read, the split, the classes with their balance, and columns
-    that are constant or that float32 cannot resolve.
+    that are constant or that float32 cannot resolve. table: of the data, whose columns are shown
+    as in the file.
     """
-    low, high = stored_range(train)
     said = [
         f"data       {train.name}",
         f"samples    {len(train):,} for training, {len(test):,} for testing",
-        f"inputs     {inputs(train)}, {train.stored} {low:.6g} to {high:.6g}",
-        f"read as    {scale(train)}",
     ]
+    if table is None:
+        low, high = stored_range(train)
+        said.append(f"inputs     {inputs(train)}, {train.stored} {low:.6g} to {high:.6g}")
+        said.append(f"read as    {scale(train)}")
+    else:
+        said += _table(table, train)
     if train.levels is not None:
         said.append(f"levels     black is {train.levels[0]:g}, white is {train.levels[1]:g}")
-    said.append(f"targets    {targets(train)}")
+    said.append(f"targets    {targets(train if table is None else table.in_own_units(train))}")
     if train.is_classification:
         said += _classes(train, test)
-    said += _odd_columns(train)
+    if table is None:
+        said += _odd_columns(train)
     return [*said, f"hash       {train.fingerprint().hash} (training data)"]
+
+
+def _table(table: "Table", train: Dataset) -> list[str]:
+    lines = table.described(train.inputs)
+    more = [f"and {len(lines) - _SHOWN} columns more"] if len(lines) > _SHOWN else []
+    return [
+        f"inputs     {len(lines)} columns as {train.features} features",
+        *(f"           {line}" for line in (*lines[:_SHOWN], *more)),
+    ]
 
 
 def _classes(train: Dataset, test: Dataset) -> list[str]:

@@ -132,6 +132,25 @@ class Table:
         mean, std = (torch.tensor(v, dtype=outputs.dtype) for v in (self.mean, self.std))
         return outputs.cpu() * std + mean
 
+    def in_own_units(self, data: Dataset) -> Dataset:
+        """The data set with the targets of a regression in their own units."""
+        return data._with(targets=self.units(data.targets)) if self.mean else data
+
+    def described(self, inputs: torch.Tensor) -> list[str]:
+        """A line about each column: its name, its numbers or count of texts, and its gaps.
+
+        inputs: (rows, features), the training rows as from `inputs`.
+        """
+        width, parts = max(len(column.name) for column in self.columns), inputs.cpu()
+        lines, at = [], 0
+        for column in self.columns:
+            count = len(column.features)
+            said, gaps = _KINDS[column.kind].described(column, parts[:, at : at + count])
+            more = f", {gaps:,} gap{'s' * (gaps > 1)}" if gaps else ""
+            lines.append(f"{column.name:<{width}}  {said}{more}")
+            at += count
+        return lines
+
     def dataset(self, frame: "pandas.DataFrame", name: str) -> Dataset:
         """A data set of the features and targets of these rows."""
         said: list[str] = []
@@ -192,6 +211,11 @@ class _Number:
         scaled = (numpy.where(gaps, column.fill, values) - column.mean) / column.std
         return numpy.stack([scaled, gaps], axis=1) if column.flag else scaled[:, None]
 
+    @staticmethod
+    def described(column: Column, inputs: torch.Tensor) -> tuple[str, int]:
+        gaps = int(inputs[:, 1].sum()) if column.flag else 0
+        return f"numbers, mean {column.mean:.5g}, deviation {column.std:.5g}", gaps
+
 
 class _Category:
     """A column of texts."""
@@ -230,6 +254,11 @@ class _Category:
                 f"column {column.name!r}: training never saw {_listed(unseen)}; read as none of it"
             )
         return numpy.stack([(texts == text).astype(float) for text in column.categories], axis=1)
+
+    @staticmethod
+    def described(column: Column, inputs: torch.Tensor) -> tuple[str, int]:
+        shown = _listed(column.categories, 5)
+        return f"{len(column.categories)} texts: {shown}", int((inputs.sum(1) == 0).sum())
 
 
 _KINDS: dict[str, Any] = {_NUMBER: _Number, _CATEGORY: _Category}

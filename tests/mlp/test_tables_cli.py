@@ -147,6 +147,24 @@ def test_balanced_weights_are_the_losses(handgrad):
     assert handgrad("evaluate", "run")[0] == 0
 
 
+def test_a_table_is_described_as_in_its_file(handgrad, files):
+    files.assign(a=[None] * 9 + [2.0, 4.0] * 45 + [None], c=1).to_csv("gaps.csv", index=False)
+    status, out, err = handgrad("data", "gaps.csv", "--target", "price", "--drop", "cost")
+    assert status == 0 and "left out, as all training rows have the same value: c" in err
+    train = files.iloc[tables_rows(100, 0)[0]]
+    gaps = sum(i < 9 or i == 99 for i in train.index)
+    low, high = train.price.min(), train.price.max()
+    assert out.splitlines()[2:7] == [
+        "inputs     3 columns as 5 features",
+        out.splitlines()[3],
+        f"           b     numbers, mean {train.b.mean():.5g}, deviation {train.b.std(ddof=0):.5g}",
+        "           city  2 texts: Oslo, Rome",
+        f"targets    regression, 1 output from {low:.6g} to {high:.6g}",
+    ]
+    assert out.splitlines()[3].startswith("           a     numbers, mean ")
+    assert out.splitlines()[3].endswith(f", {gaps} gaps") and "missing" not in out
+
+
 def test_several_targets(handgrad):
     argv = ("price.csv", "--target", "price,cost", *QUICK, "--out", "run")
     assert handgrad("train", *argv)[0] == 0
