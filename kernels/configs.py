@@ -268,7 +268,7 @@ def training(
     pinned = PINNED_TRAINING.get((kernel, arch, precision, states, tuple(sizes), block_m))
     if pinned:
         return pinned
-    largest = block_m > 32 and block_m * padded(sizes[-1]) >= MOST_OUTPUTS[precision]
+    largest = block_m * padded(sizes[-1]) >= MOST_OUTPUTS[precision]
     # tf32x3 holds every operand twice, as a large and a small part. In ieee, updates that divide by
     # a root spill at the limit of outputs.
     narrow = precision == "tf32x3" or (precision == "ieee" and largest)
@@ -283,10 +283,10 @@ def training(
     # On AMD a lane has twice the registers, and products need 16 rows.
     if not arch.startswith("sm_"):
         return Training(columns, 16, 16, 16, num_warps=4, num_stages=1)
-    small = precision == "tf32x3" and states > 0 and block_m > 32 and older(arch)
+    small = precision == "tf32x3" and states > 0 and (block_m > 32 or largest) and older(arch)
     if small and kernel != "exchange":
-        return Training(columns, 16, 16, rows, num_warps=8, num_stages=1)
-    if OLD_TRITON and largest:
+        return Training(16, 16, 16, rows, num_warps=8, num_stages=1)
+    if OLD_TRITON and largest and block_m > 32:
         stages = {"exchange": 1, "epoch": 2}.get(kernel, 3) if precision != "tf32x3" else 1
         return Training(16, 16, 16, rows, num_warps=8, num_stages=stages)
     return Training(columns, block_k, 16, rows, num_warps=8, num_stages=3)
