@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 import numpy
 import torch
+from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import accuracy_score, r2_score
@@ -52,6 +53,7 @@ _PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
 # default, only tables of at most so many rows are trained in float64. They take little time, and
 # weights of samples then have the effect of repeated rows to many digits.
 _FEW_ROWS = 100
+_DTYPES = (numpy.float64, numpy.float32)  # X keeps one of these. Other numbers become the first.
 _TEXTS = "SU"  # numpy's kinds of dtypes for bytes and texts
 _AUTO_BATCH = 200
 _COMPILED_DRAWS = "MT19937"  # numpy's RandomState. The compiled code can shuffle with it.
@@ -297,6 +299,8 @@ class _Network(BaseEstimator):
         self._random = check_random_state(self.random_state)
         if first:
             self._start([X.shape[1], *self._hidden(), self.n_outputs_], X)
+        else:
+            self._go_on()
         X, targets, weights, held = self._hold_out(X, targets, weights)
         training = self._training(X, targets, weights, held, incremental)
         epochs = 1 if incremental else self.max_iter
@@ -354,11 +358,32 @@ class _Network(BaseEstimator):
         self.n_layers_, self.n_iter_, self.t_ = len(sizes), 0, 0
         self._no_improvement = 0
         self.loss_curve_: list[float] = []
+        self._optimizer: Any = None
+        self._forget_best()
+
+    def _forget_best(self) -> None:
+        """Reset what early stopping, or the training loss, is compared with."""
         self.best_loss_: Any = None if self.early_stopping else math.inf
         self.validation_scores_: Any = [] if self.early_stopping else None
         self.best_validation_score_: Any = -math.inf if self.early_stopping else None
         self._best = self._weights() if self.early_stopping else {}
-        self._optimizer: Any = None
+
+    def _go_on(self) -> None:
+        """Give the trained network the parameters of this call, as scikit-learn does.
+
+        Without a device or with precision "auto", it stays where and as it is.
+        """
+        if self.early_stopping != (self.best_loss_ is None):
+            self._forget_best()
+        hidden = ACTIVATIONS[self.activation]
+        self._model.activation = hidden
+        for layer in self._layers()[:-1]:
+            layer.activation = hidden
+        first = next(self._model.parameters())
+        device = first.device if self.device is None else spreading.existing(self.device)
+        self._model.to(device, _PRECISIONS.get(self.precision, first.dtype))
+        if self._optimizer is not None:  # its states follow the parameters
+            self._optimizer.load_state_dict(self._optimizer.state_dict())
 
     def _weights(self) -> dict[str, torch.Tensor]:
         return {name: p.detach().clone() for name, p in self._model.state_dict().items()}
@@ -393,6 +418,12 @@ class _Network(BaseEstimator):
         dense = X.toarray() if hasattr(X, "toarray") else X
         first = next(self._model.parameters())
         inputs = torch.from_numpy(numpy.ascontiguousarray(dense)).to(first.dtype)
+        if not bool(inputs.isfinite().all()):  # X is finite, it was checked
+            row, column = inputs.isfinite().logical_not().nonzero()[0].tolist()
+            raise ValueError(
+                f"{type(self).__name__}: X has {dense[row, column]:g} in row {row}, column "
+                f"{column}, which float32 cannot hold; scale X, or use precision='fp64'"
+            )
         targets = torch.from_numpy(targets)
         targets = targets.to(first.dtype) if targets.is_floating_point() else targets
         return Dataset(inputs, targets, self._class_names()).to(first.device)
@@ -411,6 +442,9 @@ class _Network(BaseEstimator):
             batch = count
         if self._optimizer is None or not incremental:
             self._optimizer = _SOLVERS[self.solver](self, self._groups())
+        else:  # another alpha may need other groups
+            settings = self._optimizer.param_groups[0]
+            self._optimizer.param_groups[:] = [{**settings, **new} for new in self._groups()]
         if weights is not None:
             weights = torch.from_numpy(weights).to(first.device, first.dtype)
         judges = None if held is None else self._dataset(*held[:2])
@@ -571,7 +605,7 @@ class _Network(BaseEstimator):
         """The network's outputs, (samples, outputs), float64 on the CPU. check: validate X."""
         if check:
             check_is_fitted(self)
-            X = validate_data(self, X, accept_sparse=("csr", "csc"), reset=False)
+            X = validate_data(self, X, accept_sparse=("csr", "csc"), dtype=_DTYPES, reset=False)
         dense = X.toarray() if hasattr(X, "toarray") else X
         device = next(self._model.parameters()).device
         # In float64, the outputs of a row are the same in any batch, as in scikit-learn. float64 is
@@ -763,6 +797,12 @@ class _Training:
             losses = losses if losses.dim() == 1 else losses.sum(1)
             weights = self.weights[rows]
             weight = float(weights.sum())
+            if not weight:
+                raise ZeroDivisionError(
+                    f"{type(self.estimator).__name__}: the sample weights of a batch of "
+                    f"{len(rows)} sum to zero, so it has no mean loss; leave samples of weight 0 "
+                    "out, or take a larger batch_size"
+                )
             value = (losses * weights).sum() / weight
             self._set_decay(weight)
             self._shares.append(len(rows) / weight)  # the penalty is divided as the losses are
@@ -818,7 +858,7 @@ class MLPClassifier(ClassifierMixin, _Network):
             y,
             accept_sparse=("csr", "csc"),
             multi_output=True,
-            dtype=(numpy.float64, numpy.float32),
+            dtype=_DTYPES,
             reset=reset,
         )
         check_classification_targets(y)
@@ -963,6 +1003,8 @@ class MLPRegressor(RegressorMixin, _Network):
         self.loss = loss
 
     def _validate_input(self, X, y, incremental, reset):
+        if issparse(y):
+            raise ValueError("MLPRegressor: y must be dense, got a sparse matrix; use y.toarray()")
         X, y = validate_data(
             self,
             X,
@@ -970,7 +1012,7 @@ class MLPRegressor(RegressorMixin, _Network):
             accept_sparse=("csr", "csc"),
             multi_output=True,
             y_numeric=True,
-            dtype=(numpy.float64, numpy.float32),
+            dtype=_DTYPES,
             reset=reset,
         )
         if y.dtype.kind in _TEXTS:
@@ -981,6 +1023,11 @@ class MLPRegressor(RegressorMixin, _Network):
         if y.ndim == 2 and y.shape[1] == 1:
             y = column_or_1d(y, warn=True)
         y = y.reshape(len(y), -1).astype(numpy.float64)
+        if not reset and y.shape[1] != self.n_outputs_:
+            raise ValueError(
+                f"MLPRegressor: y has {y.shape[1]} targets, but the network that goes on training "
+                f"has {self.n_outputs_} outputs; use warm_start=False for a new one"
+            )
         self.n_outputs_ = y.shape[1]
         return X, y
 

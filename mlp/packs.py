@@ -182,10 +182,30 @@ class Member:
 
 
 def _rows(given: Any, samples: int, device: torch.device) -> torch.Tensor | None:
+    """The rows that a network trains on, (rows,) int64, or None for all.
+
+    given: indices, a mask of all samples, or a slice.
+    """
     if given is None:
         return None
-    rows = torch.as_tensor(given, device=device)
-    rows = torch.nonzero(rows)[:, 0] if rows.dtype == torch.bool else rows.long()
+    if isinstance(given, slice):
+        given = list(range(samples)[given])
+    try:
+        rows = torch.as_tensor(given, device=device)
+    except (RuntimeError, TypeError, ValueError):
+        rows = torch.empty(0, 0)
+    is_mask = rows.dtype == torch.bool
+    if rows.dim() != 1 or (rows.is_floating_point() and len(rows)):
+        raise ValueError(
+            "sweep: rows must be indices (rows,) as whole numbers, a mask or a slice, got "
+            f"{type(given).__name__} {given!r:.60}"
+        )
+    if is_mask and len(rows) != samples:
+        raise ValueError(
+            f"sweep: a mask of rows must have {samples} entries, one for each sample, got "
+            f"{len(rows)}"
+        )
+    rows = torch.nonzero(rows)[:, 0] if is_mask else rows.long()
     if not len(rows) or int(rows.min()) < 0 or int(rows.max()) >= samples:
         raise ValueError(
             f"sweep: rows must be at least one index from 0 to {samples - 1}, got "

@@ -160,6 +160,83 @@ def test_partial_fit_and_warm_start(wine):
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        {"activation": "tanh"},
+        {"activation": "identity", "solver": "sgd", "momentum": 0.5},
+        {"alpha": 1.0, "batch_size": 40},
+    ],
+    ids=str,
+)
+def test_parameters_may_change_before_a_warm_start(changes, wine):
+    for before in ({}, {"alpha": 0.0, "activation": "logistic"}):
+        ours, theirs = pair("MLPClassifier", warm_start=True, max_iter=6)
+        for estimator in (ours, theirs):
+            estimator.set_params(**before).fit(*wine)
+            estimator.set_params(**changes).fit(*wine)
+        assert_same(ours, theirs, wine[0])
+
+
+@pytest.mark.parametrize("at_first", [True, False])
+def test_early_stopping_may_change_before_a_warm_start(at_first, wine):
+    ours = pair("MLPClassifier", warm_start=True, early_stopping=at_first, max_iter=3)[0].fit(*wine)
+    ours.set_params(early_stopping=not at_first).fit(*wine)
+    assert len(ours.loss_curve_) == 6 and ours.n_iter_ == 3
+    assert (ours.validation_scores_ is None) == at_first
+    assert at_first or len(ours.validation_scores_) == 3
+
+
+@pytest.mark.parametrize("alphas", [(0.0, 1.0), (1.0, 0.0)])
+def test_alpha_may_change_between_partial_fits(alphas, wine):
+    ours, theirs = pair("MLPClassifier")
+    for estimator in (ours, theirs):
+        for alpha in alphas:
+            estimator.set_params(alpha=alpha)
+            for _ in range(3):
+                estimator.partial_fit(*wine, classes=[0, 1, 2])
+    assert_same(ours, theirs, wine[0])
+
+
+def test_the_precision_may_change_between_partial_fits(wine):
+    ours = mlp.MLPClassifier((7,), device="cpu", precision="fp32", random_state=0)
+    ours.partial_fit(*wine, classes=[0, 1, 2])
+    ours.set_params(precision="fp64").partial_fit(*wine)
+    assert ours.coefs_[0].dtype == numpy.float64
+    ours.set_params(precision="auto").partial_fit(*wine)
+    assert ours.coefs_[0].dtype == numpy.float64
+
+
+@pytest.mark.parametrize("dtype", [">f8", ">f4", "longdouble", "float16", "int32", ">i2"])
+def test_numbers_of_any_dtype(dtype, wine, diabetes):
+    x = numpy.round(wine[0]).astype(dtype)
+    ours, theirs = pair("MLPClassifier", max_iter=3)
+    for estimator in (ours, theirs):
+        estimator.fit(x, wine[1].astype(">i4"), numpy.ones(len(x), ">f8"))
+        estimator.partial_fit(x, wine[1])
+    numpy.testing.assert_allclose(ours.predict_proba(x), theirs.predict_proba(x), atol=1e-4)
+    model = mlp.MLPRegressor(hidden_layer_sizes=(4,), max_iter=2, device="cpu").fit(x, x[:, :2])
+    assert model.predict(x).shape == (len(x), 2) and numpy.isfinite(model.score(x, x[:, :2]))
+
+
+def test_data_that_do_not_fit_are_one_line(wine):
+    scipy_sparse = pytest.importorskip("scipy.sparse")
+    x, y = wine
+    numbers = numpy.stack([y, y], 1).astype(float)
+    with pytest.raises(ValueError, match="which float32 cannot hold; scale X, or use precision='f"):
+        mlp.MLPClassifier(device="cpu").fit(x * 1e300, y)
+    with pytest.raises(ValueError, match=r"y must be dense, got a sparse matrix; use y.toarray\("):
+        mlp.MLPRegressor(device="cpu").fit(x, scipy_sparse.csr_matrix(numbers))
+    warm = mlp.MLPRegressor(hidden_layer_sizes=(3,), warm_start=True, max_iter=2, device="cpu").fit(
+        x, y
+    )
+    with pytest.raises(ValueError, match="y has 2 targets, but the network that goes on training "):
+        warm.fit(x, numbers)
+    halves = numpy.arange(len(x)) // 89
+    with pytest.raises(ZeroDivisionError, match="the sample weights of a batch of 89 sum to zero"):
+        mlp.MLPClassifier(device="cpu", batch_size=89, shuffle=False).fit(x, y, halves)
+
+
+@pytest.mark.parametrize(
     ("rows", "read", "precision", "dtype"),
     [
         (178, "float64", "auto", "float32"),  # more rows than train in float64 by default

@@ -2,6 +2,7 @@
 
 import importlib.util
 
+import numpy as np
 import pytest
 import torch
 
@@ -228,3 +229,34 @@ def test_small_networks_of_one_launch_are_computed_by_one_thread(monkeypatch):
         for width in (6, 3000):
             Sweep([{"hidden": (width,), "batch_size": 90}] * 3, device="cpu").fit(data(), 1)
         assert counts == [1, 2] and torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [slice(0, 9), np.arange(9), torch.arange(90) < 9],
+    ids=["slice", "indices", "mask"],
+)
+def test_rows_are_indices_a_mask_or_a_slice(rows):
+    train = data()
+    given = [{"hidden": (4,), "rows": rows}, {"hidden": (4,), "rows": list(range(9))}]
+    first, second = mlp.Sweep(given, device="cpu").fit(train, 2)
+    assert first.train_loss == second.train_loss
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({1, 2}, r"whole numbers, a mask or a slice, got set \{1, 2\}"),
+        ([0.2, 1.9], r"whole numbers, a mask or a slice, got list \[0.2, 1.9\]"),
+        (np.arange(10).reshape(2, 5), "whole numbers, a mask or a slice, got ndarray"),
+        ("abc", "whole numbers, a mask or a slice, got str 'abc'"),
+        (np.ones(80, bool), "a mask of rows must have 90 entries, one for each sample, got 80"),
+        ([90], r"rows must be at least one index from 0 to 89, got \[90, 90\]"),
+        (slice(0, 0), "rows must be at least one index from 0 to 89, got none"),
+    ],
+    ids=["set", "floats", "matrix", "text", "short mask", "beyond", "none"],
+)
+def test_other_rows_are_refused(rows, message):
+    sweep = mlp.Sweep([{"hidden": (4,), "rows": rows}], device="cpu")
+    with pytest.raises(ValueError, match=message):
+        sweep.fit(data(), 1)
