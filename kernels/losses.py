@@ -372,6 +372,11 @@ class Loss:
         """True if the mean is over all elements, as for losses with a scalar. Else over rows."""
         return self.scalar is not None
 
+    @property
+    def reads_values(self) -> bool:
+        """True if outputs are values of the targets. False if `predict` makes probabilities."""
+        return self.predict is unchanged
+
     def refusal(self, outputs: int, target: Tensor) -> str | None:
         """The reason why these targets cannot train so many outputs, or None if they can."""
         if outputs > 1 or not target.is_floating_point() or self.targets != "classes":

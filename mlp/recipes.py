@@ -13,7 +13,6 @@ import torch
 from torch.optim import Optimizer
 
 from kernels import activations
-from kernels.losses import unchanged
 
 from . import schedule
 from .data.dataset import Dataset
@@ -145,7 +144,7 @@ class Recipe:
     @property
     def reads_values(self) -> bool:
         """True if the loss reads outputs as values of the targets, False if as logits."""
-        return LOSSES[self.loss].row.predict is unchanged
+        return LOSSES[self.loss].row.reads_values
 
     @property
     def gives_values(self) -> bool:

@@ -26,9 +26,10 @@ import kernels
 
 from . import cpu, packs, spreading
 from .data.dataset import Dataset, permutation
-from .data.given import check_alike, check_columns, fitted, take
+from .data.given import check_columns, fitted, take
 from .data.seen import Seen
 from .engines.epochwise import rule_of, spec_of
+from .engines.means import is_entropy
 from .init import initialise
 from .metrics import measure
 from .modules import MLP, blank, loss_of
@@ -339,7 +340,7 @@ class Sweep:
                 f"sweep: the networks take {self.config['sizes'][0]} features, but {train.name} "
                 f"has {train.features}"
             )
-        evaluate, validation = self._parts(train, (evaluate, validation))
+        evaluate, validation = self._parts((evaluate, validation))
         count = len(train) // batch_size * batch_size if drop_last else len(train)
         hyper = self._hyper()
         losses = torch.full((self.replicas,), math.nan, device=self.device)
@@ -396,7 +397,7 @@ class Sweep:
     ) -> list[Row]:
         data = self._trained_on(train, 1)
         self.config = {"sizes": [data.features, data.outputs]}
-        evaluate, validation = self._parts(data, measured)
+        evaluate, validation = self._parts(measured)
         self.members = [packs.Member(s, self.loss, data, self.device) for s in self.settings]
         judges = validation if validation is not None else evaluate
         told = told or (lambda count: None)
@@ -442,17 +443,18 @@ class Sweep:
 
     def _trained_on(self, train: Any, outputs: int) -> Dataset:
         """The training data on the networks' device. outputs: of the networks."""
-        taken = take(train)
-        self._seen = Seen.of(taken)
+        before = self._seen if self.rows and not self.settings else None
+        if before is None:
+            taken = take(train)
+            self._seen = Seen.of(taken)
+        else:
+            taken = before.more(train, either=is_entropy(self.loss))
+            self._seen = before.joined(taken)
         return fitted(taken.data, self.device, torch.float32, outputs)
 
-    def _parts(self, train: Dataset, given: Any) -> list[Dataset | None]:
+    def _parts(self, given: Any) -> list[Dataset | None]:
         """The test and validation data, checked before any training. None stays None."""
-        found = [None if part is None else self._fitted(part) for part in given]
-        for part in found:
-            if part is not None:
-                check_alike(train, part)
-        return found
+        return [None if part is None else self._fitted(part) for part in given]
 
     def _fitted(self, data: Any) -> Dataset:
         """Other data of any kind that `fit` takes, read as the training data, on their device."""

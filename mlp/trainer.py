@@ -178,8 +178,12 @@ class Trainer:
     ) -> History:
         """Train until `epochs` epochs are done, and return the history of all epochs.
 
-        The epochs of a resumed run count. The network trains in training mode and is measured in
-        evaluation mode. At the end it has its earlier modes again.
+        The epochs of a resumed run count. A later call reads its data as the first did: words are
+        numbered by the first call's classes, and other words, columns or units are refused. To
+        train the network on other data, make a new Trainer.
+
+        The network trains in training mode and is measured in evaluation mode. At the end it has
+        its earlier modes again.
 
         train, evaluate, validation: a Dataset of `mlp.data`, a pair (inputs, targets) of tensors,
         numpy arrays or pandas frames, a torch data set, or a DataLoader, which is read once. Both
@@ -365,13 +369,18 @@ class Trainer:
         measured: (evaluate, validation).
         """
         ignored = means.reading(self.loss).ignore_index
-        taken = given.take(train, ignored)
+        before = self._seen if self.history else None  # a trained network keeps its classes
+        taken = (
+            given.take(train, ignored)
+            if before is None
+            else before.more(train, ignored, means.is_entropy(self.loss))
+        )
         size = batch_size if batch_size is not None else taken.batch_size or _BATCH_SIZE
         drops = drop_last if drop_last is not None else bool(taken.drop_last)
         size = whole("fit: batch_size", size)
         if taken.note is not None and self.verbose:
             print(f"{taken.note}, {size} at a time")
-        seen = Seen.of(taken)
+        seen = Seen.of(taken) if before is None else before.joined(taken)
         evaluate, validation = (
             None if part is None else self._fitted(seen.take(part, ignored)) for part in measured
         )
@@ -380,7 +389,6 @@ class Trainer:
         for part in (evaluate, validation):
             if part is not None:
                 check_columns(part.columns, train.columns, f"fit: {part.name}")
-                given.check_alike(train, part)
         count = len(train) // size * size if drops else len(train)
         return _Task(train, evaluate, validation, size, count, whole("fit: seed", seed, least=None))
 
@@ -540,6 +548,13 @@ class Trainer:
                 f"fit: the network has {width} outputs, but {data.name} has {len(data.classes)} "
                 f"classes{as_numbers}"
             )
+        words = None if self._seen is None else self._seen.words
+        if data.is_classification and words is not None and width > len(words):
+            raise ValueError(
+                f"fit: the network has {width} outputs, but the labels of {data.name} are "
+                f"{len(words)} words; make it with {len(words)} outputs, or give numbers of the "
+                "classes as labels"
+            )
 
     def _check_features(self, op: str, data: Dataset, hint: str = "") -> None:
         """ValueError if the network is ours and takes rows of another width."""
@@ -575,32 +590,39 @@ class Trainer:
         return measure(self.model, self.loss, data, self._shape)
 
     def predict(self, x: Any) -> torch.Tensor | np.ndarray:
-        """The network's prediction for each row of x, in the targets' own units.
+        """The network's prediction for each row of x, in the form of the targets.
 
-        For a network that was trained on labels, these are labels (N,), or words if the labels were
-        words. Else they are numbers (N, outputs), or (N,) if the targets were.
+        For a network that was trained on labels, these are labels (N,): words, bytes or bools if
+        the labels were, else int64. If the loss reads outputs as logits of several labels, such as
+        binary cross-entropy, the targets are numbers from 0 to 1. A prediction is then 1 if its
+        probability is above one half, else 0, also where targets were between 0 and 1. Else
+        predictions are numbers. Both are (N, outputs), or (N,) if the targets were.
 
         x: rows in the form that `fit` took, (N, …), or a Dataset. The result is a tensor if x is
-        one, else an array. ValueError for rows of another width.
+        one and the targets were no words, else an array. ValueError for rows of another width.
         """
-        found = self._outputs(x)
+        found, seen = self._outputs(x), self._seen
         if self._is_classifier():
-            found = found.argmax(1)
-            if self._seen is not None and self._seen.words is not None:
-                return np.array(self._seen.words)[found.cpu().numpy()]
+            found = found[:, : None if seen is None else seen.named].argmax(1)
+            if seen is not None and seen.words is not None:
+                return seen.spelled(found.cpu().numpy())
+            is_bool = seen is not None and seen.is_labels and seen.kind == "bool"
         else:
-            found = getattr(self.loss, "predict", lambda rows: rows)(found)
-            if self._seen is not None and self._seen.column and found[0].numel() == 1:
+            is_bool = self._are_logits() and seen is not None and seen.kind == "bool"
+            if self._are_logits():
+                found = (self.loss.predict(found) > 0.5).to(found.dtype)
+            if seen is not None and seen.column and found[0].numel() == 1:
                 found = found.flatten()
+        found = found.bool() if is_bool else found
         return found if isinstance(x, torch.Tensor) else found.cpu().numpy()
 
     def predict_proba(self, x: Any) -> torch.Tensor | np.ndarray:
-        """The probability of each class, (N, classes).
+        """The probability of each class, (N, classes), or of each label, (N, labels).
 
         x, and the type of the result: as for `predict`. ValueError if the network was trained on
         numbers.
         """
-        if not self._is_classifier():
+        if not (self._is_classifier() or self._are_logits()):
             raise ValueError(
                 "predict_proba: this network was trained on numbers, which have no probabilities; "
                 "use predict"
@@ -613,6 +635,11 @@ class Trainer:
     def _is_classifier(self) -> bool:
         labels = self._seen is not None and self._seen.is_labels
         return labels or means.is_entropy(self.loss)
+
+    def _are_logits(self) -> bool:
+        """True if the loss reads outputs as logits, so that `loss.predict` makes probabilities."""
+        row = getattr(self.loss, "row", None)
+        return row is not None and not row.reads_values
 
     @torch.no_grad()
     def _outputs(self, x) -> torch.Tensor:

@@ -223,8 +223,9 @@ class Dataset:
         of pandas, lists or sparse matrices. Inputs are (N,), (N, features), or images (N, H, W) or
         (N, C, H, W).
 
-        Whole numbers as targets are labels, as in torch. They number the classes from 0. Words are
-        class names. They are numbered in sorted order, or in that of `like`. like: the training
+        Whole numbers as targets are labels, as in torch. They number the classes from 0. Bools
+        (N, labels) are several labels a row, and become 0 and 1 as floating point. Words are class
+        names. They are numbered in sorted order, or in that of `like`. like: the training
         data, if these are test data. ignored: a label that stands for no class. DataError, in one
         line, for data that cannot be used, also for images with their channels last.
         """

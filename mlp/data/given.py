@@ -12,20 +12,24 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
 from .dataset import DataError, Dataset
-from .pixels import check_units
+from .labels import plain
+
+_WORDS = ("words", "bytes")  # kinds of labels that are names of classes
 
 
 class Given(NamedTuple):
     """A data set and facts about the object that it was made from.
 
     shape: of a sample with more than one dimension, else None. words: the classes if the labels
-    were words, else None. batch_size, drop_last: of a DataLoader, else None. note: one line that
-    says how a DataLoader is used, else None.
+    were words, else None. kind: of the targets as given, "bool", "bytes", "words" or "numbers".
+    batch_size, drop_last: of a DataLoader, else None. note: one line that says how a DataLoader is
+    used, else None.
     """
 
     data: Dataset
     shape: tuple[int, ...] | None = None
     words: tuple[str, ...] | None = None
+    kind: str = "numbers"
     batch_size: int | None = None
     drop_last: bool | None = None
     note: str | None = None
@@ -48,7 +52,9 @@ def take(given: Any, ignored: int | None = None, like: Dataset | None = None) ->
             "because batches are drawn from all samples here; give the dataset itself"
         )
     data = Dataset.of(given, like=like, ignored=ignored)
-    taken = Given(data, _shape(given, data), _words(given, data))
+    kind = _kind(_targets(given))
+    words = data.classes if kind in _WORDS and data.is_classification else None
+    taken = Given(data, _shape(given, data), words, kind)
     if not isinstance(given, DataLoader):
         return taken
     order = "in the trainer's own order"
@@ -73,17 +79,6 @@ def check_columns(columns: tuple[str, ...], trained: tuple[str, ...], what: str)
     )
 
 
-def check_alike(train: Dataset, other: Dataset) -> None:
-    """DataError if only one of the two has bytes, and the numbers as read have other units.
-
-    Bytes of pixels are 0 to 255, but floating-point pixels are mostly 0 to 1.
-    """
-    if (train.inputs.dtype == torch.uint8) == (other.inputs.dtype == torch.uint8):
-        return
-    read = [data.read(data.inputs) for data in (train, other)]
-    check_units(read, (train.stored, other.stored), other.name)
-
-
 def _shape(given: Any, data: Dataset) -> tuple[int, ...] | None:
     """The shape of a sample if it has more than one dimension, else None."""
     if isinstance(given, (tuple, list)):
@@ -98,12 +93,23 @@ def _shape(given: Any, data: Dataset) -> tuple[int, ...] | None:
     return shape if len(shape) > 1 and np.prod(shape) == data.features else None
 
 
-def _words(given: Any, data: Dataset) -> tuple[str, ...] | None:
-    """The classes if the labels of a pair are words, else None."""
-    if not isinstance(given, (tuple, list)) or torch.is_tensor(given[1]):
-        return None
-    labels = given[1].to_numpy() if hasattr(given[1], "to_numpy") else np.asarray(given[1])
-    return data.classes if labels.dtype.kind in "USO" and data.is_classification else None
+def _targets(given: Any) -> Any:
+    """The targets of anything that `take` takes, or the target of its first sample."""
+    if isinstance(given, (tuple, list)):
+        return given[1]
+    if isinstance(given, TensorDataset):
+        return given.tensors[1]
+    return _targets(given.dataset) if isinstance(given, DataLoader) else given[0][1]
+
+
+def _kind(targets: Any) -> str:
+    """The kind of targets: "bool", "bytes", "words" or "numbers"."""
+    if torch.is_tensor(targets):
+        return "bool" if targets.dtype == torch.bool else "numbers"
+    array = np.asarray(targets.to_numpy() if hasattr(targets, "to_numpy") else targets)
+    if array.dtype.kind == "O":
+        array = plain(targets, "labels")
+    return {"b": "bool", "S": "bytes", "U": "words"}.get(array.dtype.kind, "numbers")
 
 
 def fitted(data: Dataset, device: torch.device, dtype: torch.dtype, outputs: int | None) -> Dataset:

@@ -101,6 +101,8 @@ def in_memory(value: Any, name: str, like: Dataset | None) -> tuple[torch.Tensor
         raise DataError(f"{name}: labels: must be numbers or words, got {targets.dtype}")
     if not targets.is_floating_point() and targets.dim() == 2 and targets.shape[1] == 1:
         targets = targets.flatten()
+    if targets.dtype == torch.bool and targets.dim() == 2:
+        targets = targets.to(torch.get_default_dtype())
     if not targets.is_floating_point() and targets.dim() == 2:
         raise DataError(
             f"{name}: labels must be (N,), got {tuple(targets.shape)}; give argmax(1) of one-hot "
@@ -120,7 +122,10 @@ def _numbered(
     number = {word: i for i, word in enumerate(classes)}
     for i, word in enumerate(words[:, 0].tolist()):
         if word not in number:
-            raise DataError(f"{name}: label {word!r} of sample {i} is not one of {classes}")
+            raise DataError(
+                f"{name}: label {word!r} of sample {i} is not one of {classes}, the classes of the "
+                "training; another network is needed to learn it"
+            )
     return torch.tensor([number[word] for word in words[:, 0].tolist()]), classes
 
 

@@ -146,11 +146,16 @@ def test_other_data_are_read_as_the_training_data(own, options):
     words = np.array(["ant", "bee", "cat"])[torch.arange(60) % 3]
     some = words != "ant"  # on their own, bee and cat would be 0 and 1
     many = mlp.Settings(hidden=(8,), lr=0.5, batch_size=20)
-    sweep = Sweep([many, many], **options) if own else Sweep((9, 8, 3), 2, lr=0.5, **options)
+
+    def made():
+        return Sweep([many, many], **options) if own else Sweep((9, 8, 3), 2, lr=0.5, **options)
+
+    sweep = made()
     rows = sweep.fit((pixels / 255, words), 3, 20, (pixels[some] / 255, words[some]))
     data = mlp.Dataset(pixels, torch.arange(60) % 3, scale=1 / 255)
     expected = sweep.accuracies(data.rows(torch.from_numpy(some)))
     assert [row.test_accuracy for row in sorted(rows, key=lambda r: r.replica)] == expected
+    sweep = made()
     sweep.fit(data, 1, 20)
     assert sweep.accuracies((pixels, data.targets)) == sweep.accuracies(data)
     with pytest.raises(ValueError, match="trained on uint8 inputs, which its data set scales, got"):
@@ -160,7 +165,7 @@ def test_other_data_are_read_as_the_training_data(own, options):
         pandas.DataFrame(pixels.numpy() / 255.0, columns=list(n)) for n in (NAMES, NAMES[::-1])
     ]
     with pytest.raises(ValueError, match="column 0 is 'i', but the network was trained on 'a'"):
-        sweep.fit((frames[0], data.targets), 1, 20, (frames[1], data.targets))
+        made().fit((frames[0], data.targets), 1, 20, (frames[1], data.targets))
 
 
 def test_every_network_can_be_saved_and_loaded(data, tmp_path):

@@ -213,9 +213,115 @@ def test_predict(kind):
         found = made.predict(x)
         assert isinstance(found, np.ndarray) and (found == logits.argmax(1).numpy()).all()
     assert np.allclose(made.predict_proba(X.numpy()).sum(1), 1)
-    made.fit((X, WORDS), 40, 16)
+    made = Trainer(made.model, engine="manual", verbose=False)
+    made.fit((X, WORDS), 10, 16)
     assert (made.predict(X.numpy()) == WORDS).mean() > 0.8
     assert made.predict(X.numpy()).dtype.kind == "U"
+
+
+def test_later_data_are_read_as_the_first():
+    """A second `fit`, also of a resumed trainer, keeps the classes, columns and units."""
+    rows = Y > 0
+    chunk, label = (X[rows], WORDS[rows.numpy()]), pd.Series(WORDS)
+    frame = pd.DataFrame(X.numpy(), columns=list("abcdef"))
+    first, second = trainer(engine="manual"), trainer(engine="manual")
+    first.fit((frame, label), 3, 16)
+    second.load_state_dict(first.state_dict())
+    other = np.where(np.arange(70) == 3, "dog", WORDS)
+    own = mlp.Dataset.of(*chunk)
+    for made in (first, second):
+        before = made.evaluate(chunk)["test_loss"]
+        assert made.fit(chunk, 4, 16)[-1]["train_loss"] <= before + 0.05
+        for given, message in (
+            ((X, other), "label 'dog' of sample 3 is not one of"),
+            ((frame[list("bacdef")], label), "column 0 is 'b', but the network was trained on 'a'"),
+            (
+                own,
+                "classes of data are bee, cat, but the network was trained on the classes ant, b",
+            ),
+        ):
+            with pytest.raises(ValueError, match=message):
+                made.fit(given, 5, 16)
+        with pytest.raises(ValueError, match="the classes of data are bee, cat, but"):
+            made.evaluate(own)
+        assert len(made.history) == 4 and made.predict(X.numpy())[0] in WORDS
+        assert made.fit((X, Y), 5, 16) and made.predict(X.numpy()).dtype.kind == "U"
+    numbered = trainer()
+    numbered.fit((X[~rows], Y[~rows]), 1)
+    assert numbered.fit((X, Y), 2)[-1]["train_loss"] > 0  # more classes, up to the outputs
+    with pytest.raises(ValueError, match="on the classes 0, 1, 2; number them alike"):
+        numbered.fit((X, WORDS), 3)
+
+
+def test_later_data_in_other_units_are_refused():
+    data, pixels, labels = bytes_of_pixels()
+    fractions = pixels / 255
+    for first, second in ((pixels, fractions), (fractions, pixels)):
+        made = Trainer(MLP([64, 3]), engine="manual", verbose=False)
+        made.fit((first, labels), 1, 50)
+        message = r"training inputs are .* up to .*; store both"
+        with pytest.raises(ValueError, match=message):
+            made.fit((second, labels), 2)
+        with pytest.raises(ValueError, match=message):
+            made.predict(second)
+    made = Trainer(MLP([64, 3]), engine="manual", verbose=False)
+    made.fit(data.standardized(), 1, 50)
+    with pytest.raises(ValueError, match="data is read with another mean than the earlier"):
+        made.fit(data.take(90).standardized(), 2, 50)
+    made.fit((pixels, labels), 2, 50)
+    numbers = Trainer(MLP([6, 1]), "mse", engine="manual", verbose=False)
+    numbers.fit((X, X[:, 0]), 1, 50)
+    with pytest.raises(ValueError, match="targets of data are labels, but the network was trained"):
+        numbers.fit((X, Y), 2, 50)
+    images = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 3))
+    made = Trainer(images, engine="autograd", verbose=False)
+    made.fit((X.view(-1, 2, 3), Y), 1)
+    with pytest.raises(
+        ValueError, match=r"samples of data are \(3, 2\), but those of the training"
+    ):
+        made.fit((X.view(-1, 3, 2), Y), 2)
+
+
+def test_a_sweep_keeps_the_classes():
+    sweep = mlp.Sweep([6, 3], 2, lr=0.1)
+    sweep.fit((X, WORDS), 1)
+    rows = Y > 0
+    before = sweep.test_losses((X[rows], WORDS[rows.numpy()]))
+    sweep.fit((X[rows], WORDS[rows.numpy()]), 1)
+    assert sweep.test_losses((X[rows], WORDS[rows.numpy()])) < before
+    with pytest.raises(ValueError, match=r"label 'dog' of sample . is not one of"):
+        sweep.fit((X, np.where(Y == 0, "dog", WORDS)), 1)
+
+
+def test_more_outputs_than_words():
+    """A network of ours is refused. Another one answers with known words."""
+    pair = (X, WORDS == "ant")
+    with pytest.raises(ValueError, match="has 5 outputs, but the labels of data are 3 words; make"):
+        Trainer(MLP([6, 5]), verbose=False).fit((X, WORDS), 1)
+    module = torch.nn.Linear(6, 5)
+    torch.nn.init.constant_(module.bias[3:], 9.0)
+    for labels, kind in ((WORDS, "U"), (WORDS.astype("S"), "S"), (pair[1], "b")):
+        made = Trainer(torch.nn.Sequential(module), engine="autograd", verbose=False)
+        made.fit((X, labels), 1)
+        assert made.predict(X.numpy()).dtype.kind == kind
+        assert set(made.predict(X.numpy())) <= set(labels)
+
+
+@pytest.mark.parametrize("kind", [np.float32, bool])
+def test_predict_several_labels(kind):
+    """Binary cross-entropy: `predict` gives 0 or 1 as the targets did, `predict_proba` shares."""
+    truths = np.stack([X[:, 0] > 0, X[:, 1] > X[:, 2]], 1)
+    for targets in (truths.astype(kind), truths.astype(np.float32)[:, 0]):
+        made = Trainer(MLP((6, targets.size // 70)), "bce", verbose=False)
+        made.fit((X, targets), 20, 10)
+        found, shares = made.predict(X.numpy()), made.predict_proba(X.numpy())
+        assert found.dtype == targets.dtype and found.shape == targets.shape
+        assert shares.shape == (70, targets.size // 70) and 0 <= shares.min() < shares.max() <= 1
+        assert (found == (shares > 0.5).reshape(targets.shape)).all()
+        assert (found == targets).mean() > 0.9
+    labels = Trainer(MLP((6, 2)), verbose=False)
+    labels.fit((X, torch.from_numpy(truths[:, 0])), 20, 10)
+    assert labels.predict(X).dtype == torch.bool and labels.predict(X.numpy()).dtype == bool
 
 
 def test_predict_numbers():
@@ -284,10 +390,10 @@ def test_pixels_in_other_units_are_refused():
     with pytest.raises(ValueError, match="its pixels are 0 to 1, but black and white of the"):
         trainer.predict(mask)
     plain = Trainer(MLP([64, 8, 3]), engine="manual", verbose=False)
-    with pytest.raises(ValueError, match="training inputs are uint8 0 to 255, test inputs float32"):
+    with pytest.raises(ValueError, match="are uint8 up to 255, those of data are float32 up to 1;"):
         plain.fit((pixels, labels), epochs=1, batch_size=50, evaluate=(fractions, labels))
     unscaled = mlp.Dataset(pixels.float(), labels)
-    with pytest.raises(ValueError, match="training inputs are uint8 0 to 1, test inputs float32 0"):
+    with pytest.raises(ValueError, match="are uint8 up to 1, those of data are float32 up to 255;"):
         plain.fit(data, epochs=1, batch_size=50, evaluate=unscaled)
 
 
