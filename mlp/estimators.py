@@ -659,9 +659,10 @@ class _Training:
             return None
         spec = spec_of(self.model, self.loss, parts[0].rule)  # its groups differ only in decay
         steps = epochs * -(-len(self.data) // self.batch)
+        call = parameters[0].dtype, cpu.MANY_EPOCHS
         if isinstance(spec, str) or (
             wanted == "auto"
-            and cpu.costs(spec.sizes, self.batch, steps, cpu.MANY_EPOCHS, again=True) is not None
+            and cpu.costs(spec.sizes, self.batch, steps, *call, again=True) is not None
         ):
             return None
         from .cpu.session import Held, Session

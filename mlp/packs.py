@@ -281,7 +281,8 @@ def _train_alone(member: Member, task: Task) -> None:
 def _is_compiled(member: Member, steps: int) -> bool:
     if member.spec is None or not cpu.serves(member.parameters[0]):
         return False
-    return cpu.costs(member.spec.sizes, member.batch, steps, cpu.MANY_EPOCHS) is None
+    dtype = member.parameters[0].dtype
+    return cpu.costs(member.spec.sizes, member.batch, steps, dtype, cpu.MANY_EPOCHS) is None
 
 
 def _train_compiled(member: Member, task: Task) -> None:

@@ -434,7 +434,7 @@ class Sweep:
         steps: the sum of the steps of all networks, to judge if compiled code pays.
         """
         if cpu.serves(self.parameters[0]):
-            costs = cpu.costs(self.spec.sizes, batch_size, steps)
+            costs = cpu.costs(self.spec.sizes, batch_size, steps, self.parameters[0].dtype)
             return cpu.train_replicas if costs is None else packs.reference
         refused = kernels.backend(self.parameters[0]) != "triton" or kernels.refusal(
             self.spec, batch_size

@@ -15,7 +15,9 @@ import mlp
 ROOT = Path(__file__).parents[1]
 LAUNCHERS = ("_fwd", "_bwd", "_ref")
 # numba compiles the functions of these modules.
-COMPILED = {f"mlp.cpu.{name}" for name in ("images", "language", "loop", "tiles", "waiting")}
+COMPILED = {
+    f"mlp.cpu.{name}" for name in ("doubles", "images", "language", "loop", "tiles", "waiting")
+}
 
 
 def modules(package):

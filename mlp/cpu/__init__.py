@@ -1,6 +1,7 @@
 """Training on a CPU. One call of code that numba compiles runs a whole epoch.
 
-    language   the functions that the tables' scalars call, written for numba
+    language   the functions that the tables' scalars call, for float32
+    doubles    the same for float64
     rows       the rows of the tables, compiled
     tiles      register tiles of matrix products
     products   matrix products that consist of such tiles
@@ -24,6 +25,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 import kernels
@@ -35,14 +37,19 @@ NEEDS = (
 
 
 class Call(NamedTuple):
-    """A function that numba compiles separately."""
+    """A function that numba compiles separately, for each dtype of networks."""
 
     module: str  # of this package, which holds the function
     compiles: float  # seconds of CPU to compile it
 
 
-EPOCH, MANY_EPOCHS = Call("epoch", 10.0), Call("session", 24.0)
+EPOCH, MANY_EPOCHS = Call("epoch", 12.0), Call("session", 17.0)
 CONVOLUTIONS = Call("conv", 9.0)
+# {a dtype of networks that the compiled epoch trains: numpy's dtype}
+DTYPES: dict[torch.dtype, np.dtype[Any]] = {
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+}
 
 # Seconds of CPU to import numba and to read its compiled code from disk.
 _LOADS = 0.6
@@ -51,8 +58,9 @@ _LOADS = 0.6
 # `epoch, one thread` and `manual`. In CPU time of one thread, a step of 30-16-2 saved 88 µs. A step
 # of 784-256-10 saved 187 µs with a batch of 32 and 474 µs with 128.
 _SAVED, _SAVED_EACH = 9e-5, 5e-12
-# Weights that caches hold. Beyond, BLAS is faster than tiles, because it packs what it reads.
-_WEIGHTS = 1_500_000
+# Bytes of weights that caches hold. Beyond, BLAS is faster than tiles, because it packs what it
+# reads.
+_WEIGHTS = 6_000_000
 # Seconds that compiled convolutions save for each image of a step, about the least that was
 # measured with two threads. The most multiply-adds of an image's forward: beyond, torch is faster.
 _SAVED_EACH_IMAGE, _PRODUCTS = 3e-5, 1_500_000
@@ -63,7 +71,7 @@ _passed = 0.0  # seconds that this process would have saved by code that it did 
 
 def serves(parameter: torch.Tensor) -> bool:
     """True if the compiled epoch can train a network with this parameter."""
-    on_cpu = parameter.device.type == "cpu" and parameter.dtype == torch.float32
+    on_cpu = parameter.device.type == "cpu" and parameter.dtype in DTYPES
     return on_cpu and _has_numba() and kernels.backend(parameter) == "torch"
 
 
@@ -73,19 +81,25 @@ def _has_numba() -> bool:
     return importlib.util.find_spec("numba") is not None
 
 
-def is_loaded(call: Call = EPOCH) -> bool:
-    """True if this process has already trained by this call."""
-    # While another thread imports the module, it may not have `compiled` yet.
-    compiled = getattr(sys.modules.get(f"{__name__}.{call.module}"), "compiled", None)
-    return compiled is not None and bool(compiled().signatures)
+def is_loaded(dtype: torch.dtype, call: Call = EPOCH) -> bool:
+    """True if this process has already trained networks of this dtype by this call."""
+    # While another thread imports the module, it may not have `is_loaded` yet.
+    found = getattr(sys.modules.get(f"{__name__}.{call.module}"), "is_loaded", None)
+    return found is not None and found(DTYPES[dtype])
 
 
 def costs(
-    sizes: Sequence[int], batch: int, steps: int, call: Call = EPOCH, again: bool = False
+    sizes: Sequence[int],
+    batch: int,
+    steps: int,
+    dtype: torch.dtype,
+    call: Call = EPOCH,
+    again: bool = False,
 ) -> str | None:
     """The reason why compiled steps do not pay in a training of `steps` steps, or None.
 
     They do not pay if they save nothing, or less time than it takes to load or compile them.
+    dtype: of the network, one that `serves`.
     call: the compiled function that takes the steps.
     again: True if a process often has many such trainings, as with estimators. Then code that is
         on disk is loaded by the first one. So all of them use the same code, and one seed gives the
@@ -93,9 +107,9 @@ def costs(
     """
     global _passed
     products = sum(k * n for k, n in itertools.pairwise(sizes))
-    if products > _WEIGHTS:
+    if products * dtype.itemsize > _WEIGHTS:
         return f"of {products:,} weights, which no cache holds, products by BLAS are faster"
-    if is_loaded(call) or _many:
+    if is_loaded(dtype, call) or _many:
         return None
     saved = steps * (_SAVED + 3 * batch * products * _SAVED_EACH)
     if again:
@@ -104,7 +118,7 @@ def costs(
         return f"to load its compiled code takes about {_LOADS:.1f} s, more than it saves here"
     if saved < call.compiles:
         module = importlib.import_module(f".{call.module}", __name__)
-        if not module.is_compiled():
+        if not module.is_compiled(DTYPES[dtype]):
             _passed = saved if again else _passed
             return (
                 f"to compile it once takes about {call.compiles:.0f} s, more than the "
@@ -143,14 +157,15 @@ def convolves(stages: Sequence[Any], batch: int, steps: int) -> bool:
     pools = all([stage.options[-1] > 1 for stage in stages[:-1]])
     if products > _PRODUCTS or not pools:
         return False
-    if is_loaded(CONVOLUTIONS) or _many:
+    dtype = torch.float32
+    if is_loaded(dtype, CONVOLUTIONS) or _many:
         return True
     saved = steps * batch * _SAVED_EACH_IMAGE
     if saved < _LOADS:
         return False
     if saved > CONVOLUTIONS.compiles:
         return True
-    return importlib.import_module(f".{CONVOLUTIONS.module}", __name__).is_compiled()
+    return importlib.import_module(f".{CONVOLUTIONS.module}", __name__).is_compiled(DTYPES[dtype])
 
 
 @contextlib.contextmanager

@@ -12,9 +12,11 @@ from numba import njit
 from kernels import activations
 
 from . import images, products, rows, team
-from .tiles import LANES
+from .tiles import VECTOR
 
 CHUNKS = 16  # most chunks of a batch
+_KIND = np.dtype(np.float32)  # of images and weights
+_LANES = VECTOR // _KIND.itemsize  # floats of a vector
 
 
 class Code(NamedTuple):
@@ -25,25 +27,27 @@ class Code(NamedTuple):
     backward: Any
     add_up: Any
 
-    @property
-    def signatures(self) -> bool:
-        """True if this process has compiled or loaded them all."""
-        return all([function.signatures for function in self])
-
 
 @functools.cache
 def compiled() -> Code:
     """The functions, compiled or read from disk at their first call."""
-    products.compiled()
+    products.compiled(_KIND)
     functions = (rows.named(getattr(images, name)) for name in Code._fields)
     return Code(
         *[rows.cached(njit, function, nogil=True, error_model="numpy") for function in functions]
     )
 
 
-def is_compiled() -> bool:
-    """True if the functions of this version are compiled, in this process or on disk."""
-    return all([rows.is_kept(function) for function in compiled()])
+def is_loaded(kind: np.dtype) -> bool:
+    """True if this process has compiled or loaded the functions for this dtype."""
+    return kind == _KIND and all([function.signatures for function in compiled()])
+
+
+def is_compiled(kind: np.dtype) -> bool:
+    """True if the functions of this version for this dtype are compiled, here or on disk."""
+    if kind != _KIND:
+        return False
+    return is_loaded(kind) or all([rows.is_kept(function.py_func) for function in compiled()])
 
 
 class Memory:
@@ -63,7 +67,7 @@ class Memory:
         image, outputs = (max(column) for column in zip(*most))
         places[images.IMAGE], places[images.DX] = self._take(image), self._take(image)
         places[images.Z], places[images.ACT] = self._take(outputs), self._take(outputs)
-        room = max(int(layer[images.PITCH]) + LANES for layer in layers)
+        room = max(int(layer[images.PITCH]) + _LANES for layer in layers)
         places[images.MAXIMA], places[images.LISTED] = self._take(4 * room), self._take(2 * room)
         places[images.ROOM] = room
         places[images.SHARE] = self.size
@@ -71,14 +75,17 @@ class Memory:
         places[images.ZEROS], places[images.NUMBERS] = self._take(outputs), self._take(2 * room)
         for layer in layers:
             self._place(layer, batch, act.needs)
-        self.w = np.zeros(self.size + LANES, np.float32)
+        self.w = np.zeros(self.size + _LANES, _KIND)
         whole = self.w.view(np.int32)
         whole[places[images.NUMBERS] :][: 2 * room] = np.arange(2 * room)
         for layer in layers:
             c, y, x = np.ix_(*(np.arange(layer[i]) for i in (images.C, images.K, images.K)))
             taps = (c * layer[images.H] + y) * layer[images.W] + x
             whole[layer[images.PLACES] : layer[images.PLACES] + layer[images.TERMS]] = taps.ravel()
-        self.functions = *rows.activation(act), products.compiled()[1]  # must outlive the addresses
+        self.functions = (
+            *rows.activation(act, _KIND),
+            products.compiled(_KIND)[1],
+        )  # must outlive the addresses
         places[images.FORWARD : images.NEEDS] = [function.address for function in self.functions]
         places[images.NEEDS] = {"nothing": 0, "y": 1, "z": 2}[act.needs]
         places[images.BASE] = self.w.ctypes.data
@@ -91,7 +98,7 @@ class Memory:
     def _take(self, count: int) -> int:
         """The place of so many floats. A vector more may be read or written behind them."""
         start = self.size
-        self.size += (-(-count // LANES) + 1) * LANES
+        self.size += (-(-count // _LANES) + 1) * _LANES
         return start
 
     @staticmethod
@@ -101,8 +108,8 @@ class Memory:
         high, long = h - side + 1, w - side + 1
         layer[:7] = c, h, w, channels, side, pool, high // pool
         layer[images.PW], layer[images.TERMS] = long // pool, c * side * side
-        layer[images.PITCH] = -(-((high - 1) * w + long) // LANES) * LANES
-        layer[images.WIDE] = -(-side // LANES) * LANES
+        layer[images.PITCH] = -(-((high - 1) * w + long) // _LANES) * _LANES
+        layer[images.WIDE] = -(-side // _LANES) * _LANES
         return c * h * w, int(channels * layer[images.PITCH])
 
     def _place(self, layer, batch: int, needs: str) -> None:

@@ -2,7 +2,8 @@
 
 import collections
 import concurrent.futures
-import functools
+import ctypes
+import itertools
 import math
 import threading
 import time
@@ -11,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
+from numba import types
 
 import kernels
 from kernels import activations
 
-from . import loop, products, rows, team
-from .tiles import LANES
+from . import DTYPES, loop, products, rows, team
+from .tiles import VECTOR
 
 _PIECE = 0.25  # about the seconds of a piece; after each, the host checks whether to stop
 # Seconds of a piece that measures a number of threads. In a shorter one, several threads would look
@@ -30,47 +31,70 @@ _TRIALS = 3
 # small epoch, counts as a part of one.
 _AGAIN = 8
 _CHUNKS = 8  # most chunks that the first layer's inputs are cut into
-# Guesses: floating-point operations a second, and the seconds that each step takes besides.
-_SPEED, _OVERHEAD = 5e10, 1e-5
+# Guesses: floating-point operations a second times bytes of a number, and the seconds that each
+# step takes besides.
+_SPEED, _OVERHEAD = 2e11, 1e-5
 _SPARE = 8  # int32 that a list of terms is written past its end
 # Inputs that are 0 are left out of products, if at least this share of the data is 0.
 _ZEROS, _SAMPLED = 0.4, 64
-_choices: dict[tuple, "_Choice"] = {}  # the key is (sizes, batch, threads)
+_choices: dict[tuple, "_Choice"] = {}  # the key is (sizes, batch, threads, dtype)
+_compiling = threading.Lock()  # otherwise several threads would compile the same code
+_made: dict[np.dtype, "_Steps"] = {}
 
 
-@functools.cache
-def compiled() -> Any:
-    """`loop.steps`, compiled or read from disk. The products that it calls are compiled first."""
-    products.compiled()
-    return rows.cached(njit, rows.named(loop.steps), nogil=True, error_model="numpy")
+class _Steps:
+    """`loop.steps` for networks of a dtype, compiled or read from disk."""
+
+    def __init__(self, kind: np.dtype):
+        floats, count = rows.pointer_to(kind), 5
+        signature = types.void(floats, types.CPointer(types.int64), *[types.int64] * count)
+        self.code = rows.address(loop.steps_at, signature, kind)
+        kinds = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * count
+        # A call holds no lock of Python.
+        self.call = ctypes.CFUNCTYPE(None, *kinds)(self.code.address)
 
 
-def is_compiled() -> bool:
-    """True if the steps of this version are compiled, in this process or on disk."""
-    return rows.is_kept(compiled())
+def compiled(kind: np.dtype) -> "_Steps":
+    """The steps for networks of this dtype. The products that they call are compiled first."""
+    with _compiling:
+        if kind not in _made:
+            products.compiled(kind)
+            _made[kind] = _Steps(kind)
+        return _made[kind]
+
+
+def is_loaded(kind: np.dtype) -> bool:
+    """True if this process has the compiled steps for networks of this dtype."""
+    return kind in _made
+
+
+def is_compiled(kind: np.dtype) -> bool:
+    """True if the steps of this version for this dtype are compiled, here or on disk."""
+    return is_loaded(kind) or rows.is_kept(rows.named(loop.steps_at, kind.name))
 
 
 class Memory:
     """The flat array of a training, and where everything lies in it.
 
-    spec: a `kernels.Spec`. batch: rows of the largest batch. workers: the most that will share the
-    array.
+    spec: a `kernels.Spec`. kind: the dtype of the network, float32 or float64. batch: rows of the
+    largest batch. workers: the most that will share the array.
     """
 
-    def __init__(self, spec: Any, batch: int, workers: int):
-        self.spec, self.batch, self.size = spec, batch, 0
+    def __init__(self, spec: Any, kind: np.dtype, batch: int, workers: int):
+        self.spec, self.kind, self.batch, self.size = spec, kind, batch, 0
+        self.lanes, scratch = VECTOR // kind.itemsize, loop.SCRATCH_BYTES // kind.itemsize
         count, lists = len(spec.sizes) - 1, len(spec.rule.states)
         acts = [spec.activation] * (count - 1) + [spec.output_activation]
         layers = np.zeros((count, loop.COLUMNS_OF_LAYER), np.int64)
         places = np.zeros(loop.PLACES, np.int64)
-        pitches = [_pitch(size) for size in spec.sizes[1:]]
+        pitches = [self._pitch(size) for size in spec.sizes[1:]]
         for i, (layer, k, n, pitch) in enumerate(zip(layers, spec.sizes, spec.sizes[1:], pitches)):
-            across = i > 0 and 2 * n <= LANES and n * _pitch(k) <= loop.SCRATCH_FLOATS
+            across = i > 0 and 2 * n <= self.lanes and n * self._pitch(k) <= scratch
             layer[:3] = k, n, pitch
-            layer[loop.ACROSS], layer[loop.WIDE] = across, _pitch(k) if across else pitch
+            layer[loop.ACROSS], layer[loop.WIDE] = across, self._pitch(k) if across else pitch
             layer[loop.TALL] = n if across else k
             layer[loop.W] = self._take((layer[loop.TALL] + 1) * layer[loop.WIDE])
-            layer[loop.BLOCK] = max(1, loop.SCRATCH_FLOATS // pitch // loop.LEAST) * loop.LEAST
+            layer[loop.BLOCK] = max(1, scratch // pitch // loop.LEAST) * loop.LEAST
             if across:
                 layer[loop.BLOCK] = k
         places[loop.STATE] = self.size
@@ -82,6 +106,24 @@ class Memory:
                 layer[column] = self._take(batch * pitch)
             needs_z = activations.get(name).needs == "z"
             layer[loop.KEPT] = layer[loop.Z if needs_z else loop.Y]
+        self._place(places, workers, pitches, scratch)
+        whole = np.zeros(self.size + self.lanes, kind)
+        start = -whole.ctypes.data % VECTOR // kind.itemsize  # w begins on a multiple of VECTOR
+        self.w = whole[start : start + self.size]
+        places[loop.BASE], places[loop.SIZE] = self.w.ctypes.data, self.size
+        places[loop.LAYERS], places[loop.DEPTH] = layers.ctypes.data, len(layers)
+        self.layers, self.places = layers, places
+        self.w[places[loop.ONE]] = 1.0
+        every = self.w[places[loop.EVERY] :][: places[loop.TERMS]].view(np.int32)
+        every[: places[loop.TERMS]] = np.arange(places[loop.TERMS])
+
+    def _place(self, places: Any, workers: int, pitches: list[int], scratch: int) -> None:
+        """Note sizes, and give a place to all that a step needs besides the layers.
+
+        pitches: floats of a padded row of each layer's outputs. scratch: the least floats of a
+        worker's scratch.
+        """
+        spec, batch, kind = self.spec, self.batch, self.kind
         chunks = max(1, min(_CHUNKS, spec.sizes[0] // 64 * 2))  # one, or equally many in each half
         places[loop.CHUNKS] = chunks
         places[loop.X] = self._take(batch * spec.sizes[0])
@@ -90,26 +132,33 @@ class Memory:
         terms = max(batch, spec.sizes[0]) + _SPARE
         places[loop.TERMS], places[loop.LISTED] = terms, self._take(workers * terms)
         places[loop.EVERY], places[loop.ZEROS] = self._take(terms), self._take(pitches[0])
-        places[loop.BITS] = self._take(-(-spec.sizes[0] // 8) * -(-batch // 8) * 2)
+        octets = -(-spec.sizes[0] // loop.OCTET) * -(-batch // loop.OCTET)
+        places[loop.BITS] = self._take(octets * loop.OCTET // kind.itemsize)
         places[loop.Q] = self._take(3 * batch * spec.sizes[-1])
-        scratch = max(loop.SCRATCH_FLOATS, max(pitches) * loop.LEAST)
-        places[loop.SCRATCH] = self._take(workers * scratch)
+        places[loop.ROOM] = max(scratch, max(pitches) * loop.LEAST)
+        places[loop.SCRATCH] = self._take(workers * places[loop.ROOM])
         places[loop.LOSS], places[loop.RIGHT] = self._take(batch), self._take(batch)
         places[loop.ONE] = self._take(1)
         places[loop.BIAS], places[loop.MEAN] = spec.bias, spec.loss_mean
         places[loop.IGNORED], places[loop.BATCH] = spec.loss.ignored, batch
-        self.layers, self.places = layers, places
-        whole = np.zeros(self.size + LANES, np.float32)
-        start = -whole.ctypes.data % (4 * LANES) // 4  # w begins on a multiple of a vector's bytes
-        self.w = whole[start : start + self.size]
-        self.w[places[loop.ONE]] = 1.0
-        every = self.w[places[loop.EVERY] :][:terms].view(np.int32)
-        every[:] = np.arange(terms)
 
     def _take(self, floats: int) -> int:
         start = self.size
-        self.size += -(-floats // LANES) * LANES
+        self.size += -(-floats // self.lanes) * self.lanes
         return start
+
+    def _pitch(self, size: int) -> int:
+        """Floats of a row of `size` numbers, padded to whole vectors.
+
+        If its bytes are a multiple of 1024, a row gets one vector more. Otherwise all rows would
+        fall on the same cache sets.
+        """
+        padded = -(-size // self.lanes) * self.lanes
+        return padded + self.lanes if padded * self.kind.itemsize % 1024 == 0 else padded
+
+    def array(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> np.ndarray:
+        """A tensor as a contiguous array of this dtype, by default the network's."""
+        return tensor.to(dtype or torch.from_numpy(self.w).dtype).contiguous().numpy()
 
     def matrices(self, tensors: Any, at: int) -> Any:
         """Yield (tensor as a numpy array, its place in w): all weights, then all biases.
@@ -127,9 +176,9 @@ class Memory:
             yield tensor.numpy(), self.w[start : start + layer[loop.N]]
 
     def loss_numbers(self) -> np.ndarray:
-        """The loss's parameter for each output of each row, (batch, outputs) float32."""
+        """The loss's parameter for each output of each row, (batch, outputs)."""
         shape = self.batch, self.spec.sizes[-1]
-        return np.broadcast_to(np.float32(self.spec.loss_numbers), shape).copy()
+        return np.broadcast_to(np.array(self.spec.loss_numbers, self.kind), shape).copy()
 
     def copy(self, lists: Any, back: bool = False) -> None:
         """Copy parameters and states into w. With `back`, copy them from w to the tensors."""
@@ -139,16 +188,6 @@ class Memory:
                     outside[...] = inside
                 else:
                     inside[...] = outside
-
-
-def _pitch(size: int) -> int:
-    """Floats of a row of `size` numbers, padded to whole vectors.
-
-    If that is a multiple of 256, a row gets one vector more. Otherwise all rows would fall on the
-    same cache sets.
-    """
-    padded = -(-size // LANES) * LANES
-    return padded + LANES if padded % 256 == 0 else padded
 
 
 def train_epoch(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,8 +213,10 @@ class Epochs:
 
     def __init__(self, run: kernels.Run, orders: torch.Tensor, hyper: torch.Tensor):
         spec, self.run, self.workers = run.spec, run, max(1, torch.get_num_threads())
-        memory = Memory(spec, min(run.batch, orders.shape[1]), self.workers)
-        table = _numbers(spec.rule, hyper, float(run.count), len(orders) * run.steps)
+        kind = DTYPES[run.parameters[0].dtype]
+        memory = Memory(spec, kind, min(run.batch, orders.shape[1]), self.workers)
+        steps = len(orders) * run.steps
+        table = _numbers(spec.rule, hyper, float(run.count), steps, kind)
         self._task = _Task(memory, run.data, run.targets, orders, table, run.scale, run.shift)
         shape = len(orders), run.steps
         self.losses = torch.from_numpy(self._task.losses).view(shape)
@@ -188,7 +229,7 @@ class Epochs:
         trains. A KeyboardInterrupt cannot come between an epoch and this call.
         """
         task, run, stopped = self._task, self.run, threading.Event()
-        choice = _choice(run.spec, task.memory.batch, self.workers)
+        choice = _choice(task.memory, self.workers)
         lists = [run.parameters, *run.states]
         with team.threads(self.workers) as pool:
             # Another thread trains, because Ctrl-C interrupts only the calling one.
@@ -207,17 +248,18 @@ def train_replicas(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:
     There are as many threads as torch uses.
     """
     spec, batch, stopped = run.spec, min(run.batch, run.order.shape[1]), threading.Event()
+    kind = DTYPES[run.parameters[0].dtype]
 
     def one(replica: int) -> _Task:
-        memory = Memory(spec, batch, 1)
-        numbers = _numbers(spec.rule, run.hyper[replica], float(run.count), run.steps)
+        memory = Memory(spec, kind, batch, 1)
+        numbers = _numbers(spec.rule, run.hyper[replica], float(run.count), run.steps, kind)
         order = run.order[replica]
         task = _Task(memory, run.data, run.targets, order, numbers, run.scale, run.shift)
         lists = [[t[replica] for t in tensors] for tensors in (run.parameters, *run.states)]
-        _train(task, lists, _choice(spec, memory.batch, 1), stopped)
+        _train(task, lists, _choice(memory, 1), stopped)
         return task
 
-    compiled(), rows.of(spec)  # compiled once, before the threads start
+    compiled(kind), rows.of(spec, kind)  # compiled once, before the threads start
     with team.threads(max(1, torch.get_num_threads())) as pool:
         futures = [pool.submit(one, replica) for replica in range(run.replicas)]
         try:
@@ -232,8 +274,8 @@ def train_replicas(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-def _numbers(rule, hyper, taken: float, steps: int) -> np.ndarray:
-    """The rule's numbers at each step: (steps, columns) float32, computed in float64.
+def _numbers(rule, hyper, taken: float, steps: int, kind: np.dtype) -> np.ndarray:
+    """The rule's numbers at each step: (steps, columns) of this dtype, computed in float64.
 
     hyper: one row, or one row for each step. For several trainings it is (…, 1, columns), and the
     result is (…, steps, columns). taken: the steps taken so far.
@@ -241,11 +283,11 @@ def _numbers(rule, hyper, taken: float, steps: int) -> np.ndarray:
     at = torch.arange(taken + 1, taken + steps + 1, dtype=torch.float64)
     columns = rule.at_ref(torch.as_tensor(hyper, dtype=torch.float64).unbind(-1), at)
     *columns, _ = torch.broadcast_tensors(*columns, at)
-    return torch.stack(columns, -1).float().numpy()
+    return torch.stack(columns, -1).numpy().astype(kind)
 
 
 class _Task:
-    """A `loop.Run`, and the arrays whose addresses it holds. They must live as long as the run.
+    """A training's places, and the arrays whose addresses they hold. These must live as long.
 
     indices: (rows,), the order of an epoch, or (epochs, rows). numbers: (steps of all epochs,
     columns). losses, correct: of all steps. done: the count of steps taken.
@@ -255,19 +297,24 @@ class _Task:
         spec, steps, self.memory, self.done = memory.spec, len(numbers), memory, 0
         self.steps = -(-indices.shape[-1] // memory.batch)
         soft = targets.is_floating_point()
-        self.losses, self.correct = np.zeros(steps, np.float32), np.zeros(steps, np.int32)
+        self.losses, self.correct = np.zeros(steps, memory.kind), np.zeros(steps, np.int32)
         self.counter = np.zeros(8, np.int64)
-        # The steps read bytes or float32. Any other type is converted.
+        # The steps read bytes, or numbers of the network's dtype. Any other type is converted.
         is_bytes = data.dtype == torch.uint8
-        samples = (data if is_bytes else data.float()).contiguous().numpy()
+        samples = memory.array(data, data.dtype if is_bytes else None)
+        # The share of zeros depends on the data alone, so the results do too.
+        some = samples[:: max(1, len(samples) // _SAMPLED)]
+        skips = np.count_nonzero(some) <= (1 - _ZEROS) * some.size
+        shifts = (0.0, shift) if skips else (shift, 0.0)
         self.held = {
             loop.PIXELS if is_bytes else loop.REALS: samples,
-            loop.TARGETS if soft else loop.LABELS: (targets.float() if soft else targets.long())
-            .contiguous()
-            .numpy(),
+            loop.TARGETS if soft else loop.LABELS: memory.array(
+                targets, None if soft else torch.int64
+            ),
             loop.PARAMETERS: memory.loss_numbers(),
-            loop.ORDER: indices.long().contiguous().numpy(),
+            loop.ORDER: memory.array(indices, torch.int64),
             loop.NUMBERS: numbers,
+            loop.FACTORS: np.array((scale, *shifts, spec.loss_scale), memory.kind),
             loop.LOSSES: self.losses,
             loop.CORRECT: self.correct,
             loop.COUNTER: self.counter,
@@ -277,28 +324,27 @@ class _Task:
         for place, array in self.held.items():
             places[place] = array.ctypes.data
         places[loop.BIAS_NUMBERS] = places[loop.NUMBERS]
-        places[loop.BASE] = memory.w.ctypes.data
-        # The share of zeros depends on the data alone, so the results do too.
-        some = samples[:: max(1, len(samples) // _SAMPLED)]
-        skips = np.count_nonzero(some) <= (1 - _ZEROS) * some.size
         places[loop.OCTETS] = products.OCTETS.ctypes.data if skips else 0
-        shifts = (0.0, shift) if skips else (shift, 0.0)
-        functions = *rows.of(spec), *products.compiled()
+        self._steps = compiled(memory.kind)
+        functions = *rows.of(spec, memory.kind), *products.compiled(memory.kind), self._steps.code
         for place, function in enumerate(functions, loop.FORWARD):
             places[place] = function.address
-        self.run = loop.Run(
-            memory.w, memory.layers, places, *map(np.float32, (scale, *shifts, spec.loss_scale))
-        )
+        self.places = places
+
+    def take(self, worker: int, workers: int, begin: int, end: int) -> None:
+        """Take the steps from `begin` to `end`, as one of so many workers."""
+        addresses = self.memory.w.ctypes.data, self.places.ctypes.data
+        self._steps.call(*addresses, worker, workers, begin, end, True)
 
     def point_at(self, epoch: int) -> None:
         """Let the steps read the order and the numbers of this epoch, and write its results."""
-        places, held, first = self.run.places, self.held, epoch * self.steps
+        places, held, first = self.places, self.held, epoch * self.steps
         rows = epoch * int(places[loop.ROWS_OF_EPOCH])
-        places[loop.ORDER] = held[loop.ORDER].ctypes.data + 8 * rows
-        numbers = held[loop.NUMBERS].ctypes.data + 4 * first * int(places[loop.COUNT])
+        places[loop.ORDER] = held[loop.ORDER].ravel()[rows:].ctypes.data
+        numbers = held[loop.NUMBERS][first:].ctypes.data
         places[loop.NUMBERS] = places[loop.BIAS_NUMBERS] = numbers
-        places[loop.LOSSES] = self.losses.ctypes.data + 4 * first
-        places[loop.CORRECT] = self.correct.ctypes.data + 4 * first
+        places[loop.LOSSES] = self.losses[first:].ctypes.data
+        places[loop.CORRECT] = self.correct[first:].ctypes.data
 
 
 class _Choice:
@@ -348,13 +394,18 @@ class _Choice:
         self.seconds[workers] = min(self._last[workers])
 
 
-def _choice(spec, batch: int, workers: int) -> _Choice:
+def _choice(memory: Memory, workers: int) -> _Choice:
     """The `_Choice` for trainings of this size, with all that it has measured so far."""
-    key = (spec.sizes, batch, workers)
+    key = (memory.spec.sizes, memory.batch, workers, memory.kind)
     if key not in _choices:
-        products = sum(k * n for k, n in zip(spec.sizes, spec.sizes[1:]))
-        _choices[key] = _Choice(workers, _OVERHEAD + 6 * batch * products / _SPEED)
+        _choices[key] = _Choice(workers, seconds(memory))
     return _choices[key]
+
+
+def seconds(memory: Memory) -> float:
+    """A guess of the seconds of a step."""
+    products = sum(k * n for k, n in itertools.pairwise(memory.spec.sizes))
+    return _OVERHEAD + 6 * memory.batch * products * memory.kind.itemsize / _SPEED
 
 
 def _train(
@@ -394,6 +445,6 @@ def _piece(task: _Task, workers: int, begin: int, count: int, pool=None) -> None
     They run on this thread and on workers - 1 threads of the pool.
     """
     task.counter[:] = 0
-    call, run, end = compiled(), task.run, begin + count
-    team.together(pool, workers, lambda worker: call(run, worker, workers, begin, end))
+    end = begin + count
+    team.together(pool, workers, lambda worker: task.take(worker, workers, begin, end))
     task.done += count

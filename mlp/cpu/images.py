@@ -17,10 +17,9 @@ which are added up in order. So results do not depend on the number of threads.
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
-from .tiles import LANES, LINES, add_scaled, patch_lines
-from .waiting import call, floats
+from .tiles import LINES, add_scaled, lanes, patch_lines
+from .waiting import call, inside, numbers
 
 # Columns of `Run.layers`: sizes. C, H, W: of an image. O: channels out. K: side of the kernel.
 # P: side of the pooling window. PH, PW: of the pooled image. PITCH: floats of a channel's outputs.
@@ -55,10 +54,10 @@ class Run(NamedTuple):
 def load(run, l, weight, bias):
     """Copy a layer's parameters, which lie at these addresses, into the flat array."""
     layer, w = run.layers[l], run.w
-    given, side = floats(weight), layer[K]
+    given, side = numbers(w, weight), layer[K]
     size = layer[C] * layer[H] * layer[W]
     for o in range(layer[O]):
-        w[layer[BIAS] + o] = floats(bias)[o]
+        w[layer[BIAS] + o] = numbers(w, bias)[o]
         for row in range(layer[C] * side):
             to = layer[PADDED] + (o * layer[C] * side + row) * layer[WIDE]
             spread = layer[SPREAD] + o * size
@@ -68,14 +67,14 @@ def load(run, l, weight, bias):
                 w[spread + run.whole[layer[PLACES] + row * side + i]] = value
 
 
-@njit(nogil=True)
+@inside
 def _outputs(run, layer, x, scratch):
     """Compute z and act(z) of the image that begins at w[x]."""
     w, places, pitch = run.w, run.places, layer[PITCH]
     z, base = scratch + places[Z], places[BASE]
     zero, one = np.int64(0), np.int64(1)
     left, first = (layer[SPREAD], layer[C] * layer[H] * layer[W], one), (places[ZEROS], zero)
-    shape = (layer[O], pitch // LANES, layer[TERMS])
+    shape = (layer[O], pitch // lanes(w), layer[TERMS])
     lists = (base + 4 * layer[PLACES], zero, zero, zero, zero)
     call(places[PRODUCT], (base, *left, x, one, *first, z, pitch, *shape, *lists))
     for o in range(layer[O]):
@@ -86,7 +85,7 @@ def _outputs(run, layer, x, scratch):
     call(places[FORWARD], (*addresses, layer[O] * pitch))
 
 
-@njit(nogil=True)
+@inside
 def _higher(best, place, values, places):
     """Replace best and place where values are higher. NaN is the highest, and a later one wins.
 
@@ -99,7 +98,7 @@ def _higher(best, place, values, places):
         place[i] += higher * (places[i] - place[i])
 
 
-@njit(nogil=True)
+@inside
 def _window_maxima(run, layer, act, scratch):
     """Find the first maximum of the window that begins at each output of a channel.
 
@@ -111,14 +110,14 @@ def _window_maxima(run, layer, act, scratch):
     rows, room = count + (side - 1) * across, run.places[ROOM]
     line, found = scratch + run.places[MAXIMA], scratch + run.places[MAXIMA] + room
     best, place = run.w[line : line + rows], run.whole[line + 2 * room : line + 2 * room + rows]
-    numbers = run.whole[run.places[NUMBERS] : run.places[NUMBERS] + rows + side]
+    numbered = run.whole[run.places[NUMBERS] : run.places[NUMBERS] + rows + side]
     outputs = run.w[act : act + rows]
     for i in range(rows):
         best[i] = outputs[i]
-        place[i] = numbers[i]
+        place[i] = numbered[i]
     for column in range(1, side):
         start = act + column
-        _higher(best, place, run.w[start : start + rows], numbers[column:])
+        _higher(best, place, run.w[start : start + rows], numbered[column:])
     maxima, places = run.w[found : found + count], run.whole[found + 2 * room :]
     for i in range(count):
         maxima[i] = best[i]
@@ -129,7 +128,7 @@ def _window_maxima(run, layer, act, scratch):
     return found, found + 2 * room
 
 
-@njit(nogil=True)
+@inside
 def _pool(run, layer, image, scratch):
     """Keep the winner of each window of `image`: y, its place, and z if the backward needs it.
 
@@ -155,7 +154,7 @@ def _pool(run, layer, image, scratch):
 def forward(run, x, worker, begin, end):
     """Take images `begin` to `end` through all layers. x: the address of the batch's images."""
     first, scratch = run.layers[0], worker * run.places[SHARE]
-    size, given = first[C] * first[H] * first[W], floats(x)
+    size, given = first[C] * first[H] * first[W], numbers(run.w, x)
     image = scratch + run.places[IMAGE]
     for n in range(begin, end):
         for i in range(size):
@@ -168,7 +167,7 @@ def forward(run, x, worker, begin, end):
             at = layer[Y] + n * layer[O] * layer[PH] * layer[PW]
 
 
-@njit(nogil=True)
+@inside
 def _list_winners(run, layer, first, scratch):
     """List the winners of a channel whose gradient is not 0. Returns their number and Σ dz.
 
@@ -188,7 +187,7 @@ def _list_winners(run, layer, first, scratch):
     return count, total
 
 
-@njit(nogil=True)
+@inside
 def _winners(run, layer, image, chunk, x, dx, scratch):
     """Add up what the winners of `image` give dw, db and, unless dx is 0, dx.
 
@@ -208,7 +207,7 @@ def _winners(run, layer, image, chunk, x, dx, scratch):
         for c in range(layer[C]):
             for row in range(0, side, LINES):
                 lines = min(LINES, side - row)
-                for i in range(0, wide, LANES):
+                for i in range(0, wide, lanes(w)):
                     to, start = (
                         sums + (c * side + row) * wide + i,
                         x + c * plane + row * layer[W] + i,
@@ -221,24 +220,24 @@ def _winners(run, layer, image, chunk, x, dx, scratch):
             g, row, start = w[gradients + m], weights, dx + run.whole[places + m]
             for _ in range(layer[C]):
                 for line in range(start, start + side * layer[W], layer[W]):
-                    for i in range(0, wide, LANES):
+                    for i in range(0, wide, lanes(w)):
                         add_scaled(w, line + i, row + i, g)
                     row += wide
                 start += plane
 
 
-@njit(nogil=True)
+@inside
 def _clear(w, start, count):
     values = w[start : start + count]
     for i in range(count):
         values[i] = np.float32(0.0)
 
 
-@njit(nogil=True)
+@inside
 def _image_back(run, n, chunk, x, scratch):
     """Take image n from the last layer's dy to the gradients of all layers."""
     w, first, places = run.w, run.layers[0], run.places
-    size, given, image = first[C] * first[H] * first[W], floats(x), scratch + places[IMAGE]
+    size, given, image = first[C] * first[H] * first[W], numbers(run.w, x), scratch + places[IMAGE]
     for i in range(size):
         w[image + i] = given[n * size + i]
     for l in range(len(run.layers) - 1, -1, -1):
@@ -265,7 +264,7 @@ def backward(run, x, dy, worker, begin, end, count):
     x, dy: the addresses of the batch's images and of the gradient of the last layer's y.
     """
     w, last = run.w, run.layers[-1]
-    size, given = last[O] * last[PH] * last[PW], floats(dy)
+    size, given = last[O] * last[PH] * last[PW], numbers(w, dy)
     for chunk in range(begin, end):
         for l in range(len(run.layers)):
             layer = run.layers[l]
@@ -292,6 +291,6 @@ def add_up(run, l, chunks, dw, db):
             w[layer[DB] + o] += w[layer[DB] + chunk * layer[O] + o]
     for line in range(lines):
         for i in range(side):
-            floats(dw)[line * side + i] = w[layer[DW] + line * wide + i]
+            numbers(w, dw)[line * side + i] = w[layer[DW] + line * wide + i]
     for o in range(layer[O]):
-        floats(db)[o] = w[layer[DB] + o]
+        numbers(w, db)[o] = w[layer[DB] + o]

@@ -1,9 +1,10 @@
-"""The functions that the tables' scalars call (`tl.exp`, `tl.where`, …), written for numba.
+"""The functions that the tables' scalars call (`tl.exp`, `tl.where`, …), for float32, by numba.
 
 They have no branches and stay in float32. So a loop over them becomes vector instructions.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
@@ -13,6 +14,7 @@ from numba.extending import intrinsic
 _f = np.float32
 _LOG2E, _LN2_HIGH, _LN2_LOW = _f(1.44269504), _f(0.693359375), _f(-2.12194440e-4)
 _INFINITE = _f(np.inf)
+INSTEAD: dict[Any, Any] = {}  # no scalar needs another formula in float32
 _LARGEST, _SMALLEST = _f(88.8), _f(-104.0)  # beyond these, exp is infinite or 0
 
 

@@ -1,8 +1,8 @@
 """The steps of an epoch, compiled by numba. One function serves all networks, rules and losses.
 
-Everything lies in one flat float32 array. A layer's weights are kept transposed, w[k, n], and the
-bias is one more row. A layer of few outputs keeps w[n, k] instead. Zeros pad each row to whole
-vectors. A step has two halves, and all workers meet after each:
+Everything lies in one flat array, whose dtype is that of the network. A layer's weights are kept
+transposed, w[k, n], and the bias is one more row. A layer of few outputs keeps w[n, k] instead.
+Zeros pad each row to whole vectors. A step has two halves, and all workers meet after each:
 
     1. Each worker owns rows of every w. It applies the update of the step before to them. It then
        multiplies its rows of the first layer by this step's inputs, and adds up the products. No
@@ -25,10 +25,20 @@ after they have met.
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+from numba import carray
 
-from .tiles import LANES, ROWS, mark, scale_octets
-from .waiting import call, floats, integers, meet, narrow_integers, octets, prefetch
+from .tiles import ROWS, lanes, mark, scale_octets, size_of
+from .waiting import (
+    call,
+    inside,
+    integers,
+    meet,
+    narrow_integers,
+    number,
+    numbers,
+    octets,
+    prefetch,
+)
 
 # Columns of `Run.layers`. K, N: inputs and outputs. PITCH: floats of a padded row of outputs. W, Y,
 # Z, D: where w, y, z and dz begin. KEPT: where y or z begins, whichever the backward needs. BLOCK:
@@ -45,22 +55,24 @@ K, N, PITCH, W, Y, Z, D, KEPT, BLOCK, ACROSS, TALL, WIDE, COLUMNS_OF_LAYER = ran
 X, PARTIAL, START, LISTED, EVERY, BITS, Q, SCRATCH, LOSS, RIGHT, ONE, ZEROS, STATE = range(13)
 # Sizes and choices. CHUNKS: chunks of the inputs. BATCH, ROWS_OF_EPOCH: rows of each. BIAS: 1 with
 # biases. MEAN: 1 if a loss is the mean over rows. IGNORED: the label that counts for nothing.
-# COUNT: numbers of the rule. TERMS: floats of a list of terms.
-CHUNKS, BATCH, ROWS_OF_EPOCH, BIAS, MEAN, IGNORED, COUNT, TERMS = range(13, 21)
-# Addresses. PIXELS, REALS: the data, uint8 or float32. LABELS, TARGETS: int64 labels or float32
-# targets. The unused one of each pair is 0. PARAMETERS: the loss's parameter for each output.
+# COUNT: numbers of the rule. TERMS, ROOM: floats of one worker's LISTED and SCRATCH.
+CHUNKS, BATCH, ROWS_OF_EPOCH, BIAS, MEAN, IGNORED, COUNT, TERMS, ROOM = range(13, 22)
+# Addresses. PIXELS, REALS: the data, bytes or floats. LABELS, TARGETS: int64 labels or targets that
+# are floats. The unused one of each pair is 0. PARAMETERS: the loss's parameter for each output.
 # ORDER: the int64 order. NUMBERS: the rule's numbers for each step. LOSSES, CORRECT: the results,
-# float32 losses and int32 counts of right rows.
-PIXELS, REALS, LABELS, TARGETS, PARAMETERS, ORDER, NUMBERS, LOSSES, CORRECT = range(21, 30)
+# losses and int32 counts of right rows.
+PIXELS, REALS, LABELS, TARGETS, PARAMETERS, ORDER, NUMBERS, LOSSES, CORRECT = range(22, 31)
 # Addresses of functions. COUNTER: the address of the counter by which threads wait.
-FORWARD, BACKWARD, OUT_FORWARD, OUT_BACKWARD, CRITERION, RULE = range(30, 36)
-PRODUCT, LISTED_PRODUCT, TRANSPOSED, COUNTER = range(36, 40)
+FORWARD, BACKWARD, OUT_FORWARD, OUT_BACKWARD, CRITERION, RULE = range(31, 37)
+PRODUCT, LISTED_PRODUCT, TRANSPOSED, STEPS, COUNTER = range(37, 42)
 # Addresses. BIAS_NUMBERS: the rule's numbers for biases, which may have another weight decay.
-# BASE: the flat array. OCTETS: `products.OCTETS`, or 0 if few inputs are 0.
-BIAS_NUMBERS, BASE, OCTETS, PLACES = range(40, 44)
+# BASE, SIZE: the flat array and its floats. LAYERS, DEPTH: `Run.layers` and its rows. FACTORS: the
+# last four fields of `Run`. OCTETS: `products.OCTETS`, or 0 if few inputs are 0.
+BIAS_NUMBERS, BASE, SIZE, LAYERS, DEPTH, FACTORS, OCTETS, PLACES = range(42, 50)
 LINE = 64  # bytes of a cache line
-SCRATCH_FLOATS = 4096  # room for one worker's gradients, unless LEAST rows take more
+SCRATCH_BYTES = 16384  # room for one worker's gradients, unless LEAST rows take more
 LEAST = 8  # rows of w that are updated at a time, or a multiple: a multiple of ROWS
+OCTET = 8  # a byte of BITS stands for so many inputs
 LOOKS = 16  # once in so many steps, weights are checked to be finite, see `add_weights`
 # These have a type, because numba compiles a function once more for each Python literal.
 NONE, ONCE = np.int64(0), np.int64(1)
@@ -69,26 +81,32 @@ NONE, ONCE = np.int64(0), np.int64(1)
 class Run(NamedTuple):
     """All that a worker needs to know of a training.
 
-    It has few arrays, because numba passes each array in parts.
+    Here and below, a float is a number of w's dtype, float32 or float64.
     """
 
-    w: np.ndarray  # (floats,) float32
+    w: np.ndarray  # (floats,)
     layers: np.ndarray  # (layers, COLUMNS_OF_LAYER) int64
     places: np.ndarray  # (PLACES,) int64
     # The network's input is data · scale + shift + background. The background is left out of the
     # inputs that are read, so that most of them are 0.
-    scale: np.float32
-    shift: np.float32
-    background: np.float32
-    loss_scale: np.float32
+    scale: np.floating
+    shift: np.floating
+    background: np.floating
+    loss_scale: np.floating
 
 
-@njit(nogil=True)
+@inside
 def _address(run, offset):
-    return run.places[BASE] + 4 * offset
+    return run.places[BASE] + size_of(run.w) * offset
 
 
-@njit(nogil=True)
+@inside
+def numbers_of(run, place, step):
+    """The address of the rule's numbers for a step. place: NUMBERS or BIAS_NUMBERS."""
+    return run.places[place] + size_of(run.w) * step * run.places[COUNT]
+
+
+@inside
 def product(run, a, b, c, shape, add):
     """c[r, n] = (c[r, n] if add else 0) + Σ_j a[r, j] b[j, n].
 
@@ -98,7 +116,7 @@ def product(run, a, b, c, shape, add):
     call(run.places[PRODUCT], (_address(run, NONE), *a, *b, *c, *shape, add))
 
 
-@njit(nogil=True)
+@inside
 def product_listed(run, a, b, first, c, shape, bits, worker):
     """c[r, n] = first[r, n] + Σ_j a[r, j] b[j, n], without terms that are 0 in all rows of a tile.
 
@@ -113,19 +131,19 @@ def product_listed(run, a, b, first, c, shape, bits, worker):
     call(run.places[LISTED_PRODUCT], arguments)
 
 
-@njit(nogil=True)
+@inside
 def bytes_of_batch(run):
     """The number of bytes that `tiles.mark` writes for eight inputs: one for each row, padded."""
     return (run.places[BATCH] + 7) // 8 * 8
 
 
-@njit(nogil=True)
+@inside
 def bits_of(run, k):
     """The address of the bytes of input number k, a multiple of 8, and of the next seven."""
     return _address(run, run.places[BITS]) + k // 8 * bytes_of_batch(run)
 
 
-@njit(nogil=True)
+@inside
 def product_transposed(run, a, b, c, shape):
     """c[r, k] = Σ_n a[r, n] b[k, n].
 
@@ -134,20 +152,20 @@ def product_transposed(run, a, b, c, shape):
     call(run.places[TRANSPOSED], (_address(run, NONE), *a, *b, *c, *shape))
 
 
-@njit(nogil=True)
+@inside
 def _clear(w, start, stop):
     values = w[start:stop]
     for i in range(len(values)):
-        values[i] = np.float32(0.0)
+        values[i] = 0.0
 
 
-@njit(nogil=True)
+@inside
 def _copy(to, source):
     for i in range(len(to)):
         to[i] = source[i]
 
 
-@njit(nogil=True)
+@inside
 def _apply(run, layer, k, rows, gradient, numbers):
     """Update `rows` rows of w, from row k on, by their gradients.
 
@@ -164,7 +182,7 @@ def _apply(run, layer, k, rows, gradient, numbers):
             _clear(run.w, at + row * pitch + outputs, at + (row + 1) * pitch)
 
 
-@njit(nogil=True)
+@inside
 def update_rows(run, l, begin, end, rows, worker, step):
     """Apply the update of `step`, a batch of `rows` rows, to rows `begin` to `end` of w of layer l.
 
@@ -173,35 +191,35 @@ def update_rows(run, l, begin, end, rows, worker, step):
     """
     layer, stride = run.layers[l], run.layers[l - 1, PITCH]
     pitch, block, x = layer[PITCH], layer[BLOCK], run.layers[l - 1, Y]
-    gradient = run.places[SCRATCH] + worker * max(SCRATCH_FLOATS, pitch * LEAST)
-    right, target, vectors = (layer[D], pitch), (gradient, pitch), pitch // LANES
-    numbers = run.places[NUMBERS] + 4 * step * run.places[COUNT]
+    gradient = run.places[SCRATCH] + worker * run.places[ROOM]
+    right, target, vectors = (layer[D], pitch), (gradient, pitch), pitch // lanes(run.w)
+    row = numbers_of(run, NUMBERS, step)
     if layer[ACROSS]:  # dwᵀ = dzᵀ x, the whole matrix at once
         wide, outputs = layer[WIDE], (layer[D], ONCE, pitch)
-        shape = (layer[N], wide // LANES, rows)
+        shape = (layer[N], wide // lanes(run.w), rows)
         product(run, outputs, (x, stride), (gradient, wide), shape, NONE)
-        _apply(run, layer, NONE, layer[N], gradient, numbers)
+        _apply(run, layer, NONE, layer[N], gradient, row)
     else:
         for k in range(begin, end, block):
             count = np.int64(min(block, end - k))
             product(run, (x + k, ONCE, stride), right, target, (count, vectors, rows), NONE)
-            _apply(run, layer, k, count, gradient, numbers)
+            _apply(run, layer, k, count, gradient, row)
     if end == layer[K]:
         update_bias(run, layer, gradient, rows, step)
 
 
-@njit(nogil=True)
+@inside
 def update_bias(run, layer, gradient, rows, step):
     """Apply the update of `step` to a layer's bias, whose gradient is Σ dz."""
     pitch = layer[PITCH]
     if run.places[BIAS]:
-        ones, shape = (run.places[ONE], NONE, NONE), (ONCE, pitch // LANES, rows)
+        ones, shape = (run.places[ONE], NONE, NONE), (ONCE, pitch // lanes(run.w), rows)
         product(run, ones, (layer[D], pitch), (gradient, pitch), shape, NONE)
-        numbers = run.places[BIAS_NUMBERS] + 4 * step * run.places[COUNT]
-        _apply(run, layer, layer[TALL], ONCE, gradient, numbers)
+        row = numbers_of(run, BIAS_NUMBERS, step)
+        _apply(run, layer, layer[TALL], ONCE, gradient, row)
 
 
-@njit(nogil=True)
+@inside
 def start_gradients(run, rows, worker):
     """Write the part of the first layer's gradients that comes from the background.
 
@@ -210,7 +228,7 @@ def start_gradients(run, rows, worker):
     layer = run.layers[0]
     pitch = layer[PITCH]
     start = run.places[START] + worker * pitch
-    ones, shape = (run.places[ONE], NONE, NONE), (ONCE, pitch // LANES, rows)
+    ones, shape = (run.places[ONE], NONE, NONE), (ONCE, pitch // lanes(run.w), rows)
     product(run, ones, (layer[D], pitch), (start, pitch), shape, NONE)
     values = run.w[start : start + pitch]
     for i in range(len(values)):
@@ -218,7 +236,7 @@ def start_gradients(run, rows, worker):
     return start
 
 
-@njit(nogil=True)
+@inside
 def update_first(run, inputs, start, rows, worker, step):
     """As `update_rows`, for the first layer.
 
@@ -227,44 +245,45 @@ def update_first(run, inputs, start, rows, worker, step):
     """
     layer = run.layers[0]
     (begin, end, x), pitch, block = inputs, layer[PITCH], layer[BLOCK]
-    gradient = run.places[SCRATCH] + worker * max(SCRATCH_FLOATS, pitch * LEAST)
-    right, target, vectors = (layer[D], pitch), (gradient, pitch), pitch // LANES
-    numbers = run.places[NUMBERS] + 4 * step * run.places[COUNT]
+    gradient = run.places[SCRATCH] + worker * run.places[ROOM]
+    right, target, vectors = (layer[D], pitch), (gradient, pitch), pitch // lanes(run.w)
+    row = numbers_of(run, NUMBERS, step)
     for k in range(begin, end, block):
         count = np.int64(min(block, end - k))
         left, shape = (x + k - begin, ONCE, end - begin), (count, vectors, rows)
         bits = (bits_of(run, k), ONCE)
         product_listed(run, left, right, (start, NONE), target, shape, bits, worker)
-        _apply(run, layer, k, count, gradient, numbers)
+        _apply(run, layer, k, count, gradient, row)
     if end == layer[K]:
         update_bias(run, layer, gradient, rows, step)
 
 
-@njit(nogil=True)
+@inside
 def read_inputs(run, first, rows, begin, end, to):
     """Write features `begin` to `end` of a batch, without the background, from w[to] on.
 
     The batch starts at order[first].
     """
-    width, order = end - begin, integers(run.places[ORDER])
-    whole = width // LANES * LANES
+    width, order, size = end - begin, integers(run.places[ORDER]), size_of(run.w)
+    whole = width // lanes(run.w) * lanes(run.w)
     for m in range(rows):
         at = order[first + m] * run.layers[0, K] + begin
         x = to + m * width
         if run.places[PIXELS]:
-            scale_octets(run.w, x, run.places[PIXELS] + at, whole // LANES, run.scale, run.shift)
+            vectors = whole // lanes(run.w)
+            scale_octets(run.w, x, run.places[PIXELS] + at, vectors, run.scale, run.shift)
             pixels = octets(run.places[PIXELS] + at)
             for i in range(whole, width):
-                run.w[x + i] = np.float32(pixels[i]) * run.scale + run.shift
+                run.w[x + i] = number(run.w, pixels[i]) * run.scale + run.shift
         else:
-            reals, values = floats(run.places[REALS] + 4 * at), run.w[x : x + width]
+            reals, values = numbers(run.w, run.places[REALS] + size * at), run.w[x : x + width]
             for i in range(width):
                 values[i] = reals[i] * run.scale + run.shift
     if run.places[OCTETS]:
         mark_inputs(run, rows, begin, end, to)
 
 
-@njit(nogil=True)
+@inside
 def mark_inputs(run, rows, begin, end, x):
     """Write a bit for each input from `begin` to `end`, which lie from w[x] on: 1 if it is not 0.
 
@@ -284,12 +303,12 @@ def mark_inputs(run, rows, begin, end, x):
             octets(bits + i * stride + m)[0] = np.uint8(0)
 
 
-@njit(nogil=True)
+@inside
 def read_ahead(run, first, rows, begin, end):
     """Prefetch what `read_inputs` will read of a batch. Its samples lie anywhere in memory."""
     at, size = run.places[PIXELS], np.int64(1)
     if at == 0:
-        at, size = run.places[REALS], np.int64(4)
+        at, size = run.places[REALS], size_of(run.w)
     order, row = integers(run.places[ORDER]), size * run.layers[0, K]
     for m in range(rows):
         start = at + order[first + m] * row
@@ -297,7 +316,7 @@ def read_ahead(run, first, rows, begin, end):
             prefetch(address)
 
 
-@njit(nogil=True)
+@inside
 def part(count, unit, worker, workers):
     """Where a worker's share of `count` begins. Shares consist of whole units.
 
@@ -307,7 +326,7 @@ def part(count, unit, worker, workers):
     return min(count, unit * (blocks * worker // workers))
 
 
-@njit(nogil=True)
+@inside
 def first_half(run, worker, workers, step, begin, end):
     """Update this worker's rows of the weights by step - 1, and start the forward of `step`."""
     places = run.places
@@ -322,10 +341,11 @@ def first_half(run, worker, workers, step, begin, end):
             if k < stop:
                 update_rows(run, l, k, stop, before, worker, step - 1)
     features, chunks, start = run.layers[0, K], places[CHUNKS], NONE
+    unit = max(OCTET, lanes(run.w))
     if step > begin:
         start = start_gradients(run, before, worker)
     for chunk in range(chunks * worker // workers, chunks * (worker + 1) // workers):
-        k, stop = part(features, LANES, chunk, chunks), part(features, LANES, chunk + 1, chunks)
+        k, stop = part(features, unit, chunk, chunks), part(features, unit, chunk + 1, chunks)
         x = places[X] + k * batch
         if step > begin:
             update_first(run, (k, stop, x), start, before, worker, step - 1)
@@ -342,7 +362,7 @@ def first_half(run, worker, workers, step, begin, end):
             add_weights(run, (k, stop), step, half, added)
 
 
-@njit(nogil=True)
+@inside
 def _few_outputs(run, l, m, stop):
     """Add y' w to rows m to stop of z, for a layer that keeps its weights across.
 
@@ -351,14 +371,14 @@ def _few_outputs(run, l, m, stop):
     w, layer, below = run.w, run.layers[l], run.layers[l - 1, PITCH]
     pitch, left = layer[PITCH], (run.layers[l - 1, Y] + m * below, below)
     z, sums = layer[Z] + m * pitch, layer[Y] + m * pitch
-    shape = (stop - m, layer[N], layer[WIDE] // LANES)
+    shape = (stop - m, layer[N], layer[WIDE] // lanes(w))
     product_transposed(run, left, (layer[W], layer[WIDE]), (sums, pitch), shape)
     for row in range(stop - m):
         for n in range(layer[N]):
             w[z + row * pitch + n] += w[sums + row * pitch + n]
 
 
-@njit(nogil=True)
+@inside
 def add_products(run, inputs, x, rows, place, added, worker):
     """Compute the part of the first layer's z that comes from inputs = (k, stop).
 
@@ -369,11 +389,11 @@ def add_products(run, inputs, x, rows, place, added, worker):
     to = (run.places[PARTIAL] + place * (run.places[BATCH] + 1) * pitch, pitch)
     first = to if added else (run.places[ZEROS], NONE)
     left, bits = (x, stop - k, ONCE), (bits_of(run, k), NONE)
-    shape = (rows, pitch // LANES, stop - k)
+    shape = (rows, pitch // lanes(run.w), stop - k)
     product_listed(run, left, weights, first, to, shape, bits, worker)
 
 
-@njit(nogil=True)
+@inside
 def add_weights(run, inputs, step, place, added):
     """Add up the weights of inputs = (k, stop), which the background multiplies.
 
@@ -385,14 +405,14 @@ def add_weights(run, inputs, step, place, added):
     at = run.places[PARTIAL] + ((place + 1) * (run.places[BATCH] + 1) - 1) * pitch
     looks = run.places[OCTETS] != 0 and step % LOOKS == 0
     if run.background != 0 or looks:
-        ones, shape = (run.places[ONE], NONE, NONE), (ONCE, pitch // LANES, stop - k)
+        ones, shape = (run.places[ONE], NONE, NONE), (ONCE, pitch // lanes(run.w), stop - k)
         weights = (run.layers[0, W] + k * pitch, pitch)
         product(run, ones, weights, (at, pitch), shape, added)
     elif not added:
         _clear(run.w, at, at + pitch)
 
 
-@njit(nogil=True)
+@inside
 def add_partial(run, to, place, m, stop):
     """Add rows m to stop of partial sum number `place` to the floats from w[to] on."""
     pitch = run.layers[0, PITCH]
@@ -402,7 +422,7 @@ def add_partial(run, to, place, m, stop):
         total[i] += partial[i]
 
 
-@njit(nogil=True)
+@inside
 def add_background(run, z, spare, workers):
     """Add the part of the first layer's z that comes from the background, the same for every row.
 
@@ -418,7 +438,7 @@ def add_background(run, z, spare, workers):
             row[i] += run.background * sums[i]
 
 
-@njit(nogil=True)
+@inside
 def forward(run, m, stop, workers):
     """Take rows m to stop of a batch from the first layer's partial sums to the last layer's y."""
     w, places, count = run.w, run.places, len(run.layers)
@@ -445,13 +465,13 @@ def forward(run, m, stop, workers):
             if layer[ACROSS]:
                 _few_outputs(run, l, m, stop)
             else:
-                shape = (stop - m, pitch // LANES, layer[K])
+                shape = (stop - m, pitch // lanes(w), layer[K])
                 product(run, left, (layer[W], pitch), (z, pitch), shape, ONCE)
         act = places[OUT_FORWARD if l == count - 1 else FORWARD]
         call(act, (_address(run, z), _address(run, layer[Y] + m * pitch), (stop - m) * pitch))
 
 
-@njit(nogil=True)
+@inside
 def fill_targets(run, first, m, stop):
     """Write the targets of rows m to stop as numbers, without padding.
 
@@ -462,32 +482,32 @@ def fill_targets(run, first, m, stop):
     for row in range(m, stop):
         sample = integers(run.places[ORDER])[first + row]
         if run.places[LABELS] == 0:
-            given = floats(run.places[TARGETS] + 4 * sample * classes)
+            given = numbers(run.w, run.places[TARGETS] + size_of(run.w) * sample * classes)
             for i in range(classes):
                 run.w[at + i] = given[i]
         else:
             _clear(run.w, at, at + classes)
             label = integers(run.places[LABELS])[sample]
             if 0 <= label < classes:
-                run.w[at + label] = np.float32(1.0)
+                run.w[at + label] = 1.0
         at += classes
 
 
-@njit(nogil=True)
+@inside
 def row_weight(run, row):
     """1, or 0 if the row's label is ignored, or NaN if it is no class.
 
     row: its place in the order.
     """
     if run.places[LABELS] == 0:
-        return np.float32(1.0)
+        return number(run.w, 1.0)
     label = integers(run.places[LABELS])[integers(run.places[ORDER])[row]]
     if label == run.places[IGNORED]:
-        return np.float32(0.0)
-    return np.float32(1.0) if 0 <= label < run.layers[-1, N] else np.float32(np.nan)
+        return number(run.w, 0.0)
+    return number(run.w, 1.0 if 0 <= label < run.layers[-1, N] else np.nan)
 
 
-@njit(nogil=True)
+@inside
 def largest(values):
     """The first place of the largest value. -1 if every value is NaN or -inf."""
     best, place = -np.inf, -1
@@ -497,7 +517,7 @@ def largest(values):
     return place
 
 
-@njit(nogil=True)
+@inside
 def criterion(run, first, rows, m, stop):
     """Compute losses and ∂loss/∂y of rows m to stop, and whether each row is right.
 
@@ -521,12 +541,12 @@ def criterion(run, first, rows, m, stop):
     )
     parameters = places[PARAMETERS]
     call(places[CRITERION], (*addresses, parameters, stop - m, classes, classes))
-    count = np.float32(rows)
+    count = number(w, rows)
     if places[LABELS]:
-        count = np.float32(0.0)
+        count = number(w, 0.0)
         for row in range(rows):
             count += row_weight(run, first + row)
-    factor = count * np.float32(0.0) + run.loss_scale  # NaN if a label of the batch is no class
+    factor = count * number(w, 0.0) + run.loss_scale  # NaN if a label of the batch is no class
     if places[MEAN]:
         factor = factor / count
     for row in range(m, stop):
@@ -535,16 +555,16 @@ def criterion(run, first, rows, m, stop):
         w[places[LOSS] + row] = w[places[LOSS] + row] * weight * factor if counted else 0.0
         to = layer[D] + row * pitch  # the padding of dz stays 0
         for i in range(classes):
-            w[to + i] = w[gradient + i] * factor if counted else np.float32(0.0)
+            w[to + i] = w[gradient + i] * factor if counted else number(w, 0.0)
         gradient += classes
         hit = False
         if places[LABELS] and counted:
             y = w[layer[Y] + row * pitch : layer[Y] + row * pitch + classes]
             hit = largest(y) == integers(places[LABELS])[integers(places[ORDER])[first + row]]
-        w[places[RIGHT] + row] = np.float32(1.0) if hit else np.float32(0.0)
+        w[places[RIGHT] + row] = 1.0 if hit else 0.0
 
 
-@njit(nogil=True)
+@inside
 def backward(run, m, stop):
     """Compute dz of every layer, for rows m to stop.
 
@@ -561,19 +581,22 @@ def backward(run, m, stop):
             below = run.layers[l - 1, PITCH]
             to = (run.layers[l - 1, D] + m * below, below)
             if layer[ACROSS]:
-                shape, weights = (stop - m, below // LANES, layer[N]), (layer[W], layer[WIDE])
+                shape, weights = (
+                    (stop - m, below // lanes(run.w), layer[N]),
+                    (layer[W], layer[WIDE]),
+                )
                 product(run, (d, pitch, ONCE), weights, to, shape, NONE)
             else:
-                shape = (stop - m, layer[K], pitch // LANES)
+                shape = (stop - m, layer[K], pitch // lanes(run.w))
                 product_transposed(run, (d, pitch), (layer[W], pitch), to, shape)
 
 
-@njit(nogil=True)
+@inside
 def add_up(run, step):
     """Write the results of a step: its loss, and how many of its rows were right."""
     batch = run.places[BATCH]
     rows = min(batch, run.places[ROWS_OF_EPOCH] - step * batch)
-    loss, right = np.float32(0.0), np.float32(0.0)
+    loss, right = number(run.w, 0.0), number(run.w, 0.0)
     counted = False
     for row in range(rows):
         loss += run.w[run.places[LOSS] + row]
@@ -581,17 +604,22 @@ def add_up(run, step):
         counted = counted or row_weight(run, step * batch + row) != 0
     # The mean over no rows is 0 / 0, as in torch.
     is_nan = run.places[MEAN] and not counted
-    floats(run.places[LOSSES])[step] = np.float32(np.nan) if is_nan else loss
+    numbers(run.w, run.places[LOSSES])[step] = number(run.w, np.nan) if is_nan else loss
     narrow_integers(run.places[CORRECT])[step] = np.int32(right)
 
 
-def steps(run, worker, workers, begin, end):
-    """Train on the batches `begin` to `end` of the epoch. Each worker calls this."""
+@inside
+def steps(run, worker, workers, begin, end, trains):
+    """Train on the batches `begin` to `end` of the epoch. Each worker calls this.
+
+    If `trains` is 0, only compute outputs and losses. The last batch's outputs stay in y of the
+    last layer.
+    """
     meetings, batch = 1, run.places[BATCH]
     for step in range(begin, end + 1):
         if step > begin and worker == 0:
             add_up(run, step - 1)
-        first_half(run, worker, workers, step, begin, end)
+        first_half(run, worker, workers, step, begin if trains else step, end)
         if step < end:
             meetings = meet(run.places[COUNTER], workers, meetings)
             first = step * batch
@@ -600,5 +628,16 @@ def steps(run, worker, workers, begin, end):
             if m < stop:
                 forward(run, m, stop, workers)
                 criterion(run, first, rows, m, stop)
-                backward(run, m, stop)
+                if trains:
+                    backward(run, m, stop)
             meetings = meet(run.places[COUNTER], workers, meetings)
+
+
+def steps_at(w_ptr, places_ptr, worker, workers, begin, end, trains):
+    """`steps` for a caller that knows its address, and the addresses of w and places."""
+    places = carray(places_ptr, (PLACES,))
+    w = carray(w_ptr, (places[SIZE],))
+    layers = carray(integers(places[LAYERS]), (places[DEPTH], COLUMNS_OF_LAYER))
+    factors = numbers(w, places[FACTORS])
+    run = Run(w, layers, places, factors[0], factors[1], factors[2], factors[3])
+    steps(run, worker, workers, begin, end, trains)

@@ -7,21 +7,22 @@ the code of a step. So most of the time to compile would go into copies of them.
 import functools
 
 import numpy as np
-from numba import carray, njit, types
+from numba import carray, types
 
 from . import rows
 from .tiles import (
     COLUMNS,
-    LANES,
     ROWS,
     WIDEST,
     dot_tile,
+    lanes,
     list_inputs,
     list_rows,
     listed_row,
     listed_tile,
     outer_tile,
 )
+from .waiting import inside
 
 # Row number `mask` begins with the places of the ones in a mask of eight bits.
 OCTETS = np.zeros((256, 8), np.uint8)
@@ -40,19 +41,19 @@ _dot_44, _dot_41, _dot_14, _dot_11 = dot_tile(4, 4), dot_tile(4, 1), dot_tile(1,
 def _strip(widest, three, two, one):
     """A function that computes rows of `_product` by tiles of COLUMNS, 3, 2 and 1 vectors."""
 
-    @njit(nogil=True)
+    @inside
     def strip(w, a, b, c, vectors, terms, add):
-        b_at, c_at = b[0], c[0]
+        b_at, c_at, width = b[0], c[0], lanes(w)
         while vectors >= COLUMNS:
             widest(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
             vectors -= COLUMNS
-            b_at += COLUMNS * LANES
-            c_at += COLUMNS * LANES
+            b_at += COLUMNS * width
+            c_at += COLUMNS * width
         if vectors >= 3:
             three(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
             vectors -= 3
-            b_at += 3 * LANES
-            c_at += 3 * LANES
+            b_at += 3 * width
+            c_at += 3 * width
         if vectors == 2:
             two(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
         elif vectors == 1:
@@ -65,7 +66,7 @@ _rows_full = _strip(_full_all, _full_3, _full_2, _full_1)  # ROWS rows
 _rows_single = _strip(_one_all, _one_3, _one_2, _one_1)  # one row
 
 
-@njit(nogil=True)
+@inside
 def _listed_full(w, places, a, b, first, c, vectors, terms):
     """Compute ROWS rows of `_product_listed`, by tiles of COLUMNS, 3, 2 and 1 vectors."""
     f_at, b_at, c_at = first[0], b[0], c[0]
@@ -83,24 +84,26 @@ def _listed_full(w, places, a, b, first, c, vectors, terms):
             _many_1(w, places, a[0], a[1], a[2], b_at, b[1], f_at, first[1], c_at, c[1], terms)
             width = 1
         vectors -= width
-        b_at += width * LANES
-        f_at += width * LANES
-        c_at += width * LANES
+        step = width * lanes(w)
+        b_at += step
+        f_at += step
+        c_at += step
 
 
-@njit(nogil=True)
+@inside
 def _listed_single(w, places, a, b, first, c, vectors, terms):
     """Compute a row of `_product_listed`, by tiles of about the same width."""
     strips = (vectors + WIDEST - 1) // WIDEST
     at = 0
     for strip in range(strips):
         end = vectors * (strip + 1) // strips
-        f_at, b_at, c_at = first[0] + at * LANES, b[0] + at * LANES, c[0] + at * LANES
+        offset = at * lanes(w)
+        f_at, b_at, c_at = first[0] + offset, b[0] + offset, c[0] + offset
         listed_row(w, places, a[0], a[2], b_at, b[1], f_at, c_at, terms, end - at)
         at = end
 
 
-@njit(nogil=True)
+@inside
 def _listed(lists, r, height, terms):
     """List the terms of `height` rows of `_product_listed` from row r on. Returns their number."""
     listed, bits, stride, is_transposed, table = lists
@@ -113,7 +116,7 @@ def _listed(lists, r, height, terms):
     return list_inputs(listed, bits + r, stride, octets, table)
 
 
-@njit(nogil=True)
+@inside
 def _product_listed(w, a, b, first, c, shape, lists):
     """c[r, n] = first[r, n] + Σ_j a[r, j] b[j, n], without the j at which a is 0 in all rows of a
     tile.
@@ -138,7 +141,7 @@ def _product_listed(w, a, b, first, c, shape, lists):
         r += height
 
 
-@njit(nogil=True)
+@inside
 def _product(w, a, b, c, shape, add):
     """c[r, n] = (c[r, n] if add else 0) + Σ_j a[r, j] b[j, n].
 
@@ -157,7 +160,7 @@ def _product(w, a, b, c, shape, add):
         r += 1
 
 
-@njit(nogil=True)
+@inside
 def _product_transposed(w, a, b, c, shape):
     """c[r, k] = Σ_n a[r, n] b[k, n].
 
@@ -219,13 +222,14 @@ def _product_transposed_at(w_ptr, a, ar, b, bk, c, cr, rows, columns, vectors):
 
 
 @functools.cache
-def compiled() -> tuple[rows.Compiled, rows.Compiled, rows.Compiled]:
+def compiled(kind: np.dtype) -> tuple[rows.Compiled, rows.Compiled, rows.Compiled]:
     """The code behind `loop.product`, `product_listed` and `product_transposed`.
 
-    It is compiled or read from disk.
+    It is compiled or read from disk. kind: the dtype of the flat array.
     """
+    numbers = rows.pointer_to(kind)
     return (
-        rows.address(_product_at, types.void(rows.FLOATS, *[types.int64] * 11)),
-        rows.address(_product_listed_at, types.void(rows.FLOATS, *[types.int64] * 17)),
-        rows.address(_product_transposed_at, types.void(rows.FLOATS, *[types.int64] * 9)),
+        rows.address(_product_at, types.void(numbers, *[types.int64] * 11), kind),
+        rows.address(_product_listed_at, types.void(numbers, *[types.int64] * 17), kind),
+        rows.address(_product_transposed_at, types.void(numbers, *[types.int64] * 9), kind),
     )

@@ -15,36 +15,48 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, cfunc, from_dtype, njit, types
 from numba.core import cgutils
+from numba.core.caching import FunctionCache
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from kernels import activations
 
-from . import language
+from . import doubles, language
+from .waiting import number
 
 # With numpy's error model, a division by zero raises no exception.
 _OPTIONS = {"error_model": "numpy", "nogil": True}
-FLOATS = types.CPointer(types.float32)
+# The functions that scalars call, for each dtype of a network that the compiled code serves.
+LANGUAGES = {np.dtype(np.float32): language, np.dtype(np.float64): doubles}
 
 
-def _plain(value):
-    """A constant with float32 for floats. Python's floats would make everything float64."""
+def pointer_to(kind: np.dtype) -> Any:
+    """Numba's type of a pointer to numbers of this dtype."""
+    return types.CPointer(from_dtype(kind))
+
+
+def _plain(value, kind):
+    """A constant, with numbers of this dtype for Python's floats, which would make all float64."""
     if isinstance(value, float):
-        return np.float32(value)
+        return kind.type(value)
     if isinstance(value, tuple):
-        return tuple(map(_plain, value))
+        return tuple(_plain(each, kind) for each in value)
     return value
 
 
 class Scalar:
-    """A jit function of a table, compiled by numba. `text` holds all its code, for the digest."""
+    """A jit function of a table, compiled by numba for numbers of a dtype.
 
-    def __init__(self, function: Any):
-        plain = getattr(function, "fn", function)
+    `text` holds all its code, for the digest.
+    """
+
+    def __init__(self, function: Any, kind: np.dtype):
+        plain, known_language = getattr(function, "fn", function), LANGUAGES[kind]
         code = plain.__code__
         # co_consts[0] may be the docstring. Constants of all kinds keep their places.
-        code = code.replace(co_consts=tuple(map(_plain, code.co_consts)))
+        code = code.replace(co_consts=tuple(_plain(each, kind) for each in code.co_consts))
         known: dict[str, Any] = {"__builtins__": __builtins__}
         text = [code.co_code.hex(), repr(code.co_consts)]
         for name in code.co_names:
@@ -52,13 +64,13 @@ class Scalar:
                 continue  # the name of an attribute
             value = plain.__globals__[name]
             if isinstance(value, python_types.ModuleType):
-                value = language  # triton.language, under whatever name
+                value = known_language  # triton.language, under whatever name
             elif hasattr(value, "fn"):
-                inner = scalar(value)
+                inner = scalar(value, kind)
                 text.append(inner.text)
                 value = inner.compiled
             elif hasattr(value, "value"):  # a constexpr
-                value = _plain(value.value)
+                value = _plain(value.value, kind)
             text.append(f"{name}={value!r}" if not callable(value) else name)
             known[name] = value
         self.text: str = "\n".join([*text, *code.co_names])
@@ -69,9 +81,9 @@ class Scalar:
 
 
 @functools.cache
-def scalar(function: Any) -> Scalar:
-    """The `Scalar` of a row's jit function, made once."""
-    return Scalar(function)
+def scalar(function: Any, kind: np.dtype) -> Scalar:
+    """The `Scalar` of a row's jit function for numbers of this dtype, made once."""
+    return Scalar(LANGUAGES[kind].INSTEAD.get(function, function), kind)
 
 
 @functools.cache
@@ -111,33 +123,36 @@ def cached(compiler: Any, function: Any, *arguments: Any, **options: Any) -> Any
 
 
 def is_kept(function: Any) -> bool:
-    """True if a function of `cached` is compiled for this processor, in this process or on disk."""
-    if function.signatures:
-        return True
+    """True if the code of a function of `named` is on disk, compiled for this processor."""
     try:
-        files = function._cache._cache_file  # a function that cannot be kept has no such file
-        index, processor = files._load_index(), function.targetctx.codegen().magic_tuple()
+        # A function that cannot be kept has no such file.
+        files = FunctionCache(function)._cache_file
+        processor = cpu_target.target_context.codegen().magic_tuple()
         return any(
             key[1] == processor and Path(files._cache_path, name).exists()
-            for key, name in index.items()
+            for key, name in files._load_index().items()
         )
     except Exception:  # a damaged file, or a numba that stores its index otherwise
         return False
 
 
-def address(function: Any, signature: Any, *texts: str, **known: Any) -> "Compiled":
-    """A function of this signature, compiled or read from disk. texts, known: as in `named`."""
-    return Compiled(cached(cfunc, named(function, *texts, **known), signature, **_OPTIONS))
+def address(function: Any, signature: Any, kind: np.dtype, *texts: str, **known: Any) -> "Compiled":
+    """A function of this signature, compiled or read from disk. texts, known: as in `named`.
+
+    kind: the dtype of the numbers that it computes with.
+    """
+    made = named(function, kind.name, *texts, **known)
+    return Compiled(cached(cfunc, made, signature, **_OPTIONS))
 
 
 class Compiled:
-    """A compiled loop, and the address to call it by. The function must outlive the address."""
+    """Compiled code, and the address to call it by. The function must outlive the address."""
 
     def __init__(self, function: Any):
         self.function, self.address = function, function.address
 
 
-SCALAR = None  # each loop below is compiled with the row's function as SCALAR
+SCALAR = EXP = None  # each loop below is compiled with the row's function, or an exp
 
 
 def _forward(z_ptr, y_ptr, n):
@@ -153,16 +168,17 @@ def _backward(d_ptr, s_ptr, n):
 
 
 @functools.cache
-def activation(row: Any) -> tuple[Compiled, Compiled]:
+def activation(row: Any, kind: np.dtype) -> tuple[Compiled, Compiled]:
     """Two loops over n elements, the forward and the backward of an activation.
 
     f(z, y, n) writes y = act(z). f(d, s, n) multiplies d by act'(z), computed from s = y or z.
     """
-    signature = types.void(FLOATS, FLOATS, types.int64)
-    forward, backward = scalar(row.forward), scalar(row.backward)
+    floats = pointer_to(kind)
+    signature = types.void(floats, floats, types.int64)
+    forward, backward = scalar(row.forward, kind), scalar(row.backward, kind)
     return (
-        address(_forward, signature, forward.text, SCALAR=forward.compiled),
-        address(_backward, signature, backward.text, SCALAR=backward.compiled),
+        address(_forward, signature, kind, forward.text, SCALAR=forward.compiled),
+        address(_backward, signature, kind, backward.text, SCALAR=backward.compiled),
     )
 
 
@@ -183,14 +199,14 @@ def _gather(typing, pointer, stride, i, like):
 
 @intrinsic
 def _scatter(typing, pointer, stride, i, values):
-    """Write values as float32 to pointer[i], pointer[i + stride], …"""
+    """Write values to pointer[i], pointer[i + stride], …, in the pointer's dtype."""
     count = len(values)
 
     def generate(context, builder, signature, args):
         first, offset, index, packed = args
         for position, value in enumerate(cgutils.unpack_tuple(builder, packed, count)):
             kind = signature.args[3][position]
-            value = context.cast(builder, value, kind, types.float32)
+            value = context.cast(builder, value, kind, pointer.dtype)
             builder.store(value, builder.gep(first, [index]), align=4)
             index = builder.add(index, offset)
         return context.get_dummy_value()
@@ -210,16 +226,17 @@ def _rule(p_ptr, g_ptr, s_ptr, stride, n_ptr, n):
 
 
 @functools.cache
-def rule(row: Any) -> Compiled:
+def rule(row: Any, kind: np.dtype) -> Compiled:
     """A loop over n elements that updates p and its states by one step.
 
     It is f(p, g, states, stride of states, numbers, n).
     """
-    signature = types.void(FLOATS, FLOATS, FLOATS, types.int64, FLOATS, types.int64)
-    update, zero = scalar(row.update), np.float32(0.0)
+    floats = pointer_to(kind)
+    signature = types.void(floats, floats, floats, types.int64, floats, types.int64)
+    update, zero = scalar(row.update, kind), kind.type(0.0)
     known = {"STATES": (zero,) * len(row.states), "NUMBERS": (zero,) * len(row.columns)}
     texts = (update.text, repr(known))
-    return address(_rule, signature, *texts, SCALAR=update.compiled, **known)
+    return address(_rule, signature, kind, *texts, SCALAR=update.compiled, **known)
 
 
 def _elementwise(y_ptr, t_ptr, d_ptr, loss_ptr, parameter_ptr, rows, classes, pitch):
@@ -229,9 +246,9 @@ def _elementwise(y_ptr, t_ptr, d_ptr, loss_ptr, parameter_ptr, rows, classes, pi
     losses, parameters = carray(loss_ptr, (rows,)), carray(parameter_ptr, (n,))
     for i in range(n):
         loss, d[i] = SCALAR(y[i], t[i], parameters[i])
-        t[i] = np.float32(loss)  # t is free here, as each batch writes its targets
+        t[i] = loss  # t is free here, as each batch writes its targets
     for r in range(rows):
-        total = np.float32(0.0)
+        total = number(t, 0.0)
         for c in range(classes):
             total += t[r * pitch + c]
         losses[r] = total
@@ -252,18 +269,18 @@ def _softmax(y_ptr, t_ptr, d_ptr, loss_ptr, parameter_ptr, rows, classes, pitch)
         for c in range(classes):
             d[r, c] = y[r, c] - largest
         for c in range(classes, pitch):
-            d[r, c] = np.float32(0.0)
+            d[r, c] = 0.0
     for i in range(rows * pitch):
-        every[i] = language.exp(every[i])
+        every[i] = EXP(every[i])
     for r in range(rows):
-        s, total, given = np.float32(0.0), np.float32(0.0), np.float32(0.0)
+        s, total, given = number(y, 0.0), number(y, 0.0), number(y, 0.0)
         for c in range(classes):
             s += d[r, c]
             given += t[r, c]
         largest = y[r, 0]
         for c in range(1, classes):
             largest = max(largest, y[r, c])
-        high = np.float32(math.log(s)) + largest
+        high = number(y, math.log(s)) + largest
         for c in range(classes):
             if t[r, c] != 0:  # where t is 0, an output may be -inf
                 total += t[r, c] * (high - y[r, c])
@@ -272,20 +289,21 @@ def _softmax(y_ptr, t_ptr, d_ptr, loss_ptr, parameter_ptr, rows, classes, pitch)
 
 
 @functools.cache
-def loss(row: Any) -> Compiled:
+def loss(row: Any, kind: np.dtype) -> Compiled:
     """A function that writes the losses of rows and ∂loss/∂y.
 
     It is f(y, t, d, losses, parameters, rows, classes, pitch). parameters: one for each output of
     each row, as y. The losses of single outputs may replace t.
     """
-    signature = types.void(*[FLOATS] * 5, *[types.int64] * 3)
+    signature = types.void(*[pointer_to(kind)] * 5, *[types.int64] * 3)
     if row.scalar is None:
-        return address(_softmax, signature)
-    formula = scalar(row.scalar)
-    return address(_elementwise, signature, formula.text, SCALAR=formula.compiled)
+        return address(_softmax, signature, kind, EXP=LANGUAGES[kind].exp)
+    formula = scalar(row.scalar, kind)
+    return address(_elementwise, signature, kind, formula.text, SCALAR=formula.compiled)
 
 
-def of(spec: Any) -> tuple[Compiled, ...]:
-    """All functions of a training: hidden activation, output activation, loss, rule."""
-    acts = activations.get(spec.activation), activations.get(spec.output_activation)
-    return (*activation(acts[0]), *activation(acts[1]), loss(spec.loss), rule(spec.rule))
+def of(spec: Any, kind: np.dtype) -> tuple[Compiled, ...]:
+    """All functions of a training in this dtype: hidden and output activation, loss, rule."""
+    acts = (activations.get(name) for name in (spec.activation, spec.output_activation))
+    both = [activation(row, kind) for row in acts]
+    return (*both[0], *both[1], loss(spec.loss, kind), rule(spec.rule, kind))

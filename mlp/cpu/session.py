@@ -8,7 +8,6 @@ weights alone, and has another value for the last batch. The penalty is a part o
 
 import functools
 import math
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,10 +18,9 @@ from numba import njit
 
 import kernels
 
-from . import epoch, loop, rows
-from .waiting import floats, integers, meet, narrow_integers
+from . import DTYPES, epoch, loop, rows
+from .waiting import call, inside, integers, meet, narrow_integers, number, numbers
 
-_compiling = threading.Lock()  # otherwise several threads would compile the same code
 # What a `Watch` looks at after an epoch: the training loss, or a value of the held-out rows. That
 # is the loss, the share of right labels, the share of rows whose outputs all have the right sign,
 # or R².
@@ -31,7 +29,6 @@ TRAINING_LOSS, LOSS, LABELS, SIGNS, R2 = (np.int64(i) for i in range(5))
 _BEST, _WAITED, _TOL, _STRICT, _PATIENCE, _KEEPS, _DONE, _STOPPED, _FAILED, _ENTRIES = range(10)
 # About the most seconds that a call takes, and the most indices that its orders hold.
 _PIECE, _INDICES = 0.25, 2_000_000
-STEPS: Any = None  # `_epochs` is compiled with the compiled `loop.steps` as STEPS
 
 
 @dataclass
@@ -73,14 +70,22 @@ class Found(NamedTuple):
     failed: int | None = None  # the step of the next epoch whose loss is not finite
 
 
+class _Network(NamedTuple):
+    """A network, and the data that it reads. See `loop.Run`."""
+
+    w: np.ndarray
+    layers: np.ndarray
+    places: np.ndarray
+
+
 class _Many(NamedTuple):
-    """What a compiled call needs besides a `loop.Run`."""
+    """What a compiled call needs besides a network."""
 
     # (epochs, rows) int64. If orders are drawn, row 0 at first holds the one before them.
     orders: np.ndarray
     # (625,) uint32: the state of MT19937 and the place in it. It is empty if the orders are given.
     draws: np.ndarray
-    numbers: np.ndarray  # (epochs · steps, columns) float32, for weights
+    numbers: np.ndarray  # (epochs · steps, columns) floats, for weights
     bias_numbers: np.ndarray  # the same for biases
     shares: np.ndarray  # (steps,) float64: the factor of each step in an epoch's loss
     held_shares: np.ndarray  # (steps of the held-out rows,) float64, likewise
@@ -89,20 +94,20 @@ class _Many(NamedTuple):
     losses: np.ndarray  # (epochs,) float64
     values: np.ndarray  # (epochs,) float64
     watch: np.ndarray  # (_ENTRIES,) float64: a `Watch` and what happened
-    best: np.ndarray  # (floats of the parameters,) float32
+    best: np.ndarray  # (floats of the parameters,)
     penalty: np.float64  # before each step, penalty · Σ w² is added to the epoch's loss
     kind: np.int64
 
 
 @njit(nogil=True, fastmath={"reassoc", "contract"})
 def _sum_of_squares(w):
-    total = np.float32(0.0)
+    total = number(w, 0.0)
     for i in range(len(w)):
         total += w[i] * w[i]
     return total
 
 
-@njit(nogil=True)
+@inside
 def _squares(run):
     """The sum of the squares of all weights, without biases. The padding is 0."""
     total = 0.0
@@ -113,20 +118,32 @@ def _squares(run):
     return total
 
 
-@njit(nogil=True)
+@inside
+def _steps(run, worker, workers, begin, end, trains):
+    """`loop.steps`, called by its address. So this code holds no copy of it."""
+    addresses = run.places[loop.BASE], np.int64(run.places.ctypes.data)
+    call(run.places[loop.STEPS], (*addresses, worker, workers, begin, end, trains))
+
+
+@inside
 def _outputs(run, step):
-    """Compute the outputs of a batch of the held-out rows, in y of the last layer.
+    """Compute outputs and losses of a batch of the held-out rows, in y of the last layer.
 
     Returns the number of rows.
     """
     batch = run.places[loop.BATCH]
-    rows = min(batch, run.places[loop.ROWS_OF_EPOCH] - step * batch)
-    loop.first_half(run, 0, 1, step, step, step + 1)
-    loop.forward(run, 0, rows, 1)
-    return rows
+    _steps(run, loop.NONE, loop.ONCE, step, step + 1, loop.NONE)
+    return min(batch, run.places[loop.ROWS_OF_EPOCH] - step * batch)
 
 
-@njit(nogil=True)
+@inside
+def _targets(run, sample):
+    """A pointer to the targets of a sample, which are floats."""
+    offset = run.w.itemsize * sample * run.layers[-1, loop.N]
+    return numbers(run.w, run.places[loop.TARGETS] + offset)
+
+
+@inside
 def _share_of_signs(run):
     """The share of rows whose outputs are positive exactly where targets are above one half.
 
@@ -138,17 +155,17 @@ def _share_of_signs(run):
         for row in range(_outputs(run, step)):
             y = layer[loop.Y] + row * layer[loop.PITCH]
             sample = integers(places[loop.ORDER])[step * places[loop.BATCH] + row]
-            targets = floats(places[loop.TARGETS] + 4 * sample * classes)
+            targets = _targets(run, sample)
             hit = True
             for i in range(classes):
                 if run.w[y + i] != run.w[y + i]:
                     return np.nan
-                hit = hit and (run.w[y + i] > 0) == (targets[i] > np.float32(0.5))
+                hit = hit and (run.w[y + i] > 0) == (targets[i] > 0.5)
             right += hit
     return right / samples
 
 
-@njit(nogil=True)
+@inside
 def _r2(run, spread):
     """The mean R² of all outputs. NaN if an output is not finite.
 
@@ -162,7 +179,7 @@ def _r2(run, spread):
         for row in range(_outputs(run, step)):
             y = layer[loop.Y] + row * layer[loop.PITCH]
             sample = integers(places[loop.ORDER])[step * places[loop.BATCH] + row]
-            targets = floats(places[loop.TARGETS] + 4 * sample * classes)
+            targets = _targets(run, sample)
             for i in range(classes):
                 d = np.float64(run.w[y + i]) - np.float64(targets[i])
                 errors[i] += d * d
@@ -177,23 +194,20 @@ def _r2(run, spread):
     return total / classes
 
 
-@njit(nogil=True)
+@inside
 def _loss(run, shares):
     """The mean loss of the held-out rows.
 
     `loop.CORRECT` then has the number of right labels of each batch.
     """
-    for step in range(len(shares)):
-        rows = _outputs(run, step)
-        loop.criterion(run, step * run.places[loop.BATCH], rows, 0, rows)
-        loop.add_up(run, step)
+    _steps(run, loop.NONE, loop.ONCE, loop.NONE, np.int64(len(shares)), loop.NONE)
     total = 0.0
     for step in range(len(shares)):
-        total += floats(run.places[loop.LOSSES])[step] * shares[step]
+        total += numbers(run.w, run.places[loop.LOSSES])[step] * shares[step]
     return total
 
 
-@njit(nogil=True)
+@inside
 def _measured(held, many):
     """The value of the held-out rows that the watch looks at."""
     if many.kind == SIGNS:
@@ -211,7 +225,7 @@ def _measured(held, many):
     return right / held.places[loop.ROWS_OF_EPOCH]
 
 
-@njit(nogil=True)
+@inside
 def _judge(run, many, loss, value):
     """Note the loss and the value of an epoch. True if training ends."""
     watch, done = many.watch, int(many.watch[_DONE])
@@ -230,13 +244,13 @@ def _judge(run, many, loss, value):
     return watch[_WAITED] > watch[_PATIENCE]
 
 
-@njit(nogil=True)
+@inside
 def _twisted(a, b):
     y = (a & np.uint32(0x80000000)) | (b & np.uint32(0x7FFFFFFF))
     return (y >> np.uint32(1)) ^ ((y & np.uint32(1)) * np.uint32(0x9908B0DF))
 
 
-@njit(nogil=True)
+@inside
 def _twist(draws):
     """The next 624 words of MT19937's state, by Matsumoto and Nishimura."""
     for i in range(227):
@@ -263,7 +277,7 @@ def _next_word(draws):
     return np.uint32(y ^ (y >> np.uint32(18)))
 
 
-@njit(nogil=True)
+@inside
 def _draw(many, e):
     """Write the order of epoch e. It is the one before, shuffled as by sklearn.utils.shuffle."""
     count = many.orders.shape[1]
@@ -282,17 +296,17 @@ def _draw(many, e):
         many.orders[e, i] = before[places[i]]
 
 
-@njit(nogil=True)
+@inside
 def _point_at(run, many, e):
     """Let the steps read the order and the numbers of epoch e."""
     order, steps = many.orders.shape[1], len(many.shares)
-    numbers = 4 * e * steps * run.places[loop.COUNT]
+    offset = many.numbers.itemsize * e * steps * run.places[loop.COUNT]
     run.places[loop.ORDER] = np.int64(many.orders.ctypes.data) + 8 * e * order
-    run.places[loop.NUMBERS] = np.int64(many.numbers.ctypes.data) + numbers
-    run.places[loop.BIAS_NUMBERS] = np.int64(many.bias_numbers.ctypes.data) + numbers
+    run.places[loop.NUMBERS] = np.int64(many.numbers.ctypes.data) + offset
+    run.places[loop.BIAS_NUMBERS] = np.int64(many.bias_numbers.ctypes.data) + offset
 
 
-@njit(nogil=True)
+@inside
 def _after_epoch(run, held, many, penalty):
     """Note an epoch's loss and the watched value, and whether training ends here.
 
@@ -300,7 +314,7 @@ def _after_epoch(run, held, many, penalty):
     """
     loss = penalty
     for step in range(len(many.shares)):
-        value = floats(run.places[loop.LOSSES])[step]
+        value = numbers(run.w, run.places[loop.LOSSES])[step]
         if not np.isfinite(value):
             many.watch[_FAILED] = step
             many.watch[_STOPPED] = 1
@@ -328,7 +342,7 @@ def _epochs(run, held, worker, workers, many):
             turn += 1
             if workers > 1:
                 run.places[loop.COUNTER] = counters + 64 * turn
-            STEPS(run, worker, workers, step, step + size)
+            _steps(run, worker, workers, step, step + size, loop.ONCE)
             meetings = meet(counters, workers, meetings)
         if worker == 0:
             _after_epoch(run, held, many, penalty)
@@ -338,22 +352,26 @@ def _epochs(run, held, worker, workers, many):
 
 
 @functools.cache
-def compiled() -> Any:
-    """`_epochs`, compiled or read from disk."""
-    steps = epoch.compiled()
-    function = rows.named(_epochs, STEPS=steps)
-    return rows.cached(njit, function, nogil=True, error_model="numpy")
+def compiled(kind: np.dtype) -> Any:
+    """`_epochs` for networks of this dtype, compiled or read from disk at its first call."""
+    return rows.cached(njit, rows.named(_epochs, kind.name), nogil=True, error_model="numpy")
 
 
-def is_compiled() -> bool:
-    """True if `_epochs` of this version is compiled, in this process or on disk."""
-    return rows.is_kept(compiled())
+def is_loaded(kind: np.dtype) -> bool:
+    """True if this process has trained many epochs of a network of this dtype."""
+    return bool(compiled(kind).signatures)
+
+
+def is_compiled(kind: np.dtype) -> bool:
+    """True if the code of this version for this dtype is compiled, here or on disk."""
+    here = is_loaded(kind) or rows.is_kept(rows.named(_epochs, kind.name))
+    return here and epoch.is_compiled(kind)
 
 
 class Session:
     """A network in training, held in the memory of the compiled epoch.
 
-    parameters: [w_1, b_1, w_2, …] float32.
+    parameters: [w_1, b_1, w_2, …], all float32 or all float64.
     states: a list of the same shapes for each state of the rule. Parameters and states are read
         here and written by `store`.
     samples: (data, targets, scale, shift), as in `kernels.Run`.
@@ -375,9 +393,8 @@ class Session:
         workers: int = 1,
     ) -> None:
         data, targets = samples[:2]
-        with _compiling:
-            compiled(), rows.of(spec)
-        self.memory = epoch.Memory(spec, min(batch, count), workers)
+        kind = DTYPES[parameters[0].dtype]
+        self.memory = epoch.Memory(spec, kind, min(batch, count), workers)
         self.lists = [parameters, *states]
         self.steps, self.count, self.workers = -(-count // batch), count, workers
         self._task = self._task_of(data, targets, torch.zeros(count, dtype=torch.int64), samples)
@@ -391,13 +408,13 @@ class Session:
                 true = held.targets[chosen].double().numpy().reshape(len(chosen), -1)
                 self._spread = np.square(true - true.mean(0)).sum(0)
         self._shares = _shares(spec, count, batch)
-        self._best = np.empty(0, np.float32)
+        self._best = np.empty(0, kind)
         self._pool = ThreadPoolExecutor(workers - 1) if workers > 1 else None
         self.load()
 
     def _task_of(self, data: Any, targets: Any, order: torch.Tensor, samples: Any) -> Any:
         steps = -(-len(order) // self.memory.batch)
-        numbers = np.zeros((steps, len(self.memory.spec.rule.columns)), np.float32)
+        numbers = np.zeros((steps, len(self.memory.spec.rule.columns)), self.memory.kind)
         return epoch._Task(self.memory, data, targets, order, numbers, *samples[2:])
 
     def load(self) -> None:
@@ -479,10 +496,8 @@ class Session:
         A call should be short, because it cannot be interrupted. Its orders should not fill the
         memory.
         """
-        spec = self.memory.spec
-        products = sum(k * n for k, n in zip(spec.sizes, spec.sizes[1:]))
-        step = epoch._OVERHEAD + 6 * self.memory.batch * products / epoch._SPEED
-        most = min(_PIECE / (self.steps * step), _INDICES / self.count)
+        each = self.steps * epoch.seconds(self.memory)
+        most = min(_PIECE / each, _INDICES / self.count)
         return max(1, min(epochs, int(most)))
 
     def bad_loss(self, found: Found) -> str:
@@ -490,13 +505,16 @@ class Session:
         return f"the loss is {self._task.losses[found.failed]} at step {found.failed}"
 
     def _call(self, many: _Many) -> None:
-        call, run, held = compiled(), self._task.run, self._held.run
+        memory, train = self.memory, compiled(self.memory.kind)
+        run, held = (
+            _Network(memory.w, memory.layers, task.places) for task in (self._task, self._held)
+        )
         others = [
-            self._pool.submit(call, run, held, worker, self.workers, many)
+            self._pool.submit(train, run, held, worker, self.workers, many)
             for worker in range(1, self.workers)
             if self._pool is not None
         ]
-        call(run, held, 0, self.workers, many)
+        train(run, held, 0, self.workers, many)
         for other in others:
             other.result()
 
@@ -512,26 +530,33 @@ class Session:
 
         Both are (steps of all epochs, columns).
         """
-        rule, steps = self.memory.spec.rule, count * self.steps
+        rule, steps, kind = self.memory.spec.rule, count * self.steps, self.memory.kind
         if alpha is None:
-            both = epoch._numbers(rule, numbers, float(taken), steps)
+            both = epoch._numbers(rule, numbers, float(taken), steps, kind)
             return both, both
         batch, last = self.memory.batch, self.count - (self.steps - 1) * self.memory.batch
         decays = 0.0, alpha / batch, alpha / last
         rows_ = tuple(kernels.row_of(rule, **numbers, weight_decay=decay) for decay in decays)
-        return _decayed(rule, rows_, float(taken), steps, self.steps)
+        return _decayed(rule, rows_, float(taken), steps, self.steps, kind)
 
 
 # Kept for the other folds of a search, which train with the same numbers.
 @functools.lru_cache(maxsize=16)
 def _decayed(
-    rule: kernels.Rule, rows_: tuple[tuple, ...], taken: float, steps: int, every: int
+    rule: kernels.Rule,
+    rows_: tuple[tuple, ...],
+    taken: float,
+    steps: int,
+    every: int,
+    kind: np.dtype,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The tables of `Session._tables` with weight decay. Nobody may write into them.
 
     rows_: the rule's rows for biases, for weights, and for the last of `every` steps.
     """
-    of_biases, of_weights, of_last = epoch._numbers(rule, [[row] for row in rows_], taken, steps)
+    of_biases, of_weights, of_last = epoch._numbers(
+        rule, [[row] for row in rows_], taken, steps, kind
+    )
     of_weights[every - 1 :: every] = of_last[every - 1 :: every]
     return of_weights, of_biases
 

@@ -1,9 +1,11 @@
 """Register tiles of matrix products, for numba. A compiler does not find them by itself.
 
-Everything lies in one flat float32 array. A matrix is an offset into it, with strides. A tile keeps
-its sums in vector registers while it walks over the terms. Each element is the sum of the same
-terms in the same order, whatever the tile's shape. So results do not depend on how a product is cut
-into tiles, or on the number of threads.
+Everything lies in one flat array, float32 or float64. A matrix is an offset into it, with strides.
+A tile keeps its sums in vector registers while it walks over the terms. Each element is the sum of
+the same terms in the same order, whatever the tile's shape. So results do not depend on how a
+product is cut into tiles, or on the number of threads.
+
+The array's dtype decides how many numbers a vector holds. Tiles are as many vectors for both.
 """
 
 from llvmlite import binding, ir
@@ -13,24 +15,54 @@ from numba.extending import intrinsic
 _MANY = bool(binding.get_host_cpu_features().get("avx512f"))  # True: 32 vector registers. False: 16
 # znver4 computes 512 bits in two halves, so they gain nothing.
 _HALVED = binding.get_host_cpu_name() == "znver4"
-LANES = 16 if _MANY and not _HALVED else 8  # floats of a vector
+VECTOR = 64 if _MANY and not _HALVED else 32  # bytes of a vector
 # Rows of a tile, and its columns in vectors. The registers hold so many sums beside the operands.
 ROWS, COLUMNS = 4, 3 if not _MANY else 5 if _HALVED else 4
 # Vectors of the widest tile of one row. It reads b from memory and needs one register for a.
 WIDEST = 13
 LINES = 8  # most rows of `patch_lines`
 
-_I64, _I32, _I8, _F32 = ir.IntType(64), ir.IntType(32), ir.IntType(8), ir.FloatType()
-_VECTOR = ir.VectorType(_F32, LANES)
+_I64, _I32, _I8 = ir.IntType(64), ir.IntType(32), ir.IntType(8)
+
+
+def _size(kind):
+    """The bytes of a number of numba's type `kind`."""
+    return kind.bitwidth // 8
+
+
+@intrinsic
+def lanes(typing, w):
+    """The number of elements of the array w that a vector holds."""
+
+    def generate(context, builder, signature, args):
+        return _I64(VECTOR // _size(signature.args[0].dtype))
+
+    return types.int64(w), generate
+
+
+@intrinsic
+def size_of(typing, w):
+    """The bytes of an element of the array w."""
+
+    def generate(context, builder, signature, args):
+        return _I64(_size(signature.args[0].dtype))
+
+    return types.int64(w), generate
+
+
+def _vector(context, signature):
+    """The type of a vector of elements of the flat array, which is argument number 0."""
+    kind = signature.args[0].dtype
+    return ir.VectorType(context.get_value_type(kind), VECTOR // _size(kind))
 
 
 def pointer(context, builder, signature, args, position, offset):
-    """The address of element `offset` of the float32 array in argument number `position`."""
+    """The address of element `offset` of the array in argument number `position`."""
     array = context.make_array(signature.args[position])(context, builder, args[position])
     return builder.gep(array.data, [offset])
 
 
-def _load(builder, pointer, kind=_VECTOR):
+def _load(builder, pointer, kind):
     return builder.load(builder.bitcast(pointer, kind.as_pointer()), align=4)
 
 
@@ -38,15 +70,20 @@ def _store(builder, value, pointer):
     builder.store(value, builder.bitcast(pointer, value.type.as_pointer()), align=4)
 
 
-def _splat(builder, scalar):
-    single = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), scalar, ir.IntType(32)(0))
-    zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
-    return builder.shuffle_vector(single, ir.Constant(_VECTOR, ir.Undefined), zeros)
+def _splat(builder, scalar, kind):
+    undefined = ir.Constant(kind, ir.Undefined)
+    single = builder.insert_element(undefined, scalar, _I32(0))
+    zeros = ir.Constant(ir.VectorType(_I32, kind.count), [0] * kind.count)
+    return builder.shuffle_vector(single, undefined, zeros)
+
+
+def _zeros(kind):
+    return ir.Constant(kind, [0.0] * kind.count)
 
 
 def _multiply_add(builder, a, b, c):
-    kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
-    name = f"llvm.fmuladd.v{LANES}f32"
+    kind = ir.FunctionType(a.type, [a.type] * 3)
+    name = f"llvm.fmuladd.v{a.type.count}{a.type.element.intrinsic_name}"
     function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
     return builder.call(function, [a, b, c])
 
@@ -75,11 +112,12 @@ def _loop(builder, count, values, body):
 
 def _add_term(builder, lefts, step, base, sums):
     """Generate sums[r, v] + left[r][step] · base[v], the next term of a tile's sums."""
-    columns = len(sums) // len(lefts)
-    vectors = [_load(builder, builder.gep(base, [_I64(v * LANES)])) for v in range(columns)]
+    columns, kind = len(sums) // len(lefts), sums[0].type
+    places = [_I64(v * kind.count) for v in range(columns)]
+    vectors = [_load(builder, builder.gep(base, [place]), kind) for place in places]
     result = []
     for r, left in enumerate(lefts):
-        scalar = _splat(builder, builder.load(builder.gep(left, [step])))
+        scalar = _splat(builder, builder.load(builder.gep(left, [step])), kind)
         for v, vector in enumerate(vectors):
             result.append(_multiply_add(builder, scalar, vector, sums[r * columns + v]))
     return result
@@ -98,12 +136,13 @@ def outer_tile(rows: int, columns: int):
         def generate(context, builder, signature, args):
             _, a, stride_ar, stride_aj, b, stride_bj, c, stride_cr, terms, add = args
             at = lambda offset: pointer(context, builder, signature, args, 0, offset)  # noqa: E731
+            kind = _vector(context, signature)
+            lines = [builder.add(c, builder.mul(_I64(r), stride_cr)) for r in range(rows)]
             targets = [
-                at(builder.add(c, builder.add(builder.mul(_I64(r), stride_cr), _I64(v * LANES))))
-                for r in range(rows)
+                at(builder.add(line, _I64(v * kind.count)))
+                for line in lines
                 for v in range(columns)
             ]
-            zero = ir.Constant(_VECTOR, [0.0] * LANES)
             lefts = [at(builder.add(a, builder.mul(_I64(r), stride_ar))) for r in range(rows)]
             right = at(b)
 
@@ -111,11 +150,12 @@ def outer_tile(rows: int, columns: int):
                 step, line = builder.mul(j, stride_aj), builder.mul(j, stride_bj)
                 return _add_term(builder, lefts, step, builder.gep(right, [line]), sums)
 
-            sums = _loop(builder, terms, [zero] * (rows * columns), body)
+            sums = _loop(builder, terms, [_zeros(kind)] * (rows * columns), body)
             with builder.if_else(builder.icmp_signed("!=", add, _I64(0))) as (then, otherwise):
                 with then:
                     for value, target in zip(sums, targets):
-                        _store(builder, builder.fadd(_load(builder, target), value), target)
+                        before = _load(builder, target, kind)
+                        _store(builder, builder.fadd(before, value), target)
                 with otherwise:
                     for value, target in zip(sums, targets):
                         _store(builder, value, target)
@@ -126,8 +166,8 @@ def outer_tile(rows: int, columns: int):
     return tile
 
 
-def _listed_sums(builder, at, shape, a, b, first, c, listed, terms):
-    """Generate the code of a tile that walks over a list. shape = (rows, vectors).
+def _listed_sums(builder, at, kind, shape, a, b, first, c, listed, terms):
+    """Generate the code of a tile that walks over a list. shape = (rows, vectors of type kind).
 
     at: the pointer to an element of the flat array. a, b, first and c: an offset and its strides.
     """
@@ -140,13 +180,12 @@ def _listed_sums(builder, at, shape, a, b, first, c, listed, terms):
         step = builder.mul(j, a[2])
         return _add_term(builder, lefts, step, builder.gep(right, [builder.mul(j, b[1])]), sums)
 
-    zero = ir.Constant(_VECTOR, [0.0] * LANES)
-    sums = _loop(builder, terms, [zero] * (rows * columns), body)
+    sums = _loop(builder, terms, [_zeros(kind)] * (rows * columns), body)
     for i, value in enumerate(sums):
-        r, lane = _I64(i // columns), _I64(i % columns * LANES)
+        r, lane = _I64(i // columns), _I64(i % columns * kind.count)
         source = at(builder.add(builder.add(first[0], builder.mul(r, first[1])), lane))
         target = at(builder.add(builder.add(c[0], builder.mul(r, c[1])), lane))
-        _store(builder, builder.fadd(_load(builder, source), value), target)
+        _store(builder, builder.fadd(_load(builder, source, kind), value), target)
 
 
 def listed_tile(rows: int, columns: int):
@@ -162,8 +201,9 @@ def listed_tile(rows: int, columns: int):
         def generate(context, builder, signature, args):
             listed = builder.inttoptr(args[1], _I32.as_pointer())
             at = lambda offset: pointer(context, builder, signature, args, 0, offset)  # noqa: E731
-            operands = args[2:5], args[5:7], args[7:9], args[9:11]
-            _listed_sums(builder, at, (rows, columns), *operands, listed, args[11])
+            kind, operands = _vector(context, signature), (args[2:5], args[5:7], args[7:9])
+            to, terms = args[9:11], args[11]
+            _listed_sums(builder, at, kind, (rows, columns), *operands, to, listed, terms)
             return context.get_dummy_value()
 
         return types.void(w, *[types.int64] * 11), generate
@@ -178,7 +218,7 @@ def listed_row(typing, w, listed, a, stride_aj, b, stride_bj, first, c, terms, v
     def generate(context, builder, signature, args):
         listed = builder.inttoptr(args[1], _I32.as_pointer())
         at = lambda offset: pointer(context, builder, signature, args, 0, offset)  # noqa: E731
-        no = _I64(0)
+        no, kind = _I64(0), _vector(context, signature)
         operands = (args[2], no, args[3]), args[4:6], (args[6], no), (args[7], no)
         after = builder.append_basic_block("after")
         choice = builder.switch(args[9], after)
@@ -186,7 +226,7 @@ def listed_row(typing, w, listed, a, stride_aj, b, stride_bj, first, c, terms, v
             block = builder.append_basic_block("tile")
             choice.add_case(_I64(columns), block)
             builder.position_at_end(block)
-            _listed_sums(builder, at, (1, columns), *operands, listed, args[8])
+            _listed_sums(builder, at, kind, (1, columns), *operands, listed, args[8])
             builder.branch(after)
         builder.position_at_end(after)
         return context.get_dummy_value()
@@ -204,7 +244,8 @@ def mark(typing, w, bits, stride, at, octets):
     def generate(context, builder, signature, args):
         _, bits, stride, at, octets = args
         source = pointer(context, builder, signature, args, 0, at)
-        target, eight = builder.inttoptr(bits, _I8.as_pointer()), ir.VectorType(_I32, 8)
+        target = builder.inttoptr(bits, _I8.as_pointer())
+        eight = ir.VectorType(ir.IntType(signature.args[0].dtype.bitwidth), 8)
 
         def body(i, _):
             line = builder.gep(source, [builder.mul(i, _I64(8))])
@@ -305,19 +346,19 @@ def dot_tile(rows: int, columns: int):
             at = lambda offset: pointer(context, builder, signature, args, 0, offset)  # noqa: E731
             lefts = [at(builder.add(a, builder.mul(_I64(r), stride_ar))) for r in range(rows)]
             rights = [at(builder.add(b, builder.mul(_I64(k), stride_bk))) for k in range(columns)]
-            zero = ir.Constant(_VECTOR, [0.0] * LANES)
+            kind = _vector(context, signature)
 
             def body(j, sums):
-                offset = builder.mul(j, _I64(LANES))
-                x = [_load(builder, builder.gep(left, [offset])) for left in lefts]
-                y = [_load(builder, builder.gep(right, [offset])) for right in rights]
+                offset = builder.mul(j, _I64(kind.count))
+                x = [_load(builder, builder.gep(left, [offset]), kind) for left in lefts]
+                y = [_load(builder, builder.gep(right, [offset]), kind) for right in rights]
                 return [
                     _multiply_add(builder, x[r], y[k], sums[r * columns + k])
                     for r in range(rows)
                     for k in range(columns)
                 ]
 
-            sums = _loop(builder, vectors, [zero] * (rows * columns), body)
+            sums = _loop(builder, vectors, [_zeros(kind)] * (rows * columns), body)
             for r in range(rows):
                 line = at(builder.add(c, builder.mul(_I64(r), stride_cr)))
                 for k in range(columns):
@@ -337,13 +378,13 @@ def scale_octets(typing, w, to, address, vectors, scale, shift):
     def generate(context, builder, signature, args):
         _, to, address, vectors, scale, shift = args
         target = pointer(context, builder, signature, args, 0, to)
-        octets = builder.inttoptr(address, ir.IntType(8).as_pointer())
-        factor, addend = _splat(builder, scale), _splat(builder, shift)
+        octets, kind = builder.inttoptr(address, _I8.as_pointer()), _vector(context, signature)
+        factor, addend = (_splat(builder, number, kind) for number in (scale, shift))
 
         def body(j, _):
-            at, kind = builder.mul(j, _I64(LANES)), ir.VectorType(ir.IntType(8), LANES)
-            pixels = builder.bitcast(builder.gep(octets, [at]), kind.as_pointer())
-            values = builder.uitofp(builder.load(pixels, align=1), _VECTOR)
+            at, bytes_ = builder.mul(j, _I64(kind.count)), ir.VectorType(_I8, kind.count)
+            pixels = builder.bitcast(builder.gep(octets, [at]), bytes_.as_pointer())
+            values = builder.uitofp(builder.load(pixels, align=1), kind)
             values = builder.fadd(builder.fmul(values, factor), addend)
             _store(builder, values, builder.gep(target, [at]))
             return ()
@@ -351,8 +392,7 @@ def scale_octets(typing, w, to, address, vectors, scale, shift):
         _loop(builder, vectors, (), body)
         return context.get_dummy_value()
 
-    kinds = types.int64, types.int64, types.int64, types.float32, types.float32
-    return types.void(w, *kinds), generate
+    return types.void(w, *[types.int64] * 3, w.dtype, w.dtype), generate
 
 
 @intrinsic
@@ -367,6 +407,7 @@ def patch_lines(typing, w, to, stride_to, factors, listed, terms, x, stride_x, l
         _, to, stride_to, factors, listed, terms, x, stride_x, lines = args
         at = lambda offset: pointer(context, builder, signature, args, 0, offset)  # noqa: E731
         places, numbers = builder.inttoptr(listed, _I32.as_pointer()), at(factors)
+        kind = _vector(context, signature)
         after = builder.append_basic_block("after")
         choice = builder.switch(lines, after)
         for count in range(1, LINES + 1):
@@ -378,11 +419,12 @@ def patch_lines(typing, w, to, stride_to, factors, listed, terms, x, stride_x, l
 
             def body(j, sums, sources=sources):
                 place = builder.sext(builder.load(builder.gep(places, [j])), _I64)
-                factor = _splat(builder, builder.load(builder.gep(numbers, [j])))
-                terms = [_load(builder, builder.gep(source, [place])) for source in sources]
+                factor = _splat(builder, builder.load(builder.gep(numbers, [j])), kind)
+                terms = [_load(builder, builder.gep(line, [place]), kind) for line in sources]
                 return [_multiply_add(builder, factor, *pair) for pair in zip(terms, sums)]
 
-            sums = _loop(builder, terms, [_load(builder, target) for target in targets], body)
+            before = [_load(builder, target, kind) for target in targets]
+            sums = _loop(builder, terms, before, body)
             for value, target in zip(sums, targets):
                 _store(builder, value, target)
             builder.branch(after)
@@ -399,28 +441,26 @@ def add_scaled(typing, w, to, source, factor):
     def generate(context, builder, signature, args):
         _, to, source, factor = args
         at = lambda offset: pointer(context, builder, signature, args, 0, offset)  # noqa: E731
-        total, term = _load(builder, at(to)), _load(builder, at(source))
-        total = _multiply_add(builder, _splat(builder, factor), term, total)
+        kind = _vector(context, signature)
+        total, term = (_load(builder, at(place), kind) for place in (to, source))
+        total = _multiply_add(builder, _splat(builder, factor, kind), term, total)
         _store(builder, total, at(to))
         return context.get_dummy_value()
 
-    return types.void(w, types.int64, types.int64, types.float32), generate
+    return types.void(w, types.int64, types.int64, w.dtype), generate
 
 
 def _sum(builder, vector):
     """The sum of a vector's lanes. Each round adds the upper half to the lower."""
-    undefined, index = ir.Undefined, ir.IntType(32)
-    count = LANES
+    count = vector.type.count
     while count > 1:
         count //= 2
-        kind = ir.VectorType(index, count)
+        undefined, kind = ir.Constant(vector.type, ir.Undefined), ir.VectorType(_I32, count)
         low, high = (
             builder.shuffle_vector(
-                vector,
-                ir.Constant(vector.type, undefined),
-                ir.Constant(kind, list(range(start, start + count))),
+                vector, undefined, ir.Constant(kind, list(range(start, start + count)))
             )
             for start in (0, count)
         )
         vector = builder.fadd(low, high)
-    return builder.extract_element(vector, index(0))
+    return builder.extract_element(vector, _I32(0))

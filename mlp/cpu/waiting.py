@@ -4,6 +4,7 @@ With them, threads wait for each other, call functions by their address and read
 """
 
 import platform
+from typing import Any
 
 from llvmlite import ir
 from numba import njit, types
@@ -11,6 +12,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 _I64, _I32 = ir.IntType(64), ir.IntType(32)
+# The decorator of functions that only compiled code calls. Code by which others could call them
+# would take a quarter of the time to compile.
+_compiler: Any = njit  # Any, because its stubs know fewer options
+inside = _compiler(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 _SPINS = 2000  # rounds before a waiting thread offers its core to others
 # The instruction that tells a processor that a thread waits: LLVM's name and the arguments.
 _PAUSES = {"x86_64": ("llvm.x86.sse2.pause", ()), "aarch64": ("llvm.aarch64.hint", (1,))}
@@ -28,8 +33,27 @@ def _pointer_to(kind):
 
 
 # Each makes a pointer of an address. Code reads and writes what lies there by index.
-octets, floats = _pointer_to(types.uint8), _pointer_to(types.float32)
-integers, narrow_integers = _pointer_to(types.int64), _pointer_to(types.int32)
+octets, integers, narrow_integers = map(_pointer_to, (types.uint8, types.int64, types.int32))
+
+
+@intrinsic
+def numbers(typing, w, address):
+    """A pointer to numbers of the dtype of the array w. They lie at an address."""
+
+    def generate(context, builder, signature, args):
+        return builder.inttoptr(args[1], context.get_value_type(signature.return_type))
+
+    return types.CPointer(w.dtype)(w, types.int64), generate
+
+
+@intrinsic
+def number(typing, w, value):
+    """A value in the dtype of the array w. A loop that mixes dtypes has slower instructions."""
+
+    def generate(context, builder, signature, args):
+        return context.cast(builder, args[1], signature.args[1], signature.return_type)
+
+    return w.dtype(w, value), generate
 
 
 @intrinsic
@@ -98,7 +122,7 @@ def prefetch(typing, address):
 
 @intrinsic
 def call(typing, address, arguments):
-    """Call the function at `address` with a tuple of int64 and float32 numbers.
+    """Call the function at `address` with a tuple of int64 numbers.
 
     The function returns nothing.
     """
@@ -112,7 +136,7 @@ def call(typing, address, arguments):
     return types.void(types.int64, arguments), generate
 
 
-@njit
+@inside
 def meet(counter, workers, meetings):
     """Wait until all workers have called this for the `meetings`th time.
 

@@ -33,9 +33,8 @@ def spec_of(
     config: dict[str, Any] = describe() if describe else {"kind": type(model).__name__}
     if config["kind"] != "mlp":
         return f"trains multilayer perceptrons, got {config['kind']}"
-    others = [p.dtype for p in parameters_of(model).values() if p.dtype != torch.float32]
-    if others:
-        return f"trains float32 networks, got {others[0]}"
+    if reason := _wrong_dtype(list(parameters_of(model).values())):
+        return reason
     criterion = _criterion(loss, config["sizes"][-1])
     if isinstance(criterion, str):
         return criterion
@@ -51,6 +50,21 @@ def spec_of(
         **criterion,
         rule=rule,
     )
+
+
+def _wrong_dtype(parameters: list[torch.Tensor]) -> str | None:
+    """The reason why neither kernels nor compiled code train such parameters, or None.
+
+    The kernels serve float32. The compiled epoch of a CPU serves float64 too.
+    """
+    first, found = parameters[0], {p.dtype: None for p in parameters}
+    if len(found) > 1:
+        return f"trains networks of one dtype, got {' and '.join(map(str, found))}"
+    if first.dtype == torch.float32 or cpu.serves(first):
+        return None
+    double = torch.empty(0, dtype=torch.float64, device=first.device)
+    served = "float32 and float64" if cpu.serves(double) else "float32"
+    return f"trains {served} networks, got {first.dtype}"
 
 
 def rule_of(model: Net | torch.nn.Module, optimizer: torch.optim.Optimizer) -> kernels.Rule | None:
@@ -149,8 +163,8 @@ class Fused(Engine):
                 rows.append([float(number) for number in part.numbers])
             if per_step and self.moves is not None:
                 self.moves()
-        device = parts[0].parameters[0].device
-        made = [updates.table(rows, device) for rows in tables]
+        like = parts[0].parameters[0]
+        made = [updates.table(rows, like.device, like.dtype) for rows in tables]
         return made if per_step else [rows[0] for rows in made]
 
     def run(
@@ -237,8 +251,11 @@ class Epoch(Fused):
     ) -> str | None:
         first = next(iter(parameters_of(model).values())).detach()
         on_cpu = cpu.serves(first)
-        if not on_cpu and kernels.backend(first) != "triton" and first.dtype == torch.float32:
-            return f"epoch: {cpu.NEEDS if first.device.type == 'cpu' else 'needs a GPU'}"
+        if not on_cpu and kernels.backend(first) != "triton":
+            if first.device.type == "cpu" and first.dtype in cpu.DTYPES:
+                return f"epoch: {cpu.NEEDS}"
+            if first.dtype == torch.float32:
+                return "epoch: needs a GPU"
         spec = cls.differs(model, loss, optimizer) or spec_of(
             model, loss, rule_of(model, optimizer)
         )
@@ -260,7 +277,7 @@ class Epoch(Fused):
         assert not isinstance(spec, str)  # `refuses` would have said so
         if not cpu.serves(first):
             return kernels.outgrown(spec, batch_size, "epoch")
-        reason = cpu.costs(spec.sizes, batch_size, steps)
+        reason = cpu.costs(spec.sizes, batch_size, steps, first.dtype)
         return None if reason is None else f"epoch: {reason}"
 
     @torch.no_grad()

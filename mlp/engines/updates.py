@@ -173,9 +173,11 @@ class InMemory(Separate):
             part.advance(steps)
 
 
-def table(rows: Sequence[Sequence[float]], device: torch.device) -> torch.Tensor:
-    """(rows, columns) float32 on the device: a part's numbers, for kernels to read."""
-    return torch.tensor(rows, dtype=torch.float32, device=device)
+def table(
+    rows: Sequence[Sequence[float]], device: torch.device, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """(rows, columns) on the device: a part's numbers, for kernels or compiled code to read."""
+    return torch.tensor(rows, dtype=dtype, device=device)
 
 
 def parameters(optimizer: torch.optim.Optimizer) -> list:

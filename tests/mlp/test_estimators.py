@@ -265,7 +265,7 @@ def test_fits_of_a_process_use_the_same_code(wine, monkeypatch):
     monkeypatch.setattr(cpu, "_passed", 0.0)
 
     def is_compiled(kept):
-        monkeypatch.setattr(session, "is_compiled", lambda: kept)
+        monkeypatch.setattr(session, "is_compiled", lambda kind: kept)
         with monkeypatch.context() as inside:
             used = []
             make = session.Session.__init__

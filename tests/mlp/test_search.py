@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("sklearn")
 
@@ -196,7 +197,7 @@ def test_an_ensemble_adds_what_helps():
 
 def test_a_module_that_another_thread_imports_is_not_loaded(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlp.cpu.epoch", types.ModuleType("mlp.cpu.epoch"))
-    assert not cpu.is_loaded()
+    assert not cpu.is_loaded(torch.float32)
 
 
 def test_the_command_ranks_without_the_test_rows(tmp_path, monkeypatch, capsys):

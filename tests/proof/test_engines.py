@@ -65,8 +65,8 @@ def expected(engine, model, loss, rule, precision):
         return None
     if model == "convolution":
         return "trains multilayer perceptrons, got convnet"
-    if precision in ("bf16", "fp64"):
-        return "trains float32 networks, got torch."
+    if precision == "bf16":
+        return "trains float32 and float64 networks, got torch."
     if loss == "smoothed":
         return "takes cross-entropy without class weights, smoothing or an ignored class"
     return "trains with one parameter group" if rule == "maximize" else None
