@@ -311,7 +311,7 @@ class Net:
     def __getstate__(self):
         # The state holds the tensors themselves. An optimizer that is copied or pickled with the
         # net then still shares its parameters.
-        made = ("_config", "_shape", "_lead", "_shapes", "stages", "flat", "_grads")
+        made = ("_config", "_shape", "_shapes", "stages", "flat", "_grads")
         return {name: value for name, value in vars(self).items() if name not in made} | {
             "config": self._config,
             "grads": self._grads,
@@ -337,12 +337,13 @@ class Net:
 
         They are kept for `backward`, in a buffer that the next `forward` overwrites.
         """
-        self._lead = x.shape[:-1]
         y = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         for stage in self.stages:
             y = stage.forward(y)
-        self._shape = (*self._lead, y.shape[-1])
-        return y if x.dim() == 2 else y.view(*self._lead, y.shape[-1])
+        if x.dim() != 2:
+            y = y.view(*x.shape[:-1], y.shape[-1])
+        self._shape = y.shape
+        return y
 
     def predict(self, x: torch.Tensor) -> torch.Tensor:
         """The outputs of `forward`, in new memory. Nothing is kept for `backward`."""
@@ -361,7 +362,7 @@ class Net:
         self._with_grads()
         for i in range(len(self.stages) - 1, -1, -1):
             dy = self.stages[i].backward(dy, input_grad=input_grad or i > 0)
-        return None if dy is None else dy.view(*self._lead, dy.shape[-1])
+        return None if dy is None else dy.view(*doutput.shape[:-1], dy.shape[-1])
 
     def update(
         self,
@@ -385,7 +386,7 @@ class Net:
             raise RuntimeError("Net: backward was called before forward; call forward first")
         if doutput.shape != self._shape:
             raise ValueError(
-                f"Net: the gradient must be {self._shape}, as the latest outputs were, got "
+                f"Net: the gradient must be {tuple(self._shape)}, as the latest outputs were, got "
                 f"{tuple(doutput.shape)}"
             )
         return doutput if doutput.dim() == 2 else doutput.reshape(-1, doutput.shape[-1])

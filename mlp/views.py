@@ -4,6 +4,9 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+# As functions for `map`, because a loop in Python costs twice as much. Every step calls them.
+_address, _is_contiguous = torch.Tensor.data_ptr, torch.Tensor.is_contiguous
+
 
 class Views(dict[str, torch.Tensor]):
     """A dict of tensors that are contiguous views of `flat`. Copies and pickles are plain dicts.
@@ -19,15 +22,15 @@ class Views(dict[str, torch.Tensor]):
     ):
         super().__init__(named)
         self.flat, self.beside = flat, beside
-        self._places = [t.data_ptr() for t in named.values()]
+        self._places = [*map(_address, named.values())]
 
     def __reduce__(self):
         return dict, (dict(self),)
 
     def are_whole(self) -> bool:
         """True if each tensor still is the view that it was at first."""
-        now = [t.data_ptr() if t.is_contiguous() else None for t in self.values()]
-        return now == self._places
+        tensors = [*self.values()]
+        return [*map(_address, tensors)] == self._places and all(map(_is_contiguous, tensors))
 
     def fit(self, parameters: Iterable[torch.Tensor]) -> bool:
         """True if these are the gradients of exactly these parameters, in their order."""
