@@ -16,9 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import compiled, launch
+
+# torch's C functions. Every call asks them.
+_any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+_is_functorch_tensor: Callable[[Any], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,7 +96,7 @@ def traceable(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def dispatch(input, *args, **kwargs):
-        if has_torch_function((input,)):
+        if has_torch_function_unary(input):
             return handle_torch_function(dispatch, (input,), input, *args, **kwargs)
         return function(input, *args, **kwargs)
 
@@ -112,7 +116,7 @@ def call(operation: Differentiable, *args) -> torch.Tensor:
             f"{operation.name}: input must be a torch.Tensor, got {type(first).__name__}; convert "
             "it with torch.as_tensor"
         )
-    if autocasting(first) and first.device.type in operation.autocast_on:
+    if _any_autocast() and autocasting(first) and first.device.type in operation.autocast_on:
         device = first.device.type
         dtype = operation.autocast or torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
@@ -127,7 +131,8 @@ def call(operation: Differentiable, *args) -> torch.Tensor:
     if not _SAVED.issuperset(map(type, flat)):
         _check_tensors(operation, args)
     if not launch.followed() and launch.plain(*flat, *args[operation.inputs :]):
-        return Function.apply(operation, args, lengths, *flat)
+        apply = Function.apply if any(map(_wrapped, flat)) else _apply
+        return apply(operation, args, lengths, *flat)
     if any([t.is_nested for t in flat if isinstance(t, torch.Tensor)]):
         raise ValueError(
             f"{operation.name}: nested tensors are not served; pad them with "
@@ -175,6 +180,16 @@ class Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         return None, None, None, *differentiate(ctx, dy, ctx.needs_input_grad[3:])
+
+
+# `Function.apply` without the Python code that torch puts around it. That code serves transforms of
+# torch.func, which `launch.followed` excludes, and tensors that outlived such a transform.
+_apply: Callable = super(torch.autograd.Function, Function).apply  # type: ignore[misc]
+
+
+def _wrapped(value: torch.Tensor | None) -> bool:
+    """True for a tensor of a transform of torch.func, also after the transform has ended."""
+    return value is not None and _is_functorch_tensor(value)
 
 
 def _spread(inputs: tuple) -> tuple[Sequence, list | None]:
@@ -241,14 +256,13 @@ def remember(ctx, operation, args: tuple, lengths, flat: tuple, saved: tuple) ->
     made: list = []
     for i in operation.made:
         value = saved[i]
-        if type(value) is tuple:
-            kinds = {*map(type, value)}
-            if kinds <= _SAVED:
-                start = len(tensors)
-                tensors += value
-                made.append(slice(start, len(tensors)))
-            else:
-                made.append(value if kinds <= _NO_TENSORS else _placed(value, tensors))
+        kind = type(value)
+        if kind is torch.Tensor:
+            made.append(_place(value, tensors))
+        elif kind in _NO_TENSORS:
+            made.append(value)
+        elif kind is tuple:
+            made.append(_kept_tuple(value, tensors))
         else:
             made += _placed((value,), tensors)
     options = args[operation.inputs :]
@@ -256,6 +270,16 @@ def remember(ctx, operation, args: tuple, lengths, flat: tuple, saved: tuple) ->
         options = _placed(options, tensors)
     ctx.kept = operation, lengths, len(flat), options, made
     ctx.save_for_backward(*tensors)
+
+
+def _kept_tuple(values: tuple, tensors: list):
+    """A tuple as `remember` keeps it: a slice of `tensors` if it consists of tensors and None."""
+    kinds = {*map(type, values)}
+    if kinds <= _SAVED:
+        start = len(tensors)
+        tensors += values
+        return slice(start, len(tensors))
+    return values if kinds <= _NO_TENSORS else _placed(values, tensors)
 
 
 def recall(ctx) -> tuple[tuple, list]:
@@ -292,6 +316,13 @@ class _Places(tuple):
 _PLACES = [_Place(i) for i in range(256)]  # made once, because a look-up is faster than making one
 
 
+def _place(value: torch.Tensor, tensors: list) -> _Place:
+    """The `_Place` of a tensor that is added to `tensors`."""
+    count = len(tensors)
+    tensors.append(value)
+    return _PLACES[count] if count < len(_PLACES) else _Place(count)
+
+
 def _placed(values: tuple, tensors: list) -> tuple:
     """The values with a `_Place` for each tensor. The tensors are added to `tensors`.
 
@@ -302,9 +333,7 @@ def _placed(values: tuple, tensors: list) -> tuple:
     found: list = []
     for value in values:
         if isinstance(value, torch.Tensor):
-            count = len(tensors)
-            found.append(_PLACES[count] if count < len(_PLACES) else _Place(count))
-            tensors.append(value)
+            found.append(_place(value, tensors))
         else:
             found.append(_placed(value, tensors) if type(value) is tuple else value)
     known = any([type(value) in (_Place, _Places) for value in found])
@@ -332,7 +361,7 @@ def differentiate(ctx, dy: torch.Tensor, needs: tuple[bool, ...]) -> list:
     itself differentiable. The kernels' results carry no graph, so the forward runs again from the
     inputs. The reference also serves a dy that is not plain memory, as in is_grads_batched=True.
     """
-    if autocasting(dy):
+    if _any_autocast() and autocasting(dy):
         with torch.autocast(dy.device.type, enabled=False):
             return differentiate(ctx, dy, needs)
     operation = ctx.kept[0]

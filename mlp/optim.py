@@ -335,31 +335,38 @@ class _Ruled(_Torch):
             else:
                 given = given_all[start : start + len(params)]
                 start += len(params)
-            if any([g is None for g in given]):
+            if not self._are_known(params, given):
                 params = [p for p, g in zip(params, given) if g is not None]
                 given = [g for g in given if g is not None]
+                self._check(params, given)
             if params:
-                if not self._are_known(params, given):
-                    kernels.check_update(type(self).__name__, params, given)
                 self._update(group, params, given)
 
     def _are_known(self, params: list, grads: list) -> bool:
         """True if these parameters were checked before, and each gradient is like its parameter.
 
-        A compiler always checks, because it traces this only once.
+        It is False if a gradient is None. A compiler always checks, because it traces this only
+        once.
         """
         if torch.compiler.is_compiling():
             return False
+        dense = torch.strided
         for p, g in zip(params, grads):
-            if g.shape != p.shape or g.dtype is not p.dtype or g.layout is not torch.strided:
+            if g is None or g.shape != p.shape or g.dtype is not p.dtype or g.layout is not dense:
                 return False
-        known, found = self.__dict__.setdefault("_known", set()), tuple(map(id, params))
-        if found in known:
-            return True
+        return tuple(map(id, params)) in self.__dict__.setdefault("_known", set())
+
+    def _check(self, params: list, grads: list) -> None:
+        """ValueError unless the gradients fit the parameters. These are then known."""
+        if self._are_known(params, grads):
+            return
+        kernels.check_update(type(self).__name__, params, grads)
+        if torch.compiler.is_compiling():
+            return
+        known = self.__dict__.setdefault("_known", set())
         if len(known) > 2 * len(self.param_groups):
             known.clear()
-        known.add(found)
-        return False
+        known.add(tuple(map(id, params)))
 
     def _update(self, group, params, grads):
         """One launch for the parameters that take the same step."""

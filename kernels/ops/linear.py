@@ -107,7 +107,8 @@ def linear_bwd_dz_ref(
     dy = dy if dy.dim() == 2 else as_matrix(dy)
     if s is None:
         return dy
-    return activations.get(activation).backward_ref(dy, as_matrix(s), out=out)
+    s = s if s.dim() == 2 else as_matrix(s)
+    return activations.get(activation).backward_ref(dy, s, out=out)
 
 
 def linear_bwd_dx_ref(
@@ -168,7 +169,9 @@ def _backward(dy, x, w, s, bias, activation, needs, bwd_dz, bwd_dx, bwd_dw):
     """(dx, dw, db) of one layer, by the given implementations of dz, dx and dw."""
     needs_dx, needs_dw, needs_db = needs
     dz = bwd_dz(dy, s, activation)
-    dx = bwd_dx(dz, w).view(x.shape) if needs_dx else None
+    dx = bwd_dx(dz, w) if needs_dx else None
+    if dx is not None and dx.shape != x.shape:
+        dx = dx.view(x.shape)
     dw, db = bwd_dw(dz, x, bias and needs_db) if needs_dw or needs_db else (None, None)
     return dx, dw if needs_dw else None, db
 
@@ -372,6 +375,31 @@ def check_linear(x, w, b, op="linear") -> None:
         )
 
 
+def fits(x: torch.Tensor, weights: Sequence, biases: Sequence) -> bool:
+    """True only if the layers of a stack fit together, so that no check of them would raise.
+
+    A fast test, because every call makes it.
+    """
+    dense = torch.strided
+    if x.dim() == 0 or x.layout is not dense or not 0 < len(weights) == len(biases):
+        return False
+    width, dtype, device = x.shape[-1], x.dtype, x.device
+    for w, b in zip(weights, biases):
+        shape = w.shape
+        if len(shape) != 2 or shape[1] != width:
+            return False
+        if w.dtype is not dtype or w.layout is not dense or w.device != device:
+            return False
+        width = shape[0]
+        if b is None:
+            continue
+        if b.shape != (width,) or b.dtype is not dtype:
+            return False
+        if b.layout is not dense or b.device != device:
+            return False
+    return x.is_floating_point()
+
+
 def linear_fwd(
     x: torch.Tensor,
     w: torch.Tensor,
@@ -391,7 +419,8 @@ def linear_fwd(
     kernel applies act. ValueError: shapes that do not fit, mixed dtypes or devices, an unknown
     activation.
     """
-    plan = launch.planned(_plan_fwd, (x, w, b), activation)
+    is_planned = launch.may_take(x) or not fits(x, (w,), (b,))
+    plan = launch.planned(_plan_fwd, (x, w, b), activation) if is_planned else None
     if plan is None:
         return linear_fwd_ref(x, w, b, activation, out=out)
     act, (M, N, K), x2 = plan.act, plan.sizes, as_matrix(x)

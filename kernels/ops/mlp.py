@@ -23,6 +23,7 @@ from .. import activations, launch, tape
 from .linear import (
     Buffers,
     check_linear,
+    fits,
     layer_ref,
     linear_bwd_dw,
     linear_bwd_dw_ref,
@@ -149,21 +150,6 @@ def check_mlp(x, weights, biases) -> None:
         check_linear(x.new_empty(0, wide[0]), weights[layer], biases[layer], f"mlp, layer {layer}")
 
 
-def _fits(x, weights, biases) -> bool:
-    """True only if `check_mlp` would not raise. A fast test, because every call makes it."""
-    if x.dim() == 0 or not x.is_floating_point() or not 0 < len(weights) == len(biases):
-        return False
-    width, kind = x.shape[-1], (x.dtype, x.device, x.layout)
-    for w, b in zip(weights, biases):
-        shape = w.shape
-        if len(shape) != 2 or shape[1] != width or (w.dtype, w.device, w.layout) != kind:
-            return False
-        if b is not None and (b.shape != shape[:1] or (b.dtype, b.device, b.layout) != kind):
-            return False
-        width = shape[0]
-    return x.layout is torch.strided
-
-
 def mlp_fwd(
     x: torch.Tensor,
     weights: Sequence[torch.Tensor],
@@ -181,7 +167,7 @@ def mlp_fwd(
     float32, deterministic. ValueError: layers that do not fit together, or what `linear_fwd`
     raises.
     """
-    if not _fits(x, weights, biases):
+    if not fits(x, weights, biases):
         check_mlp(x, weights, biases)
     return forward_checked(x, weights, biases, activation, output_activation, out)
 

@@ -146,5 +146,7 @@ def aligned(target: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
 
     Without the column, the loss would broadcast them to (N, N).
     """
+    if not target.is_floating_point():
+        return target
     column = (*target.shape, 1)
-    return target.view(column) if target.is_floating_point() and output.shape == column else target
+    return target.view(column) if output.shape == column else target

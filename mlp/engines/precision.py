@@ -27,10 +27,9 @@ def clip(grads: Sequence[torch.Tensor | None], limit: float) -> None:
     torch._foreach_mul_(given, (limit / (norm + _TINY)).clamp(max=1.0))
 
 
-def _clip_of(optimizer: torch.optim.Optimizer, limit: float | None) -> None:
-    """Clip .grad of the optimizer's parameters, unless `limit` is None."""
-    if limit is not None:
-        clip([p.grad for group in optimizer.param_groups for p in group["params"]], limit)
+def _clip_of(optimizer: torch.optim.Optimizer, limit: float) -> None:
+    """Clip .grad of the optimizer's parameters."""
+    clip([p.grad for group in optimizer.param_groups for p in group["params"]], limit)
 
 
 class Precision:
@@ -75,7 +74,8 @@ class Precision:
         """
         if self.scaler is None:
             value.backward()
-            _clip_of(optimizer, clip_norm)
+            if clip_norm is not None:
+                _clip_of(optimizer, clip_norm)
             optimizer.step()
             return
         self.scaler.scale(value).backward()

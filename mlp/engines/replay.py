@@ -90,8 +90,10 @@ class Replay(TorchFunctionMode):
             raise NotReplayable(f"{name} reads a tensor on the host")
         result = func(*args, **kwargs)
         in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-        if in_place or kwargs.get("out") is not None:
-            for t in _tensors(kwargs["out"] if kwargs.get("out") is not None else args[0]):
+        # torch's operators of derivatives call it grad_input
+        out = kwargs.get("out", kwargs.get("grad_input"))
+        if in_place or out is not None:
+            for t in _tensors(args[0] if out is None else out):
                 if (
                     _memory(t) in self._constants
                 ):  # it is changed in place, so it is no constant: a replay makes it again

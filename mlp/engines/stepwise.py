@@ -313,15 +313,22 @@ class Autograd(Engine):
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.optimizer.zero_grad()  # before the forward, which can then use their memory
-        with self.precision.context(x.device):
-            output = self.model(x if self.shape is None else x.view(len(x), *self.shape))
-            value = self.loss(output, means.aligned(y, output))
+        if self.precision.dtype is None:
+            output, value = self._forward(x, y)
+        else:
+            with self.precision.context(x.device):
+                output, value = self._forward(x, y)
         if value.numel() != 1:
             raise ValueError(
                 f"autograd: the loss must be one number, got {tuple(value.shape)}; take its mean"
             )
         self.precision.step(value, self.optimizer, self.demands.clip_norm)
         return output.detach(), value.detach()
+
+    def _forward(self, x, y):
+        """(outputs, loss) of a batch, on the tape."""
+        output = self.model(x if self.shape is None else x.view(len(x), *self.shape))
+        return output, self.loss(output, means.aligned(y, output))
 
 
 class Manual(Engine):

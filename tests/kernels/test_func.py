@@ -135,3 +135,16 @@ def test_errors_are_ours():
         ValueError, match=r"linear: weight must be \(out, in\) with in = 3 .*got \(4, 5\)"
     ):
         vmap(kernels.linear, in_dims=(0, None))(torch.randn(2, 3), torch.randn(4, 5))
+
+
+def test_a_tensor_that_outlived_its_transform(device):
+    """It counts as the tensor that it held, as in torch's own functions."""
+    kept = []
+    x, w = torch.randn(2, 3, device=device), torch.randn(4, 3, device=device, requires_grad=True)
+    grad(lambda inside: (kept.append(inside), inside.sum())[1])(x)
+    gradients = []
+    for given in (kept[0], x):
+        with kernels.use("torch"):
+            y = kernels.linear(given, w, None, "relu")
+        gradients.append((y.detach(), *torch.autograd.grad(y, w, torch.ones_like(y))))
+    torch.testing.assert_close(*gradients)

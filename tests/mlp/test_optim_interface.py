@@ -304,3 +304,12 @@ def test_loaded_step_counts_are_on_the_cpu(name):
         patch.setattr(torch.Tensor, "cpu", lambda t: moved.append(t) or kept(torch.zeros(())))
         OPTIMIZERS[name]([p]).load_state_dict(state)
     assert [t.device.type for t in moved] == ["meta"]
+
+
+def test_what_was_refused_is_refused_again():
+    """A parameter counts as checked only after its check has passed."""
+    signed = torch.complex(torch.zeros(3), torch.ones(3)).conj().imag
+    optimizer = SGD([signed], lr=0.1)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="minus sign"):
+            optimizer.step(grads=[torch.ones(3)])
