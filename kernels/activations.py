@@ -20,11 +20,12 @@ import triton.language as tl
 from torch import nn
 
 _aten: Any = torch.ops.aten
+_nn: Any = torch._C._nn
 # torch's own operators of derivatives that jump. On a CPU a torch.where takes up to 60 times as
 # long, because it branches for each element.
 _threshold_backward, _leaky_relu_backward = _aten.threshold_backward, _aten.leaky_relu_backward
 _elu_backward = _aten.elu_backward
-_leaky_relu, _elu = torch._C._nn.leaky_relu, torch._C._nn.elu
+_leaky_relu, _elu = _nn.leaky_relu, _nn.elu
 
 # Keep these on the right of a product with a tensor. On the left, the interpreter would return a
 # constexpr instead of a tensor.

@@ -184,7 +184,7 @@ class Function(torch.autograd.Function):
 
 # `Function.apply` without the Python code that torch puts around it. That code serves transforms of
 # torch.func, which `launch.followed` excludes, and tensors that outlived such a transform.
-_apply: Callable = super(torch.autograd.Function, Function).apply  # type: ignore[misc]
+_apply: Callable = super(torch.autograd.Function, Function).apply
 
 
 def _wrapped(value: torch.Tensor | None) -> bool:
