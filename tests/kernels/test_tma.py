@@ -110,8 +110,14 @@ def negated(t):
     return torch._neg_view(t)
 
 
+def spread(t):
+    """t with its columns two elements apart, in rows that begin at multiples of 16 bytes."""
+    return torch.stack((t, t), 2).flatten(1)[:, ::2]
+
+
 @pytest.mark.parametrize(
-    "arrange", [*(LAYOUTS[name] for name in LAYOUTS if name != "contiguous"), shifted, negated]
+    "arrange",
+    [*(LAYOUTS[name] for name in LAYOUTS if name != "contiguous"), shifted, negated, spread],
 )
 def test_other_memory_is_read_by_pointers(arrange, device, hopper):
     x, w, b, dz, below = draw(torch.float16, device, 40, 72, 88)
