@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import has_torch_function_unary
 
 import kernels
 from kernels import activations
@@ -80,6 +81,9 @@ class Linear(_Drawn, nn.Linear):
     def fused(self, input: torch.Tensor, activation: str | None = None) -> torch.Tensor:
         """`forward`, with this activation if one is given instead of the layer's own."""
         weight, bias = _weight_and_bias(self)
+        if _is_foreign(weight):
+            row = activations.get(activation or self.activation)
+            return row.torch(nn.functional.linear(input, weight, bias))
         return kernels.linear(input, weight, bias, activation or self.activation)
 
     def extra_repr(self) -> str:
@@ -175,6 +179,8 @@ class MLP(nn.Module):
             if not runs_forward(layer):
                 return self._one_by_one(input)
             weight, bias = _weight_and_bias(layer)
+            if _is_foreign(weight):
+                return self._one_by_one(input)
             weights.append(weight)
             biases.append(bias)
         if str(last + 1) in modules or _has_any_global_hook():
@@ -219,6 +225,14 @@ def _weight_and_bias(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     if "weight" in made and "bias" in made and not ("weight" in own or "bias" in own):
         return made["weight"], made["bias"]
     return layer.weight, layer.bias
+
+
+def _is_foreign(weight: torch.Tensor | None) -> bool:
+    """True if torch's functions compute something else with this weight.
+
+    Such a weight is a tensor subclass with a `__torch_function__`, as some quantised ones are.
+    """
+    return type(weight) is not nn.Parameter and has_torch_function_unary(weight)
 
 
 class Conv2d(_Drawn, nn.Conv2d):
@@ -276,6 +290,9 @@ class Conv2d(_Drawn, nn.Conv2d):
         self, input: torch.Tensor, activation: str | None = None, max_pool: Window | None = None
     ) -> torch.Tensor:
         """`forward`, with these if they are given instead of the layer's own."""
+        if _is_foreign(self.weight):
+            y = activations.get(activation or self.activation).torch(super().forward(input))
+            return nn.functional.max_pool2d(y, max_pool or self.max_pool)
         return kernels.conv2d(
             input,
             self.weight,
@@ -411,6 +428,8 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """See `kernels.layer_norm`."""
+        if _is_foreign(self.weight):
+            return super().forward(input)
         return kernels.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 

@@ -151,6 +151,22 @@ def exported(model, x):
     return made.module()(x), torch.export.unflatten(made)(x)
 
 
+class Doubled(torch.Tensor):
+    """A weight that changes what torch's functions compute, as a quantised one does."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        double = lambda a: a.as_subclass(torch.Tensor) * 2 if type(a) is cls else a  # noqa: E731
+        return function(*map(double, args), **{k: double(v) for k, v in (kwargs or {}).items()})
+
+
+def foreign_weight(model, x):
+    weight = model[2].weight.detach().as_subclass(Doubled)
+    del model[2].weight
+    model[2].weight = weight
+    return model(x), model[2](x[:, :5])
+
+
 WAYS = {
     "called": lambda model, x: model(x),
     "indexed": lambda model, x: (model[0](x), model[1](x), model[-1](model[4](model[2](x[:, :5])))),
@@ -175,6 +191,7 @@ WAYS = {
     "jacobian": lambda model, x: torch.func.jacrev(model)(x[0]),
     "jvp": lambda model, x: torch.func.jvp(model, (x,), (x,)),
     "other weights": with_other_weights,
+    "foreign weight": foreign_weight,
     "parametrised": parametrised,
     "pruned": pruned,
 }
@@ -234,6 +251,25 @@ def test_settings_that_change_later(reads, follower, name, value):
         setattr(model[1], name, value)
     assert before.shape != models[0](x).shape or not torch.equal(before, models[0](x))
     torch.testing.assert_close(models[1](x), models[0](x))
+
+
+@pytest.mark.parametrize("place", [0, 3])
+def test_foreign_weights_of_other_layers(place):
+    """A convolution and a layer norm."""
+    made = lambda: conv(nn.ReLU(), nn.MaxPool2d(2), nn.LayerNorm(3))()  # noqa: E731
+    models, x = built(made), rows(2, 2, 8, 8)
+    for model in models:
+        weight = model[place].weight.detach().as_subclass(Doubled)
+        del model[place].weight
+        model[place].weight = weight
+    torch.testing.assert_close(models[1](x), models[0](x))
+    assert not torch.equal(models[0](x), built(made)[0](x))
+    perceptron = mlp.MLP([6, 5, 3])
+    before = perceptron(torch.ones(1, 6))
+    weight = perceptron[1].weight.detach().as_subclass(Doubled)
+    del perceptron[1].weight
+    perceptron[1].weight = weight
+    torch.testing.assert_close(perceptron(torch.ones(1, 6)), 2 * before - perceptron[1].bias)
 
 
 def test_in_place_after_an_activation():
