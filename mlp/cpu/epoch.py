@@ -27,9 +27,9 @@ _TRIAL = 0.02
 # Measurements of each number of threads. The best one counts, because another process or cold
 # caches may slow a measurement down.
 _TRIALS = 3
-# Once in so many pieces, a number of threads that lost is measured again. A short piece, as in a
-# small epoch, counts as a part of one.
-_AGAIN = 8
+# A number of threads that lost is measured again after 2 pieces, after 4, and then once in 8. A
+# short piece, as in a small epoch, counts as a part of one.
+_SOON, _AGAIN = 2, 8
 _CHUNKS = 8  # most chunks that the first layer's inputs are cut into
 # Guesses: floating-point operations a second times bytes of a number, and the seconds that each
 # step takes besides.
@@ -361,29 +361,33 @@ class _Choice:
         # Number of threads -> seconds of a step: the least of its last pieces, which `_last` holds.
         self.seconds: dict[int, float] = {}
         self._last = {count: collections.deque[float](maxlen=_TRIALS) for count in self.counts}
-        self.guess, self.turn, self.trials = guess, 0.0, _TRIALS * self.counts
+        self.guess, self.trials = guess, _TRIALS * self.counts
+        # Pieces so far, the piece at which one that lost is measured, and how many such were.
+        self.turn, self.due, self.again = 0.0, float(_SOON), 0
         self.used = 0  # the number of the last piece that was no trial, 0 before the first
 
     def next(self, left: float = math.inf) -> tuple[int, int]:
         """(threads, steps) of the next piece, which has at most `left` steps."""
         if self.trials:
-            self.turn += 1
             return self._trial(self.trials[0], left)
         best = min(self.seconds, key=self.seconds.__getitem__)
         before, self.used = self.used or best, best
         steps = max(1, int(_PIECE / self.seconds[best]))
-        turn, self.turn = self.turn, self.turn + min(1.0, left / steps)
+        self.turn += min(1.0, left / steps)
         if before != best:
             self._last[best].clear()
             return self._trial(best, left)
         others = [count for count in self.counts if count != best]
-        rounds = int(self.turn / _AGAIN)
-        if others and rounds > int(turn / _AGAIN):
-            return self._trial(others[rounds % len(others)], left)
+        if others and self.turn >= self.due:
+            self.due = self.turn + min(self.turn, _AGAIN)
+            self.again += 1
+            return self._trial(others[self.again % len(others)], left)
         return best, int(min(steps, left))
 
     def _trial(self, workers: int, left: float) -> tuple[int, int]:
-        known = self.seconds.get(workers, min(self.seconds.values(), default=self.guess))
+        # An unknown number may be much faster than the guess, and a trial must not be too short.
+        unknown = min(self.seconds.values(), default=self.guess / 2) / 2
+        known = self.seconds.get(workers, unknown)
         return workers, int(min(max(1, _TRIAL / known), left))
 
     def took(self, workers: int, seconds: float) -> None:

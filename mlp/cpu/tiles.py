@@ -361,9 +361,12 @@ def dot_tile(rows: int, columns: int):
             sums = _loop(builder, vectors, [_zeros(kind)] * (rows * columns), body)
             for r in range(rows):
                 line = at(builder.add(c, builder.mul(_I64(r), stride_cr)))
-                for k in range(columns):
-                    total = _sum(builder, sums[r * columns + k])
-                    builder.store(total, builder.gep(line, [_I64(k)]), align=4)
+                row = sums[r * columns : (r + 1) * columns]
+                if columns == 4:
+                    _store(builder, _four_sums(builder, row), line)
+                    continue
+                for k, vector in enumerate(row):
+                    builder.store(_sum(builder, vector), builder.gep(line, [_I64(k)]), align=4)
             return context.get_dummy_value()
 
         return types.void(w, *[types.int64] * 7), generate
@@ -450,17 +453,57 @@ def add_scaled(typing, w, to, source, factor):
     return types.void(w, types.int64, types.int64, w.dtype), generate
 
 
-def _sum(builder, vector):
-    """The sum of a vector's lanes. Each round adds the upper half to the lower."""
-    count = vector.type.count
-    while count > 1:
-        count //= 2
-        undefined, kind = ir.Constant(vector.type, ir.Undefined), ir.VectorType(_I32, count)
-        low, high = (
+def _pairs(builder, a, b, blocks):
+    """The sums of neighbouring lanes of a and b. The blocks of b follow those of a.
+
+    blocks: lists of lanes. Their even lanes are added to their odd lanes.
+    """
+    both = []
+    for first in (0, 1):
+        lanes = [lane for block in blocks for lane in block[first::2]]
+        mask = ir.Constant(ir.VectorType(_I32, len(lanes)), lanes)
+        both.append(builder.shuffle_vector(a, b, mask))
+    return builder.fadd(*both)
+
+
+def _halved(builder, vector, least):
+    """Add the upper half of a vector to its lower half, until `least` lanes remain."""
+    while vector.type.count > least:
+        half = vector.type.count // 2
+        halves = [
             builder.shuffle_vector(
-                vector, undefined, ir.Constant(kind, list(range(start, start + count)))
+                vector, vector, ir.Constant(ir.VectorType(_I32, half), list(range(at, at + half)))
             )
+            for at in (0, half)
+        ]
+        vector = builder.fadd(*halves)
+    return vector
+
+
+def _sum(builder, vector):
+    """The sum of a vector's lanes: of pairs, then of fours, then of halves.
+
+    `_four_sums` adds in the same order, so an element does not depend on its tile's shape.
+    """
+    for _ in range(2):
+        vector = _pairs(builder, vector, vector, [list(range(vector.type.count))])
+    return builder.extract_element(_halved(builder, vector, 1), _I32(0))
+
+
+def _four_sums(builder, vectors):
+    """A vector of the sums of four vectors, in fewer than half the instructions of four sums.
+
+    A processor's shuffles work within four lanes, so the first two rounds do.
+    """
+
+    def added(a, b):
+        count = a.type.count
+        blocks = [
+            list(range(start + at, start + at + 4))
+            for at in range(0, count, 4)
             for start in (0, count)
-        )
-        vector = builder.fadd(low, high)
-    return builder.extract_element(vector, _I32(0))
+        ]
+        return _pairs(builder, a, b, blocks)
+
+    one, two, three, four = vectors
+    return _halved(builder, added(added(one, two), added(three, four)), 4)

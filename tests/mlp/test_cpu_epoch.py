@@ -359,23 +359,34 @@ def test_threads_are_measured_and_the_fastest_is_taken():
     assert choice.seconds == seconds
     assert choice.next() == (4, 2500)  # a quarter of a second
     choice.took(4, 4e-4)  # one slow piece changes nothing: a thread may have started late
-    assert choice.next() == (4, 2500)
+    assert choice.next() == (2, 100), "a number that lost is soon measured again"
     for _ in range(2):
         choice.took(4, 4e-4)  # three slow pieces do: another program takes time
     assert choice.next() == (2, 100), "what it took before says little about now"
     choice.took(2, 2.5e-4)
-    assert choice.next() == (6, 40), "it is the turn of a number that lost"
+    assert choice.next() == (6, 40), "it is the turn of another one that lost"
     assert choice.next() == (2, 1000)
     workers, steps = zip(*(choice.next() for _ in range(40)))
     assert set(workers) == {1, 2, 4, 6}, "slower counts must be measured again"
     assert min(steps) * 2.5e-4 < 0.021, "a slower count must be measured briefly"
 
 
-def test_the_number_of_threads_that_lost_is_measured_every_eighth_piece():
+def test_the_number_of_threads_that_lost_is_measured_soon_and_then_every_eighth_piece():
     choice = epoch._Choice(2, 1e-3)
     for workers in (1, 2) * 3:
         choice.took(workers, 1e-4 * workers)
-    assert [choice.next()[0] for _ in range(16)].count(2) == 2
+    measured = [piece for piece in range(1, 41) if choice.next()[0] == 2]
+    assert measured == [2, 4, 8, 16, 24, 32, 40]
+    # A hundred pieces of a hundredth, as in small epochs, are one piece.
+    short = [choice.next(25)[0] for _ in range(1650)]
+    assert short.count(2) == 2
+
+
+def test_a_trial_of_an_unknown_number_is_long_enough():
+    choice = epoch._Choice(2, 4e-4)
+    assert choice.next() == (1, 200), "a step may take a quarter of the guess"
+    choice.took(1, 1e-4)
+    assert choice.next() == (2, 400), "two threads may take half"
 
 
 def test_a_number_of_threads_takes_over_only_if_it_is_faster_now():
