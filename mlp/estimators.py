@@ -14,7 +14,7 @@ import contextlib
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -38,12 +38,19 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 
 import kernels
 
-from . import cpu, engines, spreading
+from . import engines, spreading
 from .data import Dataset
-from .engines.epochwise import spec_of
+from .fitting import (
+    ADAPTIVE_DIVISOR,
+    ADAPTIVE_LEAST,
+    COMPILED_DRAWS,
+    SCHEDULES,
+    SOLVERS,
+    Training,
+    set_rate,
+)
 from .loss import BinaryCrossEntropy, MeanSquaredError, SoftmaxCrossEntropy
 from .modules import MLP, blank
-from .optim import SGD, Adam
 
 # {scikit-learn's name of an activation: our name}
 ACTIVATIONS = {"identity": "identity", "logistic": "sigmoid", "tanh": "tanh", "relu": "relu"}
@@ -56,46 +63,6 @@ _FEW_ROWS = 100
 _DTYPES = (numpy.float64, numpy.float32)  # X keeps one of these. Other numbers become the first.
 _TEXTS = "SU"  # numpy's kinds of dtypes for bytes and texts
 _AUTO_BATCH = 200
-_COMPILED_DRAWS = "MT19937"  # numpy's RandomState. The compiled code can shuffle with it.
-_ADAPTIVE_DIVISOR, _ADAPTIVE_LEAST = 5.0, 1e-6
-_SOLVERS: dict[str, Callable] = {
-    "sgd": lambda e, groups: SGD(
-        groups,
-        lr=e.learning_rate_init,
-        momentum=e.momentum,
-        nesterov=bool(e.nesterovs_momentum and e.momentum),
-    ),
-    "adam": lambda e, groups: Adam(
-        groups, lr=e.learning_rate_init, betas=(e.beta_1, e.beta_2), eps=e.epsilon
-    ),
-}
-
-
-def _constant(estimator: "_Network", optimizer: torch.optim.Optimizer) -> None:
-    """Keep the learning rate."""
-
-
-def _invscaling(estimator: "_Network", optimizer: torch.optim.Optimizer) -> None:
-    _set_rate(optimizer, estimator.learning_rate_init / (estimator.t_ + 1) ** estimator.power_t)
-
-
-def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set another learning rate.
-
-    scikit-learn's velocities contain the rate of each step, but torch's momentum buffers do not. So
-    the buffers are multiplied by old rate / new rate. Past gradients then keep the rates they had.
-    """
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            velocity = optimizer.state[p].get("momentum_buffer")
-            if velocity is not None:
-                velocity.mul_(group["lr"] / rate)
-        group["lr"] = rate
-
-
-# Called after each epoch of solver "sgd". "adaptive" changes nothing here, because `_stops` divides
-# its rate when training would stop.
-_SCHEDULES = {"constant": _constant, "invscaling": _invscaling, "adaptive": _constant}
 
 
 class _Arrays(list):
@@ -152,10 +119,10 @@ class _Network(BaseEstimator):
     _parameter_constraints: ClassVar[dict] = {
         "hidden_layer_sizes": ["array-like", Interval(Integral, 1, None, closed="left")],
         "activation": [StrOptions(set(ACTIVATIONS))],
-        "solver": [StrOptions({"lbfgs", *_SOLVERS})],
+        "solver": [StrOptions({"lbfgs", *SOLVERS})],
         "alpha": [Interval(Real, 0, None, closed="left")],
         "batch_size": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
-        "learning_rate": [StrOptions(set(_SCHEDULES))],
+        "learning_rate": [StrOptions(set(SCHEDULES))],
         "learning_rate_init": [Interval(Real, 0, None, closed="neither")],
         "power_t": [Interval(Real, 0, None, closed="left")],
         "max_iter": [Interval(Integral, 1, None, closed="left")],
@@ -286,7 +253,7 @@ class _Network(BaseEstimator):
 
     def _fit(self, X, y, sample_weight, incremental):
         self._validate_params()
-        if self.solver not in _SOLVERS:
+        if self.solver not in SOLVERS:
             raise ValueError(
                 f"{type(self).__name__}: solver {self.solver!r} is not served; use "
                 f"sklearn.neural_network.{type(self).__name__}, or solver 'adam' or 'sgd'"
@@ -428,7 +395,7 @@ class _Network(BaseEstimator):
         targets = targets.to(first.dtype) if targets.is_floating_point() else targets
         return Dataset(inputs, targets, self._class_names()).to(first.device)
 
-    def _training(self, X, targets, weights, held, incremental) -> "_Training":
+    def _training(self, X, targets, weights, held, incremental) -> "Training":
         """Prepare data, loss and optimizer of one call. partial_fit keeps its last optimizer."""
         data = self._dataset(X, targets)
         first, count = data.inputs, len(data)
@@ -441,7 +408,7 @@ class _Network(BaseEstimator):
             )
             batch = count
         if self._optimizer is None or not incremental:
-            self._optimizer = _SOLVERS[self.solver](self, self._groups())
+            self._optimizer = SOLVERS[self.solver](self, self._groups())
         else:  # another alpha may need other groups
             settings = self._optimizer.param_groups[0]
             self._optimizer.param_groups[:] = [{**settings, **new} for new in self._groups()]
@@ -449,7 +416,7 @@ class _Network(BaseEstimator):
             weights = torch.from_numpy(weights).to(first.device, first.dtype)
         judges = None if held is None else self._dataset(*held[:2])
         epochs = 1 if incremental else self.max_iter
-        return _Training(self, data, judges, weights, int(batch), epochs)
+        return Training(self, data, judges, weights, int(batch), epochs)
 
     def _groups(self) -> list[dict]:
         """The optimizer's parameter groups.
@@ -465,7 +432,7 @@ class _Network(BaseEstimator):
             {"params": [layer.bias for layer in layers], "decays": False},
         ]
 
-    def _run(self, training: "_Training", held, epochs: int) -> bool:
+    def _run(self, training: "Training", held, epochs: int) -> bool:
         """Train until nothing improves, at most `epochs`. Returns True if it used all epochs."""
         order = numpy.arange(len(training.data))
         self.n_iter_ = 0
@@ -476,12 +443,12 @@ class _Network(BaseEstimator):
             self._note_epochs([training.epoch(order)], len(order))
             self._note_improvement(held)
             if self.solver == "sgd":
-                _SCHEDULES[self.learning_rate](self, self._optimizer)
+                SCHEDULES[self.learning_rate](self, self._optimizer)
             if self._no_improvement > self.n_iter_no_change and self._stops():
                 return False
         return True
 
-    def _run_compiled(self, training: "_Training", order: numpy.ndarray, epochs: int) -> bool:
+    def _run_compiled(self, training: "Training", order: numpy.ndarray, epochs: int) -> bool:
         """Do the work of `_run` with many epochs in a call. The compiled code decides the stop."""
         session, watch = training.session, self._watch()
         while self.n_iter_ < epochs:
@@ -500,7 +467,7 @@ class _Network(BaseEstimator):
                 raise self._diverged(session.bad_loss(found))
             with training.optimizer_at_hand():
                 if self.solver == "sgd":
-                    _SCHEDULES[self.learning_rate](self, self._optimizer)
+                    SCHEDULES[self.learning_rate](self, self._optimizer)
                 if found.stopped and self._stops():
                     break
                 watch.waited = self._no_improvement
@@ -519,7 +486,7 @@ class _Network(BaseEstimator):
         it yields None and fills `orders` here.
         """
         kind, key, place, *rest = self._random.get_state()
-        if not self.shuffle or kind != _COMPILED_DRAWS:
+        if not self.shuffle or kind != COMPILED_DRAWS:
             for i in range(len(orders)):
                 orders[i] = self._next_order(orders[i])
             yield None
@@ -592,12 +559,12 @@ class _Network(BaseEstimator):
     def _stops(self) -> bool:
         """True if training ends here.
 
-        An adaptive learning rate is divided instead, until it is at most `_ADAPTIVE_LEAST`.
+        An adaptive learning rate is divided instead, until it is at most `ADAPTIVE_LEAST`.
         """
         rate = self._optimizer.param_groups[0]["lr"]
-        if self.learning_rate != "adaptive" or self.solver != "sgd" or rate <= _ADAPTIVE_LEAST:
+        if self.learning_rate != "adaptive" or self.solver != "sgd" or rate <= ADAPTIVE_LEAST:
             return True
-        _set_rate(self._optimizer, rate / _ADAPTIVE_DIVISOR)
+        set_rate(self._optimizer, rate / ADAPTIVE_DIVISOR)
         self._no_improvement = 0
         return False
 
@@ -620,201 +587,6 @@ class _Network(BaseEstimator):
             # Without a tape: to prepare one takes longer than the products of a small network.
             outputs, _ = kernels.mlp_fwd(x, weights, biases, self._model.activation)
         return outputs.double().cpu()
-
-
-class _Training:
-    """The training of one call of fit: data on the device, loss and optimizer.
-
-    Compiled epochs of a CPU or an engine train it. With sample weights, steps by autograd do.
-    judges: held-out rows that score each compiled epoch. weights: (samples,), or None.
-    """
-
-    def __init__(
-        self,
-        estimator: _Network,
-        data: Dataset,
-        judges: Dataset | None,
-        weights: Any,
-        batch: int,
-        epochs: int,
-    ) -> None:
-        self.estimator, self.data, self.weights, self.batch = estimator, data, weights, batch
-        self.model, self.optimizer = estimator._model, estimator._optimizer
-        loss, self.per_output = estimator._make_loss("mean" if weights is None else "none")
-        self.loss = loss
-        self.decayed = [p for g in self.optimizer.param_groups if g["decays"] for p in g["params"]]
-        self.decays = bool(self.decayed)
-        self.session: Any = None
-        if weights is None and epochs > 1:
-            self.session = self._session(judges, epochs)
-        if weights is None and self.session is None:
-            chosen = (estimator.engine, self.model, loss, self.optimizer, batch)
-            self.engine, _ = engines.choose(*chosen)
-
-    def _session(self, judges: Dataset | None, epochs: int) -> Any:
-        """The compiled epochs of a CPU. None if they cannot train this network or do not pay."""
-        parameters = [p.detach() for p in self.model.parameters()]
-        wanted, parts = self.estimator.engine, self.optimizer.parts()
-        if wanted not in ("auto", "epoch") or not cpu.serves(parameters[0]):
-            return None
-        spec = spec_of(self.model, self.loss, parts[0].rule)  # its groups differ only in decay
-        steps = epochs * -(-len(self.data) // self.batch)
-        call = parameters[0].dtype, cpu.MANY_EPOCHS
-        if isinstance(spec, str) or (
-            wanted == "auto"
-            and cpu.costs(spec.sizes, self.batch, steps, *call, again=True) is not None
-        ):
-            return None
-        from .cpu.session import Held, Session
-
-        for part in parts:
-            part.states()  # this makes them
-        states = [
-            [self.optimizer.state[p][name] for p in self.model.parameters()]
-            for name in spec.rule.states
-        ]
-        held, count = None, len(self.data)
-        if judges is not None:
-            held = Held(judges.inputs, self.loss.columns(judges.targets, spec.sizes[-1]))
-        self._taken = 0
-        targets = self.loss.columns(self.data.targets, spec.sizes[-1])
-        samples = self.data.inputs, targets, 1.0, 0.0
-        return Session(spec, parameters, states, samples, count, self.batch, held)
-
-    def finish(self) -> None:
-        """Write the last weights and optimizer states to their tensors.
-
-        Under early stopping, the best weights then replace the last. The states stay.
-        """
-        self.session.store()
-        if self.estimator.early_stopping and self.session.take_best():
-            self.session.store()
-            self.estimator._best = self.estimator._weights()
-
-    def close(self) -> None:
-        """End the threads of the compiled epochs. Nothing can be trained after this."""
-        if self.session is not None:
-            self.session.close()
-
-    def _changes(self) -> bool:
-        """True if the schedule changes the learning rate after each epoch."""
-        return _SCHEDULES[self.estimator.learning_rate] is not _constant
-
-    @contextlib.contextmanager
-    def optimizer_at_hand(self) -> Iterator[None]:
-        """A context in which a schedule may change the optimizer's states and learning rate."""
-        estimator = self.estimator
-        if estimator.solver != "sgd" or estimator.learning_rate == "constant":
-            yield
-            return
-        self.session.store()
-        yield
-        self.session.load()
-
-    def ahead(self, left: int) -> int:
-        """The number of epochs of the next compiled call, at most `left`.
-
-        It is 1 if Python acts after each epoch: it prints the loss, draws the order, or changes the
-        learning rate.
-        """
-        estimator = self.estimator
-        drawn = estimator._random.get_state()[0] == _COMPILED_DRAWS or not estimator.shuffle
-        if estimator.verbose or not drawn or (estimator.solver == "sgd" and self._changes()):
-            return 1
-        return self.session.ahead(left)
-
-    def epochs(self, orders: numpy.ndarray, watch: Any, draws: Any) -> Any:
-        """Train an epoch for each row of `orders`, or fewer if `watch` ends training.
-
-        orders: (epochs, samples) int64. draws: the state to draw the orders from, or None for the
-        given ones, see `_Network._draws`. Returns `cpu.session.Found`.
-        """
-        group = self.optimizer.param_groups[0]
-        rule, alpha = self.optimizer.row(group), self.estimator.alpha
-        numbers = {name: group[name] for name, _ in rule.hyperparameters if name != "weight_decay"}
-        arguments = orders, numbers, self._taken, watch, alpha, self.per_output
-        found = self.session.epochs(*arguments, draws)
-        self._taken += self.session.steps * len(found.losses)
-        return found
-
-    def epoch(self, order: numpy.ndarray) -> float:
-        """Train on all samples once, in this order (samples,).
-
-        Returns the mean loss with its penalty, as scikit-learn reports it. ValueError if the loss
-        is not finite.
-        """
-        try:
-            return self._epoch(torch.from_numpy(order).to(self.data.inputs.device))
-        except FloatingPointError as error:
-            raise self.estimator._diverged(error) from None
-
-    def _epoch(self, order: torch.Tensor) -> float:
-        whole = len(order) // self.batch * self.batch
-        # A batch's weight decay is alpha over its number of samples. So a smaller last batch is
-        # trained on its own.
-        parts = [p for p in (order[:whole], order[whole:]) if len(p)] if self.decays else [order]
-        total, self._penalties = 0.0, [self._penalty()]
-        self._shares: list[float] = []
-        for part in parts:
-            total += self._part(part) * len(part)
-        batches = -(-len(order) // self.batch)
-        shares = self._shares or [1.0] * batches
-        penalty = sum(p * share for p, share in zip(self._penalties, shares))
-        if len(self._penalties) <= batches:  # not every step was reported, so estimate
-            penalty = (self._penalties[0] + self._penalty()) / 2 * batches
-        return (total * self.per_output + penalty) / len(order)
-
-    def _part(self, order: torch.Tensor) -> float:
-        if self.weights is not None:
-            return self._weighted(order)
-        self._set_decay(min(self.batch, len(order)))
-        told = self._note_penalty if order.device.type == "cpu" else None
-        return self.engine.epoch(self.data, order, self.batch, told).loss
-
-    def _note_penalty(self, steps: int = 1) -> None:
-        """Record the penalty after a step, which is the one before the next step.
-
-        steps: more than 1 from an engine that calls once an epoch. Nothing is recorded then.
-        """
-        if steps == 1:
-            self._penalties.append(self._penalty())
-
-    def _set_decay(self, samples: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["weight_decay"] = self.estimator.alpha / samples if group["decays"] else 0.0
-
-    def _penalty(self) -> float:
-        """½ alpha Σ w² over all weights. scikit-learn adds it to the summed loss of each batch."""
-        if not self.decays:
-            return 0.0
-        squares = sum(float(p.detach().square().sum()) for p in self.decayed)
-        return 0.5 * self.estimator.alpha * squares
-
-    def _weighted(self, order: torch.Tensor) -> float:
-        total = 0.0
-        for rows in order.split(self.batch):
-            x, y = self.data.batch(rows, self.weights.dtype)
-            losses = self.loss(self.model(x), y)
-            losses = losses if losses.dim() == 1 else losses.sum(1)
-            weights = self.weights[rows]
-            weight = float(weights.sum())
-            if not weight:
-                raise ZeroDivisionError(
-                    f"{type(self.estimator).__name__}: the sample weights of a batch of "
-                    f"{len(rows)} sum to zero, so it has no mean loss; leave samples of weight 0 "
-                    "out, or take a larger batch_size"
-                )
-            value = (losses * weights).sum() / weight
-            self._set_decay(weight)
-            self._shares.append(len(rows) / weight)  # the penalty is divided as the losses are
-            self.optimizer.zero_grad()
-            value.backward()
-            self.optimizer.step()
-            self._note_penalty()
-            if not math.isfinite(value.item()):
-                raise FloatingPointError(f"the loss is {value.item()}")
-            total += value.item() * len(rows)
-        return total / len(order)
 
 
 class MLPClassifier(ClassifierMixin, _Network):
