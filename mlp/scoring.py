@@ -52,8 +52,9 @@ def numbers(predicted: numpy.ndarray, true: numpy.ndarray) -> dict[str, float]:
 def classes(probabilities: numpy.ndarray, labels: numpy.ndarray) -> dict[str, float]:
     """{"f1", "auc", "log_loss"} of probabilities (rows, classes) and labels (rows,).
 
-    F1 and AUC are means over the classes, each against all others. AUC is NaN if a class has no
-    row. All are NaN unless all probabilities are finite.
+    F1 and AUC are means over the classes, each against all others. F1 leaves out classes that no
+    row has and that are never predicted, as scikit-learn does. AUC is NaN if a class has no row.
+    All are NaN unless all probabilities are finite.
     """
     metrics, count = _sklearn(), probabilities.shape[1]
     if not numpy.isfinite(probabilities).all():
@@ -62,7 +63,7 @@ def classes(probabilities: numpy.ndarray, labels: numpy.ndarray) -> dict[str, fl
     shares = probabilities.astype(numpy.float64)
     shares = shares / shares.sum(1, keepdims=True)
     known = range(count)
-    f1 = metrics.f1_score(labels, shares.argmax(1), labels=known, average="macro", zero_division=0)
+    f1 = metrics.f1_score(labels, shares.argmax(1), average="macro", zero_division=0)
     auc = math.nan
     if count > 1 and len(set(labels.tolist())) == count:
         scores = shares[:, 1] if count == 2 else shares
@@ -98,7 +99,7 @@ def one_label(probabilities: numpy.ndarray, truths: numpy.ndarray) -> dict[str, 
 
 
 def line(found: dict[str, float]) -> str:
-    """The measures as text, each after two spaces.
+    """The measures as text, each after two spaces. One that is not finite is "not defined".
 
     A word before the key, such as validation in validation_r2, is kept.
     """
@@ -108,7 +109,8 @@ def line(found: dict[str, float]) -> str:
         if key in NAMES:
             part, short = "", key
         name, form = NAMES.get(short, (short, ".4f"))
-        said.append(f"  {part} {name} {value:{form}}" if part else f"  {name} {value:{form}}")
+        text = f"{value:{form}}" if math.isfinite(value) else "not defined"
+        said.append(f"  {part} {name} {text}" if part else f"  {name} {text}")
     return "".join(said)
 
 

@@ -14,7 +14,7 @@ from .data import arrays, given
 from .data.dataset import Dataset, permutation
 from .data.given import check_columns
 from .data.seen import Seen, rows
-from .data.shifts import Shifts
+from .data.shifts import Shifts, check_shifts
 from .engines import means, shared, takeover
 from .engines.precision import Precision
 from .engines.stepwise import Demands, Diverged, EpochResult
@@ -248,6 +248,7 @@ class Trainer:
         evaluate: Any = None,
         *,
         drop_last: bool | None = None,
+        augment: int = 0,
         validation: Any = None,
     ) -> None:
         """Raise the errors that `fit` would raise before a training.
@@ -255,6 +256,8 @@ class Trainer:
         If the engine does not serve such batches, another one is chosen.
         """
         task = self._task(train, batch_size, (evaluate, validation), 0, drop_last)
+        if augment:
+            check_shifts(task.train, whole("fit: augment", augment))
         self._check(task, epochs, None)
 
     def _train(self, task: _Task, epochs: int, looks: bool, on_epoch, on_step) -> None:

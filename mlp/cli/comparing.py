@@ -28,15 +28,12 @@ class Entry(NamedTuple):
         return kept_row(self.history, recipe.early_stopping, recipe.epochs)
 
     @property
-    def score(self) -> str:
-        """The test accuracy of the weights that the run has, else their test loss, as text."""
-        if not self.history:
-            return "no epoch"
-        last = self.row
-        if last.get("test_accuracy") is not None:
-            return f"{last['test_accuracy']:.2%}"
-        value = last.get("test_loss")
-        return "not tested" if value is None else f"loss {value:.4f}"
+    def scores(self) -> tuple[str, str]:
+        """(test loss, test accuracy) of the weights that the run has, as text, "-" if not known."""
+        row = self.row if self.history else {}
+        found = [(row.get("test_loss"), ".4f"), (row.get("test_accuracy"), ".2%")]
+        loss, accuracy = ("-" if value is None else f"{value:{form}}" for value, form in found)
+        return loss, accuracy
 
 
 def read(path: Path) -> Entry:
@@ -76,7 +73,8 @@ def compare(paths: list[Path], out: Path | None) -> None:
 
 def table(entries: list[Entry]) -> list[str]:
     """A table as text with aligned columns: a header, and a line for each run."""
-    rows = [["run", "data", "network", "optimizer", "seed", "epochs", "test", "seconds"]]
+    tests = ("test loss", "test accuracy")
+    rows = [["run", "data", "network", "optimizer", "seed", "epochs", *tests, "seconds"]]
     for path, settings, history in entries:
         recipe = settings.recipe
         widths = ",".join(map(str, recipe.hidden)) or "none"
@@ -89,7 +87,7 @@ def table(entries: list[Entry]) -> list[str]:
                 recipe.optimizer + numbers,
                 str(settings.seed),
                 str(len(history)),
-                Entry(path, settings, history).score,
+                *Entry(path, settings, history).scores,
                 f"{sum(row['seconds'] for row in history):.1f}",
             ]
         )

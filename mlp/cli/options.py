@@ -34,9 +34,19 @@ def whole(text: str) -> int:
 def number(text: str) -> float:
     """A number from a text."""
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
         raise ValueError("a number") from None
+    if math.isinf(value):
+        raise ValueError("a finite number")
+    return value
+
+
+def path(text: str) -> Path:
+    """A path from a text that is not empty. `Path("")` would be the current folder."""
+    if not text:
+        raise ValueError("a path; . is the current folder")
+    return Path(text)
 
 
 def positive(text: str) -> float:
@@ -73,7 +83,7 @@ def seed(text: str) -> int:
 # Kind of a value -> its word in the help. A flag has no value.
 _WORDS = {str: "NAME", int: "N", float: "NUMBER", Path: "PATH"}
 # Kind -> its parser. typer's own errors do not name the value.
-_PARSERS: dict[Any, Callable[[str], Any]] = {int: whole, float: number}
+_PARSERS: dict[Any, Callable[[str], Any]] = {int: whole, float: number, Path: path}
 
 
 class Option(NamedTuple):
@@ -105,7 +115,7 @@ class Option(NamedTuple):
         """The parameter of a function's signature from which typer makes the option."""
         kind, default = self.kind, self.default
         if kind in _PARSERS:
-            kind, default = str, None if default is None else str(default)
+            kind, default = str, default if default in (None, ...) else str(default)
         if self.is_argument:
             row = typer.Argument(help=self.help, metavar=self.shown)
             default = inspect.Parameter.empty if default is ... else default
@@ -234,8 +244,9 @@ OPTIMIZER = (
     Option(
         "momentum",
         float,
-        f"Momentum of an optimizer that has one, usually 0 to 1. {_RECIPES}",
+        f"Momentum of an optimizer that has one, 0 to 1. {_RECIPES}",
         least=0,
+        most=1,
     ),
     Option(
         "weight_decay",
@@ -464,8 +475,9 @@ SWEEP = (
     Option(
         "momentum",
         str,
-        "Momentum of an optimizer that has one, usually 0 to 1. Default: 0.",
+        "Momentum of an optimizer that has one, 0 to 1. Default: 0.",
         least=0,
+        most=1,
         each=number,
         word="NUMBER",
     ),

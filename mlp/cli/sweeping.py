@@ -16,7 +16,7 @@ from ..runs import RunFolder
 from ..runs.disk import write_text
 from ..sweep import Sweep, spread
 from . import options, setup, tables
-from .options import Values, given
+from .options import Values, given, number
 from .terminal import say
 
 _TABLE = "sweep.jsonl"
@@ -27,7 +27,7 @@ def _rates(text: str, count: int) -> list[float]:
     """`count` learning rates from a text, a number or LOW:HIGH."""
     low, colon, high = text.partition(":")
     try:
-        return spread(float(low), float(high) if colon else float(low), count)
+        return spread(number(low), number(high) if colon else number(low), count)
     except ValueError as error:
         raise ValueError(
             f"--lr must be a number, or LOW:HIGH with 0 < LOW <= HIGH, got {text!r} ({error})"

@@ -310,6 +310,7 @@ def _job(
         recipe.batch_size,
         found.test,
         drop_last=recipe.drop_last,
+        augment=recipe.augment,
         validation=found.validation,
     )
     settings.data = settings.data or found.facts

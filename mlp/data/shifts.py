@@ -13,6 +13,22 @@ _PRIME = 2_147_483_647  # makes these draws differ from those of the samples' or
 _SEEDS = 2**63  # a generator's seeds are below this
 
 
+def check_shifts(data: Dataset, pixels: int) -> None:
+    """DataError if the samples are no images, or cannot be shifted by up to so many pixels."""
+    if pixels < 1:
+        raise DataError(f"{data.name}: a shift must be at least 1 pixel, got {pixels}")
+    if data.image_shape is None:
+        raise DataError(
+            f"{data.name}: random shifts need images, but its rows are {data.features} numbers "
+            "without an image's shape"
+        )
+    if pixels >= min(data.image_shape[1:]):
+        raise DataError(
+            f"{data.name}: a shift must be smaller than an image of "
+            f"{' × '.join(map(str, data.image_shape[1:]))} pixels, got {pixels}"
+        )
+
+
 class Shifts:
     """A data set of images in which each epoch moves each image by up to `pixels`.
 
@@ -23,20 +39,9 @@ class Shifts:
     """
 
     def __init__(self, data: Dataset, pixels: int, seed: int = 0):
-        if pixels < 1:
-            raise DataError(f"{data.name}: a shift must be at least 1 pixel, got {pixels}")
-        if data.image_shape is None:
-            raise DataError(
-                f"{data.name}: random shifts need images, but its rows are {data.features} numbers "
-                "without an image's shape"
-            )
-        if pixels >= min(data.image_shape[1:]):
-            raise DataError(
-                f"{data.name}: a shift must be smaller than an image of "
-                f"{' × '.join(map(str, data.image_shape[1:]))} pixels, got {pixels}"
-            )
+        check_shifts(data, pixels)
         self.data, self.pixels, self.seed = data, pixels, seed
-        channels, height, width = data.image_shape
+        channels, height, width = data.image_shape or ()
         images = data.inputs.view(len(data), channels, height, width)
         black = 0.0 if data.levels is None else data.levels[0]
         self.padded = torch.nn.functional.pad(images, (pixels,) * 4, value=black)

@@ -2,7 +2,6 @@
 
 import csv
 import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,10 @@ Row = dict[str, Any]
 
 class Csv:
     """metrics.csv: one line for each epoch, with the numbers of metrics.jsonl and the rate."""
+
+    @staticmethod
+    def load() -> None:
+        """Does nothing, because Python itself writes CSV."""
 
     def __init__(self, folder: Path, history: list[Row]):
         self.path = folder / TABLE
@@ -45,16 +48,21 @@ class Csv:
 class TensorBoard:
     """Events in the folder tensorboard, with every number of an epoch under its name."""
 
-    def __init__(self, folder: Path, history: list[Row]):
+    @staticmethod
+    def load() -> Any:
+        """The class that writes events. MissingPackage without its package."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise needs_extra("tensorboard", "writing TensorBoard's events", "watch") from None
+        return SummaryWriter
+
+    def __init__(self, folder: Path, history: list[Row]):
         place = folder / EVENTS
         if not history:
             for old in place.glob("events.out.tfevents.*"):
                 old.unlink()
-        self.writer = SummaryWriter(str(place), purge_step=len(history) + 1)
+        self.writer = self.load()(str(place), purge_step=len(history) + 1)
 
     def write(self, history: list[Row], rate: float) -> None:
         """Add the latest epoch of a history."""
@@ -67,16 +75,20 @@ class TensorBoard:
         self.writer.close()
 
 
-LOGS: dict[str, Callable[[Path, list[Row]], Csv | TensorBoard]] = {
+LOGS: dict[str, type[Csv] | type[TensorBoard]] = {
     "csv": Csv,
     "tensorboard": TensorBoard,
 }
 
 
 def known(names: str) -> list[str]:
-    """The names of LOGS in a text such as "csv,tensorboard". ValueError for an unknown name."""
+    """The names of LOGS in a text such as "csv,tensorboard".
+
+    ValueError for an unknown name. MissingPackage if a log's package is not installed.
+    """
     found = [name.strip() for name in names.split(",") if name.strip()]
     for name in found:
         if name not in LOGS:
             raise ValueError(f"unknown log {name!r}; known: {', '.join(LOGS)}")
+        LOGS[name].load()
     return found

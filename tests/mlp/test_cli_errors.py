@@ -1,6 +1,7 @@
 """Bad input gives one line on stderr and exit status 2, and changes no file."""
 
 import re
+import shlex
 import urllib.error
 
 import numpy as np
@@ -84,6 +85,14 @@ BAD = {
         "convolutions needs images, but rows .* has rows of 5 numbers",
     ),
     "not a rate": ("train --lr nan", "--lr must be at least 0, got nan"),
+    "an infinite rate": ("train --lr inf", "--lr must be a finite number, got 'inf'"),
+    "infinite rates": ("sweep --lr 0.1:inf", "--lr must be a number, .* got '0.1:inf'"),
+    "momentum above 1": ("train --momentum 2", "--momentum must be at most 1, got 2"),
+    "an empty path": ("train --out ''", "--out must be a path; . is the current folder, got ''"),
+    "shifts above an image": (
+        "train --augment 100 --epochs 1 --out d",
+        "a shift must be smaller than an image of 8 × 8 pixels, got 100",
+    ),
     "not a number": (
         "train nan.npz --out d",
         "nan: inputs must be finite, got nan in row 0, column 0, and 47 more",
@@ -123,7 +132,7 @@ def folder(tmp_path, monkeypatch):
 def test_one_line_and_status_2(case, folder, capsys):
     argv, message = BAD[case]
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    status = main(argv.split())
+    status = main(shlex.split(argv))
     out, err = capsys.readouterr()
     assert status == 2
     assert err.startswith("handgrad: ") and err.count("\n") == 1 and re.search(message, err), err
@@ -131,7 +140,7 @@ def test_one_line_and_status_2(case, folder, capsys):
     if case == "diverged":  # the run had started
         assert [p.name for p in after.keys() - before.keys()] == ["config.json"]
     else:
-        assert after == before and out == ""
+        assert after == before and out == "" and not (folder / "d").exists()
 
 
 def test_resume_refuses_changed_options(tmp_path, monkeypatch, capsys):

@@ -55,6 +55,7 @@ def test_runs_side_by_side(capsys):
     assert main(["runs", "s"]) == 0
     out, err = capsys.readouterr()
     lines = out.splitlines()
+    assert "test loss  test accuracy" in lines[0]
     assert len(lines) == 4 and "s/bad/config.json: not JSON" in err
     for line, path, score in zip(lines[1:], paths, scores):
         assert line.startswith(path) and f"{score:.2%}" in line

@@ -1,16 +1,17 @@
 """Metrics against counts by hand, and `handgrad evaluate`, `report` and `predict` on a run."""
 
+import numpy as np
 import pytest
 import torch
 
 import kernels
-from mlp import MLP, Dataset, Net
+from mlp import MLP, Dataset, Net, scoring
 from mlp.__main__ import main
 from mlp.loss import LOSSES
 from mlp.metrics import classification, probabilities
 
 Image = pytest.importorskip("PIL.Image")
-pytest.importorskip("sklearn")
+sklearn_metrics = pytest.importorskip("sklearn.metrics")
 pytest.importorskip("matplotlib")
 
 
@@ -122,3 +123,12 @@ def test_predict(run, tmp_path, capsys):
         assert main(["predict", str(run), str(tmp_path / name)]) == 2
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1
+
+
+def test_scores_without_a_class():
+    """F1 is scikit-learn's macro F1. AUC of a class without a row is not defined, and said so."""
+    labels = np.array([0, 0, 1, 1])
+    shares = np.array([[0.8, 0.1, 0.1], [0.4, 0.5, 0.1], [0.1, 0.8, 0.1], [0.3, 0.6, 0.1]])
+    found = scoring.classes(shares, labels)
+    assert found["f1"] == sklearn_metrics.f1_score(labels, shares.argmax(1), average="macro")
+    assert "AUC not defined" in scoring.line(found) and "nan" not in scoring.line(found)
