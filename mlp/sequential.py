@@ -91,11 +91,16 @@ def _fill_tables() -> None:
             reads = tuple(key for key in attributes if key[0] != "_" and key not in free)
             known = named.setdefault(kind, {})
             known[tuple([attributes[key] for key in reads])] = name
-            _followers[kind] = Follower("activation", reads, known.get)
+            _followers[kind] = Follower("activation", reads, _looked_up(known))
     reads_of: dict[Any, tuple] = {kind: tuple(options) for kind, options in FUSED.items()}
     reads_of |= {kind: row.reads for kind, row in _followers.items()}
     _known.update({kind: (kind.forward, reads) for kind, reads in reads_of.items()})
     _activations[:] = kernels.ACTIVATIONS
+
+
+def _looked_up(known: dict[Any, str]) -> Callable[[Any], str | None]:
+    # torch 2.11 cannot trace a bound dict.get.
+    return lambda settings: known.get(settings)
 
 
 _fill_tables()

@@ -612,6 +612,8 @@ def test_scalars_of_the_table_at_their_ends(name, dtype):
     dz, kept = dy.clone(), z if row.needs == "z" else y
     call(backward, dz, kept, len(z))
     expected = row.backward_ref(dy, kept)
+    if name == "elu":  # of NaN, torch's own operator gives dy or NaN, depending on the place
+        dz, expected = dz[~kept.isnan()], expected[~kept.isnan()]
     torch.testing.assert_close(dz, expected, rtol=rtol, atol=4 * atol, equal_nan=True)
 
 

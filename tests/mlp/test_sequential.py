@@ -197,7 +197,8 @@ WAYS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")  # torch's own, for jvp
+# torch's own, for jvp; torch 2.11's own, for unflatten
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*", "ignore:.*treespec.*LeafSpec")
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way(way):
     """The values of torch's model, and of its gradients."""
@@ -296,8 +297,8 @@ def test_other_inputs():
 
 
 def test_compiled(device):
-    """The fused operations are in the graph. A hook that comes later is seen."""
-    targets, seen = [], []
+    """The fused operations are in the graph. A hook that comes later is seen if torch sees it."""
+    targets, seen, torchs = [], [], []
 
     def backend(graph, inputs):
         targets.append([n.args[1] for n in graph.graph.nodes if "handgrad" in str(n.target)])
@@ -310,9 +311,13 @@ def test_compiled(device):
     torch.testing.assert_close(compiled(x), expected)
     names = [text.split("'")[1] for text in targets[0]]
     assert names == ["relu", "leaky_relu", "identity"]
-    ours[1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    plain = torch.compile(model, backend="eager", fullgraph=True)
+    plain(x)
+    for kind, found in ((ours, seen), (model, torchs)):
+        kind[1].register_forward_hook(lambda m, i, output, found=found: found.append(output))
     torch.testing.assert_close(compiled(x), expected)
-    torch.testing.assert_close(seen, [model[:2](x)])
+    plain(x)  # torch 2.11 does not see it
+    torch.testing.assert_close(seen, torchs)
 
 
 def test_autocast_and_double_backward(device):
