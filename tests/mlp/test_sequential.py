@@ -297,7 +297,9 @@ def test_other_inputs():
 
 
 def test_compiled(device):
-    """The fused operations are in the graph. A hook that comes later is seen if torch sees it."""
+    """The fused operations are in the graph. A hook that comes later is seen wherever torch's own
+    Sequential sees it.
+    """
     targets, seen, torchs = [], [], []
 
     def backend(graph, inputs):
@@ -316,8 +318,9 @@ def test_compiled(device):
     for kind, found in ((ours, seen), (model, torchs)):
         kind[1].register_forward_hook(lambda m, i, output, found=found: found.append(output))
     torch.testing.assert_close(compiled(x), expected)
-    plain(x)  # torch 2.11 does not see it
-    torch.testing.assert_close(seen, torchs)
+    plain(x)
+    assert len(torchs) <= len(seen)
+    torch.testing.assert_close(seen, [model[:2](x)][: len(seen)])
 
 
 def test_autocast_and_double_backward(device):
