@@ -261,6 +261,7 @@ class Net:
 
     def _describe(self, config):
         self._config, self._shape, self._grads = config, None, None
+        self._x: torch.Tensor | None = None  # the latest input, see `_rows`
         self.stages = stages(config)
         self._shapes = {
             name: shape for stage in self.stages for name, shape in stage.shapes.items()
@@ -311,7 +312,7 @@ class Net:
     def __getstate__(self):
         # The state holds the tensors themselves. An optimizer that is copied or pickled with the
         # net then still shares its parameters.
-        made = ("_config", "_shape", "_shapes", "stages", "flat", "_grads")
+        made = ("_config", "_shape", "_x", "_version", "_shapes", "stages", "flat", "_grads")
         return {name: value for name, value in vars(self).items() if name not in made} | {
             "config": self._config,
             "grads": self._grads,
@@ -335,8 +336,13 @@ class Net:
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Outputs (…, outputs) for x (…, features), of the network's dtype.
 
-        They are kept for `backward`, in a buffer that the next `forward` overwrites.
+        They are kept for `backward`, in a buffer that the next `forward` overwrites. x is kept too,
+        not a copy. So change neither x nor the outputs in place before `backward`.
         """
+        try:
+            self._x, self._version = x, x._version
+        except RuntimeError:  # tensors of inference mode count no changes
+            self._x = None
         y = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         for stage in self.stages:
             y = stage.forward(y)
@@ -355,8 +361,9 @@ class Net:
     def backward(self, doutput: torch.Tensor, input_grad: bool = False) -> torch.Tensor | None:
         """Overwrite `grads` from the gradient of the latest forward's outputs.
 
-        doutput has the outputs' shape, else ValueError. RuntimeError before the first `forward`.
-        Returns the gradient of the inputs, in their shape, if `input_grad`, else None.
+        doutput has the outputs' shape, else ValueError. RuntimeError before the first `forward`,
+        and if its input was changed in place since then. Returns the gradient of the inputs, in
+        their shape, if `input_grad`, else None.
         """
         dy = self._rows(doutput)
         self._with_grads()
@@ -384,6 +391,11 @@ class Net:
         """The gradient of the latest outputs as a matrix (rows, outputs)."""
         if self._shape is None:
             raise RuntimeError("Net: backward was called before forward; call forward first")
+        if self._x is not None and self._x._version != self._version:
+            raise RuntimeError(
+                "Net: the input was changed in place between forward and backward, which needs it "
+                f"(version {self._x._version}, expected {self._version}); change a copy"
+            )
         if doutput.shape != self._shape:
             raise ValueError(
                 f"Net: the gradient must be {tuple(self._shape)}, as the latest outputs were, got "

@@ -172,3 +172,21 @@ def test_refusals():
 def test_a_net_of_another_module_is_refused():
     with pytest.raises(ValueError, match=r"Net: needs an mlp\.MLP or mlp\.ConvNet, got Linear"):
         Net.of(torch.nn.Linear(3, 2))
+
+
+def test_an_input_that_changed_is_refused():
+    """As torch does. In inference mode, tensors count no changes."""
+    for x in (torch.randn(4, 3), torch.randn(2, 2, 3), torch.randn(3)):
+        net = Net((3, 2))
+        y = net.forward(x)
+        net.backward(torch.ones_like(y))
+        x.mul_(2)
+        with pytest.raises(
+            RuntimeError, match=r"input was changed in place .*version 1, expected 0"
+        ):
+            net.backward(torch.ones_like(y))
+        net.backward(torch.ones_like(net.forward(x)))
+    with torch.inference_mode():
+        y = net.forward(torch.ones(4, 3))
+        net.backward(torch.ones_like(y))
+        assert float(net.grads["0.bias"][0]) == 4
