@@ -264,7 +264,7 @@ class _Network(BaseEstimator):
         first = "_model" not in self.__dict__ or not (self.warm_start or incremental)
         X, targets = self._validate_input(X, y, incremental, first)
         weights = None if sample_weight is None else _check_sample_weight(sample_weight, X)
-        self._random = check_random_state(self.random_state)
+        self._random, self._read = check_random_state(self.random_state), X.dtype
         if first:
             self._start([X.shape[1], *self._hidden(), self.n_outputs_], X)
         else:
@@ -570,7 +570,11 @@ class _Network(BaseEstimator):
         return False
 
     def _outputs(self, X, check: bool = True) -> torch.Tensor:
-        """The network's outputs, (samples, outputs), float64 on the CPU. check: validate X."""
+        """The network's outputs, (samples, outputs), on the CPU.
+
+        check: validate X. The outputs are then float32 if X is now and was in `fit`, else float64,
+        as in scikit-learn.
+        """
         if check:
             check_is_fitted(self)
             X = validate_data(self, X, accept_sparse=("csr", "csc"), dtype=_DTYPES, reset=False)
@@ -587,7 +591,9 @@ class _Network(BaseEstimator):
         with torch.no_grad():
             # Without a tape: to prepare one takes longer than the products of a small network.
             outputs, _ = kernels.mlp_fwd(x, weights, biases, self._model.activation)
-        return outputs.double().cpu()
+        outputs = outputs.double().cpu()
+        is_single = check and numpy.result_type(dense, self._read) == numpy.float32
+        return outputs.float() if is_single else outputs
 
 
 class MLPClassifier(ClassifierMixin, _Network):
@@ -699,7 +705,10 @@ class MLPClassifier(ClassifierMixin, _Network):
         return self._answers(self._outputs(X))
 
     def predict_proba(self, X: Any) -> numpy.ndarray:
-        """The probability of each class, (samples, classes) float64, in the order of `classes_`."""
+        """The probability of each class, (samples, classes), in the order of `classes_`.
+
+        It is float32 if X is now and was in `fit`, else float64.
+        """
         outputs = self._outputs(X)
         if self._is_softmax():
             return torch.softmax(outputs, 1).numpy()
@@ -709,7 +718,7 @@ class MLPClassifier(ClassifierMixin, _Network):
         return scores
 
     def predict_log_proba(self, X: Any) -> numpy.ndarray:
-        """The logarithm of `predict_proba`, (samples, classes) float64."""
+        """The logarithm of `predict_proba`, (samples, classes), in its dtype."""
         probabilities = self.predict_proba(X)
         return numpy.log(probabilities, out=probabilities)
 
@@ -826,6 +835,9 @@ class MLPRegressor(RegressorMixin, _Network):
         return R2
 
     def predict(self, X: Any) -> numpy.ndarray:
-        """Predictions, float64: (samples,), or (samples, outputs) for several targets."""
+        """Predictions (samples,), or (samples, outputs) for several targets.
+
+        They are float32 if X is now and was in `fit`, else float64.
+        """
         outputs = self._outputs(X).numpy()
         return outputs.ravel() if outputs.shape[1] == 1 else outputs

@@ -206,6 +206,17 @@ def test_the_precision_may_change_between_partial_fits(wine):
     assert ours.coefs_[0].dtype == numpy.float64
 
 
+@pytest.mark.parametrize("read", ["float32", "float64"])
+@pytest.mark.parametrize("asked", ["float32", "float64", "int64"])
+def test_predictions_have_scikit_learns_dtype(read, asked, wine):
+    x, asked = wine[0].astype(read), wine[0].astype(asked)
+    ours, theirs = (e.fit(x, wine[1]) for e in pair("MLPClassifier", max_iter=2))
+    for name in ("predict_proba", "predict_log_proba"):
+        assert getattr(ours, name)(asked).dtype == getattr(theirs, name)(asked).dtype
+    ours, theirs = (e.fit(x, x[:, 0]) for e in pair("MLPRegressor", max_iter=2))
+    assert ours.predict(asked).dtype == theirs.predict(asked).dtype
+
+
 @pytest.mark.parametrize("dtype", [">f8", ">f4", "longdouble", "float16", "int32", ">i2"])
 def test_numbers_of_any_dtype(dtype, wine, diabetes):
     x = numpy.round(wine[0]).astype(dtype)
