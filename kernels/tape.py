@@ -192,6 +192,14 @@ def _wrapped(value: torch.Tensor | None) -> bool:
     return value is not None and _is_functorch_tensor(value)
 
 
+def reshaped(y: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """An operation's output y in another shape, in the same memory.
+
+    torch forbids in-place changes to a view that a Function returns, so this is no view.
+    """
+    return torch.ops.aten._unsafe_view(y, shape)
+
+
 def _spread(inputs: tuple) -> tuple[Sequence, list | None]:
     """(flat, lengths): the arguments with their tuples spread out, and the lengths of the tuples.
 

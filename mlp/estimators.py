@@ -274,6 +274,10 @@ class _Network(BaseEstimator):
         epochs = 1 if incremental else self.max_iter
         try:
             ran_out = self._run(training, held, epochs)
+        except KeyboardInterrupt:  # as in scikit-learn, what was trained so far is kept
+            training.finish()
+            warnings.warn("Training interrupted by user.", stacklevel=3)
+            ran_out = False
         finally:
             training.close()
         if ran_out and not incremental:

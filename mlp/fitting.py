@@ -82,7 +82,7 @@ class Training:
         self.decayed = [p for g in self.optimizer.param_groups if g["decays"] for p in g["params"]]
         self.decays = bool(self.decayed)
         self.session: Any = None
-        if weights is None and epochs > 1:
+        if weights is None and (epochs > 1 or estimator.engine == "epoch"):
             self.session = self._session(judges, epochs)
         if weights is None and self.session is None:
             chosen = (estimator.engine, self.model, loss, self.optimizer, batch)
@@ -113,17 +113,23 @@ class Training:
         held, count = None, len(self.data)
         if judges is not None:
             held = Held(judges.inputs, self.loss.columns(judges.targets, spec.sizes[-1]))
-        self._taken = 0
+        self._parts, self._taken = parts, int(parts[0].taken)
+        self._counted = self._taken  # steps that the optimizer knows of
         targets = self.loss.columns(self.data.targets, spec.sizes[-1])
         samples = self.data.inputs, targets, 1.0, 0.0
         return Session(spec, parameters, states, samples, count, self.batch, held)
 
     def finish(self) -> None:
-        """Write the last weights and optimizer states to their tensors.
+        """Write the last weights and optimizer states of compiled epochs to their tensors.
 
         Under early stopping, the best weights then replace the last. The states stay.
         """
+        if self.session is None:
+            return
         self.session.store()
+        for part in self._parts:
+            part.advance(self._taken - self._counted)
+        self._counted = self._taken
         if self.estimator.early_stopping and self.session.take_best():
             self.session.store()
             self.estimator._best = self.estimator._weights()

@@ -354,6 +354,8 @@ class _Ruled(_Torch):
         for p, g in zip(params, grads):
             if g is None or g.shape != p.shape or g.dtype is not p.dtype or g.layout is not dense:
                 return False
+            if g.device != p.device:
+                return False
         return tuple(map(id, params)) in self.__dict__.setdefault("_known", set())
 
     def _check(self, params: list, grads: list) -> None:

@@ -46,12 +46,14 @@ def _window(settings: tuple) -> Window | None:
     """The window of a pooling if its windows cover the image side by side, else None."""
     kernel_size, *others = map(_pair, settings[:4])
     plain = others == [kernel_size, (0, 0), (1, 1)] and not any(settings[4:])
-    return kernel_size if plain else None
+    return (kernel_size[0], kernel_size[1]) if plain else None
 
 
-def _pair(setting: Any) -> Any:
-    """2 and [2, 2] as (2, 2)."""
-    return (setting, setting) if isinstance(setting, int) else tuple(setting)
+def _pair(setting: Any) -> tuple[int, ...]:
+    """2, (2,) and [2, 2] as (2, 2)."""
+    sides = [setting] if hasattr(setting, "__index__") else list(setting)
+    sides = [int(side) for side in sides]
+    return tuple(sides * 2 if len(sides) == 1 else sides)
 
 
 # The modules of torch in `kernels.ACTIVATIONS` are followers too.

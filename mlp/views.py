@@ -30,7 +30,11 @@ class Views(dict[str, torch.Tensor]):
     def are_whole(self) -> bool:
         """True if each tensor still is the view that it was at first."""
         tensors = [*self.values()]
-        return [*map(_address, tensors)] == self._places and all(map(_is_contiguous, tensors))
+        try:
+            places = [*map(_address, tensors)]
+        except TypeError:  # one of them is no tensor now, such as a gradient that was set to None
+            return False
+        return places == self._places and all(map(_is_contiguous, tensors))
 
     def fit(self, parameters: Iterable[torch.Tensor]) -> bool:
         """True if these are the gradients of exactly these parameters, in their order."""

@@ -78,7 +78,7 @@ def conv2d_fwd_ref(
         y, winner = _max_pool_ref(y, (g.PH, g.PW))
         if act.needs == "z":
             z = z.flatten(2).gather(2, winner.long().flatten(2)).view_as(y)
-    y = y if x.dim() == 4 else y.squeeze(0)
+    y = y if x.dim() == 4 else tape.reshaped(y, y.shape[1:])
     return y, Conv2dSaved(x, w, kept(act, y, z), winner, b is not None, activation, g)
 
 
@@ -236,7 +236,7 @@ def conv2d_fwd(
         ACT=act.forward,
         **config,
     )
-    y = y if x.dim() == 4 else y.squeeze(0)
+    y = y if x.dim() == 4 else tape.reshaped(y, y.shape[1:])
     return y, Conv2dSaved(x, w, kept(act, y, z), winner, b is not None, activation, g)
 
 

@@ -176,7 +176,7 @@ def cross_entropy_fwd_ref(
             check_range(t, z.shape[1], ignore_index)
         loss, grad, denominator = _label_terms_ref(logp, t, w, ignore_index, label_smoothing)
     if reduction == "none":
-        loss = loss.view(expected_shape(logits))
+        loss = tape.reshaped(loss, expected_shape(logits))
     elif reduction == "sum":
         loss = loss.sum()
     else:
@@ -596,7 +596,7 @@ def finish(rows, programs, like, shape, reduction):
     rows: losses, or partial sums (3 · programs,). like: a tensor of the loss's dtype and device.
     """
     if reduction == "none":
-        return rows.view(shape), None
+        return tape.reshaped(rows, shape), None
     loss = like.new_empty(())
     denominator = like.new_empty((), dtype=torch.float32)
     launch.run(

@@ -56,7 +56,7 @@ def layer_norm_fwd_ref(
     y = centred * rstd
     y = y if w is None else y * _flat(w, rows)
     y = y if b is None else y + _flat(b, rows)
-    y = y.to(x.dtype).view(x.shape)
+    y = tape.reshaped(y.to(x.dtype), x.shape)
     saved = x, w, b, rows.mean(1), rstd.squeeze(1), tuple(normalized_shape)
     return y, LayerNormSaved(*saved)
 

@@ -95,8 +95,7 @@ def layer_ref(
     z = torch.mm(x2, w.t(), out=target) if b is None else torch.addmm(b, x2, w.t(), out=target)
     y = z if needs == "nothing" else act.forward_ref(z, out=y)
     if x2 is not x:
-        # torch forbids in-place changes to a view that a Function returns, so this is no view.
-        y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], w.shape[0]))
+        y = tape.reshaped(y, (*x.shape[:-1], w.shape[0]))
     return y, y if needs == "y" else z if needs == "z" else None
 
 
@@ -431,7 +430,7 @@ def linear_fwd(
         outputs, bias = (Matrix(y, *plan.result), z), (b, plan.stride_b)
         inputs = factors(Matrix(x2, *plan.left), Matrix(w, *plan.right), plan.blocks)
         launch.run(linear_fwd_kernel, plan.grid, *outputs, *inputs, *bias, K, **plan.options)
-    y = y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], N))
+    y = y if x.dim() == 2 else tape.reshaped(y, (*x.shape[:-1], N))
     return y, LinearSaved(x, w, kept(act, y, z), b is not None, activation)
 
 

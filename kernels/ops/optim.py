@@ -175,6 +175,11 @@ def check_update(
                 f"{op}: gradient {i} must be {tuple(p.shape)} as its parameter is, got "
                 f"{tuple(g.shape)}"
             )
+        if p.device != g.device:
+            raise ValueError(
+                f"{op}: gradient {i} is on {g.device}, but its parameter is on {p.device}; move "
+                "one of them"
+            )
         if g.layout is not torch.strided or not g.is_floating_point():
             raise ValueError(
                 f"{op}: gradient {i} must be dense and real, got {g.layout}, {g.dtype}; use "

@@ -5,7 +5,7 @@ end of the epoch, and no gradients are stored. `Fused` is the common base of `ep
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -65,6 +65,23 @@ def _wrong_dtype(parameters: list[torch.Tensor]) -> str | None:
     double = torch.empty(0, dtype=torch.float64, device=first.device)
     served = "float32 and float64" if cpu.serves(double) else "float32"
     return f"trains {served} networks, got {first.dtype}"
+
+
+def _wrong_states(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]
+) -> str | None:
+    """The reason why the optimizer's states do not fit the parameters, or None.
+
+    After `model.double()` they are float32 still. Compiled code would round them at each call.
+    """
+    for p in parameters:
+        for name, state in optimizer.state.get(p, {}).items():
+            if getattr(state, "shape", None) == p.shape and state.dtype != p.dtype:
+                return (
+                    f"trains states of the parameters' dtype {p.dtype}, but {name} is "
+                    f"{state.dtype}; make a new optimizer"
+                )
+    return None
 
 
 def rule_of(model: Net | torch.nn.Module, optimizer: torch.optim.Optimizer) -> kernels.Rule | None:
@@ -261,6 +278,8 @@ class Epoch(Fused):
         )
         if isinstance(spec, str):
             return f"epoch: {spec}"
+        if reason := _wrong_states(optimizer, parameters_of(model).values()):
+            return f"epoch: {reason}"
         return None if on_cpu else kernels.refusal(spec, batch_size, "epoch")
 
     @classmethod

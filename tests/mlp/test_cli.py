@@ -424,6 +424,6 @@ def test_numbers_are_no_classes(handgrad):
     assert rows("run")[-1]["test_loss"] == pytest.approx(expected, rel=1e-5)
     assert f"loss {expected:.4f}" in handgrad("evaluate", "run")[1]
     status, out, err = handgrad("train", *argv, "--loss", "cross_entropy")
-    assert (status, out) == (2, "") and "use MeanSquaredError (loss 'mse') for numbers" in err
+    assert (status, out) == (2, "") and "choose the loss mse for numbers" in err
     status, out, _ = handgrad("sweep", *argv[:-2], "--replicas", "2", "--epochs", "1")
     assert status == 0 and re.search("mse by sgd", out) and "test loss" in out

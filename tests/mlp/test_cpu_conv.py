@@ -14,7 +14,7 @@ import mlp
 from kernels.activations import ACTIVATIONS
 from mlp import cpu, engines
 
-pytest.importorskip("numba", reason="compiled convolutions need numba")
+pytest.importorskip("numba", reason="optional: needs numba")
 from mlp.cpu import conv, team
 from mlp.cpu import images as pixels
 

@@ -91,3 +91,14 @@ def test_every_loss(loss, kind, engine, device):
     data = problem(kind, count=20)
     run = train(engine, device, data, loss=LOSSES[loss](reduction="sum", scale=0.1), epochs=2)
     assert_same_run(run, by_the_reference(data, loss=LOSSES[loss](reduction="sum", scale=0.1)))
+
+
+def test_states_of_another_dtype_are_refused():
+    """After `model.double()` the states are float32. torch refuses them too."""
+    pytest.importorskip("numba")
+    data = torch.randn(20, 4), torch.randint(0, 3, (20,))
+    trainer = mlp.Trainer(mlp.MLP([4, 6, 3]), optimizer="adam", engine="epoch", verbose=False)
+    trainer.fit(data, 1)
+    trainer.model.double()
+    with pytest.raises(ValueError, match=r"but exp_avg is torch\.float32; make a new"):
+        trainer.fit(data, 2)

@@ -186,6 +186,22 @@ def test_early_stopping_may_change_before_a_warm_start(at_first, wine):
     assert at_first or len(ours.validation_scores_) == 3
 
 
+@pytest.mark.parametrize("engine", ["epoch", "manual"])
+@pytest.mark.parametrize(
+    "changes", [{"solver": "adam"}, {"solver": "sgd"}, {"alpha": 0.0}], ids=str
+)
+def test_partial_fits_go_on_after_a_fit(changes, engine, wine):
+    """The optimizer knows how many steps it has taken, also in compiled epochs."""
+    pytest.importorskip("numba")
+    ours, theirs = pair("MLPClassifier", max_iter=8, **changes)
+    ours.set_params(engine=engine)
+    for estimator in (ours, theirs):
+        estimator.fit(*wine)
+        for _ in range(3):
+            estimator.partial_fit(*wine)
+    assert_same(ours, theirs, wine[0])
+
+
 @pytest.mark.parametrize("alphas", [(0.0, 1.0), (1.0, 0.0)])
 def test_alpha_may_change_between_partial_fits(alphas, wine):
     ours, theirs = pair("MLPClassifier")
@@ -450,3 +466,34 @@ def test_compiled_epochs_are_the_manual_ones(changes):
         compiled.coefs_ + compiled.intercepts_, manual.coefs_ + manual.intercepts_
     ):
         numpy.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["epoch", "manual"])
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_an_interrupt_keeps_what_was_trained(engine, early_stopping, wine, monkeypatch):
+    """As in scikit-learn: a warning, and an estimator that predicts."""
+    pytest.importorskip("numba")
+    from mlp import fitting
+
+    options = {"early_stopping": early_stopping, "tol": 0.0, "n_iter_no_change": 10**6}
+    ours = mlp.MLPClassifier((7,), max_iter=10**6, engine=engine, device="cpu", **options)
+    name, calls = ("epochs", 2) if engine == "epoch" else ("epoch", 9)
+    train, left = getattr(fitting.Training, name), [calls]
+
+    def interrupted(*arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return train(*arguments)
+
+    monkeypatch.setattr(fitting.Training, name, interrupted)
+    start = mlp.MLPClassifier((7,), max_iter=1, engine=engine, device="cpu", random_state=0)
+    with pytest.warns(UserWarning, match="Training interrupted by user"):
+        ours.set_params(random_state=0).fit(*wine)
+    assert len(ours.loss_curve_) == ours.n_iter_ > 0
+    assert ours.loss_curve_[-1] < ours.loss_curve_[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        monkeypatch.undo()
+        start.fit(*wine)
+    assert not numpy.allclose(ours.coefs_[0], start.coefs_[0], atol=1e-3)

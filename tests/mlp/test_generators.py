@@ -40,7 +40,7 @@ def test_a_trainer(engine, unchanged):
 @pytest.mark.filterwarnings("ignore:Stochastic Optimizer")
 @pytest.mark.parametrize("engine", ["auto", "manual"])
 def test_an_estimator(engine, unchanged):
-    pytest.importorskip("sklearn", reason="optional: needs scikit-learn")
+    pytest.importorskip("sklearn")
     for options in ({}, {"early_stopping": True}):
         made = mlp.MLPClassifier((8,), max_iter=2, random_state=0, engine=engine, **options)
         unchanged(made.fit, X, Y)

@@ -259,8 +259,8 @@ def test_a_net_checks_order_and_shape():
 
 
 def test_predictions_are_in_the_targets_units():
-    """For several yes-or-no targets `predict` gives a probability of each, for numbers the
-    outputs.
+    """For several yes-or-no targets `predict` gives 0 or 1, and `predict_proba` a probability of
+    each. For numbers it gives the outputs.
     """
     x, y = torch.randn(20, 4), (torch.randn(20, 2) > 0).float()
     for name in ("bce", "huber"):
@@ -268,5 +268,8 @@ def test_predictions_are_in_the_targets_units():
         trainer = mlp.Trainer(model, name, verbose=False)
         trainer.fit((x, y), 1, 8)
         expected = LOSSES[name]().predict(model(x))
+        if name == "bce":
+            torch.testing.assert_close(trainer.predict_proba(x), expected, rtol=1e-6, atol=1e-6)
+            expected = (expected > 0.5).float()
         torch.testing.assert_close(trainer.predict(x), expected, rtol=1e-6, atol=1e-6)
     assert LOSSES["bce"]().predict(torch.zeros(1, 2)).tolist() == [[0.5, 0.5]]

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 
+import mlp
 from kernels import launch
 from mlp.engines.updates import whole
 from mlp.optim import OPTIMIZERS, SGD, Adam
@@ -313,3 +314,28 @@ def test_what_was_refused_is_refused_again():
     for _ in range(2):
         with pytest.raises(ValueError, match="minus sign"):
             optimizer.step(grads=[torch.ones(3)])
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_a_gradient_of_a_net_may_be_none(name):
+    net = mlp.Net([3, 4, 2])
+    optimizer = OPTIMIZERS[name](net.parameters.values(), lr=0.1)
+    net.forward(torch.rand(2, 3))
+    net.backward(torch.ones(2, 2))
+    before = {key: p.clone() for key, p in net.parameters.items()}
+    net.grads["0.weight"] = None
+    optimizer.step(grads=net.grads)
+    same = [torch.equal(p, before[key]) for key, p in net.parameters.items()]
+    assert same == [True, *(not bool(g.any()) for g in [*net.grads.values()][1:])]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_gradient_on_another_device_is_refused(name):
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = OPTIMIZERS[name]([p], lr=0.1)
+    for _ in range(2):
+        before = p.detach().clone()
+        with pytest.raises(ValueError, match="gradient 0 is on meta, but its parameter is on cpu"):
+            optimizer.step(grads=[torch.ones(3, device="meta")])
+        assert torch.equal(p, before)
+        optimizer.step(grads=[torch.ones(3)])

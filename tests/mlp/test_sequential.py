@@ -6,6 +6,7 @@ import copy
 import functools
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -468,3 +469,14 @@ def test_kernels_serve_it(device):
     with kernels.use("torch"):
         expected = model(x)
     torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("window", [2, (2,), [2, 2], np.int64(2), (np.int64(2), 2)], ids=repr)
+def test_a_window_in_any_form(window):
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.MaxPool2d(window))
+    x = torch.randn(2, 1, 8, 8)
+    expected = model(x)
+    found = []
+    made = operations(lambda: found.append(fuse(model)(x)))
+    torch.testing.assert_close(found[0], expected)
+    assert made == [("relu", (2, 2))]
