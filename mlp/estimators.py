@@ -114,6 +114,14 @@ def _array(parameter: torch.Tensor) -> numpy.ndarray:
     return array
 
 
+def _tensor(array: numpy.ndarray) -> torch.Tensor:
+    """The array as a tensor, in the same memory if that is contiguous and can be written to.
+
+    torch warns of other memory, such as a file that is mapped for reading.
+    """
+    return torch.from_numpy(numpy.require(array, requirements=("C", "W")))
+
+
 class _Network(BaseEstimator):
     """The common base of classifier and regressor: checks, the training loop, attributes."""
 
@@ -389,14 +397,14 @@ class _Network(BaseEstimator):
         """The data set of these arrays, on the network's device and in its dtype."""
         dense = X.toarray() if hasattr(X, "toarray") else X
         first = next(self._model.parameters())
-        inputs = torch.from_numpy(numpy.ascontiguousarray(dense)).to(first.dtype)
+        inputs = _tensor(dense).to(first.dtype)
         if not bool(inputs.isfinite().all()):  # X is finite, it was checked
             row, column = inputs.isfinite().logical_not().nonzero()[0].tolist()
             raise ValueError(
                 f"{type(self).__name__}: X has {dense[row, column]:g} in row {row}, column "
                 f"{column}, which float32 cannot hold; scale X, or use precision='fp64'"
             )
-        targets = torch.from_numpy(targets)
+        targets = _tensor(targets)
         targets = targets.to(first.dtype) if targets.is_floating_point() else targets
         return Dataset(inputs, targets, self._class_names()).to(first.device)
 
@@ -418,7 +426,7 @@ class _Network(BaseEstimator):
             settings = self._optimizer.param_groups[0]
             self._optimizer.param_groups[:] = [{**settings, **new} for new in self._groups()]
         if weights is not None:
-            weights = torch.from_numpy(weights).to(first.device, first.dtype)
+            weights = _tensor(weights).to(first.device, first.dtype)
         judges = None if held is None else self._dataset(*held[:2])
         epochs = 1 if incremental else self.max_iter
         return Training(self, data, judges, weights, int(batch), epochs)
@@ -587,7 +595,7 @@ class _Network(BaseEstimator):
         # In float64, the outputs of a row are the same in any batch, as in scikit-learn. float64 is
         # cheap on a CPU only.
         dtype = torch.float64 if device.type == "cpu" else torch.float32
-        x = torch.from_numpy(numpy.ascontiguousarray(dense)).to(device, dtype)
+        x = _tensor(dense).to(device, dtype)
         weights, biases = (
             [getattr(layer, name).detach().to(dtype) for layer in self._layers()]
             for name in ("weight", "bias")
