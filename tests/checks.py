@@ -1,6 +1,9 @@
 """Shared helpers of tests: the rule of accuracy, buffers that start as NaN, memory layouts."""
 
+import contextlib
 import functools
+import signal
+import threading
 from unittest import mock
 
 import torch
@@ -221,3 +224,28 @@ def operations(function) -> list:
     with mock.patch.multiple(kernels, linear=noted_linear, conv2d=noted_conv2d):
         function()
     return found
+
+
+@contextlib.contextmanager
+def ctrl_c():
+    """Gives a function that presses Ctrl-C. Call it in a thread that the main thread waits for.
+
+    It returns when the main thread has got its KeyboardInterrupt. A timer would not do: it may ring
+    while Python removes a weak reference, and Python drops an error that is raised there.
+    """
+    taken = threading.Event()
+
+    def handler(*_):
+        taken.set()
+        raise KeyboardInterrupt
+
+    def press():
+        assert threading.current_thread() is not threading.main_thread()
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+        assert taken.wait(60)
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        yield press
+    finally:
+        signal.signal(signal.SIGUSR1, before)

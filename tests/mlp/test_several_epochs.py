@@ -3,8 +3,7 @@
 The bits must be those of one epoch a call, which a callback after each epoch forces.
 """
 
-import signal
-import time
+import itertools
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torch.optim import lr_scheduler
 import mlp
 from mlp import cpu, schedule
 from mlp.engines import Epoch
+from tests.checks import ctrl_c
 
 pytest.importorskip("numba", reason="optional: needs numba")
 
@@ -173,31 +173,23 @@ def test_ctrl_c_keeps_the_epochs_that_are_whole(monkeypatch):
     from mlp.cpu import epoch
 
     made, cosine = trainer(), schedule.named("cosine", schedule.Plan(10**6, 4))
-    handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
     fit(False, epochs=3, made=made, scheduler=cosine)
-    train = epoch.Epochs.train
+    pieces = itertools.count()
 
-    def interrupted(*arguments):
-        # Only now: Python drops an interrupt that comes while it removes weak references.
-        signal.setitimer(signal.ITIMER_REAL, 0.2)
-        return train(*arguments)
+    def piece(choice, left):
+        if next(pieces) == 50:
+            press()
+        return 1, int(left)
 
-    monkeypatch.setattr(epoch.Epochs, "train", interrupted)
-    started = time.perf_counter()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            fit(False, epochs=30_000, made=made, scheduler=cosine)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
-    monkeypatch.undo()
-    assert time.perf_counter() - started < 60
+    monkeypatch.setattr(epoch._Choice, "next", piece)
+    with ctrl_c() as press, pytest.raises(KeyboardInterrupt):
+        fit(False, epochs=30_000, made=made, scheduler=cosine)
     done = len(made.history)
-    assert 3 <= done < 30_000 and made.history[-1]["epoch"] == done
+    assert 50 <= done < 30_000 and made.history[-1]["epoch"] == done
     assert made.schedule.scheduler.last_epoch == done
-    whole = fit(False, epochs=min(done, 40), scheduler=cosine)
+    whole = fit(False, epochs=min(done, 60), scheduler=cosine)
     assert [row["train_loss"] for row in whole.history] == [
-        row["train_loss"] for row in made.history[:40]
+        row["train_loss"] for row in made.history[:60]
     ]
 
 
