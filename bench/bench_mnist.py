@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 import mlp
-from mlp import cpu, data, recipes
+from kernels import cpu
+from mlp import data, recipes
 from mlp.data.shifts import Shifts
 
 from .samples import mnist

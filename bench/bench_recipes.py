@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 import mlp
-from mlp import cpu, engines, recipes
+from kernels import cpu
+from mlp import engines, recipes
 
 from .samples import mnist
 from .table import Table, device

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 import mlp
-from mlp import cpu
+from kernels import cpu
 
 from . import harness
 from .rivals import BATCH, SIZES

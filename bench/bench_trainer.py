@@ -12,7 +12,8 @@ from unittest import mock
 import torch
 
 import mlp
-from mlp import cpu, data, recipes, schedule
+from kernels import cpu
+from mlp import data, recipes, schedule
 from mlp.data.shifts import Shifts
 
 from .samples import mnist

@@ -510,7 +510,7 @@ class _Network(BaseEstimator):
 
     def _watch(self) -> Any:
         """The rule by which the compiled epochs end, see `cpu.session.Watch`."""
-        from .cpu.session import TRAINING_LOSS, Watch
+        from kernels.cpu.session import TRAINING_LOSS, Watch
 
         if not self.early_stopping:
             kind, best = TRAINING_LOSS, -self.best_loss_
@@ -694,7 +694,7 @@ class MLPClassifier(ClassifierMixin, _Network):
         return self.n_outputs_ == 1
 
     def _judged_by(self) -> Any:
-        from .cpu.session import LABELS, SIGNS
+        from kernels.cpu.session import LABELS, SIGNS
 
         return LABELS if self._is_softmax() else SIGNS
 
@@ -842,7 +842,7 @@ class MLPRegressor(RegressorMixin, _Network):
         return float(r2_score(targets, predicted, sample_weight=weights))
 
     def _judged_by(self) -> Any:
-        from .cpu.session import R2
+        from kernels.cpu.session import R2
 
         return R2
 

@@ -12,7 +12,9 @@ from typing import Any
 import numpy
 import torch
 
-from . import cpu, engines
+from kernels import cpu
+
+from . import engines
 from .data import Dataset
 from .engines.epochwise import spec_of
 from .optim import SGD, Adam
@@ -102,7 +104,7 @@ class Training:
             and cpu.costs(spec.sizes, self.batch, steps, *call, again=True) is not None
         ):
             return None
-        from .cpu.session import Held, Session
+        from kernels.cpu.session import Held, Session
 
         for part in parts:
             part.states()  # this makes them

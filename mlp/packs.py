@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 import kernels
+from kernels import cpu
 
-from . import cpu, schedule
+from . import schedule
 from .data.dataset import Dataset, permutation
 from .engines.epochwise import rule_of, spec_of
 from .engines.stepwise import Diverged
@@ -287,7 +288,7 @@ def _is_compiled(member: Member, steps: int) -> bool:
 
 def _train_compiled(member: Member, task: Task) -> None:
     """Train all epochs of a member in compiled calls, on this thread."""
-    from .cpu.session import LOSS, TRAINING_LOSS, Held, Session, Watch
+    from kernels.cpu.session import LOSS, TRAINING_LOSS, Held, Session, Watch
 
     data, held, outputs = task.train, None, member.spec.sizes[-1]
     targets = member.loss.columns(data.targets, outputs).contiguous()

@@ -28,7 +28,9 @@ from sklearn.model_selection import ParameterGrid, ParameterSampler, StratifiedK
 from sklearn.model_selection._search import BaseSearchCV
 from sklearn.model_selection._validation import _warn_or_raise_about_fit_failures
 
-from . import cpu, progress, spreading
+from kernels import cpu
+
+from . import progress, spreading
 from .trusted import trusted
 
 FACTOR = 3  # Each rung of a halving keeps a third and trains three times as long.

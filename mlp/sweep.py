@@ -23,8 +23,9 @@ from typing import Any
 import torch
 
 import kernels
+from kernels import cpu
 
-from . import cpu, packs, spreading
+from . import packs, spreading
 from .data.dataset import Dataset, permutation
 from .data.given import check_columns, fitted, take
 from .data.seen import Seen

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 import kernels
+from kernels import cpu
 
-from . import cpu
 from .engines.epochwise import Epoch, rule_of, spec_of
 from .trainer import Trainer
 

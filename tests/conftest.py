@@ -134,7 +134,7 @@ def surroundings(request, monkeypatch):
         checks.poison_fresh_buffers(monkeypatch)
     if request.path.is_relative_to(TESTS / "mlp") and request.path.name != "test_search.py":
         # The choice of "auto" must not depend on earlier tests of this process.
-        monkeypatch.setattr("mlp.cpu.is_loaded", lambda *_: False)
+        monkeypatch.setattr("kernels.cpu.is_loaded", lambda *_: False)
     if (
         request.path.is_relative_to(TESTS / "mlp")
         and not ON_GPU

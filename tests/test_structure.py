@@ -27,6 +27,7 @@ FILES = {
 }
 LIBRARY = [name for name in FILES if name.startswith(("kernels/", "mlp/"))]
 KERNELS = [name for name in LIBRARY if name.startswith("kernels/")]
+CPU = [name for name in KERNELS if name.startswith("kernels/cpu/")]
 OPS = [name for name in KERNELS if name.startswith("kernels/ops/") and "__" not in name]
 
 
@@ -39,13 +40,13 @@ def tree(name):
     return ast.parse(FILES[name].read_text(), name)
 
 
-def imports(name):
-    """The full names of the modules that a file imports.
+def imports(name, nodes=None):
+    """The full names of the modules that a file imports, or that these nodes of its tree do.
 
     In kernels/ops/, `from ..tiles import cast` gives `kernels.tiles`.
     """
     package = Path(name).parent.parts
-    for node in ast.walk(tree(name)):
+    for node in ast.walk(tree(name)) if nodes is None else nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -91,9 +92,18 @@ def test_imports_run_one_way(name):
     found = {module.split(".")[0] for module in imports(name)}
     assert found & set(PACKAGES) <= set(allowed.get(package, PACKAGES))
     if package == "kernels":
-        assert found <= {"kernels", "torch", "triton", *sys.stdlib_module_names}
+        compilers = {"llvmlite", "numba", "numpy"} if name in CPU else {"triton"}
+        assert found <= {"kernels", "torch", *compilers, *sys.stdlib_module_names}
     if package == "mlp":
         assert "triton" not in found, "kernels belong into kernels/"
+
+
+@pytest.mark.parametrize("name", sorted({*LIBRARY} - {*CPU}))
+def test_compiled_code_of_the_cpu_is_imported_where_it_is_used(name):
+    """numba is optional and slow to import, so only functions import what needs it."""
+    at_import = [node for node in tree(name).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    compiled = {module for module in imports(name, at_import) if module.startswith("kernels.cpu")}
+    assert compiled <= ({"kernels.cpu"} if name.startswith("mlp/") else set())
 
 
 @pytest.mark.parametrize(
@@ -189,7 +199,7 @@ def test_names_of_kernels(name):
 
 
 # These files compute on the host.
-HOST = ("kernels/selfcheck.py", "kernels/rounding.py", "kernels/rules.py")
+HOST = ("kernels/selfcheck.py", "kernels/rounding.py", "kernels/rules.py", *CPU)
 
 
 @pytest.mark.parametrize("name", [name for name in KERNELS if name not in HOST])

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAUNCHERS = ("_fwd", "_bwd", "_ref")
 # numba compiles the functions of these modules.
 COMPILED = {
-    f"mlp.cpu.{name}" for name in ("doubles", "images", "language", "loop", "tiles", "waiting")
+    f"kernels.cpu.{name}" for name in ("doubles", "images", "language", "loop", "tiles", "waiting")
 }
 
 
@@ -39,7 +39,7 @@ def public():
                 for name, value in vars(module).items()
                 if getattr(value, "__module__", None) == module.__name__
                 and not name.startswith("_")
-                and (package is mlp or name.endswith(LAUNCHERS))
+                and (package is mlp or ".cpu" in module.__name__ or name.endswith(LAUNCHERS))
             ]
     found = {}
     for name, value in named:

@@ -1,7 +1,8 @@
 """The engine `epoch`: an epoch is one launch, or on a CPU one call of compiled code.
 
-The launch is `kernels.train_epoch`, the call is that of `mlp.cpu`. Nothing is read back before the
-end of the epoch, and no gradients are stored. `Fused` is the common base of `epoch` and `graph`.
+The launch is `kernels.train_epoch`, the call is that of `kernels.cpu`. Nothing is read back before
+the end of the epoch, and no gradients are stored. `Fused` is the common base of `epoch` and
+`graph`.
 """
 
 import math
@@ -11,8 +12,8 @@ from typing import Any
 import torch
 
 import kernels
+from kernels import cpu
 
-from .. import cpu
 from .. import loss as losses
 from ..data.dataset import Dataset
 from ..net import Net

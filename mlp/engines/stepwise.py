@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 import kernels
+from kernels import cpu
 
-from .. import cpu
 from ..data.dataset import Dataset
 from ..net import Net, stages
 from ..state import parameters_of

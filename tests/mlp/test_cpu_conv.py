@@ -11,12 +11,13 @@ import torch
 
 import kernels
 import mlp
+from kernels import cpu
 from kernels.activations import ACTIVATIONS
-from mlp import cpu, engines
+from mlp import engines
 
 pytest.importorskip("numba", reason="optional: needs numba")
-from mlp.cpu import conv, team
-from mlp.cpu import images as pixels
+from kernels.cpu import conv, team
+from kernels.cpu import images as pixels
 
 # name -> fields of a network's description
 NETWORKS = {

@@ -14,17 +14,18 @@ import torch
 
 import kernels
 import mlp
+from kernels import cpu
 from kernels.activations import ACTIVATIONS
 from kernels.losses import LOSSES
 from kernels.rules import RULES, hyperparameters
-from mlp import cpu, engines
+from mlp import engines
 from mlp.data import permutation
 from tests.checks import ctrl_c
 
 pytest.importorskip("numba", reason="the compiled epoch needs numba")
 import numba
 
-from mlp.cpu import doubles, epoch, language, loop, rows, session, team
+from kernels.cpu import doubles, epoch, language, loop, rows, session, team
 
 OPTIONS = {"lr": 0.05, "weight_decay": 0.01, "momentum": 0.9, "dampening": 0.3}
 # By dtype of the network: the errors of losses, and those of parameters and states as a share of

@@ -18,7 +18,7 @@ from sklearn.utils import estimator_checks
 
 import kernels
 import mlp
-from mlp import cpu
+from kernels import cpu
 from tests import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -284,7 +284,7 @@ def test_fits_of_a_process_use_the_same_code(wine, monkeypatch):
     """Code on disk is loaded by the first fit. Code that must be compiled first waits until all
     fits together would save enough time.
     """
-    session = pytest.importorskip("mlp.cpu.session")
+    session = pytest.importorskip("kernels.cpu.session")
     if kernels.backend(torch.empty(0)) != "torch":
         pytest.skip("the compiled epoch needs a machine without a GPU")
     ours = mlp.MLPClassifier((7,), max_iter=100, random_state=0, device="cpu")

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import mlp
-from mlp import cpu, engines, schedule
+from kernels import cpu
+from mlp import engines, schedule
 
 EPOCHS, BATCH, HIDDEN = 5, 8, (6,)
 WEIGHT = [0.5, 2.0, 1.0]

@@ -18,7 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import mlp
-from mlp import cpu
+from kernels import cpu
 from mlp.__main__ import main
 from mlp.data import tables
 from mlp.search import ensemble
@@ -196,7 +196,7 @@ def test_an_ensemble_adds_what_helps():
 
 
 def test_a_module_that_another_thread_imports_is_not_loaded(monkeypatch):
-    monkeypatch.setitem(sys.modules, "mlp.cpu.epoch", types.ModuleType("mlp.cpu.epoch"))
+    monkeypatch.setitem(sys.modules, "kernels.cpu.epoch", types.ModuleType("kernels.cpu.epoch"))
     assert not cpu.is_loaded(torch.float32)
 
 

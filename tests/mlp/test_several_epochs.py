@@ -10,7 +10,8 @@ import torch
 from torch.optim import lr_scheduler
 
 import mlp
-from mlp import cpu, schedule
+from kernels import cpu
+from mlp import schedule
 from mlp.engines import Epoch
 from tests.checks import ctrl_c
 
@@ -170,7 +171,7 @@ def test_one_epoch_a_call_where_something_looks(arguments, calls):
 
 
 def test_ctrl_c_keeps_the_epochs_that_are_whole(monkeypatch):
-    from mlp.cpu import epoch
+    from kernels.cpu import epoch
 
     made, cosine = trainer(), schedule.named("cosine", schedule.Plan(10**6, 4))
     fit(False, epochs=3, made=made, scheduler=cosine)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import mlp
-from mlp import MLP, Trainer, cpu
+from kernels import cpu
+from mlp import MLP, Trainer
 from mlp.schedule import SCHEDULES, Plan, named
 from mlp.stopping import EarlyStopping, kept_row
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from numba import njit
 
-import kernels
-
+from ..rules import Rule, row_of
+from ..training import Spec
 from . import DTYPES, epoch, loop, rows
 from .waiting import call, inside, integers, meet, narrow_integers, number, numbers
 
@@ -383,7 +383,7 @@ class Session:
 
     def __init__(
         self,
-        spec: kernels.Spec,
+        spec: Spec,
         parameters: list[torch.Tensor],
         states: list[list[torch.Tensor]],
         samples: tuple[torch.Tensor, torch.Tensor, float, float],
@@ -536,14 +536,14 @@ class Session:
             return both, both
         batch, last = self.memory.batch, self.count - (self.steps - 1) * self.memory.batch
         decays = 0.0, alpha / batch, alpha / last
-        rows_ = tuple(kernels.row_of(rule, **numbers, weight_decay=decay) for decay in decays)
+        rows_ = tuple(row_of(rule, **numbers, weight_decay=decay) for decay in decays)
         return _decayed(rule, rows_, float(taken), steps, self.steps, kind)
 
 
 # Kept for the other folds of a search, which train with the same numbers.
 @functools.lru_cache(maxsize=16)
 def _decayed(
-    rule: kernels.Rule,
+    rule: Rule,
     rows_: tuple[tuple, ...],
     taken: float,
     steps: int,
@@ -561,7 +561,7 @@ def _decayed(
     return of_weights, of_biases
 
 
-def _shares(spec: kernels.Spec, count: int, batch: int) -> np.ndarray:
+def _shares(spec: Spec, count: int, batch: int) -> np.ndarray:
     """The factor of each batch's loss in the mean over all rows.
 
     A batch's loss is a mean or a sum.

@@ -21,8 +21,7 @@ from numba.core.caching import FunctionCache
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-from kernels import activations
-
+from .. import activations
 from . import doubles, language
 from .waiting import number
 

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from numba import types
 
-import kernels
-from kernels import activations
-
+from .. import activations
+from ..training import Run
 from . import DTYPES, loop, products, rows, team
 from .tiles import VECTOR
 
@@ -190,7 +189,7 @@ class Memory:
                     inside[...] = outside
 
 
-def train_epoch(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:
+def train_epoch(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     """`kernels.train_epoch` on a CPU. Trains in place and returns (losses, correct) of every step.
 
     It takes any width, batch and number of classes. correct counts right labels, and is 0 where
@@ -211,7 +210,7 @@ class Epochs:
     losses, correct: (epochs, steps), the results.
     """
 
-    def __init__(self, run: kernels.Run, orders: torch.Tensor, hyper: torch.Tensor):
+    def __init__(self, run: Run, orders: torch.Tensor, hyper: torch.Tensor):
         spec, self.run, self.workers = run.spec, run, max(1, torch.get_num_threads())
         kind = DTYPES[run.parameters[0].dtype]
         memory = Memory(spec, kind, min(run.batch, orders.shape[1]), self.workers)
@@ -242,7 +241,7 @@ class Epochs:
                 run.count += task.done
 
 
-def train_replicas(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:
+def train_replicas(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     """`kernels.train_replicas` on a CPU. Each thread trains one network at a time.
 
     There are as many threads as torch uses.

@@ -11,8 +11,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from kernels import activations
-
+from .. import activations
 from .language import abs, maximum, minimum, sqrt, where
 
 __all__ = ["INSTEAD", "abs", "erf", "exp", "expm1", "log", "maximum", "minimum", "sqrt", "where"]

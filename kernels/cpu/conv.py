@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from numba import njit
 
-from kernels import activations
-
+from .. import activations
 from . import images, products, rows, team
 from .tiles import VECTOR
 

@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-import kernels
+from .. import launch
+from ..training import Run
 
 NEEDS = (
     "needs a GPU, or on a CPU numba, with which small networks train more than twice as fast: "
@@ -72,7 +73,7 @@ _passed = 0.0  # seconds that this process would have saved by code that it did 
 def serves(parameter: torch.Tensor) -> bool:
     """True if the compiled epoch can train a network with this parameter."""
     on_cpu = parameter.device.type == "cpu" and parameter.dtype in DTYPES
-    return on_cpu and _has_numba() and kernels.backend(parameter) == "torch"
+    return on_cpu and _has_numba() and launch.backend(parameter) == "torch"
 
 
 @functools.cache
@@ -186,21 +187,21 @@ def convolving(net: Any, batch: int) -> Iterator[None]:
             net.stages = stages
 
 
-def train_epoch(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:
+def train_epoch(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     """See `epoch.train_epoch`."""
     from . import epoch
 
     return epoch.train_epoch(run)
 
 
-def epochs(run: kernels.Run, orders: torch.Tensor, hyper: torch.Tensor) -> Any:
+def epochs(run: Run, orders: torch.Tensor, hyper: torch.Tensor) -> Any:
     """See `epoch.Epochs`."""
     from . import epoch
 
     return epoch.Epochs(run, orders, hyper)
 
 
-def train_replicas(run: kernels.Run) -> tuple[torch.Tensor, torch.Tensor]:
+def train_replicas(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     """See `epoch.train_replicas`."""
     from . import epoch
 
