@@ -11,6 +11,7 @@ import torch
 import kernels
 from kernels.operations import Make, flatten
 from kernels.rounding import errors, floor, worst, worst_errors
+from tests import PATIENCE
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -242,7 +243,7 @@ def ctrl_c():
     def press():
         assert threading.current_thread() is not threading.main_thread()
         signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
-        assert taken.wait(60)
+        assert taken.wait(PATIENCE)
 
     before = signal.signal(signal.SIGUSR1, handler)
     try:

@@ -8,8 +8,7 @@ import time
 from triton.runtime.interpreter import InterpreterBuilder
 
 from kernels.operations import flatten
-
-PATIENCE = 60  # seconds for one launch, which takes one or two
+from tests import PATIENCE
 
 
 def _wait(seconds):

@@ -1,13 +1,15 @@
 """The machinery of the benchmarks. No test depends on a measured time."""
 
 import json
+import queue
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import each_kernel, harness
+from bench import each_kernel, harness, watchdog
 from bench.__main__ import NAMES
 from bench.parts import TABLES
 from bench.table import Table, one_line
@@ -88,15 +90,32 @@ def test_launches_are_counted():
     assert 20 <= rows["eager"] <= 30
 
 
-def test_a_child_that_shows_no_sign_of_life_is_a_hang():
-    script = "import time; print('{\"epochs\": 3}', flush=True); time.sleep({})"
-    child = lambda seconds: [sys.executable, "-c", script.replace("{}", str(seconds))]  # noqa: E731
-    assert watch(child(60), patience=2) == ({"epochs": 3}, "hang: no sign of life for 2 s")
-    assert watch(child(0), patience=60) == ({"epochs": 3}, "")
-    assert watch([sys.executable, "-c", "raise SystemExit(3)"], patience=60) == (
-        {},
+class Impatient(queue.Queue):
+    """Its time is up as soon as it has given one line, so a slow start of the child is no hang."""
+
+    given = 0
+
+    def get(self, timeout):
+        assert timeout == 2
+        if self.given:
+            raise queue.Empty
+        self.given += 1
+        return super().get()
+
+
+def test_a_child_that_shows_no_sign_of_life_is_a_hang(monkeypatch):
+    def child(code):
+        return [sys.executable, "-c", "print('{\"epochs\": 3}', flush=True)\n" + code]
+
+    assert watch(child(""), patience=600) == ({"epochs": 3}, "")
+    assert watch(child("raise SystemExit(3)"), patience=600) == (
+        {"epochs": 3},
         "ended with status 3",
     )
+    assert watch([sys.executable, "-c", ""], patience=600) == ({}, "")
+    monkeypatch.setattr(watchdog, "queue", SimpleNamespace(Queue=Impatient, Empty=queue.Empty))
+    hanging = child("import time; time.sleep(600)")
+    assert watch(hanging, patience=2) == ({"epochs": 3}, "hang: no sign of life for 2 s")
 
 
 def test_the_command_lists_its_names():

@@ -236,7 +236,8 @@ def test_option(monkeypatch, tmp_path, capsys):
     app.callback()(lambda: None)
     options.command(app, "train", *options.TRAIN, row)(training.train)
     argv = "train digits --epochs 1 --engine manual --device cpu --momentum 0.5 --dampening 0.25"
-    app([*argv.split(), "--out", str(tmp_path / "run")], standalone_mode=False)
+    with kernels.use("torch"):  # an epoch of digits in the interpreter takes a minute
+        app([*argv.split(), "--out", str(tmp_path / "run")], standalone_mode=False)
     found = RunFolder(tmp_path / "run").settings.recipe.optimizer_options
     assert found == {"lr": 0.05, "momentum": 0.5, "dampening": 0.25}
     assert "dampening 0.25" in capsys.readouterr().out

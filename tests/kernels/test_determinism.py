@@ -14,6 +14,7 @@ import kernels
 from kernels import launch
 from kernels.operations import OPERATIONS
 from mlp import ENGINES
+from tests import ROOT
 from tests.checks import Draw, assert_equal, snapshot
 from tests.mlp.test_engines import OPTIONS, train
 
@@ -87,6 +88,7 @@ def test_in_another_process():
     try:
         result = subprocess.run(
             [sys.executable, "-c", script],
+            cwd=ROOT,
             env=environment,
             capture_output=True,
             text=True,

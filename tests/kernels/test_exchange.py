@@ -8,7 +8,6 @@ import functools
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +15,10 @@ import torch
 from kernels import Spec, launch, train_epoch, train_epoch_ref
 from kernels.training import exchange as module
 from kernels.training.network import plan
-from tests import interpreter
+from tests import ROOT, interpreter
 from tests.checks import assert_equal
 from tests.kernels.trainings import CASES, Training, assert_agrees, assert_near
-from tests.programs import PATIENCE, as_processes
+from tests.programs import as_processes
 
 SPECS = {
     "momentum, 5 programs": CASES["wider than a tile, momentum"],
@@ -68,9 +67,8 @@ def test_programs_agree_with_reference():
         [sys.executable, "-m", "tests.kernels.test_exchange"],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         env=environment,
-        timeout=6 * PATIENCE,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

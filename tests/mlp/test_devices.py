@@ -14,11 +14,10 @@ import pytest
 
 from mlp import engines
 from mlp.__main__ import main
-from tests import ROOT
+from tests import PATIENCE, ROOT
 
 # The batch of 33 and the last one of 19 are odd, so the two processes' parts differ in size.
 RULES = ("--hidden", "8", "--batch-size", "33", "--device", "cpu", "--clip-norm", "1")
-LIMIT = 300  # seconds after which a test that hangs fails
 
 
 def rows(run):
@@ -42,7 +41,7 @@ def test_two_processes(tmp_path, monkeypatch, capsys):
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + LIMIT
+    deadline = time.monotonic() + PATIENCE
     try:
         while not Path("two/metrics.jsonl").exists() and time.monotonic() < deadline:
             assert parent.poll() is None, parent.communicate()[1]
@@ -50,7 +49,7 @@ def test_two_processes(tmp_path, monkeypatch, capsys):
         children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
         (second,) = [int(child) for child in children if rank_of(child) == "1"]
         os.kill(second, signal.SIGKILL)
-        _, err = parent.communicate(timeout=LIMIT)
+        _, err = parent.communicate(timeout=PATIENCE)
     finally:
         parent.kill()
         parent.wait()
@@ -74,7 +73,7 @@ def torchrun(folder, *words):
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", *started]
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

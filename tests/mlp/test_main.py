@@ -9,12 +9,13 @@ import pytest
 from kernels import selfcheck
 from mlp.__main__ import main
 from mlp.cli import options
+from tests import ROOT
 
 
 def test_help():
     """`python -m mlp --help` names the commands."""
     done = subprocess.run(
-        [sys.executable, "-m", "mlp", "--help"], capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "mlp", "--help"], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0 and done.stderr == ""
     assert all(
@@ -32,7 +33,7 @@ def test_help_imports_nothing_heavy():
         "heavy = ('torch', 'triton', 'numpy', 'sklearn', 'matplotlib', 'tqdm')\n"
         "print([name for name in heavy if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr[-2000:]
 
 
@@ -77,7 +78,7 @@ def test_names_are_loaded_when_asked_for():
         "slow = {'torch._dynamo', 'sklearn', 'scipy', 'pandas', 'numba', 'matplotlib'}\n"
         "assert not slow & set(sys.modules), slow & set(sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -141,5 +142,5 @@ def test_imports_without_the_extra():
         "import mlp\n"
         "mlp.MLP([4, 3])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -13,6 +13,7 @@ import mlp
 from mlp import MLP, ConvNet, Net, Trainer
 from mlp.engines.threads import threads
 from mlp.state import Snapshot, in_mode, load_state, state_of
+from tests import PATIENCE
 
 SIZES = (6, 8, 3)
 OPTIMIZERS = {
@@ -161,13 +162,13 @@ def test_threads_are_as_before():
     def first():
         with threads(1):
             first_in.set()
-            second_out.wait(10)
+            assert second_out.wait(PATIENCE)
 
     try:
         torch.set_num_threads(3)
         thread = threading.Thread(target=first)
         thread.start()
-        first_in.wait(10)
+        assert first_in.wait(PATIENCE)
         with threads(1):
             second_out.set()
             thread.join()
