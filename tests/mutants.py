@@ -1,5 +1,5 @@
-"""Checks that the suite notices faults. Each fault of mutants.txt is put into the kernels alone,
-and its file's tests run.
+"""Checks that the suite notices faults. Each fault of mutants.txt is put into the library alone.
+Then its file's tests run.
 
     python -m tests.mutants [WORD …]        faults whose file or description contains one of the
                                             words, or all
@@ -10,8 +10,8 @@ fault. The column "rule" has "yes" if the test failed by the rule of accuracy in
 The exit status is 1 if a fault survives.
 
 In mutants.txt a fault is a description, the present code (-) and the code with the fault (+). The
-code must occur once in the file of kernels/ that the heading (#) names, in any folder. Words and
-signs are compared. Line breaks, comments, and a comma after the last argument make no difference.
+code must occur once in the file that the heading (#) names. Words and signs are compared. Line
+breaks, comments, and a comma after the last argument make no difference.
 """
 
 import json
@@ -35,27 +35,56 @@ ROOT = Path(__file__).parent.parent
 LIMIT = 1200  # seconds for the tests of a fault
 SURVIVED = "**survived**", ""
 
-# file of kernels/ -> the tests that run with a fault in it, until one fails. The default is
-# test_<file>.py.
+# file -> the tests that run with a fault in it, until one fails. The default is test_<file>.py of
+# the same package.
 TESTS = {
-    "activations": ("test_activations.py", "test_extremes.py"),
-    "linear": ("test_products.py", "test_tma.py", "test_linear.py", "test_linear_memory.py"),
-    "tiles": ("test_tma.py", "test_linear.py", "test_linear_memory.py"),
-    "configs": ("test_products.py", "test_tma.py"),
-    "cross_entropy": ("test_cross_entropy.py", "test_cross_entropy_kernel.py"),
-    "losses": (
-        "test_elementwise_loss.py",
-        "test_cross_entropy.py",
-        "test_cross_entropy_kernel.py",
-        "test_step.py",
+    "kernels/activations": ("kernels/test_activations.py", "kernels/test_extremes.py"),
+    "kernels/ops/linear": (
+        "kernels/test_products.py",
+        "kernels/test_tma.py",
+        "kernels/test_linear.py",
+        "kernels/test_linear_memory.py",
     ),
-    **dict.fromkeys(("patches", "conv", "conv_bwd"), ("test_conv.py", "test_conv_memory.py")),
-    **dict.fromkeys(("layers", "objective", "network", "run"), ("test_step.py", "test_epoch.py")),
-    "mlp": ("test_mlp.py", "test_mlp_update.py"),
-    **dict.fromkeys(("launch", "tape"), ("test_launch.py", "test_linear.py")),
-    "rules": ("test_optim.py", "test_mlp_update.py", "test_step.py", "test_epoch.py"),
-    "replicas": ("test_epoch.py",),
-    "compiled": ("test_compile.py",),
+    "kernels/tiles": (
+        "kernels/test_tma.py",
+        "kernels/test_linear.py",
+        "kernels/test_linear_memory.py",
+    ),
+    "kernels/configs": ("kernels/test_products.py", "kernels/test_tma.py"),
+    "kernels/ops/cross_entropy": (
+        "kernels/test_cross_entropy.py",
+        "kernels/test_cross_entropy_kernel.py",
+    ),
+    "kernels/losses": (
+        "kernels/test_elementwise_loss.py",
+        "kernels/test_cross_entropy.py",
+        "kernels/test_cross_entropy_kernel.py",
+        "kernels/test_step.py",
+    ),
+    **dict.fromkeys(
+        ("kernels/ops/patches", "kernels/ops/conv", "kernels/ops/conv_bwd"),
+        ("kernels/test_conv.py", "kernels/test_conv_memory.py"),
+    ),
+    **dict.fromkeys(
+        (f"kernels/training/{name}" for name in ("layers", "objective", "network", "plan", "run")),
+        ("kernels/test_step.py", "kernels/test_epoch.py"),
+    ),
+    "kernels/ops/mlp": ("kernels/test_mlp.py", "kernels/test_mlp_update.py"),
+    **dict.fromkeys(
+        ("kernels/launch", "kernels/tape"), ("kernels/test_launch.py", "kernels/test_linear.py")
+    ),
+    "kernels/rules": (
+        "kernels/test_optim.py",
+        "kernels/test_mlp_update.py",
+        "kernels/test_step.py",
+        "kernels/test_epoch.py",
+    ),
+    "kernels/training/replicas": ("kernels/test_epoch.py",),
+    "kernels/compiled": ("kernels/test_compile.py",),
+    **dict.fromkeys(("kernels/cpu/doubles", "kernels/cpu/epoch"), ("mlp/test_cpu_epoch.py",)),
+    **dict.fromkeys(
+        ("kernels/cpu/session", "mlp/engines/epochwise"), ("mlp/test_several_epochs.py",)
+    ),
 }
 
 
@@ -121,7 +150,7 @@ def read() -> list[Mutant]:
     mutants, wrong, path, text = [], [], Path(), ""
     for block in (ROOT / "tests" / "mutants.txt").read_text().strip().split("\n\n"):
         if block.startswith("# "):
-            (path,) = (ROOT / "kernels").rglob(f"{block[2:]}.py")
+            path = ROOT / f"{block[2:]}.py"
             text = path.read_text()
             continue
         fault, *lines = block.split("\n")
@@ -156,7 +185,7 @@ class Failures:
     def pytest_runtest_logreport(self, report):
         if report.failed:
             by_rule = bool(re.search(r"are off by more than [\d.]", report.longreprtext))
-            self.found.append(Failure(report.nodeid.removeprefix("tests/kernels/"), by_rule))
+            self.found.append(Failure(report.nodeid.removeprefix("tests/"), by_rule))
 
     pytest_collectreport = pytest_runtest_logreport
 
@@ -170,7 +199,7 @@ def run(tree, tests, options) -> list[Failure]:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     noted = Failures()
     options = [*options, "-p", "no:cacheprovider", "--tb=short", "--rootdir", str(tree)]
-    code = pytest.main([*options, *(f"tests/kernels/{t}" for t in tests)], plugins=[noted])
+    code = pytest.main([*options, *(f"tests/{t}" for t in tests)], plugins=[noted])
     if code and not noted.found:
         noted.found.append(Failure(f"pytest, which ended with {code}"))
     return noted.found
@@ -199,11 +228,12 @@ def failures(tree, tests, *options) -> list[Failure]:
 
 def caught_by(tree, mutant) -> Failure | None:
     """The first test that fails with the fault, or None if all pass."""
-    path, file = tree / mutant.path, mutant.path.stem
+    path, file = tree / mutant.path, mutant.path.with_suffix("").as_posix()
+    tests = f"{mutant.path.parts[0]}/test_{mutant.path.stem}.py"
     text = path.read_text()
     mutant.put_into(tree)
     try:
-        found = failures(tree, TESTS.get(file, (f"test_{file}.py",)), "-x")
+        found = failures(tree, TESTS.get(file, (tests,)), "-x")
     finally:
         path.write_text(text)
     return found[0] if found else None

@@ -4,6 +4,7 @@ place must not hold.
 
 import ast
 import functools
+import graphlib
 import importlib
 import math
 import sys
@@ -104,6 +105,27 @@ def test_compiled_code_of_the_cpu_is_imported_where_it_is_used(name):
     at_import = [node for node in tree(name).body if isinstance(node, ast.Import | ast.ImportFrom)]
     compiled = {module for module in imports(name, at_import) if module.startswith("kernels.cpu")}
     assert compiled <= ({"kernels.cpu"} if name.startswith("mlp/") else set())
+
+
+def outside_functions(nodes):
+    """The imports among these statements and in their branches, such as `if TYPE_CHECKING`."""
+    for node in nodes:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif isinstance(node, ast.If):
+            yield from outside_functions([*node.body, *node.orelse])
+
+
+def test_modules_import_each_other_without_a_circle():
+    def module(name):
+        return name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+    graph = {
+        module(name): set(imports(name, [*outside_functions(tree(name).body)])) - {module(name)}
+        for name in LIBRARY
+    }
+    assert graph["kernels.training.step"] >= {"kernels.launch", "kernels.training.run"}
+    graphlib.TopologicalSorter(graph).prepare()  # a CycleError names the circle
 
 
 @pytest.mark.parametrize(

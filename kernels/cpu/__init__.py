@@ -1,5 +1,6 @@
 """Training on a CPU. One call of code that numba compiles runs a whole epoch.
 
+    bits       floats and their bits
     language   the functions that the tables' scalars call, for float32
     doubles    the same for float64
     rows       the rows of the tables, compiled

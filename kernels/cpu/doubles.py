@@ -12,6 +12,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from .. import activations
+from .bits import of_type
 from .language import abs, maximum, minimum, sqrt, where
 
 __all__ = ["INSTEAD", "abs", "erf", "exp", "expm1", "log", "maximum", "minimum", "sqrt", "where"]
@@ -23,36 +24,7 @@ _LARGEST, _SMALLEST = 709.8, -746.0  # beyond these, exp is infinite or 0
 _LEAST, _RAISED = 2.2250738585072014e-308, 54.0  # the smallest normal number
 
 
-@intrinsic
-def _power_of_two(typing, exponent):
-    """2 ** exponent as float64, made from its bits. exponent: int64 from -1022 to 1023."""
-
-    def generate(context, builder, signature, args):
-        i64 = ir.IntType(64)
-        bits = builder.shl(builder.add(args[0], i64(1023)), i64(52))
-        return builder.bitcast(bits, ir.DoubleType())
-
-    return types.float64(types.int64), generate
-
-
-@intrinsic
-def _bits(typing, x):
-    """The bits of a float64 as int64."""
-
-    def generate(context, builder, signature, args):
-        return builder.bitcast(args[0], ir.IntType(64))
-
-    return types.int64(types.float64), generate
-
-
-@intrinsic
-def _of_bits(typing, bits):
-    """The float64 whose bits are this int64."""
-
-    def generate(context, builder, signature, args):
-        return builder.bitcast(args[0], ir.DoubleType())
-
-    return types.float64(types.int64), generate
+_power_of_two, _bits, _of_bits = of_type(np.dtype(np.float64))
 
 
 @intrinsic

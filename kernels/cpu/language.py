@@ -11,6 +11,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from .bits import of_type
+
 _f = np.float32
 _LOG2E, _LN2_HIGH, _LN2_LOW = _f(1.44269504), _f(0.693359375), _f(-2.12194440e-4)
 _INFINITE = _f(np.inf)
@@ -18,36 +20,7 @@ INSTEAD: dict[Any, Any] = {}  # no scalar needs another formula in float32
 _LARGEST, _SMALLEST = _f(88.8), _f(-104.0)  # beyond these, exp is infinite or 0
 
 
-@intrinsic
-def _power_of_two(typing, exponent):
-    """2 ** exponent as float32, made from its bits. exponent: int32 from -126 to 127."""
-
-    def generate(context, builder, signature, args):
-        i32 = ir.IntType(32)
-        bits = builder.shl(builder.add(args[0], i32(127)), i32(23))
-        return builder.bitcast(bits, ir.FloatType())
-
-    return types.float32(types.int32), generate
-
-
-@intrinsic
-def _bits(typing, x):
-    """The bits of a float32 as int32."""
-
-    def generate(context, builder, signature, args):
-        return builder.bitcast(args[0], ir.IntType(32))
-
-    return types.int32(types.float32), generate
-
-
-@intrinsic
-def _of_bits(typing, bits):
-    """The float32 whose bits are this int32."""
-
-    def generate(context, builder, signature, args):
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(types.int32), generate
+_power_of_two, _bits, _of_bits = of_type(np.dtype(np.float32))
 
 
 @intrinsic

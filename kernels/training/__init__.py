@@ -2,8 +2,9 @@
 
 One program trains one network, several programs share one network, or each program trains its own.
 
-run        what a training takes, as one object that is checked once
-network    the description of a network, its loss and its rule; the limits; a step in plain torch
+network    the description of a network, its loss and its rule; the limits; its gradients in torch
+run        what a training takes, as one object that is checked once; a step in plain torch
+plan       what a kernel knows of a run at compile time
 layers     the parts of a step that the kernels consist of
 objective  the loss of a batch in a kernel
 step       a step in two launches

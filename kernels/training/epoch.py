@@ -27,8 +27,8 @@ from .layers import (
     scratch_of,
     top,
 )
-from .network import plan, refuse, step_ref
-from .run import Order, Run
+from .plan import plan, refuse
+from .run import Order, Run, step_ref
 from .step import new_scratch
 
 

@@ -41,7 +41,7 @@ from .layers import (
     scratch_of,
     top,
 )
-from .network import Plan, plan
+from .plan import Plan, plan
 from .run import Run
 from .step import new_scratch
 

@@ -1,4 +1,4 @@
-"""What the training kernels train, and one step of it in plain torch.
+"""What the training kernels train, and its loss and gradients in plain torch.
 
 One description holds the network, the loss and the rule. The limits of the kernels are here too.
 
@@ -21,9 +21,6 @@ list of the same shapes for each of the rule's states. All states start as zeros
 """
 
 import dataclasses
-import functools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -39,9 +36,6 @@ from ..ops.linear import (
 )
 from ..ops.mlp import stack_backward, stack_forward
 from ..rules import Rule
-
-if TYPE_CHECKING:
-    from .run import Run
 
 MAX_WIDTH, MAX_CLASSES = 256, 64
 
@@ -84,85 +78,6 @@ class Spec:
         """Shapes of the parameters, in order."""
         pairs = zip(self.sizes[1:], self.sizes[:-1])
         return [shape for n, k in pairs for shape in (((n, k), (n,)) if self.bias else ((n, k),))]
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a training kernel knows at compile time, as one hashable constexpr.
-
-    It holds the facts of a Spec, its functions, and the tiles.
-    """
-
-    sizes: tuple[int, ...]
-    tiles: tuple[int, ...]  # columns of a layer that are computed at once
-    bias: int  # 1 if the layers have biases, else 0
-    act: Any  # jit scalars of the hidden layers' activation, see `activations`
-    act_bwd: Any
-    out: Any  # jit scalars of the last layer's activation
-    out_bwd: Any
-    keeps_z: bool  # True if act_bwd needs z
-    out_needs_z: bool  # True if out_bwd needs z
-    columns: tuple[str, ...]  # of a row of hyperparameters
-    scheduled: bool  # True if there is such a row for each step
-    at: Any  # the rule's jit functions, see `rules`
-    update: Any
-    loss: losses.Loss
-    loss_numbers: tuple[float, ...]
-    loss_scale: float
-    loss_mean: bool
-    soft: bool  # targets are (n, classes) numbers, not labels
-    precision: str
-    block_m: int  # batch rows, padded
-    block_k: int  # input features that are read at once
-    block_r: int  # terms that are added at once in a sum over a hidden layer's units
-    pitch: int  # row length of the scratch that holds y_l and dz_l
-    threads: int  # of a program; if a tile has fewer elements, several threads hold each
-
-    @functools.cached_property
-    def cache_key(self) -> str:
-        """The key of this constexpr in Triton's cache on disk. It covers the functions' source."""
-        return rules.key_of(*(getattr(self, field.name) for field in dataclasses.fields(self)))
-
-
-def plan(run: "Run", kernel: str) -> tuple[Plan, int, dict]:
-    """(Plan, rows of w_1 of each program, launch options) of `kernel` on the run's device."""
-    spec, block_m = run.spec, padded(run.batch)
-    precision, arch = launch.dot_precision(), launch.arch(run.device)
-    hidden, output = activations.get(spec.activation), activations.get(spec.output_activation)
-    states = len(spec.rule.states)
-    config = configs.training(kernel, arch, precision, states, spec.sizes, block_m)
-    sides = [padded(size) for size in spec.sizes]
-    planned = Plan(
-        sizes=tuple(spec.sizes),
-        tiles=(*(min(side, config.columns) for side in sides[:-1]), sides[-1]),
-        bias=int(spec.bias),
-        act=hidden.forward,
-        act_bwd=hidden.backward,
-        out=output.forward,
-        out_bwd=output.backward,
-        keeps_z=hidden.needs_z and len(spec.sizes) > 2,
-        out_needs_z=output.needs_z,
-        columns=spec.rule.columns,
-        scheduled=run.scheduled,
-        at=spec.rule.at,
-        update=spec.rule.update,
-        loss=spec.loss,
-        loss_numbers=spec.loss_numbers,
-        loss_scale=float(spec.loss_scale),
-        loss_mean=spec.loss_mean,
-        soft=run.targets.is_floating_point(),
-        precision=precision,
-        block_m=block_m,
-        block_k=config.block_k,
-        block_r=config.block_r,
-        pitch=max(sides[1:]),
-        threads=config.num_warps * launch.lanes(arch),
-    )
-    options = dict(NET=planned, num_warps=config.num_warps, num_stages=config.num_stages)
-    if arch.startswith("sm_"):
-        # Without it, ptxas may stop at 128 registers, so that a second block fits, and spill.
-        options["maxnreg"] = min(255, 2048 // config.num_warps)
-    return planned, min(config.rows, sides[1]), options
 
 
 def refusal(spec: Spec, batch: int, engine: str = "epoch") -> str | None:
@@ -216,12 +131,6 @@ def outgrown(spec: Spec, batch: int, engine: str = "epoch") -> str | None:
     )
 
 
-def refuse(run: "Run", engine: str) -> None:
-    """Raises a ValueError if `refusal` gives a reason."""
-    if reason := refusal(run.spec, run.batch, engine):
-        raise ValueError(reason)
-
-
 def loss_ref(
     spec: Spec, y: torch.Tensor, target: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -270,20 +179,6 @@ def gradients_ref(
     _, dws, dbs = stack_backward(dy, saved, needs, None, *bwd)
     grads = [g for pair in zip(dws, dbs) for g in pair if g is not None]
     return loss, correct_ref(spec, y, target), grads
-
-
-def step_ref(
-    run: "Run", rows: torch.Tensor, row: Sequence | torch.Tensor, step: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss, correct) of one training step, taken in place by the references.
-
-    rows: rows of the data, (M,) or (R, M). row: the numbers of a row of hyper, or for R networks a
-    tensor (R, columns). step: the count of this step, 1 at the first.
-    """
-    x, target = run.inputs(rows), run.targets[rows]
-    loss, correct, grads = gradients_ref(run.spec, run.parameters, x, target)
-    rules.apply_ref(run.spec.rule, run.parameters, grads, run.states, row, step)
-    return loss, correct
 
 
 def _stacked_fwd(x, w, b, activation, *, out=None):

@@ -15,8 +15,8 @@ import torch
 
 from .. import launch
 from .epoch import run_epoch_kernel
-from .network import refuse, step_ref
-from .run import Run
+from .plan import refuse
+from .run import Run, step_ref
 
 
 def train_replicas_ref(run: Run) -> tuple[torch.Tensor, torch.Tensor]:

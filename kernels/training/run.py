@@ -1,13 +1,18 @@
-"""What a training takes: one object on the host, and bundles of pointers for kernels."""
+"""What a training takes: one object on the host, and bundles of pointers for kernels.
+
+`step_ref` is one step of it in plain torch.
+"""
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
+from .. import rules
 from ..ops.optim import Parameters
-from .network import Spec
+from .network import Spec, gradients_ref
 
 
 class Scratch(NamedTuple):
@@ -197,3 +202,17 @@ class Run:
                 f"hyperparameters, or {each} with a row for each step, got "
                 f"{tuple(self.hyper.shape)}"
             )
+
+
+def step_ref(
+    run: Run, rows: torch.Tensor, row: Sequence | torch.Tensor, step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss, correct) of one training step, taken in place by the references.
+
+    rows: rows of the data, (M,) or (R, M). row: the numbers of a row of hyper, or for R networks a
+    tensor (R, columns). step: the count of this step, 1 at the first.
+    """
+    x, target = run.inputs(rows), run.targets[rows]
+    loss, correct, grads = gradients_ref(run.spec, run.parameters, x, target)
+    rules.apply_ref(run.spec.rule, run.parameters, grads, run.states, row, step)
+    return loss, correct

@@ -23,8 +23,8 @@ import triton.language as tl
 
 from .. import launch
 from .layers import Rows, backward_layer, batch_rows, first_tile, numbers_of, results_at, top
-from .network import plan, refuse, step_ref
-from .run import Run, Scratch
+from .plan import plan, refuse
+from .run import Run, Scratch, step_ref
 
 
 class Progress(NamedTuple):

@@ -31,7 +31,7 @@ from kernels import (
     train_step,
 )
 from kernels.training.exchange import spills
-from kernels.training.network import plan
+from kernels.training.plan import plan
 from tests import ROOT
 from tests.compile import worker
 from tests.compile.test_compile import USUAL

@@ -17,7 +17,7 @@ from kernels import (
     train_replicas_ref,
 )
 from kernels.training.epoch import shareable
-from kernels.training.network import plan
+from kernels.training.plan import plan
 from tests.checks import assert_equal, snapshot
 from tests.kernels.test_step import by_steps
 from tests.kernels.trainings import CASES, SOFT, Training, assert_agrees

@@ -14,7 +14,7 @@ import torch
 
 from kernels import Spec, launch, train_epoch, train_epoch_ref
 from kernels.training import exchange as module
-from kernels.training.network import plan
+from kernels.training.plan import plan
 from tests import ROOT, interpreter
 from tests.checks import assert_equal
 from tests.kernels.trainings import CASES, Training, assert_agrees, assert_near
