@@ -9,6 +9,7 @@ Every module stays the same object with the same parameters and computes the sam
 changes.
 """
 
+import copyreg
 import functools
 import logging
 from collections.abc import Callable, Iterator
@@ -142,7 +143,7 @@ def _odd_parameters(layer) -> str | None:
 
 def _obstacle_of_sequential(sequential: nn.Sequential) -> str | None:
     """The reason why this nn.Sequential cannot run its children as `Sequential` does, or None."""
-    kind = type(sequential)
+    kind: Any = type(sequential)
     unchanged = kind.forward in (nn.Sequential.forward, Sequential.forward)
     if not unchanged or "forward" in vars(sequential):
         return f"its {kind.__name__} has a forward of its own"
@@ -150,6 +151,10 @@ def _obstacle_of_sequential(sequential: nn.Sequential) -> str | None:
         return f"its {kind.__name__} has an order of its own"
     if kind is not nn.Sequential and kind.__module__.startswith("torch."):
         return f"torch knows its {kind.__name__} by this class"
+    try:
+        _ours_of(kind)
+    except Exception as error:  # from its metaclass or its __init_subclass__
+        return f"its {kind.__name__} takes no subclass ({type(error).__name__}: {error})"
     return None
 
 
@@ -164,18 +169,27 @@ def _ours_of(kind: Any) -> Any:
     made: Any = type(kind.__name__, (Sequential, kind), own)
 
     def reduce(self, protocol):
-        if type(self) is not made:
-            return super(made, self).__reduce_ex__(protocol)
-        return _new, (kind,), vars(self)
+        """What `kind` has defined for a pickle, with names that pickle can find."""
+        found = super(made, self).__reduce_ex__(max(2, protocol))
+        if type(self) is not made or isinstance(found, str):
+            return found
+        function, arguments, *more = found
+        if function is copyreg.__newobj__:
+            function = _new
+        return kind if function is made else function, _named(arguments, made, kind), *more
 
     made.__reduce_ex__ = reduce  # pickle cannot find `made` by its name
     return made
 
 
-def _new(kind: Any) -> Sequential:
+def _named(arguments: tuple, made: type, kind: type) -> tuple:
+    return tuple(kind if one is made else one for one in arguments)
+
+
+def _new(kind: Any, *arguments: Any) -> Sequential:
     """An object of `_ours_of(kind)` without attributes. Pickle and copy fill them in."""
     made = _ours_of(kind)
-    return made.__new__(made)
+    return made.__new__(made, *arguments)
 
 
 def _runs(sequential: nn.Sequential) -> Iterator[tuple[str, str | None]]:

@@ -81,7 +81,7 @@ class Linear(_Drawn, nn.Linear):
     def fused(self, input: torch.Tensor, activation: str | None = None) -> torch.Tensor:
         """`forward`, with this activation if one is given instead of the layer's own."""
         weight, bias = _weight_and_bias(self)
-        if _is_foreign(weight):
+        if _is_foreign(input, weight, bias):
             row = activations.get(activation or self.activation)
             return row.torch(nn.functional.linear(input, weight, bias))
         return kernels.linear(input, weight, bias, activation or self.activation)
@@ -170,6 +170,8 @@ class MLP(nn.Module):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(…, sizes[0]) -> (…, sizes[-1])."""
         last, weights, biases = len(self.sizes) - 2, [], []
+        if _is_foreign(input):
+            return self._one_by_one(input)
         modules, activation = self._modules, self.activation
         for i in range(last + 1):
             layer: Any = modules.get(str(i))
@@ -179,7 +181,7 @@ class MLP(nn.Module):
             if not runs_forward(layer):
                 return self._one_by_one(input)
             weight, bias = _weight_and_bias(layer)
-            if _is_foreign(weight):
+            if _is_foreign(weight, bias):
                 return self._one_by_one(input)
             weights.append(weight)
             biases.append(bias)
@@ -227,12 +229,20 @@ def _weight_and_bias(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     return layer.weight, layer.bias
 
 
-def _is_foreign(weight: torch.Tensor | None) -> bool:
-    """True if torch's functions compute something else with this weight.
+_PLAIN = (torch.Tensor, nn.Parameter, type(None))
 
-    Such a weight is a tensor subclass with a `__torch_function__`, as some quantised ones are.
+
+def _is_foreign(*tensors: torch.Tensor | None) -> bool:
+    """True if torch's functions compute something else with one of these tensors.
+
+    Such a tensor is of a subclass with a `__torch_function__`, as some quantised ones are. A proxy
+    of torch.fx is no tensor.
     """
-    return type(weight) is not nn.Parameter and has_torch_function_unary(weight)
+    for tensor in tensors:
+        is_own = type(tensor) not in _PLAIN and isinstance(tensor, torch.Tensor)
+        if is_own and has_torch_function_unary(tensor):
+            return True
+    return False
 
 
 class Conv2d(_Drawn, nn.Conv2d):
@@ -290,7 +300,7 @@ class Conv2d(_Drawn, nn.Conv2d):
         self, input: torch.Tensor, activation: str | None = None, max_pool: Window | None = None
     ) -> torch.Tensor:
         """`forward`, with these if they are given instead of the layer's own."""
-        if _is_foreign(self.weight):
+        if _is_foreign(input, self.weight, self.bias):
             y = activations.get(activation or self.activation).torch(super().forward(input))
             return nn.functional.max_pool2d(y, max_pool or self.max_pool)
         return kernels.conv2d(
@@ -428,7 +438,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """See `kernels.layer_norm`."""
-        if _is_foreign(self.weight):
+        if _is_foreign(input, self.weight, self.bias):
             return super().forward(input)
         return kernels.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
@@ -441,6 +451,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """See `kernels.cross_entropy`."""
+        if _is_foreign(input, target):
+            return super().forward(input, target)
         return kernels.cross_entropy(
             input, target, self.weight, self.ignore_index, self.reduction, self.label_smoothing
         )
@@ -451,6 +463,8 @@ class MSELoss(nn.MSELoss):
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """See `kernels.mse_loss`."""
+        if _is_foreign(input, target):
+            return super().forward(input, target)
         return kernels.mse_loss(input, target, self.reduction)
 
 
@@ -463,6 +477,8 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """See `kernels.binary_cross_entropy_with_logits`."""
+        if _is_foreign(input, target):
+            return super().forward(input, target)
         return kernels.binary_cross_entropy_with_logits(
             input, target, self.weight, self.reduction, self.pos_weight
         )
@@ -473,6 +489,8 @@ class HuberLoss(nn.HuberLoss):
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """See `kernels.huber_loss`."""
+        if _is_foreign(input, target):
+            return super().forward(input, target)
         return kernels.huber_loss(input, target, self.reduction, self.delta)
 
 

@@ -52,6 +52,8 @@ class Stack:
         self._buffers: dict = {}
         # shape, dtype, device and layout of the latest input that was checked
         self._checked: tuple | None = None
+        # True if the backward computes the last derivative from the outputs
+        self.keeps_output = activations.get(output_activation).needs == "y"
         each = (True,) * self.layers, (bias,) * self.layers
         self._needs = [(first, *each[0], *each[1]) for first in (False, True)]  # see `mlp_bwd`
 
@@ -261,7 +263,8 @@ class Net:
 
     def _describe(self, config):
         self._config, self._shape, self._grads = config, None, None
-        self._x: torch.Tensor | None = None  # the latest input, see `_rows`
+        # (name, tensor, its version) of what `backward` needs of the latest call, see `_rows`
+        self._kept: list[tuple[str, torch.Tensor, int]] = []
         self.stages = stages(config)
         self._shapes = {
             name: shape for stage in self.stages for name, shape in stage.shapes.items()
@@ -312,7 +315,7 @@ class Net:
     def __getstate__(self):
         # The state holds the tensors themselves. An optimizer that is copied or pickled with the
         # net then still shares its parameters.
-        made = ("_config", "_shape", "_x", "_version", "_shapes", "stages", "flat", "_grads")
+        made = ("_config", "_shape", "_kept", "_shapes", "stages", "flat", "_grads")
         return {name: value for name, value in vars(self).items() if name not in made} | {
             "config": self._config,
             "grads": self._grads,
@@ -339,13 +342,13 @@ class Net:
         They are kept for `backward`, in a buffer that the next `forward` overwrites. x is kept too,
         not a copy. So change neither x nor the outputs in place before `backward`.
         """
-        try:
-            self._x, self._version = x, x._version
-        except RuntimeError:  # tensors of inference mode count no changes
-            self._x = None
+        self._kept.clear()
+        self._keep("input", x)
         y = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         for stage in self.stages:
             y = stage.forward(y)
+        if self.stages[-1].keeps_output:
+            self._keep("output", y)
         if x.dim() != 2:
             y = y.view(*x.shape[:-1], y.shape[-1])
         self._shape = y.shape
@@ -361,9 +364,10 @@ class Net:
     def backward(self, doutput: torch.Tensor, input_grad: bool = False) -> torch.Tensor | None:
         """Overwrite `grads` from the gradient of the latest forward's outputs.
 
-        doutput has the outputs' shape, else ValueError. RuntimeError before the first `forward`,
-        and if its input was changed in place since then. Returns the gradient of the inputs, in
-        their shape, if `input_grad`, else None.
+        doutput has the outputs' shape, else ValueError. RuntimeError before the first `forward`.
+        The same if its input was changed in place since then, or its output where the gradient is
+        computed from it. Returns the gradient of the inputs, in their shape, if `input_grad`, else
+        None.
         """
         dy = self._rows(doutput)
         self._with_grads()
@@ -387,15 +391,21 @@ class Net:
         (stack,) = self.stages
         stack.update(self._rows(doutput), states, hyper, step, rule)
 
+    def _keep(self, name: str, tensor: torch.Tensor) -> None:
+        """Note the version of a tensor that `backward` needs as it is now."""
+        if not tensor.is_inference():  # tensors of inference mode count no changes
+            self._kept.append((name, tensor, tensor._version))
+
     def _rows(self, doutput):
         """The gradient of the latest outputs as a matrix (rows, outputs)."""
         if self._shape is None:
             raise RuntimeError("Net: backward was called before forward; call forward first")
-        if self._x is not None and self._x._version != self._version:
-            raise RuntimeError(
-                "Net: the input was changed in place between forward and backward, which needs it "
-                f"(version {self._x._version}, expected {self._version}); change a copy"
-            )
+        for name, tensor, version in self._kept:
+            if tensor._version != version:
+                raise RuntimeError(
+                    f"Net: the {name} was changed in place between forward and backward, which "
+                    f"needs it (version {tensor._version}, expected {version}); change a copy"
+                )
         if doutput.shape != self._shape:
             raise ValueError(
                 f"Net: the gradient must be {tuple(self._shape)}, as the latest outputs were, got "

@@ -4,6 +4,7 @@ A search fits hundreds of small networks on rows of the same data. scikit-learn'
 as long as their training.
 """
 
+import copy
 from typing import Any, ClassVar
 
 import numpy
@@ -26,7 +27,8 @@ class _Trusted:
 
     def __sklearn_clone__(self) -> Any:
         made = object.__new__(type(self))
-        made.__dict__.update(self._parameters)
+        # scikit-learn's clone copies too. A fit advances a `random_state` that is a generator.
+        made.__dict__.update(copy.deepcopy(self._parameters))
         return made
 
     @property
@@ -34,8 +36,8 @@ class _Trusted:
         return {name: self.__dict__[name] for name in self._names}
 
     def set_params(self, **params: Any) -> Any:
-        """Set parameters without a check of their names. Returns self."""
-        self.__dict__.update(params)
+        """Set copies of parameters, without a check of their names. Returns self."""
+        self.__dict__.update(copy.deepcopy(params))
         return self
 
     def _validate_params(self) -> None:

@@ -5,6 +5,7 @@ parameters and names.
 import copy
 import functools
 import pickle
+import threading
 
 import pytest
 import torch
@@ -219,3 +220,46 @@ def test_feature_extractor():
     models = nn.Sequential(copy.deepcopy(model)), nn.Sequential(fuse(model))
     torchs, ours = (create_feature_extractor(each, places)(x) for each in models)
     torch.testing.assert_close(ours, torchs)
+
+
+class Locked(nn.Sequential):
+    """A pickle leaves out what `__getstate__` leaves out."""
+
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.lock = threading.Lock()
+
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.lock = threading.Lock()
+
+
+class Rebuilt(nn.Sequential):
+    """A pickle calls the class with the arguments of `__reduce__`."""
+
+    def __reduce__(self):
+        return type(self), (nn.Linear(4, 3), nn.ReLU()), self.__dict__
+
+
+@pytest.mark.parametrize("kind", [Locked, Rebuilt])
+def test_pickles_are_as_the_class_defines_them(kind):
+    model, x = fuse(kind(nn.Linear(4, 3), nn.ReLU())), torch.randn(2, 4)
+    assert operations(lambda: model(x)) == ["relu"]
+    for made in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert isinstance(made, kind) and hasattr(made, "lock") == hasattr(model, "lock")
+        torch.testing.assert_close(made(x), model(x))
+
+
+def test_a_class_without_subclasses_is_left_alone():
+    class Final(nn.Sequential):
+        def __init_subclass__(cls):
+            raise TypeError("Final has no subclasses")
+
+    lines = []
+    model = fuse(Final(nn.Linear(4, 3), nn.ReLU()), lines.append)
+    assert type(model) is Final and type(model[0]) is mlp.Linear
+    reason = "its Final takes no subclass (TypeError: Final has no subclasses)"
+    assert lines[-1] == f"1: ReLU left alone: {reason}"

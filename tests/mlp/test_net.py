@@ -190,3 +190,19 @@ def test_an_input_that_changed_is_refused():
         y = net.forward(torch.ones(4, 3))
         net.backward(torch.ones_like(y))
         assert float(net.grads["0.bias"][0]) == 4
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "relu", "gelu", "identity"])
+def test_an_output_that_changed_is_refused_if_the_gradient_needs_it(activation):
+    x, dy = torch.randn(4, 3), torch.ones(4, 2)
+    net = Net((3, 2), output_activation=activation)
+    net.forward(x)
+    net.backward(dy)
+    expected = net.flat_grad.clone()
+    net.forward(x).mul_(3)
+    if ACTIVATIONS[activation].needs == "y":
+        with pytest.raises(RuntimeError, match="output was changed in place"):
+            net.backward(dy)
+        net.forward(x)
+    net.backward(dy)
+    assert_equal(net.flat_grad, expected)

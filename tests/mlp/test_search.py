@@ -188,6 +188,23 @@ def test_a_fold_of_one_class_is_scored_as_by_gridsearchcv(iris):
     assert scores[0] == scores[1] == [0.0]
 
 
+def test_a_generator_as_random_state_is_copied_for_each_fit(iris):
+    """Otherwise fits side by side would draw from one generator, which is the caller's too."""
+    drawn = np.random.RandomState(0)
+    generators = {"random_state": [np.random.RandomState(1), np.random.RandomState(2)]}
+    for estimator, grid in (
+        (network(random_state=drawn), {"alpha": [0.1, 0.2]}),
+        (network(), generators),
+    ):
+        ours = mlp.SearchCV(estimator, grid, cv=3, n_jobs=2).fit(*iris)
+        theirs = GridSearchCV(estimator, grid, cv=3).fit(*iris)
+        for split in range(3):
+            name = f"split{split}_test_score"
+            np.testing.assert_allclose(ours.cv_results_[name], theirs.cv_results_[name])
+    for seed, used in enumerate([drawn, *generators["random_state"]]):
+        assert used.randint(1 << 30) == np.random.RandomState(seed).randint(1 << 30)
+
+
 def test_an_ensemble_adds_what_helps():
     target = np.array([0.0, 1.0, 0.0])
     outputs = [target + 0.5, target - 0.5, target + 3]

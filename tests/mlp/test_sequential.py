@@ -168,6 +168,13 @@ def foreign_weight(model, x):
     return model(x), model[2](x[:, :5])
 
 
+def foreign_bias(model, x):
+    bias = model[2].bias.detach().as_subclass(Doubled)
+    del model[2].bias
+    model[2].bias = bias
+    return model(x), model[2](x[:, :5])
+
+
 WAYS = {
     "called": lambda model, x: model(x),
     "indexed": lambda model, x: (model[0](x), model[1](x), model[-1](model[4](model[2](x[:, :5])))),
@@ -193,6 +200,8 @@ WAYS = {
     "jvp": lambda model, x: torch.func.jvp(model, (x,), (x,)),
     "other weights": with_other_weights,
     "foreign weight": foreign_weight,
+    "foreign bias": foreign_bias,
+    "foreign input": lambda model, x: model(x.as_subclass(Doubled)),
     "parametrised": parametrised,
     "pruned": pruned,
 }
@@ -272,6 +281,28 @@ def test_foreign_weights_of_other_layers(place):
     del perceptron[1].weight
     perceptron[1].weight = weight
     torch.testing.assert_close(perceptron(torch.ones(1, 6)), 2 * before - perceptron[1].bias)
+    x = torch.randn(2, 6)
+    given = mlp.MLP([6, 5, 3])
+    torch.testing.assert_close(given(x.as_subclass(Doubled)), given(2 * x))
+
+
+@pytest.mark.parametrize("place", [0, 3])
+def test_foreign_inputs_of_other_layers(place):
+    """A convolution and a layer norm, whose bias tells a doubled input from its half."""
+    models = built(lambda: conv(nn.ReLU(), nn.MaxPool2d(2), nn.LayerNorm(3, eps=1.0))())
+    x = rows(2, 2, 8, 8).detach() if place == 0 else torch.randn(2, 3, dtype=torch.float64)
+    ours, plain = models[1][place], models[0][place]
+    torch.testing.assert_close(ours(x.as_subclass(Doubled)), plain(2 * x))
+
+
+@pytest.mark.parametrize(
+    "kind", [nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss, nn.HuberLoss]
+)
+def test_foreign_inputs_of_losses(kind):
+    plain, ours = kind(), fuse(nn.ModuleList([kind()]))[0]
+    x, target = torch.randn(3, 4), torch.rand(3, 4)
+    torch.testing.assert_close(ours(x.as_subclass(Doubled), target), plain(2 * x, target))
+    torch.testing.assert_close(ours(x, target.as_subclass(Doubled)), plain(x, 2 * target))
 
 
 def test_in_place_after_an_activation():
