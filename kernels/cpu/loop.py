@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import carray
 
-from .tiles import ROWS, lanes, mark, scale_octets, size_of
+from .tiles import ROWS, lanes, mark, scale_octets, scale_reals, size_of
 from .waiting import (
     call,
     inside,
@@ -226,6 +226,8 @@ def start_gradients(run, rows, worker):
     It is background · Σ dz, the same for every row of w. Returns its place.
     """
     layer = run.layers[0]
+    if run.places[OCTETS] == 0:  # there is no background
+        return run.places[ZEROS]
     pitch = layer[PITCH]
     start = run.places[START] + worker * pitch
     ones, shape = (run.places[ONE], NONE, NONE), (ONCE, pitch // lanes(run.w), rows)
@@ -265,20 +267,23 @@ def read_inputs(run, first, rows, begin, end, to):
     The batch starts at order[first].
     """
     width, order, size = end - begin, integers(run.places[ORDER]), size_of(run.w)
-    whole = width // lanes(run.w) * lanes(run.w)
+    features, pixels, reals = run.layers[0, K], run.places[PIXELS], run.places[REALS]
+    whole, x = np.int64(width // lanes(run.w)), to
     for m in range(rows):
-        at = order[first + m] * run.layers[0, K] + begin
-        x = to + m * width
-        if run.places[PIXELS]:
-            vectors = whole // lanes(run.w)
-            scale_octets(run.w, x, run.places[PIXELS] + at, vectors, run.scale, run.shift)
-            pixels = octets(run.places[PIXELS] + at)
-            for i in range(whole, width):
-                run.w[x + i] = number(run.w, pixels[i]) * run.scale + run.shift
+        at = order[first + m] * features + begin
+        values = numbers(run.w, _address(run, x))
+        if pixels:
+            scale_octets(run.w, x, pixels + at, whole, run.scale, run.shift)
+            bytes_ = octets(pixels + at)
+            for i in range(whole * lanes(run.w), width):
+                values[i] = number(run.w, bytes_[i]) * run.scale + run.shift
+        elif whole:
+            scale_reals(run.w, x, reals + size * at, width, run.scale, run.shift)
         else:
-            reals, values = numbers(run.w, run.places[REALS] + size * at), run.w[x : x + width]
+            given = numbers(run.w, reals + size * at)
             for i in range(width):
-                values[i] = reals[i] * run.scale + run.shift
+                values[i] = given[i] * run.scale + run.shift
+        x += width
     if run.places[OCTETS]:
         mark_inputs(run, rows, begin, end, to)
 
@@ -364,30 +369,41 @@ def first_half(run, worker, workers, step, begin, end):
 
 @inside
 def _few_outputs(run, l, m, stop):
-    """Add y' w to rows m to stop of z, for a layer that keeps its weights across.
+    """Compute rows m to stop of z = y' w + b, for a layer that keeps its weights across.
 
-    z holds the bias. y' is the output of the layer below.
+    y' is the output of the layer below. The padding of z stays 0.
     """
     w, layer, below = run.w, run.layers[l], run.layers[l - 1, PITCH]
     pitch, left = layer[PITCH], (run.layers[l - 1, Y] + m * below, below)
-    z, sums = layer[Z] + m * pitch, layer[Y] + m * pitch
-    shape = (stop - m, layer[N], layer[WIDE] // lanes(w))
+    sums, outputs = layer[Y] + m * pitch, layer[N]
+    shape = (stop - m, outputs, layer[WIDE] // lanes(w))
     product_transposed(run, left, (layer[W], layer[WIDE]), (sums, pitch), shape)
-    for row in range(stop - m):
-        for n in range(layer[N]):
-            w[z + row * pitch + n] += w[sums + row * pitch + n]
+    bias = numbers(w, _address(run, layer[W] + layer[TALL] * layer[WIDE]))
+    z, given = numbers(w, _address(run, layer[Z] + m * pitch)), numbers(w, _address(run, sums))
+    for row in range(0, (stop - m) * pitch, pitch):
+        for n in range(outputs):
+            z[row + n] = bias[n] + given[row + n]
+
+
+@inside
+def has_one_part(run):
+    """True if the first layer's z is the sum of the bias and of one product."""
+    return run.places[CHUNKS] == 1 and run.places[OCTETS] == 0
 
 
 @inside
 def add_products(run, inputs, x, rows, place, added, worker):
     """Compute the part of the first layer's z that comes from inputs = (k, stop).
 
-    It becomes partial sum number `place`. If `added`, it is added to that sum.
+    It becomes partial sum number `place`. If `added`, it is added to that sum. If there is no other
+    part, the result is z itself.
     """
     (k, stop), pitch = inputs, run.layers[0, PITCH]
     weights = (run.layers[0, W] + k * pitch, pitch)
     to = (run.places[PARTIAL] + place * (run.places[BATCH] + 1) * pitch, pitch)
     first = to if added else (run.places[ZEROS], NONE)
+    if has_one_part(run):
+        to, first = (run.layers[0, Z], pitch), (run.layers[0, W] + stop * pitch, NONE)
     left, bits = (x, stop - k, ONCE), (bits_of(run, k), NONE)
     shape = (rows, pitch // lanes(run.w), stop - k)
     product_listed(run, left, weights, first, to, shape, bits, worker)
@@ -401,6 +417,8 @@ def add_weights(run, inputs, step, place, added):
     to that row. Without a background, the sum serves only to make the loss NaN if a weight is not
     finite, as 0 · inf does. So it is computed once in LOOKS steps, and only if inputs are left out.
     """
+    if has_one_part(run):
+        return
     (k, stop), pitch = inputs, run.layers[0, PITCH]
     at = run.places[PARTIAL] + ((place + 1) * (run.places[BATCH] + 1) - 1) * pitch
     looks = run.places[OCTETS] != 0 and step % LOOKS == 0
@@ -439,34 +457,51 @@ def add_background(run, z, spare, workers):
 
 
 @inside
+def first_forward(run, m, stop, workers):
+    """Add up rows m to stop of the first layer's z."""
+    if has_one_part(run):
+        return
+    layer, chunks, batch = run.layers[0], run.places[CHUNKS], run.places[BATCH]
+    z, pitch = layer[Z] + m * layer[PITCH], layer[PITCH]
+    fill_bias(run, 0, m, m + 1)
+    add_background(run, z, layer[Y] + m * pitch, workers)
+    for row in range(1, stop - m):
+        _copy(run.w[z + row * pitch : z + (row + 1) * pitch], run.w[z : z + pitch])
+    for half in range(0, chunks, (chunks + 1) // 2):
+        if workers > 2:
+            at = run.places[PARTIAL] + (half * (batch + 1) + m) * pitch
+            for chunk in range(half + 1, half + chunks // 2):
+                add_partial(run, at, chunk, m, stop)
+        add_partial(run, z, half, m, stop)
+
+
+@inside
+def fill_bias(run, l, m, stop):
+    """Write the bias to rows m to stop of z."""
+    layer = run.layers[l]
+    bias, pitch = layer[W] + layer[TALL] * layer[WIDE], layer[PITCH]
+    for row in range(m, stop):
+        z = layer[Z] + row * pitch
+        _copy(run.w[z : z + pitch], run.w[bias : bias + pitch])
+
+
+@inside
 def forward(run, m, stop, workers):
     """Take rows m to stop of a batch from the first layer's partial sums to the last layer's y."""
     w, places, count = run.w, run.places, len(run.layers)
+    first_forward(run, m, stop, workers)
     for l in range(count):
         layer = run.layers[l]
         pitch = layer[PITCH]
-        z, bias = layer[Z] + m * pitch, layer[W] + layer[TALL] * layer[WIDE]
-        _copy(w[z : z + pitch], w[bias : bias + pitch])
-        if l == 0:
-            add_background(run, z, layer[Y] + m * pitch, workers)
-        for row in range(1, stop - m):
-            _copy(w[z + row * pitch : z + (row + 1) * pitch], w[z : z + pitch])
-        if l == 0:
-            chunks = places[CHUNKS]
-            for half in range(0, chunks, (chunks + 1) // 2):
-                if workers > 2:
-                    at = places[PARTIAL] + (half * (places[BATCH] + 1) + m) * pitch
-                    for chunk in range(half + 1, half + chunks // 2):
-                        add_partial(run, at, chunk, m, stop)
-                add_partial(run, z, half, m, stop)
-        else:
+        z = layer[Z] + m * pitch
+        if l > 0 and layer[ACROSS]:
+            _few_outputs(run, l, m, stop)
+        elif l > 0:
+            fill_bias(run, l, m, stop)
             below = run.layers[l - 1, PITCH]
             left = (run.layers[l - 1, Y] + m * below, below, ONCE)
-            if layer[ACROSS]:
-                _few_outputs(run, l, m, stop)
-            else:
-                shape = (stop - m, pitch // lanes(w), layer[K])
-                product(run, left, (layer[W], pitch), (z, pitch), shape, ONCE)
+            shape = (stop - m, pitch // lanes(w), layer[K])
+            product(run, left, (layer[W], pitch), (z, pitch), shape, ONCE)
         act = places[OUT_FORWARD if l == count - 1 else FORWARD]
         call(act, (_address(run, z), _address(run, layer[Y] + m * pitch), (stop - m) * pitch))
 
@@ -477,20 +512,20 @@ def fill_targets(run, first, m, stop):
 
     They are the given targets, or a one-hot row for each label.
     """
-    classes = run.layers[-1, N]
-    at = run.places[Q] + (run.places[BATCH] + m) * classes
+    w, classes, order = run.w, run.layers[-1, N], integers(run.places[ORDER])
+    targets = numbers(w, _address(run, run.places[Q] + run.places[BATCH] * classes))
+    given, labels = numbers(w, run.places[TARGETS]), integers(run.places[LABELS])
+    is_labels = run.places[LABELS] != 0
     for row in range(m, stop):
-        sample = integers(run.places[ORDER])[first + row]
-        if run.places[LABELS] == 0:
-            given = numbers(run.w, run.places[TARGETS] + size_of(run.w) * sample * classes)
+        sample, at = order[first + row], row * classes
+        if is_labels:
             for i in range(classes):
-                run.w[at + i] = given[i]
+                targets[at + i] = 0.0
+            if 0 <= labels[sample] < classes:
+                targets[at + labels[sample]] = 1.0
         else:
-            _clear(run.w, at, at + classes)
-            label = integers(run.places[LABELS])[sample]
-            if 0 <= label < classes:
-                run.w[at + label] = 1.0
-        at += classes
+            for i in range(classes):
+                targets[at + i] = given[sample * classes + i]
 
 
 @inside
@@ -508,13 +543,71 @@ def row_weight(run, row):
 
 
 @inside
-def largest(values):
-    """The first place of the largest value. -1 if every value is NaN or -inf."""
+def sum_of_weights(run, first, rows):
+    """The sum of `row_weight` over a batch of `rows` rows, which starts at order[first]."""
+    if run.places[LABELS] == 0:
+        return number(run.w, rows)
+    total = number(run.w, 0.0)
+    for row in range(first, first + rows):
+        total += row_weight(run, row)
+    return total
+
+
+@inside
+def largest(values, count):
+    """The first place of the largest of `count` values. -1 if every value is NaN or -inf."""
     best, place = -np.inf, -1
-    for i in range(len(values)):
+    for i in range(count):
         if values[i] > best:
             best, place = values[i], i
     return place
+
+
+@inside
+def copy_outputs(run, source, pitch, to, other, rows):
+    """Copy the last layer's columns, without their padding, between two addresses.
+
+    pitch, other: floats of a row at `source` and at `to`.
+    """
+    values, copies, classes = numbers(run.w, source), numbers(run.w, to), run.layers[-1, N]
+    if classes == 1:
+        for row in range(rows):
+            copies[row * other] = values[row * pitch]
+        return
+    for row in range(rows):
+        for i in range(classes):
+            copies[row * other + i] = values[row * pitch + i]
+
+
+@inside
+def multiply(values, count, factor):
+    """Multiply `count` values by a factor."""
+    for i in range(count):
+        values[i] *= factor
+
+
+@inside
+def judge_rows(run, first, m, stop, gradient, factor):
+    """Multiply losses and gradients of rows m to stop by the rows' weights and a factor.
+
+    Also note whether each row is right. gradient: the address of row m of ∂loss/∂y.
+    """
+    w, layer, classes = run.w, run.layers[-1], run.layers[-1, N]
+    order, labels = integers(run.places[ORDER]), integers(run.places[LABELS])
+    losses = numbers(w, _address(run, run.places[LOSS]))
+    right = numbers(w, _address(run, run.places[RIGHT]))
+    for row in range(m, stop):
+        weight = row_weight(run, first + row)
+        counted = weight != 0
+        losses[row] = losses[row] * weight * factor if counted else number(w, 0.0)
+        values = numbers(w, gradient + size_of(w) * (row - m) * classes)
+        for i in range(classes):
+            values[i] = values[i] * factor if counted else number(w, 0.0)
+        hit = False
+        if counted:
+            y = numbers(w, _address(run, layer[Y] + row * layer[PITCH]))
+            hit = largest(y, classes) == labels[order[first + row]]
+        right[row] = 1.0 if hit else 0.0
 
 
 @inside
@@ -526,42 +619,25 @@ def criterion(run, first, rows, m, stop):
     w, places, layer = run.w, run.places, run.layers[-1]
     pitch, classes = layer[PITCH], layer[N]
     # The loss reads no padding. So with one output, a vector holds several rows instead of zeros.
-    outputs = places[Q] + m * classes
-    targets = outputs + places[BATCH] * classes
-    gradient = targets + places[BATCH] * classes
-    for row in range(stop - m):
-        for i in range(classes):
-            w[outputs + row * classes + i] = w[layer[Y] + (m + row) * pitch + i]
+    outputs = _address(run, places[Q] + m * classes)
+    targets = outputs + size_of(w) * places[BATCH] * classes
+    gradient = targets + size_of(w) * places[BATCH] * classes
+    losses = _address(run, places[LOSS] + m)
+    y, d = _address(run, layer[Y] + m * pitch), _address(run, layer[D] + m * pitch)
+    copy_outputs(run, y, pitch, outputs, classes, stop - m)
     fill_targets(run, first, m, stop)
-    addresses = (
-        _address(run, outputs),
-        _address(run, targets),
-        _address(run, gradient),
-        _address(run, places[LOSS] + m),
-    )
-    parameters = places[PARAMETERS]
-    call(places[CRITERION], (*addresses, parameters, stop - m, classes, classes))
-    count = number(w, rows)
-    if places[LABELS]:
-        count = number(w, 0.0)
-        for row in range(rows):
-            count += row_weight(run, first + row)
+    addresses = (outputs, targets, gradient, losses)
+    call(places[CRITERION], (*addresses, places[PARAMETERS], stop - m, classes, classes))
+    count = sum_of_weights(run, first, rows)
     factor = count * number(w, 0.0) + run.loss_scale  # NaN if a label of the batch is no class
     if places[MEAN]:
         factor = factor / count
-    for row in range(m, stop):
-        weight = row_weight(run, first + row)
-        counted = weight != 0
-        w[places[LOSS] + row] = w[places[LOSS] + row] * weight * factor if counted else 0.0
-        to = layer[D] + row * pitch  # the padding of dz stays 0
-        for i in range(classes):
-            w[to + i] = w[gradient + i] * factor if counted else number(w, 0.0)
-        gradient += classes
-        hit = False
-        if places[LABELS] and counted:
-            y = w[layer[Y] + row * pitch : layer[Y] + row * pitch + classes]
-            hit = largest(y) == integers(places[LABELS])[integers(places[ORDER])[first + row]]
-        w[places[RIGHT] + row] = 1.0 if hit else 0.0
+    if places[LABELS]:
+        judge_rows(run, first, m, stop, gradient, factor)
+    else:
+        multiply(numbers(w, losses), stop - m, factor)
+        multiply(numbers(w, gradient), (stop - m) * classes, factor)
+    copy_outputs(run, gradient, classes, d, pitch, stop - m)  # the padding of dz stays 0
 
 
 @inside
@@ -596,15 +672,15 @@ def add_up(run, step):
     """Write the results of a step: its loss, and how many of its rows were right."""
     batch = run.places[BATCH]
     rows = min(batch, run.places[ROWS_OF_EPOCH] - step * batch)
+    values, hits = run.w[run.places[LOSS] :], run.w[run.places[RIGHT] :]
     loss, right = number(run.w, 0.0), number(run.w, 0.0)
-    counted = False
     for row in range(rows):
-        loss += run.w[run.places[LOSS] + row]
-        right += run.w[run.places[RIGHT] + row]
-        counted = counted or row_weight(run, step * batch + row) != 0
+        loss += values[row]
+        right += hits[row]
     # The mean over no rows is 0 / 0, as in torch.
-    is_nan = run.places[MEAN] and not counted
-    numbers(run.w, run.places[LOSSES])[step] = number(run.w, np.nan) if is_nan else loss
+    if run.places[MEAN] and sum_of_weights(run, step * batch, rows) == 0:
+        loss = number(run.w, np.nan)
+    numbers(run.w, run.places[LOSSES])[step] = loss
     narrow_integers(run.places[CORRECT])[step] = np.int32(right)
 
 

@@ -261,39 +261,45 @@ def _twist(draws):
     draws[624] = 0
 
 
-@njit(nogil=True, forceinline=True)
-def _next_word(draws):
-    """The next 32 bits of MT19937, the same as those of numpy's RandomState.
-
-    They are computed where they are used, because a call for each word takes longer.
-    """
-    if draws[624] == 624:
-        _twist(draws)
-    y = draws[draws[624]]
-    draws[624] += np.uint32(1)
-    y ^= y >> np.uint32(11)
-    y ^= (y << np.uint32(7)) & np.uint32(0x9D2C5680)
-    y ^= (y << np.uint32(15)) & np.uint32(0xEFC60000)
-    return np.uint32(y ^ (y >> np.uint32(18)))
+@inside
+def _temper(draws, words):
+    """Write the 624 numbers that MT19937 gives in this state, as numpy's RandomState does."""
+    for i in range(624):
+        y = draws[i]
+        y ^= y >> np.uint32(11)
+        y ^= (y << np.uint32(7)) & np.uint32(0x9D2C5680)
+        y ^= (y << np.uint32(15)) & np.uint32(0xEFC60000)
+        words[i] = y ^ (y >> np.uint32(18))
 
 
 @inside
-def _draw(many, e):
-    """Write the order of epoch e. It is the one before, shuffled as by sklearn.utils.shuffle."""
-    count = many.orders.shape[1]
-    places, before = np.arange(count), many.orders[max(e - 1, 0)].copy()
-    mask = np.uint32(1)
-    while mask < count - 1:
-        mask = np.uint32(2 * mask + 1)
-    for i in range(count - 1, 0, -1):
-        while mask >> np.uint32(1) >= i:
-            mask >>= np.uint32(1)
-        j = np.int64(_next_word(many.draws) & mask)
-        while j > i:
-            j = np.int64(_next_word(many.draws) & mask)
-        places[i], places[j] = places[j], places[i]
-    for i in range(count):
-        many.orders[e, i] = before[places[i]]
+def _draw(many, words, e):
+    """Write the order of epoch e. It is the one before, shuffled as by sklearn.utils.shuffle.
+
+    words: the numbers of `_temper`.
+    """
+    count, draws, place = many.orders.shape[1], many.draws, np.int64(many.draws[624])
+    order = integers(np.int64(many.orders.ctypes.data) + 8 * e * count)
+    if e > 0:
+        many.orders[e] = many.orders[e - 1]
+    i, mask = count - 1, 1
+    while mask < i:
+        mask = 2 * mask + 1
+    # Whether a number is small enough cannot be predicted. So there is no branch for it: instead,
+    # the last element changes places with itself.
+    while i > 0:
+        if place == 624:
+            _twist(draws)
+            _temper(draws, words)
+            place = 0
+        mask = mask >> 1 if mask >> 1 >= i else mask
+        j = np.int64(words[place]) & mask
+        place += 1
+        to = j if j <= i else i
+        last, order[i] = order[i], order[to]
+        order[to] = last
+        i -= j <= i
+    draws[624] = place
 
 
 @inside
@@ -327,10 +333,12 @@ def _after_epoch(run, held, many, penalty):
 def _epochs(run, held, worker, workers, many):
     """Train until the watch ends it, or until all orders were used. Each worker calls this."""
     steps, meetings, turn = len(many.shares), 1, 0
-    counters = np.int64(many.counters.ctypes.data)
+    counters, words = np.int64(many.counters.ctypes.data), np.empty(624, np.uint32)
+    if worker == 0 and len(many.draws):
+        _temper(many.draws, words)
     for e in range(len(many.orders)):
         if worker == 0 and len(many.draws):
-            _draw(many, e)
+            _draw(many, words, e)
         meetings = meet(counters, workers, meetings)
         _point_at(run, many, e)
         # With a penalty, a call takes one step, because it needs the weights before each step.

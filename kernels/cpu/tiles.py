@@ -399,6 +399,36 @@ def scale_octets(typing, w, to, address, vectors, scale, shift):
 
 
 @intrinsic
+def scale_reals(typing, w, to, address, count, scale, shift):
+    """w[to + i] = scale · number + shift, for `count` numbers of w's dtype at an address.
+
+    They must fill a vector. The last vector overlaps the one before, so no number is on its own.
+    """
+
+    def generate(context, builder, signature, args):
+        _, to, address, count, scale, shift = args
+        target, kind = (
+            pointer(context, builder, signature, args, 0, to),
+            _vector(context, signature),
+        )
+        source = builder.inttoptr(address, kind.element.as_pointer())
+        factor, addend = (_splat(builder, number, kind) for number in (scale, shift))
+
+        def copy(at):
+            values = _load(builder, builder.gep(source, [at]), kind)
+            values = builder.fadd(builder.fmul(values, factor), addend)
+            _store(builder, values, builder.gep(target, [at]))
+            return ()
+
+        whole = builder.sdiv(builder.sub(count, _I64(1)), _I64(kind.count))
+        _loop(builder, whole, (), lambda j, _: copy(builder.mul(j, _I64(kind.count))))
+        copy(builder.sub(count, _I64(kind.count)))
+        return context.get_dummy_value()
+
+    return types.void(w, *[types.int64] * 3, w.dtype, w.dtype), generate
+
+
+@intrinsic
 def patch_lines(typing, w, to, stride_to, factors, listed, terms, x, stride_x, lines):
     """w[to + r stride_to + i] += Σ_j factor[j] · w[x + r stride_x + place[j] + i], for one vector.
 

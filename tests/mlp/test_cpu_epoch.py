@@ -85,7 +85,7 @@ def check(spec, parameters, states, data, targets, order, batch=32, taken=0):
     """
     of_losses, of_numbers = ERRORS[parameters[0].dtype]
     hyper = hyperparameters(spec.rule, dtype=torch.float64, **options(spec.rule))
-    scale, shift = (1 / 255, -0.3) if data.dtype == torch.uint8 else (1.0, 0.0)
+    scale, shift = (1 / 255, -0.3) if data.dtype == torch.uint8 else (0.9, 0.1)
     exact = (
         [p.double().clone() for p in parameters],
         [[s.double().clone() for s in lists] for lists in states],
@@ -128,6 +128,12 @@ def check(spec, parameters, states, data, targets, order, batch=32, taken=0):
 def test_data_of_every_type(dtype):
     spec, parameters, states, data, *rest = training((33, 9, 5), pixels=False)
     check(spec, parameters, states, (data * 3).to(dtype), *rest)
+
+
+@both
+@pytest.mark.parametrize("features", [1, 3, 4, 5, 7, 8, 9, 15, 16, 17])
+def test_numbers_that_fill_no_vector_or_whole_ones(features, dtype):
+    check(*training((features, 5, 2), n=20, pixels=False, dtype=dtype), batch=7)
 
 
 @both
@@ -449,6 +455,22 @@ def test_the_engine_trains_as_manual(name, dtype):
     for state, reference in zip(*(s.values() for s in states)):
         for key, value in reference.items():
             torch.testing.assert_close(state[key], value, rtol=within[0], atol=within[1])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 64, 65, 700])
+def test_orders_are_drawn_as_by_numpy(count):
+    spec, parameters, states, data, targets, _ = training((3, 2), n=count, pixels=False)
+    samples, random = (data, targets, 1.0, 0.0), np.random.RandomState(7)
+    trained = session.Session(spec, parameters, states, samples, count, 32)
+    orders = np.tile(np.arange(count), (4, 1))
+    draws = np.array([*random.get_state()[1], random.get_state()[2]], np.uint32)
+    numbers = hyperparameters(spec.rule, **options(spec.rule))
+    trained.epochs(orders, numbers, 0, session.Watch(), draws=draws)
+    for before, drawn in zip([np.arange(count), *orders], orders):
+        places = np.arange(count)
+        random.shuffle(places)
+        assert drawn.tolist() == before[places].tolist()
+    assert draws.tolist() == [*random.get_state()[1], random.get_state()[2]]
 
 
 @both
