@@ -1,5 +1,6 @@
 """Changes Triton's interpreter so that it computes more like a GPU and takes less time."""
 
+import dataclasses
 import functools
 import inspect
 
@@ -17,6 +18,12 @@ def improve() -> None:
     interpreter._patch_lang = _patching_once(interpreter._patch_lang)
     interpreter._patch_builtin = _patch_builtin
     interpreter._get_np_dtype = _by_name(interpreter._get_np_dtype)
+    # Each sum of integers is computed again to find an overflow. That takes half of the time, and
+    # what it finds is ignored outside of the debug mode.
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    semantic = interpreter.interpreter_semantic
+    semantic.broadcast_impl_value = _only_where_shapes_differ(semantic.broadcast_impl_value)
     tl.core.block_type.__init__ = _made_once(tl.core.block_type.__init__, _block)
     tl.core.tensor.__init__ = _made_once(tl.core.tensor.__init__, _tensor)
 
@@ -65,6 +72,18 @@ def _by_name(numpy_type):
     return remembered
 
 
+def _only_where_shapes_differ(broadcast):
+    """Arguments often have one shape already. Finding that out from types takes long."""
+
+    def broadcast_arguments(left, right):
+        same = left.handle.data.shape == right.handle.data.shape
+        if same and left.type.is_block() == right.type.is_block():
+            return left, right
+        return broadcast(left, right)
+
+    return broadcast_arguments
+
+
 def _made_once(make, describe):
     """A constructor that copies attributes from an earlier object with the same description.
 
@@ -104,7 +123,7 @@ def _patching_once(patch):
     """Replaces functions of triton.language once for a kernel. The interpreter does it again for
     every call of a device function, in 6 ms each.
     """
-    done = set()
+    done, places = set(), {}
 
     class Scope:
         def __init__(self, fn):
@@ -126,9 +145,11 @@ def _patching_once(patch):
         return scope
 
     def patch_once(fn):
-        modules = {
-            id(value) for value in fn.__globals__.values() if value is tl or value is tl.core
-        }
+        modules = places.get(id(fn.__globals__))
+        if modules is None:
+            values = fn.__globals__.values()
+            modules = {id(value) for value in values if value is tl or value is tl.core}
+            places[id(fn.__globals__)] = modules
         if done and modules <= done:
             return Nested()
         outermost = not done
