@@ -5,6 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..data.dataset import require
 from ..runs import CONFIG, RunFolder, Settings, report
 from ..runs.disk import CheckpointError
 from ..stopping import kept_row
@@ -60,8 +61,12 @@ def runs(values: Values) -> None:
 
 
 def compare(paths: list[Path], out: Path | None) -> None:
-    """Print one table, and draw one figure, of several runs."""
-    folder = out or Path()
+    """Print one table, and draw one figure, of several runs.
+
+    out: the folder of the figure. None takes the folder in which the first run lies.
+    """
+    require("matplotlib", "matplotlib", f"drawing {FIGURE}")
+    folder = paths[0].absolute().parent if out is None else out
     if not folder.is_dir():
         raise ValueError(f"--out {folder}: there is no such folder")
     found = [read(path) for path in paths]

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ..data import describe
+from ..data.dataset import require
 from .options import Values
 from .setup import load
 from .terminal import say
@@ -10,6 +11,13 @@ from .terminal import say
 
 def data(values: Values) -> None:
     """Print a description of a data set, and draw it on request."""
+    folder = values["out"] or Path()
+    if values["plots"]:
+        require("matplotlib", "matplotlib", "--plots")
+        if not folder.is_dir():
+            raise ValueError(f"--out {folder}: there is no such folder")
+    elif values["out"] is not None:
+        raise ValueError("--out is the folder of the pictures that --plots draws; give both")
     read = load(values)
     train, test = read.train, read.test
     for line in describe.page(train, test, read.table):
@@ -18,9 +26,6 @@ def data(values: Values) -> None:
         return
     from ..data import sheets
 
-    folder = values["out"] or Path()
-    if not folder.is_dir():
-        raise ValueError(f"--out {folder}: there is no such folder")
     if read.table is not None:
         train, test = map(read.table.in_own_units, (train, test))
     for path in sheets.write(train, test, folder):

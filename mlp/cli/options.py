@@ -415,7 +415,9 @@ REPORT = (
     Option(
         "html", bool, "Write report.html, one file with everything, instead of pictures.", False
     ),
-    Option("out", Path, "Folder for the figure of several runs. Default: the current folder."),
+    Option(
+        "out", Path, "Folder for compare.png of several runs. Default: the folder of the first."
+    ),
     RUN_DATA,
     DEVICE,
 )

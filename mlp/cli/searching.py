@@ -14,7 +14,7 @@ from typing import Any
 import numpy
 
 from .. import recipes
-from ..data.dataset import Dataset, needs_extra
+from ..data.dataset import Dataset, needs_extra, require
 from ..runs import RunFolder, report
 from ..runs.disk import write_text
 from . import setup, training
@@ -46,6 +46,7 @@ def search(values: Values) -> None:
         from ..search import SearchCV
     except ModuleNotFoundError as missing:
         raise needs_extra("scikit-learn", f"a search ({missing.name})") from None
+    require("matplotlib", "matplotlib", f"drawing {_PICTURE}")
     if values["out"] is not None:
         RunFolder(values["out"]).refuse_if_taken(values["force"])
     settings = setup.settings_of(values, recipes.PLAIN)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import progress, recipes, scoring
+from ..data.dataset import require
 from ..packs import Settings
 from ..runs import RunFolder
 from ..runs.disk import write_text
@@ -48,6 +49,7 @@ def _folder(out: Path | None) -> Iterator[Path | None]:
 
 def sweep(values: Values) -> None:
     """Train many networks at once. Print a table, best first, and the accuracy of their mean."""
+    require("sklearn", "scikit-learn", "measuring networks")
     replicas = values["replicas"]
     rates = _rates(values["lr"], replicas)
     given_lists = {name: values[name] for name in _LISTS if values[name] is not None}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import progress, recipes, schedule, scoring, together
+from ..data.dataset import require
 from ..engines.epochwise import Epoch
 from ..engines.stepwise import Diverged
 from ..runs import CONFIG, TIMES, Facts, RunFolder, Settings, logs, report
@@ -38,6 +39,9 @@ class Job(NamedTuple):
 
 def train(values: Values) -> None:
     """Train a network, print one line for each epoch, and write a run folder."""
+    require("matplotlib", "matplotlib", "drawing curves.png")
+    if values["plots"]:
+        require("sklearn", "scikit-learn", "drawing with --plots")
     if devices.world() > 1:
         with devices.joined():
             _share(values)
@@ -291,6 +295,8 @@ def _job(
     on = setup.pick_device(settings.device)
     arithmetic = setup.pick_precision(settings.precision)
     found = setup.suited(settings, found or setup.load_run(settings), loss_chosen)
+    if not found.test.is_classification:
+        require("sklearn", "scikit-learn", "measuring a regression")
     recipe = settings.recipe
     model = setup.build(settings, found.train, on)
     trainer = Trainer(

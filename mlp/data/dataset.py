@@ -9,6 +9,7 @@ its inputs, so that `predict` can read new inputs the same way.
 
 import copy
 import hashlib
+import importlib.util
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -38,6 +39,15 @@ def needs_extra(package: str, what: str, extra: str = "train") -> MissingPackage
     return MissingPackage(
         f"{what} needs {package}: install the extra, pip install 'handgrad[{extra}]'"
     )
+
+
+def require(module: str, package: str, what: str, extra: str = "train") -> None:
+    """MissingPackage if a module that is needed at the end of some work is not installed.
+
+    It is called before the work. package: that has the module. The module is not imported.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise needs_extra(package, what, extra)
 
 
 def announce(notes: Sequence[str]) -> None:

@@ -111,12 +111,6 @@ class Seen(NamedTuple):
                 f"fit: the targets of {data.name} are {kinds[data.is_classification]}, but the "
                 f"network was trained on {kinds[self.is_labels]}; {_ANEW}"
             )
-        for what in ("scale", "shift", "mean", "std") if data.stored == self.reading.stored else ():
-            if getattr(data.reading, what) != getattr(self.reading, what):
-                raise DataError(
-                    f"fit: {data.name} is read with another {what} than the earlier training data; "
-                    f"read it as they were (`standardized(by=…)`, `normalized`), or {_ANEW}"
-                )
         return taken
 
     def joined(self, given: Given) -> "Seen":
@@ -141,6 +135,7 @@ class Seen(NamedTuple):
                 data = data.standardized(reading)
             data = data._with(scale=reading.scale, shift=reading.shift)
         self._check_bytes(data, what)
+        self._check_reading(data.reading, data.name, what)
         return taken._replace(data=data)
 
     def _check_classes(self, data: Dataset, what: str) -> None:
@@ -159,6 +154,21 @@ class Seen(NamedTuple):
             f"{what}: the classes of {data.name} are {_listed(data.classes)}, but the network was "
             f"trained on {was}; number them alike (`Dataset.of(…, like=…)`), or {_ANEW}"
         )
+
+    def _check_reading(self, other: Reading, name: str, what: str) -> None:
+        """ValueError for a Dataset that is read in another way than the training data.
+
+        Test data that are standardised by their own mean would be measured wrongly, and no number
+        would show it. Scale and shift may differ with the dtype and the levels of the pixels.
+        """
+        ours = self.reading
+        alike = (other.stored, other.levels) == (ours.stored, ours.levels)
+        for part in ("mean", "std", *(("scale", "shift") if alike else ())):
+            if getattr(other, part) != getattr(ours, part):
+                raise DataError(
+                    f"{what}: {name} is read with another {part} than the earlier training data; "
+                    f"read it as they were (`standardized(by=…)`, `normalized`), or {_ANEW}"
+                )
 
     def _check_bytes(self, data: Dataset, what: str) -> None:
         """ValueError if only one of training and these data has bytes, and their units differ.

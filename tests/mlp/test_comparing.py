@@ -62,7 +62,7 @@ def test_runs_side_by_side(capsys):
         assert "default: 8 relu" in line and "sgd lr 0.05 momentum 0.9" in line
     assert main(["report", *paths]) == 0
     assert capsys.readouterr().out.splitlines()[:4] == lines
-    assert Path("compare.png").read_bytes().startswith(b"\x89PNG")
+    assert Path("s/compare.png").read_bytes().startswith(b"\x89PNG")  # beside the first run
     assert main(["report", *paths, "--html"]) == 2
     assert main(["runs", "nowhere"]) == 2
     assert main(["train", "--seeds", "2", "--out", "s/seed-5", "--resume"]) == 2

@@ -119,9 +119,16 @@ def test_failed_self_check(monkeypatch, capsys):
         ("typer", "train", "the command line needs typer"),
         ("sklearn", "train digits", "the data set digits needs scikit-learn"),
         ("torchvision", "train mnist", "the data set mnist needs torchvision"),
+        ("matplotlib", "train digits", "drawing curves.png needs matplotlib"),
+        ("matplotlib", "search digits", "drawing search.png needs matplotlib"),
+        ("matplotlib", "report a b", "drawing compare.png needs matplotlib"),
+        ("matplotlib", "data digits --plots", "--plots needs matplotlib"),
+        ("sklearn", "train mnist --plots", "drawing with --plots needs scikit-learn"),
+        ("sklearn", "sweep mnist", "measuring networks needs scikit-learn"),
     ],
 )
 def test_missing_extra(module, argv, what, tmp_path, monkeypatch, capsys):
+    """What is needed at the end of a training is missed at its start, and nothing is written."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, module, None)  # its import then fails
     assert main(argv.split()) == 2
@@ -129,6 +136,7 @@ def test_missing_extra(module, argv, what, tmp_path, monkeypatch, capsys):
         capsys.readouterr().err
         == f"handgrad: {what}: install the extra, pip install 'handgrad[train]'\n"
     )
+    assert not list(tmp_path.iterdir())
 
 
 def test_imports_without_the_extra():

@@ -268,6 +268,10 @@ def test_later_data_in_other_units_are_refused():
     made.fit(data.standardized(), 1, 50)
     with pytest.raises(ValueError, match="data is read with another mean than the earlier"):
         made.fit(data.take(90).standardized(), 2, 50)
+    for alone in (data.take(90), data.take(90).standardized()):  # the training's mean is needed
+        with pytest.raises(ValueError, match="test data: data is read with another mean than the"):
+            made.evaluate(alone)
+    made.evaluate(data.take(90).standardized(data.standardized()))
     made.fit((pixels, labels), 2, 50)
     numbers = Trainer(MLP([6, 1]), "mse", engine="manual", verbose=False)
     numbers.fit((X, X[:, 0]), 1, 50)
