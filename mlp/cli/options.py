@@ -68,6 +68,13 @@ def widths(text: str) -> tuple[int, ...]:
         raise ValueError("widths with commas, such as 100,50") from None
 
 
+def decimal(text: str) -> str:
+    """A decimal point, "." or ","."""
+    if text not in (".", ","):
+        raise ValueError(". or ,")
+    return text
+
+
 def seed(text: str) -> int:
     """A whole number that torch's generators accept as a seed."""
     expected = "a whole number from 0 to 2⁶³"
@@ -290,6 +297,14 @@ _READING = (
         str,
         "Columns of a table to leave out, with commas. Default: none.",
         word="COLUMNS",
+    ),
+    Option(
+        "decimal",
+        str,
+        "Decimal point of a table in a text file, . or , and the other one may group thousands. "
+        "Default: a point, or also a comma if semicolons separate the columns.",
+        parse=decimal,
+        word=".|,",
     ),
 )
 _HELD = (

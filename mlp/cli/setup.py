@@ -127,6 +127,7 @@ def settings_of(values: Values, recipe: recipes.Recipe) -> Settings:
         standardize=values["standardize"] or "auto",
         target=values["target"],
         drop=values["drop"],
+        decimal=values["decimal"],
         validation=values.get("validation"),
         class_weight=values.get("class_weight"),
     )
@@ -158,11 +159,15 @@ def _read(settings: Settings) -> Read:
             _names(settings.drop or ""),
             settings.task or "auto",
             settings.validation or 0.0,
+            settings.decimal,
         )
         return Read(*tables.load(path, choice, None if facts is None else facts.table))
-    for name in ("target", "drop"):
+    for name in ("target", "drop", "decimal"):
         if getattr(settings, name) is not None:
-            raise ValueError(f"--{name} is for tables ({', '.join(tables.SUFFIXES)}), not {path}")
+            other = path.is_file() and path.suffix.lower() not in data.files.READERS
+            way = "; unpack it, or name it as one of these" if other else ""
+            known = ", ".join(tables.SUFFIXES)
+            raise ValueError(f"--{name} is for tables ({known}), not {path}{way}")
     raw = data.load(
         settings.dataset,
         settings.data_dir,

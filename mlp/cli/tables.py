@@ -151,9 +151,12 @@ def _by_name(run: RunFolder, path: Path, features: int) -> torch.Tensor:
             f"{run.path / CONFIG}: a table of {len(table.features)} features does not fit the "
             f"network, which takes {features}"
         )
-    return table.inputs(
-        tables.read(path, table.texts), lambda line: complain(f"note: {path}: {line}")
-    )
+
+    def note(line: str) -> None:
+        complain(f"note: {path}: {line}")
+
+    decimal = None if path.suffix.lower() == ".parquet" else run.settings.decimal
+    return table.inputs(tables.read(path, table.texts, decimal, note), note)
 
 
 def _by_order(run: RunFolder, path: Path, features: int) -> torch.Tensor:

@@ -28,6 +28,8 @@ KEYS = (
     ("data", "target", "test_data", "test_target"),
     ("inputs", "targets", "test_inputs", "test_targets"),
 )
+TABLES = (".csv", ".tsv", ".parquet")  # read by `tables`
+_PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz")
 # A file may grow to this many bytes, or to _GROWTH times its own size, whichever is more.
 _HARMLESS = 2**28
 _GROWTH = 100
@@ -148,9 +150,10 @@ def _contents(path: Path) -> dict[str, Any]:
     """The arrays of one file by name. DataError if the file is not readable."""
     suffix = path.suffix.lower()
     if suffix not in READERS:
+        way = "unpack it first; " if suffix in _PACKED else ""
         raise DataError(
-            f"{path}: cannot read {path.suffix or 'such'} files; known: {', '.join(READERS)} and "
-            "folders of images"
+            f"{path}: cannot read {path.suffix or 'such'} files; {way}known: "
+            f"{', '.join(READERS)}, folders of images, and {', '.join(TABLES)} with --target"
         )
     check_regular(path)
     try:

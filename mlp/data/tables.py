@@ -22,18 +22,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy
 import torch
 
-from . import DataError, Dataset, needs_extra
+from . import DataError, Dataset, files, needs_extra
 from .dataset import centre, moments
 
 if TYPE_CHECKING:
     import pandas
 
-SUFFIXES = (".csv", ".tsv", ".parquet")
+SUFFIXES = files.TABLES
 TEST_SHARE = 0.2  # of the rows
 MAX_CATEGORIES = 100  # of a text column. More are names or ids, from which nothing can be learned.
 FEW_CATEGORIES = 20  # so many are learned from, even if most rows have a text of their own
 MAX_INTEGER_CLASSES = 20  # of a whole-number target. More are quantities.
 _NUMBER, _CATEGORY = "number", "category"
+_OTHER = {".": ",", ",": "."}  # decimal point -> the mark that may group thousands
+DECIMALS = tuple(_OTHER)
+_LARGEST = float(numpy.finfo(numpy.float32).max)
 _MOST = 0.5  # a column of texts is one of numbers if at least this share of them are numbers
 
 
@@ -112,6 +115,14 @@ class Table:
         if extra:
             note(f"not used, as training did not have them: {_listed(extra)}")
         parts = [_KINDS[c.kind].values(c, frame[c.name], note) for c in self.columns]
+        for column, values in zip(self.columns, parts):
+            if (far := abs(values) > _LARGEST).any():
+                row = int(far.any(1).argmax())
+                raise DataError(
+                    f"column {column.name!r}: {frame[column.name].iloc[row]} in row "
+                    f"{_row(frame[column.name], row)} is too far from the training rows' mean "
+                    f"{column.mean:.3g} for float32; correct it"
+                )
         return torch.from_numpy(numpy.concatenate(parts, axis=1).astype(numpy.float32))
 
     def outputs(self, frame: "pandas.DataFrame") -> torch.Tensor:
@@ -193,10 +204,11 @@ class _Number:
         known = values[~numpy.isnan(values)]
         flag = len(known) < len(values)
         if not len(known) or (known.min() == known.max() and not flag):
+            _refuse_merged(name, series)
             return None  # nothing can be learned from it
         fill = float(numpy.median(known))
         filled = numpy.where(numpy.isnan(values), fill, values)
-        return Column(name, _NUMBER, *_mean_std(filled), fill=fill, flag=flag)
+        return Column(name, _NUMBER, *_mean_std(name, filled), fill=fill, flag=flag)
 
     @staticmethod
     def features(column: Column) -> list[str]:
@@ -224,10 +236,10 @@ class _Category:
 
     @staticmethod
     def fit(name: str, series: "pandas.Series") -> Column | None:
-        texts = series.dropna().map(_class_name)
+        texts = _as_texts(series.dropna())
         counts = texts.value_counts()
         if len(counts) > FEW_CATEGORIES:
-            _refuse_numbers(name, texts)
+            _refuse_numbers(name, texts, f"leave the column out with --drop {name}")
         if len(counts) > MAX_CATEGORIES or len(counts) > max(FEW_CATEGORIES, len(texts) / 2):
             raise DataError(
                 f"column {name!r} has {len(counts)} different texts in {len(texts)} rows, such as "
@@ -264,30 +276,59 @@ class _Category:
 _KINDS: dict[str, Any] = {_NUMBER: _Number, _CATEGORY: _Category}
 
 
-def _refuse_numbers(name: str, texts: "pandas.Series") -> None:
-    """DataError if most of these texts are numbers, so that a few odd texts hide a quantity."""
+def _as_texts(series: "pandas.Series") -> "pandas.Series":
+    """The values of a column as texts. A categorical's unused categories are left out."""
+    import pandas
+
+    return pandas.Series([_class_name(value) for value in series], series.index, dtype=object)
+
+
+def _refuse_numbers(name: str, texts: "pandas.Series", way: str) -> None:
+    """DataError, which ends with `way`, if most of these texts are numbers.
+
+    They hide a quantity behind a few odd texts, or behind marks such as those of thousands.
+    """
     import pandas
 
     is_number = pandas.to_numeric(texts, errors="coerce").notna()
+    if is_number.all():
+        raise DataError(
+            f"column {name!r} holds numbers that are stored as texts, such as {texts.iloc[0]!r}; "
+            f"store them as numbers, or {way}"
+        )
     if is_number.mean() >= _MOST:
         row = int(numpy.flatnonzero(~is_number.to_numpy())[0])
         raise DataError(
             f"column {name!r} holds numbers, but also {int((~is_number).sum())} texts, such as "
             f"{texts.iloc[row]!r} in row {_row(texts, row)}; make such a cell empty if its number "
-            f"is missing, or leave the column out with --drop {name}"
+            f"is missing, or {way}"
         )
     plain = texts.str.replace(r"[,%$€£\s]", "", regex=True)
     if pandas.to_numeric(plain, errors="coerce").notna().mean() >= _MOST:
         raise DataError(
             f"column {name!r} holds numbers that are written as texts, such as "
-            f"{texts.iloc[0]!r}; write plain numbers, such as 1234.5, or leave it out with "
-            f"--drop {name}"
+            f"{texts.iloc[0]!r}; write plain numbers, such as 1234.5, say which mark is the "
+            f"decimal point with --decimal, or {way}"
         )
 
 
-def _mean_std(values: numpy.ndarray) -> tuple[float, float]:
+def _refuse_merged(name: str, series: "pandas.Series") -> None:
+    """DataError if values differ, but float64 cannot tell them apart."""
+    if series.nunique() > 1:
+        raise DataError(
+            f"column {name!r} holds whole numbers that float64 cannot tell apart, such as "
+            f"{series.min()} and {series.max()}; leave it out with --drop {name}"
+        )
+
+
+def _mean_std(name: str, values: numpy.ndarray) -> tuple[float, float]:
     """(mean, standard deviation) of a column (rows,), see `dataset.centre`."""
     mean, std = centre(moments(torch.tensor(values)[:, None]))
+    if not (mean.isfinite().all() and std.isfinite().all()):
+        raise DataError(
+            f"column {name!r}: numbers from {values.min():.3g} to {values.max():.3g} are too far "
+            "apart for float64; divide them, or leave the column out"
+        )
     return float(mean), float(std)
 
 
@@ -295,8 +336,11 @@ def _as_numbers(name: str, series: "pandas.Series") -> numpy.ndarray:
     """float64 values, with NaN for gaps. DataError, with the row, for texts and infinities."""
     import pandas
 
-    numbers = pandas.to_numeric(series, errors="coerce").to_numpy(float, na_value=math.nan)
-    bad = numpy.flatnonzero(numpy.isnan(numbers) & series.notna().to_numpy())
+    if isinstance(series.dtype, numpy.dtype) and series.dtype.kind in "biuf":
+        numbers, bad = series.to_numpy(float), numpy.flatnonzero([])  # much faster for many columns
+    else:
+        numbers = pandas.to_numeric(series, errors="coerce").to_numpy(float, na_value=math.nan)
+        bad = numpy.flatnonzero(numpy.isnan(numbers) & series.notna().to_numpy())
     if len(bad):
         row = int(bad[0])
         raise DataError(
@@ -347,7 +391,7 @@ def _fit_classes(frame: "pandas.DataFrame", targets: Sequence[str]) -> dict[str,
 
 
 def _fit_quantities(frame: "pandas.DataFrame", targets: Sequence[str]) -> dict[str, Any]:
-    mean, std = zip(*(_mean_std(_as_numbers(name, frame[name])) for name in targets))
+    mean, std = zip(*(_mean_std(name, _as_numbers(name, frame[name])) for name in targets))
     return {"mean": mean, "std": std}
 
 
@@ -396,11 +440,19 @@ def _check_target(frame: "pandas.DataFrame", name: str) -> None:
         )
 
 
-def read(path: str | Path, texts: Sequence[str] = ()) -> "pandas.DataFrame":
+def read(
+    path: str | Path,
+    texts: Sequence[str] = (),
+    decimal: str | None = None,
+    note: Callable[[str], Any] = lambda line: None,
+) -> "pandas.DataFrame":
     """A CSV (comma, semicolon, tab or vertical bar), TSV or Parquet file as a frame.
 
     texts: names of columns whose values stay texts, even if this file has only numbers there.
-    DataError, in one line, for a file that cannot be read.
+    decimal: one of DECIMALS, the decimal point of a text file. The other one may then group
+    thousands. None reads "." and, where semicolons separate columns, also ",". `note` is called
+    with a line about a column whose numbers may mean something else. DataError, in one line, for a
+    file that cannot be read.
     """
     try:
         import pandas  # noqa: F401
@@ -411,9 +463,13 @@ def read(path: str | Path, texts: Sequence[str] = ()) -> "pandas.DataFrame":
         raise DataError(f"there is no file {str(path)!r}")
     try:
         is_parquet = path.suffix.lower() == ".parquet"
-        frame = _of_parquet(path) if is_parquet else _parsed(path, texts)
+        if is_parquet and decimal is not None:
+            raise DataError(f"{path}: --decimal is for text files, not Parquet; leave it out")
+        frame = _of_parquet(path) if is_parquet else _parsed(path, texts, decimal, note)
     except DataError:
         raise
+    except ImportError:
+        raise needs_extra("pyarrow", "reading Parquet files") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
     except Exception as error:  # pandas, pyarrow and codecs raise different classes
@@ -425,7 +481,10 @@ def read(path: str | Path, texts: Sequence[str] = ()) -> "pandas.DataFrame":
 
 
 def _of_parquet(path: Path) -> "pandas.DataFrame":
-    """The rows of a Parquet file. Decimals become floats, and an index with a name is a column."""
+    """The rows of a Parquet file.
+
+    Decimals become floats, bytes become texts, and an index with a name becomes a column.
+    """
     import pandas
 
     frame = pandas.read_parquet(path)
@@ -437,19 +496,39 @@ def _of_parquet(path: Path) -> "pandas.DataFrame":
             frame[name] = frame[name].map(float, na_action="ignore").astype(float)
         elif kinds == {datetime.date}:
             frame[name] = pandas.to_datetime(frame[name])
+        elif kinds == {bytes}:
+            frame[name] = frame[name].str.decode("utf-8", "replace")
     return frame
 
 
-def _parsed(path: Path, texts: Sequence[str]) -> "pandas.DataFrame":
+def _header(path: Path, separator: str, strict: bool) -> list[str]:
+    """The cells of a text file's first line that is not blank. A cell in quotes may have lines.
+
+    [] if the file is blank. strict: [] also if something follows a quote within a cell, which
+    tells a wrong separator.
+    """
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file, delimiter=separator, skipinitialspace=True, strict=strict)
+        try:
+            return next((row for row in rows if any(cell.strip() for cell in row)), [])
+        except csv.Error:
+            return []
+
+
+def _parsed(
+    path: Path, texts: Sequence[str], decimal: str | None, note: Callable[[str], Any]
+) -> "pandas.DataFrame":
     """The rows of a text file. Names and texts are without blanks at their ends."""
     import pandas
 
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        header = file.readline().rstrip("\r\n")
-    outside = re.sub(r'"[^"]*"', "", header)
-    separator = max(",;\t|", key=outside.count)
-    names = [name.strip() for name in next(csv.reader([header], delimiter=separator), [])]
-    names = [name or f"Unnamed: {i}" for i, name in enumerate(names)]
+    for strict in (True, False):
+        found = [(_header(path, one, strict), one) for one in ",;\t|"]
+        header, separator = max(found, key=lambda row: len(row[0]))
+        if len(header) > 1:
+            break
+    names = [name.strip() or f"Unnamed: {i}" for i, name in enumerate(header)]
+    if not names or any("\0" in name for name in names):
+        raise DataError(f"{path}: {'holds bytes that are no text' if names else 'is empty'}")
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(f"{path}: the header names {_listed(repeated)} more than once")
     options: dict[str, Any] = {
@@ -465,16 +544,19 @@ def _parsed(path: Path, texts: Sequence[str]) -> "pandas.DataFrame":
     with warnings.catch_warnings():
         warnings.simplefilter("error", pandas.errors.ParserWarning)
         try:
-            frame = pandas.read_csv(path, **options)
+            frame = pandas.read_csv(
+                path, **(options if decimal is None else options | {"dtype": str})
+            )
         except pandas.errors.ParserWarning:
             raise DataError(
                 f"{path}: its rows have more values than the header's {len(names)} names; name "
                 "every column"
             ) from None
-    if separator == ";":  # where it separates columns, a comma is often the decimal point
-        other = pandas.read_csv(path, decimal=",", **options)
-        for name in other.select_dtypes("number").columns:
-            frame[name] = other[name]
+    if decimal is not None:
+        text = frame.apply(_plain_numbers, decimal=decimal).to_csv(index=False)
+        frame = pandas.read_csv(io.StringIO(text), skip_blank_lines=False, dtype=options["dtype"])
+    elif separator == ";":  # where it separates columns, a comma is often the decimal point
+        frame = _with_commas(path, frame, options, note)
     for name in frame.select_dtypes(exclude=["number", "bool"]).columns:
         texts_of = frame[name]
         stripped = texts_of.map(lambda text: text.strip() if isinstance(text, str) else text)
@@ -482,6 +564,58 @@ def _parsed(path: Path, texts: Sequence[str]) -> "pandas.DataFrame":
             again = io.StringIO(stripped.to_csv(index=False))
             kind = {name: str} if name in texts else None
             frame[name] = pandas.read_csv(again, skip_blank_lines=False, dtype=kind)[name]
+    return frame
+
+
+def _plain_numbers(texts: "pandas.Series", decimal: str) -> "pandas.Series":
+    """Texts (rows,) with "." as decimal point and no marks between thousands.
+
+    They stay unchanged unless all are numbers with this decimal point, "." or ",". The other one of
+    the two may group thousands.
+    """
+    point, group = re.escape(decimal), re.escape(_OTHER[decimal])
+    whole = rf"(\d+|\d{{1,3}}({group}\d{{3}})+)"
+    number = rf"\s*[+-]?({whole}({point}\d*)?|{point}\d+)([eE][+-]?\d+)?\s*"
+    if not texts.dropna().str.fullmatch(number).all():
+        return texts
+    return texts.str.replace(_OTHER[decimal], "").str.replace(decimal, ".")
+
+
+def _with_commas(
+    path: Path, frame: "pandas.DataFrame", options: dict[str, Any], note: Callable[[str], Any]
+) -> "pandas.DataFrame":
+    """The frame, with columns that are numbers if "," is the decimal point as numbers.
+
+    `note` is called for a column such as 1,234, where the mark may also group thousands. If some
+    columns have decimal commas, it is also called for a column such as 1.234.
+    """
+    import pandas
+
+    other = pandas.read_csv(path, decimal=",", **options)
+    commas = [
+        name
+        for name in other.select_dtypes("number").columns
+        if frame[name].dtype.kind not in "biuf"
+    ]
+    texts = frame[commas]
+    frame[commas] = other[commas]
+    points = [name for name in frame.select_dtypes("float").columns if name not in commas]
+    if commas and points:
+        again = pandas.read_csv(path, **options | {"dtype": str, "usecols": points})
+        texts = pandas.concat([texts, again], axis=1)
+    for name in texts.columns:
+        mark = "," if name in commas else "."
+        marked = texts[name].dropna().str.strip()
+        marked = marked[marked.str.contains(mark, regex=False)]
+        if (
+            len(marked)
+            and marked.str.fullmatch(rf"[+-]?[1-9]\d{{0,2}}{re.escape(mark)}\d{{3}}").all()
+        ):
+            number = float(marked.iloc[0].replace(",", "."))
+            note(
+                f"column {name!r}: {marked.iloc[0]} is read as {number:g}; if it is "
+                f"{number * 1000:.0f}, give --decimal {_OTHER[mark]}"
+            )
     return frame
 
 
@@ -579,6 +713,7 @@ def checked_task(frame: "pandas.DataFrame", targets: Sequence[str], task: str = 
     _check_columns(frame, targets)
     for name in targets:
         _check_target(frame, name)
+        _check_values(name, frame[name], "choose another --target")
         if frame[name].nunique() < 2:
             only = frame[name].iloc[0]
             only = repr(only) if isinstance(only, str) else only
@@ -591,6 +726,9 @@ def checked_task(frame: "pandas.DataFrame", targets: Sequence[str], task: str = 
             f"a classification has one target, got {_listed(targets)}; several columns of 0 and 1 "
             "are task multilabel"
         )
+    only = frame[targets[0]]
+    if TASKS[task].has_labels and only.dtype.kind == "O" and only.nunique() > FEW_CATEGORIES:
+        _refuse_numbers(targets[0], _as_texts(only), "choose another --target")
     return task
 
 
@@ -608,15 +746,10 @@ def _columns(frame: "pandas.DataFrame", targets: Sequence[str]) -> tuple[Column,
         if name in targets:
             continue
         series = frame[name]
-        if types.is_datetime64_any_dtype(series) or types.is_timedelta64_dtype(series):
-            raise DataError(
-                f"column {name!r} holds dates or times; make numbers of them, or leave it out with "
-                f"--drop {name}"
-            )
-        known = series.dropna()
+        _check_values(name, series, f"leave it out with --drop {name}")
         # pandas keeps truth values with gaps as objects
-        is_number = (
-            types.is_numeric_dtype(series) or known.map(lambda v: v is True or v is False).all()
+        is_number = types.is_numeric_dtype(series) or (
+            series.dropna().map(lambda v: v is True or v is False).all()
         )
         kind = _NUMBER if is_number else _CATEGORY
         column = _KINDS[kind].fit(name, series)
@@ -627,6 +760,20 @@ def _columns(frame: "pandas.DataFrame", targets: Sequence[str]) -> tuple[Column,
             "other, or all rows have the same value"
         )
     return tuple(found)
+
+
+def _check_values(name: str, series: "pandas.Series", way: str) -> None:
+    """DataError, which ends with `way`, for dates, and for lists and other objects."""
+    from pandas.api import types
+
+    if types.is_datetime64_any_dtype(series) or types.is_timedelta64_dtype(series):
+        raise DataError(f"column {name!r} holds dates or times; make numbers of them, or {way}")
+    kinds = {type(value) for value in series.dropna()} if series.dtype.kind == "O" else set()
+    if odd := [kind for kind in kinds if issubclass(kind, (list, dict, set, tuple, numpy.ndarray))]:
+        raise DataError(
+            f"column {name!r} holds values of type {odd[0].__name__}; make numbers or texts of "
+            f"them, or {way}"
+        )
 
 
 def _classes(series: "pandas.Series") -> tuple[str, ...]:
@@ -643,13 +790,14 @@ class Choice(NamedTuple):
     """The targets to learn from a file, and the rows and columns that are held out.
 
     validation: the share of all rows that is held out in addition to the test rows, which are
-    TEST_SHARE.
+    TEST_SHARE. decimal: see `read`.
     """
 
     targets: tuple[str, ...]
     drop: tuple[str, ...] = ()
     task: str = "auto"
     validation: float = 0.0
+    decimal: str | None = None
 
 
 class Parts(NamedTuple):
@@ -668,14 +816,16 @@ def load(path: str | Path, choice: Choice, table: Table | None = None) -> Parts:
     Without it, one is fitted on the training rows. DataError, in one line, for a file that cannot
     be read or used.
     """
-    path, frame = Path(path), read(path, () if table is None else table.texts)
+    path, doubts = Path(path), list[str]()
+    frame = read(path, () if table is None else table.texts, choice.decimal, doubts.append)
     _check_rows(len(frame), str(path))
-    notes: tuple[str, ...] = ()
+    notes = tuple(doubts)
     if table is None:
         _check_columns(frame, (*choice.targets, *choice.drop))
         if twice := set(choice.targets) & set(choice.drop):
             raise DataError(f"{path}: {_listed(sorted(twice))} is a target and cannot be dropped")
-        frame, notes = without_index(frame.drop(columns=list(choice.drop)))
+        frame, counts = without_index(frame.drop(columns=list(choice.drop)))
+        notes += counts
         task = checked_task(frame, choice.targets, choice.task)
     else:
         task = table.task
@@ -688,7 +838,9 @@ def load(path: str | Path, choice: Choice, table: Table | None = None) -> Parts:
         table = fit(train, targets, task)
         known = {*targets, *(column.name for column in table.columns)}
         if empty := [name for name in frame.columns if name not in known]:
-            notes += (f"left out, as all training rows have the same value: {_listed(empty)}",)
+            notes += (
+                f"left out, as all training rows have the same value, or none: {_listed(empty)}",
+            )
             train, test, held = (part.drop(columns=empty) for part in (train, test, held))
     learned = table.dataset(train, f"{path.name} (train)")
     said = tuple(f"{path.name}: {note}" for note in notes)

@@ -81,6 +81,7 @@ class Settings:
     task: str | None = None  # "classification", "regression" or "multilabel", if the user chose
     target: str | None = None  # columns of a table to predict, with commas
     drop: str | None = None  # columns of a table to leave out, with commas
+    decimal: str | None = None  # decimal point of a table in a text file, if the user gave one
     validation: float | None = None  # share of the rows held out in addition to the test rows
     class_weight: str | None = None
     versions: dict[str, str] = field(default_factory=dict)

@@ -167,7 +167,7 @@ def test_columns_of_one_value_are_left_out(tmp_path):
     frame.to_csv(tmp_path / "t.csv", index=False)
     parts = tables.load(tmp_path / "t.csv", tables.Choice(("y",)))
     assert parts.table.features == ["a", "some", "some missing"]
-    said = "t.csv: left out, as all training rows have the same value: one, word, gaps"
+    said = "t.csv: left out, as all training rows have the same value, or none: one, word, gaps"
     assert parts.train.notes[-1] == said and parts.test.notes == ()
     with pytest.raises(DataError, match=r"no column is left to learn from .* the same value"):
         tables.fit(frame[["one", "word", "y"]], ["y"])
@@ -188,7 +188,8 @@ def test_parquet(frame, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "not a readable table"),
+        (b"", "t.csv: is empty"),
+        (b"PK\x03\x04\0\0,\0", "holds bytes that are no text"),
         (b"a,b\n", "has a header but no rows"),
         (b"a,a\n1,2\n", "names a more than once"),
         (b"a,b\n1,2\n1,2,3\n", "not a readable table"),
@@ -210,6 +211,39 @@ def test_decimal_commas(tmp_path):
     frame = tables.read(path)
     assert frame["a"].tolist() == [0.5, -1.25] and frame["b"].tolist() == [1, 2]
     assert frame["c"].tolist() == ["x,y", "z"]
+
+
+@pytest.mark.parametrize(
+    ("cells", "decimal", "values", "note"),
+    [
+        (
+            ["1,234", "5"],
+            None,
+            [1.234, 5],
+            "1,234 is read as 1.234; if it is 1234, give --decimal .",
+        ),
+        (["1,234", "1,2"], None, [1.234, 1.2], None),  # no mark of thousands
+        (["0,234", "-0,999"], None, [0.234, -0.999], None),
+        (["1,234", ""], ".", [1234, math.nan], None),
+        ([" 1,234.5 ", "-2e3"], ".", [1234.5, -2000], None),
+        (["1.234.567,5", "+,5"], ",", [1234567.5, 0.5], None),
+        (["1.234", "2"], ",", [1234, 2], None),
+        (["1.234", "x"], ",", ["1.234", "x"], None),  # texts stay as they are
+        (["1,23", "2"], ".", ["1,23", "2"], None),  # no groups of three digits
+    ],
+)
+def test_marks_of_decimals_and_thousands(tmp_path, cells, decimal, values, note):
+    path, said = write(tmp_path / "t.csv", "a;b", *(f"{cell};x" for cell in cells)), []
+    frame = tables.read(path, (), decimal, said.append)
+    assert frame["a"].tolist() == pytest.approx(values, nan_ok=True)
+    assert said == ([] if note is None else [f"column 'a': {note}"])
+
+
+def test_points_beside_decimal_commas(tmp_path):
+    path, said = write(tmp_path / "t.csv", "a;b;c", "1.234;0,5;1.5", "2.000;1;2"), []
+    frame = tables.read(path, (), None, said.append)
+    assert frame["a"].tolist() == [1.234, 2] and frame["b"].tolist() == [0.5, 1]
+    assert said == ["column 'a': 1.234 is read as 1.234; if it is 1234, give --decimal ,"]
 
 
 def write(path, *lines):
@@ -280,6 +314,7 @@ def test_truth_values_with_gaps_are_numbers():
         ),
         ([f"{i},{i:03}" for i in range(41)], "numbers that are written as texts, such as '0,000'"),
         ([f"{i}%" for i in range(41)], "numbers that are written as texts, such as '0%'"),
+        ([f"{i}" for i in range(41)], "numbers that are stored as texts, such as '0'"),
     ],
 )
 def test_numbers_among_texts_are_no_categories(texts, message):
@@ -289,8 +324,44 @@ def test_numbers_among_texts_are_no_categories(texts, message):
 
 
 def test_a_header_with_separators_in_quotes(tmp_path):
-    path = write(tmp_path / "t.csv", '"a,1";"b,1"', "1;2")
-    assert tables.read(path).columns.tolist() == ["a,1", "b,1"]
+    path = write(tmp_path / "t.csv", '"a";"b,1,2"', "1;2")
+    assert tables.read(path).columns.tolist() == ["a", "b,1,2"]
+    frame = tables.read(write(path, "", " ", '"a\n1",b', "1,2"))
+    assert frame.to_dict("list") == {"a\n1": [1], "b": [2]}
+    assert tables.read(write(path, '"a" ,b', "1,2")).columns.tolist() == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ([1.7e308, -1.7e308], "'a': numbers from -1.7e.308 to 1.7e.308 are too far apart"),
+        ([2**63 + 1, 2**63 + 2], "cannot tell apart, such as 9223372036854775809 and"),
+        ([[1, 2], [3]], "'a' holds values of type list"),
+        ([pandas.Timestamp(0), pandas.Timestamp(1)], "'a' holds dates or times"),
+    ],
+)
+def test_values_that_are_no_numbers_and_no_texts(values, message):
+    kind = "uint64" if isinstance(values[0], int) else None
+    frame = pandas.DataFrame({"a": pandas.Series(values * 20, dtype=kind), "y": [0.5, 1] * 20})
+    with pytest.raises(DataError, match=message):
+        tables.fit(frame, ["y"])
+    if kind is None:
+        with pytest.raises(DataError, match=message):
+            tables.fit(frame, ["a"], "regression")
+
+
+def test_numbers_too_large_for_float32(frame):
+    table = tables.fit(frame.assign(age=[1e-30, 2e-30, 3e-30, 4e-30]), ["price"])
+    with pytest.raises(
+        DataError, match=r"'age': 50000000000.0 in row 2 is too far from the training rows'"
+    ):
+        table.inputs(frame.assign(age=[1e-30, 5e10, 5e10, 1]))
+
+
+def test_a_categoricals_unused_categories_are_no_features():
+    kind = pandas.CategoricalDtype(["a", "b", "never"])
+    frame = pandas.DataFrame({"c": pandas.Series(["a", "b"] * 5, dtype=kind), "y": range(10)})
+    assert tables.fit(frame, ["y"], "regression").features == ["c = a", "c = b"]
 
 
 def test_rows_longer_than_the_header(tmp_path):

@@ -150,7 +150,7 @@ def test_balanced_weights_are_the_losses(handgrad):
 def test_a_table_is_described_as_in_its_file(handgrad, files):
     files.assign(a=[None] * 9 + [2.0, 4.0] * 45 + [None], c=1).to_csv("gaps.csv", index=False)
     status, out, err = handgrad("data", "gaps.csv", "--target", "price", "--drop", "cost")
-    assert status == 0 and "left out, as all training rows have the same value: c" in err
+    assert status == 0 and "left out, as all training rows have the same value, or none: c" in err
     train = files.iloc[tables_rows(100, 0)[0]]
     gaps = sum(i < 9 or i == 99 for i in train.index)
     low, high = train.price.min(), train.price.max()
@@ -184,6 +184,27 @@ def test_several_labels(handgrad, files):
     f1 = [metrics.f1_score(labels[n][said.index], said[n], zero_division=0) for n in labels]
     assert [line.split()[4] for line in lines[2:]] == [f"{one:.4f}" for one in f1]
     assert f"F1 {sum(f1) / 2:.4f}" in lines[1]
+
+
+def test_a_run_keeps_its_decimal_point(handgrad, files):
+    """Numbers such as 1.234 are read alike by training, evaluation and prediction."""
+    size = (1234 + 10 * files.a).round(2)
+    german = [f"{n:,.2f}".translate(str.maketrans(",.", ".,")) for n in size]
+    files[["a", "price"]].assign(size=size).to_csv("point.csv", index=False)
+    files[["a", "price"]].assign(size=german).to_csv("comma.csv", index=False, sep=";", decimal=",")
+    argv = ("--target", "price", "--epochs", "2", *QUICK)
+    assert handgrad("train", "point.csv", *argv, "--out", "point")[0] == 0
+    assert handgrad("train", "comma.csv", *argv, "--decimal", ",", "--out", "comma")[0] == 0
+    for command in ("evaluate", "predict"):
+        two = [
+            handgrad(command, run, *([f"{run}.csv"] if command == "predict" else []))
+            for run in ("point", "comma")
+        ]
+        found = [[word for word in out.split() if word[0].isdigit()] for _, out, _ in two]
+        assert found[0] == found[1] and len(found[0]) > 2
+    status, _, err = handgrad("train", "digits", "--decimal", ",")
+    assert status == 2 and "--decimal is for tables (.csv, .tsv, .parquet), not digits" in err
+    assert "--decimal must be . or ,, got 'x'" in handgrad("data", "comma.csv", "--decimal", "x")[2]
 
 
 def test_a_place_that_cannot_be_written(handgrad):
