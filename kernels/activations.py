@@ -149,8 +149,9 @@ def elu(z):
 
 
 @triton.jit
-def elu_bwd(dy, y):
-    return tl.where(y < 0, dy * (y + 1.0), dy)  # (eᶻ - 1)' = eᶻ
+def elu_bwd(dy, z):
+    # (eᶻ - 1)' = eᶻ. In half precision, y + 1 would be 0 below z = -6.
+    return dy * tl.exp(tl.minimum(z, 0.0))
 
 
 def identity_ref(z: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -257,11 +258,11 @@ def elu_ref(z: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     return _elu(z, out=out)
 
 
-def elu_bwd_ref(dy: torch.Tensor, y: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    # dy where y > 0, else dy · (y + 1)
+def elu_bwd_ref(dy: torch.Tensor, z: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    # dy where z > 0, else dy · eᶻ
     if out is None:
-        return _elu_backward.default(dy, 1, 1, 1, True, y)
-    return _elu_backward.grad_input(dy, 1, 1, 1, True, y, grad_input=out)
+        return _elu_backward.default(dy, 1, 1, 1, False, z)
+    return _elu_backward.grad_input(dy, 1, 1, 1, False, z, grad_input=out)
 
 
 class Activation(NamedTuple):
@@ -339,7 +340,7 @@ ACTIVATIONS: dict[str, Activation] = {
         "z",
         (0.0,),
     ),
-    "elu": Activation(elu, elu_bwd, elu_ref, elu_bwd_ref, F.elu, "y", (0.0,), nn.ELU),
+    "elu": Activation(elu, elu_bwd, elu_ref, elu_bwd_ref, F.elu, "z", (0.0,), nn.ELU),
 }
 
 

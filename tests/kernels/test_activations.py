@@ -128,6 +128,20 @@ def test_kink(name, kink, dtype, device):
     )
 
 
+@PRECISIONS
+def test_small_derivatives_of_elu(dtype, device):
+    """elu' = eᶻ keeps its digits far below 0, as torch's. 1 + elu has none there in half
+    precision.
+    """
+    z = torch.linspace(-9, -1, 65).to(device, dtype)
+    _, s = apply("elu", z)
+    dz = linear_bwd_dz(torch.ones_like(z)[:, None], s, "elu")[:, 0]
+    reference = ACTIVATIONS["elu"].backward_ref(torch.ones_like(z), z)
+    for found in (dz, reference):
+        error = found.double() / z.double().exp() - 1
+        assert error.abs().max() < 4 * torch.finfo(dtype).eps
+
+
 @CASES
 @PRECISIONS
 @pytest.mark.parametrize("value", [math.nan, INFINITY, -INFINITY, 1e4, -1e4], ids=str)
