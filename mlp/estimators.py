@@ -272,7 +272,7 @@ class _Network(BaseEstimator):
         first = "_model" not in self.__dict__ or not (self.warm_start or incremental)
         X, targets = self._validate_input(X, y, incremental, first)
         weights = None if sample_weight is None else _check_sample_weight(sample_weight, X)
-        self._random, self._read = check_random_state(self.random_state), X.dtype
+        self._random, self._read = self._generator(), X.dtype
         if first:
             self._start([X.shape[1], *self._hidden(), self.n_outputs_], X)
         else:
@@ -303,6 +303,9 @@ class _Network(BaseEstimator):
                 "values and need to be preprocessed."
             )
         return self
+
+    def _generator(self) -> numpy.random.RandomState:
+        return check_random_state(self.random_state)
 
     def _hidden(self) -> list[int]:
         sizes = self.hidden_layer_sizes
@@ -398,7 +401,8 @@ class _Network(BaseEstimator):
         dense = X.toarray() if hasattr(X, "toarray") else X
         first = next(self._model.parameters())
         inputs = _tensor(dense).to(first.dtype)
-        if not bool(inputs.isfinite().all()):  # X is finite, it was checked
+        # X is finite, it was checked. A finite sum has no other terms, and is computed faster.
+        if not bool(inputs.sum().isfinite()) and not bool(inputs.isfinite().all()):
             row, column = inputs.isfinite().logical_not().nonzero()[0].tolist()
             raise ValueError(
                 f"{type(self).__name__}: X has {dense[row, column]:g} in row {row}, column "
@@ -465,11 +469,9 @@ class _Network(BaseEstimator):
         """Do the work of `_run` with many epochs in a call. The compiled code decides the stop."""
         session, watch = training.session, self._watch()
         while self.n_iter_ < epochs:
-            orders = numpy.empty((training.ahead(epochs - self.n_iter_), len(order)), numpy.int64)
-            orders[:] = order
-            with self._draws(orders) as draws:
+            with self._draws(order, training.ahead(epochs - self.n_iter_)) as (orders, draws):
                 found = training.epochs(orders, watch, draws)
-            order = orders[len(found.losses) - 1]
+            order = orders[min(len(found.losses), len(orders)) - 1]
             self._note_epochs(found.losses, len(order), found.values)
             self._no_improvement = watch.waited
             if self.early_stopping:
@@ -491,22 +493,26 @@ class _Network(BaseEstimator):
         return False
 
     @contextlib.contextmanager
-    def _draws(self, orders: numpy.ndarray) -> Iterator[numpy.ndarray | None]:
-        """A context with the random state from which compiled epochs draw their orders.
+    def _draws(self, order: numpy.ndarray, epochs: int) -> Iterator[tuple[numpy.ndarray, Any]]:
+        """A context with the orders of so many epochs, and `cpu.session.Draws` or None.
 
-        It yields (625,) uint32: the 624 words of MT19937 and the place in them. The epochs advance
-        it, and the estimator takes it back at the end. Without shuffle, and for other generators,
-        it yields None and fills `orders` here.
+        order: (samples,), the order of the epoch before. With Draws, the orders are a copy of it,
+        and the compiled code draws all of them there. It advances the random state, which the
+        estimator takes back at the end. Without shuffle, and for other generators, the orders are
+        made here.
         """
         kind, key, place, *rest = self._random.get_state()
         if not self.shuffle or kind != COMPILED_DRAWS:
-            for i in range(len(orders)):
-                orders[i] = self._next_order(orders[i])
-            yield None
+            orders = numpy.empty((epochs, len(order)), numpy.int64)
+            for i in range(epochs):
+                orders[i] = order = self._next_order(order)
+            yield orders, None
             return
-        draws = numpy.append(key, numpy.uint32(place))
-        yield draws
-        self._random.set_state((kind, draws[:-1], int(draws[-1]), *rest))
+        from kernels.cpu.session import Draws
+
+        draws = Draws(numpy.append(key, numpy.uint32(place)), epochs)
+        yield order[None].copy(), draws
+        self._random.set_state((kind, draws.state[:-1], int(draws.state[-1]), *rest))
 
     def _watch(self) -> Any:
         """The rule by which the compiled epochs end, see `cpu.session.Watch`."""

@@ -171,8 +171,8 @@ class Training:
     def epochs(self, orders: numpy.ndarray, watch: Any, draws: Any) -> Any:
         """Train an epoch for each row of `orders`, or fewer if `watch` ends training.
 
-        orders: (epochs, samples) int64. draws: the state to draw the orders from, or None for the
-        given ones, see `_draws` of the estimator. Returns `cpu.session.Found`.
+        orders: (epochs, samples) int64. draws: `cpu.session.Draws`, or None for the given orders,
+        see `_draws` of the estimator. Returns `cpu.session.Found`.
         """
         group = self.optimizer.param_groups[0]
         rule, alpha = self.optimizer.row(group), self.estimator.alpha

@@ -61,6 +61,13 @@ class Held(NamedTuple):
     rows: torch.Tensor | None = None  # indices of the rows that count; None for all
 
 
+class Draws(NamedTuple):
+    """Orders that the compiled code draws, one after another in the same row of memory."""
+
+    state: np.ndarray  # (625,) uint32: the 624 words of MT19937 and the place in them
+    epochs: int  # the most epochs
+
+
 class Found(NamedTuple):
     """What `Session.epochs` measured: a number for each epoch that was trained."""
 
@@ -81,7 +88,7 @@ class _Network(NamedTuple):
 class _Many(NamedTuple):
     """What a compiled call needs besides a network."""
 
-    # (epochs, rows) int64. If orders are drawn, row 0 at first holds the one before them.
+    # (epochs, rows) int64. If orders are drawn, one row, which first holds the order before them.
     orders: np.ndarray
     # (625,) uint32: the state of MT19937 and the place in it. It is empty if the orders are given.
     draws: np.ndarray
@@ -273,16 +280,14 @@ def _temper(draws, words):
 
 
 @inside
-def _draw(many, words, e):
-    """Write the order of epoch e. It is the one before, shuffled as by sklearn.utils.shuffle.
+def _draw(many, words):
+    """Shuffle the order of the epoch before, as sklearn.utils.shuffle does.
 
     words: the numbers of `_temper`.
     """
-    count, draws, place = many.orders.shape[1], many.draws, np.int64(many.draws[624])
-    order = integers(np.int64(many.orders.ctypes.data) + 8 * e * count)
-    if e > 0:
-        many.orders[e] = many.orders[e - 1]
-    i, mask = count - 1, 1
+    draws, place = many.draws, np.int64(many.draws[624])
+    order = integers(np.int64(many.orders.ctypes.data))
+    i, mask = many.orders.shape[1] - 1, 1
     while mask < i:
         mask = 2 * mask + 1
     # Whether a number is small enough cannot be predicted. So there is no branch for it: instead,
@@ -305,9 +310,9 @@ def _draw(many, words, e):
 @inside
 def _point_at(run, many, e):
     """Let the steps read the order and the numbers of epoch e."""
-    order, steps = many.orders.shape[1], len(many.shares)
+    order, row, steps = many.orders.shape[1], min(e, len(many.orders) - 1), len(many.shares)
     offset = many.numbers.itemsize * e * steps * run.places[loop.COUNT]
-    run.places[loop.ORDER] = np.int64(many.orders.ctypes.data) + 8 * e * order
+    run.places[loop.ORDER] = np.int64(many.orders.ctypes.data) + 8 * row * order
     run.places[loop.NUMBERS] = np.int64(many.numbers.ctypes.data) + offset
     run.places[loop.BIAS_NUMBERS] = np.int64(many.bias_numbers.ctypes.data) + offset
 
@@ -331,14 +336,14 @@ def _after_epoch(run, held, many, penalty):
 
 
 def _epochs(run, held, worker, workers, many):
-    """Train until the watch ends it, or until all orders were used. Each worker calls this."""
+    """Train until the watch ends it, or until all epochs are done. Each worker calls this."""
     steps, meetings, turn = len(many.shares), 1, 0
     counters, words = np.int64(many.counters.ctypes.data), np.empty(624, np.uint32)
     if worker == 0 and len(many.draws):
         _temper(many.draws, words)
-    for e in range(len(many.orders)):
+    for e in range(len(many.losses)):
         if worker == 0 and len(many.draws):
-            _draw(many, words, e)
+            _draw(many, words)
         meetings = meet(counters, workers, meetings)
         _point_at(run, many, e)
         # With a penalty, a call takes one step, because it needs the weights before each step.
@@ -448,7 +453,7 @@ class Session:
         watch: Watch,
         alpha: float | None = None,
         scale: float = 1.0,
-        draws: np.ndarray | None = None,
+        draws: Draws | None = None,
     ) -> Found:
         """Train for an epoch on each of the orders, or until `watch` stops it.
 
@@ -460,11 +465,11 @@ class Session:
         alpha: scikit-learn's penalty. numbers are then the rule's hyperparameters by name, without
             weight decay.
         scale: a factor of the mean loss that is reported.
-        draws: (625,) uint32, the state of numpy's RandomState. It then shuffles each order from the
-            one before, and the results are written to `orders`. At first, row 0 of `orders` holds
-            the order before the first.
+        draws: the state of numpy's RandomState, which then shuffles each order from the one before.
+            `orders` has one row, which at first holds the order before the first epoch, and in the
+            end that of the last one.
         """
-        count = len(orders)
+        count = len(orders) if draws is None else draws.epochs
         of_weights, of_biases = self._tables(numbers, taken, count, alpha)
         if watch.keeps and not len(self._best):
             self._best = self.memory.w[: self.memory.places[loop.STATE]].copy()
@@ -477,7 +482,7 @@ class Session:
         calls = 1 + count * self.steps if self.workers > 1 else 1
         many = _Many(
             orders,
-            np.empty(0, np.uint32) if draws is None else draws,
+            np.empty(0, np.uint32) if draws is None else draws.state,
             of_weights,
             of_biases,
             self._shares * scale,

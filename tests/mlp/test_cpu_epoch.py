@@ -462,15 +462,17 @@ def test_orders_are_drawn_as_by_numpy(count):
     spec, parameters, states, data, targets, _ = training((3, 2), n=count, pixels=False)
     samples, random = (data, targets, 1.0, 0.0), np.random.RandomState(7)
     trained = session.Session(spec, parameters, states, samples, count, 32)
-    orders = np.tile(np.arange(count), (4, 1))
     draws = np.array([*random.get_state()[1], random.get_state()[2]], np.uint32)
-    numbers = hyperparameters(spec.rule, **options(spec.rule))
-    trained.epochs(orders, numbers, 0, session.Watch(), draws=draws)
-    for before, drawn in zip([np.arange(count), *orders], orders):
-        places = np.arange(count)
-        random.shuffle(places)
-        assert drawn.tolist() == before[places].tolist()
-    assert draws.tolist() == [*random.get_state()[1], random.get_state()[2]]
+    numbers, order = hyperparameters(spec.rule, **options(spec.rule)), np.arange(count)
+    for epochs in (1, 3):
+        drawn = order[None].copy()
+        trained.epochs(drawn, numbers, 0, session.Watch(), draws=session.Draws(draws, epochs))
+        for _ in range(epochs):
+            places = np.arange(count)
+            random.shuffle(places)
+            order = order[places]
+        assert drawn[0].tolist() == order.tolist()
+        assert draws.tolist() == [*random.get_state()[1], random.get_state()[2]]
 
 
 @both
