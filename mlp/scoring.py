@@ -59,8 +59,10 @@ def classes(probabilities: numpy.ndarray, labels: numpy.ndarray) -> dict[str, fl
     metrics, count = _sklearn(), probabilities.shape[1]
     if not numpy.isfinite(probabilities).all():
         return dict.fromkeys(("f1", "auc", "log_loss"), math.nan)
-    # scikit-learn needs float64 rows that sum to 1.
+    # scikit-learn needs float64 rows that sum to 1. They sum to 0 if a network that was trained by
+    # mse gives no positive output. Then it prefers no class.
     shares = probabilities.astype(numpy.float64)
+    shares[shares.sum(1) == 0] = 1.0
     shares = shares / shares.sum(1, keepdims=True)
     known = range(count)
     f1 = metrics.f1_score(labels, shares.argmax(1), average="macro", zero_division=0)

@@ -11,6 +11,7 @@ from ..modules import ends
 from ..runs import Facts, RunFolder, Settings
 from ..runs.checkpoint import config_of
 from .options import Values
+from .setup import files_of
 from .terminal import check_file, complain, say
 
 
@@ -20,6 +21,7 @@ def run(values: Values) -> None:
     check_file(path)
     write = _format(path, values["format"]).write
     settings = RunFolder(values["run"]).settings
+    check_file(path, files_of(values["run"], settings))
     model, note = RunFolder(values["run"]).network("cpu")
     if note:
         complain(f"note: {note}")

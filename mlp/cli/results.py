@@ -44,6 +44,7 @@ def _network(run: RunFolder, device: torch.device) -> torch.nn.Module:
 def evaluate(values: Values) -> None:
     """Print loss and accuracy of a trained network on its test data: top-1, top-k, by class."""
     settings, test_set, model = _open(values)
+    _check_top(values["top"], test_set)
     trainer = Trainer(model, settings.recipe.make_loss(), engine="autograd", verbose=False)
     result = trainer.evaluate(test_set)
     say(f"{test_set.name}: {len(test_set):,} samples, loss {result['test_loss']:.4f}")
@@ -56,6 +57,19 @@ def evaluate(values: Values) -> None:
             say(f"  {name:<20} {'no samples' if share is None else f'{share:.2%}'}")
     for line in tables.quality_lines(settings, trainer, test_set):
         say(line)
+
+
+def _check_top(top: int | None, test_set: data.Dataset) -> None:
+    """ValueError if the data have no classes, or fewer."""
+    if top is None:
+        return
+    if not test_set.is_classification:
+        raise ValueError(
+            f"--top {top} is for classes, but {test_set.name} has numbers; leave it out"
+        )
+    if top > len(test_set.classes):
+        count = len(test_set.classes)
+        raise ValueError(f"--top must be at most {count}, the number of classes, got {top}")
 
 
 def report(values: Values) -> None:

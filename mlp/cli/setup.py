@@ -98,6 +98,11 @@ def absolute(source: str) -> str:
     return ",".join(str(Path(part).absolute()) for part in parts)
 
 
+def files_of(run: Path, settings: Settings) -> list[Path]:
+    """The files of a run folder and of its data, which no other output may replace."""
+    return [*map(Path, settings.dataset.split(",")), Path(settings.dataset), *run.iterdir()]
+
+
 def located(settings: Settings) -> Settings:
     """The settings with absolute paths, so that they find their data from any folder."""
     folder = settings.data_dir
@@ -155,8 +160,8 @@ def _read(settings: Settings) -> Read:
                 "leave it out"
             )
         choice = tables.Choice(
-            _names(settings.target),
-            _names(settings.drop or ""),
+            names_of(settings.target),
+            names_of(settings.drop or ""),
             settings.task or "auto",
             settings.validation or 0.0,
             settings.decimal,
@@ -179,7 +184,7 @@ def _read(settings: Settings) -> Read:
     return Read(*raw)
 
 
-def _names(text: str) -> tuple[str, ...]:
+def names_of(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 

@@ -123,7 +123,7 @@ def predict(values: Values) -> None:
             f"{' or '.join(known)} file, got {', '.join(map(str, values['files']))}"
         )
     if values["out"] is not None:
-        check_file(values["out"])
+        check_file(values["out"], [path, *setup.files_of(run.path, settings)])
     dtype = setup.pick_precision(settings.precision).weights
     model, note = run.network(setup.pick_device(values["device"]))
     if note:
@@ -156,7 +156,9 @@ def _by_name(run: RunFolder, path: Path, features: int) -> torch.Tensor:
         complain(f"note: {path}: {line}")
 
     decimal = None if path.suffix.lower() == ".parquet" else run.settings.decimal
-    return table.inputs(tables.read(path, table.texts, decimal, note), note)
+    frame = tables.read(path, table.texts, decimal, note)
+    dropped = setup.names_of(run.settings.drop or "")
+    return table.inputs(frame.drop(columns=list(dropped), errors="ignore"), note)
 
 
 def _by_order(run: RunFolder, path: Path, features: int) -> torch.Tensor:

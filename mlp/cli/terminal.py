@@ -5,6 +5,7 @@ them could clear the screen or forge a line, so it is escaped.
 """
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO
 
@@ -29,8 +30,13 @@ def complain(message: object) -> None:
     say(f"handgrad: {' '.join(str(message).split())}", sys.stderr)
 
 
-def check_file(path: Path) -> None:
-    """ValueError if no file can be written at this path, before the work for it is done."""
+def check_file(path: Path, kept: Iterable[Path] = ()) -> None:
+    """ValueError if no file can be written at this path, before the work for it is done.
+
+    kept: files that must not be written over, such as the input.
+    """
+    if path.exists() and any(one.exists() and path.samefile(one) for one in kept):
+        raise ValueError(f"{path}: would be written over, but it is needed; name another file")
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; name a file in it")
     if not path.parent.is_dir():

@@ -571,12 +571,23 @@ def _plain_numbers(texts: "pandas.Series", decimal: str) -> "pandas.Series":
     """Texts (rows,) with "." as decimal point and no marks between thousands.
 
     They stay unchanged unless all are numbers with this decimal point, "." or ",". The other one of
-    the two may group thousands.
+    the two may group thousands. DataError if all are numbers with the other decimal point.
     """
+    import pandas
+
     point, group = re.escape(decimal), re.escape(_OTHER[decimal])
     whole = rf"(\d+|\d{{1,3}}({group}\d{{3}})+)"
     number = rf"\s*[+-]?({whole}({point}\d*)?|{point}\d+)([eE][+-]?\d+)?\s*"
     if not texts.dropna().str.fullmatch(number).all():
+        known = texts.dropna()
+        odd = known[known.str.contains(group)]
+        plain = pandas.to_numeric(known.str.replace(_OTHER[decimal], "."), errors="coerce")
+        if len(odd) and plain.notna().all():
+            raise DataError(
+                f"column {texts.name!r}: {odd.iloc[0]!r} in row {_row(odd, 0)} is no number with "
+                f"the decimal point {decimal!r} of --decimal; leave --decimal out, or write all "
+                "numbers alike"
+            )
         return texts
     return texts.str.replace(_OTHER[decimal], "").str.replace(decimal, ".")
 
@@ -828,7 +839,7 @@ def load(path: str | Path, choice: Choice, table: Table | None = None) -> Parts:
         notes += counts
         task = checked_task(frame, choice.targets, choice.task)
     else:
-        task = table.task
+        frame, task = frame.drop(columns=list(choice.drop), errors="ignore"), table.task
     targets = choice.targets if table is None else table.targets
     _check_columns(frame, targets)
     labels = frame[targets[0]].map(_class_name).to_numpy() if TASKS[task].has_labels else None

@@ -92,7 +92,7 @@ def test_evaluate_and_report(run, capsys):
     assert main(["evaluate", str(run), "--top", "3"]) == 2
     assert (
         capsys.readouterr().err
-        == "handgrad: top-k: k must be 1 to 2, the number of classes, got 3\n"
+        == "handgrad: --top must be at most 2, the number of classes, got 3\n"
     )
 
 
@@ -132,3 +132,6 @@ def test_scores_without_a_class():
     found = scoring.classes(shares, labels)
     assert found["f1"] == sklearn_metrics.f1_score(labels, shares.argmax(1), average="macro")
     assert "AUC not defined" in scoring.line(found) and "nan" not in scoring.line(found)
+    # A network that was trained by mse may give no positive output, so no class is probable.
+    found = scoring.classes(np.array([[0.0, 0.0], [0.25, 0.75]]), np.array([0, 1]))
+    assert found["log_loss"] == pytest.approx(-(np.log(0.5) + np.log(0.75)) / 2)

@@ -229,7 +229,6 @@ def test_decimal_commas(tmp_path):
         (["1.234.567,5", "+,5"], ",", [1234567.5, 0.5], None),
         (["1.234", "2"], ",", [1234, 2], None),
         (["1.234", "x"], ",", ["1.234", "x"], None),  # texts stay as they are
-        (["1,23", "2"], ".", ["1,23", "2"], None),  # no groups of three digits
     ],
 )
 def test_marks_of_decimals_and_thousands(tmp_path, cells, decimal, values, note):
@@ -237,6 +236,14 @@ def test_marks_of_decimals_and_thousands(tmp_path, cells, decimal, values, note)
     frame = tables.read(path, (), decimal, said.append)
     assert frame["a"].tolist() == pytest.approx(values, nan_ok=True)
     assert said == ([] if note is None else [f"column 'a': {note}"])
+
+
+@pytest.mark.parametrize("cell, decimal", [("1,23", "."), ("1.5", ","), ("1234,567", ".")])
+def test_numbers_with_another_decimal_point(tmp_path, cell, decimal):
+    """They are no numbers with this point. As texts, they would become categories."""
+    path = write(tmp_path / "t.csv", "a;b", "2;x", f"{cell};x")
+    with pytest.raises(DataError, match=f"'a': '{cell}' in row 2 is no number with the decimal"):
+        tables.read(path, (), decimal)
 
 
 def test_points_beside_decimal_commas(tmp_path):

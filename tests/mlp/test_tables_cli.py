@@ -5,6 +5,7 @@ get one line.
 import csv
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -184,6 +185,28 @@ def test_several_labels(handgrad, files):
     f1 = [metrics.f1_score(labels[n][said.index], said[n], zero_division=0) for n in labels]
     assert [line.split()[4] for line in lines[2:]] == [f"{one:.4f}" for one in f1]
     assert f"F1 {sum(f1) / 2:.4f}" in lines[1]
+
+
+def test_inputs_are_not_written_over(handgrad, files):
+    argv = ("--target", "price", "--drop", "cost", "--epochs", "1", *QUICK, "--out", "run")
+    assert handgrad("train", "price.csv", *argv)[0] == 0
+    files[["a", "b", "city", "cost"]].to_csv("new.csv", index=False)
+    before = {
+        path: path.read_bytes() for path in map(Path, ("price.csv", "new.csv", "run/last.ckpt"))
+    }
+    commands = [("predict", "run", "new.csv", "--out", f"./{path}") for path in before]
+    commands += [
+        ("export", "run", path, "--format", "torch") for path in ("price.csv", "run/last.ckpt")
+    ]
+    for command in commands:
+        status, out, err = handgrad(*command)
+        assert (status, out) == (2, "") and "would be written over" in err
+    assert before == {path: path.read_bytes() for path in before}
+    status, out, err = handgrad("predict", "run", "new.csv")
+    assert status == 0 and err == "" and len(out.splitlines()) == 101  # no word on a dropped column
+    assert handgrad("evaluate", "run")[2] == ""
+    said = "--top 2 is for classes, but price.csv (test) has numbers; leave it out"
+    assert handgrad("evaluate", "run", "--top", "2")[1:] == ("", f"handgrad: {said}\n")
 
 
 def test_a_run_keeps_its_decimal_point(handgrad, files):
