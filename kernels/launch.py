@@ -9,12 +9,19 @@ This module imports no operation. Only this module chooses the backend:
     follows the operations                       operation
     DTensor, FakeTensor, other subclasses     -> the reference, because a kernel needs plain memory
 
-`use("torch")` or `use("triton")` forces one of them. `configs` chooses the kernels for the products
+`use("torch")` or `use("triton")` forces one of them. Under `use("numba")`:
+
+    CPU tensor, float32 or float64            -> loops that numba compiles (`kernels.cpu`) for the
+                                                 products of linear layers, else the reference
+    any other tensor                          -> ValueError
+
+`configs` chooses the kernels for the products
 of linear layers, and `use(products=…)` forces that choice.
 """
 
 import contextlib
 import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -28,10 +35,13 @@ from torch.autograd import forward_ad
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 INTERPRET = tl.constexpr(INTERPRETED)
 
+LOOP_DTYPES = (torch.float32, torch.float64)
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ACCELERATORS = ("cuda", "xpu")
 AUTOCAST = ("cpu", *_ACCELERATORS)
 
+BACKENDS = ("torch", "triton", "numba")
+_NAMES = '"torch", "triton" or "numba"'
 PRODUCTS = ("fused", "library")
 
 _forced: str | None = None
@@ -48,6 +58,13 @@ def use(
 ) -> contextlib.AbstractContextManager[None]:
     """A context manager. `use("torch")` forces the reference, `use("triton")` forces the kernels.
 
+    `use("numba")` is for a CPU. `linear` and `mlp`, their launchers and their gradients then run in
+    loops that numba compiles, on as many threads as torch uses. Everything else, and products with
+    more than 2 MB of weights, runs in the reference. float32 and float64 are served. Results differ
+    from torch's in the last digits, and are the same for any number of threads. The first call
+    compiles for a few seconds, or reads the code from disk. It needs numba: pip install
+    'handgrad[cpu]'.
+
     products forces how kernels multiply in linear layers. With "fused", one Triton kernel does
     product, bias and activation. With "library", torch computes the product (by cuBLAS), and a
     Triton kernel applies the activation or its derivative. Without products, `kernels.configs`
@@ -60,18 +77,27 @@ def use(
 
     The settings hold in every thread.
 
-    ValueError: no argument, or an unknown value. Under `"triton"`, an operation also raises it
-    for tensors that no kernel takes (float64, or on a CPU without the interpreter).
+    ValueError: no argument, an unknown value, or "numba" without numba. Under `"triton"`, an
+    operation also raises it for tensors that no kernel takes (float64, or on a CPU without the
+    interpreter), and under `"numba"` for those that no loop takes (half precision, or on a GPU).
     """
     if backend is None and products is None and tma is None:
-        raise ValueError('use: give a backend, "torch" or "triton", or products= or tma=, got none')
-    if backend not in ("torch", "triton", None):
-        raise ValueError(f'use: backend must be "torch" or "triton", got {backend!r}')
+        raise ValueError(f"use: give a backend, {_NAMES}, or products= or tma=, got none")
+    if backend not in (*BACKENDS, None):
+        raise ValueError(f"use: backend must be {_NAMES}, got {backend!r}")
+    if backend == "numba" and not has_numba():
+        raise ValueError("use: backend \"numba\" needs numba: pip install 'handgrad[cpu]'")
     if products not in (*PRODUCTS, None):
         raise ValueError(f'use: products must be "fused" or "library", got {products!r}')
     if tma not in (True, False, None):
         raise ValueError(f"use: tma must be True or False, got {tma!r}")
     return _using(backend, products, tma)
+
+
+@functools.cache
+def has_numba() -> bool:
+    """True if numba is installed. To look for it takes longer than an epoch of a small table."""
+    return importlib.util.find_spec("numba") is not None
 
 
 @contextlib.contextmanager
@@ -103,10 +129,10 @@ def tma() -> bool | None:
 
 
 def backend(*tensors: torch.Tensor | None) -> str:
-    """`"triton"` or `"torch"`: the implementation that serves these tensors, see the module.
+    """`"triton"`, `"numba"` or `"torch"`: what serves these tensors, see the module.
 
-    None and non-tensors are ignored. ValueError: `use("triton")` is in force, and no kernel takes
-    one of the tensors.
+    None and non-tensors are ignored. ValueError: `use("triton")` or `use("numba")` is in force, and
+    it takes not all of the tensors.
     """
     if _forced == "torch":
         return "torch"
@@ -115,16 +141,43 @@ def backend(*tensors: torch.Tensor | None) -> str:
     if watched() or not plain(*tensors):
         return "torch"
     real = [t for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    if _forced == "numba":
+        if not all([t.is_cpu and t.dtype in LOOP_DTYPES for t in real]):
+            raise ValueError(
+                f'use("numba"): no compiled loop takes {_kinds(real)}; they take float32 and '
+                'float64 on a CPU; leave the block, or take use("torch")'
+            )
+        return "numba" if all([t.layout is torch.strided for t in real]) else "torch"
     if all([t.dtype in KERNEL_DTYPES and _has_kernels(t.device) for t in real]):
         return "triton"
     if _forced == "triton":
-        got = ", ".join(sorted({f"{t.dtype} on {t.device.type}" for t in real}))
         raise ValueError(
-            f'use("triton"): no kernel takes {got}; kernels take float32, float16 and bfloat16 on '
-            "a GPU, "
-            "or on the CPU when TRITON_INTERPRET=1 is set before the first import"
+            f'use("triton"): no kernel takes {_kinds(real)}; kernels take float32, float16 and '
+            "bfloat16 on a GPU, or on the CPU when TRITON_INTERPRET=1 is set before the first "
+            "import"
         )
     return "torch"
+
+
+def _kinds(tensors: list[torch.Tensor]) -> str:
+    return ", ".join(sorted({f"{t.dtype} on {t.device.type}" for t in tensors}))
+
+
+def takes_loops(*tensors: torch.Tensor | None) -> bool:
+    """True if compiled loops serve these tensors: `backend` is "numba". A fast test.
+
+    ValueError as in `backend`, under `use("numba")`.
+    """
+    if _forced != "numba":
+        return False
+    for t in tensors:
+        if t is None:
+            continue
+        if type(t) not in _PLAIN or t.dtype not in LOOP_DTYPES or not t.is_cpu:
+            return backend(*tensors) == "numba"
+        if t.layout is not torch.strided or t.is_nested or _batched(t):
+            return backend(*tensors) == "numba"
+    return not watched()
 
 
 def on_cpu(tensor: torch.Tensor | None) -> bool:

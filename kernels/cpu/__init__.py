@@ -1,11 +1,13 @@
-"""Training on a CPU. One call of code that numba compiles runs a whole epoch.
+"""Code that numba compiles for a CPU: one call runs a whole epoch, or a layer's product.
 
     bits       floats and their bits
     language   the functions that the tables' scalars call, for float32
     doubles    the same for float64
     rows       the rows of the tables, compiled
     tiles      register tiles of matrix products
-    products   matrix products that consist of such tiles
+    products   matrix products that consist of such tiles, on padded matrices
+    dense      the products of a linear layer, on matrices as torch stores them
+    linear     the host's side of these, for `kernels.use("numba")`
     waiting    how threads wait for each other
     loop       the steps of an epoch
     epoch      the host's side: memory and pieces
@@ -18,9 +20,7 @@ numba is optional and slow to import. So modules that need it are imported where
 """
 
 import contextlib
-import functools
 import importlib
-import importlib.util
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
@@ -74,13 +74,7 @@ _passed = 0.0  # seconds that this process would have saved by code that it did 
 def serves(parameter: torch.Tensor) -> bool:
     """True if the compiled epoch can train a network with this parameter."""
     on_cpu = parameter.device.type == "cpu" and parameter.dtype in DTYPES
-    return on_cpu and _has_numba() and launch.backend(parameter) == "torch"
-
-
-@functools.cache
-def _has_numba() -> bool:
-    """True if numba is installed. To look for it takes longer than an epoch of a small table."""
-    return importlib.util.find_spec("numba") is not None
+    return on_cpu and launch.has_numba() and launch.backend(parameter) != "triton"
 
 
 def is_loaded(dtype: torch.dtype, call: Call = EPOCH) -> bool:

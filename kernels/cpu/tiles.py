@@ -62,12 +62,36 @@ def pointer(context, builder, signature, args, position, offset):
     return builder.gep(array.data, [offset])
 
 
-def _load(builder, pointer, kind):
-    return builder.load(builder.bitcast(pointer, kind.as_pointer()), align=4)
+def _load(builder, pointer, kind, mask=None):
+    """A vector from memory. Lanes outside the mask are 0, and their memory is not touched."""
+    pointer = builder.bitcast(pointer, kind.as_pointer())
+    if mask is None:
+        return builder.load(pointer, align=4)
+    arguments = pointer, _I32(4), mask, _zeros(kind)
+    return builder.call(_masked(builder, "load", kind, arguments, kind), arguments)
 
 
-def _store(builder, value, pointer):
-    builder.store(value, builder.bitcast(pointer, value.type.as_pointer()), align=4)
+def _store(builder, value, pointer, mask=None):
+    """Write a vector, or those of its lanes that are in the mask."""
+    pointer = builder.bitcast(pointer, value.type.as_pointer())
+    if mask is None:
+        builder.store(value, pointer, align=4)
+    else:
+        arguments = value, pointer, _I32(4), mask
+        builder.call(_masked(builder, "store", value.type, arguments, ir.VoidType()), arguments)
+
+
+def _masked(builder, action, kind, arguments, result):
+    """LLVM's function that loads or stores a vector under a mask."""
+    name = f"llvm.masked.{action}.v{kind.count}{kind.element.intrinsic_name}.p0"
+    signature = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.module.globals.get(name) or ir.Function(builder.module, signature, name)
+
+
+def _first_lanes(builder, count, kind):
+    """A mask of the first `count` lanes of a vector."""
+    lanes = ir.Constant(ir.VectorType(_I64, kind.count), list(range(kind.count)))
+    return builder.icmp_signed("<", lanes, _splat(builder, count, lanes.type))
 
 
 def _splat(builder, scalar, kind):
@@ -110,17 +134,50 @@ def _loop(builder, count, values, body):
     return phis
 
 
-def _add_term(builder, lefts, step, base, sums):
+def _add_term(builder, lefts, step, base, sums, mask=None):
     """Generate sums[r, v] + left[r][step] · base[v], the next term of a tile's sums."""
     columns, kind = len(sums) // len(lefts), sums[0].type
     places = [_I64(v * kind.count) for v in range(columns)]
-    vectors = [_load(builder, builder.gep(base, [place]), kind) for place in places]
+    vectors = [_load(builder, builder.gep(base, [place]), kind, mask) for place in places]
     result = []
     for r, left in enumerate(lefts):
         scalar = _splat(builder, builder.load(builder.gep(left, [step])), kind)
         for v, vector in enumerate(vectors):
             result.append(_multiply_add(builder, scalar, vector, sums[r * columns + v]))
     return result
+
+
+def _outer(context, builder, signature, args, shape, count):
+    """Generate the code of a tile of outer products. shape = (rows, vectors).
+
+    args: as in `outer_tile`. count: numbers of the last vector that exist, or None for all.
+    """
+    rows, columns = shape
+    _, a, stride_ar, stride_aj, b, stride_bj, c, stride_cr, terms, add = args
+    at = lambda offset: pointer(context, builder, signature, args, 0, offset)  # noqa: E731
+    kind = _vector(context, signature)
+    mask = None if count is None else _first_lanes(builder, count, kind)
+    lines = [builder.add(c, builder.mul(_I64(r), stride_cr)) for r in range(rows)]
+    targets = [
+        at(builder.add(line, _I64(v * kind.count))) for line in lines for v in range(columns)
+    ]
+    lefts = [at(builder.add(a, builder.mul(_I64(r), stride_ar))) for r in range(rows)]
+    right = at(b)
+
+    def body(j, sums):
+        step, line = builder.mul(j, stride_aj), builder.mul(j, stride_bj)
+        return _add_term(builder, lefts, step, builder.gep(right, [line]), sums, mask)
+
+    sums = _loop(builder, terms, [_zeros(kind)] * (rows * columns), body)
+    with builder.if_else(builder.icmp_signed("!=", add, _I64(0))) as (then, otherwise):
+        with then:
+            for value, target in zip(sums, targets):
+                before = _load(builder, target, kind, mask)
+                _store(builder, builder.fadd(before, value), target, mask)
+        with otherwise:
+            for value, target in zip(sums, targets):
+                _store(builder, value, target, mask)
+    return context.get_dummy_value()
 
 
 def outer_tile(rows: int, columns: int):
@@ -134,32 +191,7 @@ def outer_tile(rows: int, columns: int):
     @intrinsic
     def tile(typing, w, a, stride_ar, stride_aj, b, stride_bj, c, stride_cr, terms, add):
         def generate(context, builder, signature, args):
-            _, a, stride_ar, stride_aj, b, stride_bj, c, stride_cr, terms, add = args
-            at = lambda offset: pointer(context, builder, signature, args, 0, offset)  # noqa: E731
-            kind = _vector(context, signature)
-            lines = [builder.add(c, builder.mul(_I64(r), stride_cr)) for r in range(rows)]
-            targets = [
-                at(builder.add(line, _I64(v * kind.count)))
-                for line in lines
-                for v in range(columns)
-            ]
-            lefts = [at(builder.add(a, builder.mul(_I64(r), stride_ar))) for r in range(rows)]
-            right = at(b)
-
-            def body(j, sums):
-                step, line = builder.mul(j, stride_aj), builder.mul(j, stride_bj)
-                return _add_term(builder, lefts, step, builder.gep(right, [line]), sums)
-
-            sums = _loop(builder, terms, [_zeros(kind)] * (rows * columns), body)
-            with builder.if_else(builder.icmp_signed("!=", add, _I64(0))) as (then, otherwise):
-                with then:
-                    for value, target in zip(sums, targets):
-                        before = _load(builder, target, kind)
-                        _store(builder, builder.fadd(before, value), target)
-                with otherwise:
-                    for value, target in zip(sums, targets):
-                        _store(builder, value, target)
-            return context.get_dummy_value()
+            return _outer(context, builder, signature, args, (rows, columns), None)
 
         return types.void(w, *[types.int64] * 9), generate
 
@@ -333,6 +365,42 @@ def _pointers(builder, listed, table):
     return builder.inttoptr(listed, _I32.as_pointer()), builder.inttoptr(table, _I8.as_pointer())
 
 
+def _dot(context, builder, signature, args, shape, count):
+    """Generate the code of a tile of dot products. shape = (rows, columns).
+
+    args: as in `dot_tile`. count: numbers of a row that are behind its whole vectors, or None.
+    """
+    rows, columns = shape
+    _, a, stride_ar, b, stride_bk, c, stride_cr, vectors = args
+    at = lambda offset: pointer(context, builder, signature, args, 0, offset)  # noqa: E731
+    lefts = [at(builder.add(a, builder.mul(_I64(r), stride_ar))) for r in range(rows)]
+    rights = [at(builder.add(b, builder.mul(_I64(k), stride_bk))) for k in range(columns)]
+    kind = _vector(context, signature)
+
+    def body(j, sums, mask=None):
+        offset = builder.mul(j, _I64(kind.count))
+        x = [_load(builder, builder.gep(left, [offset]), kind, mask) for left in lefts]
+        y = [_load(builder, builder.gep(right, [offset]), kind, mask) for right in rights]
+        return [
+            _multiply_add(builder, x[r], y[k], sums[r * columns + k])
+            for r in range(rows)
+            for k in range(columns)
+        ]
+
+    sums = _loop(builder, vectors, [_zeros(kind)] * (rows * columns), body)
+    if count is not None:
+        sums = body(vectors, sums, _first_lanes(builder, count, kind))
+    for r in range(rows):
+        line = at(builder.add(c, builder.mul(_I64(r), stride_cr)))
+        row = sums[r * columns : (r + 1) * columns]
+        if columns == 4:
+            _store(builder, _four_sums(builder, row), line)
+            continue
+        for k, vector in enumerate(row):
+            builder.store(_sum(builder, vector), builder.gep(line, [_I64(k)]), align=4)
+    return context.get_dummy_value()
+
+
 def dot_tile(rows: int, columns: int):
     """A numba function that computes c[r, k] = Σ_n a[r, n] b[k, n], for whole vectors of n.
 
@@ -342,34 +410,35 @@ def dot_tile(rows: int, columns: int):
     @intrinsic
     def tile(typing, w, a, stride_ar, b, stride_bk, c, stride_cr, vectors):
         def generate(context, builder, signature, args):
-            _, a, stride_ar, b, stride_bk, c, stride_cr, vectors = args
-            at = lambda offset: pointer(context, builder, signature, args, 0, offset)  # noqa: E731
-            lefts = [at(builder.add(a, builder.mul(_I64(r), stride_ar))) for r in range(rows)]
-            rights = [at(builder.add(b, builder.mul(_I64(k), stride_bk))) for k in range(columns)]
-            kind = _vector(context, signature)
-
-            def body(j, sums):
-                offset = builder.mul(j, _I64(kind.count))
-                x = [_load(builder, builder.gep(left, [offset]), kind) for left in lefts]
-                y = [_load(builder, builder.gep(right, [offset]), kind) for right in rights]
-                return [
-                    _multiply_add(builder, x[r], y[k], sums[r * columns + k])
-                    for r in range(rows)
-                    for k in range(columns)
-                ]
-
-            sums = _loop(builder, vectors, [_zeros(kind)] * (rows * columns), body)
-            for r in range(rows):
-                line = at(builder.add(c, builder.mul(_I64(r), stride_cr)))
-                row = sums[r * columns : (r + 1) * columns]
-                if columns == 4:
-                    _store(builder, _four_sums(builder, row), line)
-                    continue
-                for k, vector in enumerate(row):
-                    builder.store(_sum(builder, vector), builder.gep(line, [_I64(k)]), align=4)
-            return context.get_dummy_value()
+            return _dot(context, builder, signature, args, (rows, columns), None)
 
         return types.void(w, *[types.int64] * 7), generate
+
+    return tile
+
+
+def ragged_dot_tile(rows: int, columns: int):
+    """As `dot_tile`. Each row has `count` more numbers behind its whole vectors."""
+
+    @intrinsic
+    def tile(typing, w, a, stride_ar, b, stride_bk, c, stride_cr, vectors, count):
+        def generate(context, builder, signature, args):
+            return _dot(context, builder, signature, args[:-1], (rows, columns), args[-1])
+
+        return types.void(w, *[types.int64] * 8), generate
+
+    return tile
+
+
+def ragged_outer_tile(rows: int):
+    """As an `outer_tile` of one column, of which only the first `count` numbers exist."""
+
+    @intrinsic
+    def tile(typing, w, a, stride_ar, stride_aj, b, stride_bj, c, stride_cr, terms, add, count):
+        def generate(context, builder, signature, args):
+            return _outer(context, builder, signature, args[:-1], (rows, 1), args[-1])
+
+        return types.void(w, *[types.int64] * 10), generate
 
     return tile
 

@@ -34,6 +34,7 @@ def _pointer_to(kind):
 
 # Each makes a pointer of an address. Code reads and writes what lies there by index.
 octets, integers, narrow_integers = map(_pointer_to, (types.uint8, types.int64, types.int32))
+floats, doubles = map(_pointer_to, (types.float32, types.float64))
 
 
 @intrinsic
@@ -66,6 +67,17 @@ def arrive(typing, counter):
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
+
+
+@intrinsic
+def claim(typing, counter):
+    """Add one to the int64 at an address, and return what it was. No other thread gets the same."""
+
+    def generate(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], _I64.as_pointer())
+        return builder.atomic_rmw("add", pointer, _I64(1), "seq_cst")
+
+    return types.int64(types.int64), generate
 
 
 @intrinsic

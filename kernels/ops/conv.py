@@ -210,7 +210,7 @@ def conv2d_fwd(
     """
     act = activations.get(activation, "conv2d")
     g = check_conv(x, w, b, stride, padding, dilation, max_pool, groups)
-    if launch.backend(x, w, b) == "torch":
+    if launch.backend(x, w, b) != "triton":
         return conv2d_fwd_ref(x, w, b, stride, padding, activation, max_pool, dilation, groups)
     images = x if x.dim() == 4 else x.unsqueeze(0)
     (N, _, H, W), O = images.shape, w.shape[0]

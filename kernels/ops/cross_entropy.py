@@ -553,7 +553,7 @@ def cross_entropy_fwd(
     if is_free and is_late(logits, target, weight, label_smoothing):
         return _late_fwd_ref(logits, target, ignore_index, reduction, labels_valid)
     check_cross_entropy(logits, target, *options)
-    if target_grad or launch.backend(logits, weight) == "torch":
+    if target_grad or launch.backend(logits, weight) != "triton":
         return cross_entropy_fwd_ref(
             logits, target, *options, target_grad, labels_valid=labels_valid
         )
@@ -631,7 +631,7 @@ def cross_entropy_bwd(
     """
     # Only the reference saves a number as denominator.
     is_tensor = denominator is None or isinstance(denominator, torch.Tensor)
-    if late or dtarget is not None or not is_tensor or launch.backend(dy, grad) == "torch":
+    if late or dtarget is not None or not is_tensor or launch.backend(dy, grad) != "triton":
         options = denominator, reduction, target, ignore_index, late
         return cross_entropy_bwd_ref(dy, grad, dtarget, *options, needs=needs)
     dz = torch.empty_like(grad)

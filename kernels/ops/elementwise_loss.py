@@ -277,7 +277,7 @@ def elementwise_loss_fwd(
             f"elementwise_loss: {loss!r} is no sum over elements; call kernels.{row.function}"
         )
     _check(x, t, row, parameter, weight, reduction)
-    if launch.backend(x, t) == "torch":
+    if launch.backend(x, t) != "triton":
         return elementwise_loss_fwd_ref(x, t, loss, parameter, weight, reduction)
     x, t = x.contiguous(), t.contiguous()
     saved = ElementwiseLossSaved(x, t, loss, parameter, weight, reduction)
@@ -321,7 +321,7 @@ def elementwise_loss_bwd(
     Deterministic.
     """
     row = losses.get(loss)
-    if launch.backend(dy, x, t) == "torch":
+    if launch.backend(dy, x, t) != "triton":
         return elementwise_loss_bwd_ref(dy, x, t, loss, parameter, weight, reduction, needs=needs)
     x, t = x.contiguous(), t.contiguous()
     dx = torch.empty_like(x) if needs[0] else None

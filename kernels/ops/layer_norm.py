@@ -300,7 +300,7 @@ def layer_norm_fwd(
     fit, other dtypes, devices that differ.
     """
     check_layer_norm(x, w, b, normalized_shape)
-    if launch.backend(x, w, b) == "torch" or x.numel() == 0:
+    if launch.backend(x, w, b) != "triton" or x.numel() == 0:
         return layer_norm_fwd_ref(x, w, b, normalized_shape, eps)
     N = math.prod(normalized_shape)
     x2 = x.reshape(math.prod(x.shape[: x.dim() - len(normalized_shape)]), N)
@@ -344,7 +344,7 @@ def layer_norm_bwd(
     kernel adds the parts in a fixed order. So two runs are bitwise equal. x and dy are read once
     from memory for dx, and once more for dw and db.
     """
-    if launch.backend(dy, x, w) == "torch" or x.numel() == 0:
+    if launch.backend(dy, x, w) != "triton" or x.numel() == 0:
         return layer_norm_bwd_ref(dy, x, w, b, mean, rstd, normalized_shape, needs=needs)
     M, N = mean.shape[0], math.prod(normalized_shape)
     dy, x2 = dy.reshape(M, N), x.reshape(M, N)

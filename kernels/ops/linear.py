@@ -16,9 +16,10 @@ product followed by one kernel for act or act'. That does the same work as torch
 same product, and one kernel after it.
 """
 
+import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -64,6 +65,14 @@ def kept(act: activations.Activation, y, z):
 def as_matrix(t: torch.Tensor) -> torch.Tensor:
     """t (…, n) as (M, n). It also works for n = 0, where reshape(-1, n) fails."""
     return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
+@functools.cache
+def loops() -> Any:
+    """The module of compiled loops. numba is slow to import, so it is imported where it is used."""
+    from ..cpu import linear
+
+    return linear
 
 
 def linear_fwd_ref(
@@ -418,6 +427,9 @@ def linear_fwd(
     kernel applies act. ValueError: shapes that do not fit, mixed dtypes or devices, an unknown
     activation.
     """
+    if launch.takes_loops(x, w, b) and fits(x, (w,), (b,)):
+        y, s = loops().forward(x, w, b, activation, out=out)
+        return y, LinearSaved(x, w, s, b is not None, activation)
     is_planned = launch.may_take(x) or not fits(x, (w,), (b,))
     plan = launch.planned(_plan_fwd, (x, w, b), activation) if is_planned else None
     if plan is None:
@@ -453,7 +465,7 @@ def _plan_fwd(x, w, b, activation) -> Plan | None:
     """Checks the arguments of `linear_fwd` and plans it. None means the reference."""
     check_linear(x, w, b)
     act = activations.get(activation, "linear")
-    if launch.backend(x, w, b) == "torch":
+    if launch.backend(x, w, b) != "triton":
         return None
     plan = _plan_product("linear_fwd", act, as_matrix(x), w, False, ACT=act.forward)
     return plan if b is None else plan._replace(stride_b=b.stride(0))
@@ -499,7 +511,7 @@ def linear_bwd_dz(
     contiguous (M, N) buffer to fill. Reads dy and s once and writes dz once. ValueError: an unknown
     activation.
     """
-    if launch.backend(dy, s) == "torch" or s is None:
+    if launch.backend(dy, s) != "triton" or s is None:
         return linear_bwd_dz_ref(dy, s, activation, out=out)
     dy = as_matrix(dy)
     s = s.reshape(dy.shape)
@@ -536,6 +548,8 @@ def linear_bwd_dx(
     float32 sum. It is deterministic. After torch's own product, the derivative is applied to the
     stored sum. ValueError: an unknown activation.
     """
+    if launch.takes_loops(dz, w, s_below):
+        return loops().dx(dz, w, s_below, activation_below, out=out)
     plan = launch.planned(_plan_dx, (dz, w), activation_below)
     if plan is None:
         return linear_bwd_dx_ref(dz, w, s_below, activation_below, out=out)
@@ -555,7 +569,7 @@ def linear_bwd_dx(
 def _plan_dx(dz, w, activation) -> Plan | None:
     """Plans `linear_bwd_dx`. None means the reference."""
     act = activations.get(activation)
-    if launch.backend(dz, w) == "torch":
+    if launch.backend(dz, w) != "triton":
         return None
     return _plan_product("linear_bwd_dx", act, dz, w, True, ACT_BWD=act.backward)
 
@@ -571,6 +585,8 @@ def linear_bwd_dw(
     own float32 part, and a second kernel adds the parts in a fixed order. So two runs are bitwise
     equal. Where `configs` takes torch's own product, torch also computes the sum.
     """
+    if launch.takes_loops(dz, x):
+        return loops().dw(dz, x, bias, out=out)
     plan = launch.planned(_plan_dw, (dz, x))
     if plan is None:
         return linear_bwd_dw_ref(dz, x, bias, out=out)
@@ -601,7 +617,7 @@ def linear_bwd_dw(
 
 def _plan_dw(dz, x) -> "DwPlan | None":
     """Plans `linear_bwd_dw`. None means the reference."""
-    if launch.backend(dz, x) == "torch":
+    if launch.backend(dz, x) != "triton":
         return None
     return dw_plan("linear_bwd_dw", dz, as_matrix(x))
 

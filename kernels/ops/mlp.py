@@ -32,6 +32,7 @@ from .linear import (
     linear_bwd_dz,
     linear_bwd_dz_ref,
     linear_fwd,
+    loops,
 )
 
 
@@ -181,7 +182,10 @@ def forward_checked(
     out: Sequence[Buffers] | None = None,
 ) -> tuple[torch.Tensor, MLPSaved]:
     """`mlp_fwd` for a caller that has called `check_mlp` already."""
-    layer = layer_ref if launch.backend(x, *weights) == "torch" else _layer
+    backend = launch.backend(x, *weights)
+    layer = _layer if backend == "triton" else layer_ref
+    if backend == "numba":
+        layer = loops().forward
     return stack_forward(x, weights, biases, activation, output_activation, out, layer)
 
 
@@ -198,9 +202,13 @@ def mlp_bwd(
     buffers). Two launches for each layer, accumulation in float32, deterministic.
     """
     x, weights, *_ = saved
-    if launch.backend(dy, x, *weights) == "torch":
+    backend = launch.backend(dy, x, *weights)
+    if backend == "torch":
         return mlp_bwd_ref(dy, *saved, needs=needs, out=out)
-    return stack_backward(dy, saved, needs, out, linear_bwd_dz, linear_bwd_dx, linear_bwd_dw)
+    parts: tuple = linear_bwd_dz, linear_bwd_dx, linear_bwd_dw
+    if backend == "numba":
+        parts = linear_bwd_dz_ref, loops().dx, loops().dw
+    return stack_backward(dy, saved, needs, out, *parts)
 
 
 MLP = tape.Differentiable(

@@ -143,7 +143,7 @@ def linear_update(dz, x, parameters, states, hyper, step, rule):
     Deterministic: if the batch is split as in `linear_bwd_dw`, the parts are added in a fixed order
     before the step. A float32 product by the library counts as the only part.
     """
-    if launch.backend(dz, x, *parameters) == "torch":
+    if launch.backend(dz, x, *parameters) != "triton":
         return linear_update_ref(dz, x, parameters, states, hyper, step, rule)
     rule, x = rules.get(rule, "mlp_update"), as_matrix(x)
     (M, N), K = dz.shape, x.shape[1]
@@ -285,7 +285,7 @@ def mlp_update(
     """
     rule = rules.get(rule, "mlp_update")
     check_mlp_update(saved, parameters, states, hyper, rule)
-    if launch.backend(dy, *parameters) == "torch":
+    if launch.backend(dy, *parameters) != "triton":
         return mlp_update_ref(dy, saved, parameters, states, hyper, step, rule, out=out)
     lists, numbers = (parameters, *states), (hyper, step, rule)
     _update(dy, saved, lists, numbers, out, linear_bwd_dz, linear_bwd_dx, linear_update)

@@ -108,7 +108,7 @@ def train_epoch(
     programs that does not fit, or more programs than the device runs at once.
     """
     refuse(run, "epoch")
-    if launch.backend(*run.parameters) == "torch":
+    if launch.backend(*run.parameters) != "triton":
         return train_epoch_ref(run)
     if programs == 1 or (programs is None and not shareable(run)):
         run_epoch_kernel(run)

@@ -43,7 +43,7 @@ def train_replicas(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
             "use train_epoch"
         )
     refuse(run, "replicas")
-    if launch.backend(*run.parameters) == "torch":
+    if launch.backend(*run.parameters) != "triton":
         return train_replicas_ref(run)
     run_epoch_kernel(run)
     return run.results()

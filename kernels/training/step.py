@@ -146,7 +146,7 @@ def train_step(state: StepState, *, n: int | None = None) -> None:
     """
     run = state.run
     n = len(run.order) if n is None else n
-    if launch.backend(*run.parameters) == "torch":
+    if launch.backend(*run.parameters) != "triton":
         return train_step_ref(state, n)
     results, net, samples, order = run.bundles()
     progress = Progress(state.position, state.pending, run.count)

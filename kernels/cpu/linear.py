@@ -1,0 +1,200 @@
+"""The products of linear layers in compiled loops: the host's side of `dense`.
+
+The functions have the arguments and results of the references in `kernels.ops.linear`.
+"""
+
+import array
+import ctypes
+import math
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from numba import types
+
+from .. import activations, tape
+from ..ops import linear
+from . import DTYPES, dense, rows, waiting
+
+# Multiply-adds from which a second thread saves more than it takes to wake it.
+_SHARED = 300_000
+# Bytes of w from which torch's own product is faster, because it packs what no cache holds.
+_PACKED = 1 << 21
+_POINTERS = {torch.float32: waiting.floats, torch.float64: waiting.doubles}
+_ONES = {dtype: torch.ones(1, dtype=dtype) for dtype in _POINTERS}
+_compiling = threading.Lock()  # otherwise several threads would compile the same code
+
+
+class Code(NamedTuple):
+    """Compiled functions of a dtype, see `dense`. Each is called with the address of a block."""
+
+    forward: Any
+    dx: Any
+    dw: Any
+    activations: dict[str, Any]  # see `_loops`
+    kept: tuple  # the compiled code behind them, which must live as long
+
+
+_CALL: Any = ctypes.CFUNCTYPE(None, ctypes.c_void_p)  # a call holds no lock of Python
+_made: dict[torch.dtype, Code] = {}
+
+
+def compiled(dtype: torch.dtype) -> Code:
+    """The products for numbers of this dtype, compiled or read from disk."""
+    with _compiling:
+        if dtype not in _made:
+            kind, signature = DTYPES[dtype], types.void(types.int64)
+            functions, known = (dense.forward, dense.dx, dense.dw), {"FLOATS": _POINTERS[dtype]}
+            kept = tuple(rows.address(each, signature, kind, **known) for each in functions)
+            _made[dtype] = Code(*[_CALL(each.address) for each in kept], {}, kept)
+        return _made[dtype]
+
+
+def _loops(code: Code, dtype: torch.dtype, activation: str) -> tuple[int, int]:
+    """The addresses of the loops of act and of act'."""
+    act = activations.get(activation)
+    known, addresses = code.activations.get(activation, (None, (0, 0)))
+    if known is not act:
+        with _compiling:
+            loops = rows.activation(act, DTYPES[dtype])
+        addresses = loops[0].address, loops[1].address
+        code.activations[activation] = act, addresses
+    return addresses
+
+
+def _team() -> Any:
+    """`GOMP_parallel` of the OpenMP library whose threads torch uses, or None without one.
+
+    These threads are awake after a product of torch's, and do not compete with it for the cores.
+    """
+    for path in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"):
+        found = getattr(ctypes.CDLL(str(path)), "GOMP_parallel", None)
+        if found is not None:
+            found.argtypes = [_CALL, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+            found.restype = None
+            return found
+    return None
+
+
+_together = _team()
+
+
+def _run(function: Any, block: tuple) -> None:
+    """Call a function of `Code` with a block of these numbers, on as many threads as pay."""
+    kept = array.array("q", block)
+    address = kept.buffer_info()[0]
+    work = block[dense.M] * block[dense.N] * block[dense.TERMS]
+    threads = 1 if work < _SHARED or _together is None else torch.get_num_threads()
+    if threads == 1:
+        function(address)
+    else:
+        _together(function, address, threads, 0)
+
+
+def _matrix(t: torch.Tensor) -> torch.Tensor:
+    """t (…, n) as (M, n) whose rows are contiguous.
+
+    A tensor may have a minus sign that torch has not applied yet, as `z.conj().imag` has.
+    """
+    if t.is_neg():
+        t = t.resolve_neg()
+    if t.dim() != 2:
+        t = t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+    if t.is_contiguous() or (t.stride(1) == 1 and t.stride(0) >= t.shape[1]):
+        return t
+    return t.contiguous()
+
+
+def _fits(out: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """True if the loops can write a result of this shape and dtype to `out`."""
+    return out.shape == shape and out.dtype is dtype and out.is_contiguous() and not out.is_neg()
+
+
+def _packed(rows_: int, columns: int, like: torch.Tensor) -> bool:
+    """True if torch's own product with a matrix of this size is faster."""
+    return rows_ * columns * like.element_size() > _PACKED
+
+
+def forward(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    b: torch.Tensor | None,
+    activation: str,
+    *,
+    out: Any = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`layer_ref` of `kernels.ops.linear`, which also serves what these loops do not."""
+    act, dtype = activations.get(activation, "linear"), x.dtype
+    x2, w2, (y, z) = _matrix(x), _matrix(w), out or (None, None)
+    (rows_, terms), columns = x2.shape, w2.shape[0]
+    shape, is_linear = (rows_, columns), act.needs == "nothing"
+    if b is not None and (b.is_neg() or not b.is_contiguous()):
+        b = b.resolve_neg().contiguous()
+    y = torch.empty(shape, dtype=dtype) if y is None else y
+    z = y if is_linear else torch.empty(shape, dtype=dtype) if z is None else z
+    at = x2.data_ptr(), w2.data_ptr(), y.data_ptr(), z.data_ptr(), 0 if b is None else b.data_ptr()
+    is_odd = (at[0] | at[1] | at[2] | at[3] | at[4]) & (x.element_size() - 1)
+    fits = _fits(y, shape, dtype) and (is_linear or _fits(z, shape, dtype))
+    if is_odd or not fits or _packed(columns, terms, x):
+        return linear.layer_ref(x, w, b, activation, out=out)
+    code = _made.get(dtype) or compiled(dtype)
+    loop = 0 if is_linear else _loops(code, dtype, activation)[0]
+    pitches = x2.stride(0), w2.stride(0)
+    sizes = rows_, columns, terms
+    _run(code.forward, (0, at[3], at[0], pitches[0], at[1], pitches[1], *sizes, at[4], loop, at[2]))
+    if x.dim() != 2:
+        y = tape.reshaped(y, (*x.shape[:-1], columns))
+    return y, linear.kept(act, y, z)
+
+
+def dx(
+    dz: torch.Tensor,
+    w: torch.Tensor,
+    s_below: torch.Tensor | None = None,
+    activation_below: str = "identity",
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`linear_bwd_dx_ref` of `kernels.ops.linear`, which also serves what these loops do not."""
+    dtype, left, right = w.dtype, _matrix(dz), _matrix(w)
+    (rows_, terms), columns = left.shape, right.shape[1]
+    s = None if s_below is None else _matrix(s_below).contiguous()
+    made = torch.empty((rows_, columns), dtype=dtype) if out is None else out
+    at = left.data_ptr(), right.data_ptr(), made.data_ptr(), 0 if s is None else s.data_ptr()
+    is_odd = (at[0] | at[1] | at[2] | at[3]) & (w.element_size() - 1)
+    fits = terms == right.shape[0] and dz.dtype is dtype and _fits(made, (rows_, columns), dtype)
+    if s is not None:
+        fits = fits and s.dtype is dtype and s.shape == made.shape
+    if is_odd or not fits or _packed(terms, columns, w):
+        return linear.linear_bwd_dx_ref(dz, w, s_below, activation_below, out=out)
+    code = _made.get(dtype) or compiled(dtype)
+    loop = 0 if s is None else _loops(code, dtype, activation_below)[1]
+    pitches = left.stride(0), right.stride(0)
+    sizes = rows_, columns, terms
+    _run(code.dx, (0, at[2], at[0], pitches[0], at[1], pitches[1], *sizes, 0, loop, at[3]))
+    return made
+
+
+def dw(
+    dz: torch.Tensor, x: torch.Tensor, bias: bool = True, *, out: Any = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`linear_bwd_dw_ref` of `kernels.ops.linear`, which also serves what these loops do not."""
+    dtype, left, right, (made, db) = x.dtype, _matrix(dz), _matrix(x), out or (None, None)
+    (terms, rows_), columns = left.shape, right.shape[1]
+    made = torch.empty((rows_, columns), dtype=dtype) if made is None else made
+    if not bias:
+        db = None
+    elif db is None:
+        db = torch.empty(rows_, dtype=dtype)
+    at = left.data_ptr(), right.data_ptr(), made.data_ptr(), 0 if db is None else db.data_ptr()
+    is_odd = (at[0] | at[1] | at[2] | at[3]) & (x.element_size() - 1)
+    fits = terms == right.shape[0] and dz.dtype is dtype and _fits(made, (rows_, columns), dtype)
+    fits = fits and (db is None or _fits(db, (rows_,), dtype))
+    if is_odd or not fits or _packed(rows_, columns, x):
+        return linear.linear_bwd_dw_ref(dz, x, bias, out=out)
+    code = _made.get(dtype) or compiled(dtype)
+    pitches, one = (left.stride(0), right.stride(0)), _ONES[dtype].data_ptr()
+    sizes = rows_, columns, terms
+    _run(code.dw, (0, at[2], at[0], pitches[0], at[1], pitches[1], *sizes, at[3], 0, one))
+    return made, db
