@@ -79,7 +79,8 @@ def use(
 
     ValueError: no argument, an unknown value, or "numba" without numba. Under `"triton"`, an
     operation also raises it for tensors that no kernel takes (float64, or on a CPU without the
-    interpreter), and under `"numba"` for those that no loop takes (half precision, or on a GPU).
+    interpreter). Under `"numba"`, `linear` and `mlp` raise it for those that no loop takes (half
+    precision, or on a GPU).
     """
     if backend is None and products is None and tma is None:
         raise ValueError(f"use: give a backend, {_NAMES}, or products= or tma=, got none")
@@ -136,7 +137,7 @@ def backend(*tensors: torch.Tensor | None) -> str:
     """
     if _forced == "torch":
         return "torch"
-    if tensors and tensors[0] is not None and not may_take(tensors[0]):
+    if _forced != "numba" and tensors and tensors[0] is not None and not may_take(tensors[0]):
         return "torch"  # a shortcut that saves time in training loops on the CPU
     if watched() or not plain(*tensors):
         return "torch"
@@ -248,13 +249,14 @@ def on_reference(t: torch.Tensor) -> bool:
 
 
 def may_take(t: torch.Tensor) -> bool:
-    """False if no kernel takes t, so that `backend` is "torch". A fast test, without exceptions."""
-    return not t.is_cpu or INTERPRETED or _forced is not None or _target is not None
+    """False if no Triton kernel takes t. A fast test, without exceptions."""
+    forced = _forced is not None and _forced != "numba"
+    return not t.is_cpu or INTERPRETED or forced or _target is not None
 
 
 def is_forced() -> bool:
-    """True if `use` forces a backend."""
-    return _forced is not None
+    """True if `use` forces the reference or the kernels."""
+    return _forced is not None and _forced != "numba"
 
 
 def _has_kernels(device: torch.device) -> bool:

@@ -379,7 +379,7 @@ def differentiate(ctx, dy: torch.Tensor, needs: tuple[bool, ...]) -> list:
     if torch.is_grad_enabled():
         _, saved = operation.fwd_ref(*arguments)
         bwd = operation.bwd_ref
-    elif launch.may_take(dy) and launch.plain(dy):
+    elif launch.takes_loops(dy) or (launch.may_take(dy) and launch.plain(dy)):
         bwd = operation.bwd
     else:
         bwd = operation.bwd_ref  # what `bwd` would choose, without the choice for each layer

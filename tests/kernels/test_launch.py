@@ -79,7 +79,7 @@ def test_use_triton_refuses_what_no_kernel_takes(device, monkeypatch):
         pytest.raises(ValueError, match=r"torch\.float32 on cpu; .*TRITON_INTERPRET=1"),
     ):
         kernels.backend(torch.ones(2))
-    with pytest.raises(ValueError, match='backend must be "torch" or "triton", got \'cuda\''):
+    with pytest.raises(ValueError, match='must be "torch", "triton" or "numba", got \'cuda\''):
         kernels.use("cuda")
 
 

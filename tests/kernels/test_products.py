@@ -299,7 +299,7 @@ def test_use_forces_either():
     ("arguments", "message"),
     [
         ({"products": "cublas"}, 'products must be "fused" or "library", got \'cublas\''),
-        ({}, 'use: give a backend, "torch" or "triton", or products= or tma=, got none'),
+        ({}, 'use: give a backend, "torch", "triton" or "numba", or products= or tma=, got none'),
     ],
 )
 def test_use_refuses_other_arguments(arguments, message):
