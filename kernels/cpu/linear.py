@@ -47,7 +47,8 @@ def compiled(dtype: torch.dtype) -> Code:
             kind, signature = DTYPES[dtype], types.void(types.int64)
             functions, known = (dense.forward, dense.dx, dense.dw), {"FLOATS": _POINTERS[dtype]}
             kept = tuple(rows.address(each, signature, kind, **known) for each in functions)
-            _made[dtype] = Code(*[_CALL(each.address) for each in kept], {}, kept)
+            forward, dx, dw = (_CALL(each.address) for each in kept)
+            _made[dtype] = Code(forward, dx, dw, {}, kept)
         return _made[dtype]
 
 
