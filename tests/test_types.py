@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 LAUNCHERS = ("_fwd", "_bwd", "_ref")
 # numba compiles the functions of these modules.
 COMPILED = {
-    f"kernels.cpu.{name}" for name in ("doubles", "images", "language", "loop", "tiles", "waiting")
+    f"kernels.cpu.{name}"
+    for name in ("dense", "doubles", "images", "language", "loop", "tiles", "waiting")
 }
 
 
