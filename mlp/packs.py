@@ -401,8 +401,6 @@ class _Group:
         self.count = torch.zeros(1, device=task.train.inputs.device)
         on_gpu = self.count.device.type == "cuda"
         self.stream = torch.cuda.Stream(self.count.device) if on_gpu else None
-        if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream(self.count.device))
         refused = kernels.backend(self.parameters[0]) != "triton" or kernels.refusal(
             self.spec, self.batch
         )
@@ -415,6 +413,9 @@ class _Group:
         data, task = self.task.train, self.task
         device = data.inputs.device
         loss = self.active[0].loss
+        if self.stream is not None:
+            # The current stream may still copy the weights, or take out networks that have ended.
+            self.stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self.stream):  # None has no effect
             run = kernels.Run(
                 self.spec,

@@ -1,5 +1,6 @@
 """In a Sweep of settings, every network is the one that Trainer trains alone."""
 
+import contextlib
 import importlib.util
 
 import numpy as np
@@ -260,3 +261,33 @@ def test_other_rows_are_refused(rows, message):
     sweep = mlp.Sweep([{"hidden": (4,), "rows": rows}], device="cpu")
     with pytest.raises(ValueError, match=message):
         sweep.fit(data(), 1)
+
+
+def test_every_launch_waits_for_what_the_current_stream_does_to_the_weights(monkeypatch):
+    """On a GPU, networks are copied and taken out on the current stream, and groups train on their
+    own streams. Recorders take the place of both.
+    """
+    said = []
+
+    class Stream:
+        def wait_stream(self, other):
+            said.append(other)
+
+        def synchronize(self):
+            said.append("read")
+
+    make = packs._Group.__init__
+
+    def with_stream(group, *arguments):
+        make(group, *arguments)
+        group.stream, train = Stream(), group.train
+        group.train = lambda run: (said.append(f"train {run.replicas}"), train(run))[1]
+
+    monkeypatch.setattr(packs._Group, "__init__", with_stream)
+    monkeypatch.setattr(packs, "_is_compiled", lambda member, steps: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"wait for {device}")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    # The first network diverges at once and is taken out.
+    given = [{"hidden": 3, "lr": 1e30}, {"hidden": 3, "lr": 0.1}]
+    Sweep(given, device="cpu").fit(data(rows=40), 2)
+    assert said == ["wait for cpu", "train 2", "read", "wait for cpu", "train 1", "read"]
