@@ -4,7 +4,7 @@ of their memory accesses.
 Each row of MATRIX has a process of its own, because pytest's kernels are interpreted:
 
     python -m tests.compile.test_epoch_kernels sm_90 adam ieee       # one JSON object a line
-    python -m tests.compile.test_epoch_kernels sm_90 adam ieee "" 1  # at a limit, see LIMITS
+    python -m tests.compile.test_epoch_kernels sm_90 adam ieee "" 0,1  # at limits, see LIMITS
 """
 
 import functools
@@ -109,25 +109,31 @@ def launched(arch, rule, precision, scheduled="", limit=""):
     return found
 
 
-def describe(arch, *row):
+def describe(arch, rule, precision, scheduled="", limits=""):
     """For every launch, `worker`'s description and the accesses that moved across a barrier between
     Triton's two IRs.
+
+    limits: none for the reference network, or numbers of LIMITS with a comma between two.
     """
-    for kernel, args, options in launched(arch, *row):
-        source, compiled_with = worker.as_source(kernel, args, options)
-        label, precision = f"{kernel.__name__}, {row[0]}", row[1]
-        said = worker.compile_and_describe(arch, label, precision, source, compiled_with)
-        if "error" not in said:
-            asm = triton.compile(
-                source, target=worker.target(arch), options=compiled_with
-            ).asm  # from the cache
-            before, after = accesses(asm["ttir"]), accesses(asm["ttgir"])
-            said["moved"] = sorted(map(str, before ^ after))
-            said["polls"] = sum(
-                kind == "load" and root.startswith("box") for kind, root, _ in before
-            )
-            said["waits"] = asm["ttgir"].count("scf.while")
-        yield said
+    for limit in limits.split(","):
+        for kernel, args, options in launched(arch, rule, precision, scheduled, limit):
+            said = described(arch, f"{kernel.__name__}, {rule}", precision, kernel, args, options)
+            yield said | {"limit": limit}
+
+
+def described(arch, label, precision, kernel, args, options):
+    """`describe` of one launch."""
+    source, compiled_with = worker.as_source(kernel, args, options)
+    said = worker.compile_and_describe(arch, label, precision, source, compiled_with)
+    if "error" not in said:
+        asm = triton.compile(
+            source, target=worker.target(arch), options=compiled_with
+        ).asm  # from the cache
+        before, after = accesses(asm["ttir"]), accesses(asm["ttgir"])
+        said["moved"] = sorted(map(str, before ^ after))
+        said["polls"] = sum(kind == "load" and root.startswith("box") for kind, root, _ in before)
+        said["waits"] = asm["ttgir"].count("scf.while")
+    return said
 
 
 def accesses(ir):
@@ -200,10 +206,11 @@ def cases():
             marks = [pytest.mark.long(10)] + ([] if usual else [pytest.mark.full])
             yield pytest.param(arch, row, marks=marks, id="-".join((arch, *row)))
     for arch, precision in itertools.product(NO_STACK, LIMITS):
-        limits = map(str, range(len(LIMITS[precision])))
-        for rule, limit in itertools.product(limited(arch, precision), limits):
-            name = f"{arch}-{rule}-{precision}-limit {limit}"
-            yield pytest.param(arch, (rule, precision, "", limit), marks=pytest.mark.full, id=name)
+        limits = ",".join(map(str, range(len(LIMITS[precision]))))
+        for rule in limited(arch, precision):
+            row, name = (rule, precision, "", limits), f"{arch}-{rule}-{precision}-limits"
+            marks = [pytest.mark.long(25), pytest.mark.full]
+            yield pytest.param(arch, row, marks=marks, id=name)
 
 
 @pytest.mark.parametrize("precision", LIMITS)
@@ -225,10 +232,18 @@ def test_kernels_compile_without_spills_and_keep_their_order(arch, row):
     command = [sys.executable, "-W", "ignore", "-m", module, arch, *row]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    limits = row[3].split(",") if row[3:] else [""]
+    assert {kernel["limit"] for kernel in rows} == set(limits)
+    for limit in limits:
+        check(arch, limit, [kernel for kernel in rows if kernel["limit"] == limit])
+
+
+def check(arch, limit, found):
+    """Asserts all claims about the kernels of the reference network, or of one limit."""
     shared = [kernel for kernel in found if kernel["label"].startswith("exchange")]
     # At a limit where they would spill there are none, see `configs.most_shared`.
-    assert len(shared) == len(exchanges(arch)) or (row[3:] and not shared)
+    assert len(shared) == len(exchanges(arch)) or (limit and not shared)
     assert len(found) == 3 + len(shared)
     for kernel in found:
         assert "error" not in kernel, kernel
@@ -242,5 +257,5 @@ def test_kernels_compile_without_spills_and_keep_their_order(arch, row):
 
 
 if __name__ == "__main__":
-    for described in describe(*sys.argv[1:]):
-        print(json.dumps(described), flush=True)
+    for kernel in describe(*sys.argv[1:]):
+        print(json.dumps(kernel), flush=True)

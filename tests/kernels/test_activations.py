@@ -20,9 +20,14 @@ INFINITY = float("inf")
 
 
 def apply(name, z):
-    """(act(z), what its backward needs), by the forward kernel. The weight [[1]] keeps z exact."""
-    y, (_, _, s, _, _) = linear_fwd(z[:, None], z.new_ones(1, 1), None, name)
-    return y[:, 0], s
+    """(act(z), what its backward needs), by the forward kernel. z is a matrix."""
+    y, (_, _, s, _, _) = linear_fwd(z, identity(z), None, name)
+    return y, s
+
+
+def identity(z):
+    """The weight that keeps a matrix z exact in a product."""
+    return torch.eye(z.shape[1]).to(z)
 
 
 def derivative(name, z):
@@ -33,7 +38,10 @@ def derivative(name, z):
 
 
 def grid(device, dtype):
-    """Points from -12 to 12, as many near zero, and ±1e4. test_kink tests zero itself."""
+    """Points from -12 to 12, as many near zero, and ±1e4. test_kink tests zero itself.
+
+    In 43 rows of 12, they are three tiles. In one column they would be 33.
+    """
     z = torch.cat(
         [
             torch.linspace(-12, 12, 257),
@@ -41,7 +49,7 @@ def grid(device, dtype):
             torch.tensor([1e-4, -1e-4, 1e4, -1e4]),
         ]
     )
-    return z[z != 0].to(device, dtype)
+    return z[z != 0].view(43, 12).to(device, dtype)
 
 
 @CASES
@@ -60,15 +68,13 @@ def test_backward(name, dtype, device):
     """
     z = grid(device, dtype)
     _, s = apply(name, z)
-    dy = torch.linspace(0.5, 2, z.numel()).to(z)
+    dy = torch.linspace(0.5, 2, z.numel()).view_as(z).to(z)
     exact = lambda: dy.double() * derivative(name, z.double())  # noqa: E731
     # Where s is the output, torch's backward also starts from the rounded output.
     torchs = dy * derivative(name, z)
-    s = torch.zeros_like(z)[:, None] if s is None else s
-    assert_as_accurate(linear_bwd_dz(dy[:, None], s, name)[:, 0], torchs, exact, f"{name}, dz")
-    assert_as_accurate(
-        linear_bwd_dx(dy[:, None], z.new_ones(1, 1), s, name)[:, 0], torchs, exact, f"{name}, dx"
-    )
+    s = torch.zeros_like(z) if s is None else s
+    assert_as_accurate(linear_bwd_dz(dy, s, name), torchs, exact, f"{name}, dz")
+    assert_as_accurate(linear_bwd_dx(dy, identity(z), s, name), torchs, exact, f"{name}, dx")
 
 
 @CASES
@@ -78,7 +84,7 @@ def test_reference(name, dtype):
     row, z = ACTIVATIONS[name], grid("cpu", dtype)
     y = row.forward_ref(z)
     s = {"nothing": z, "y": y, "z": z}[row.needs]
-    dy = torch.linspace(0.5, 2, z.numel()).to(z)
+    dy = torch.linspace(0.5, 2, z.numel()).view_as(z).to(z)
     assert_as_accurate(y, row.torch(z), lambda: row.torch(z.double()), name)
     dz = row.backward_ref(dy, s)
     assert_as_accurate(
@@ -113,16 +119,16 @@ def test_kinks_are_listed(name):
 @PRECISIONS
 def test_kink(name, kink, dtype, device):
     """Exactly at a kink, for both signs of zero, the derivative is torch's. So relu'(0) = 0."""
-    z = torch.tensor([kink, -kink], dtype=dtype, device=device)
+    z = torch.tensor([[kink], [-kink]], dtype=dtype, device=device)
     y, s = apply(name, z)
     assert_equal(y, ACTIVATIONS[name].torch(z), name)
     expected = derivative(name, z)
-    one = torch.ones_like(z)[:, None]
-    assert_equal(linear_bwd_dz(one, s, name)[:, 0], expected, name)
-    assert_equal(linear_bwd_dx(one, z.new_ones(1, 1), s, name)[:, 0], expected, name)
+    one = torch.ones_like(z)
+    assert_equal(linear_bwd_dz(one, s, name), expected, name)
+    assert_equal(linear_bwd_dx(one, identity(z), s, name), expected, name)
     row = ACTIVATIONS[name]
     assert_equal(
-        row.backward_ref(one[:, 0], row.forward_ref(z) if row.needs == "y" else z),
+        row.backward_ref(one, row.forward_ref(z) if row.needs == "y" else z),
         expected,
         f"{name}, reference",
     )
@@ -149,11 +155,11 @@ def test_extremes(name, value, dtype, device):
     """At the ends of the range we give what torch gives. Where torch computes 0 · inf although the
     limit exists, the limit also passes.
     """
-    z = torch.tensor([value], dtype=dtype, device=device)
+    z = torch.tensor([[value]], dtype=dtype, device=device)
     row = ACTIVATIONS[name]
     y, s = apply(name, z)
     assert_as_accurate(y, row.torch(z), lambda: row.torch(z.double()), f"{name}({value})")
-    dz = linear_bwd_dz(torch.ones_like(z)[:, None], z[:, None] if s is None else s, name)[:, 0]
+    dz = linear_bwd_dz(torch.ones_like(z), z if s is None else s, name)
     exact = functools.partial(derivative, name, z.double())
     assert_as_accurate(dz, derivative(name, z), exact, f"{name}'({value})")
 

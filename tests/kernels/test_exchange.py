@@ -32,6 +32,10 @@ SPECS = {
 }
 
 
+# It is trained with the tiles of an H100. "z of a single layer" has the usual tiles.
+H100 = "single layer, 2 programs"
+
+
 def by_processes(kind):
     """`train_epoch`, with one process for each program of `module.exchange_kernel`."""
 
@@ -41,7 +45,7 @@ def by_processes(kind):
         programs = -(-run.spec.sizes[1] // rows)
         args, copied = module.prepare(run, planned, programs, kind)
         options |= {"ROWS": rows, "PROGRAMS": programs, "WORDS": kind == "words"}
-        as_processes(module.exchange_kernel, programs, args, options, first=0.3)
+        as_processes(module.exchange_kernel, programs, args, options, first=0.15)
         for tensor, copies in copied:
             assert_equal(list(copies), [copies[0]] * programs, "copies of the programs")
             tensor.copy_(copies[0])
@@ -92,7 +96,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     interpreter.improve()
     for case in SPECS:
-        check(case)
-    launch.arch = lambda device: "sm_90"  # with the tiles of an H100
-    assert plan(Training(*SPECS["single layer, 2 programs"][:1], "cpu").run(), "exchange")[1] == 8
-    check("single layer, 2 programs")
+        if case != H100:
+            check(case)
+    launch.arch = lambda device: "sm_90"
+    assert plan(Training(*SPECS[H100][:1], "cpu").run(), "exchange")[1] == 8
+    check(H100)
