@@ -23,6 +23,7 @@ from . import compiled, launch
 # torch's C functions. Every call asks them.
 _any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 _is_functorch_tensor: Callable[[Any], bool] = torch._C._functorch.is_functorch_wrapped_tensor
+_is_batched: Callable[[Any], bool] = torch._C._functorch.is_legacy_batchedtensor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,11 +82,6 @@ class Differentiable:
         fields: tuple[str, ...] = self.saved._fields  # type: ignore[attr-defined]  # a NamedTuple
         return tuple(positions.get(field) for field in fields)
 
-    @functools.cached_property
-    def made(self) -> tuple[int, ...]:
-        """Positions of the fields of `saved` that are no arguments."""
-        return tuple(i for i, at in enumerate(self.sources) if at is None)
-
 
 def traceable(function: Callable) -> Callable:
     """A public function that torch.fx records as one call, and that tensor subclasses may override.
@@ -128,11 +124,17 @@ def call(operation: Differentiable, *args) -> torch.Tensor:
         if y is not None:
             return y
     flat, lengths = _spread(args[: operation.inputs])
+    options = args[operation.inputs :]
     if not _SAVED.issuperset(map(type, flat)):
         _check_tensors(operation, args)
-    if not launch.followed() and launch.plain(*flat, *args[operation.inputs :]):
+    elif _NO_TENSORS.issuperset(map(type, options)) and not launch.followed() and _dense(flat):
+        # By far the most calls come here.
+        if torch.is_grad_enabled():
+            return _apply((operation, args, lengths), *flat)
+        return operation.fwd(*args)[0]
+    if not launch.followed() and launch.plain(*flat, *options):
         apply = Function.apply if any(map(_wrapped, flat)) else _apply
-        return apply(operation, args, lengths, *flat)
+        return apply((operation, args, lengths), *flat)
     if any([t.is_nested for t in flat if isinstance(t, torch.Tensor)]):
         raise ValueError(
             f"{operation.name}: nested tensors are not served; pad them with "
@@ -167,24 +169,34 @@ def _traced(operation: Differentiable, args: tuple) -> torch.Tensor:
 class Function(torch.autograd.Function):
     """An operation as one node of the tape.
 
-    args: its arguments. flat: those with gradients once more, with the lists of tensors spread out,
-    because torch looks for tensors only among the direct arguments. lengths: of these lists.
+    call: (operation, its arguments, lengths). flat: the arguments with gradients once more, with
+    the lists of tensors spread out, because torch looks for tensors only among the direct
+    arguments. lengths: of these lists, see `_spread`.
     """
 
     @staticmethod
-    def forward(ctx, operation, args, lengths, *flat):
+    def forward(ctx, call, *flat):
+        operation, args, lengths = call
         y, saved = operation.fwd(*args)
         remember(ctx, operation, args, lengths, flat, saved)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        return None, None, None, *differentiate(ctx, dy, ctx.needs_input_grad[3:])
+        return None, *differentiate(ctx, dy, ctx.needs_input_grad[1:])
 
 
 # `Function.apply` without the Python code that torch puts around it. That code serves transforms of
 # torch.func, which `launch.followed` excludes, and tensors that outlived such a transform.
 _apply: Callable = super(torch.autograd.Function, Function).apply
+
+
+def _dense(flat: Sequence[torch.Tensor | None]) -> bool:
+    """True if every tensor of type Tensor or Parameter is plain memory, and no `_wrapped` one."""
+    for t in flat:
+        if t is not None and (t.is_nested or _is_batched(t) or _is_functorch_tensor(t)):
+            return False
+    return True
 
 
 def _wrapped(value: torch.Tensor | None) -> bool:
@@ -202,7 +214,7 @@ def reshaped(y: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return torch.ops.aten._unsafe_view(y, shape)
 
 
-def _spread(inputs: tuple) -> tuple[Sequence, list | None]:
+def _spread(inputs: tuple) -> tuple[Sequence, tuple | None]:
     """(flat, lengths): the arguments with their tuples spread out, and the lengths of the tuples.
 
     lengths has None for an argument that is no tuple. It is None if there are no tuples.
@@ -218,10 +230,10 @@ def _spread(inputs: tuple) -> tuple[Sequence, list | None]:
         else:
             flat.append(a)
             lengths.append(None)
-    return flat, lengths
+    return flat, tuple(lengths)
 
 
-def _gathered(flat: tuple, lengths: list | None) -> tuple:
+def _gathered(flat: tuple, lengths: tuple | None) -> tuple:
     """The arguments that `_spread` spread out."""
     if lengths is None:
         return flat
@@ -260,55 +272,53 @@ def _autocast(value, device: str, dtype: torch.dtype):
 def remember(ctx, operation, args: tuple, lengths, flat: tuple, saved: tuple) -> None:
     """Keeps a Function's arguments and what its forward made.
 
-    Tensors go through save_for_backward, the inputs first. Everything else is stored on ctx.
+    Tensors go through save_for_backward, the inputs first. Everything else is stored in `ctx.kept`:
+    (operation, lengths, number of inputs, number of options, places, constants, has_places).
+    constants ends with the options, the last option first. places: for each field of `saved` its
+    position in tensors + constants; a slice stands for a tuple of tensors. has_places: True if a
+    constant is a `_Place` or a `_Places`.
     """
     tensors: list = [*flat]
-    made: list = []
-    for i in operation.made:
-        value = saved[i]
-        kind = type(value)
-        if kind is torch.Tensor:
-            made.append(_place(value, tensors))
-        elif kind in _NO_TENSORS:
-            made.append(value)
-        elif kind is tuple:
-            made.append(_kept_tuple(value, tensors))
-        else:
-            made += _placed((value,), tensors)
     options = args[operation.inputs :]
-    if not _NO_TENSORS.issuperset(map(type, options)):
-        options = _placed(options, tensors)
-    ctx.kept = operation, lengths, len(flat), options, made
+    has_places = not _NO_TENSORS.issuperset(map(type, options))
+    constants: list = [*(_placed(options, tensors) if has_places else options)]
+    places: list = []
+    for place, value in zip(_known_places(operation, lengths, len(args)), saved):
+        if place is None:
+            kind = type(value)
+            if kind is torch.Tensor:
+                place = len(tensors)
+                tensors.append(value)
+            elif kind is tuple and _SAVED.issuperset(map(type, value)):
+                place = slice(len(tensors), len(tensors) + len(value))
+                tensors += value
+            else:
+                if kind not in _NO_TENSORS:
+                    (value,) = _placed((value,), tensors)
+                    has_places = has_places or type(value) in (_Place, _Places)
+                constants.append(value)
+                place = -len(constants)
+        places.append(place)
+    constants.reverse()
+    ctx.kept = operation, lengths, len(flat), len(options), places, tuple(constants), has_places
     ctx.save_for_backward(*tensors)
 
 
-def _kept_tuple(values: tuple, tensors: list):
-    """A tuple as `remember` keeps it: a slice of `tensors` if it consists of tensors and None."""
-    kinds = {*map(type, values)}
-    if kinds <= _SAVED:
-        start = len(tensors)
-        tensors += values
-        return slice(start, len(tensors))
-    return values if kinds <= _NO_TENSORS else _placed(values, tensors)
+@functools.lru_cache(1024)
+def _known_places(operation, lengths: tuple | None, count: int) -> tuple[int | slice | None, ...]:
+    """The places of `remember` for the fields of `saved` that are arguments, else None.
 
-
-def recall(ctx) -> tuple[tuple, list]:
-    """The arguments of a Function's forward, and what it saved."""
-    operation, lengths, count, options, made = ctx.kept
-    tensors = ctx.saved_tensors
-    options = _found(options, tensors) if type(options) is _Places else options
-    arguments = _gathered(tensors[:count], lengths) + options
-    saved, remaining = [], iter(made)
-    for at in operation.sources:
-        value = next(remaining) if at is None else arguments[at]
-        if at is None:
-            kind = type(value)
-            if kind is slice or kind is _Place:
-                value = tensors[value]
-            elif kind is _Places:
-                value = _found(value, tensors)
-        saved.append(value)
-    return arguments, saved
+    count: how many arguments there are.
+    """
+    inputs = operation.inputs
+    starts: list[int | slice] = []
+    start = 0
+    for length in lengths or (None,) * inputs:
+        end = start + (1 if length is None else length)
+        starts.append(start if length is None else slice(start, end))
+        start = end
+    places = starts + [inputs - at - 1 for at in range(inputs, count)]
+    return tuple([None if at is None or at >= count else places[at] for at in operation.sources])
 
 
 _NO_TENSORS = {str, int, float, bool, type(None)}
@@ -323,16 +333,6 @@ class _Places(tuple):
     """A tuple with a `_Place` in it or in one of its tuples."""
 
 
-_PLACES = [_Place(i) for i in range(256)]  # made once, because a look-up is faster than making one
-
-
-def _place(value: torch.Tensor, tensors: list) -> _Place:
-    """The `_Place` of a tensor that is added to `tensors`."""
-    count = len(tensors)
-    tensors.append(value)
-    return _PLACES[count] if count < len(_PLACES) else _Place(count)
-
-
 def _placed(values: tuple, tensors: list) -> tuple:
     """The values with a `_Place` for each tensor. The tensors are added to `tensors`.
 
@@ -343,7 +343,8 @@ def _placed(values: tuple, tensors: list) -> tuple:
     found: list = []
     for value in values:
         if isinstance(value, torch.Tensor):
-            found.append(_place(value, tensors))
+            found.append(_Place(len(tensors)))
+            tensors.append(value)
         else:
             found.append(_placed(value, tensors) if type(value) is tuple else value)
     known = any([type(value) in (_Place, _Places) for value in found])
@@ -364,7 +365,7 @@ def _found(values: tuple, tensors: tuple) -> tuple:
     return tuple(found)
 
 
-def differentiate(ctx, dy: torch.Tensor, needs: tuple[bool, ...]) -> list:
+def differentiate(ctx, dy: torch.Tensor, needs: tuple[bool, ...]) -> Sequence:
     """The gradients of a Function's first inputs, one after the other.
 
     They come from `bwd(dy, *saved)`. Under create_graph=True they come from the reference, which is
@@ -374,16 +375,23 @@ def differentiate(ctx, dy: torch.Tensor, needs: tuple[bool, ...]) -> list:
     if _any_autocast() and autocasting(dy):
         with torch.autocast(dy.device.type, enabled=False):
             return differentiate(ctx, dy, needs)
-    operation = ctx.kept[0]
-    arguments, saved = recall(ctx)
+    operation, lengths, inputs, options, places, constants, has_places = ctx.kept
+    kept = tensors = ctx.saved_tensors
+    if has_places:
+        constants = tuple(
+            [tensors[c] if type(c) is _Place else _found(c, tensors) for c in constants]
+        )
+    kept += constants
     if torch.is_grad_enabled():
+        arguments = _gathered(tensors[:inputs], lengths) + kept[: -options - 1 : -1]
         _, saved = operation.fwd_ref(*arguments)
         bwd = operation.bwd_ref
-    elif launch.takes_loops(dy) or (launch.may_take(dy) and launch.plain(dy)):
-        bwd = operation.bwd
     else:
+        saved = [kept[place] for place in places]
         bwd = operation.bwd_ref  # what `bwd` would choose, without the choice for each layer
-    grads: list = []
-    for g in bwd(dy, *saved, needs=needs):
-        grads += g if type(g) is list or type(g) is tuple else [g]
-    return grads
+        if (launch.may_take(dy) and launch.plain(dy)) or launch.takes_loops(dy):
+            bwd = operation.bwd
+    grads = bwd(dy, *saved, needs=needs)
+    if lengths is None:
+        return grads
+    return [g for given in grads for g in (given if type(given) in (list, tuple) else (given,))]

@@ -275,16 +275,46 @@ def test_plans_are_forgotten_when_there_are_many(monkeypatch):
     assert asked == [1, 2, 3, 4, 1]
 
 
-def test_the_tape_gives_back_all_that_a_forward_saved():
-    """In any mixture of tensors, tuples of them, None and numbers."""
-    x, a, b, c, d = (torch.full((2,), float(i)) for i in range(5))
-    saved = a, (b, None), 3, (c, (7, d)), (x, b)
-    operation = SimpleNamespace(inputs=1, made=range(len(saved)), sources=(None,) * len(saved))
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_tape_gives_back_all_that_a_forward_saved(count):
+    """In any mixture of tensors, tuples of them, None and numbers. The last argument, a default,
+    may not have been given.
+    """
+    x, w, a, b, c, d, option = (torch.full((2,), float(i)) for i in range(7))
+    args = (x, (w, None), (option, 5), 7)[: 1 + count]
+    saved = a, (w, None), (b, None), 3, (c, (7, d)), (x, b), (option, 5), 7
+    got = []
+    operation = Saving(got, saved)
     ctx = SimpleNamespace()
     ctx.save_for_backward = lambda *tensors: setattr(ctx, "saved_tensors", tensors)
-    tape.remember(ctx, operation, (x, 5), (None,), (x,), saved)
-    arguments, found = tape.recall(ctx)
-    given = tree_leaves(((x, 5), list(saved)))
-    assert all(
-        one is other for one, other in zip(tree_leaves((arguments, found)), given, strict=True)
-    )
+    tape.remember(ctx, operation, args, (None, 2), (x, w, None), saved)
+    kinds = {torch.Tensor, type(None)}
+    assert kinds.issuperset(map(type, ctx.saved_tensors))
+    with torch.no_grad():
+        tape.differentiate(ctx, a, (True,) * 3)
+    with torch.enable_grad():
+        tape.differentiate(ctx, a, (True,) * 3)
+    expected = [saved, args, saved]
+    assert str(got) == str(expected)  # the same nesting
+    for one, other in zip(tree_leaves(got), tree_leaves(expected), strict=True):
+        assert one is other
+
+
+class Saving:
+    """An operation that notes what it is given."""
+
+    inputs = 2
+    sources = None, 1, None, None, None, None, 2, 3
+
+    def __init__(self, got, saved):
+        self.got, self.saved = got, saved
+
+    def fwd_ref(self, *args):
+        self.got.append(args)
+        return None, self.saved
+
+    def bwd(self, dy, *saved, needs):
+        self.got.append(saved)
+        return dy, [dy, None]
+
+    bwd_ref = bwd
