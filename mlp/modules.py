@@ -205,6 +205,25 @@ class MLP(nn.Module):
         }
 
 
+def run_stack(
+    input: torch.Tensor, layers: Sequence[Any], activation: str, output_activation: str
+) -> torch.Tensor | None:
+    """The output of linear layers one after the other, as one operation, with these activations.
+
+    It is None if a tensor is of a class for which torch's functions compute something else.
+    """
+    if _is_foreign(input):
+        return None
+    weights, biases = [], []
+    for layer in layers:
+        weight, bias = _weight_and_bias(layer)
+        if _is_foreign(weight, bias):
+            return None
+        weights.append(weight)
+        biases.append(bias)
+    return kernels.mlp(input, weights, biases, activation, output_activation)
+
+
 def runs_forward(module: nn.Module) -> bool:
     """True if a call of this object runs its class's forward and nothing else.
 

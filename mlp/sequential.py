@@ -4,6 +4,9 @@
     mlp.Linear             activation
     mlp.Conv2d             activation, max-pool
 
+Linear layers that follow each other, each with its activation, are one operation together,
+`kernels.mlp`, if all but the last have the same activation.
+
 The children stay what they are: each computes by itself what it computes in torch. Every call reads
 how the children are now: their classes, settings and hooks. So all of these may change between two
 calls.
@@ -18,7 +21,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 import kernels
 
-from .modules import Conv2d, Linear, Window, runs_forward
+from .modules import Conv2d, Linear, Window, run_stack, runs_forward
 
 # A layer that takes over the work of the children after it -> the arguments of its method `fused`,
 # in the order in which they are computed, each with the value that changes nothing. The layer has
@@ -69,9 +72,21 @@ FOLLOWERS: dict[type, Follower] = {
 # Child -> what decides how it runs: (class, settings, inplace). settings is None if the child must
 # be called by itself. class is None if it is no layer of FUSED and no follower.
 Key = tuple[type | None, Any, Any]
-# (options, count) for each operation: the arguments of `fused` of the first of `count` children. If
-# there are none, the child is called by itself.
-Plan = list[tuple[dict[str, Any], int]]
+
+
+class Step(NamedTuple):
+    """So many children that run as one operation, or one child that is called by itself.
+
+    options: arguments of the first child's `fused`, or of `run_stack`. Without options, the child
+    is called by itself. layers: the places of the layers of a stack, counted from the first child.
+    """
+
+    options: dict[str, Any]
+    children: int
+    layers: tuple[int, ...] = ()
+
+
+Plan = list[Step]
 
 _followers: dict[type, Follower] = {}  # FOLLOWERS and activations
 _known: dict[type, tuple[Callable, tuple[str, ...]]] = {}  # class -> (its forward, its settings)
@@ -134,10 +149,24 @@ def keys_from(children: Sequence[Any], at: int) -> tuple[Key, ...]:
 def plan(keys: tuple[Key, ...]) -> Plan:
     """The operations that compute what children with these keys compute one after the other."""
     found: Plan = []
+    stack: list[str] = []  # the activation of each layer, if the last step can take one more layer
     at = 0
     while at < len(keys):
         options, end, _ = operation(keys, at)
-        found.append((options, end - at))
+        kind, settings, _ = keys[at]
+        if kind is not Linear or settings is None:
+            stack = []
+            found.append(Step(options, end - at))
+        else:
+            activation = options.get("activation", settings[0])
+            if stack and stack[-1] == stack[0]:
+                _, count, layers = found.pop()
+                names = {"activation": stack[0], "output_activation": activation}
+                stack.append(activation)
+                found.append(Step(names, count + end - at, (*(layers or (0,)), count)))
+            else:
+                stack = [activation]
+                found.append(Step(options, end - at))
         at = end
     return found
 
@@ -195,6 +224,7 @@ def next_place(keys: tuple[Key, ...], at: int) -> int:
 class Sequential(nn.Sequential):
     """`nn.Sequential` that runs a layer of ours with its activation and max-pool as one operation.
 
+    Linear layers behind each other run as one operation if all but the last have one activation.
     The arguments are nn.Sequential's. Each child computes by itself what it computes in torch, so
     indexing, iterating, slices and hooks give torch's values. A child with a hook, with a
     parametrisation or with a forward of its own is called by itself. `mlp.fuse` makes one from an
@@ -209,12 +239,19 @@ class Sequential(nn.Sequential):
             if _has_any_global_hook():
                 input, at = children[at](input), at + 1
                 continue
-            for options, count in _planned(keys_from(children, at)):
+            for options, count, layers in _planned(keys_from(children, at)):
+                run = children[at : at + count]
+                output = None
                 if options and isinstance(input, torch.Tensor):
-                    input = children[at].fused(input, **options)
-                else:
-                    for child in children[at : at + count]:
+                    if layers:
+                        output = run_stack(input, [run[place] for place in layers], **options)
+                    else:
+                        output = run[0].fused(input, **options)
+                if output is None:
+                    for child in run:
                         input = child(input)
+                else:
+                    input = output
                 at += count
         return input
 

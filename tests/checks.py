@@ -209,10 +209,10 @@ def assert_equal(ours, theirs, what=""):
 
 
 def operations(function) -> list:
-    """What the layers compute while `function` runs: the activation of each linear layer, and
-    (activation, max_pool) of each convolution.
+    """What the layers compute while `function` runs: the activation of each linear layer,
+    (activation, max_pool) of each convolution, and a list of the activations of each stack.
     """
-    found, linear, conv2d = [], kernels.linear, kernels.conv2d
+    found, linear, conv2d, stack = [], kernels.linear, kernels.conv2d, kernels.mlp
 
     def noted_linear(*args):
         found.append(args[3])
@@ -222,7 +222,12 @@ def operations(function) -> list:
         found.append(args[5:7])
         return conv2d(*args)
 
-    with mock.patch.multiple(kernels, linear=noted_linear, conv2d=noted_conv2d):
+    def noted_mlp(input, weights, biases, activation, output_activation):
+        found.append([activation] * (len(weights) - 1) + [output_activation])
+        return stack(input, weights, biases, activation, output_activation)
+
+    noted = {"linear": noted_linear, "conv2d": noted_conv2d, "mlp": noted_mlp}
+    with mock.patch.multiple(kernels, **noted):
         function()
     return found
 

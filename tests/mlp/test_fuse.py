@@ -92,7 +92,7 @@ def vgg():
 
 # name -> (model, shape of its input, what its layers compute)
 MODELS = {
-    "perceptron": (perceptron, (9, 7), ["relu", "gelu_tanh", "identity"]),
+    "perceptron": (perceptron, (9, 7), [["relu", "gelu_tanh"], "identity"]),
     # one GELU follows a LayerNorm
     "mixer": (Mixer, (3, 6, 8), ["gelu", "identity", "identity", "identity"]),
     "transformer": (
@@ -105,8 +105,8 @@ MODELS = {
         (3, 3, 12, 12),
         [("relu", (2, 2)), ("relu", 1), ("relu", (2, 2)), "relu", "relu", "identity"],
     ),
-    "autoencoder": (autoencoder, (5, 20), ["leaky_relu", "tanh", "silu", "sigmoid"]),
-    "actor-critic": (ActorCritic, (5, 7), ["tanh", "tanh", "identity"] * 2),
+    "autoencoder": (autoencoder, (5, 20), [["leaky_relu", "tanh"], ["silu", "sigmoid"]]),
+    "actor-critic": (ActorCritic, (5, 7), [["tanh", "tanh"], "identity"] * 2),
 }
 
 

@@ -224,14 +224,64 @@ def test_every_way(way):
 
 def test_what_one_operation_computes():
     model, x = built()[1], rows()
-    assert operations(lambda: model(x)) == ["relu", "leaky_relu", "identity"]
+    assert operations(lambda: model(x)) == [["relu", "leaky_relu"], "identity"]
     handle = model[4].register_forward_hook(lambda *_: None)
-    assert operations(lambda: model(x)) == ["relu", "identity", "identity"]
+    assert operations(lambda: model(x)) == [["relu", "identity"], "identity"]
     handle.remove()
-    assert operations(lambda: model(x)) == ["relu", "leaky_relu", "identity"]
+    assert operations(lambda: model(x)) == [["relu", "leaky_relu"], "identity"]
     assert operations(lambda: model[0](x)) == ["identity"]
     assert operations(lambda: model[:2](x)) == ["relu"]
-    assert operations(lambda: torch.func.vmap(model)(x))[0] == "relu"
+    assert operations(lambda: torch.func.vmap(model)(x))[0] == ["relu", "leaky_relu"]
+
+
+def deep():
+    """Five linear layers. The hidden activation changes after the third."""
+    hidden = [nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.ReLU()]
+    return nn.Sequential(*hidden, nn.Linear(6, 6), nn.ReLU(), mlp.Linear(6, 3))
+
+
+def with_gradients(model, x):
+    y = model(x)
+    wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
+    return y, *torch.autograd.grad(y.cos().sum(), wanted)
+
+
+def test_what_one_stack_computes():
+    """As many layers as have the same hidden activation. Every call looks at all of them anew."""
+    (plain, model), x = built(deep), rows()
+    whole = [["tanh", "tanh", "relu"], ["relu", "identity"]]
+
+    def agrees(expected):
+        assert operations(lambda: model(x)) == expected
+        torch.testing.assert_close(with_gradients(model, x), with_gradients(plain, x))
+
+    agrees(whole)
+    handle = model[2].register_forward_hook(lambda *_: None)
+    agrees(["tanh", "identity", ["relu", "relu", "identity"]])
+    handle.remove()
+    for each in (plain, model):
+        each[3] = nn.Sigmoid()
+    agrees([["tanh", "sigmoid"], ["relu", "relu", "identity"]])
+    for each in (plain, model):
+        each[3] = nn.Hardtanh()
+    agrees([["tanh", "identity"], ["relu", "relu", "identity"]])
+    for each in (plain, model):
+        each[3] = nn.Tanh()
+        each[0].requires_grad_(False)
+    model[8].activation = "identity"
+    agrees(whole)
+    with pytest.raises(
+        ValueError, match=r"mlp, layer 1: weight must be torch\.float64 as input is"
+    ):
+        model[2].float()
+        model(x)
+
+
+def test_a_layer_twice_in_a_stack():
+    layer = nn.Linear(6, 6)
+    models, x = built(lambda: nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), layer)), rows()
+    torch.testing.assert_close(*(with_gradients(model, x) for model in models))
+    assert operations(lambda: models[1](x)) == [["tanh", "tanh", "identity"]]
 
 
 def conv(*after):
@@ -343,8 +393,8 @@ def test_compiled(device):
     expected, ours = model(x), fuse(copy.deepcopy(model))
     compiled = torch.compile(ours, backend=backend, fullgraph=True)
     torch.testing.assert_close(compiled(x), expected)
-    names = [text.split("'")[1] for text in targets[0]]
-    assert names == ["relu", "leaky_relu", "identity"]
+    names = [text.split("'")[1::2] for text in targets[0]]
+    assert names == [["relu", "leaky_relu"], ["identity"]]
     plain = torch.compile(model, backend="eager", fullgraph=True)
     plain(x)
     for kind, found in ((ours, seen), (model, torchs)):
@@ -429,7 +479,7 @@ def test_another_order():
 
 def test_made_by_hand():
     model = mlp.Sequential(mlp.Linear(6, 5), nn.SiLU(), mlp.Linear(5, 2, activation="tanh"))
-    assert operations(lambda: model(torch.ones(1, 6))) == ["silu", "tanh"]
+    assert operations(lambda: model(torch.ones(1, 6))) == [["silu", "tanh"]]
     assert mlp.Sequential()(3) == 3
 
 
