@@ -10,7 +10,7 @@ from bench import __main__ as main
 from bench import bench_trainer, parts, suite, summary
 from bench.parts import Part
 from mlp import data
-from tests import ROOT
+from tests import ROOT, uninterpreted
 
 EXTRAS = ("tqdm", "typer", "sklearn", "torchvision", "matplotlib", "PIL", "scipy")
 # Python code that makes every later import of them fail
@@ -23,9 +23,7 @@ def script(code):
 
 def run_all(out, skipped, **more):
     command = [sys.executable, "-m", "bench", "all", "--out", str(out), "--skip", ",".join(skipped)]
-    environment = {
-        name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"
-    } | more
+    environment = uninterpreted() | more
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
 
 

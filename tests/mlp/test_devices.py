@@ -14,7 +14,7 @@ import pytest
 
 from mlp import engines
 from mlp.__main__ import main
-from tests import PATIENCE, ROOT
+from tests import PATIENCE, ROOT, uninterpreted
 
 # The batch of 33 and the last one of 19 are odd, so the two processes' parts differ in size.
 RULES = ("--hidden", "8", "--batch-size", "33", "--device", "cpu", "--clip-norm", "1")
@@ -33,7 +33,7 @@ def rank_of(process):
 def test_two_processes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["train", "digits", *RULES, "--devices", "2", "--epochs", "100000", "--out", "two"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**uninterpreted(), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     parent = subprocess.Popen(
         [sys.executable, "-m", "mlp", *words],
         env=environment,
@@ -69,8 +69,7 @@ def test_two_processes(tmp_path, monkeypatch, capsys):
 def torchrun(folder, *words):
     """Runs two processes on this machine and returns what they printed."""
     started = ["torch.distributed.run", "--nproc-per-node=2", "--standalone", *words]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environment.pop("TRITON_INTERPRET", None)
+    environment = {**uninterpreted(), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", *started]
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE

@@ -1,10 +1,9 @@
 """A few rounds of `tests.hostile` (hostile files) and of `tests.kills` (killed trainings)."""
 
-import os
 import subprocess
 import sys
 
-from tests import ROOT, hostile
+from tests import ROOT, hostile, uninterpreted
 
 
 def test_hostile_files():
@@ -18,8 +17,7 @@ def test_kills():
 
     They run in a process of their own, because a process with threads cannot fork safely.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment.pop("TRITON_INTERPRET", None)
+    environment = {**uninterpreted(), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.kills", "2"],
         cwd=ROOT,

@@ -9,7 +9,7 @@ import pytest
 from kernels import selfcheck
 from mlp.__main__ import main
 from mlp.cli import options
-from tests import ROOT
+from tests import ROOT, uninterpreted
 
 
 def test_help():
@@ -78,7 +78,8 @@ def test_names_are_loaded_when_asked_for():
         "slow = {'torch._dynamo', 'sklearn', 'scipy', 'pandas', 'numba', 'matplotlib'}\n"
         "assert not slow & set(sys.modules), slow & set(sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=uninterpreted())
     assert done.returncode == 0, done.stderr[-2000:]
 
 
