@@ -8,6 +8,9 @@
     products   matrix products that consist of such tiles, on padded matrices
     dense      the products of a linear layer, on matrices as torch stores them
     linear     the host's side of these, for `kernels.use("numba")`
+    softmax    cross-entropy for it
+    updates    an optimizer's step for it
+    blocks     how these call compiled functions
     waiting    how threads wait for each other
     loop       the steps of an epoch
     epoch      the host's side: memory and pieces

@@ -3,53 +3,39 @@
 The functions have the arguments and results of the references in `kernels.ops.linear`.
 """
 
-import array
-import ctypes
 import math
-import threading
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from numba import types
 
 from .. import activations, tape
 from ..ops import linear
-from . import DTYPES, dense, rows, waiting
+from . import DTYPES, blocks, dense, rows
 
 # Multiply-adds from which a second thread saves more than it takes to wake it.
 _SHARED = 300_000
 # Bytes of w from which torch's own product is faster, because it packs what no cache holds.
 _PACKED = 1 << 21
-_POINTERS = {torch.float32: waiting.floats, torch.float64: waiting.doubles}
-_ONES = {dtype: torch.ones(1, dtype=dtype) for dtype in _POINTERS}
-_compiling = threading.Lock()  # otherwise several threads would compile the same code
+_ONES = {dtype: torch.ones(1, dtype=dtype) for dtype in DTYPES}
 
 
 class Code(NamedTuple):
-    """Compiled functions of a dtype, see `dense`. Each is called with the address of a block."""
+    """Compiled functions of a dtype, see `dense`."""
 
-    forward: Any
-    dx: Any
-    dw: Any
+    forward: blocks.Code
+    dx: blocks.Code
+    dw: blocks.Code
     activations: dict[str, Any]  # see `_loops`
-    kept: tuple  # the compiled code behind them, which must live as long
 
 
-_CALL: Any = ctypes.CFUNCTYPE(None, ctypes.c_void_p)  # a call holds no lock of Python
 _made: dict[torch.dtype, Code] = {}
 
 
 def compiled(dtype: torch.dtype) -> Code:
     """The products for numbers of this dtype, compiled or read from disk."""
-    with _compiling:
-        if dtype not in _made:
-            kind, signature = DTYPES[dtype], types.void(types.int64)
-            functions, known = (dense.forward, dense.dx, dense.dw), {"FLOATS": _POINTERS[dtype]}
-            kept = tuple(rows.address(each, signature, kind, **known) for each in functions)
-            forward, dx, dw = (_CALL(each.address) for each in kept)
-            _made[dtype] = Code(forward, dx, dw, {}, kept)
-        return _made[dtype]
+    functions = dense.forward, dense.dx, dense.dw
+    forward, dx, dw = (blocks.Code(function, dtype) for function in functions)
+    return _made.setdefault(dtype, Code(forward, dx, dw, {}))
 
 
 def _loops(code: Code, dtype: torch.dtype, activation: str) -> tuple[int, int]:
@@ -57,40 +43,16 @@ def _loops(code: Code, dtype: torch.dtype, activation: str) -> tuple[int, int]:
     act = activations.get(activation)
     known, addresses = code.activations.get(activation, (None, (0, 0)))
     if known is not act:
-        with _compiling:
+        with blocks.compiling:
             loops = rows.activation(act, DTYPES[dtype])
         addresses = loops[0].address, loops[1].address
         code.activations[activation] = act, addresses
     return addresses
 
 
-def _team() -> Any:
-    """`GOMP_parallel` of the OpenMP library whose threads torch uses, or None without one.
-
-    These threads are awake after a product of torch's, and do not compete with it for the cores.
-    """
-    for path in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"):
-        found = getattr(ctypes.CDLL(str(path)), "GOMP_parallel", None)
-        if found is not None:
-            found.argtypes = [_CALL, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-            found.restype = None
-            return found
-    return None
-
-
-_together = _team()
-
-
-def _run(function: Any, block: tuple) -> None:
-    """Call a function of `Code` with a block of these numbers, on as many threads as pay."""
-    kept = array.array("q", block)
-    address = kept.buffer_info()[0]
-    work = block[dense.M] * block[dense.N] * block[dense.TERMS]
-    threads = 1 if work < _SHARED or _together is None else torch.get_num_threads()
-    if threads == 1:
-        function(address)
-    else:
-        _together(function, address, threads, 0)
+def _run(code: blocks.Code, block: tuple) -> None:
+    """Call a function of `Code`, on several threads if that pays."""
+    blocks.run(code, block, block[dense.M] * block[dense.N] * block[dense.TERMS] >= _SHARED)
 
 
 def _matrix(t: torch.Tensor) -> torch.Tensor:

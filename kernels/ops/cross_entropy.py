@@ -14,6 +14,7 @@ does not underflow. The backward only scales it.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -205,6 +206,14 @@ def is_late(
 def _widened(z: torch.Tensor) -> torch.Tensor:
     """Logits, with half precision as float32."""
     return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+
+
+@functools.cache
+def _loops() -> Any:
+    """The module of compiled loops. numba is slow to import, so it is imported where it is used."""
+    from ..cpu import softmax
+
+    return softmax
 
 
 def _late_fwd_ref(logits, target, ignore_index, reduction, labels_valid):
@@ -551,6 +560,12 @@ def cross_entropy_fwd(
     options = (weight, ignore_index, reduction, label_smoothing)
     is_free = target.dtype is torch.int64 and not launch.is_forced()
     if is_free and is_late(logits, target, weight, label_smoothing):
+        if launch.takes_loops(logits):
+            found = _loops().forward(logits, target, ignore_index, reduction)
+            if found is not None:
+                loss, logp, counted = found
+                kept = logp, None, counted, reduction, target, ignore_index, True
+                return loss, CrossEntropySaved(*kept)
         return _late_fwd_ref(logits, target, ignore_index, reduction, labels_valid)
     check_cross_entropy(logits, target, *options)
     if target_grad or launch.backend(logits, weight) != "triton":
@@ -629,6 +644,10 @@ def cross_entropy_bwd(
     dy: a scalar, or (N, d1, …) for reduction "none". dlogits has the shape and dtype of the logits.
     dtarget is None unless the forward kept it. needs: two bools. Deterministic.
     """
+    if late and needs[0] and launch.takes_loops(dy, grad):
+        dz = _loops().backward(dy, grad, denominator, reduction, target, ignore_index)
+        if dz is not None:
+            return dz, None
     # Only the reference saves a number as denominator.
     is_tensor = denominator is None or isinstance(denominator, torch.Tensor)
     if late or dtarget is not None or not is_tensor or launch.backend(dy, grad) != "triton":

@@ -253,3 +253,81 @@ def test_a_changed_row_of_the_table_is_compiled_again(monkeypatch):
     kernels.linear(x, w, b, "tanh")
     monkeypatch.setitem(ACTIVATIONS, "tanh", ACTIVATIONS["sigmoid"])
     torch.testing.assert_close(kernels.linear(x, w, b, "tanh"), torch.sigmoid(F.linear(x, w, b)))
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_cross_entropy(reduction, dtype):
+    """Loss and gradient of labels, some of them ignored, are as accurate as torch's."""
+    for rows, classes in ((1, 1), (32, 10), (7, 33)):
+        z, labels = 3 * torch.randn(rows, classes, dtype=dtype), torch.randint(classes, (rows,))
+        labels[3::5] = -100
+        loss, saved = kernels.cross_entropy_fwd(z, labels, reduction=reduction)
+        ours = loss, kernels.cross_entropy_bwd(torch.full_like(loss, 1.7), *saved)[0]
+
+        def exact(z, labels=labels):
+            z = z.detach().requires_grad_()
+            loss = F.cross_entropy(z, labels, reduction=reduction)
+            return loss, *torch.autograd.grad(loss, z, torch.full_like(loss, 1.7))
+
+        if dtype == torch.float64:
+            torch.testing.assert_close(ours, exact(z), rtol=1e-13, atol=1e-13)
+        else:
+            assert_as_accurate(ours, exact(z), lambda z=z: exact(double(z)))
+
+
+def test_cross_entropy_of_odd_logits_and_labels():
+    """Infinities, NaN, labels that are all ignored, and one that is no class: as in torch."""
+    z, labels = torch.randn(5, 4), torch.tensor([0, 3, -100, 1, 2])
+    for row, value in ((0, torch.inf), (1, -torch.inf), (2, torch.nan), (4, 1e30)):
+        odd, nothing = z.clone(), torch.full((5,), -100)
+        odd[row, 2] = value
+        for target in (labels, nothing):
+            found, saved = kernels.cross_entropy_fwd(odd, target)
+            leaf = odd.clone().requires_grad_()
+            loss = F.cross_entropy(leaf, target)
+            dz = torch.autograd.grad(loss, leaf)[0]
+            ours = found, kernels.cross_entropy_bwd(torch.ones(()), *saved)[0]
+            torch.testing.assert_close(ours, (loss.detach(), dz), equal_nan=True)
+    with pytest.raises(IndexError, match=r"target\[1\] is 4, but there are 4 classes"):
+        kernels.cross_entropy_fwd(z, torch.tensor([0, 4, 0, 0, 0]))
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov", "adam", "adamw", "rmsprop"])
+def test_steps_of_optimizers(name, dtype, monkeypatch):
+    """Steps by the compiled rule agree with those of the reference."""
+    rule, results = kernels.RULES[name], []
+    row = kernels.row_of(rule, lr=0.1, weight_decay=0.01)
+    start = [torch.randn(5, 7, dtype=dtype), torch.randn(9, dtype=dtype)]
+    grads = [[torch.randn_like(p) for p in start] for _ in range(3)]
+    for backend in ("numba", "torch"):
+        params = [p.clone() for p in start]
+        states = [[torch.zeros_like(p) for p in start] for _ in rule.states]
+        with kernels.use(backend):
+            for step, each in enumerate(grads, 1):
+                kernels.apply_rule(rule, params, each, states, row, step)
+        results.append([*params, *(t for ts in states for t in ts)])
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_the_loop_by_hand_uses_compiled_code_alone(monkeypatch):
+    """README's loop calls the loops for products, loss and step, and learns as it does in torch."""
+    from kernels.cpu import blocks, updates
+
+    calls, run, update = [], blocks.run, updates.update
+    monkeypatch.setattr(blocks, "run", lambda *args: calls.append("block") or run(*args))
+    monkeypatch.setattr(updates, "update", lambda *args: calls.append(update(*args)) or calls[-1])
+    x, labels, results = torch.rand(8, 20), torch.randint(4, (8,)), []
+    for backend in ("numba", "torch"):
+        net = mlp.Net([20, 15, 9, 4], activation="sigmoid", seed=0)
+        loss, optimizer = mlp.SoftmaxCrossEntropy(), mlp.SGD(net.parameters.values(), lr=0.5)
+        with kernels.use(backend):
+            for _ in range(3):
+                value = loss.forward(net.forward(x), labels)
+                net.backward(loss.backward())
+                optimizer.step(grads=net.grads)
+        results.append([value, *net.parameters.values()])
+    assert calls.count("block") == 3 * (3 + 2 + 3 + 2) and calls.count(True) == 3
+    assert len(calls) == 3 * 11
+    torch.testing.assert_close(*results)
