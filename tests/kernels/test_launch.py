@@ -266,12 +266,12 @@ def test_errors_are_raised_each_time(device):
             kernels.linear(x, w, None, "swoosh")
 
 
-def test_plans_are_forgotten_when_there_are_many(monkeypatch):
+def test_plans_are_forgotten_when_there_are_many(monkeypatch, device):
     monkeypatch.setattr(launch, "_MOST_PLANS", 3)
     asked = []
     make = lambda x: asked.append(len(x))  # noqa: E731
     for size in (1, 2, 3, 1, 4, 1, 4):
-        launch.planned(make, (torch.ones(size),))
+        launch.planned(make, (torch.ones(size, device=device),))
     assert asked == [1, 2, 3, 4, 1]
 
 
