@@ -304,6 +304,15 @@ def forget() -> None:
     _plans.clear()
 
 
+def changed(*lists: list[torch.Tensor]) -> None:
+    """Tell autograd that these tensors were changed in place, by code that torch does not see.
+
+    A backward that saved one of them before then raises torch's RuntimeError, as after an update by
+    torch.optim. torch's fused updates tell nothing either.
+    """
+    torch.autograd.graph.increment_version([t for tensors in lists for t in tensors])
+
+
 def run(kernel, grid: tuple[int, ...], *args, **options) -> None:
     """Launches `kernel[grid](*args, **options)` on the device of the first tensor among `args`.
 

@@ -209,10 +209,11 @@ def adam_ref(
     """The reference of `kernels.adam`: same arguments, same results, plain torch."""
     if _one_pass(step, lr, params, grads, exp_avgs, exp_avg_sqs):
         update: Any = torch._fused_adamw_ if decoupled else torch._fused_adam_
-        counts = [torch.tensor(float(step))] * len(params)
+        counts = [torch.tensor(float(step), device="cpu")] * len(params)
         numbers = {"lr": lr, "beta1": betas[0], "beta2": betas[1], "eps": eps}
         numbers |= {"weight_decay": weight_decay, "maximize": maximize, "amsgrad": False}
         update(params, grads, exp_avgs, exp_avg_sqs, [], counts, **numbers, **_UNSCALED)
+        launch.changed(params, exp_avgs, exp_avg_sqs)
         return
     (beta1, beta2), step, lr = betas, _without_dimensions(step), _without_dimensions(lr)
     if decoupled and weight_decay:
@@ -301,6 +302,7 @@ def _momentum_lists(params, grads, states, row, step, nesterov=False):
             maximize=False,
             is_first_step=first,
         )
+        launch.changed(params, *states)
         return
     sgd_ref(params, grads, states[0], lr, momentum, dampening, decay, nesterov, first=first)
 
@@ -316,7 +318,7 @@ def _adam_lists(params, grads, states, row, step, decoupled=False):
             grads,
             *states,
             [],
-            [torch.tensor(float(step))] * len(params),
+            [torch.tensor(float(step), device="cpu")] * len(params),
             amsgrad=False,
             lr=lr,
             beta1=1 - rate1,
@@ -325,6 +327,7 @@ def _adam_lists(params, grads, states, row, step, decoupled=False):
             eps=eps,
             maximize=False,
         )
+        launch.changed(params, *states)
         return
     adam_ref(params, grads, *states, step, lr, (1 - rate1, 1 - rate2), eps, decay, decoupled)
 
@@ -678,7 +681,7 @@ def hyperparameters(
     """
 
     def as_column(value):
-        return torch.as_tensor(value, dtype=torch.float64).cpu().expand(replicas or 1)
+        return torch.as_tensor(value, dtype=torch.float64, device="cpu").expand(replicas or 1)
 
     rule = get(rule)
     pairs = {name for name, default in rule.hyperparameters if isinstance(default, tuple)}

@@ -51,7 +51,7 @@ def initialise(
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     bound = math.inf
     for name, parameter in parameters.items():
-        values = torch.empty(parameter.shape, dtype=torch.float32)
+        values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
         is_weight = name.endswith("weight")
         if is_weight:
             fan_in = parameter[0].numel()

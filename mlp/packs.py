@@ -343,7 +343,7 @@ def _numbers_ahead(member: Member, epochs: int) -> torch.Tensor:
     loss. That schedule is then stepped through these epochs.
     """
     if member.plan is None or member.plan.takes_metric:
-        return torch.tensor(member.numbers(), dtype=torch.float64)
+        return torch.tensor(member.numbers(), dtype=torch.float64, device="cpu")
     rows = []
     member.part.advance(0)  # torch's schedulers check that a step was taken
     for _ in range(epochs):
@@ -351,7 +351,7 @@ def _numbers_ahead(member: Member, epochs: int) -> torch.Tensor:
             rows.append(member.numbers())
             member.plan.after_step()
         member.plan.after_epoch({})
-    return torch.tensor(rows, dtype=torch.float64)
+    return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
 
 def _numbers_of_all(members: Sequence[Member]) -> torch.Tensor:
@@ -501,7 +501,7 @@ def _mean(member: Member, values: torch.Tensor) -> float:
         return float(values.sum()) / member.count
     starts = range(0, member.count, member.batch)
     sizes = [min(member.batch, member.count - start) for start in starts]
-    return float((values * torch.tensor(sizes)).sum()) / member.count
+    return float((values * torch.tensor(sizes, device="cpu")).sum()) / member.count
 
 
 def _stacked(lists: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from kernels import launch
+
 from . import engines
 from .data import arrays, given
 from .data.dataset import Dataset, permutation
@@ -494,6 +496,7 @@ class Trainer:
     def _prepare_engine(self) -> None:
         self.engine.shape = self._shape
         self.engine.moves = None if self.schedule is None else self.schedule.after_step
+        launch.changed([*parameters_of(self.model).values()])  # engines may write past autograd
 
     def _epoch(self, epoch: int, task: _Task, order, after_step):
         before = _Saved(self)

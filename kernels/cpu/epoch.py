@@ -279,8 +279,9 @@ def _numbers(rule, hyper, taken: float, steps: int, kind: np.dtype) -> np.ndarra
     hyper: one row, or one row for each step. For several trainings it is (…, 1, columns), and the
     result is (…, steps, columns). taken: the steps taken so far.
     """
-    at = torch.arange(taken + 1, taken + steps + 1, dtype=torch.float64)
-    columns = rule.at_ref(torch.as_tensor(hyper, dtype=torch.float64).unbind(-1), at)
+    at = torch.arange(taken + 1, taken + steps + 1, dtype=torch.float64, device="cpu")
+    row = torch.as_tensor(hyper, dtype=torch.float64, device="cpu")
+    columns = rule.at_ref(row.unbind(-1), at)
     *columns, _ = torch.broadcast_tensors(*columns, at)
     return torch.stack(columns, -1).numpy().astype(kind)
 

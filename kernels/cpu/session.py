@@ -410,11 +410,13 @@ class Session:
         self.memory = epoch.Memory(spec, kind, min(batch, count), workers)
         self.lists = [parameters, *states]
         self.steps, self.count, self.workers = -(-count // batch), count, workers
-        self._task = self._task_of(data, targets, torch.zeros(count, dtype=torch.int64), samples)
+        order = torch.zeros(count, dtype=torch.int64, device="cpu")
+        self._task = self._task_of(data, targets, order, samples)
         self._held = self._task
         self._held_shares, self._spread = np.zeros(0), np.zeros(0)
         if held is not None:
-            chosen = torch.arange(len(held.data)) if held.rows is None else held.rows
+            every = torch.arange(len(held.data), device="cpu")
+            chosen = every if held.rows is None else held.rows
             self._held = self._task_of(held.data, held.targets, chosen, samples)
             self._held_shares = _shares(spec, len(chosen), self.memory.batch)
             if held.targets.is_floating_point():

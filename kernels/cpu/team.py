@@ -8,7 +8,7 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 # Returns the core that the calling thread runs on. None where a thread cannot choose its core.
@@ -52,8 +52,11 @@ def together(pool: ThreadPoolExecutor | None, workers: int, work: Callable[[int]
             work(worker)
 
     others = [pool.submit(apart, worker) for worker in range(1, workers)]
-    with _on(own, allowed):
-        work(0)
+    try:
+        with _on(own, allowed):
+            work(0)
+    finally:  # after Ctrl-C too: the others still use memory that the caller then gives up
+        wait(others)
     for other in others:
         other.result()
 

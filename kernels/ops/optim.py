@@ -233,6 +233,7 @@ def _launch(params, grads, states, numbers, options) -> None:
         for t, copy in zip(given, used):
             if t is not copy:
                 t.copy_(copy)
+    launch.changed(params, *states)
 
 
 def apply_rule(

@@ -306,7 +306,8 @@ class Dataset:
             raise DataError(f"{self.name}: empty: none of its {len(self)} samples was chosen")
         origin = self._origin
         if origin is not None:
-            picked = torch.arange(len(self))[chosen.cpu() if torch.is_tensor(chosen) else chosen]
+            every = torch.arange(len(self), device="cpu")
+            picked = every[chosen.cpu() if torch.is_tensor(chosen) else chosen]
             shape = [len(picked), *origin.shape[1:]]
             origin = Fingerprint(shape, origin.dtype, _digest(picked, origin.hash))
         return self._with(inputs=inputs, targets=targets, name=name or self.name, _origin=origin)

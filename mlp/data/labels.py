@@ -126,7 +126,8 @@ def _numbered(
                 f"{name}: label {word!r} of sample {i} is not one of {classes}, the classes of the "
                 "training; another network is needed to learn it"
             )
-    return torch.tensor([number[word] for word in words[:, 0].tolist()]), classes
+    labels = [number[word] for word in words[:, 0].tolist()]
+    return torch.tensor(labels, dtype=torch.int64, device="cpu"), classes
 
 
 def _check_count(classes: int, samples: int, name: str) -> None:

@@ -86,7 +86,8 @@ class Seen(NamedTuple):
         names = self.words or self.classes
         if not names or _counted(names):
             return None
-        return Dataset(torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64), names)
+        label = torch.zeros(1, dtype=torch.int64, device="cpu")
+        return Dataset(torch.zeros(1, 1, device="cpu"), label, names)
 
     def take(self, given: Any, ignored: int | None = None) -> Dataset:
         """Test data, see `given.take`. Objects in memory are read as the training read its data.
@@ -244,4 +245,4 @@ def _sides(shape: tuple[int, ...]) -> list[int]:
 
 def rows(inputs: torch.Tensor) -> Dataset:
     """Inputs as a data set, whose targets have no meaning."""
-    return Dataset(inputs, torch.zeros(len(inputs), dtype=torch.int64), name="x")
+    return Dataset(inputs, inputs.new_zeros(len(inputs), dtype=torch.int64), name="x")

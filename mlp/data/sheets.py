@@ -110,7 +110,7 @@ def targets(train: Dataset, test: Dataset, path: Path) -> None:
     count = len(train.classes)
     figure = _figure(7, max(2.0, 0.28 * min(count, 60) + 0.9))
     axis = figure.subplots()
-    left = torch.zeros(count)
+    left = torch.zeros(count, device="cpu")
     for part, data in (("train", train), ("test", test)):
         counts = data.class_counts().float()
         axis.barh(range(count), counts.numpy(), left=left.numpy(), label=part, height=0.8)

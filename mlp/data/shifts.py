@@ -53,11 +53,12 @@ class Shifts:
         side = 2 * self.pixels + 1
         seed = (self.seed * _PRIME + number) % _SEEDS
         generator = torch.Generator().manual_seed(seed)
-        choice = torch.randint(side * side, (len(self.data),), generator=generator)
+        size = (len(self.data),)
+        choice = torch.randint(side * side, size, generator=generator, device="cpu")
         # To move an image down, its window starts further up in the padded image.
         up, left = side - 1 - choice // side, side - 1 - choice % side
         _, height, width = self.data.image_shape or ()
-        moved, every = self.moved.inputs, torch.arange(len(choice))
+        moved, every = self.moved.inputs, torch.arange(len(choice), device="cpu")
         known = moved.device.type == "cpu" and moved.dtype != torch.bfloat16
         if known:  # numpy copies such windows three times as fast as torch
             windows = sliding_window_view(self.padded.numpy(), (height, width), axis=(2, 3))

@@ -123,6 +123,8 @@ class Table:
                     f"{_row(frame[column.name], row)} is too far from the training rows' mean "
                     f"{column.mean:.3g} for float32; correct it"
                 )
+        for column, part in zip(self.columns, parts):
+            _refuse_overflow(column, part, frame[column.name])
         return torch.from_numpy(numpy.concatenate(parts, axis=1).astype(numpy.float32))
 
     def outputs(self, frame: "pandas.DataFrame") -> torch.Tensor:
@@ -323,7 +325,7 @@ def _refuse_merged(name: str, series: "pandas.Series") -> None:
 
 def _mean_std(name: str, values: numpy.ndarray) -> tuple[float, float]:
     """(mean, standard deviation) of a column (rows,), see `dataset.centre`."""
-    mean, std = centre(moments(torch.tensor(values)[:, None]))
+    mean, std = centre(moments(torch.tensor(values, device="cpu")[:, None]))
     if not (mean.isfinite().all() and std.isfinite().all()):
         raise DataError(
             f"column {name!r}: numbers from {values.min():.3g} to {values.max():.3g} are too far "
@@ -355,6 +357,17 @@ def _as_numbers(name: str, series: "pandas.Series") -> numpy.ndarray:
     return numbers
 
 
+def _refuse_overflow(column: Column, part: numpy.ndarray, series: "pandas.Series") -> None:
+    """DataError for a standardised number that float32 cannot hold. part: (rows, features)."""
+    bad = numpy.flatnonzero(numpy.abs(part).max(axis=1) > numpy.finfo(numpy.float32).max)
+    if len(bad):
+        at = int(bad[0])
+        raise DataError(
+            f"column {column.name!r}: row {_row(series, at)} has {series.iloc[at]}, too far from "
+            f"the training's mean {column.mean:.5g} for float32; correct it, or leave the row out"
+        )
+
+
 def _row(series: "pandas.Series", at: int) -> int:
     """The number of a row in its file, from 1. Rows keep it as their index if a file is split."""
     return int(series.index[at]) + 1
@@ -370,7 +383,7 @@ def _labels(table: Table, frame: "pandas.DataFrame") -> torch.Tensor:
             f"column {name!r}: {_listed(bad)} is no class of the training rows, which are "
             f"{_listed(table.classes)}"
         )
-    return torch.tensor([known[text] for text in texts], dtype=torch.int64)
+    return torch.tensor([known[text] for text in texts], dtype=torch.int64, device="cpu")
 
 
 def _truths(table: Table, frame: "pandas.DataFrame") -> torch.Tensor:

@@ -21,7 +21,7 @@ class Units:
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        numbers = torch.tensor([*self.mean, *self.std], dtype=torch.float64)
+        numbers = torch.tensor([*self.mean, *self.std], dtype=torch.float64, device="cpu")
         good = len(self.mean) == len(self.std) and bool(numbers.isfinite().all())
         if not good or not all(std > 0 for std in self.std):
             raise DataError("units must have a finite mean and a deviation above 0 for each target")

@@ -7,6 +7,8 @@ import ctypes
 import itertools
 import math
 import os
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -352,6 +354,23 @@ def test_threads_stay_on_cores_apart_while_they_work():
         assert pool.submit(os.sched_getaffinity, 0).result() == before
     with team.threads(2) as again:
         assert again is pool, "the pool must be kept for the next epoch"
+
+
+def test_an_error_waits_for_the_other_threads():
+    """They use the caller's memory, which it gives up after the error."""
+    raised, ended = threading.Event(), []
+
+    def work(worker):
+        if worker == 0:
+            raised.set()
+            raise KeyboardInterrupt
+        raised.wait()
+        time.sleep(0.05)
+        ended.append(worker)
+
+    with team.threads(2) as pool, pytest.raises(KeyboardInterrupt):
+        team.together(pool, 2, work)
+    assert ended == [1]
 
 
 def test_threads_are_measured_and_the_fastest_is_taken():

@@ -185,3 +185,26 @@ def test_engines_train_named_parameters(engine):
         trainer.fit((torch.randn(20, 4), torch.arange(20) % 3), epochs=2, batch_size=5)
         results.append([p.detach() for p in model.parameters()])
     assert_equal(*results)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", mlp.optim.OPTIMIZERS)
+@pytest.mark.parametrize("engine", [None, *mlp.ENGINES])
+def test_a_step_is_seen_by_a_graph_that_was_made_before(engine, name, device):
+    """The weights that the backward needs have changed, so torch raises an error; see GANs."""
+    model, x = mlp.MLP([3, 4, 2], device=device), torch.randn(8, 3, device=device)
+    optimizer = mlp.optim.OPTIMIZERS[name](model.parameters(), lr=0.01)
+    if engine is None:
+        model(x).sum().backward()
+    else:
+        kind, loss = mlp.ENGINES[engine], mlp.SoftmaxCrossEntropy()
+        if kind.refuses(model, loss, optimizer, 8) is not None:
+            pytest.skip("by design: this engine does not serve here")
+        trainer = mlp.Trainer(model, loss, optimizer, engine, verbose=False)
+    before = model(x).sum()
+    if engine is None:
+        optimizer.step()
+    else:
+        trainer.fit((x, torch.arange(8, device=device) % 2), epochs=1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        before.backward()

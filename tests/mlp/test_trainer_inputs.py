@@ -469,3 +469,28 @@ def test_a_loss_of_several_numbers():
     squares = lambda output, target: (output - target) ** 2  # noqa: E731
     with pytest.raises(ValueError, match=r"the loss must be one number, got \(32, 3\)"):
         trainer(loss=squares).fit((X, X[:, :3]), epochs=1)
+
+
+@pytest.mark.parametrize("engine", ["autograd", "manual", "epoch"])
+def test_the_default_device_changes_no_network_elsewhere(engine):
+    """All that a network on the CPU needs stays there. The device meta holds no numbers."""
+    images = np.arange(8 * 36, dtype=np.uint8).reshape(8, 6, 6)
+    words = np.array(["a", "b"] * 4)
+
+    def trained():
+        model = mlp.MLP([36, 4, 2], device="cpu")
+        model.load_state_dict(mlp.Net([36, 4, 2], device="cpu", seed=1).state_dict())
+        refusal = mlp.ENGINES[engine].refuses(model, loss, mlp.Adam(model.parameters()), 8)
+        if refusal is not None:
+            pytest.skip(f"by design: {refusal}")
+        trainer = mlp.Trainer(model, loss, "adam", engine, verbose=False)
+        rows = trainer.fit((images, words), 2, evaluate=(images, words), augment=1)
+        return [row["test_loss"] for row in rows], trainer.predict(images).tolist()
+
+    loss = mlp.SoftmaxCrossEntropy()
+    expected = trained()
+    torch.set_default_device("meta")
+    try:
+        assert trained() == expected
+    finally:
+        torch.set_default_device(None)
