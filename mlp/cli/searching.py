@@ -15,13 +15,13 @@ import numpy
 
 from .. import recipes
 from ..data.dataset import Dataset, needs_extra, require
-from ..runs import RunFolder, report
+from ..runs import TRIALS, RunFolder, report
 from ..runs.disk import write_text
 from . import setup, training
 from .options import Values
 from .terminal import complain, say
 
-_TABLE, _PICTURE = "search.jsonl", "search.png"
+_PICTURE = "search.png"
 _BEST = 10  # the ensemble is chosen from so many best settings
 _WIDTHS = (16, 32, 64, 128)
 
@@ -217,7 +217,7 @@ def _write(job: Any, folder: Path) -> None:
         }
         for i, params in enumerate(found["params"])
     ]
-    write_text(folder / _TABLE, "".join(json.dumps(row, default=float) + "\n" for row in rows))
+    write_text(folder / TRIALS, "".join(json.dumps(row, default=float) + "\n" for row in rows))
     names = list(_space())
     report.scores_over(
         {name: [row[name] for row in rows] for name in names},
@@ -226,4 +226,4 @@ def _write(job: Any, folder: Path) -> None:
         job.scoring or ("accuracy" if hasattr(job.estimator, "predict_proba") else "R²"),
         [f"{row['max_iter']} epochs" for row in rows] if halved else None,
     )
-    say(f"all trials in {folder / _TABLE} and {folder / _PICTURE}")
+    say(f"all trials in {folder / TRIALS} and {folder / _PICTURE}")

@@ -29,9 +29,9 @@ def _rates(text: str, count: int) -> list[float]:
     low, colon, high = text.partition(":")
     try:
         return spread(number(low), number(high) if colon else number(low), count)
-    except ValueError as error:
+    except ValueError:
         raise ValueError(
-            f"--lr must be a number, or LOW:HIGH with 0 < LOW <= HIGH, got {text!r} ({error})"
+            f"--lr must be a number, or LOW:HIGH with 0 < LOW <= HIGH, got {text!r}"
         ) from None
 
 

@@ -44,6 +44,7 @@ from .schema import typed
 if TYPE_CHECKING:
     from ..trainer import Trainer
 
+TRIALS = "search.jsonl"  # of a search whose winner is this run
 TIMES = "times.json"  # seconds of loading, training, and everything else
 CONFIG, METRICS, LAST, PREVIOUS = "config.json", "metrics.jsonl", "last.ckpt", "previous.ckpt"
 _TRAINED = (METRICS, WEIGHTS, LAST, PREVIOUS)  # the files that exist after an epoch
@@ -171,8 +172,10 @@ class RunFolder:
         """Start a run: remove all files of the earlier one, and write config.json."""
         self.refuse_if_taken(force)
         if self.trained or (self.path / CONFIG).exists():
-            for name in (*_TRAINED, CONFIG, TIMES, logs.TABLE, *report.PICTURES):
-                (self.path / name).unlink(missing_ok=True)
+            known = (*_TRAINED, CONFIG, TIMES, TRIALS, logs.TABLE, *report.PICTURES)
+            events = (self.path / logs.EVENTS).glob(logs.EVENT_FILES)
+            for path in (*(self.path / name for name in known), *events):
+                path.unlink(missing_ok=True)
         text = json.dumps(dataclasses.asdict(settings), indent=2)
         write_text(self.path / CONFIG, f"{text}\n")
 

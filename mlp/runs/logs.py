@@ -10,6 +10,7 @@ from .disk import write_text
 
 TABLE = "metrics.csv"
 EVENTS = "tensorboard"  # a folder
+EVENT_FILES = "events.out.tfevents.*"  # in it
 Row = dict[str, Any]
 
 
@@ -60,7 +61,7 @@ class TensorBoard:
     def __init__(self, folder: Path, history: list[Row]):
         place = folder / EVENTS
         if not history:
-            for old in place.glob("events.out.tfevents.*"):
+            for old in place.glob(EVENT_FILES):
                 old.unlink()
         self.writer = self.load()(str(place), purge_step=len(history) + 1)
 

@@ -21,6 +21,7 @@ PICTURES = (
     "confusion.png",
     "weights.png",
     "predicted.png",
+    "search.png",
     "report.html",
 )  # of a run folder
 _PARTS = ("train", "validation", "test")
