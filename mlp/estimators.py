@@ -3,10 +3,11 @@
 Parameters and attributes are scikit-learn's. With the same `random_state`, the initial weights and
 the order of samples are too. So the trained network is the same, up to rounding.
 
-Five things differ. Training computes in float32, except for small tables and with `precision`
+Six things differ. Training computes in float32, except for small tables and with `precision`
 "fp64". `epsilon` is torch's: Adam adds it after the bias correction, scikit-learn before. With the
 default this changes only weights whose gradients are tiny. scikit-learn reports a probability below
-2e-16 as 2e-16 in its loss, ours is exact. Sparse input is made dense. The solver "lbfgs" and the
+2e-16 as 2e-16 in its loss, ours is exact. Sparse input is made dense. A changed `activation` counts
+from the next `fit` on, but scikit-learn's `predict` takes it at once. The solver "lbfgs" and the
 Poisson loss are not served.
 """
 
@@ -214,6 +215,8 @@ class _Network(BaseEstimator):
         self.engine = engine
         self.precision = precision
 
+    _scaled: ClassVar[str] = "X"  # the numbers that may be too large
+
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "_Network":
         """Train on X (samples, features) and y (samples,) or (samples, outputs). Returns self.
 
@@ -400,17 +403,22 @@ class _Network(BaseEstimator):
         """The data set of these arrays, on the network's device and in its dtype."""
         dense = X.toarray() if hasattr(X, "toarray") else X
         first = next(self._model.parameters())
-        inputs = _tensor(dense).to(first.dtype)
-        # X is finite, it was checked. A finite sum has no other terms, and is computed faster.
-        if not bool(inputs.sum().isfinite()) and not bool(inputs.isfinite().all()):
-            row, column = inputs.isfinite().logical_not().nonzero()[0].tolist()
-            raise ValueError(
-                f"{type(self).__name__}: X has {dense[row, column]:g} in row {row}, column "
-                f"{column}, which float32 cannot hold; scale X, or use precision='fp64'"
-            )
-        targets = _tensor(targets)
-        targets = targets.to(first.dtype) if targets.is_floating_point() else targets
+        inputs = self._narrowed(dense, "X", first.dtype)
+        numbers = targets.dtype.kind == "f"
+        targets = self._narrowed(targets, "y", first.dtype) if numbers else _tensor(targets)
         return Dataset(inputs, targets, self._class_names()).to(first.device)
+
+    def _narrowed(self, array: numpy.ndarray, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """The array (samples, …) in the network's dtype. ValueError if that cannot hold it."""
+        tensor = _tensor(array).to(dtype)
+        # The array is finite, it was checked. A finite sum has no other terms, and is faster.
+        if not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):
+            row, column = tensor.isfinite().logical_not().nonzero()[0].tolist()
+            raise ValueError(
+                f"{type(self).__name__}: {name} has {array[row, column]:g} in row {row}, column "
+                f"{column}, which float32 cannot hold; scale {name}, or use precision='fp64'"
+            )
+        return tensor
 
     def _training(self, X, targets, weights, held, incremental) -> "Training":
         """Prepare data, loss and optimizer of one call. partial_fit keeps its last optimizer."""
@@ -559,7 +567,7 @@ class _Network(BaseEstimator):
     def _diverged(self, reason: Any) -> ValueError:
         return ValueError(
             f"{type(self).__name__}: {reason}: Solver produced non-finite parameter weights; scale "
-            "the inputs or take a smaller learning_rate_init"
+            f"{self._scaled}, or take a smaller learning_rate_init"
         )
 
     def _note_improvement(self, held) -> None:
@@ -762,7 +770,7 @@ class MLPRegressor(RegressorMixin, _Network):
         **_Network._parameter_constraints,
         "loss": [StrOptions({"squared_error"})],
     }
-    out_activation_ = "identity"
+    _scaled = "X and y"
 
     def __init__(
         self,
@@ -828,7 +836,7 @@ class MLPRegressor(RegressorMixin, _Network):
                 f"MLPRegressor: y has {y.shape[1]} targets, but the network that goes on training "
                 f"has {self.n_outputs_} outputs; use warm_start=False for a new one"
             )
-        self.n_outputs_ = y.shape[1]
+        self.n_outputs_, self.out_activation_ = y.shape[1], "identity"
         return X, y
 
     def _class_names(self) -> tuple[str, ...]:

@@ -84,7 +84,7 @@ class _TrustedClassifier(_Trusted, MLPClassifier):
 
 class _TrustedRegressor(_Trusted, MLPRegressor):
     def _validate_input(self, X, y, incremental, reset):
-        self.n_features_in_, self.n_outputs_ = X.shape[1], 1
+        self.n_features_in_, self.n_outputs_, self.out_activation_ = X.shape[1], 1, "identity"
         return X, y.reshape(-1, 1).astype(numpy.float64)
 
     def score(self, X: Any, y: Any) -> float:

@@ -229,7 +229,8 @@ class _Class(NamedTuple):
 def _scan(folder: Path) -> _Class:
     images: list[Path] = []
     others: list[str] = []
-    direct, seen = 0, set()
+    # A link to the folder itself, or to one that holds it, would add other classes' images.
+    direct, seen = 0, {str(one) for one in Path(os.path.realpath(folder)).parents}
     for root, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
         if real in seen:  # a link to a folder that was scanned before
@@ -436,6 +437,10 @@ def read_folder(root: Path, image: str | tuple[int, ...] | None = None) -> tuple
             f"{names['test']}"
         )
     notes += [note for _, said in found.values() for note in said]
+    if len(names["train"]) == 1:
+        notes.append(
+            f"{root}: all images have the class {names['train'][0]}, so nothing is learned"
+        )
     paths, targets = _labelled([classes for classes, _ in found.values()])
     pictures, resized = _decoded(paths, asked, root)
     pixels, levels, said = _stacked(pictures, paths, root)

@@ -346,6 +346,7 @@ def test_links_are_followed_once(tmp_path):
     for name in ("ant", "bee"):
         (tmp_path / "near" / name).symlink_to(tmp_path / "far" / name)
     (tmp_path / "far" / "ant" / "loop").symlink_to(tmp_path / "far" / "ant")
+    (tmp_path / "far" / "ant" / "up").symlink_to(tmp_path / "far")  # would add other classes
     train, test = data.load(str(tmp_path / "near"))
     assert len(train) + len(test) == 8
 

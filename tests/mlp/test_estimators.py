@@ -251,6 +251,15 @@ def test_data_that_do_not_fit_are_one_line(wine):
     numbers = numpy.stack([y, y], 1).astype(float)
     with pytest.raises(ValueError, match="which float32 cannot hold; scale X, or use precision='f"):
         mlp.MLPClassifier(device="cpu").fit(x * 1e300, y)
+    large = mlp.MLPRegressor(solver="sgd", device="cpu")
+    assert not hasattr(large, "out_activation_")  # before a fit, as in scikit-learn
+    with pytest.raises(ValueError, match=r"y has 1e.300 in row 59, column 0, which float32 cann"):
+        large.fit(x, y * 1e300)
+    with pytest.raises(
+        ValueError, match="non-finite parameter weights; scale X and y, or take a s"
+    ):
+        large.fit(x, y * 1e30)
+    assert large.out_activation_ == "identity"
     with pytest.raises(ValueError, match=r"y must be dense, got a sparse matrix; use y.toarray\("):
         mlp.MLPRegressor(device="cpu").fit(x, scipy_sparse.csr_matrix(numbers))
     warm = mlp.MLPRegressor(hidden_layer_sizes=(3,), warm_start=True, max_iter=2, device="cpu").fit(
