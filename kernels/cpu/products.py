@@ -30,59 +30,82 @@ for _mask in range(256):
     _ones = [bit for bit in range(8) if _mask >> bit & 1]
     OCTETS[_mask, : len(_ones)] = _ones
 
+# A tile needs about 12 sums to keep the processor's units busy, so narrow tiles have more rows.
+TALLER, TALLEST = 6, 8  # rows of a tile of two vectors, and of one
+_FOUR = min(4, COLUMNS)
 _full_1, _full_2, _full_3 = (outer_tile(ROWS, columns) for columns in (1, 2, 3))
 _one_1, _one_2, _one_3 = (outer_tile(1, columns) for columns in (1, 2, 3))
+_full_4, _one_4 = outer_tile(ROWS, _FOUR), outer_tile(1, _FOUR)
 _full_all, _one_all = outer_tile(ROWS, COLUMNS), outer_tile(1, COLUMNS)
+_tallest_1, _taller_2 = outer_tile(TALLEST, 1), outer_tile(TALLER, 2)
 _many_1, _many_2, _many_3 = (listed_tile(ROWS, columns) for columns in (1, 2, 3))
-_many_all = listed_tile(ROWS, COLUMNS)
+_many_4, _many_all = listed_tile(ROWS, _FOUR), listed_tile(ROWS, COLUMNS)
+_many_tallest_1, _many_taller_2 = listed_tile(TALLEST, 1), listed_tile(TALLER, 2)
 _dot_44, _dot_41, _dot_14, _dot_11 = dot_tile(4, 4), dot_tile(4, 1), dot_tile(1, 4), dot_tile(1, 1)
 
 
-def _strip(widest, three, two, one):
-    """A function that computes rows of `_product` by tiles of COLUMNS, 3, 2 and 1 vectors."""
+@inside
+def _width(vectors):
+    """The vectors of the next tile of a row of so many. No tile is narrow where that can be."""
+    if vectors == COLUMNS or vectors >= COLUMNS + 3:
+        return np.int64(COLUMNS)
+    return np.int64((vectors + 1) // 2 if vectors > COLUMNS else vectors)
+
+
+@inside
+def _height(vectors, rows):
+    """The rows of the next tiles, of `rows` rows that are left."""
+    tall = TALLEST if vectors == 1 else TALLER if vectors == 2 else ROWS
+    if rows < tall:
+        tall = ROWS
+    return np.int64(tall if rows >= tall else 1)
+
+
+def _strip(widest, four, three, two, one):
+    """A function that computes rows of `_product` by tiles of 1 to COLUMNS vectors."""
 
     @inside
     def strip(w, a, b, c, vectors, terms, add):
-        b_at, c_at, width = b[0], c[0], lanes(w)
-        while vectors >= COLUMNS:
-            widest(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
-            vectors -= COLUMNS
-            b_at += COLUMNS * width
-            c_at += COLUMNS * width
-        if vectors >= 3:
-            three(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
-            vectors -= 3
-            b_at += 3 * width
-            c_at += 3 * width
-        if vectors == 2:
-            two(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
-        elif vectors == 1:
-            one(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
+        b_at, c_at = b[0], c[0]
+        while vectors > 0:
+            width = _width(vectors)
+            if width == COLUMNS:
+                widest(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
+            elif width == 4:
+                four(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
+            elif width == 3:
+                three(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
+            elif width == 2:
+                two(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
+            else:
+                one(w, a[0], a[1], a[2], b_at, b[1], c_at, c[1], terms, add)
+            vectors -= width
+            b_at += width * lanes(w)
+            c_at += width * lanes(w)
 
     return strip
 
 
-_rows_full = _strip(_full_all, _full_3, _full_2, _full_1)  # ROWS rows
-_rows_single = _strip(_one_all, _one_3, _one_2, _one_1)  # one row
+_rows_full = _strip(_full_all, _full_4, _full_3, _full_2, _full_1)  # ROWS rows
+_rows_single = _strip(_one_all, _one_4, _one_3, _one_2, _one_1)  # one row
 
 
 @inside
 def _listed_full(w, places, a, b, first, c, vectors, terms):
-    """Compute ROWS rows of `_product_listed`, by tiles of COLUMNS, 3, 2 and 1 vectors."""
+    """Compute ROWS rows of `_product_listed`, by tiles of 1 to COLUMNS vectors."""
     f_at, b_at, c_at = first[0], b[0], c[0]
     while vectors > 0:
-        if vectors >= COLUMNS:
+        width = _width(vectors)
+        if width == COLUMNS:
             _many_all(w, places, a[0], a[1], a[2], b_at, b[1], f_at, first[1], c_at, c[1], terms)
-            width = COLUMNS
-        elif vectors >= 3:
+        elif width == 4:
+            _many_4(w, places, a[0], a[1], a[2], b_at, b[1], f_at, first[1], c_at, c[1], terms)
+        elif width == 3:
             _many_3(w, places, a[0], a[1], a[2], b_at, b[1], f_at, first[1], c_at, c[1], terms)
-            width = 3
-        elif vectors == 2:
+        elif width == 2:
             _many_2(w, places, a[0], a[1], a[2], b_at, b[1], f_at, first[1], c_at, c[1], terms)
-            width = 2
         else:
             _many_1(w, places, a[0], a[1], a[2], b_at, b[1], f_at, first[1], c_at, c[1], terms)
-            width = 1
         vectors -= width
         step = width * lanes(w)
         b_at += step
@@ -126,15 +149,22 @@ def _product_listed(w, a, b, first, c, shape, lists):
     `OCTETS`). If the latter is 0, the list holds all terms, and none is left out.
     """
     rows, vectors, terms = shape
-    # A tile of one row reads more of b, but only what that row needs.
-    is_tall = lists[3] or lists[4] == 0
     r = 0
     while r < rows:
-        height = np.int64(ROWS if is_tall and r + ROWS <= rows else 1)
+        if lists[4] == 0:
+            height = _height(vectors, rows - r)
+        else:
+            # A tile of one row reads more of b, but only what that row needs.
+            height = np.int64(ROWS if lists[3] and r + ROWS <= rows else 1)
         count = _listed(lists, r, height, terms)
         from_row, before = (a[0] + r * a[1], a[1], a[2]), (first[0] + r * first[1], first[1])
         to = (c[0] + r * c[1], c[1])
-        if height == ROWS:
+        operands = (a[0] + r * a[1], a[1], a[2], b[0], b[1], *before, *to, count)
+        if height == TALLEST:
+            _many_tallest_1(w, lists[0], *operands)
+        elif height == TALLER:
+            _many_taller_2(w, lists[0], *operands)
+        elif height == ROWS:
             _listed_full(w, lists[0], from_row, b, before, to, vectors, count)
         else:
             _listed_single(w, lists[0], from_row, b, before, to, vectors, count)
@@ -150,14 +180,18 @@ def _product(w, a, b, c, shape, add):
     """
     rows, vectors, terms = shape
     r = 0
-    while r + ROWS <= rows:
-        from_row = (a[0] + r * a[1], a[1], a[2])
-        _rows_full(w, from_row, b, (c[0] + r * c[1], c[1]), vectors, terms, add)
-        r += ROWS
     while r < rows:
-        from_row = (a[0] + r * a[1], a[1], a[2])
-        _rows_single(w, from_row, b, (c[0] + r * c[1], c[1]), vectors, terms, add)
-        r += 1
+        height = _height(vectors, rows - r)
+        from_row, to = (a[0] + r * a[1], a[1], a[2]), (c[0] + r * c[1], c[1])
+        if height == TALLEST:
+            _tallest_1(w, *from_row, *b, *to, terms, add)
+        elif height == TALLER:
+            _taller_2(w, *from_row, *b, *to, terms, add)
+        elif height == ROWS:
+            _rows_full(w, from_row, b, to, vectors, terms, add)
+        else:
+            _rows_single(w, from_row, b, to, vectors, terms, add)
+        r += height
 
 
 @inside

@@ -179,7 +179,7 @@ def test_a_loss_that_is_not_finite_ends_the_epoch(monkeypatch):
 
 
 def pays(monkeypatch, steps=10_000_000, numba=True, **fields):
-    monkeypatch.setattr(cpu, "_has_numba", lambda: numba)
+    monkeypatch.setattr("kernels.launch.has_numba", lambda: numba)
     monkeypatch.setattr(cpu, "is_loaded", lambda *_: False)
     return cpu.convolves(mlp.Net.of(network(**fields)).stages, 16, steps)
 

@@ -591,7 +591,7 @@ def test_other_dtypes_are_left_to_other_engines(dtype):
 
 
 def test_without_numba_the_note_says_what_would_be_faster(monkeypatch):
-    monkeypatch.setattr(cpu, "_has_numba", lambda: False)
+    monkeypatch.setattr("kernels.launch.has_numba", lambda: False)
     model = mlp.MLP([4, 3])
     made = engines.choose("auto", model, mlp.SoftmaxCrossEntropy(), mlp.SGD(model.parameters()))
     assert made[0].name == "manual"
