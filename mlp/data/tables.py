@@ -123,8 +123,6 @@ class Table:
                     f"{_row(frame[column.name], row)} is too far from the training rows' mean "
                     f"{column.mean:.3g} for float32; correct it"
                 )
-        for column, part in zip(self.columns, parts):
-            _refuse_overflow(column, part, frame[column.name])
         return torch.from_numpy(numpy.concatenate(parts, axis=1).astype(numpy.float32))
 
     def outputs(self, frame: "pandas.DataFrame") -> torch.Tensor:
@@ -355,17 +353,6 @@ def _as_numbers(name: str, series: "pandas.Series") -> numpy.ndarray:
             f"column {name!r}: row {_row(series, row)} is {numbers[row]}; it must be finite"
         )
     return numbers
-
-
-def _refuse_overflow(column: Column, part: numpy.ndarray, series: "pandas.Series") -> None:
-    """DataError for a standardised number that float32 cannot hold. part: (rows, features)."""
-    bad = numpy.flatnonzero(numpy.abs(part).max(axis=1) > numpy.finfo(numpy.float32).max)
-    if len(bad):
-        at = int(bad[0])
-        raise DataError(
-            f"column {column.name!r}: row {_row(series, at)} has {series.iloc[at]}, too far from "
-            f"the training's mean {column.mean:.5g} for float32; correct it, or leave the row out"
-        )
 
 
 def _row(series: "pandas.Series", at: int) -> int:
