@@ -23,6 +23,7 @@ _RATIOS = (
     ("epoch", "JAX scan"),
     ("scikit-learn", "epoch"),
     ("manual loop", "eager"),
+    ("manual loop, numba", "eager"),
     ("epoch, Adam", "eager, fused Adam"),
     ("manual, Adam", "eager, fused Adam"),
     ("autograd", "eager"),

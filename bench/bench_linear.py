@@ -23,6 +23,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "fused, TMA": {"products": "fused", "tma": True},
     "library": {"products": "library"},
 }
+NUMBA = "numba"  # a row on a CPU: `kernels.use("numba")`
 # These limits only keep wrong results out of a table. The tests check accuracy.
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
@@ -32,10 +33,11 @@ def _eager(activation, x, w, b):
 
 
 def _provider(function, x, w, b, dy, kind=None):
-    """A function that runs forward and backward. kind: one of KINDS, or None."""
+    """A function that runs forward and backward. kind: of KINDS, NUMBA or None."""
 
     def run():
-        with kernels.use(**KINDS[kind]) if kind else contextlib.nullcontext():
+        options = {"backend": kind} if kind == NUMBA else KINDS.get(kind)
+        with kernels.use(**options) if options else contextlib.nullcontext():
             return torch.autograd.grad(function(x, w, b), (x, w, b), dy)
 
     return run
@@ -48,6 +50,8 @@ def _providers(on, activation, tensors):
     eager = partial(_eager, kernels.ACTIVATIONS[activation].torch)
     ours = partial(kernels.linear, activation=activation)
     kinds = _kinds(on, tensors[0].dtype) if kernels.backend(tensors[0]) == "triton" else (None,)
+    if on.type == "cpu" and kinds == (None,) and launch.has_numba():
+        kinds = (None, NUMBA)
     providers = {_name(kind): _provider(ours, *tensors, kind) for kind in kinds}
     providers["eager"] = _provider(eager, *tensors)
     if on.type == "cuda" and activation == "relu":  # only one, because compiling takes seconds

@@ -16,7 +16,9 @@ from functools import partial
 
 import torch
 
+import kernels
 import mlp
+from kernels import launch
 from mlp import data as datasets
 
 from . import rivals
@@ -68,8 +70,10 @@ def _engine(name: str, optimizer, job: Job, threads: int | None = None) -> Calla
     return lambda wants_loss=False: engine.epoch(job.data, job.order, BATCH).loss
 
 
-def _manual_loop(job: Job) -> Callable:
-    """README's loop for the manual API."""
+def _manual_loop(job: Job, backend: str | None = None) -> Callable:
+    """README's loop for the manual API. backend: a name that `kernels.use` takes, or None."""
+    if backend == "numba" and not launch.has_numba():
+        raise NotHereError("needs the package numba")
     net = mlp.Net(SIZES, activation="sigmoid", seed=0)
     for p, value in zip(net.parameters.values(), weights("cpu")):
         p.copy_(value)
@@ -77,12 +81,13 @@ def _manual_loop(job: Job) -> Callable:
 
     def epoch(wants_loss=False):
         total = 0.0
-        for rows in job.order.split(BATCH):
-            x, y = job.data.batch(rows)
-            value = loss.forward(net.forward(x), y)
-            net.backward(loss.backward())
-            optimizer.step(grads=net.grads)
-            total += float(value) if wants_loss else 0.0
+        with kernels.use(backend) if backend else contextlib.nullcontext():
+            for rows in job.order.split(BATCH):
+                x, y = job.data.batch(rows)
+                value = loss.forward(net.forward(x), y)
+                net.backward(loss.backward())
+                optimizer.step(grads=net.grads)
+                total += float(value) if wants_loss else 0.0
         return total / STEPS
 
     return epoch
@@ -188,6 +193,7 @@ GROUPS: dict[str, dict[str, Callable[[Job], Callable]]] = {
         "manual": partial(_engine, "manual", _SGD),
         "autograd": partial(_engine, "autograd", _SGD),
         "manual loop": _manual_loop,
+        "manual loop, numba": partial(_manual_loop, backend="numba"),
         "scikit-learn": _sklearn,
         f"{NETWORKS} networks": _networks,
     },

@@ -11,8 +11,8 @@ This module imports no operation. Only this module chooses the backend:
 
 `use("torch")` or `use("triton")` forces one of them. Under `use("numba")`:
 
-    CPU tensor, float32 or float64            -> loops that numba compiles (`kernels.cpu`) for the
-                                                 products of linear layers, else the reference
+    CPU tensor, float32 or float64            -> loops that numba compiles (`kernels.cpu`), for
+                                                 linear layers and cross-entropy, else the reference
     any other tensor                          -> ValueError
 
 `configs` chooses the kernels for the products
@@ -59,11 +59,11 @@ def use(
     """A context manager. `use("torch")` forces the reference, `use("triton")` forces the kernels.
 
     `use("numba")` is for a CPU. `linear` and `mlp`, their launchers and their gradients then run in
-    loops that numba compiles, on as many threads as torch uses. Everything else, and products with
-    more than 2 MB of weights, runs in the reference. float32 and float64 are served. Results differ
-    from torch's in the last digits, and are the same for any number of threads. The first call
-    compiles for a few seconds, or reads the code from disk. It needs numba: pip install
-    'handgrad[cpu]'.
+    loops that numba compiles, on as many threads as torch uses, and so do the launchers of
+    cross-entropy for labels. Everything else, and products with more than 2 MB of weights, runs in
+    the reference. float32 and float64 are served. Results differ from torch's in the last digits,
+    and are the same for any number of threads. The first call compiles for a few seconds, or reads
+    the code from disk. It needs numba: pip install 'handgrad[cpu]'.
 
     products forces how kernels multiply in linear layers. With "fused", one Triton kernel does
     product, bias and activation. With "library", torch computes the product (by cuBLAS), and a
@@ -79,8 +79,8 @@ def use(
 
     ValueError: no argument, an unknown value, or "numba" without numba. Under `"triton"`, an
     operation also raises it for tensors that no kernel takes (float64, or on a CPU without the
-    interpreter). Under `"numba"`, `linear` and `mlp` raise it for those that no loop takes (half
-    precision, or on a GPU).
+    interpreter). Under `"numba"`, an operation that has loops raises it for those that no loop
+    takes (half precision, or on a GPU).
     """
     if backend is None and products is None and tma is None:
         raise ValueError(f"use: give a backend, {_NAMES}, or products= or tma=, got none")

@@ -9,7 +9,6 @@
     dense      the products of a linear layer, on matrices as torch stores them
     linear     the host's side of these, for `kernels.use("numba")`
     softmax    cross-entropy for it
-    updates    an optimizer's step for it
     blocks     how these call compiled functions
     waiting    how threads wait for each other
     loop       the steps of an epoch

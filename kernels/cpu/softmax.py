@@ -91,7 +91,7 @@ def forward(
     addresses = z.data_ptr(), target.data_ptr(), logp.data_ptr(), loss.data_ptr()
     options = *z.shape, ignore_index, reduction == "mean"
     blocks.run(_compiled(dtype)[0], (*addresses, counted.data_ptr(), *options))
-    return None if counted == -1 else (loss, logp, counted)
+    return None if counted.item() < 0 else (loss, logp, counted)
 
 
 def backward(

@@ -5,7 +5,6 @@ of this tensor. The learning rate and the step count may be device tensors. A ca
 sees their new values.
 """
 
-import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -203,14 +202,6 @@ def _on_kernels(params, *others) -> bool:
     return launch.backend(*tensors) == "triton" and all(_dense(p) for p in params)
 
 
-@functools.cache
-def _loops() -> Any:
-    """The module of compiled loops. numba is slow to import, so it is imported where it is used."""
-    from ..cpu import updates
-
-    return updates
-
-
 def _launch(params, grads, states, numbers, options) -> None:
     """Launches `optimizer_kernel` for at most MAX_TENSORS tensors at a time.
 
@@ -283,9 +274,6 @@ def apply_checked(
             f"{rule.name}: there must be {len(rule.states)} lists of states "
             f"({', '.join(rule.states)}), got {len(states)}"
         )
-    looped = params and launch.takes_loops(params[0]) and not (maximize or first)
-    if looped and _loops().update(rule, [params, grads, *states], row, step):
-        return None
     if not _on_kernels(params, grads, *states):
         return apply_rule_ref(
             rule, params, grads, states, row, step, maximize=maximize, first=first
