@@ -4,6 +4,7 @@ The functions have the arguments and results of the references in `kernels.ops.l
 """
 
 import math
+import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ from . import DTYPES, blocks, dense, rows
 _SHARED = 300_000
 # Bytes of w from which torch's own product is faster, because it packs what no cache holds.
 _PACKED = 1 << 21
+_SCRATCH = 1 << 15  # most numbers of a `_scratch`
+_threads = threading.local()
 _ONES = {dtype: torch.ones(1, dtype=dtype) for dtype in DTYPES}
 
 
@@ -74,6 +77,18 @@ def _fits(out: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool
     return out.shape == shape and out.dtype is dtype and out.is_contiguous() and not out.is_neg()
 
 
+def _scratch(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """Memory for a small result that nobody keeps. A thread uses its own again and again."""
+    size = shape[0] * shape[1]
+    if size > _SCRATCH:
+        return torch.empty(shape, dtype=dtype)
+    found = getattr(_threads, "scratch", None)
+    if found is None or found.dtype is not dtype:
+        with torch.inference_mode(False):
+            found = _threads.scratch = torch.empty(_SCRATCH, dtype=dtype)
+    return found
+
+
 def _packed(rows_: int, columns: int, like: torch.Tensor) -> bool:
     """True if torch's own product with a matrix of this size is faster."""
     return rows_ * columns * like.element_size() > _PACKED
@@ -95,10 +110,15 @@ def forward(
     if b is not None and (b.is_neg() or not b.is_contiguous()):
         b = b.resolve_neg().contiguous()
     y = torch.empty(shape, dtype=dtype) if y is None else y
-    z = y if is_linear else torch.empty(shape, dtype=dtype) if z is None else z
+    if is_linear:
+        z = y
+    elif act.needs != "z":
+        z = _scratch(shape, dtype)
+    elif z is None:
+        z = torch.empty(shape, dtype=dtype)
     at = x2.data_ptr(), w2.data_ptr(), y.data_ptr(), z.data_ptr(), 0 if b is None else b.data_ptr()
     is_odd = (at[0] | at[1] | at[2] | at[3] | at[4]) & (x.element_size() - 1)
-    fits = _fits(y, shape, dtype) and (is_linear or _fits(z, shape, dtype))
+    fits = _fits(y, shape, dtype) and (act.needs != "z" or _fits(z, shape, dtype))
     if is_odd or not fits or _packed(columns, terms, x):
         return linear.layer_ref(x, w, b, activation, out=out)
     code = _made.get(dtype) or compiled(dtype)

@@ -182,10 +182,10 @@ def forward_checked(
     out: Sequence[Buffers] | None = None,
 ) -> tuple[torch.Tensor, MLPSaved]:
     """`mlp_fwd` for a caller that has called `check_mlp` already."""
-    backend = launch.backend(x, *weights)
-    layer = _layer if backend == "triton" else layer_ref
-    if backend == "numba":
+    if launch.takes_loops(x, *weights):
         layer = loops().forward
+    else:
+        layer = layer_ref if launch.backend(x, *weights) != "triton" else _layer
     return stack_forward(x, weights, biases, activation, output_activation, out, layer)
 
 
@@ -202,13 +202,12 @@ def mlp_bwd(
     buffers). Two launches for each layer, accumulation in float32, deterministic.
     """
     x, weights, *_ = saved
-    backend = launch.backend(dy, x, *weights)
-    if backend == "torch":
-        return mlp_bwd_ref(dy, *saved, needs=needs, out=out)
-    parts: tuple = linear_bwd_dz, linear_bwd_dx, linear_bwd_dw
-    if backend == "numba":
+    if launch.takes_loops(dy, x, *weights):
         parts = linear_bwd_dz_ref, loops().dx, loops().dw
-    return stack_backward(dy, saved, needs, out, *parts)
+        return stack_backward(dy, saved, needs, out, *parts)
+    if launch.backend(dy, x, *weights) != "triton":
+        return mlp_bwd_ref(dy, *saved, needs=needs, out=out)
+    return stack_backward(dy, saved, needs, out, linear_bwd_dz, linear_bwd_dx, linear_bwd_dw)
 
 
 MLP = tape.Differentiable(
