@@ -34,6 +34,7 @@ def run(folder, *arguments, budget):
     code += "sys.exit(pytest.main(sys.argv[2:], plugins=[running]))"
     command = [sys.executable, "-c", code, str(budget), "-v", "--rootdir", str(folder), str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    environment |= {"PYTEST_ADDOPTS": "--color=no"}  # a user's own would change what is printed
     done = subprocess.run(
         [*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True
     )
