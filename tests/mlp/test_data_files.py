@@ -231,7 +231,7 @@ BAD = {
     "mat other": (functools.partial(damaged, good_mat, 0), "f.mat: not a readable .mat file"),
     "other file": (
         lambda t: good_npz(t).rename(t / "f.csv"),
-        "f.csv: cannot read .csv files; known: .npz, .npy, .mat and folders",
+        "f.csv: cannot read .csv files; known: .npz, .npy, .mat, folders of images, and .csv, .tsv",
     ),
     "no suffix": (
         lambda t: good_npz(t).rename(t / "f"),
