@@ -24,7 +24,8 @@ from .modules import (
 from .net import Net
 from .optim import SGD, Adagrad, Adam, AdamW, Lion, RMSprop
 from .packs import Settings
-from .runs.checkpoint import load, load_weights, save
+from .runs import load
+from .runs.checkpoint import load_weights, save
 from .sequential import Sequential
 from .sweep import Sweep
 from .trainer import History, Trainer

@@ -21,7 +21,7 @@ import torch
 
 from mlp import runs
 from mlp.__main__ import main
-from mlp.runs import RunFolder, checkpoint
+from mlp.runs import RunFolder, load
 
 EPOCHS = 30
 ARGUMENTS = (
@@ -78,7 +78,7 @@ def inspect(run: Path) -> int:
     rows, kept = folder.history, state.trainer["history"]
     assert rows == kept[: len(rows)], f"{path} does not hold the epochs of {runs.METRICS}"
     assert len(kept) - len(rows) <= 1
-    checkpoint.load(run)
+    load(run)
     return len(kept)
 
 

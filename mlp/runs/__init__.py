@@ -286,11 +286,18 @@ class RunFolder:
         raise CheckpointError(f"{self.path} cannot be resumed: it has no {LAST}")
 
 
-def load_run(path: Path, device: torch.device | str | None = None) -> torch.nn.Module:
-    """The network of a run folder. A warning says if its weights are from a checkpoint."""
+def load(path: str | os.PathLike, device: torch.device | str | None = None) -> torch.nn.Module:
+    """The network in a file written by `save`, or in a run folder, as a module on `device`.
+
+    CheckpointError if `path` is neither. If model.safetensors of a run folder is damaged, the
+    weights that were kept for resuming are loaded, and a warning says so.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return load_file(path, device)
     model, note = RunFolder(path).network(device)
     if note:
-        warnings.warn(note, stacklevel=3)
+        warnings.warn(note, stacklevel=2)
     return model
 
 

@@ -73,20 +73,6 @@ def save(model: torch.nn.Module | Net, path: str | os.PathLike) -> None:
         seal_safetensors(part)
 
 
-def load(path: str | os.PathLike, device: torch.device | str | None = None) -> torch.nn.Module:
-    """The network in a file written by `save`, or in a run folder, as a module on `device`.
-
-    CheckpointError if `path` is neither. If model.safetensors of a run folder is damaged, the
-    weights that were kept for resuming are loaded, and a warning says so.
-    """
-    path = Path(path)
-    if path.is_dir():
-        from . import load_run  # imported here, because it imports this file
-
-        return load_run(path, device)
-    return load_file(path, device)
-
-
 def load_file(path: Path, device: torch.device | str | None = None) -> torch.nn.Module:
     """The network in a file written by `save`."""
     from safetensors import safe_open

@@ -16,7 +16,7 @@ from kernels.activations import ACTIVATIONS
 from mlp import cli
 from mlp.cli.versions import version
 from mlp.recipes import LOSSES, OPTIMIZERS, RECIPES
-from mlp.runs import checkpoint, disk
+from mlp.runs import checkpoint, disk, load
 
 METRICS = [
     "epoch",
@@ -132,7 +132,7 @@ def test_train_and_evaluate(handgrad, tmp_path):
     status, out, err = handgrad("evaluate", "runs/digits")
     assert (status, err) == (0, "")
     assert f"loss {last['test_loss']:.4f}" in out and f"accuracy {last['test_accuracy']:.2%}" in out
-    model = checkpoint.load(tmp_path / "runs" / "digits")
+    model = load(tmp_path / "runs" / "digits")
     assert model.config()["sizes"] == [64, 16, 10]
 
 
@@ -416,7 +416,7 @@ def test_numbers_are_no_classes(handgrad):
     status, out, err = handgrad("train", *argv, "--epochs", "3", "--out", "run")
     assert status == 0 and "a regression with 1 output" in err
     assert "3-8-1 relu; mse by sgd" in out and "accuracy" not in out
-    model = checkpoint.load("run")
+    model = load("run")
     with torch.no_grad():
         expected = float(
             (model(torch.from_numpy(x[150:]))[:, 0] - torch.from_numpy(y[150:])).square().mean()
