@@ -129,9 +129,9 @@ def call(operation: Differentiable, *args) -> torch.Tensor:
         _check_tensors(operation, args)
     elif _NO_TENSORS.issuperset(map(type, options)) and not launch.followed() and _dense(flat):
         # By far the most calls come here.
-        if torch.is_grad_enabled():
-            return _apply((operation, args, lengths), *flat)
-        return operation.fwd(*args)[0]
+        if not torch.is_grad_enabled():
+            return operation.fwd(*args)[0]
+        return _apply((operation, args, lengths), *flat)
     if not launch.followed() and launch.plain(*flat, *options):
         apply = Function.apply if any(map(_wrapped, flat)) else _apply
         return apply((operation, args, lengths), *flat)

@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 
 from .. import launch, losses, tape
+from ..losses import REDUCTIONS
 from ..tiles import cast
 
-REDUCTIONS = ("none", "mean", "sum")
 _BLOCK = 1024
 
 
@@ -72,6 +72,20 @@ def _wide(*values):
     return [v.float() if isinstance(v, torch.Tensor) and v.dtype in half else v for v in values]
 
 
+def _numbers(row: losses.Loss, parameter, weight) -> tuple[float, ...] | None:
+    """The last arguments of the row's operators, or None if they do not compute this loss.
+
+    What follows torch's operations sees the formulas. Not all of it knows these operators.
+    """
+    if row.operators is None or weight is not None or isinstance(parameter, torch.Tensor):
+        return None
+    if launch.watched():
+        return None
+    if row.parameter is None:
+        return ()
+    return (row.default if parameter is None else float(parameter),)
+
+
 def elementwise_loss_fwd_ref(
     x: torch.Tensor,
     t: torch.Tensor,
@@ -83,11 +97,14 @@ def elementwise_loss_fwd_ref(
     """The reference of `elementwise_loss_fwd`: same arguments, same results, plain torch."""
     row = losses.get(loss)
     wide_x, wide_t, p, w = _wide(x, t, row.default if parameter is None else parameter, weight)
-    value = row.value_ref(wide_x, wide_t, p)
-    if w is not None:
-        value = value * w
-    if reduction != "none":
-        value = value.mean() if reduction == "mean" else value.sum()
+    numbers = _numbers(row, parameter, weight)
+    if numbers is not None and row.operators is not None:
+        value = row.operators.forward(wide_x, wide_t, REDUCTIONS.index(reduction), *numbers)
+    else:
+        value = row.value_ref(wide_x, wide_t, p)
+        value = value if w is None else value * w
+        if reduction != "none":
+            value = value.mean() if reduction == "mean" else value.sum()
     saved = ElementwiseLossSaved(x, t, loss, parameter, weight, reduction)
     return value.to(x.dtype), saved
 
@@ -106,10 +123,16 @@ def elementwise_loss_bwd_ref(
     """The reference of `elementwise_loss_bwd`: same arguments, same results, plain torch."""
     row = losses.get(loss)
     wide_x, wide_t, p, w = _wide(x, t, row.default if parameter is None else parameter, weight)
-    scale = dy * _factor(x.numel(), reduction)
-    scale = scale if w is None else scale * w
     dx: Any = None
     dt = None
+    numbers = _numbers(row, parameter, weight) if launch.plain(dy) else None
+    if numbers is not None and row.operators is not None:
+        (wide_dy,) = _wide(dy)
+        kind = REDUCTIONS.index(reduction)
+        dx = row.operators.backward(wide_dy, wide_x, wide_t, kind, *numbers).to(x.dtype)
+        return dx if needs[0] else None, -dx if needs[1] else None
+    scale = dy * _factor(x.numel(), reduction)
+    scale = scale if w is None else scale * w
     if needs[0] or row.target_gradient_ref is None:
         dx = (row.gradient_ref(wide_x, wide_t, p) * scale).to(x.dtype)
     if needs[1] and row.target_gradient_ref is None:
@@ -345,6 +368,27 @@ def elementwise_loss_bwd(
     return dx, dt
 
 
+def _on_tape(x, t, loss, parameter, weight, reduction):
+    """The loss by torch's own operator, or None.
+
+    It serves where its gradients equal those of the reference, bit for bit.
+    """
+    row = losses.get(loss)
+    numbers = _numbers(row, parameter, weight)
+    if numbers is None or row.operators is None or reduction not in REDUCTIONS:
+        return None
+    dtype, dense = x.dtype, torch.strided
+    if dtype is not torch.float32 and dtype is not torch.float64:
+        return None
+    if not isinstance(t, torch.Tensor) or not t.is_cpu or not launch.plain(t):
+        return None
+    if t.dtype is not dtype or t.shape != x.shape or t.layout is not dense or x.layout is not dense:
+        return None
+    for number in numbers:
+        row.check(row.function, number)
+    return row.operators.forward(x, t, REDUCTIONS.index(reduction), *numbers)
+
+
 ELEMENTWISE_LOSS = tape.Differentiable(
     name="elementwise_loss",
     fwd=elementwise_loss_fwd,
@@ -354,6 +398,7 @@ ELEMENTWISE_LOSS = tape.Differentiable(
     saved=ElementwiseLossSaved,
     inputs=2,
     autocast=torch.float32,
+    on_tape=_on_tape,
 )
 
 

@@ -1,8 +1,9 @@
-"""On a CPU without the interpreter, torch's tape differentiates plain cross-entropy. The Function
-and the manual API give the same numbers, bit for bit.
+"""On a CPU without the interpreter, torch's tape differentiates plain cross-entropy, squared error
+and Huber's loss. The Function and the manual API give the same numbers, bit for bit.
 """
 
 import contextlib
+import math
 import re
 
 import pytest
@@ -13,6 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import kernels
 import mlp
 from kernels import launch, tape
+from kernels.losses import LOSSES
 from kernels.ops.cross_entropy import CrossEntropySaved, is_late
 from tests.checks import assert_equal
 
@@ -60,6 +62,66 @@ def test_the_same_bits(dtype, ignored, reduction):
     assert_equal(by_hand, on_tape)
     if dtype != torch.bfloat16:
         assert_equal(gradient(F.cross_entropy, logits, target, reduction=reduction), on_tape)
+
+
+ELEMENTS = {
+    "mse": (kernels.mse_loss, F.mse_loss, {}),
+    "huber": (kernels.huber_loss, F.huber_loss, {"delta": 0.75}),
+}
+
+
+@EACH_REDUCTION
+@pytest.mark.parametrize("loss", ELEMENTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_same_bits_of_elements(loss, dtype, reduction):
+    """Also for the target, at the kinks, and for NaN. The formulas of the row agree."""
+    ours, theirs, options = ELEMENTS[loss]
+    torch.manual_seed(0)
+    x, t = (2 * torch.randn(2, 7, 3).to(dtype)).unbind()
+    x.view(-1)[:4] = t.view(-1)[:4] + torch.tensor([0.75, -0.75, 0.0, math.nan]).to(dtype)
+    dy = torch.rand(7, 3).to(dtype) if reduction == "none" else torch.tensor(0.7).to(dtype)
+
+    def gradients(function):
+        tensors = [v.clone().requires_grad_() for v in (x, t)]
+        value = function(*tensors, reduction=reduction, **options)
+        return [value.detach(), *torch.autograd.grad(value, tensors, dy)]
+
+    on_tape = gradients(ours)
+    with kernels.use("torch"):
+        by_function = gradients(ours)
+    args = x, t, loss, options.get("delta"), None, reduction
+    value, saved = kernels.elementwise_loss_fwd(*args)
+    by_hand = [value, *kernels.elementwise_loss_bwd(dy, *saved)]
+    for other in (by_function, by_hand, *([gradients(theirs)] if dtype != torch.bfloat16 else [])):
+        torch.testing.assert_close(other, on_tape, rtol=0, atol=0, equal_nan=True)
+    row = LOSSES[loss]
+    terms = [f(x, t, options.get("delta")) for f in (row.value_ref, row.gradient_ref)]
+    if reduction == "none":
+        expected = [terms[0], terms[1] * dy]
+        torch.testing.assert_close(on_tape[:2], expected, equal_nan=True)
+
+
+def test_torchs_node_serves_plain_elements_only():
+    """Weights, half precision and the other losses have our node. Errors are ours."""
+    x, t = torch.randn(4, 3, requires_grad=True), torch.rand(4, 3)
+    ours = tape.Function._backward_cls
+    assert not isinstance(kernels.mse_loss(x, t).grad_fn, ours)
+    assert not isinstance(kernels.huber_loss(x, t, delta=2.0).grad_fn, ours)
+    assert isinstance(kernels.huber_loss(x, t, weight=torch.ones(3)).grad_fn, ours)
+    assert isinstance(kernels.mse_loss(x.bfloat16(), t.bfloat16()).grad_fn, ours)
+    assert isinstance(kernels.pinball_loss(x, t).grad_fn, ours)
+    wrong = (
+        ("mse_loss: target must be (4, 3) as input is, got (3,)", t[0]),
+        ("mse_loss: target must be torch.float32 as input is, got torch.float64", t.double()),
+        ("mse_loss: target must be dense", t.to_sparse()),
+    )
+    for message, target in wrong:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            kernels.mse_loss(x, target)
+    with pytest.raises(RuntimeError, match="huber_loss: delta must be positive, got 0"):
+        kernels.huber_loss(x, t, delta=0.0)
+    with pytest.raises(ValueError, match="unknown reduction 'max'"):
+        kernels.mse_loss(x, t, reduction="max")
 
 
 def test_torchs_node_serves_plain_labels_only():
