@@ -475,6 +475,7 @@ class Trainer:
                 self.requested, *arguments, batch_size, demands, steps
             )
         self.engine.precision, self.engine.together = self.precision, self.together
+        self.engine.planned = self.engine.planned if steps is None else steps
 
     def _still_serves(self, task: _Task) -> None:
         """Choose again if a callback changed what the engine trains, such as a parameter frozen."""
@@ -712,6 +713,7 @@ class Trainer:
         self.optimizer.load_state_dict(state)
         engine = type(self.engine)(self.model, self.loss, self.optimizer)
         engine.demands, engine.precision = self.engine.demands, self.precision
+        engine.planned = self.engine.planned
         engine.together = self.together
         self.engine = engine
 

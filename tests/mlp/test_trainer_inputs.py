@@ -494,3 +494,11 @@ def test_the_default_device_changes_no_network_elsewhere(engine):
         assert trained() == expected
     finally:
         torch.set_default_device(None)
+
+
+def test_an_engine_knows_the_steps_of_the_whole_training():
+    """It decides by them whether compiling pays. The engine may be one from before this fit."""
+    trainer = Trainer(MLP([3, 2]), engine="manual", verbose=False)
+    for epochs in (2, 5):
+        trainer.fit((torch.randn(10, 3), torch.zeros(10).long()), epochs, batch_size=4)
+        assert trainer.engine.planned == {2: 6, 5: 9}[epochs]  # 3 steps an epoch, 2 epochs are done
