@@ -185,6 +185,14 @@ def test_any_depth_width_batch_and_number_of_classes(sizes, batch, n, dtype):
 
 
 @both
+@pytest.mark.parametrize("vectors", range(1, 12))
+def test_every_split_of_a_row_into_tiles(vectors, dtype):
+    # Vectors of 32 bytes. A batch of 37 leaves rows over from tiles of 4, 6 and 8.
+    width = 256 // torch.finfo(dtype).bits * vectors
+    check(*training((30, width, width, 3), n=60, pixels=False, dtype=dtype), batch=37)
+
+
+@both
 @pytest.mark.parametrize("outputs", [1, 2, 4, 5])
 @pytest.mark.parametrize("rule", ["adam", "momentum"])
 def test_few_outputs_with_transposed_weights(outputs, rule, dtype, fixed):
