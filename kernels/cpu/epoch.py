@@ -19,16 +19,18 @@ from ..training import Run
 from . import DTYPES, loop, products, rows, team
 from .tiles import VECTOR
 
-_PIECE = 0.25  # about the seconds of a piece; after each, the host checks whether to stop
+# About the seconds of a piece. After each, the host checks whether to stop, and chooses threads
+# anew: where a system moves virtual cores apart, two threads may suddenly be slower than one.
+_PIECE = 0.05
 # Seconds of a piece that measures a number of threads. In a shorter one, several threads would look
 # slow: they start late, and each finds the numbers in another core's cache.
 _TRIAL = 0.02
 # Measurements of each number of threads. The best one counts, because another process or cold
 # caches may slow a measurement down.
 _TRIALS = 3
-# A number of threads that lost is measured again after 2 pieces, after 4, and then once in 8. A
+# A number of threads that lost is measured again after 2 pieces, 4, 8, 16, and then once in 32. A
 # short piece, as in a small epoch, counts as a part of one.
-_SOON, _AGAIN = 2, 8
+_SOON, _AGAIN = 2, 32
 _CHUNKS = 8  # most chunks that the first layer's inputs are cut into
 # Guesses: floating-point operations a second times bytes of a number, and the seconds that each
 # step takes besides.
@@ -227,17 +229,28 @@ class Epochs:
         after_epoch: called with the number of each whole epoch, from 0 on, by the thread that
         trains. A KeyboardInterrupt cannot come between an epoch and this call.
         """
-        task, run, stopped = self._task, self.run, threading.Event()
-        choice = _choice(task.memory, self.workers)
+        task, run = self._task, self.run
+        known, stopped = threading.Event(), threading.Event()
+        arguments = _choice(task.memory, self.workers), stopped
         lists = [run.parameters, *run.states]
+
+        def train() -> None:
+            known.wait()
+            if not stopped.is_set():
+                _train(task, lists, *arguments, pool, after_epoch)
+
         with team.threads(self.workers) as pool:
-            # Another thread trains, because Ctrl-C interrupts only the calling one.
-            future = pool.submit(_train, task, lists, choice, stopped, pool, after_epoch)
+            futures: list[concurrent.futures.Future] = []
             try:
-                future.result()
+                # Another thread trains, because Ctrl-C interrupts only the calling one. It starts
+                # when its future is known here. So an interrupt leaves none that nobody waits for.
+                futures.append(pool.submit(train))
+                known.set()
+                futures[0].result()
             finally:
                 stopped.set()
-                concurrent.futures.wait([future])
+                known.set()
+                concurrent.futures.wait(futures)
                 run.count += task.done
 
 

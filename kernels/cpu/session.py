@@ -24,7 +24,7 @@ from .waiting import call, inside, integers, meet, narrow_integers, number, numb
 # What a `Watch` looks at after an epoch: the training loss, or a value of the held-out rows. That
 # is the loss, the share of right labels, the share of rows whose outputs all have the right sign,
 # or R².
-TRAINING_LOSS, LOSS, LABELS, SIGNS, R2 = (np.int64(i) for i in range(5))
+TRAINING_LOSS, LOSS, LABELS, SIGNS, R2 = KINDS = tuple(np.int64(i) for i in range(5))
 # Entries of `_Many.watch`.
 _BEST, _WAITED, _TOL, _STRICT, _PATIENCE, _KEEPS, _DONE, _STOPPED, _FAILED, _ENTRIES = range(10)
 # About the most seconds that a call takes, and the most indices that its orders hold.
@@ -215,21 +215,32 @@ def _loss(run, shares):
 
 
 @inside
-def _measured(held, many):
-    """The value of the held-out rows that the watch looks at."""
-    if many.kind == SIGNS:
-        return _share_of_signs(held)
-    if many.kind == R2:
-        return _r2(held, many.spread)
-    loss = _loss(held, many.held_shares)
-    if many.kind == LOSS:
-        return loss
-    if not np.isfinite(loss):
+def _share_of_labels(run, shares):
+    """The share of rows whose largest output is that of their label. NaN if the loss is not finite.
+
+    shares: as in `_loss`.
+    """
+    if not np.isfinite(_loss(run, shares)):
         return np.nan
     right = 0
-    for step in range(len(many.held_shares)):
-        right += narrow_integers(held.places[loop.CORRECT])[step]
-    return right / held.places[loop.ROWS_OF_EPOCH]
+    for step in range(len(shares)):
+        right += narrow_integers(run.places[loop.CORRECT])[step]
+    return right / run.places[loop.ROWS_OF_EPOCH]
+
+
+@inside
+def _measured(held, many):
+    """The value of the held-out rows that the watch looks at. `Session.epochs` checks its kind."""
+    value = np.nan
+    if many.kind == SIGNS:
+        value = _share_of_signs(held)
+    elif many.kind == R2:
+        value = _r2(held, many.spread)
+    elif many.kind == LOSS:
+        value = _loss(held, many.held_shares)
+    elif many.kind == LABELS:
+        value = _share_of_labels(held, many.held_shares)
+    return value
 
 
 @inside
@@ -459,7 +470,8 @@ class Session:
     ) -> Found:
         """Train for an epoch on each of the orders, or until `watch` stops it.
 
-        Training also ends where a loss is not finite.
+        Training also ends where a loss is not finite. ValueError for a watch of no known kind, and
+        for one of held-out rows if there are none.
 
         orders: (epochs, rows) int64.
         numbers: a row of the rule's hyperparameters, or one row for each step.
@@ -471,6 +483,13 @@ class Session:
             `orders` has one row, which at first holds the order before the first epoch, and in the
             end that of the last one.
         """
+        known = KINDS if self._held is not self._task else (TRAINING_LOSS,)
+        if watch.kind not in known:
+            rows_ = "held-out rows" if len(known) > 1 else "no held-out rows"
+            raise ValueError(
+                f"Session: a watch with {rows_} looks at kind {' or '.join(map(str, known))}, "
+                f"got {watch.kind}"
+            )
         count = len(orders) if draws is None else draws.epochs
         of_weights, of_biases = self._tables(numbers, taken, count, alpha)
         if watch.keeps and not len(self._best):
