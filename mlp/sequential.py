@@ -12,6 +12,7 @@ how the children are now: their classes, settings and hooks. So all of these may
 calls.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -138,12 +139,25 @@ def keys_from(children: Sequence[Any], at: int) -> tuple[Key, ...]:
             or known[0] is not kind.forward
             or kind.__call__ is not _CALL  # a tracer of torch.fx replaces it, to see every child
         ):
-            keys.append((None if known is None else kind, None, own.get("inplace")))
+            keys.append((None if known is None else kind, None, _overwritten(children, place)))
             break
         reads = known[1]
         settings = tuple([own[name] for name in reads]) if reads else ()
         keys.append((kind, settings, own.get("inplace")))
     return tuple(keys)
+
+
+def _overwritten(children: Sequence[Any], place: int) -> bool:
+    """True if this child or one after it may overwrite what this child is given.
+
+    A child in between, such as nn.Flatten, may hand on the same memory. A layer does not.
+    """
+    for child in itertools.islice(children, place, None):
+        if type(child) in FUSED:
+            return False
+        if child.__dict__.get("inplace"):
+            return True
+    return False
 
 
 def plan(keys: tuple[Key, ...]) -> Plan:

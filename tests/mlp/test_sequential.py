@@ -355,12 +355,13 @@ def test_foreign_inputs_of_losses(kind):
     torch.testing.assert_close(ours(x, target.as_subclass(Doubled)), plain(x, 2 * target))
 
 
-def test_in_place_after_an_activation():
-    """torch's LeakyReLU keeps its input for the backward, so a module in place may follow."""
-    models, x = (
-        built(lambda: nn.Sequential(nn.Linear(6, 5), nn.LeakyReLU(), nn.ReLU6(True))),
-        rows(),
-    )
+@pytest.mark.parametrize("between", [(), (nn.Flatten(),), (nn.Dropout(0.0), nn.Identity())])
+def test_in_place_after_an_activation(between):
+    """torch's LeakyReLU keeps its input for the backward, so a module in place may follow. It may
+    also follow modules that hand on the same memory.
+    """
+    children = nn.Linear(6, 5), nn.LeakyReLU(), *between, nn.ReLU6(True)
+    models, x = built(lambda: nn.Sequential(*children)), rows()
     gradients = [torch.autograd.grad(model(x).sum(), x) for model in models]
     torch.testing.assert_close(*gradients)
 
