@@ -15,8 +15,8 @@ This module imports no operation. Only this module chooses the backend:
                                                  linear layers and cross-entropy, else the reference
     any other tensor                          -> ValueError
 
-`configs` chooses the kernels for the products
-of linear layers, and `use(products=…)` forces that choice.
+`configs` chooses the kernels for the products of linear layers, and `use(products=…)` forces that
+choice.
 """
 
 import contextlib
