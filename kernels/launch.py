@@ -132,8 +132,9 @@ def tma() -> bool | None:
 def backend(*tensors: torch.Tensor | None) -> str:
     """`"triton"`, `"numba"` or `"torch"`: what serves these tensors, see the module.
 
-    None and non-tensors are ignored. ValueError: `use("triton")` or `use("numba")` is in force, and
-    it takes not all of the tensors.
+    None and non-tensors are ignored. Under `use("numba")` it is "numba" if compiled loops take all
+    tensors, else "torch". ValueError: `use("triton")` is in force, and no kernel takes one of the
+    tensors.
     """
     if _forced == "torch":
         return "torch"
@@ -143,12 +144,8 @@ def backend(*tensors: torch.Tensor | None) -> str:
         return "torch"
     real = [t for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()]
     if _forced == "numba":
-        if not all([t.is_cpu and t.dtype in LOOP_DTYPES for t in real]):
-            raise ValueError(
-                f'use("numba"): no compiled loop takes {_kinds(real)}; they take float32 and '
-                'float64 on a CPU; leave the block, or take use("torch")'
-            )
-        return "numba" if all([t.layout is torch.strided for t in real]) else "torch"
+        taken = [_has_loops(t) and t.layout is torch.strided for t in real]
+        return "numba" if all(taken) else "torch"
     if all([t.dtype in KERNEL_DTYPES and _has_kernels(t.device) for t in real]):
         return "triton"
     if _forced == "triton":
@@ -164,21 +161,40 @@ def _kinds(tensors: list[torch.Tensor]) -> str:
     return ", ".join(sorted({f"{t.dtype} on {t.device.type}" for t in tensors}))
 
 
+def _has_loops(tensor: torch.Tensor) -> bool:
+    """True if compiled loops take numbers of this dtype and device."""
+    return tensor.is_cpu and tensor.dtype in LOOP_DTYPES
+
+
 def takes_loops(*tensors: torch.Tensor | None) -> bool:
     """True if compiled loops serve these tensors: `backend` is "numba". A fast test.
 
-    ValueError as in `backend`, under `use("numba")`.
+    Only an operation that has loops asks. ValueError: `use("numba")` is in force, and one of the
+    tensors has another dtype or device than loops take.
     """
     if _forced != "numba":
         return False
     for t in tensors:
         if t is None:
             continue
-        if type(t) not in _PLAIN or t.dtype not in LOOP_DTYPES or not t.is_cpu:
-            return backend(*tensors) == "numba"
+        if type(t) not in _PLAIN or not _has_loops(t):
+            return _takes_odd_loops(tensors)
         if t.layout is not torch.strided or t.is_nested or _batched(t):
-            return backend(*tensors) == "numba"
+            return _takes_odd_loops(tensors)
     return not watched()
+
+
+def _takes_odd_loops(tensors: tuple) -> bool:
+    """`takes_loops` of tensors that need a closer look."""
+    if watched() or not plain(*tensors):
+        return False
+    real = [t for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    if not all(map(_has_loops, real)):
+        raise ValueError(
+            f'use("numba"): no compiled loop takes {_kinds(real)}; they take float32 and '
+            'float64 on a CPU; leave the block, or take use("torch")'
+        )
+    return backend(*tensors) == "numba"
 
 
 def on_cpu(tensor: torch.Tensor | None) -> bool:

@@ -487,7 +487,7 @@ class _Network(BaseEstimator):
             else:
                 self.best_loss_ = -watch.best
             if found.failed is not None:
-                raise self._diverged(session.bad_loss(found))
+                raise self._diverged(session.bad_loss(found.failed))
             with training.optimizer_at_hand():
                 if self.solver == "sgd":
                     SCHEDULES[self.learning_rate](self, self._optimizer)
@@ -634,8 +634,9 @@ class MLPClassifier(ClassifierMixin, _Network):
     engine: a name in `mlp.ENGINES`, or "auto" (the default), as for `mlp.Trainer`.
     precision: "fp32" or "fp64", the dtype of the network. "auto" (the default) is "fp32", but
     "fp64" on a CPU for X of float64 and at most 100 rows. In "fp64", a CPU trains the same network
-    as scikit-learn, to many digits. It takes about twice as long as in "fp32".
+    as scikit-learn with solver "sgd", to many digits. It takes about twice as long as in "fp32".
     epsilon: as in torch.optim.Adam, added after the bias correction. scikit-learn adds it before.
+    So weights whose gradients are tiny differ, in the third digit or so.
 
     ValueError for parameters out of range, the solver "lbfgs", and partial_fit with early_stopping.
     ValueError for data that do not fit: wrong shapes, classes that differ from the first call's, or

@@ -510,7 +510,7 @@ class Trainer:
         except FloatingPointError as error:
             lr = float(self.optimizer.param_groups[0]["lr"])
             before.restore(self)
-            untrained = epoch == 1 and str(error).endswith("at step 0")
+            untrained = epoch == 1 and str(error).endswith("at step 1")
             advice = (
                 "nothing was trained yet; look for numbers in the data that are not finite"
                 if untrained

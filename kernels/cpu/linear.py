@@ -1,6 +1,7 @@
 """The products of linear layers in compiled loops: the host's side of `dense`.
 
-The functions have the arguments and results of the references in `kernels.ops.linear`.
+The functions have the arguments and results of the references in `kernels.ops.linear`. These also
+serve tensors without memory: empty ones, zeros that torch has not written, and freed storages.
 """
 
 import math
@@ -119,7 +120,8 @@ def forward(
     at = x2.data_ptr(), w2.data_ptr(), y.data_ptr(), z.data_ptr(), 0 if b is None else b.data_ptr()
     is_odd = (at[0] | at[1] | at[2] | at[3] | at[4]) & (x.element_size() - 1)
     fits = _fits(y, shape, dtype) and (act.needs != "z" or _fits(z, shape, dtype))
-    if is_odd or not fits or _packed(columns, terms, x):
+    has_memory = at[0] and at[1] and at[2] and (b is None or at[4])
+    if is_odd or not has_memory or not fits or _packed(columns, terms, x):
         return linear.layer_ref(x, w, b, activation, out=out)
     code = _made.get(dtype) or compiled(dtype)
     loop = 0 if is_linear else _loops(code, dtype, activation)[0]
@@ -149,7 +151,8 @@ def dx(
     fits = terms == right.shape[0] and dz.dtype is dtype and _fits(made, (rows_, columns), dtype)
     if s is not None:
         fits = fits and s.dtype is dtype and s.shape == made.shape
-    if is_odd or not fits or _packed(terms, columns, w):
+    has_memory = at[0] and at[1] and at[2] and (s is None or at[3])
+    if is_odd or not has_memory or not fits or _packed(terms, columns, w):
         return linear.linear_bwd_dx_ref(dz, w, s_below, activation_below, out=out)
     code = _made.get(dtype) or compiled(dtype)
     loop = 0 if s is None else _loops(code, dtype, activation_below)[1]
@@ -174,7 +177,8 @@ def dw(
     is_odd = (at[0] | at[1] | at[2] | at[3]) & (x.element_size() - 1)
     fits = terms == right.shape[0] and dz.dtype is dtype and _fits(made, (rows_, columns), dtype)
     fits = fits and (db is None or _fits(db, (rows_,), dtype))
-    if is_odd or not fits or _packed(rows_, columns, x):
+    has_memory = at[0] and at[1] and at[2] and (db is None or at[3])
+    if is_odd or not has_memory or not fits or _packed(rows_, columns, x):
         return linear.linear_bwd_dw_ref(dz, x, bias, out=out)
     code = _made.get(dtype) or compiled(dtype)
     pitches, one = (left.stride(0), right.stride(0)), _ONES[dtype].data_ptr()

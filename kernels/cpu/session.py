@@ -534,9 +534,9 @@ class Session:
         most = min(_PIECE / each, _INDICES / self.count)
         return max(1, min(epochs, int(most)))
 
-    def bad_loss(self, found: Found) -> str:
-        """A sentence about the loss that is not finite."""
-        return f"the loss is {self._task.losses[found.failed]} at step {found.failed}"
+    def bad_loss(self, step: int) -> str:
+        """A sentence about the loss that is not finite. step: counted from 0."""
+        return f"the loss is {self._task.losses[step]} at step {step + 1}"
 
     def _call(self, many: _Many) -> None:
         memory, train = self.memory, compiled(self.memory.kind)

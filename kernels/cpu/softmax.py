@@ -81,7 +81,8 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
     """(loss, log p, number of labels that count) of logits (N, C) and labels (N,).
 
-    None if the reference serves them, or if a label is no class, of which it makes an error.
+    None if the reference serves them, or if a label is no class, of which it makes an error. A
+    tensor without memory, as torch's unwritten zeros are, is the reference's too.
     """
     if not _serves(z, target, reduction):
         return None
@@ -89,6 +90,8 @@ def forward(
     logp = torch.empty(z.shape, dtype=dtype)
     loss, counted = torch.empty((), dtype=dtype), torch.empty((), dtype=dtype)
     addresses = z.data_ptr(), target.data_ptr(), logp.data_ptr(), loss.data_ptr()
+    if not all(addresses):
+        return None
     options = *z.shape, ignore_index, reduction == "mean"
     blocks.run(_compiled(dtype)[0], (*addresses, counted.data_ptr(), *options))
     return None if counted.item() < 0 else (loss, logp, counted)
@@ -109,6 +112,8 @@ def backward(
         return None
     dz = torch.empty(logp.shape, dtype=logp.dtype)
     addresses = logp.data_ptr(), target.data_ptr(), dz.data_ptr(), dy.data_ptr()
+    if not all(addresses):
+        return None
     options = *logp.shape, ignore_index, reduction == "mean"
     blocks.run(_compiled(logp.dtype)[1], (*addresses, counted.data_ptr(), *options))
     return dz

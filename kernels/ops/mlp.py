@@ -234,7 +234,7 @@ def mlp(
 
     input (…, n_0). weights: a sequence of (n_l, n_{l-1}). biases: a sequence of (n_l,) or None, or
     None for no biases. All have one floating-point dtype. activation: of the hidden layers;
-    output_activation: of the last. Differentiable twice. float64 is computed by the reference.
+    output_activation: of the last. Differentiable twice. No Triton kernel takes float64.
     ValueError: layers that do not fit together, mixed dtypes or devices, an unknown activation.
     """
     biases = (None,) * len(weights) if biases is None else biases

@@ -114,7 +114,7 @@ def mean(
         if not counts:
             continue
         if finite and not math.isfinite(value):
-            raise FloatingPointError(f"the loss is {value} at step {step}")
+            raise FloatingPointError(f"the loss is {value} at step {step + 1}")
         total += value if is_sum else value * weight
     return total / sum(sums) if sum(sums) else math.nan
 

@@ -235,8 +235,11 @@ def test_the_backend_and_what_it_refuses(monkeypatch):
     for dtype in (torch.float16, torch.bfloat16):
         with pytest.raises(ValueError, match=rf"no compiled loop takes {dtype} on cpu; they take"):
             kernels.linear(x.to(dtype), x.to(dtype))
-    with pytest.raises(ValueError, match="float32 on meta"):
-        kernels.backend(x.to("meta"))
+        half = x.to(dtype)  # operations without loops run in the reference
+        assert kernels.backend(half) == "torch"
+        assert kernels.mse_loss(half, half) == 0 and kernels.layer_norm(half, (2,)).dtype is dtype
+    with pytest.raises(ValueError, match=r"no compiled loop takes torch\.float32 on meta"):
+        kernels.linear(x.to("meta"), x.to("meta"))
     with pytest.raises(ValueError, match=r"weight must be \(out, in\) with in = 2"):
         kernels.linear(x, torch.ones(3, 3))
     y = kernels.layer_norm(x, (2,))  # no loop: the reference
@@ -246,6 +249,21 @@ def test_the_backend_and_what_it_refuses(monkeypatch):
     monkeypatch.setattr(launch, "has_numba", lambda: False)
     with pytest.raises(ValueError, match="needs numba: pip install"):
         kernels.use("numba")
+
+
+def test_tensors_without_memory_are_torchs():
+    x, w, b, _ = draw("tanh", 6, 10, 5)
+    zeros = torch._efficientzerotensor((6, 10), dtype=x.dtype)
+    y, _ = kernels.linear_fwd(zeros, w, b, "tanh")
+    assert_equal(y, b.tanh().expand(6, 5))
+    dz = torch._efficientzerotensor((6, 5), dtype=x.dtype)
+    assert not kernels.linear_bwd_dx(dz, w).any() and not kernels.linear_bwd_dw(dz, x)[0].any()
+    _, kept = kernels.cross_entropy_fwd(x, torch.arange(6))
+    dlogits, _ = kernels.cross_entropy_bwd(torch._efficientzerotensor((), dtype=x.dtype), *kept)
+    assert not dlogits.any()
+    x.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="not allocated"):
+        kernels.linear(x, w, b)
 
 
 def test_a_changed_row_of_the_table_is_compiled_again(monkeypatch):

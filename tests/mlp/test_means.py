@@ -157,7 +157,7 @@ def test_class_weights_that_are_all_zero():
     """With class weights of 0 torch's mean is NaN, so the training ends as diverged."""
     loss = SoftmaxCrossEntropy(weight=torch.zeros(3))
     assert math.isnan(F.cross_entropy(torch.zeros(2, 3), torch.tensor([0, 1]), torch.zeros(3)))
-    with pytest.raises(mlp.Diverged, match="the loss is nan at step 0"):
+    with pytest.raises(mlp.Diverged, match="the loss is nan at step 1"):
         Trainer(MLP((6, 8, 3)), loss, verbose=False).fit(sorted_by_class(80), 1)
 
 
@@ -213,7 +213,7 @@ def test_fused_losses_use_the_same_means(monkeypatch):
         values, correct = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1, 2, 2])
         result = engine.measured(values, correct, data, torch.arange(10), 4, None)
         assert result == (pytest.approx(expected), 0.5, 10)
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 1"):
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 2"):
         engine.measured(torch.tensor([1, math.nan, 4]), correct, data, torch.arange(10), 4, None)
 
 
