@@ -418,6 +418,16 @@ def whole(name: str, value: object, what: str = "a whole number", least: int | N
     raise ValueError(f"{name} must be {what}{limit}, got {value!r}")
 
 
+def check_rate(name: str, value: object) -> None:
+    """ValueError that names the argument unless it is a finite number, at least 0."""
+    try:
+        is_rate = 0 <= float(value) < math.inf  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        is_rate = False
+    if not is_rate:
+        raise ValueError(f"{name} must be a finite number, at least 0, got {value!r}")
+
+
 def conv_layers(arguments: dict) -> tuple[list[tuple[int, int]], int]:
     """((in, out) channels of each convolution of a ConvNet, features after the last one).
 

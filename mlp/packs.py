@@ -29,7 +29,7 @@ from .engines.stepwise import Diverged
 from .engines.threads import ALONE, threads
 from .init import initialise
 from .metrics import measure
-from .modules import MLP, blank, whole
+from .modules import MLP, blank, check_rate, whole
 from .optim import OPTIMIZERS, default_rate
 from .stopping import EarlyStopping
 
@@ -75,10 +75,10 @@ class Settings:
         """The Settings that `given` is, or that it describes as a dict of some fields.
 
         ValueError for an unknown field, optimizer or schedule. The same for a batch_size that is
-        not a whole number of at least 1.
+        not a whole number of at least 1, and for rates that are negative or not finite.
         """
         if isinstance(given, cls):
-            return given
+            given = given.__dict__
         known = [f.name for f in fields(cls)]
         if unknown := [name for name in given if name not in known]:
             raise ValueError(f"sweep: no setting {unknown[0]!r}; known: {', '.join(known)}")
@@ -94,6 +94,8 @@ class Settings:
             lr = default_rate(optimizer)
         made = cls(**{"lr": lr, **given, "hidden": hidden})
         whole("sweep: batch_size", made.batch_size)
+        for name in ("lr", "momentum", "weight_decay"):
+            check_rate(f"sweep: {name}", getattr(made, name))
         schedule.known(made.schedule)
         return made
 

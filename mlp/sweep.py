@@ -33,7 +33,7 @@ from .engines.epochwise import rule_of, spec_of
 from .engines.means import is_entropy
 from .init import initialise
 from .metrics import measure
-from .modules import MLP, blank, loss_of
+from .modules import MLP, blank, check_rate, loss_of
 from .optim import OPTIMIZERS
 from .recipes import Recipe
 from .runs.checkpoint import save
@@ -56,6 +56,14 @@ def _one_each(name: str, value, replicas: int) -> list:
             f"sweep: {name} must be one number, or one for each of {replicas} replicas, got "
             f"{len(values)}"
         )
+    return values
+
+
+def _rates(name: str, value: float | Sequence[float], replicas: int) -> list:
+    """One number for each replica, finite and at least 0."""
+    values = _one_each(name, value, replicas)
+    for number in values:
+        check_rate(f"sweep: {name}", number)
     return values
 
 
@@ -162,8 +170,8 @@ class Sweep:
             raise ValueError(f"sweep: replicas must be at least 1, got {replicas}")
         self.replicas = replicas
         self.lrs, self.momenta = (
-            _one_each("lr", lr, replicas),
-            _one_each("momentum", momentum, replicas),
+            _rates("lr", lr, replicas),
+            _rates("momentum", momentum, replicas),
         )
         self.seeds = _one_each("seeds", range(replicas) if seeds is None else seeds, replicas)
         self.config: dict[str, Any] = {

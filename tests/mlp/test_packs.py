@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import math
 
 import numpy as np
 import pytest
@@ -199,6 +200,9 @@ def test_a_grid_has_all_combinations_and_seeds():
         ({"width": 3}, "no setting 'width'; known: hidden, activation"),
         ({"optimizer": "adm"}, "unknown optimizer 'adm'; known: "),
         ({"optimizer": "adam", "momentum": 0.9}, "optimizer adam: .*momentum"),
+        ({"lr": math.nan}, "lr must be a finite number, at least 0, got nan"),
+        (packs.Settings(lr=-1.0), r"lr must be a finite number, at least 0, got -1\.0"),
+        ({"weight_decay": "big"}, "weight_decay must be a finite number, at least 0, got 'big'"),
         ({"batch_size": 0}, "batch_size must be a whole number, at least 1, got 0"),
         ({"schedule": "up"}, "unknown schedule 'up'; known: constant"),
         ({"activation": "rel"}, "rel"),

@@ -221,6 +221,8 @@ def test_spread_has_equal_ratios():
     [
         ({"replicas": 0}, "at least 1, got 0"),
         ({"replicas": 3, "lr": [0.1, 0.2]}, "one for each of 3 replicas, got 2"),
+        ({"replicas": 2, "lr": [0.1, -1.0]}, r"lr must be a finite number, at least 0, got -1\.0"),
+        ({"replicas": 1, "momentum": float("inf")}, "momentum must be a finite number.*, got inf"),
         (
             {"replicas": 2, "loss": mlp.SoftmaxCrossEntropy(label_smoothing=0.1)},
             "without class weights, smoothing",
