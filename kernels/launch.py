@@ -11,9 +11,9 @@ This module imports no operation. Only this module chooses the backend:
 
 `use("torch")` or `use("triton")` forces one of them. Under `use("numba")`:
 
-    CPU tensor, float32 or float64            -> loops that numba compiles (`kernels.cpu`), for
-                                                 linear layers and cross-entropy, else the reference
-    any other tensor                          -> ValueError
+    linear layers and cross-entropy           -> loops that numba compiles (`kernels.cpu`), for
+                                                 float32 and float64 on a CPU; else ValueError
+    all other operations                      -> the reference, in plain torch
 
 `configs` chooses the kernels for the products of linear layers, and `use(products=…)` forces that
 choice.

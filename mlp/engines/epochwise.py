@@ -175,7 +175,7 @@ class Fused(Engine):
                 if part.rule is not rule:
                     raise ValueError(
                         f"{self.name}: the schedule moves {rule.name} to {part.rule.name} at step "
-                        f"{step} of the epoch, but one launch takes all steps by one rule; use "
+                        f"{step + 1} of the epoch, but one launch takes all steps by one rule; use "
                         "engine 'manual'"
                     )
                 rows.append([float(number) for number in part.numbers])

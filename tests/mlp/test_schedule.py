@@ -235,7 +235,7 @@ def test_a_schedule_that_makes_another_rule_is_refused_by_whole_epochs():
     pytest.importorskip("numba", reason="the compiled epoch needs numba")
     make = lambda o: cyclic(o, base_momentum=0.0, max_momentum=0.9)  # noqa: E731
     trainer = trainer_of(lambda p: mlp.SGD(p, lr=0.01, momentum=0.9), "epoch")
-    with pytest.raises(ValueError, match=r"moves momentum to sgd at step 2 of the epoch.*'manual'"):
+    with pytest.raises(ValueError, match=r"moves momentum to sgd at step 3 of the epoch.*'manual'"):
         trainer.fit(tensors(), 2, 16, scheduler=make)
 
 
