@@ -346,12 +346,14 @@ def run(kernel, grid: tuple[int, ...], *args, **options) -> None:
         observer(kernel, grid, args, options)
     if _target is not None:
         return
-    if first.is_cuda and first.get_device() != torch.cuda.current_device():
-        # Triton launches on the current device.
-        with torch.cuda.device(first.device):
-            kernel[grid](*args, enable_fp_fusion=True, **options)
-    else:
-        kernel[grid](*args, enable_fp_fusion=True, **options)
+    if not first.is_cpu:
+        module = torch.get_device_module(first.device)  # torch.cuda or torch.xpu
+        if first.get_device() != module.current_device():
+            # Triton launches on the current device.
+            with module.device(first.device):
+                kernel[grid](*args, enable_fp_fusion=True, **options)
+            return
+    kernel[grid](*args, enable_fp_fusion=True, **options)
 
 
 def _looked_over(values: tuple) -> tuple[Any, bool]:

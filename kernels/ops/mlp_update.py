@@ -289,3 +289,4 @@ def mlp_update(
         return mlp_update_ref(dy, saved, parameters, states, hyper, step, rule, out=out)
     lists, numbers = (parameters, *states), (hyper, step, rule)
     _update(dy, saved, lists, numbers, out, linear_bwd_dz, linear_bwd_dx, linear_update)
+    launch.changed(*lists)

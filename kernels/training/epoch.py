@@ -90,6 +90,7 @@ def run_epoch_kernel(run: Run) -> None:
     launch.run(
         epoch_kernel, (run.replicas,), results, net, scratch, samples, order, *numbers, **options
     )
+    launch.changed(run.parameters, *run.states)
     run.count += run.steps
 
 

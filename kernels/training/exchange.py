@@ -257,4 +257,5 @@ def train_programs(run: Run, programs: int | None = None, exchange: str = "words
     )
     for tensor, copies in copied:
         tensor.copy_(copies[0])
+    launch.changed(run.parameters, *run.states)
     run.count += run.steps

@@ -160,6 +160,7 @@ def train_step(state: StepState, *, n: int | None = None) -> None:
         **state.input_options,
     )
     launch.run(step_head_kernel, (1,), results, state.scratch, *shared, **state.head_options)
+    launch.changed(run.parameters, *run.states)
 
 
 def flush(state: StepState) -> None:

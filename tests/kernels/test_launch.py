@@ -1,5 +1,6 @@
 """How the backend is chosen, what a dry run lists, and which checks a launch plan saves."""
 
+import contextlib
 import threading
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 import kernels
 from kernels import configs, launch, tape
 from kernels.launch import KERNEL_DTYPES
-from kernels.operations import OPERATIONS, Make
+from kernels.operations import OPERATIONS, Make, flatten
 
 
 def recorded(function):
@@ -97,6 +98,92 @@ def test_backward_may_use_another_backend_than_forward(device):
             with kernels.use(backward):
                 crossed = torch.autograd.grad(value, x)[0]
             torch.testing.assert_close(crossed, torch.autograd.grad(function(), x)[0])
+
+
+class Elsewhere(torch.Tensor):
+    """Poses as a tensor on the second device of its kind. Its memory is a CPU's."""
+
+    kind, is_cpu = "cuda", False
+
+    @property
+    def device(self):
+        return torch.device(self.kind, 1)
+
+    def get_device(self):
+        return 1
+
+
+@pytest.mark.parametrize("current", [0, 1])
+@pytest.mark.parametrize("kind", launch._ACCELERATORS)
+def test_a_launch_is_made_on_the_tensors_device(kind, current, monkeypatch):
+    """Triton launches on the current device. Afterwards the device before is current again."""
+    devices, seen, given = [current], [], torch.ones(2).as_subclass(Elsewhere)
+    monkeypatch.setattr(Elsewhere, "kind", kind)
+
+    @contextlib.contextmanager
+    def entered(device):
+        devices.append(device.index)
+        yield
+        devices.pop()
+
+    module = SimpleNamespace(current_device=lambda: devices[-1], device=entered)
+    asked = {torch.device(kind, 1): module}
+    monkeypatch.setattr(torch, "get_device_module", lambda device: asked[device])
+    kernel = {(3,): lambda *args, **options: seen.append((devices[-1], args, options))}
+    launch.run(kernel, (3,), 5, (given,), BLOCK=8)
+    ((device, args, options),) = seen
+    assert device == 1 and devices == [current]
+    assert args == (5, (given,)) and options == {"BLOCK": 8, "enable_fp_fusion": True}
+
+
+def update_inside_the_backward(parameters, states):
+    y, saved = kernels.mlp_fwd(parameters[0].new_ones(6, 4), parameters[::2], parameters[1::2])
+    row = kernels.hyperparameters("momentum")
+    kernels.mlp_update(torch.ones_like(y), saved, parameters, states, row, 1, "momentum")
+
+
+def trained_by(train, replicas=False):
+    """A function that trains these parameters by `train`, a function of a Run."""
+
+    def update(parameters, states):
+        lists = [parameters, *states]
+        if replicas:
+            lists = [[t.unsqueeze(0) for t in ts] for ts in lists]
+        like, lead = parameters[0], (1,) if replicas else ()
+        spec = kernels.Spec((4, 20, 3), rule="momentum")
+        order, labels = like.new_zeros((*lead, 6)).long(), like.new_zeros(6).long()
+        row = kernels.hyperparameters("momentum", replicas=1 if replicas else None).to(like.device)
+        samples = like.new_ones(6, 4), labels, order, 2, row, like.new_zeros(1)
+        train(kernels.Run(spec, lists[0], lists[1:], *samples))
+
+    return update
+
+
+UPDATES = {
+    "apply_rule": lambda ps, states: kernels.apply_rule("momentum", ps, ps, states, (0.1,) * 4),
+    "sgd": lambda ps, states: kernels.sgd(ps, ps, states[0], 0.1, 0.9),
+    "adam": lambda ps, states: kernels.adam(ps, ps, states[0], list(map(torch.clone, ps)), 1, 0.1),
+    "mlp_update": update_inside_the_backward,
+    "train_epoch": trained_by(lambda run: kernels.train_epoch(run, programs=1)),
+    "train_epoch, shared": trained_by(kernels.train_epoch),
+    "train_step": trained_by(lambda run: kernels.train_step(kernels.StepState(run))),
+    "flush": trained_by(lambda run: kernels.flush(kernels.StepState(run))),
+    "train_replicas": trained_by(kernels.train_replicas, replicas=True),
+}
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_autograd_knows_what_kernels_change(name, device):
+    """A parameter or state that a kernel writes has a new version. So a graph that was made before
+    and needs the old one is refused.
+    """
+    lists = [[torch.ones(s, device=device) for s in ((20, 4), 20, (3, 20), 3)] for _ in range(2)]
+    before, launched = [t._version for ts in lists for t in ts], []
+    note = lambda kernel, *_: launched.append(kernel.fn.__name__)  # noqa: E731
+    with launch.dry_run("sm_90", 132), launch.observe(note):
+        UPDATES[name](lists[0], lists[1:])
+    assert ("exchange_kernel" in launched) == ("shared" in name) and launched
+    assert all(t._version > old for t, old in zip(flatten(lists), before, strict=True))
 
 
 def test_empty_grid_launches_nothing():

@@ -20,16 +20,17 @@ IN_KERNELS = pytest.mark.parametrize(
 )
 
 
-def by_the_reference(data, **options):
+def by_the_reference(device, data, **options):
+    """On the same device, because it draws the orders of samples."""
     with kernels.use("torch"):
-        return train("autograd", "cpu", data, epochs=2, **options)
+        return train("autograd", device, data, epochs=2, **options)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_losses_are_the_references(engine, device):
     """A short run on the kernels has the reference's losses and weights, to 1e-5."""
     data = problem(count=40)
-    assert_same_run(train(engine, device, data, epochs=2), by_the_reference(data))
+    assert_same_run(train(engine, device, data, epochs=2), by_the_reference(device, data))
 
 
 @IN_KERNELS
@@ -37,7 +38,7 @@ def test_losses_are_the_references(engine, device):
 def test_every_optimizer(optimizer, engine, device):
     data = problem(count=20)
     run = train(engine, device, data, optimizer=optimizer, epochs=2)
-    assert_same_run(run, by_the_reference(data, optimizer=optimizer), tolerance=1e-4)
+    assert_same_run(run, by_the_reference(device, data, optimizer=optimizer), tolerance=1e-4)
 
 
 @IN_KERNELS
@@ -90,7 +91,9 @@ def test_quantiles_that_are_not_the_outputs():
 def test_every_loss(loss, kind, engine, device):
     data = problem(kind, count=20)
     run = train(engine, device, data, loss=LOSSES[loss](reduction="sum", scale=0.1), epochs=2)
-    assert_same_run(run, by_the_reference(data, loss=LOSSES[loss](reduction="sum", scale=0.1)))
+    assert_same_run(
+        run, by_the_reference(device, data, loss=LOSSES[loss](reduction="sum", scale=0.1))
+    )
 
 
 def test_states_of_another_dtype_are_refused():

@@ -3,6 +3,7 @@
 Each engine, and a sweep, trains as engine `manual` does, or one line says why not.
 """
 
+import functools
 import importlib.util
 
 import pytest
@@ -72,9 +73,9 @@ def data(seed):
     return mlp.Dataset(x, y, ("few", "many", "some"))
 
 
-def trained(case, engine):
+def trained(case, engine, device):
     """(training losses, weights) of a training by an engine. ValueError if it refuses."""
-    model = mlp.MLP([5, *HIDDEN, 3], "tanh")
+    model = mlp.MLP([5, *HIDDEN, 3], "tanh", device=device)
     mlp.initialise(dict(model.named_parameters()), None, 7)
     optimizer = mlp.optim.OPTIMIZERS[case.optimizer](
         model.parameters(), **{"lr": 0.02, **case.numbers}
@@ -88,36 +89,37 @@ def trained(case, engine):
     return [row["train_loss"] for row in history], list(model.parameters())
 
 
-def swept(case):
+def swept(case, device):
     """(training losses, weights) of the same training as one of two networks of a sweep."""
     settings = {"hidden": HIDDEN, "activation": "tanh", "optimizer": case.optimizer}
     settings |= {"lr": 0.02, "schedule": case.plan[0], "warmup": case.plan[1], "batch_size": BATCH}
     settings |= {"seed": 7, **case.numbers, **case.trainer}
     loss = mlp.SoftmaxCrossEntropy(**case.loss)
-    sweep = mlp.Sweep([{**settings, "seed": 8}, settings], loss=loss, device="cpu")
+    sweep = mlp.Sweep([{**settings, "seed": 8}, settings], loss=loss, device=device)
     sweep.fit(data(0), EPOCHS, validation=data(1), **case.fit)
     return sweep.members[1].losses, list(sweep.network(1).parameters())
 
 
 @pytest.mark.parametrize("way", [*engines.ENGINES, "sweep"])
 @pytest.mark.parametrize("name", CASES)
-def test_as_manual_or_refused(name, way, monkeypatch):
+def test_as_manual_or_refused(name, way, device, monkeypatch):
     """Losses agree to 1e-5 and weights to 1e-4, as engines sum in different orders in float32."""
     case = CASES[name]
-    if way == "epoch" and importlib.util.find_spec("numba") is None:
+    if way == "epoch" and device == "cpu" and importlib.util.find_spec("numba") is None:
         pytest.skip("the compiled epoch needs numba: pip install 'handgrad[cpu]'")
     if way == "epoch" or way == "sweep":
         monkeypatch.setattr(cpu, "costs", lambda *args: None)
     refused = case.refused.get(way)
-    if way == "graph" and not torch.cuda.is_available():
+    if way == "graph" and device == "cpu":
         refused = "graph: "
+    train = functools.partial(trained, engine=way) if way in engines.ENGINES else swept
     if refused is not None:
         with pytest.raises(ValueError, match=refused) as error:
-            trained(case, way) if way in engines.ENGINES else swept(case)
+            train(case, device=device)
         assert "\n" not in str(error.value)
         return
-    losses, weights = trained(case, way) if way in engines.ENGINES else swept(case)
-    expected, theirs = trained(case, "manual")
+    losses, weights = train(case, device=device)
+    expected, theirs = trained(case, "manual", device)
     assert losses == pytest.approx(expected, rel=1e-5)
     if "early stopping" in name:
         assert len(losses) < EPOCHS

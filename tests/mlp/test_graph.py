@@ -48,7 +48,8 @@ def in_turn(engine, model, data, kind, options, loss=mlp.SoftmaxCrossEntropy):
     trained, results = engine(model, loss(), optimizer), []
     for epoch in range(2):
         optimizer.param_groups[0]["lr"] = options["lr"] / (1 + epoch)
-        results.append(trained.epoch(data, mlp.data.permutation(len(data), 0, epoch), 5))
+        order = mlp.data.permutation(len(data), 0, epoch, data.inputs.device)
+        results.append(trained.epoch(data, order, 5))
     return trained, results, [p.detach() for p in model.parameters()]
 
 
@@ -63,10 +64,15 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "optimizer", "last"), CASES)
-def test_trains_as_manual(kind, optimizer, last, repeated):
+def drawn(count, device):
+    """Pixels (count, 36), the same on every device."""
     torch.manual_seed(0)
-    pixels = torch.randint(0, 256, (COUNTS[last], 36), dtype=torch.uint8)
+    return torch.randint(0, 256, (count, 36), dtype=torch.uint8).to(device)
+
+
+@pytest.mark.parametrize(("kind", "optimizer", "last"), CASES)
+def test_trains_as_manual(kind, optimizer, last, repeated, device):
+    pixels = drawn(COUNTS[last], device)
     data = mlp.Dataset(pixels, pixels.float()[:, :3].argmax(1), scale=1 / 255, shift=-0.5)
     assert_as_manual(kind, data, OPTIONS[optimizer])
 
@@ -75,10 +81,9 @@ def test_trains_as_manual(kind, optimizer, last, repeated):
     ("kind", "loss"),
     [*(("two launches", loss) for loss in LOSSES.values()), ("chain", LOSSES["bce"])],
 )
-def test_every_loss_trains_as_manual(kind, loss, repeated):
+def test_every_loss_trains_as_manual(kind, loss, repeated, device):
     """The targets are numbers here. The other tests have labels."""
-    torch.manual_seed(0)
-    pixels = torch.randint(0, 256, (8, 36), dtype=torch.uint8)
+    pixels = drawn(8, device)
     data = mlp.Dataset(pixels, pixels.float()[:, :3].softmax(1), scale=1 / 255, shift=-0.5)
     assert_as_manual(kind, data, (mlp.SGD, {"lr": 0.1}), loss)
 
@@ -88,7 +93,7 @@ def assert_as_manual(kind, data, optimizer, loss=mlp.SoftmaxCrossEntropy):
 
     The two add in different orders, and optimizers that divide by small moments magnify that.
     """
-    model = MODELS[kind]()
+    model = MODELS[kind]().to(data.inputs.device)
     other = copy.deepcopy(model)
     _, theirs, expected = in_turn(engines.Manual, other, data, *optimizer, loss)
     graph, ours, weights = in_turn(graphs.Graph, model, data, *optimizer, loss)

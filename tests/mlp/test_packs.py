@@ -140,12 +140,12 @@ def test_a_rate_that_moves_every_step(way):
 
 
 @pytest.mark.interpreter
-def test_the_kernel_takes_a_rate_that_moves_every_step():
+def test_the_kernel_takes_a_rate_that_moves_every_step(device):
     """One launch trains networks with a row of numbers for each step, as the reference does."""
 
     def trained():
         given = [{"hidden": (6,), "schedule": name, "seed": 3} for name in ("onecycle", "constant")]
-        sweep = Sweep(given, device="cpu")
+        sweep = Sweep(given, device=device)
         sweep.fit(data(rows=40), 2)
         return [sweep.network(i) for i in range(2)]
 

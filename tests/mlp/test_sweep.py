@@ -90,9 +90,9 @@ def test_every_loss(name, data, in_float64):
 
 
 @pytest.mark.interpreter
-def test_the_kernel_trains_as_the_batched_products(data):
+def test_the_kernel_trains_as_the_batched_products(data, device):
     def trained():
-        sweep = Sweep(SIZES, 2, [0.1, 0.3], activation="sigmoid", momentum=0.5, device="cpu")
+        sweep = Sweep(SIZES, 2, [0.1, 0.3], activation="sigmoid", momentum=0.5, device=device)
         sweep.fit(data.take(20), 2, 8)
         return sweep.parameters
 

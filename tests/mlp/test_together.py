@@ -26,8 +26,8 @@ def data(rows=22, seed=0):
     return mlp.Dataset(x, (x[:, 0] * x[:, 1] > 0).long(), ("no", "yes"))
 
 
-def trainer(seed, rule=RULES["momentum"], pack=None):
-    model = mlp.MLP([5, 6, 2], "tanh")
+def trainer(seed, rule=RULES["momentum"], pack=None, device="cpu"):
+    model = mlp.MLP([5, 6, 2], "tanh", device=device)
     mlp.initialise(dict(model.named_parameters()), None, seed)
     made = mlp.Trainer(model, None, rule, "epoch", verbose=False)
     made.together = None if pack is None else pack.train
@@ -37,17 +37,17 @@ def trainer(seed, rule=RULES["momentum"], pack=None):
 # By numba's compiled epoch, and by the kernel of many networks, which takes seconds in the
 # interpreter.
 CASES = [
-    pytest.param(rule, plan, marks=COMPILED, id=f"{rule}-{plan}-compiled")
+    pytest.param(rule, plan, False, marks=COMPILED, id=f"{rule}-{plan}-compiled")
     for rule in RULES
     for plan in ("constant", "onecycle", "plateau")
 ] + [
-    pytest.param(rule, plan, marks=pytest.mark.interpreter, id=f"{rule}-{plan}-kernel")
+    pytest.param(rule, plan, True, marks=pytest.mark.interpreter, id=f"{rule}-{plan}-kernel")
     for rule, plan in (("momentum", "onecycle"), ("adam", "constant"))
 ]
 
 
-@pytest.mark.parametrize("rule, plan", CASES)
-def test_each_network_is_that_of_its_trainer_alone(rule, plan):
+@pytest.mark.parametrize("rule, plan, by_kernels", CASES)
+def test_each_network_is_that_of_its_trainer_alone(rule, plan, by_kernels, device):
     """This holds with each kind of schedule, and where each network stops at its own epoch."""
     train, test, pack = data(), data(seed=1), together.Together()
     made = schedule.named(plan, schedule.Plan(3, 3))
@@ -56,10 +56,11 @@ def test_each_network_is_that_of_its_trainer_alone(rule, plan):
         options = {"seed": seed, "early_stopping": 1, "scheduler": made}
         return one.fit(train, 3, 8, test, **options)
 
-    packed = [trainer(seed, RULES[rule], pack) for seed in range(3)]
+    place = device if by_kernels else "cpu"
+    packed = [trainer(seed, RULES[rule], pack, place) for seed in range(3)]
     histories = pack.call([functools.partial(fit, one, i) for i, one in enumerate(packed)])
     for seed, (one, history) in enumerate(zip(packed, histories, strict=True)):
-        alone = trainer(seed, RULES[rule])
+        alone = trainer(seed, RULES[rule], device=place)
         expected = fit(alone, seed)
         assert len(history) == len(expected) and one.engine.name == "epoch"
         for row, other in zip(history, expected, strict=True):
