@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-import triton
+
+from kernels.language import triton
 
 
 def device() -> torch.device:
@@ -20,7 +21,8 @@ def machine() -> str:
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
     else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        facts = Path("/proc/cpuinfo")  # only Linux has it
+        lines = facts.read_text().splitlines() if facts.exists() else []
         model = [text.split(":")[1].strip() for text in lines if text.startswith("model name")]
         name = f"{model[0] if model else platform.machine()}, {torch.get_num_threads()} threads"
     return (

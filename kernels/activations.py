@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import nn
+
+from .language import tl, triton
 
 _aten: Any = torch.ops.aten
 _nn: Any = torch._C._nn

@@ -10,9 +10,9 @@ for PINNED comes from a table of `python -m bench` on that GPU.
 from typing import NamedTuple
 
 import torch
-import triton
 
 from . import launch
+from .language import VERSION, triton
 
 
 class FromSize(NamedTuple):
@@ -231,7 +231,7 @@ MOST_ROWS = {"ieee": 128, "tf32": 128, "tf32x3": 64}
 MOST_OUTPUTS = {"ieee": 128 * 32, "tf32": 128 * 16, "tf32x3": 64 * 32}
 # Triton 3.6 needs more registers for the same kernels. At these limits it gets smaller tiles, and
 # it loads less ahead. So does 3.7, which was not compiled.
-OLD_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8)
+OLD_TRITON = VERSION < (3, 8)
 
 
 def padded(size: int) -> int:

@@ -5,6 +5,7 @@ This module imports no operation. Only this module chooses the backend:
     CUDA, HIP or XPU tensor                   -> the Triton kernel
     CPU tensor under TRITON_INTERPRET=1       -> the same kernel, in Triton's interpreter
     any other tensor, or float64 anywhere     -> the reference, in plain torch
+    any tensor where Triton is not installed  -> the reference
     torch.func, torch.export or torch.jit     -> the reference, because they must see every
     follows the operations                       operation
     DTensor, FakeTensor, other subclasses     -> the reference, because a kernel needs plain memory
@@ -26,13 +27,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch.autograd import forward_ad
 
-# Read once, at import. @triton.jit also reads it once, so later changes of the variable would not
-# reach the kernels.
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+from .language import ADVICE, INTERPRETED, IS_INSTALLED, tl
+
 INTERPRET = tl.constexpr(INTERPRETED)
 
 LOOP_DTYPES = (torch.float32, torch.float64)
@@ -77,10 +75,10 @@ def use(
 
     The settings hold in every thread.
 
-    ValueError: no argument, an unknown value, or "numba" without numba. Under `"triton"`, an
-    operation also raises it for tensors that no kernel takes (float64, or on a CPU without the
-    interpreter). Under `"numba"`, an operation that has loops raises it for those that no loop
-    takes (half precision, or on a GPU).
+    ValueError: no argument, an unknown value, or a backend that is not installed. Under
+    `"triton"`, an operation also raises it for tensors that no kernel takes (float64, or on a CPU
+    without the interpreter). Under `"numba"`, an operation that has loops raises it for those that
+    no loop takes (half precision, or on a GPU).
     """
     if backend is None and products is None and tma is None:
         raise ValueError(f"use: give a backend, {_NAMES}, or products= or tma=, got none")
@@ -88,6 +86,8 @@ def use(
         raise ValueError(f"use: backend must be {_NAMES}, got {backend!r}")
     if backend == "numba" and not has_numba():
         raise ValueError("use: backend \"numba\" needs numba: pip install 'handgrad[cpu]'")
+    if backend == "triton" and not IS_INSTALLED:
+        raise ValueError(f'use: backend "triton" needs Triton; {ADVICE}')
     if products not in (*PRODUCTS, None):
         raise ValueError(f'use: products must be "fused" or "library", got {products!r}')
     if tma not in (True, False, None):
@@ -277,7 +277,7 @@ def is_forced() -> bool:
 
 def _has_kernels(device: torch.device) -> bool:
     return (
-        device.type in _ACCELERATORS
+        (device.type in _ACCELERATORS and IS_INSTALLED)
         or _target is not None
         or (INTERPRETED and device.type == "cpu")
     )
@@ -414,8 +414,11 @@ def dry_run(arch: str, sms: int):
 
     arch: such as "sm_90". sms: how many multiprocessors it has. Results stay unwritten. With
     `observe` and tensors on the meta device, it shows what an operation would launch on that GPU.
-    Tests compile these kernels without a GPU, and benchmarks count them.
+    Tests compile these kernels without a GPU, and benchmarks count them. RuntimeError: Triton is
+    not installed.
     """
+    if not IS_INSTALLED:
+        raise RuntimeError(f"dry_run: {ADVICE}")
     global _target
     before, _target = _target, (arch, sms)
     try:

@@ -28,11 +28,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .activations import sigmoid
+from .language import tl, triton
 
 # The output of a column that does not exist. It is finite, so 0 times it is 0.
 LOWEST = tl.constexpr(-3.0e38)

@@ -35,10 +35,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 
 from . import launch
+from .language import tl, triton
 
 
 @triton.jit

@@ -16,25 +16,29 @@ import torch
 
 TESTS = Path(__file__).parent
 ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # it has builds for Linux only
 if not ON_GPU:
+    # pytest-xdist runs a process for each core
+    torch.set_num_threads(int(os.environ.get("HANDGRAD_TEST_THREADS", "1")))
+if HAS_TRITON and not ON_GPU:
     # Triton reads this variable at its import. After an earlier import, half of it would be
     # compiled.
     assert "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") == "1", (
         "triton was imported before conftest.py"
     )
     os.environ["TRITON_INTERPRET"] = "1"
-    # pytest-xdist runs a process for each core
-    torch.set_num_threads(int(os.environ.get("HANDGRAD_TEST_THREADS", "1")))
 
-import triton  # noqa: E402
 from torch._dynamo import trace_rules  # noqa: E402
 
 import kernels  # noqa: E402
-from tests import checks, interpreter, seeds  # noqa: E402
+from kernels.language import triton  # noqa: E402
+from tests import checks, seeds  # noqa: E402
 
 pytest_plugins = ["tests.running"]
 
-if not ON_GPU:
+if HAS_TRITON and not ON_GPU:
+    from tests import interpreter
+
     interpreter.improve()
 seeds.shift()
 
@@ -96,6 +100,7 @@ def pytest_configure(config):
 
 def pytest_report_header():
     where = f"on {torch.cuda.get_device_name()}" if ON_GPU else "in Triton's interpreter on the CPU"
+    where = where if HAS_TRITON else "nowhere"
     versions = f"torch {torch.__version__}, triton {triton.__version__}"
     return f"handgrad: kernels run {where}; {versions}; {seeds.SHIFT} added to every seed"
 
@@ -135,11 +140,10 @@ def surroundings(request, monkeypatch):
     if request.path.is_relative_to(TESTS / "mlp") and request.path.name != "test_search.py":
         # The choice of "auto" must not depend on earlier tests of this process.
         monkeypatch.setattr("kernels.cpu.is_loaded", lambda *_: False)
-    if (
-        request.path.is_relative_to(TESTS / "mlp")
-        and not ON_GPU
-        and not request.node.get_closest_marker("interpreter")
-    ):
+    on_kernels = request.node.get_closest_marker("interpreter")
+    if on_kernels and not HAS_TRITON:
+        pytest.skip("needs Triton")
+    if request.path.is_relative_to(TESTS / "mlp") and not ON_GPU and not on_kernels:
         with kernels.use("torch"):
             yield
     else:

@@ -93,7 +93,9 @@ def test_imports_run_one_way(name):
     found = {module.split(".")[0] for module in imports(name)}
     assert found & set(PACKAGES) <= set(allowed.get(package, PACKAGES))
     if package == "kernels":
-        compilers = {"llvmlite", "numba", "numpy"} if name in CPU else {"triton"}
+        compilers = {"llvmlite", "numba", "numpy"} if name in CPU else set()
+        if name == "kernels/language.py":  # the only one, because Triton may not be installed
+            compilers = {"triton"}
         assert found <= {"kernels", "torch", *compilers, *sys.stdlib_module_names}
     if package == "mlp":
         assert "triton" not in found, "kernels belong into kernels/"
@@ -138,7 +140,7 @@ def test_modules_import_each_other_without_a_circle():
     }.items(),
 )
 def test_leaves_import_no_operation(leaf, may):
-    assert ours(f"kernels/{leaf}.py") <= may
+    assert ours(f"kernels/{leaf}.py") <= {"kernels.language", *may}
 
 
 @pytest.mark.parametrize("name", KERNELS)

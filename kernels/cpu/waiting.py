@@ -18,7 +18,8 @@ _compiler: Any = njit  # Any, because its stubs know fewer options
 inside = _compiler(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 _SPINS = 2000  # rounds before a waiting thread offers its core to others
 # The instruction that tells a processor that a thread waits: LLVM's name and the arguments.
-_PAUSES = {"x86_64": ("llvm.x86.sse2.pause", ()), "aarch64": ("llvm.aarch64.hint", (1,))}
+_YIELD = ("llvm.aarch64.hint", (1,))
+_PAUSES = {"x86_64": ("llvm.x86.sse2.pause", ()), "aarch64": _YIELD, "arm64": _YIELD}
 
 
 def _pointer_to(kind):

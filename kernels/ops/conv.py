@@ -22,10 +22,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 
 from .. import activations, configs, launch, tape
+from ..language import tl, triton
 from ..tiles import cast, dot, load_tile, matrix
 from .conv_bwd import conv2d_bwd, conv2d_bwd_ref, pad_end
 from .linear import kept

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 
 from .. import activations, configs, launch
+from ..language import tl, triton
 from ..tiles import cast, dot, matrix
 from .linear import linear_bwd_reduce_kernel
 from .patches import Geometry, Sizes, as_images, load_patches, locate, unravel

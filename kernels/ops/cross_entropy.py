@@ -20,10 +20,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 
 from .. import configs, launch, tape
+from ..language import tl, triton
 from ..losses import NEVER, Classes, label_weight, softmax_loss_tile, target_tile
 from ..tiles import cast
 from .elementwise_loss import REDUCTIONS, check_reduction

@@ -17,10 +17,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 
 from .. import launch, losses, tape
+from ..language import tl, triton
 from ..losses import REDUCTIONS
 from ..tiles import cast
 

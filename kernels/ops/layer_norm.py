@@ -20,10 +20,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 
 from .. import launch, tape
+from ..language import tl, triton
 from ..tiles import cast, load_tile, matrix
 from .linear import linear_bwd_reduce_kernel
 

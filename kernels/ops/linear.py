@@ -22,10 +22,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 
 from .. import activations, configs, launch, tape
+from ..language import tl, triton
 from ..tiles import (
     Blocks,
     Matrix,

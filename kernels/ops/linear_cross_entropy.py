@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 
 from .. import configs, launch, tape
+from ..language import tl, triton
 from ..losses import softmax_loss_tile, target_tile
 from ..tiles import cast, matrix, product_tile
 from .cross_entropy import (

@@ -17,10 +17,9 @@ import itertools
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 
 from .. import launch, rules
+from ..language import tl, triton
 from ..rules import Rule
 from ..tiles import matrix, product_tile, tile_of_program
 from .linear import (

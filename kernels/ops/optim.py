@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 
 from .. import launch, rules
+from ..language import tl, triton
 from ..rules import Rule, adam_ref, sgd_ref
 from ..tiles import cast
 

@@ -9,10 +9,9 @@ is a tap (c, kh, kw):
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 
 from .. import launch
+from ..language import tl, triton
 
 Extent = int | tuple[int, int]  # one number for height and width, or one for each
 

@@ -13,10 +13,9 @@ The loop has one turn more than there are steps. Its first layer only applies th
 """
 
 import torch
-import triton
-import triton.language as tl
 
 from .. import launch
+from ..language import tl, triton
 from .exchange import spills, train_programs
 from .layers import (
     backward_layer,

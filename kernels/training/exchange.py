@@ -23,11 +23,10 @@ earlier, with a ValueError.
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 
 from .. import configs, launch
 from ..configs import padded
+from ..language import tl, triton
 from .layers import (
     backward_layer,
     backward_tile,

@@ -18,9 +18,7 @@ meet weights that were loaded as 0.
 
 from typing import Any, NamedTuple
 
-import triton
-import triton.language as tl
-
+from ..language import tl, triton
 from ..ops.optim import numbers_at, update_tile
 from ..tiles import Matrix, dot, product_tile, settled
 from .objective import loss

@@ -4,9 +4,7 @@ The formulas are in `losses`. Labels that the loss ignores count for nothing, as
 that is no class makes loss and gradient NaN.
 """
 
-import triton
-import triton.language as tl
-
+from ..language import tl, triton
 from ..losses import Classes, label_weight, same_class, target_tile
 
 

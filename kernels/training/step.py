@@ -18,10 +18,9 @@ completes the epoch.
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 
 from .. import launch
+from ..language import tl, triton
 from .layers import Rows, backward_layer, batch_rows, first_tile, numbers_of, results_at, top
 from .plan import plan, refuse
 from .run import Run, Scratch, step_ref
