@@ -4,6 +4,7 @@ and the tensors are in shared memory.
 
 import multiprocessing
 import time
+from multiprocessing import connection
 
 from triton.runtime.interpreter import InterpreterBuilder
 
@@ -42,9 +43,13 @@ def as_processes(kernel, programs: int, args, options, first: float) -> None:
     ]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(PATIENCE)
-    codes = [process.exitcode for process in processes]
+    end = time.monotonic() + PATIENCE
+    codes = [None] * programs
+    # If one has failed, the others may wait for it without end.
+    while None in codes and not any(codes) and time.monotonic() < end:
+        running = [process.sentinel for process in processes if process.exitcode is None]
+        connection.wait(running, timeout=1)
+        codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
     assert codes == [0] * programs, (

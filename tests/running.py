@@ -1,16 +1,23 @@
-"""A plugin of pytest, which conftest.py loads. The longest tests run first. It reports which
-commands run the skipped tests, and which tests take too long.
+"""A plugin of pytest, which conftest.py loads. The longest tests run first. A test that hangs is
+named. A report says which commands run the skipped tests, and which tests take too long.
 """
 
 import collections
+import faulthandler
+import os
 import re
 import resource
 
 import pytest
 
+from tests import PATIENCE
+
+# Seconds after which a test hangs. Most waits inside of a test end earlier, with a better message.
+HANGS = 2 * PATIENCE
 # Seconds of processor time for a test and the processes that it starts. The whole suite has six
 # minutes on two cores.
 BUDGET = 20.0
+STDERR = pytest.StashKey[int]()  # a copy of stderr's file descriptor
 CACHE = "handgrad/seconds"  # the key in pytest's cache of {test: seconds that it took last time}
 # pattern of a reason to skip -> (what is missing, or None for the reason itself, how to run the
 # tests). The first pattern that fits counts.
@@ -63,6 +70,27 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "full: takes minutes, so it runs only with --full")
     config.addinivalue_line("markers", "long(seconds): its usual time; the longest start first")
+    # During a test, pytest sends what is written to stderr to a file of its own.
+    config.stash[STDERR] = os.dup(2)
+
+
+def pytest_unconfigure(config):
+    os.close(config.stash[STDERR])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Ends this process if a test hangs, and prints where each thread is.
+
+    pytest-xdist then reports that the test crashed its worker, and goes on in another one. A
+    debugger, or pytest's own `-o faulthandler_timeout=SECONDS`, replaces this.
+    """
+    factor = 4 if item.get_closest_marker("full") else 1
+    faulthandler.dump_traceback_later(HANGS * factor, exit=True, file=item.config.stash[STDERR])
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.hookimpl(tryfirst=True)

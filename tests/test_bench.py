@@ -2,7 +2,6 @@
 
 import json
 import queue
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -14,7 +13,7 @@ from bench.__main__ import NAMES
 from bench.parts import TABLES
 from bench.table import Table, one_line
 from bench.watchdog import watch
-from tests import ROOT
+from tests import ROOT, run_command
 
 
 def test_a_provider_that_is_wrong_gets_no_time():
@@ -119,9 +118,7 @@ def test_a_child_that_shows_no_sign_of_life_is_a_hang(monkeypatch):
 
 
 def test_the_command_lists_its_names():
-    done = subprocess.run(
-        [sys.executable, "-m", "bench", "nonsense"], capture_output=True, text=True, cwd=ROOT
-    )
+    done = run_command([sys.executable, "-m", "bench", "nonsense"])
     assert done.returncode == 2 and all(name in done.stderr for name in NAMES)
 
 

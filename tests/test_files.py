@@ -1,14 +1,13 @@
 """Files: the top level, long lines and functions, docstrings, and what an import brings along."""
 
 import ast
-import subprocess
 import sys
 
 import pytest
 
 import kernels
 import mlp
-from tests import ROOT
+from tests import run_command
 from tests.test_structure import FILES, tree
 
 TOP_LEVEL = {
@@ -54,9 +53,7 @@ def test_file(name):
 
 
 def test_top_level():
-    listed = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.split()
+    listed = run_command(["git", "ls-files"]).stdout.split()
     if not listed:
         pytest.skip("needs a git checkout, which says what was built or downloaded")
     top = {name.split("/")[0] for name in listed}
@@ -76,5 +73,5 @@ def test_import_stays_small(module, absent):
         f"import sys; sys.modules.update(dict.fromkeys({extra}))\n"
         f"import {module}; print([m for m in sys.modules if m.split('.')[0] in {absent}])"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = run_command([sys.executable, "-c", code])
     assert done.stdout.strip() == "[]", done.stderr[-2000:]

@@ -2,12 +2,11 @@
 
 import ast
 import os
-import subprocess
 import sys
 
 import pytest
 
-from tests import ROOT, machines, running
+from tests import ROOT, machines, run_command, running
 
 SMALL = """
 import time, pytest
@@ -29,16 +28,27 @@ def test_busy():
 """
 
 
-def run(folder, *arguments, budget):
+HANGING = """
+import threading, pytest
+from tests import running
+
+running.HANGS = 1.0
+
+@pytest.mark.long(30)
+def test_hangs(): threading.Event().wait()
+
+def test_after_it(): pass
+"""
+
+
+def run(folder, *arguments, budget=20):
     code = "import sys, pytest; from tests import running; running.BUDGET = float(sys.argv[1]); "
     code += "sys.exit(pytest.main(sys.argv[2:], plugins=[running]))"
     command = [sys.executable, "-c", code, str(budget), "-v", "--rootdir", str(folder), str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     environment |= {"PYTEST_ADDOPTS": "--color=no"}  # a user's own would change what is printed
-    done = subprocess.run(
-        [*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True
-    )
-    return done.returncode, done.stdout
+    done = run_command([*command, *arguments], cwd=folder, env=environment)
+    return done.returncode, done.stdout + done.stderr
 
 
 def test_order_skips_and_budget(tmp_path):
@@ -51,6 +61,26 @@ def test_order_skips_and_budget(tmp_path):
     status, text = run(tmp_path, "--enforce-budget", "--full", budget=0.2)
     assert status == 0 and "test_full PASSED" in text and "needs --full" not in text
     assert run(tmp_path, "--enforce-budget", budget=0.2)[0] == 1
+
+
+def test_a_test_that_hangs_is_named_and_the_others_run(tmp_path):
+    pytest.importorskip("xdist")
+    (tmp_path / "test_hanging.py").write_text(HANGING)
+    (tmp_path / "conftest.py").write_text('pytest_plugins = ["tests.running"]')
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    command = [sys.executable, "-m", "pytest", "-p", "xdist", "-n", "1", "--rootdir", str(tmp_path)]
+    done = run_command(command, cwd=tmp_path, env=environment)
+    assert "crashed while running 'test_hanging.py::test_hangs'" in done.stdout, done.stderr
+    assert "1 failed, 1 passed" in done.stdout and done.returncode == 1
+    assert 'test_hanging.py", line 8 in test_hangs' in done.stderr, "the stack names the place"
+
+
+def test_a_command_that_hangs_ends_with_all_that_it_started():
+    """Its child has its output, too, so the output would end only with the child."""
+    code = "import subprocess, sys\ndef waits(): subprocess.run([sys.executable, '-c', sleeps])\n"
+    code += "sleeps = 'import time; time.sleep(600)'; waits()"
+    with pytest.raises(AssertionError, match=r"after 2 s, .* still ran:(.|\n)* in waits\n"):
+        run_command([sys.executable, "-c", code], patience=2)
 
 
 def test_kinds_of_skips():

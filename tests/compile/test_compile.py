@@ -6,13 +6,12 @@ tests/compile/worker.py, in a process of its own, finds the kernels and compiles
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
 
 from kernels import configs
-from tests import ROOT
+from tests import PATIENCE, run_command
 from tests.compile import worker
 
 # KiB of shared memory for a program
@@ -96,8 +95,8 @@ def cases():
 def test_every_kernel(arch, part, request):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.compile.worker", arch, part]
-    command += ["full"] if request.config.getoption("full") else []
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    full = request.config.getoption("full")
+    done = run_command(command + full * ["full"], (1 + 3 * full) * PATIENCE, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(done.stdout)
     rows, names, described = (said[key] for key in ("rows", "kernels", "described"))

@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import re
-import subprocess
 import sys
 
 import pytest
@@ -32,7 +31,7 @@ from kernels import (
 )
 from kernels.training.exchange import spills
 from kernels.training.plan import plan
-from tests import ROOT
+from tests import run_command
 from tests.compile import worker
 from tests.compile.test_compile import USUAL
 
@@ -230,7 +229,7 @@ def test_kernels_compile_without_spills_and_keep_their_order(arch, row):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     module = "tests.compile.test_epoch_kernels"
     command = [sys.executable, "-W", "ignore", "-m", module, arch, *row]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    done = run_command(command, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     limits = row[3].split(",") if row[3:] else [""]

@@ -4,7 +4,6 @@ training in another process.
 
 import hashlib
 import os
-import subprocess
 import sys
 
 import pytest
@@ -14,7 +13,7 @@ import kernels
 from kernels import launch
 from kernels.operations import OPERATIONS
 from mlp import ENGINES
-from tests import ROOT
+from tests import run_command
 from tests.checks import Draw, assert_equal, snapshot
 from tests.mlp.test_engines import OPTIONS, train
 
@@ -86,14 +85,7 @@ def test_in_another_process():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        result = subprocess.run(
-            [sys.executable, "-c", script],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert result.stdout.strip() == digest()
+        done = run_command([sys.executable, "-c", script], env=environment)
+        assert done.stdout.strip() == digest(), done.stderr[-2000:]
     finally:
         torch.set_num_threads(threads)

@@ -6,7 +6,6 @@ program is an operating-system process, and the tensors lie in shared memory.
 
 import functools
 import os
-import subprocess
 import sys
 
 import pytest
@@ -15,7 +14,7 @@ import torch
 from kernels import Spec, launch, train_epoch, train_epoch_ref
 from kernels.training import exchange as module
 from kernels.training.plan import plan
-from tests import ROOT, interpreter
+from tests import interpreter, run_command
 from tests.checks import assert_equal
 from tests.kernels.trainings import CASES, Training, assert_agrees, assert_near
 from tests.programs import as_processes
@@ -67,13 +66,7 @@ def check(name):
 def test_programs_agree_with_reference():
     """The check runs in a process of its own, because a process with threads cannot fork safely."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.test_exchange"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-    )
+    done = run_command([sys.executable, "-m", "tests.kernels.test_exchange"], env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -10,7 +10,7 @@ from bench import __main__ as main
 from bench import bench_trainer, parts, suite, summary
 from bench.parts import Part
 from mlp import data
-from tests import ROOT, uninterpreted
+from tests import ROOT, run_command, uninterpreted
 
 EXTRAS = ("tqdm", "typer", "sklearn", "torchvision", "matplotlib", "PIL", "scipy")
 # Python code that makes every later import of them fail
@@ -24,7 +24,7 @@ def script(code):
 def run_all(out, skipped, **more):
     command = [sys.executable, "-m", "bench", "all", "--out", str(out), "--skip", ",".join(skipped)]
     environment = uninterpreted() | more
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    return run_command(command, env=environment)
 
 
 def test_a_part_that_fails_or_hangs_leaves_the_others(tmp_path, monkeypatch):
@@ -81,8 +81,10 @@ def test_a_run_that_is_cut_off_leaves_what_it_had(tmp_path):
     with subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
     ) as child:
-        assert child.stdout.readline().startswith("one: passed")
-        child.kill()
+        try:
+            assert child.stdout.readline().startswith("one: passed")
+        finally:
+            child.kill()
     page = json.loads((tmp_path / "summary.json").read_text())
     assert [part["status"] for part in page["parts"]] == ["passed", "waiting"] and page[
         "verdict"
@@ -119,7 +121,7 @@ def test_few_tables_need_an_extra():
     code = WITHOUT_EXTRAS + "; from bench.__main__ import *; missing = []\n"
     code += "for name in NAMES:\n try: importlib.import_module(f'bench.bench_{name}')\n"
     code += " except ModuleNotFoundError: missing.append(name)\nprint(*sorted(missing))"
-    done = subprocess.run(script(code), cwd=ROOT, capture_output=True, text=True)
+    done = run_command(script(code))
     assert done.stdout.split() == ["accuracy", "recipes", "search"], done.stderr
 
 
@@ -187,12 +189,8 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
 
 def test_parts_alone(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "bench", "all", "--out", str(tmp_path), "--only", "memcheck"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "bench", "all", "--out", str(tmp_path), "--only", "memcheck"]
+    done = run_command(command)
     page = json.loads((tmp_path / "summary.json").read_text())
     assert done.returncode == 0, done.stderr
     statuses = {part["part"]: part["status"] for part in page["parts"]}

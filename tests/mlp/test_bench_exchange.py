@@ -6,7 +6,6 @@ python -m tests.mlp.test_bench_exchange compile sm_90  # a line of JSON for each
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
@@ -14,7 +13,7 @@ import torch
 
 from bench import bench_exchange as bench
 from kernels.training import exchange
-from tests import ROOT, interpreter
+from tests import interpreter, run_command
 from tests.checks import assert_equal
 
 PROGRAMS, STEPS = 3, 5
@@ -44,7 +43,7 @@ def described(arch):
 
 def run(environment, *arguments):
     command = [sys.executable, "-W", "ignore", "-m", "tests.mlp.test_bench_exchange", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return run_command(command, env=environment)
 
 
 def test_programs_receive_what_the_others_published():

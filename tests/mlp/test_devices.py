@@ -14,7 +14,7 @@ import pytest
 
 from mlp import engines
 from mlp.__main__ import main
-from tests import PATIENCE, ROOT, uninterpreted
+from tests import PATIENCE, ROOT, end, run_command, uninterpreted
 
 # The batch of 33 and the last one of 19 are odd, so the two processes' parts differ in size.
 RULES = ("--hidden", "8", "--batch-size", "33", "--device", "cpu", "--clip-norm", "1")
@@ -40,6 +40,7 @@ def test_two_processes(tmp_path, monkeypatch, capsys):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     deadline = time.monotonic() + PATIENCE
     try:
@@ -51,7 +52,7 @@ def test_two_processes(tmp_path, monkeypatch, capsys):
         os.kill(second, signal.SIGKILL)
         _, err = parent.communicate(timeout=PATIENCE)
     finally:
-        parent.kill()
+        end(parent)
         parent.wait()
     assert parent.returncode == 2
     assert "process 1 of 2 ended with status -9, so the training ended" in err
@@ -70,10 +71,7 @@ def torchrun(folder, *words):
     """Runs two processes on this machine and returns what they printed."""
     started = ["torch.distributed.run", "--nproc-per-node=2", "--standalone", *words]
     environment = {**uninterpreted(), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", *started]
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE
-    )
+    done = run_command([sys.executable, "-m", *started], cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

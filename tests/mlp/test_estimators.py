@@ -2,7 +2,6 @@
 
 import itertools
 import pickle
-import subprocess
 import sys
 import warnings
 
@@ -19,7 +18,7 @@ from sklearn.utils import estimator_checks
 import kernels
 import mlp
 from kernels import cpu
-from tests import ROOT
+from tests import run_command
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 NAMES = ("MLPClassifier", "MLPRegressor")
@@ -383,7 +382,7 @@ def test_without_scikit_learn_the_extra_is_named():
         "import sys; sys.modules['sklearn'] = None\nimport mlp\n"
         "try: mlp.MLPClassifier\nexcept ValueError as e: print(e)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = run_command([sys.executable, "-c", code])
     assert "pip install 'handgrad[train]'" in done.stdout, done.stderr
 
 

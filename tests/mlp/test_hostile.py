@@ -1,9 +1,8 @@
 """A few rounds of `tests.hostile` (hostile files) and of `tests.kills` (killed trainings)."""
 
-import subprocess
 import sys
 
-from tests import ROOT, hostile, uninterpreted
+from tests import hostile, run_command, uninterpreted
 
 
 def test_hostile_files():
@@ -18,11 +17,5 @@ def test_kills():
     They run in a process of their own, because a process with threads cannot fork safely.
     """
     environment = {**uninterpreted(), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kills", "2"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = run_command([sys.executable, "-m", "tests.kills", "2"], env=environment)
     assert done.returncode == 0 and '"rounds": 2' in done.stdout, done.stderr[-3000:]

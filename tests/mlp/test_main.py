@@ -1,7 +1,6 @@
 """The command line as a process: what it imports, and what it says when packages are missing."""
 
 import re
-import subprocess
 import sys
 
 import pytest
@@ -9,14 +8,12 @@ import pytest
 from kernels import selfcheck
 from mlp.__main__ import main
 from mlp.cli import options
-from tests import ROOT, uninterpreted
+from tests import run_command, uninterpreted
 
 
 def test_help():
     """`python -m mlp --help` names the commands."""
-    done = subprocess.run(
-        [sys.executable, "-m", "mlp", "--help"], capture_output=True, text=True, cwd=ROOT
-    )
+    done = run_command([sys.executable, "-m", "mlp", "--help"])
     assert done.returncode == 0 and done.stderr == ""
     assert all(
         re.search(rf"^ +{name} ", done.stdout, re.M)
@@ -33,7 +30,7 @@ def test_help_imports_nothing_heavy():
         "heavy = ('torch', 'triton', 'numpy', 'sklearn', 'matplotlib', 'tqdm')\n"
         "print([name for name in heavy if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = run_command([sys.executable, "-c", code])
     assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr[-2000:]
 
 
@@ -78,8 +75,7 @@ def test_names_are_loaded_when_asked_for():
         "slow = {'torch._dynamo', 'sklearn', 'scipy', 'pandas', 'numba', 'matplotlib'}\n"
         "assert not slow & set(sys.modules), slow & set(sys.modules)\n"
     )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=uninterpreted())
+    done = run_command([sys.executable, "-c", code], env=uninterpreted())
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -151,5 +147,5 @@ def test_imports_without_the_extra():
         "import mlp\n"
         "mlp.MLP([4, 3])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = run_command([sys.executable, "-c", code])
     assert done.returncode == 0, done.stderr

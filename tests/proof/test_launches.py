@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests import ROOT
+from tests import PATIENCE, run_command
 
 # An H100's 32-bit registers and bytes of shared memory of a multiprocessor, and their number.
 REGISTERS, SHARED, PROCESSORS = 65_536, 232_448, 132
@@ -39,7 +39,7 @@ def _said(drivers, module, *options):
     found = [drivers, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
     environment |= {"CUDA_VISIBLE_DEVICES": "", "LD_LIBRARY_PATH": os.pathsep.join(found)}
     command = [sys.executable, "-m", f"tests.proof.{module}", *options]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = run_command(command, 4 * PATIENCE if "--full" in options else PATIENCE, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
