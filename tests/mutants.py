@@ -70,10 +70,24 @@ TESTS = {
         ("kernels/test_step.py", "kernels/test_epoch.py"),
     ),
     "kernels/ops/mlp": ("kernels/test_mlp.py", "kernels/test_mlp_update.py"),
-    **dict.fromkeys(
-        ("kernels/launch", "kernels/tape"), ("kernels/test_launch.py", "kernels/test_linear.py")
+    **{
+        f"kernels/{path}": ("kernels/test_launch.py", f"kernels/test_{Path(path).name}.py")
+        for path in (
+            "ops/optim",
+            "ops/mlp_update",
+            "training/epoch",
+            "training/exchange",
+            "training/step",
+        )
+    },
+    "kernels/launch": (
+        "kernels/test_launch.py",
+        "kernels/test_linear.py",
+        "kernels/test_numba.py",
     ),
+    "kernels/tape": ("kernels/test_launch.py", "kernels/test_linear.py"),
     "kernels/rules": (
+        "kernels/test_launch.py",
         "kernels/test_optim.py",
         "kernels/test_mlp_update.py",
         "kernels/test_step.py",
@@ -81,9 +95,12 @@ TESTS = {
     ),
     "kernels/training/replicas": ("kernels/test_epoch.py",),
     "kernels/compiled": ("kernels/test_compile.py",),
+    **dict.fromkeys(("kernels/cpu/dense", "kernels/cpu/softmax"), ("kernels/test_numba.py",)),
     "kernels/cpu/doubles": ("mlp/test_cpu_epoch.py",),
     "kernels/cpu/epoch": ("mlp/test_several_epochs.py", "mlp/test_cpu_epoch.py"),
     "mlp/engines/epochwise": ("mlp/test_several_epochs.py",),
+    "mlp/engines/graphs": ("proof/test_graphs.py", "mlp/test_graph.py", "proof/test_engines.py"),
+    "mlp/trainer": ("mlp/test_optim_grads.py",),
 }
 
 

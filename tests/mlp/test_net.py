@@ -118,7 +118,9 @@ def test_of_shares_the_modules_memory(device):
     module(torch.ones(3, 17, device=device)).sum().backward()
     optimizer.step()
     expected = [before[name].add(p.grad, alpha=-0.1) for name, p in module.named_parameters()]
-    assert_equal(list(net.parameters.values()), expected)
+    assert_equal(list(net.parameters.values()), list(module.parameters()))
+    # A kernel rounds lr · g and the difference together, or each.
+    torch.testing.assert_close(list(net.parameters.values()), expected)
     assert_twins(module, net, leads=[(4,)])
     net.flat.zero_()
     assert all((p == 0).all() for p in module.parameters())
