@@ -542,7 +542,7 @@ class PinballLoss(nn.Module):
         """See `kernels.pinball_loss`."""
         if target.shape != input.shape:
             target = self.loss.columns(target, input.shape[-1])
-        quantile = self.quantile if self._each is None else self._each
+        quantile = self.quantile if self._each is None else self._each.to(input.device)
         return kernels.pinball_loss(input, target, quantile, self.reduction)
 
     def extra_repr(self) -> str:

@@ -224,6 +224,12 @@ def test_modules_compute_the_same(device):
     assert kernels.LOSSES.keys() == LOSSES.keys()
 
 
+def test_quantiles_follow_the_input():
+    """They were given as numbers, so nobody need move them to the outputs' device."""
+    found = mlp.PinballLoss((0.2, 0.8))(*torch.empty(2, 5, 2, device="meta"))
+    assert found.device.type == "meta" and found.shape == ()
+
+
 def test_per_sample():
     """A sum is divided by its rows, a mean is not. Any other function counts as a mean."""
     assert per_sample(MeanSquaredError("sum"), 6.0, 3) == 2.0
