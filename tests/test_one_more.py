@@ -1,10 +1,12 @@
-"""Adds an activation, a rule, an engine, a recipe, a schedule, an option, a data set and a file
-format as CONTRIBUTING.md says, and trains with them.
+"""Adds an activation, a rule, an engine, a recipe, a schedule, an option, a data set, and a
+format of files and of tables as CONTRIBUTING.md says, and trains with them.
 
 tests/kernels/test_one_more_operation.py and test_one_more_loss.py do the same for an operation and
 a loss.
 """
 
+import gzip
+import io
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,8 +23,9 @@ from kernels import rules
 from kernels.activations import ACTIVATIONS, Activation
 from kernels.rules import RULES, Rule
 from mlp import data, optim, recipes
+from mlp.__main__ import main
 from mlp.cli import options, training
-from mlp.data import Dataset, files
+from mlp.data import Dataset, files, frames, tables
 from mlp.engines import ENGINES, Engine
 from mlp.recipes import RECIPES, Recipe
 from mlp.runs import RunFolder
@@ -278,3 +281,22 @@ def test_format_of_files(monkeypatch, tmp_path):
     monkeypatch.setitem(files.READERS, ".rows", rows)
     train, test = data.load(str(path), tmp_path, verbose=False)
     assert train.classes == ("0", "1") and len(train) + len(test) == 40
+
+
+def test_format_of_tables(monkeypatch, tmp_path):
+    """A format of tables needs a row of `mlp.data.frames.FORMATS`. It may be packed, too."""
+    pandas = pytest.importorskip("pandas")
+    lines = "".join(f'{{"a": {i % 7}, "b": "{i}", "y": {i % 2}}}\n' for i in range(40))
+    (tmp_path / "points.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+
+    def rows(path, contents, how):
+        return pandas.read_json(io.BytesIO(contents), lines=True)
+
+    monkeypatch.setitem(frames.FORMATS, ".jsonl", frames.Format(rows, is_text=False))
+    choice = tables.Choice(("y",), drop=("b",))
+    parts = tables.load(tmp_path / "points.jsonl.gz", choice)
+    assert parts.table.features == ["a"] and len(parts.train) == 32
+    monkeypatch.chdir(tmp_path)
+    chosen = ["--target", "y", "--drop", "b", "--epochs", "1"]
+    assert main(["train", "points.jsonl.gz", *chosen, "--out", "run"]) == 0
+    assert main(["predict", "run", "points.jsonl.gz"]) == 0

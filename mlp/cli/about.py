@@ -9,7 +9,7 @@ import torch
 import kernels
 
 from .. import data
-from ..data import files, tables
+from ..data import files, frames, tables
 from ..engines import ENGINES
 from ..recipes import LOSSES, OPTIMIZERS, RECIPES, Recipe
 from ..runs import logs
@@ -27,8 +27,10 @@ def recipes() -> None:
         say(f"{name}: {recipe.about}")
         for setting in settings_of(recipe):
             say(f"    {setting}")
-    formats = (*tables.SUFFIXES, *files.READERS)
-    say(f"DATASET: {', '.join(data.NAMES)}, files {', '.join(formats)}, or a folder of images")
+    say(
+        f"DATASET: {', '.join(data.NAMES)}; a table, {frames.known()}; arrays, "
+        f"{', '.join(files.READERS)}; or a folder of images"
+    )
     known: dict[str, Iterable[str]] = {
         "activation": kernels.ACTIVATIONS,
         "loss": LOSSES,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .. import data, modules, recipes, scoring, spreading
-from ..data import tables, units
+from ..data import frames, tables, units
 from ..data.describe import describe, targets
 from ..engines.stepwise import Diverged
 from ..runs import Facts, Settings
@@ -149,7 +149,7 @@ def for_sweep(values: Values, recipe: recipes.Recipe) -> tuple[Data, recipes.Rec
 def _read(settings: Settings) -> Read:
     """The data of a run, before its recipe changes them."""
     facts, path = settings.data, Path(settings.dataset)
-    if path.suffix.lower() in tables.SUFFIXES and (path.exists() or settings.target):
+    if frames.format_of(path) and (path.exists() or settings.target):
         if settings.image is not None:
             raise ValueError(f"{path}: --image is for images, but this is a table")
         if settings.target is None:
@@ -171,8 +171,7 @@ def _read(settings: Settings) -> Read:
         if getattr(settings, name) is not None:
             other = path.is_file() and path.suffix.lower() not in data.files.READERS
             way = "; unpack it, or name it as one of these" if other else ""
-            known = ", ".join(tables.SUFFIXES)
-            raise ValueError(f"--{name} is for tables ({known}), not {path}{way}")
+            raise ValueError(f"--{name} is for tables, {frames.known()}, not {path}{way}")
     raw = data.load(
         settings.dataset,
         settings.data_dir,

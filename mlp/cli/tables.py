@@ -9,7 +9,7 @@ import numpy
 import torch
 
 from .. import data, metrics, scoring
-from ..data import files, tables
+from ..data import files, frames, tables
 from ..data.seen import Seen
 from ..data.units import Units
 from ..runs import CONFIG, Facts, RunFolder, Settings, report
@@ -116,11 +116,12 @@ def predict(values: Values) -> None:
     settings, facts = run.settings, run.settings.data
     assert facts is not None
     named = facts.table is not None
-    known = tables.SUFFIXES if named else (*tables.SUFFIXES, *files.READERS)
-    if more or path.suffix.lower() not in known:
+    readers = () if named else tuple(files.READERS)
+    if more or not (frames.format_of(path) or path.suffix.lower() in readers):
         raise ValueError(
             f"{run.path} was trained on {'a table' if named else 'rows of numbers'}: give it one "
-            f"{' or '.join(known)} file, got {', '.join(map(str, values['files']))}"
+            f"file, {', '.join((*readers, frames.known()))}, got "
+            f"{', '.join(map(str, values['files']))}"
         )
     if values["out"] is not None:
         check_file(values["out"], [path, *setup.files_of(run.path, settings)])
@@ -155,8 +156,9 @@ def _by_name(run: RunFolder, path: Path, features: int) -> torch.Tensor:
     def note(line: str) -> None:
         complain(f"note: {path}: {line}")
 
-    decimal = None if path.suffix.lower() == ".parquet" else run.settings.decimal
-    frame = tables.read(path, table.texts, decimal, note)
+    kind = frames.format_of(path)
+    decimal = run.settings.decimal if kind is None or kind.is_text else None
+    frame = frames.read(path, table.texts, decimal, note)
     dropped = setup.names_of(run.settings.drop or "")
     return table.inputs(frame.drop(columns=list(dropped), errors="ignore"), note)
 
@@ -166,8 +168,8 @@ def _by_order(run: RunFolder, path: Path, features: int) -> torch.Tensor:
     facts = run.settings.data
     assert facts is not None
     names: list[str] = []
-    if path.suffix.lower() in tables.SUFFIXES:
-        raw, names = tables.numbers(path)
+    if frames.format_of(path):
+        raw, names = frames.numbers(path)
     else:
         raw = files.inputs(path)
         raw = raw[None] if raw.dim() == 1 and len(raw) == features else raw

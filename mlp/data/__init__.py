@@ -107,7 +107,7 @@ def _named_or_read(
         raise DataError(
             f"unknown data set {source!r}: known are {', '.join(NAMES)}, or the path of an "
             f"existing {', '.join(files.READERS)} file or image folder (there is no {gone}); "
-            "a table, .csv or .parquet, needs --target"
+            "a table, such as .csv or .parquet, needs --target"
         )
     if paths[0].is_dir():
         if len(paths) > 1:

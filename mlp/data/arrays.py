@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
 from . import labels, pixels
-from .dataset import DataError, Dataset, split
+from .dataset import DataError, Dataset, in_two
 
 _LARGEST = 2**33  # bytes of a sparse array once it is dense
 _GATHERED = 1024  # samples in one call of a dataset's collate function
@@ -276,4 +276,4 @@ def from_arrays(
         )
         for tensor, target, part in zip(inputs, found.targets, ("train", "test"))
     ]
-    return (sets[0], sets[1]) if len(sets) == 2 else split(sets[0])
+    return in_two(sets)

@@ -524,6 +524,22 @@ def permutation(
     return torch.randperm(count, generator=generator, device=device)
 
 
+def constant(what: str, value: Any) -> DataError:
+    """The error for targets that are all equal, of arrays, images and tables."""
+    return DataError(f"{what} is {value} in every row: nothing to learn")
+
+
+def in_two(sets: Sequence[Dataset]) -> tuple[Dataset, Dataset]:
+    """(train, test) of two data sets, or of one that is split. DataError for equal targets."""
+    data = sets[0]
+    first = data.targets[:1]
+    if bool((data.targets == first).all()):
+        numbers = ", ".join(f"{value:g}" for value in first.flatten().tolist())
+        only = data.classes[int(first)] if data.is_classification else numbers
+        raise constant(f"{data.name}: the target", only)
+    return (data, sets[1]) if len(sets) == 2 else split(data)
+
+
 def split(data: Dataset, test_share: float = 0.2) -> tuple[Dataset, Dataset]:
     """(train, test) by a fixed random split. DataError for a single sample."""
     if len(data) < 2:

@@ -4,8 +4,6 @@ Sizes are read from a file's directory and headers before anything is unpacked. 
 not fit into memory is refused.
 """
 
-import os
-import stat
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,8 +12,10 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+from . import frames
 from .arrays import from_arrays, numbers
 from .dataset import DataError, Dataset, needs_extra
+from .guards import check_regular, check_size
 
 # Names of training inputs, training labels, test inputs and test labels, in any case of letters.
 KEYS = (
@@ -28,55 +28,9 @@ KEYS = (
     ("data", "target", "test_data", "test_target"),
     ("inputs", "targets", "test_inputs", "test_targets"),
 )
-TABLES = (".csv", ".tsv", ".parquet")  # read by `tables`
-_PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz")
-# A file may grow to this many bytes, or to _GROWTH times its own size, whichever is more.
-_HARMLESS = 2**28
-_GROWTH = 100
+# Suffixes of packed files that are not read. Tables may be packed, see `frames.PACKINGS`.
+_PACKED = (*frames.PACKINGS, ".zst", ".7z", ".tar", ".tgz")
 _HEADER = 10_000  # bytes, numpy's own limit for the header of an array
-
-
-def check_regular(path: Path) -> None:
-    """DataError if the path is no regular file. Opening a pipe or a device might never return."""
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    if not stat.S_ISREG(mode):
-        kinds = (
-            (stat.S_ISFIFO, "a pipe"),
-            (stat.S_ISCHR, "a device"),
-            (stat.S_ISBLK, "a device"),
-            (stat.S_ISSOCK, "a socket"),
-            (stat.S_ISDIR, "a folder"),
-        )
-        kind = next((said for is_kind, said in kinds if is_kind(mode)), "no regular file")
-        raise DataError(f"{path}: is {kind}, not a file; save the data to a file first")
-
-
-def memory() -> int:
-    """Bytes of this machine's memory. A data set may take at most half of it."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):  # some systems do not tell it
-        return 2**34
-
-
-def check_size(size: int, packed: int | None, what: str) -> None:
-    """DataError if `size` bytes are more than half the memory, or suspiciously many for a file.
-
-    packed: the bytes in the file, or None if they are not compressed. `what` starts the message.
-    """
-    if packed is not None and size > max(_HARMLESS, _GROWTH * packed):
-        raise DataError(
-            f"{what}: {packed:,} bytes would grow to {size:,} when unpacked; save them unpacked "
-            "(numpy.savez) if that is intended"
-        )
-    if size > memory() // 2:
-        raise DataError(
-            f"{what}: takes {size / 2**30:,.1f} GiB, more than half of the "
-            f"{memory() / 2**30:,.1f} GiB of memory here; store fewer samples or a smaller dtype"
-        )
 
 
 def _check_array_header(file: IO[bytes], size: int, what: str) -> None:
@@ -150,10 +104,12 @@ def _contents(path: Path) -> dict[str, Any]:
     """The arrays of one file by name. DataError if the file is not readable."""
     suffix = path.suffix.lower()
     if suffix not in READERS:
+        if frames.format_of(path):
+            raise DataError(f"{path}: is a table; give --target, or use mlp.data.tables.load")
         way = "unpack it first; " if suffix in _PACKED else ""
         raise DataError(
             f"{path}: cannot read {path.suffix or 'such'} files; {way}known: "
-            f"{', '.join(READERS)}, folders of images, and {', '.join(TABLES)} with --target"
+            f"{', '.join(READERS)}, folders of images, and {frames.known()} with --target"
         )
     check_regular(path)
     try:

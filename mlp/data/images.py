@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .dataset import DataError, Dataset, Reading, needs_extra, split
-from .files import check_regular, check_size
+from .dataset import DataError, Dataset, Reading, constant, in_two, needs_extra
+from .guards import check_regular, check_size
 from .pixels import image_size, levels_of
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
@@ -437,10 +437,8 @@ def read_folder(root: Path, image: str | tuple[int, ...] | None = None) -> tuple
             f"{names['test']}"
         )
     notes += [note for _, said in found.values() for note in said]
-    if len(names["train"]) == 1:
-        notes.append(
-            f"{root}: all images have the class {names['train'][0]}, so nothing is learned"
-        )
+    if len(names["train"]) == 1:  # before the images are read
+        raise constant(f"{root}: the class", names["train"][0])
     paths, targets = _labelled([classes for classes, _ in found.values()])
     pictures, resized = _decoded(paths, asked, root)
     pixels, levels, said = _stacked(pictures, paths, root)
@@ -462,4 +460,4 @@ def read_folder(root: Path, image: str | tuple[int, ...] | None = None) -> tuple
         )
         for x, y, folder in zip(pixels.split([len(y) for y in targets]), targets, parts.values())
     ]
-    return (sets[0], sets[1]) if len(sets) == 2 else split(sets[0])
+    return in_two(sets)

@@ -282,8 +282,6 @@ def _notes(
     if kind in "iuf" and names != tuple(map(str, range(len(names)))):
         shown = ", ".join(names if len(names) <= 5 else (*names[:3], "…", names[-1]))
         found.append(f"{name}: labels {shown} are {len(names)} classes, named by these values")
-    if len(names) == 1:
-        found.append(f"{name}: all samples have the label {names[0]}, so nothing can be learned")
     if len(tensors) == 2:
         only = sorted(set(tensors[1].tolist()) - set(tensors[0].tolist()))
         if only:

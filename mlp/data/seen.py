@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..runs.schema import typed
+from ..schema import typed
 from . import arrays
 from .dataset import DataError, Dataset, Reading
 from .given import Given, check_columns, take

@@ -28,6 +28,7 @@ from ..data.dataset import Fingerprint, Reading
 from ..data.tables import Table
 from ..data.units import Units
 from ..recipes import Recipe
+from ..schema import typed
 from . import logs, report
 from .checkpoint import WEIGHTS, config_of, load_file, network, save
 from .disk import (
@@ -39,7 +40,6 @@ from .disk import (
     seal_zip,
     write_text,
 )
-from .schema import typed
 
 if TYPE_CHECKING:
     from ..trainer import Trainer

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..schema import CheckpointError
+
 CHECKSUM = "handgrad.sha256"  # the checksum's key in the metadata of a .safetensors file
 SEALED = "handgrad.network"  # a key in the metadata of every file with a checksum
 BLANK = "0" * 64  # the value before the checksum is known
@@ -25,10 +27,6 @@ _PART = re.compile(r"\..+\.(\d+)\.part")
 _ZIP_MARK = b"handgrad sha256 "
 _ZIP_COMMENT = len(_ZIP_MARK) + 64
 _PIECE = 1 << 20  # bytes that are read at once
-
-
-class CheckpointError(ValueError):
-    """A file is damaged or is no checkpoint. The message is one line."""
 
 
 class BusyError(OSError):

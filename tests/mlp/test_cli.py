@@ -288,7 +288,7 @@ def test_recipes_are_listed(handgrad):
     block = out[out.index("classifier: ") : out.index("sigmoid: ")]
     assert "optimizer_options lr 0.001, momentum 0.9" in block and "batch_size 4\n" in block
     assert f"--activation: {', '.join(ACTIVATIONS)}\n" in out
-    assert "DATASET: digits, mnist, " in out and ".parquet, .npz, .npy, .mat, or a folder" in out
+    assert "DATASET: digits, mnist, " in out and "arrays, .npz, .npy, .mat; or a folder" in out
     assert f"--loss: {', '.join(LOSSES)}\n--optimizer: {', '.join(OPTIMIZERS)}\n" in out
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mlp.data import DataError, Dataset, Reading, from_arrays
-from mlp.runs.schema import typed
+from mlp.schema import typed
 
 RNG = np.random.default_rng(0)
 LABELS = np.arange(20) % 3
@@ -229,8 +229,13 @@ def test_two_classes():
     two = np.arange(20) % 2
     assert classes_of(two == 1) == (("False", "True"), two.tolist(), ())
     assert classes_of(two * 2 - 1)[:2] == (("-1", "1"), two.tolist())
-    names, numbers, notes = classes_of(np.full(20, 5))
-    assert names == ("5",) and set(numbers) == {0} and "nothing can be learned" in notes[-1]
+
+
+@pytest.mark.parametrize("targets, said", [(np.full(20, 5), "5"), (np.full(20, 2.5), "2.5")])
+def test_one_target(targets, said):
+    """As in a table or a folder of images."""
+    with pytest.raises(DataError, match=f"the target is {said} in every row: nothing to learn"):
+        from_arrays(np.arange(20.0)[:, None], targets)
 
 
 def test_training_and_test_labels_have_one_list_of_classes():

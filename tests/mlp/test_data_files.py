@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mlp import data
-from mlp.data import DataError, files
+from mlp.data import DataError, guards
 from mlp.data.files import KEYS
 
 RNG = np.random.default_rng(0)
@@ -231,7 +231,7 @@ BAD = {
     "mat other": (functools.partial(damaged, good_mat, 0), "f.mat: not a readable .mat file"),
     "other file": (
         lambda t: good_npz(t).rename(t / "f.csv"),
-        "f.csv: cannot read .csv files; known: .npz, .npy, .mat, folders of images, and .csv, .tsv",
+        "f.csv: is a table; give --target, or use mlp.data.tables.load",
     ),
     "no suffix": (
         lambda t: good_npz(t).rename(t / "f"),
@@ -282,7 +282,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_one_clear_line(case, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_HARMLESS", 2**20)  # so that small bombs suffice
+    monkeypatch.setattr(guards, "_HARMLESS", 2**20)  # so that small bombs suffice
     make, message = BAD[case]
     source = str(make(tmp_path))
     with pytest.raises(DataError, match=message) as error:

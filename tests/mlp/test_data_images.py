@@ -252,6 +252,14 @@ def test_colour_channels_stay_apart(tmp_path):
     assert data.load(str(tmp_path))[0].inputs[0].tolist() == [10] * 4 + [20] * 4 + [30] * 4
 
 
+def test_one_class(tmp_path):
+    (tmp_path / "cat").mkdir()
+    for i in range(3):
+        Image.new("RGB", (2, 2), (i, i, i)).save(tmp_path / "cat" / f"{i}.png")
+    with pytest.raises(DataError, match="the class is cat in every row: nothing to learn"):
+        data.load(str(tmp_path))
+
+
 def test_modes_that_are_mixed(tmp_path):
     """One colour image makes all RGB, and one of 16 bits makes all 16-bit. Floats do not mix with
     whole numbers.
@@ -472,7 +480,7 @@ def test_one_clear_line(case, tmp_path):
 
 def test_more_images_than_memory_holds(tmp_path, monkeypatch):
     write_images(tmp_path / "d")
-    monkeypatch.setattr("mlp.data.files.memory", lambda: 16 * 12)
+    monkeypatch.setattr("mlp.data.guards.memory", lambda: 16 * 12)
     with pytest.raises(DataError, match=r"GiB, more than half of the .* store fewer samples"):
         data.load(str(tmp_path / "d"))
 

@@ -2,13 +2,15 @@
 
 import datetime
 import decimal
+import gzip
 import json
 import math
+import zipfile
 
 import pytest
 import torch
 
-from mlp.data import DataError, tables
+from mlp.data import DataError, frames, tables
 
 pandas = pytest.importorskip("pandas")
 
@@ -179,6 +181,36 @@ def test_files(frame, tmp_path, separator):
     pandas.testing.assert_frame_equal(tables.read(tmp_path / "t.csv"), frame)
 
 
+@pytest.mark.parametrize("name", ["t.csv.gz", "t.TSV.BZ2", "t.csv.xz", "t.csv.zip"])
+def test_packed_files(frame, tmp_path, name):
+    separator = "\t" if "TSV" in name else ","
+    frame.to_csv(tmp_path / name.lower(), index=False, sep=separator)
+    (tmp_path / name.lower()).rename(tmp_path / name)
+    pandas.testing.assert_frame_equal(tables.read(tmp_path / name), frame)
+    assert frames.format_of(tmp_path / name) is not None
+
+
+def test_packed_files_that_cannot_be_read(tmp_path):
+    path = tmp_path / "t.csv.gz"
+    for content, message in (
+        (b"a,b\n1,2\n", "not a readable table"),
+        (gzip.compress(b"a,b\n1,2\n" * 99)[:-9], "not a readable table"),
+        (gzip.compress(b"1,2\n" * 2**17), r"\d\d\d bytes would grow to 524,288 when unpacked"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=message), pytest.MonkeyPatch.context() as patch:
+            patch.setattr("mlp.data.guards._HARMLESS", 2**18)
+            tables.read(path)
+    with zipfile.ZipFile(tmp_path / "t.csv.zip", "w") as archive:
+        archive.writestr("a.csv", "a,b\n1,2\n")
+        archive.writestr("__MACOSX/._a.csv", "x")  # as macOS packs one file
+    assert len(tables.read(tmp_path / "t.csv.zip")) == 1
+    with zipfile.ZipFile(tmp_path / "t.csv.zip", "a") as archive:
+        archive.writestr("b.csv", "a,b\n1,2\n")
+    with pytest.raises(DataError, match="holds 2 files, but one table is expected; unpack it"):
+        tables.read(tmp_path / "t.csv.zip")
+
+
 def test_parquet(frame, tmp_path):
     pytest.importorskip("pyarrow")
     frame.to_parquet(tmp_path / "t.parquet")
@@ -264,6 +296,85 @@ def test_blanks_at_the_ends_of_names_and_texts(tmp_path):
     assert frame["a"].tolist() == [1, 2, 3, 4]
     assert frame["b"].tolist()[:2] == ["yes", "no"] and frame["b"].isna().tolist()[2]
     assert frame["b"].iloc[3] == "yes"
+
+
+def codes(count, *cells):
+    """Lines of a table whose column a repeats these cells, and whose targets repeat 0 and 1."""
+    return ["a,y", *(f"{cells[i % len(cells)]},{i % 2}" for i in range(count))]
+
+
+@pytest.mark.parametrize(
+    "cells, categories",
+    [
+        (["01234", "1234", "00000"], ("00000", "01234", "1234")),
+        (['"007"', " 8", '"010 "', ""], ("007", "010", "8")),  # a gap does not make them floats
+        (["10000000000000000", "10000000000000001"],) * 2,  # float64 takes them for one number
+        ([f"{10**24 + i}" for i in range(3)],) * 2,
+        (["01", "+2"], None),  # signs and fractions are of quantities
+        (["00.5", "1"], None),
+        (["1606435200123456789", "1606435201123456789"], None),  # float64 tells them apart
+    ],
+)
+def test_digits_that_are_no_numbers(tmp_path, cells, categories):
+    path = write(tmp_path / "t.csv", *codes(30, *cells))
+    parts = tables.load(path, tables.Choice(("y",)))
+    (column,) = parts.table.columns
+    assert column.categories == tuple(categories or ())
+    assert len(parts.train.notes) == (categories is not None)
+    again = tables.load(path, tables.Choice(("y",)), parts.table)
+    assert torch.equal(again.train.inputs, parts.train.inputs) and again.train.notes == ()
+
+
+def test_codes_of_many_values(tmp_path):
+    path = write(tmp_path / "t.csv", *codes(150, *(f"{i:05}" for i in range(150))))
+    with pytest.raises(DataError, match=r"'a' has numbers with leading zeros, such as 00000; so"):
+        tables.load(path, tables.Choice(("y",)))
+
+
+@pytest.mark.parametrize("cells", [["00", "01", "2"], [f"{10**17 + i}" for i in range(3)]])
+def test_targets_that_are_codes(tmp_path, cells):
+    path = write(tmp_path / "t.csv", *codes(30, *cells))
+    parts = tables.load(path, tables.Choice(("a",)))
+    assert parts.table.classes == tuple(cells) and parts.table.texts == ["a"]
+    assert parts.train.notes[0].endswith("so each of them becomes a class")
+    again = tables.load(path, tables.Choice(("a",)), parts.table)
+    assert torch.equal(again.test.targets, parts.test.targets)
+    values = tables.load(path, tables.Choice(("a",), task="regression"))
+    assert values.table.units(values.train.targets).max() == float(cells[2])
+    assert values.train.notes == ()
+
+
+def test_numbers_beside_a_column_of_codes(tmp_path):
+    """Only the column with a leading zero is one of codes, and dates are none."""
+    rows = [f"0{i % 3},{i},{i}.5,0{i % 9}/02/2026,{i % 2}" for i in range(60)]
+    frame = tables.read(write(tmp_path / "t.csv", "zip,n,x,day,y", *rows))
+    assert frame["zip"].tolist()[:3] == ["00", "01", "02"]
+    assert [frame[name].dtype.kind for name in "nxy"] == ["i", "f", "i"]
+    assert frame["n"].tolist() == list(range(60))
+
+
+def test_long_numbers_of_parquet():
+    """A file that says they are numbers is believed, but two that become one are refused."""
+    frame = pandas.DataFrame({"a": [10**17, 10**17 + 1, 3, 4], "y": [0, 1, 0, 1]})
+    with pytest.raises(DataError, match="'a' holds whole numbers that float64 cannot tell apart"):
+        tables.fit(frame, ["y"])
+
+
+@pytest.mark.parametrize(
+    "cells, message",
+    [
+        (["5%", "10%"], "numbers that are written as texts, such as '5%'"),
+        (["€5", "€1,000"], "numbers that are written as texts, such as '€5'"),
+        (["1", "2", "none yet"], "numbers, but also 10 texts, such as 'none yet' in row 3"),
+        (["low", "high", "3"], None),
+    ],
+)
+def test_few_texts_that_may_be_numbers_are_noted(cells, message):
+    """They are learned as categories, which a quantity is not."""
+    notes, frame = [], pandas.DataFrame({"a": cells * (30 // len(cells)), "y": [0.5, 1.5] * 15})
+    table = tables.fit(frame, ["y"], note=notes.append)
+    assert table.columns[0].categories == tuple(sorted(cells))
+    assert len(notes) == (message is not None) and all(message in note for note in notes)
 
 
 def test_an_index_without_a_name_is_left_out(tmp_path):

@@ -126,7 +126,7 @@ def test_rows_that_a_network_on_arrays_cannot_take(text, message, handgrad, file
     status, out, err = handgrad("predict", "run", "rows.csv")
     assert (status, out, err.count("\n")) == (2, "", 1) and message in err
     status, _, err = handgrad("predict", "run", "image.png")
-    assert status == 2 and "was trained on rows of numbers: give it one .csv or" in err
+    assert status == 2 and "was trained on rows of numbers: give it one file, .npz, .npy" in err
     pandas.DataFrame(x).to_csv("numbered.csv", index=False)  # names 0 and 1
     header, *rows = handgrad("predict", "run", "numbered.csv")[1].splitlines()
     assert header == "target 1,target 2" and len(rows) == 100
@@ -226,7 +226,10 @@ def test_a_run_keeps_its_decimal_point(handgrad, files):
         found = [[word for word in out.split() if word[0].isdigit()] for _, out, _ in two]
         assert found[0] == found[1] and len(found[0]) > 2
     status, _, err = handgrad("train", "digits", "--decimal", ",")
-    assert status == 2 and "--decimal is for tables (.csv, .tsv, .parquet), not digits" in err
+    assert (
+        status == 2
+        and "--decimal is for tables, .csv, .tsv, .parquet (also packed, with .gz" in err
+    )
     assert "--decimal must be . or ,, got 'x'" in handgrad("data", "comma.csv", "--decimal", "x")[2]
 
 

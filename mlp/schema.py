@@ -9,10 +9,12 @@ import types
 import typing
 from typing import Any, TypeVar
 
-from .disk import CheckpointError
-
 T = TypeVar("T")
 _WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+
+
+class CheckpointError(ValueError):
+    """A file is damaged or is no checkpoint. The message is one line."""
 
 
 def typed(kind: type[T], value: Any, where: str) -> T:
