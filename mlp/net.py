@@ -19,7 +19,7 @@ import torch
 
 import kernels
 from kernels import activations
-from kernels.ops.mlp import check_mlp, forward_checked
+from kernels.ops.mlp import backward_into, check_mlp, forward_checked
 
 from .init import initialise
 from .modules import check_activations, check_sizes, conv_layers
@@ -71,7 +71,7 @@ class Stack:
         self.grads = list(zip(grads[::step], grads[1::step] if self.bias else [None] * self.layers))
 
     def _buffers_for(self, rows):
-        """Outputs (y, z) and dz of every layer for a batch of `rows`.
+        """(outputs (y, z), dz) of every layer for a batch of `rows`, and a dict for notes on them.
 
         The buffers of the two latest sizes are kept. They are ordinary tensors even in inference
         mode, because training uses them again.
@@ -94,7 +94,7 @@ class Stack:
             )
             for n, name in zip(self.sizes[1:], names)
         ]
-        self._buffers[rows] = outputs, self._gradient_buffers(like, rows, names)
+        self._buffers[rows] = outputs, self._gradient_buffers(like, rows, names), {}
         return self._buffers[rows]
 
     def _gradient_buffers(self, like, rows, names):
@@ -119,9 +119,9 @@ class Stack:
         if kind != self._checked:
             check_mlp(x, self.weights, self.biases)
             self._checked = kind
-        out = self._buffers_for(x.shape[0])[0] if keep else None
+        out, _, memo = self._buffers_for(x.shape[0]) if keep else (None, None, None)
         acts = self.activation, self.output_activation
-        y, saved = forward_checked(x, self.weights, self.biases, *acts, out)
+        y, saved = forward_checked(x, self.weights, self.biases, *acts, out, memo)
         if keep:
             self._saved = saved
         return y
@@ -131,9 +131,9 @@ class Stack:
 
         Returns dx (rows, sizes[0]) if `input_grad`, else None.
         """
-        out = self._buffers_for(dy.shape[0])[1], self.grads
+        _, dz, memo = self._buffers_for(dy.shape[0])
         needs = self._needs[input_grad]
-        return kernels.mlp_bwd(dy, *self._saved, needs=needs, out=out)[0]
+        return backward_into(dy, self._saved, needs, (dz, self.grads), memo)
 
     def update(
         self,

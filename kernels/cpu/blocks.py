@@ -1,6 +1,5 @@
 """Calls of compiled functions that take the address of a block of int64."""
 
-import array
 import ctypes
 import functools
 import threading
@@ -43,10 +42,9 @@ def _team() -> Any:
     return None
 
 
-def run(code: Code, block: tuple, is_shared: bool = False) -> None:
-    """Call the function with a block of these numbers. is_shared: on as many threads as torch."""
-    kept = array.array("q", block)
-    address, threads = kept.buffer_info()[0], torch.get_num_threads() if is_shared else 1
+def run(code: Code, address: int, is_shared: bool = False) -> None:
+    """Call the function with a block's address. is_shared: on as many threads as torch uses."""
+    threads = torch.get_num_threads() if is_shared else 1
     together = _team() if threads > 1 else None
     if together is None:
         code.call(address)

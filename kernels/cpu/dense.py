@@ -20,8 +20,10 @@ from .waiting import call, claim, inside, integers, numbers
 # OUT, the result (M, N), contiguous. LEFT (M, terms) and RIGHT, with the elements from one row to
 # the next. M, N: rows and columns of the result. TERMS: terms of each of its sums. VECTOR: the
 # address of the bias, or of db, or 0. ACT: the address of the activation's loop, or 0. BESIDE: the
-# address of y of the forward, of s of dx, or of a one for db.
+# address of y of the forward, of s of dx, or of a one for db. LISTED: see `sparse`. DONE, FINISHED:
+# counters of `sparse`.
 NEXT, OUT, LEFT, LEFT_PITCH, RIGHT, RIGHT_PITCH, M, N, TERMS, VECTOR, ACT, BESIDE = range(12)
+LISTED, DONE, FINISHED = range(12, 15)
 HEIGHT = 4  # rows of a share of the forward
 TALL = 8  # rows of a share of dx
 DEEP = 256  # most terms that a sum of dw or dx takes at a time, so that they stay in the cache
@@ -110,7 +112,7 @@ def _last_panel(w, a, b, c, shape, add):
 
 
 @inside
-def _outer(w, a, b, c, shape):
+def outer(w, a, b, c, shape):
     """c[r, n] = Σ_j a[r, j] b[j, n]. shape = (rows, columns, number of j). a, b, c: see `_panel`.
 
     A panel of a few columns is computed for all rows, because its part of b then stays in the
@@ -138,9 +140,24 @@ def _outer(w, a, b, c, shape):
 
 
 @inside
-def _offset(w, block, matrix):
+def offset_of(w, block, matrix):
     """Where a matrix begins: elements from the result on, because all offsets are from there."""
     return (block[matrix] - block[OUT]) // size_of(w)
+
+
+@inside
+def finish_rows(w, block, r, height):
+    """Add the bias to `height` rows of z from row r on. Then compute these rows of y."""
+    columns = block[N]
+    start = size_of(w) * r * columns
+    z = numbers(w, block[OUT] + start)
+    if block[VECTOR]:
+        bias = numbers(w, block[VECTOR])
+        for row in range(height):
+            for n in range(columns):
+                z[row * columns + n] += bias[n]
+    if block[ACT]:
+        call(block[ACT], (block[OUT] + start, block[BESIDE] + start, height * columns))
 
 
 def forward(address):
@@ -148,7 +165,7 @@ def forward(address):
     block = integers(address)
     w = carray(FLOATS(block[OUT]), (1,))  # any length, because numba checks no bounds
     rows, columns, terms = block[M], block[N], block[TERMS]
-    left, right = _offset(w, block, LEFT), (_offset(w, block, RIGHT), block[RIGHT_PITCH])
+    left, right = offset_of(w, block, LEFT), (offset_of(w, block, RIGHT), block[RIGHT_PITCH])
     r = claim(address) * HEIGHT
     while r < rows:
         height = min(np.int64(HEIGHT), rows - r)
@@ -156,15 +173,7 @@ def forward(address):
         for row in range(r, r + height, tall):
             a = (left + row * block[LEFT_PITCH], block[LEFT_PITCH])
             _dots(w, a, right, (row * columns, columns), (tall, columns, terms))
-        start = size_of(w) * r * columns
-        z = numbers(w, block[OUT] + start)
-        if block[VECTOR]:
-            bias = numbers(w, block[VECTOR])
-            for row in range(height):
-                for n in range(columns):
-                    z[row * columns + n] += bias[n]
-        if block[ACT]:
-            call(block[ACT], (block[OUT] + start, block[BESIDE] + start, height * columns))
+        finish_rows(w, block, r, height)
         r = claim(address) * HEIGHT
 
 
@@ -173,16 +182,24 @@ def dx(address):
     block = integers(address)
     w = carray(FLOATS(block[OUT]), (1,))
     rows, columns, terms = block[M], block[N], block[TERMS]
-    left, right = _offset(w, block, LEFT), (_offset(w, block, RIGHT), block[RIGHT_PITCH])
+    left, right = offset_of(w, block, LEFT), (offset_of(w, block, RIGHT), block[RIGHT_PITCH])
     r = claim(address) * TALL
     while r < rows:
         height = min(np.int64(TALL), rows - r)
         a = (left + r * block[LEFT_PITCH], block[LEFT_PITCH], _ONE)
-        _outer(w, a, right, (r * columns, columns), (height, columns, terms))
+        outer(w, a, right, (r * columns, columns), (height, columns, terms))
         if block[ACT]:
             start = size_of(w) * r * columns
             call(block[ACT], (block[OUT] + start, block[BESIDE] + start, height * columns))
         r = claim(address) * TALL
+
+
+@inside
+def sum_of_rows(w, block):
+    """Compute db, the sums of the columns of dz. LEFT is dz (terms, M)."""
+    ones, db = (offset_of(w, block, BESIDE), _NONE, _NONE), offset_of(w, block, VECTOR)
+    dz, rows = (offset_of(w, block, LEFT), block[LEFT_PITCH]), block[M]
+    outer(w, ones, dz, (db, rows), (_ONE, rows, block[TERMS]))
 
 
 def dw(address):
@@ -193,15 +210,14 @@ def dw(address):
     block = integers(address)
     w = carray(FLOATS(block[OUT]), (1,))
     rows, columns, terms = block[M], block[N], block[TERMS]
-    left, right = _offset(w, block, LEFT), _offset(w, block, RIGHT)
+    left, right = offset_of(w, block, LEFT), offset_of(w, block, RIGHT)
     width = COLUMNS * lanes(w)
     share = claim(address)
     while share == 0 or share * width < columns:
         at = share * width
         a = (left, _ONE, block[LEFT_PITCH])
         shape = (rows, min(columns - at, width), terms)
-        _outer(w, a, (right + at, block[RIGHT_PITCH]), (at, columns), shape)
+        outer(w, a, (right + at, block[RIGHT_PITCH]), (at, columns), shape)
         if share == 0 and block[VECTOR]:
-            ones, db = (_offset(w, block, BESIDE), _NONE, _NONE), _offset(w, block, VECTOR)
-            _outer(w, ones, (left, block[LEFT_PITCH]), (db, rows), (_ONE, rows, terms))
+            sum_of_rows(w, block)
         share = claim(address)

@@ -4,32 +4,50 @@ The functions have the arguments and results of the references in `kernels.ops.l
 serve tensors without memory: empty ones, zeros that torch has not written, and freed storages.
 """
 
+import array
 import math
 import threading
 from typing import Any, NamedTuple
 
 import torch
 
-from .. import activations, tape
+from .. import activations, launch, tape
 from ..ops import linear
-from . import DTYPES, blocks, dense, rows
+from . import DTYPES, blocks, dense, rows, sparse, tiles
 
-# Multiply-adds from which a second thread saves more than it takes to wake it.
+# Multiply-adds from which a second thread saves more than it takes to wake it. From there on, it
+# also pays to look whether x has zeros to leave out.
 _SHARED = 300_000
 # Bytes of w from which torch's own product is faster, because it packs what no cache holds.
-_PACKED = 1 << 21
+_PACKED = 1 << 20
+_NEAREST = 1 << 15  # bytes of the nearest cache. It holds a share of w in `sparse.forward`.
 _SCRATCH = 1 << 15  # most numbers of a `_scratch`
 _threads = threading.local()
 _ONES = {dtype: torch.ones(1, dtype=dtype) for dtype in DTYPES}
 
 
 class Code(NamedTuple):
-    """Compiled functions of a dtype, see `dense`."""
+    """Compiled functions of a dtype, see `dense` and `sparse`."""
 
     forward: blocks.Code
     dx: blocks.Code
     dw: blocks.Code
+    look: blocks.Code
+    sparse_forward: blocks.Code
+    look_dw: blocks.Code
+    sparse_dw: blocks.Code
     activations: dict[str, Any]  # see `_loops`
+
+
+class Call(NamedTuple):
+    """A call of compiled code, that may be repeated."""
+
+    code: blocks.Code
+    block: tuple[int, ...]  # see `dense`
+    is_shared: bool  # True if several threads pay
+    look: blocks.Code | None  # looks whether x has zeros to leave out
+    instead: blocks.Code | None  # leaves them out
+    memory: tuple  # what the block has addresses of, and nobody else may keep
 
 
 _made: dict[torch.dtype, Code] = {}
@@ -38,8 +56,9 @@ _made: dict[torch.dtype, Code] = {}
 def compiled(dtype: torch.dtype) -> Code:
     """The products for numbers of this dtype, compiled or read from disk."""
     functions = dense.forward, dense.dx, dense.dw
-    forward, dx, dw = (blocks.Code(function, dtype) for function in functions)
-    return _made.setdefault(dtype, Code(forward, dx, dw, {}))
+    functions += sparse.look, sparse.forward, sparse.look_dw, sparse.dw
+    made = [blocks.Code(function, dtype) for function in functions]
+    return _made.setdefault(dtype, Code(*made, {}))
 
 
 def _loops(code: Code, dtype: torch.dtype, activation: str) -> tuple[int, int]:
@@ -54,12 +73,22 @@ def _loops(code: Code, dtype: torch.dtype, activation: str) -> tuple[int, int]:
     return addresses
 
 
-def _run(code: blocks.Code, block: tuple) -> None:
-    """Call a function of `Code`, on several threads if that pays."""
-    blocks.run(code, block, block[dense.M] * block[dense.N] * block[dense.TERMS] >= _SHARED)
+def _run(call: Call) -> None:
+    """Run a call, on several threads if that pays, and without zeros of x if that does."""
+    kept = array.array("q", call.block)
+    run_at(call, kept, 0)
 
 
-def _matrix(t: torch.Tensor) -> torch.Tensor:
+def run_at(call: Call, kept: array.array, start: int) -> None:
+    """Run a call whose block is at this place of an array."""
+    address, code = kept.buffer_info()[0] + 8 * start, call.code
+    if call.look is not None:
+        call.look.call(address)
+        code = call.instead if kept[start + dense.LISTED] else code
+    blocks.run(code, address, call.is_shared)
+
+
+def matrix(t: torch.Tensor) -> torch.Tensor:
     """t (…, n) as (M, n) whose rows are contiguous.
 
     A tensor may have a minus sign that torch has not applied yet, as `z.conj().imag` has.
@@ -92,7 +121,30 @@ def _scratch(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
 
 def _packed(rows_: int, columns: int, like: torch.Tensor) -> bool:
     """True if torch's own product with a matrix of this size is faster."""
-    return rows_ * columns * like.element_size() > _PACKED
+    return rows_ * columns * like.element_size() >= _PACKED
+
+
+def note_changes(tensors: list[torch.Tensor]) -> None:
+    """Tell autograd that `out` was written. Tensors of inference mode count no changes."""
+    launch.changed([t for t in tensors if not t.is_inference()])
+
+
+def _call(code: blocks.Code, block: tuple, zeros: tuple | None, memory: tuple = ()) -> Call:
+    """A call of a function with a block, as far as ACT and BESIDE.
+
+    zeros: (code that looks for zeros, code without them, size of the lists), or None.
+    """
+    is_shared = block[dense.M] * block[dense.N] * block[dense.TERMS] >= _SHARED
+    if not is_shared or zeros is None:
+        return Call(code, (*block, 0, 0, 0), is_shared, None, None, memory)
+    look, instead, size = zeros
+    lists = torch.empty(size, dtype=torch.int32)
+    block = *block, lists.data_ptr(), 0, 0
+    return Call(code, block, is_shared, look, instead, (*memory, lists))
+
+
+def _lanes(x: torch.Tensor) -> int:
+    return tiles.VECTOR // x.element_size()
 
 
 def forward(
@@ -102,10 +154,14 @@ def forward(
     activation: str,
     *,
     out: Any = None,
+    calls: list[Call | None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`layer_ref` of `kernels.ops.linear`, which also serves what these loops do not."""
+    """`layer_ref` of `kernels.ops.linear`, which also serves what these loops do not.
+
+    calls: gets the call that was made, or None if it cannot be repeated.
+    """
     act, dtype = activations.get(activation, "linear"), x.dtype
-    x2, w2, (y, z) = _matrix(x), _matrix(w), out or (None, None)
+    x2, w2, (y, z) = matrix(x), matrix(w), out or (None, None)
     (rows_, terms), columns = x2.shape, w2.shape[0]
     shape, is_linear = (rows_, columns), act.needs == "nothing"
     if b is not None and (b.is_neg() or not b.is_contiguous()):
@@ -114,7 +170,7 @@ def forward(
     if is_linear:
         z = y
     elif act.needs != "z":
-        z = _scratch(shape, dtype)
+        z = _scratch(shape, dtype) if calls is None else torch.empty(shape, dtype=dtype)
     elif z is None:
         z = torch.empty(shape, dtype=dtype)
     at = x2.data_ptr(), w2.data_ptr(), y.data_ptr(), z.data_ptr(), 0 if b is None else b.data_ptr()
@@ -122,15 +178,27 @@ def forward(
     fits = _fits(y, shape, dtype) and (act.needs != "z" or _fits(z, shape, dtype))
     has_memory = at[0] and at[1] and at[2] and (b is None or at[4])
     if is_odd or not has_memory or not fits or _packed(columns, terms, x):
+        _note(calls, None)
         return linear.layer_ref(x, w, b, activation, out=out)
     code = _made.get(dtype) or compiled(dtype)
     loop = 0 if is_linear else _loops(code, dtype, activation)[0]
-    pitches = x2.stride(0), w2.stride(0)
-    sizes = rows_, columns, terms
-    _run(code.forward, (0, at[3], at[0], pitches[0], at[1], pitches[1], *sizes, at[4], loop, at[2]))
+    block = 0, at[3], at[0], x2.stride(0), at[1], w2.stride(0), rows_, columns, terms
+    zeros, vectors = None, terms // _lanes(x)
+    if vectors and terms * x.element_size() * sparse.WIDE <= _NEAREST:
+        zeros = code.look, code.sparse_forward, (rows_ + 1) * (vectors + 1)
+    call = _call(code.forward, (*block, at[4], loop, at[2]), zeros, (z,))
+    _run(call)
+    _note(calls, call if x2 is x and w2 is w else None)
+    if out is not None:
+        note_changes([y] if act.needs != "z" else [y, z])
     if x.dim() != 2:
         y = tape.reshaped(y, (*x.shape[:-1], columns))
     return y, linear.kept(act, y, z)
+
+
+def _note(calls: list | None, call: Call | None) -> None:
+    if calls is not None:
+        calls.append(call)
 
 
 def dx(
@@ -140,11 +208,15 @@ def dx(
     activation_below: str = "identity",
     *,
     out: torch.Tensor | None = None,
+    calls: list[Call | None] | None = None,
 ) -> torch.Tensor:
-    """`linear_bwd_dx_ref` of `kernels.ops.linear`, which also serves what these loops do not."""
-    dtype, left, right = w.dtype, _matrix(dz), _matrix(w)
+    """`linear_bwd_dx_ref` of `kernels.ops.linear`, which also serves what these loops do not.
+
+    calls: as in `forward`.
+    """
+    dtype, left, right = w.dtype, matrix(dz), matrix(w)
     (rows_, terms), columns = left.shape, right.shape[1]
-    s = None if s_below is None else _matrix(s_below).contiguous()
+    s = None if s_below is None else matrix(s_below).contiguous()
     made = torch.empty((rows_, columns), dtype=dtype) if out is None else out
     at = left.data_ptr(), right.data_ptr(), made.data_ptr(), 0 if s is None else s.data_ptr()
     is_odd = (at[0] | at[1] | at[2] | at[3]) & (w.element_size() - 1)
@@ -153,20 +225,32 @@ def dx(
         fits = fits and s.dtype is dtype and s.shape == made.shape
     has_memory = at[0] and at[1] and at[2] and (s is None or at[3])
     if is_odd or not has_memory or not fits or _packed(terms, columns, w):
+        _note(calls, None)
         return linear.linear_bwd_dx_ref(dz, w, s_below, activation_below, out=out)
     code = _made.get(dtype) or compiled(dtype)
     loop = 0 if s is None else _loops(code, dtype, activation_below)[1]
-    pitches = left.stride(0), right.stride(0)
-    sizes = rows_, columns, terms
-    _run(code.dx, (0, at[2], at[0], pitches[0], at[1], pitches[1], *sizes, 0, loop, at[3]))
+    block = 0, at[2], at[0], left.stride(0), at[1], right.stride(0), rows_, columns, terms
+    call = _call(code.dx, (*block, 0, loop, at[3]), None)
+    _run(call)
+    _note(calls, call if left is dz and right is w and s is s_below else None)
+    if out is not None:
+        note_changes([made])
     return made
 
 
 def dw(
-    dz: torch.Tensor, x: torch.Tensor, bias: bool = True, *, out: Any = None
+    dz: torch.Tensor,
+    x: torch.Tensor,
+    bias: bool = True,
+    *,
+    out: Any = None,
+    calls: list[Call | None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`linear_bwd_dw_ref` of `kernels.ops.linear`, which also serves what these loops do not."""
-    dtype, left, right, (made, db) = x.dtype, _matrix(dz), _matrix(x), out or (None, None)
+    """`linear_bwd_dw_ref` of `kernels.ops.linear`, which also serves what these loops do not.
+
+    calls: as in `forward`.
+    """
+    dtype, left, right, (made, db) = x.dtype, matrix(dz), matrix(x), out or (None, None)
     (terms, rows_), columns = left.shape, right.shape[1]
     made = torch.empty((rows_, columns), dtype=dtype) if made is None else made
     if not bias:
@@ -179,9 +263,16 @@ def dw(
     fits = fits and (db is None or _fits(db, (rows_,), dtype))
     has_memory = at[0] and at[1] and at[2] and (db is None or at[3])
     if is_odd or not has_memory or not fits or _packed(rows_, columns, x):
+        _note(calls, None)
         return linear.linear_bwd_dw_ref(dz, x, bias, out=out)
-    code = _made.get(dtype) or compiled(dtype)
-    pitches, one = (left.stride(0), right.stride(0)), _ONES[dtype].data_ptr()
-    sizes = rows_, columns, terms
-    _run(code.dw, (0, at[2], at[0], pitches[0], at[1], pitches[1], *sizes, at[3], 0, one))
+    code, one = _made.get(dtype) or compiled(dtype), _ONES[dtype].data_ptr()
+    block = 0, at[2], at[0], left.stride(0), at[1], right.stride(0), rows_, columns, terms
+    vectors, zeros = columns // _lanes(x), None
+    if vectors:
+        zeros = code.look_dw, code.sparse_dw, vectors * min(terms, dense.DEEP)
+    call = _call(code.dw, (*block, at[3], 0, one), zeros)
+    _run(call)
+    _note(calls, call if left is dz and right is x else None)
+    if out is not None:
+        note_changes([made] if db is None else [made, db])
     return made, db

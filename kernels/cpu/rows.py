@@ -23,7 +23,7 @@ from numba.extending import intrinsic
 
 from .. import activations
 from . import doubles, language
-from .waiting import number
+from .waiting import inside, number
 
 # With numpy's error model, a division by zero raises no exception.
 _OPTIONS = {"error_model": "numpy", "nogil": True}
@@ -151,7 +151,8 @@ class Compiled:
         self.function, self.address = function, function.address
 
 
-SCALAR = EXP = None  # each loop below is compiled with the row's function, or an exp
+# Each loop below is compiled with the row's function, or with `exponentials`.
+SCALAR = EXPONENTIALS = None
 
 
 def _forward(z_ptr, y_ptr, n):
@@ -253,6 +254,42 @@ def _elementwise(y_ptr, t_ptr, d_ptr, loss_ptr, parameter_ptr, rows, classes, pi
         losses[r] = total
 
 
+@functools.cache
+def exponentials(kind: np.dtype) -> Any:
+    """A function for compiled code: d = exp(y - largest), with the largest number of each row.
+
+    It is f(y, d, every, classes). y and d are (rows, pitch), of which `classes` columns count.
+    every: d as one row, because a loop over all of it becomes vector instructions.
+    """
+    exp = LANGUAGES[kind].exp
+
+    @inside
+    def fill(y, d, every, classes):
+        rows, pitch = y.shape
+        for r in range(rows):
+            largest = y[r, 0]
+            for c in range(1, classes):
+                largest = max(largest, y[r, c])
+            for c in range(classes):
+                d[r, c] = y[r, c] - largest
+            for c in range(classes, pitch):
+                d[r, c] = 0.0
+        for i in range(rows * pitch):
+            every[i] = exp(every[i])
+
+    return fill
+
+
+@inside
+def largest_and_sum(y, d, r, classes):
+    """The largest number of row r of y, and the sum of the row's `exponentials`."""
+    largest, total = y[r, 0], d[r, 0]
+    for c in range(1, classes):
+        largest = max(largest, y[r, c])
+        total += d[r, c]
+    return largest, total
+
+
 def _softmax(y_ptr, t_ptr, d_ptr, loss_ptr, parameter_ptr, rows, classes, pitch):
     """The loss -Σ_c t_c log p_c with p = softmax(y), and its gradient p Σ t - t.
 
@@ -260,26 +297,13 @@ def _softmax(y_ptr, t_ptr, d_ptr, loss_ptr, parameter_ptr, rows, classes, pitch)
     """
     y, t = carray(y_ptr, (rows, pitch)), carray(t_ptr, (rows, pitch))
     d, losses = carray(d_ptr, (rows, pitch)), carray(loss_ptr, (rows,))
-    every = carray(d_ptr, (rows * pitch,))
+    EXPONENTIALS(y, d, carray(d_ptr, (rows * pitch,)), classes)
     for r in range(rows):
-        largest = y[r, 0]
-        for c in range(1, classes):
-            largest = max(largest, y[r, c])
-        for c in range(classes):
-            d[r, c] = y[r, c] - largest
-        for c in range(classes, pitch):
-            d[r, c] = 0.0
-    for i in range(rows * pitch):
-        every[i] = EXP(every[i])
-    for r in range(rows):
-        s, total, given = number(y, 0.0), number(y, 0.0), number(y, 0.0)
-        for c in range(classes):
-            s += d[r, c]
-            given += t[r, c]
-        largest = y[r, 0]
-        for c in range(1, classes):
-            largest = max(largest, y[r, c])
+        largest, s = largest_and_sum(y, d, r, classes)
         high = number(y, math.log(s)) + largest
+        total, given = number(y, 0.0), number(y, 0.0)
+        for c in range(classes):
+            given += t[r, c]
         for c in range(classes):
             if t[r, c] != 0:  # where t is 0, an output may be -inf
                 total += t[r, c] * (high - y[r, c])
@@ -296,7 +320,7 @@ def loss(row: Any, kind: np.dtype) -> Compiled:
     """
     signature = types.void(*[pointer_to(kind)] * 5, *[types.int64] * 3)
     if row.scalar is None:
-        return address(_softmax, signature, kind, EXP=LANGUAGES[kind].exp)
+        return address(_softmax, signature, kind, EXPONENTIALS=exponentials(kind))
     formula = scalar(row.scalar, kind)
     return address(_elementwise, signature, kind, formula.text, SCALAR=formula.compiled)
 

@@ -2,69 +2,79 @@
 
 forward    log p = z - max - log Σ exp(z - max), and ℓ = Σ -log p_y over rows that count
 backward   g = -dy at the label, divided by the count for the mean, and dz = g - p Σ g
+
+max and Σ exp are those of the compiled epoch's loss, see `rows`.
 """
 
+import array
 import functools
 import math
 
 import torch
+from numba import carray
 
 from . import DTYPES, blocks, rows
-from .waiting import integers
+from .rows import largest_and_sum
+from .waiting import integers, number
 
 # Entries of a block. Addresses: Z, the logits, or log p for the backward. T: labels, int64. OUT:
-# log p, or dz. LOSS: the loss, or dy. COUNTED: the number of labels that count, or -1 if a label is
-# no class. MEAN: 1 if the loss is the mean.
+# log p, or dz. LOSS: the loss, or dy. COUNTED: the number of labels that count. The forward writes
+# it, or -1 if a label is no class. MEAN: 1 if the loss is the mean.
 Z, T, OUT, LOSS, COUNTED, ROWS, CLASSES, IGNORED, MEAN = range(9)
 _MOST = 1 << 13  # logits from which torch's vector instructions are faster
 
-FLOATS = EXP = None  # as in `dense`, and an exp
+# As in `dense`, an exp, and see `rows`.
+FLOATS = EXP = EXPONENTIALS = None
 
 
 def _forward(address):
     block = integers(address)
-    z, out, labels = FLOATS(block[Z]), FLOATS(block[OUT]), integers(block[T])
-    loss, count, classes = FLOATS(block[LOSS]), FLOATS(block[COUNTED]), block[CLASSES]
-    loss[0], count[0] = 0, 0
-    for r in range(block[ROWS]):
-        at, label = r * classes, labels[r]
-        if label != block[IGNORED] and not 0 <= label < classes:
-            count[0] = -1
+    labels, loss, classes, count = integers(block[T]), FLOATS(block[LOSS]), block[CLASSES], 0
+    shape = block[ROWS], classes
+    z, out = carray(FLOATS(block[Z]), shape), carray(FLOATS(block[OUT]), shape)
+    EXPONENTIALS(z, out, carray(FLOATS(block[OUT]), (shape[0] * classes,)), classes)
+    loss[0] = 0
+    for r in range(shape[0]):
+        label, counts = labels[r], labels[r] != block[IGNORED]
+        if counts and not 0 <= label < classes:
+            block[COUNTED] = -1
             return
-        largest = z[at]
-        for c in range(1, classes):
-            largest = max(largest, z[at + c])
-        total = EXP(z[at] - largest)
-        for c in range(1, classes):
-            total += EXP(z[at + c] - largest)
-        high = math.log(total)
+        largest, total = largest_and_sum(z, out, r, classes)
+        high = number(z, math.log(total))
         for c in range(classes):
-            out[at + c] = (z[at + c] - largest) - high
-        if label != block[IGNORED]:
-            loss[0] -= out[at + label]
-            count[0] += 1
+            out[r, c] = (z[r, c] - largest) - high
+        if counts:
+            loss[0] -= out[r, label]
+            count += 1
     if block[MEAN]:
-        loss[0] /= count[0]
+        loss[0] /= number(z, count)
+    block[COUNTED] = count
 
 
 def _backward(address):
     block = integers(address)
-    logp, out, labels = FLOATS(block[Z]), FLOATS(block[OUT]), integers(block[T])
-    dy, count, classes = FLOATS(block[LOSS]), FLOATS(block[COUNTED]), block[CLASSES]
-    scale = dy[0] / count[0] if block[MEAN] else dy[0]
+    labels, classes, dy = integers(block[T]), block[CLASSES], FLOATS(block[LOSS])
+    size = block[ROWS] * classes
+    logp, out = carray(FLOATS(block[Z]), (size,)), carray(FLOATS(block[OUT]), (size,))
+    for i in range(size):
+        out[i] = EXP(logp[i])
+    scale = dy[0] / number(out, block[COUNTED]) if block[MEAN] else dy[0]
     for r in range(block[ROWS]):
-        at, label = r * classes, labels[r]
-        total = -scale if label != block[IGNORED] else count[0] - count[0]
-        for c in range(classes):
-            out[at + c] = -EXP(logp[at + c]) * total
-        if label != block[IGNORED]:
-            out[at + label] += total
+        counts, at = labels[r] != block[IGNORED], r * classes
+        total = scale if counts else number(out, 0.0)
+        for c in range(at, at + classes):
+            out[c] *= total
+        if counts and 0 <= labels[r] < classes:
+            out[at + labels[r]] -= total
+        elif counts:  # the labels were changed since the forward
+            block[COUNTED] = -1
 
 
 @functools.cache
 def _compiled(dtype: torch.dtype) -> tuple[blocks.Code, blocks.Code]:
-    exp = {"EXP": rows.LANGUAGES[DTYPES[dtype]].exp}
-    return blocks.Code(_forward, dtype, **exp), blocks.Code(_backward, dtype, **exp)
+    exponentials, exp = rows.exponentials(DTYPES[dtype]), rows.LANGUAGES[DTYPES[dtype]].exp
+    forward = blocks.Code(_forward, dtype, EXPONENTIALS=exponentials)
+    return forward, blocks.Code(_backward, dtype, EXP=exp)
 
 
 def _serves(z: torch.Tensor, target: torch.Tensor, reduction: str) -> bool:
@@ -78,7 +88,7 @@ def _serves(z: torch.Tensor, target: torch.Tensor, reduction: str) -> bool:
 
 def forward(
     z: torch.Tensor, target: torch.Tensor, ignore_index: int, reduction: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+) -> tuple[torch.Tensor, torch.Tensor, int] | None:
     """(loss, log p, number of labels that count) of logits (N, C) and labels (N,).
 
     None if the reference serves them, or if a label is no class, of which it makes an error. A
@@ -86,34 +96,32 @@ def forward(
     """
     if not _serves(z, target, reduction):
         return None
-    dtype = z.dtype
-    logp = torch.empty(z.shape, dtype=dtype)
-    loss, counted = torch.empty((), dtype=dtype), torch.empty((), dtype=dtype)
-    addresses = z.data_ptr(), target.data_ptr(), logp.data_ptr(), loss.data_ptr()
-    if not all(addresses):
+    logp, loss = torch.empty(z.shape, dtype=z.dtype), torch.empty((), dtype=z.dtype)
+    at = z.data_ptr(), target.data_ptr(), logp.data_ptr(), loss.data_ptr()
+    if not (at[0] and at[1]):
         return None
-    options = *z.shape, ignore_index, reduction == "mean"
-    blocks.run(_compiled(dtype)[0], (*addresses, counted.data_ptr(), *options))
-    return None if counted.item() < 0 else (loss, logp, counted)
+    block = array.array("q", (*at, 0, *z.shape, ignore_index, reduction == "mean"))
+    blocks.run(_compiled(z.dtype)[0], block.buffer_info()[0])
+    return None if block[COUNTED] < 0 else (loss, logp, block[COUNTED])
 
 
 def backward(
     dy: torch.Tensor,
     logp: torch.Tensor,
-    counted: torch.Tensor,
+    counted: torch.Tensor | int,
     reduction: str,
     target: torch.Tensor,
     ignore_index: int,
 ) -> torch.Tensor | None:
     """∂loss/∂z from dy, a scalar, and what the forward returned. None: the reference serves it."""
-    if not _serves(logp, target, reduction) or dy.dtype is not logp.dtype:
+    if type(counted) is not int or not _serves(logp, target, reduction):
         return None
-    if counted.dtype is not logp.dtype or dy.is_neg():
+    if dy.dtype is not logp.dtype or dy.is_neg():
         return None
     dz = torch.empty(logp.shape, dtype=logp.dtype)
-    addresses = logp.data_ptr(), target.data_ptr(), dz.data_ptr(), dy.data_ptr()
-    if not all(addresses):
+    at = logp.data_ptr(), target.data_ptr(), dz.data_ptr(), dy.data_ptr()
+    if not (at[0] and at[1] and at[3]):
         return None
-    options = *logp.shape, ignore_index, reduction == "mean"
-    blocks.run(_compiled(logp.dtype)[1], (*addresses, counted.data_ptr(), *options))
-    return dz
+    block = array.array("q", (*at, counted, *logp.shape, ignore_index, reduction == "mean"))
+    blocks.run(_compiled(logp.dtype)[1], block.buffer_info()[0])
+    return None if block[COUNTED] < 0 else dz

@@ -147,10 +147,11 @@ def _add_term(builder, lefts, step, base, sums, mask=None):
     return result
 
 
-def _outer(context, builder, signature, args, shape, count):
+def _outer(context, builder, signature, args, shape, count, listed=None):
     """Generate the code of a tile of outer products. shape = (rows, vectors).
 
     args: as in `outer_tile`. count: numbers of the last vector that exist, or None for all.
+    listed: a pointer to the numbers j of the terms, int32, or None for all j from 0 on.
     """
     rows, columns = shape
     _, a, stride_ar, stride_aj, b, stride_bj, c, stride_cr, terms, add = args
@@ -165,6 +166,8 @@ def _outer(context, builder, signature, args, shape, count):
     right = at(b)
 
     def body(j, sums):
+        if listed is not None:
+            j = builder.zext(builder.load(builder.gep(listed, [j])), _I64)
         step, line = builder.mul(j, stride_aj), builder.mul(j, stride_bj)
         return _add_term(builder, lefts, step, builder.gep(right, [line]), sums, mask)
 
@@ -194,6 +197,23 @@ def outer_tile(rows: int, columns: int):
             return _outer(context, builder, signature, args, (rows, columns), None)
 
         return types.void(w, *[types.int64] * 9), generate
+
+    return tile
+
+
+def sparse_outer_tile(rows: int):
+    """As an `outer_tile` of one column. The j of its terms are listed, as int32 at an address.
+
+    It is f(w, a, stride_ar, stride_aj, b, stride_bj, c, stride_cr, terms, add, listed).
+    """
+
+    @intrinsic
+    def tile(typing, w, a, stride_ar, stride_aj, b, stride_bj, c, stride_cr, terms, add, listed):
+        def generate(context, builder, signature, args):
+            listed = builder.inttoptr(args[-1], _I32.as_pointer())
+            return _outer(context, builder, signature, args[:-1], (rows, 1), None, listed)
+
+        return types.void(w, *[types.int64] * 10), generate
 
     return tile
 
@@ -365,10 +385,11 @@ def _pointers(builder, listed, table):
     return builder.inttoptr(listed, _I32.as_pointer()), builder.inttoptr(table, _I8.as_pointer())
 
 
-def _dot(context, builder, signature, args, shape, count):
+def _dot(context, builder, signature, args, shape, count, listed=None):
     """Generate the code of a tile of dot products. shape = (rows, columns).
 
     args: as in `dot_tile`. count: numbers of a row that are behind its whole vectors, or None.
+    listed: (pointer to the numbers of vectors, int32, how many) of the vectors to take, or None.
     """
     rows, columns = shape
     _, a, stride_ar, b, stride_bk, c, stride_cr, vectors = args
@@ -387,17 +408,22 @@ def _dot(context, builder, signature, args, shape, count):
             for k in range(columns)
         ]
 
-    sums = _loop(builder, vectors, [_zeros(kind)] * (rows * columns), body)
+    zeros = [_zeros(kind)] * (rows * columns)
+    if listed is None:
+        sums = _loop(builder, vectors, zeros, body)
+    else:
+        numbers, terms = listed
+        number = lambda i: builder.zext(builder.load(builder.gep(numbers, [i])), _I64)  # noqa: E731
+        sums = _loop(builder, terms, zeros, lambda i, sums: body(number(i), sums))
     if count is not None:
         sums = body(vectors, sums, _first_lanes(builder, count, kind))
     for r in range(rows):
         line = at(builder.add(c, builder.mul(_I64(r), stride_cr)))
         row = sums[r * columns : (r + 1) * columns]
-        if columns == 4:
-            _store(builder, _four_sums(builder, row), line)
-            continue
-        for k, vector in enumerate(row):
-            builder.store(_sum(builder, vector), builder.gep(line, [_I64(k)]), align=4)
+        for k in range(0, columns - columns % 4, 4):
+            _store(builder, _four_sums(builder, row[k : k + 4]), builder.gep(line, [_I64(k)]))
+        for k in range(columns - columns % 4, columns):
+            builder.store(_sum(builder, row[k]), builder.gep(line, [_I64(k)]), align=4)
     return context.get_dummy_value()
 
 
@@ -426,6 +452,81 @@ def ragged_dot_tile(rows: int, columns: int):
             return _dot(context, builder, signature, args[:-1], (rows, columns), args[-1])
 
         return types.void(w, *[types.int64] * 8), generate
+
+    return tile
+
+
+def sparse_dot_tile(columns: int):
+    """As a `ragged_dot_tile` of one row. The vectors to take are listed, as int32 at an address.
+
+    It is f(w, a, b, stride_bk, c, vectors, count, listed, terms). The list has `terms` numbers.
+    """
+
+    @intrinsic
+    def tile(typing, w, a, b, stride_bk, c, vectors, count, listed, terms):
+        def generate(context, builder, signature, args):
+            w, a, b, stride_bk, c, vectors, count, listed, terms = args
+            known = w, a, _I64(0), b, stride_bk, c, _I64(0), vectors
+            chosen = builder.inttoptr(listed, _I32.as_pointer()), terms
+            return _dot(context, builder, signature, known, (1, columns), count, chosen)
+
+        return types.void(w, *[types.int64] * 8), generate
+
+    return tile
+
+
+@intrinsic
+def list_vectors(typing, w, listed, at, stride, count):
+    """List the i below `count` for which the vector at w[at + i stride] has a number that is not 0.
+
+    It writes int32 from the address `listed` on, and returns how many. -0 is listed too.
+    """
+
+    def generate(context, builder, signature, args):
+        _, listed, at, stride, count = args
+        source = pointer(context, builder, signature, args, 0, at)
+        to, lanes = builder.inttoptr(listed, _I32.as_pointer()), _vector(context, signature).count
+        bits = ir.VectorType(ir.IntType(signature.args[0].dtype.bitwidth), lanes)
+
+        def body(i, values):
+            vector = _load(builder, builder.gep(source, [builder.mul(i, stride)]), bits)
+            ones = builder.icmp_unsigned("!=", vector, ir.Constant(bits, [0] * lanes))
+            mask = builder.bitcast(ones, ir.IntType(lanes))
+            counts = builder.icmp_unsigned("!=", mask, mask.type(0))
+            builder.store(builder.trunc(i, _I32), builder.gep(to, [values[0]]), align=4)
+            return [builder.add(values[0], builder.zext(counts, _I64))]
+
+        return _loop(builder, count, [_I64(0)], body)[0]
+
+    return types.int64(w, *[types.int64] * 4), generate
+
+
+def finite_tile(rows: int):
+    """A numba function that returns 0.0 if rows of whole vectors are finite, else NaN.
+
+    It is f(w, at, stride, vectors): row r begins at w[at + r stride].
+    """
+
+    @intrinsic
+    def tile(typing, w, at, stride, vectors):
+        def generate(context, builder, signature, args):
+            _, at, stride, vectors = args
+            kind, zero = _vector(context, signature), _zeros(_vector(context, signature))
+            starts = [builder.add(at, builder.mul(_I64(r), stride)) for r in range(rows)]
+            lines = [pointer(context, builder, signature, args, 0, start) for start in starts]
+
+            def body(j, sums):
+                place = builder.mul(j, _I64(kind.count))
+                found = [_load(builder, builder.gep(line, [place]), kind) for line in lines]
+                return [_multiply_add(builder, v, zero, s) for v, s in zip(found, sums)]
+
+            sums = _loop(builder, vectors, [zero] * rows, body)
+            total = sums[0]
+            for value in sums[1:]:
+                total = builder.fadd(total, value)
+            return _sum(builder, total)
+
+        return w.dtype(w, *[types.int64] * 3), generate
 
     return tile
 

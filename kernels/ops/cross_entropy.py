@@ -252,6 +252,8 @@ def _late_bwd_ref(dy, logp, counted, reduction, target, ignore_index):
     kind, given = REDUCTIONS.index(reduction), dy
     dy = dy if dy.dtype == logp.dtype else dy.to(logp.dtype)
     t = target if target.dtype is torch.int64 else target.long()
+    if not isinstance(counted, torch.Tensor):  # the compiled loops count in a number
+        counted = logp.new_full((), counted)
     g = _nll_bwd(dy, logp, t, None, kind, ignore_index, counted)
     dz = torch._log_softmax_backward_data(g, logp, 1, logp.dtype)
     return dz if dz.dtype == given.dtype else dz.to(given.dtype)

@@ -14,6 +14,7 @@ The kernels are those of `linear`. The kernel of dx also multiplies by act', so 
 stored.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -34,6 +35,14 @@ from .linear import (
     linear_fwd,
     loops,
 )
+
+
+@functools.cache
+def stack_loops() -> Any:
+    """The module of compiled loops. numba is slow to import, so it is imported where it is used."""
+    from ..cpu import stack
+
+    return stack
 
 
 class MLPSaved(NamedTuple):
@@ -180,8 +189,18 @@ def forward_checked(
     activation: str,
     output_activation: str,
     out: Sequence[Buffers] | None = None,
+    memo: dict[str, Any] | None = None,
 ) -> tuple[torch.Tensor, MLPSaved]:
-    """`mlp_fwd` for a caller that has called `check_mlp` already."""
+    """`mlp_fwd` for a caller that has called `check_mlp` already.
+
+    memo: a dict for notes of the compiled loops. The caller keeps one for each set of parameters,
+    activations and buffers `out`, and calls `backward_into` with it.
+    """
+    if memo is not None and out is not None and launch.takes_loops(x):
+        names = activation, output_activation
+        found = stack_loops().forward(x, weights, biases, names, out, memo)
+        if found is not None:
+            return found
     if launch.takes_loops(x, *weights):
         layer = loops().forward
     else:
@@ -208,6 +227,20 @@ def mlp_bwd(
     if launch.backend(dy, x, *weights) != "triton":
         return mlp_bwd_ref(dy, *saved, needs=needs, out=out)
     return stack_backward(dy, saved, needs, out, linear_bwd_dz, linear_bwd_dx, linear_bwd_dw)
+
+
+def backward_into(
+    dy: torch.Tensor,
+    saved: MLPSaved,
+    needs: Sequence[bool],
+    out: tuple[Sequence, Sequence],
+    memo: dict[str, Any],
+) -> torch.Tensor | None:
+    """`mlp_bwd` into buffers that stay the same. Returns dx or None. memo: of the forward."""
+    if not needs[0] and launch.takes_loops(dy):  # noqa: SIM102
+        if stack_loops().backward(dy, saved, needs, out, memo):
+            return None
+    return mlp_bwd(dy, *saved, needs=needs, out=out)[0]
 
 
 MLP = tape.Differentiable(
