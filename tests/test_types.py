@@ -17,7 +17,7 @@ LAUNCHERS = ("_fwd", "_bwd", "_ref")
 # numba compiles the functions of these modules.
 COMPILED = {
     f"kernels.cpu.{name}"
-    for name in ("dense", "doubles", "images", "language", "loop", "tiles", "waiting")
+    for name in ("dense", "doubles", "images", "language", "loop", "sparse", "tiles", "waiting")
 }
 
 

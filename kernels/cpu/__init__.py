@@ -7,7 +7,9 @@
     tiles      register tiles of matrix products
     products   matrix products that consist of such tiles, on padded matrices
     dense      the products of a linear layer, on matrices as torch stores them
+    sparse     the same without the zeros of images
     linear     the host's side of these, for `kernels.use("numba")`
+    stack      the calls of a Net's layers, repeated
     softmax    cross-entropy for it
     blocks     how these call compiled functions
     waiting    how threads wait for each other

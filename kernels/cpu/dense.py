@@ -221,3 +221,6 @@ def dw(address):
         if share == 0 and block[VECTOR]:
             sum_of_rows(w, block)
         share = claim(address)
+
+
+FUNCTIONS = forward, dx, dw

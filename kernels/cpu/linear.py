@@ -45,8 +45,7 @@ class Call(NamedTuple):
     code: blocks.Code
     block: tuple[int, ...]  # see `dense`
     is_shared: bool  # True if several threads pay
-    look: blocks.Code | None  # looks whether x has zeros to leave out
-    instead: blocks.Code | None  # leaves them out
+    zeros: tuple[blocks.Code, blocks.Code] | None  # looks for zeros of x, and leaves them out
     memory: tuple  # what the block has addresses of, and nobody else may keep
 
 
@@ -55,10 +54,11 @@ _made: dict[torch.dtype, Code] = {}
 
 def compiled(dtype: torch.dtype) -> Code:
     """The products for numbers of this dtype, compiled or read from disk."""
-    functions = dense.forward, dense.dx, dense.dw
-    functions += sparse.look, sparse.forward, sparse.look_dw, sparse.dw
-    made = [blocks.Code(function, dtype) for function in functions]
-    return _made.setdefault(dtype, Code(*made, {}))
+    forward, dx, dw, look, sparse_forward, look_dw, sparse_dw = (
+        blocks.Code(function, dtype) for module in (dense, sparse) for function in module.FUNCTIONS
+    )
+    made = Code(forward, dx, dw, look, sparse_forward, look_dw, sparse_dw, {})
+    return _made.setdefault(dtype, made)
 
 
 def _loops(code: Code, dtype: torch.dtype, activation: str) -> tuple[int, int]:
@@ -82,9 +82,10 @@ def _run(call: Call) -> None:
 def run_at(call: Call, kept: array.array, start: int) -> None:
     """Run a call whose block is at this place of an array."""
     address, code = kept.buffer_info()[0] + 8 * start, call.code
-    if call.look is not None:
-        call.look.call(address)
-        code = call.instead if kept[start + dense.LISTED] else code
+    if call.zeros is not None:
+        look, instead = call.zeros
+        look.call(address)
+        code = instead if kept[start + dense.LISTED] else code
     blocks.run(code, address, call.is_shared)
 
 
@@ -136,11 +137,11 @@ def _call(code: blocks.Code, block: tuple, zeros: tuple | None, memory: tuple = 
     """
     is_shared = block[dense.M] * block[dense.N] * block[dense.TERMS] >= _SHARED
     if not is_shared or zeros is None:
-        return Call(code, (*block, 0, 0, 0), is_shared, None, None, memory)
+        return Call(code, (*block, 0, 0, 0), is_shared, None, memory)
     look, instead, size = zeros
     lists = torch.empty(size, dtype=torch.int32)
     block = *block, lists.data_ptr(), 0, 0
-    return Call(code, block, is_shared, look, instead, (*memory, lists))
+    return Call(code, block, is_shared, (look, instead), (*memory, lists))
 
 
 def _lanes(x: torch.Tensor) -> int:

@@ -281,7 +281,7 @@ def exponentials(kind: np.dtype) -> Any:
 
 
 @inside
-def largest_and_sum(y, d, r, classes):
+def largest_and_sum(y: Any, d: Any, r: int, classes: int) -> Any:
     """The largest number of row r of y, and the sum of the row's `exponentials`."""
     largest, total = y[r, 0], d[r, 0]
     for c in range(1, classes):

@@ -83,7 +83,7 @@ def _are_finite(w, at, stride, rows, vectors):
             found = _finite_4(w, line, stride, vectors)
         else:
             found = _finite_1(w, line, stride, vectors)
-        if not found == 0:
+        if found != 0:  # NaN too
             return False
         r += height
     return True
@@ -181,15 +181,14 @@ def look_dw(address):
     x, pitch = offset_of(w, block, RIGHT), block[RIGHT_PITCH]
     dz, stride = offset_of(w, block, LEFT), block[LEFT_PITCH]
     whole = block[M] // lanes(w)
-    if not _has_zeros(w, x, pitch, terms, vectors, block[LISTED]):
-        block[LISTED] = 0
-    elif not _are_finite(w, dz, stride, terms, whole):
+    pays = _has_zeros(w, x, pitch, terms, vectors, block[LISTED])
+    if not (pays and _are_finite(w, dz, stride, terms, whole)):
         block[LISTED] = 0
     else:
         rest = numbers(w, block[LEFT])
         for r in range(0, terms * stride, stride):
             for n in range(whole * lanes(w), block[M]):
-                if not rest[r + n] * 0 == 0:
+                if rest[r + n] * 0 != 0:
                     block[LISTED] = 0
 
 
@@ -238,3 +237,6 @@ def dw(address):
             x = offset_of(w, block, RIGHT) + at, block[RIGHT_PITCH]
             outer(w, dz, x, (at, columns), (rows, columns - at, terms))
         share = claim(address + NEXT * 8)
+
+
+FUNCTIONS = look, forward, look_dw, dw

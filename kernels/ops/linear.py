@@ -382,6 +382,48 @@ def check_linear(x, w, b, op="linear") -> None:
         )
 
 
+def check_apart(op: str, out: Sequence, inputs: Sequence) -> None:
+    """Raises a ValueError if a buffer to fill shares elements with an input or another buffer.
+
+    A product reads its inputs while it writes. torch's own products then return wrong numbers.
+    """
+    buffers, inputs = ([t for t in ts if t is not None] for ts in (out, inputs))
+    for i, buffer in enumerate(buffers):
+        start, end = _span(buffer)
+        for k, other in enumerate([*inputs, *buffers[:i]]):
+            low, high = _span(other)
+            if low < end and start < high and _share(buffer, other):
+                kind = "input" if k < len(inputs) else "buffer"
+                raise ValueError(
+                    f"{op}: each buffer of out needs memory of its own, but that of shape "
+                    f"{tuple(buffer.shape)} shares elements with the {kind} of shape "
+                    f"{tuple(other.shape)}; give another one"
+                )
+
+
+def _span(t: torch.Tensor) -> tuple[int, int]:
+    """The addresses from the first element to behind the last. Equal where there is no memory."""
+    if t.numel() == 0 or not launch.plain(t) or launch.watched() or not (start := t.data_ptr()):
+        return 0, 0
+    last = sum([(size - 1) * stride for size, stride in zip(t.shape, t.stride())])
+    return start, start + (last + 1) * t.element_size()
+
+
+def _share(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """True if two tensors whose spans overlap have an element in common, as rows of a table may."""
+    if a.element_size() != b.element_size() or (a.data_ptr() - b.data_ptr()) % a.element_size():
+        return True
+    start = min(a.data_ptr(), b.data_ptr())
+    ends = [_span(t)[1] for t in (a, b)]
+    used = torch.zeros((max(ends) - start) // a.element_size(), dtype=torch.bool, device=a.device)
+    views = [
+        used.as_strided(t.shape, t.stride(), (t.data_ptr() - start) // t.element_size())
+        for t in (a, b)
+    ]
+    views[0].fill_(True)
+    return bool(views[1].any())
+
+
 def fits(x: torch.Tensor, weights: Sequence, biases: Sequence) -> bool:
     """True only if the layers of a stack fit together, so that no check of them would raise.
 
@@ -418,7 +460,8 @@ def linear_fwd(
     """y = act(x wᵀ + b), (…, N), and the LinearSaved that `linear_bwd` takes after dy.
 
     x (…, K), w (N, K), b (N,) or None, of one floating-point dtype and any strides. out: a pair
-    (y, z) of contiguous (M, N) buffers to fill. z may be None unless the activation needs z.
+    (y, z) of contiguous (M, N) buffers to fill, in memory of their own. z may be None unless the
+    activation needs z.
 
     The product's kernel adds the bias and applies act before it stores y. It accumulates in float32
     and is deterministic. It reads x once for each column of tiles, and w once for each row of
@@ -426,6 +469,9 @@ def linear_fwd(
     kernel applies act. ValueError: shapes that do not fit, mixed dtypes or devices, an unknown
     activation.
     """
+    if out is not None:
+        keeps_z = activations.get(activation, "linear").needs == "z"
+        check_apart("linear", out if keeps_z else out[:1], (x, w, b))
     if launch.takes_loops(x, w, b) and fits(x, (w,), (b,)):
         y, s = loops().forward(x, w, b, activation, out=out)
         return y, LinearSaved(x, w, s, b is not None, activation)
@@ -547,6 +593,8 @@ def linear_bwd_dx(
     float32 sum. It is deterministic. After torch's own product, the derivative is applied to the
     stored sum. ValueError: an unknown activation.
     """
+    if out is not None:
+        check_apart("linear_bwd_dx", (out,), (dz, w, s_below))
     if launch.takes_loops(dz, w, s_below):
         return loops().dx(dz, w, s_below, activation_below, out=out)
     plan = launch.planned(_plan_dx, (dz, w), activation_below)
@@ -584,6 +632,8 @@ def linear_bwd_dw(
     own float32 part, and a second kernel adds the parts in a fixed order. So two runs are bitwise
     equal. Where `configs` takes torch's own product, torch also computes the sum.
     """
+    if out is not None:
+        check_apart("linear_bwd_dw", out, (dz, x))
     if launch.takes_loops(dz, x):
         return loops().dw(dz, x, bias, out=out)
     plan = launch.planned(_plan_dw, (dz, x))

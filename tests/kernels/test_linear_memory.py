@@ -168,3 +168,32 @@ def test_offsets_of_both_widths_give_the_same_bits(sizes, device, monkeypatch):
     launch.forget()
     assert tiles.matrix(x).wide.value is True
     assert_equal(wide, expected, sizes)
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_buffers_that_share_memory_with_an_input_are_refused(backend):
+    """torch's products into such a buffer return wrong numbers."""
+    if backend == "numba":
+        pytest.importorskip("numba", reason="needs numba: pip install 'handgrad[cpu]'")
+    x, w, b, s = torch.randn(6, 6), torch.randn(6, 6), torch.randn(6), torch.rand(6, 6)
+    table, y = torch.randn(6, 12), torch.empty(6, 6)
+    wrong = [
+        lambda: kernels.linear_fwd(x, w, b, "tanh", out=(x, None)),
+        lambda: kernels.linear_fwd(x, w, b, "tanh", out=(w[:], None)),
+        lambda: kernels.linear_fwd(x, w, y[2], "tanh", out=(y, None)),
+        lambda: kernels.linear_fwd(x, w, b, "gelu", out=(y, y)),
+        lambda: kernels.linear_fwd(table[:, 3:9], w, b, out=(table.view(-1)[30:66].view(6, 6), y)),
+        lambda: kernels.linear_bwd_dx(x, w, out=x),
+        lambda: kernels.linear_bwd_dx(x, w, s, "sigmoid", out=s),
+        lambda: kernels.linear_bwd_dw(x, w, out=(x, b)),
+        lambda: kernels.linear_bwd_dw(x, w, out=(y, w[0])),
+        lambda: kernels.linear_bwd_dw(x, w, out=(y, y[0])),
+    ]
+    with kernels.use(backend):
+        for call in wrong:
+            with pytest.raises(ValueError, match="each buffer of out needs memory of its own"):
+                call()
+        row = table[:1, :6]  # between the rows of x, but no part of them
+        found, _ = kernels.linear_fwd(table[::2, 6:], w[:2], b[:2], out=(row.view(3, 2), None))
+        torch.testing.assert_close(found, torch.nn.functional.linear(table[::2, 6:], w[:2], b[:2]))
+        assert kernels.linear_fwd(x, w, b, "tanh", out=(y, y))[0] is y  # tanh keeps no z

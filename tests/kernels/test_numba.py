@@ -329,3 +329,124 @@ def test_the_loop_by_hand(monkeypatch):
         results.append([value, *net.parameters.values()])
     assert len(calls) == 3 * (3 + 1 + 1 + 2 + 3)
     torch.testing.assert_close(*results)
+
+
+def with_zeros(m, k, n, dtype):
+    """x, w, b and dz. In most rows of x most numbers are 0, in neighbouring columns."""
+    x = torch.rand(m, k, dtype=dtype) + 1
+    x[:, k // 5 :] = 0
+    x[1::4, k // 2 :] = -1
+    return x, *(torch.randn(shape, dtype=dtype) for shape in ((n, k), (n,), (m, n)))
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("shape", [(4, 70, 1), (33, 157, 101), (300, 41, 13), (5, 64, 24)], ids=str)
+def test_zeros_are_left_out_with_the_same_bits(monkeypatch, shape, dtype):
+    """So a weight or gradient that is not finite still meets the zeros, as 0 · inf is NaN."""
+    calls, loops = called(monkeypatch), linear_ops.loops()
+    x, w, b, dz = with_zeros(*shape, dtype)
+    infinite, nan = w.clone(), dz.clone()
+    infinite[-1, -1], nan[-1, -1] = torch.inf, torch.nan
+    for w_, dz_ in ((w, dz), (infinite, nan)):
+        found = []
+        for least in (0, 1 << 40):  # multiply-adds from which it is looked for zeros
+            monkeypatch.setattr(loops, "_SHARED", least)
+            y, _ = kernels.linear_fwd(x, w_, b, "tanh")
+            dw, db = kernels.linear_bwd_dw(dz_, x)
+            found.append([t.nan_to_num(7.0, 8.0, 9.0) for t in (y, dw, db)])
+        assert_equal(*found)
+        torch.testing.assert_close(dw, dz_.t() @ x, equal_nan=True)
+    assert [call.zeros is not None for call, *_ in calls] == [True, True, False, False] * 2
+
+
+def trained(backend, change=lambda step, net: None):
+    """Outputs and gradients of steps by hand. change: is called before each step."""
+    torch.manual_seed(0)
+    net = mlp.Net([20, 15, 9, 4], activation="gelu", output_activation="tanh", seed=0)
+    results = []
+    with kernels.use(backend):
+        for step in range(5):
+            change(step, net)
+            x, dy = torch.randn(8, 20), torch.randn(8, 4)
+            x = x.t().contiguous().t() if step == 2 else x
+            results += [net.forward(x).clone()]
+            net.backward(dy[:1].expand(8, 4) if step == 3 else dy)
+            results += [g.clone() for g in net.grads.values()]
+            for p, g in zip(net.parameters.values(), net.grads.values()):
+                p.sub_(g, alpha=0.1)
+    return results
+
+
+def test_a_stack_repeats_its_calls(monkeypatch):
+    """The calls of the first step serve the next ones, unless something has moved."""
+    from kernels.cpu import stack
+
+    calls, repeat = [], stack._Noted.repeat
+    counted = lambda *args: calls.append(args) or repeat(*args)  # noqa: E731
+    monkeypatch.setattr(stack._Noted, "repeat", counted)
+    torch.testing.assert_close(trained("numba"), trained("torch"))
+    assert len(calls) == 2 * 5 - 2 - 2 - 1, "x and dy of two steps had to be copied"
+
+    def change(step, net):
+        if step == 1:
+            net.parameters["1.weight"].data = net.parameters["1.weight"].clone()
+        elif step == 3:
+            net.parameters["0.bias"].data = net.parameters["0.bias"].double().float()
+        elif step == 4:
+            net.grads["2.weight"].data = torch.zeros(4, 9)
+
+    torch.testing.assert_close(trained("numba", change), trained("torch", change))
+
+
+def test_a_stack_notices_another_activation(monkeypatch):
+    net, x, dy = mlp.Net([5, 4, 3], "tanh"), torch.randn(6, 5), torch.randn(6, 3)
+    net.forward(x)
+    net.backward(dy)
+    monkeypatch.setitem(ACTIVATIONS, "tanh", ACTIVATIONS["sigmoid"])
+    y = net.forward(x)
+    net.backward(dy)
+    again = mlp.Net([5, 4, 3], "sigmoid")
+    assert_equal(y, again.forward(x))
+    again.backward(dy)
+    assert_equal([*net.grads.values()], [*again.grads.values()])
+
+
+def test_outputs_that_become_the_input_are_noticed():
+    """The second forward overwrites its own input, which the backward needs."""
+    net = mlp.Net([4, 6, 4], "tanh")
+    for _ in range(3):
+        y = net.forward(torch.randn(2, 4))
+        net.forward(y)
+        with pytest.raises(RuntimeError, match="input was changed in place"):
+            net.backward(torch.ones(2, 4))
+
+
+def test_autograd_notices_buffers_that_were_filled():
+    x, w, b, dz = draw("sigmoid", 6, 10, 5)
+    for fill, buffer in (
+        (lambda y: kernels.linear_fwd(x, w, b, "sigmoid", out=(y, None)), torch.ones(6, 5)),
+        (lambda dx: kernels.linear_bwd_dx(dz, w, out=dx), torch.ones(6, 10)),
+        (lambda dw: kernels.linear_bwd_dw(dz, x, out=(dw, torch.empty(5))), torch.ones(5, 10)),
+    ):
+        leaf = torch.ones(buffer.shape, requires_grad=True)
+        product = (leaf * buffer).sum()
+        fill(buffer)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+
+
+def test_labels_that_changed_since_the_forward_are_refused():
+    z, labels = torch.randn(5, 4), torch.tensor([0, 3, 2, 1, 2])
+    _, saved = kernels.cross_entropy_fwd(z, labels)
+    labels[1] = 7
+    with pytest.raises(IndexError):
+        kernels.cross_entropy_bwd(torch.ones(()), *saved)
+
+
+def test_the_gradient_does_not_rest_on_the_backend_of_the_forward():
+    z, labels = torch.randn(5, 4), torch.tensor([0, 3, -100, 1, 2])
+    _, saved = kernels.cross_entropy_fwd(z, labels)
+    found = [kernels.cross_entropy_bwd(torch.ones(()), *saved)[0]]
+    with kernels.use("torch"):
+        found.append(kernels.cross_entropy_bwd(torch.ones(()), *saved)[0])
+    torch.testing.assert_close(*found)
