@@ -57,9 +57,9 @@ class Together:
         self._members = [_Member(self._lock) for _ in functions]
         pool = ThreadPoolExecutor(len(functions))
         with pool, self._lock:
-            pairs = zip(self._members, functions, strict=True)
-            futures = [pool.submit(self._thread, *pair) for pair in pairs]
             try:
+                pairs = zip(self._members, functions, strict=True)
+                futures = [pool.submit(self._thread, *pair) for pair in pairs]
                 for member in self._members:
                     self._go_on(member)
                 self._epochs()
