@@ -107,7 +107,8 @@ def pytest_report_header():
 
 def pytest_terminal_summary(terminalreporter):
     for package, files in MISSING.items():
-        terminalreporter.write_line(f"not run: {', '.join(files)}. To run: pip install {package}")
+        name = "scikit-learn" if package == "sklearn" else package
+        terminalreporter.write_line(f"not run: {', '.join(files)}. To run: pip install {name}")
 
 
 @pytest.fixture(scope="session")

@@ -187,11 +187,10 @@ def test_engines_train_named_parameters(engine):
     assert_equal(*results)
 
 
-@pytest.mark.interpreter
-@pytest.mark.parametrize("name", mlp.optim.OPTIMIZERS)
-@pytest.mark.parametrize("engine", [None, *mlp.ENGINES])
-def test_a_step_is_seen_by_a_graph_that_was_made_before(engine, name, device):
-    """The weights that the backward needs have changed, so torch raises an error; see GANs."""
+def assert_seen(engine, name, device):
+    """Checks that the backward of a graph made before a training raises, because weights that it
+    needs have changed. GANs make such graphs. engine: None for a step by hand.
+    """
     model, x = mlp.MLP([3, 4, 2], device=device), torch.randn(8, 3, device=device)
     optimizer = mlp.optim.OPTIMIZERS[name](model.parameters(), lr=0.01)
     if engine is None:
@@ -208,3 +207,15 @@ def test_a_step_is_seen_by_a_graph_that_was_made_before(engine, name, device):
         trainer.fit((x, torch.arange(8, device=device) % 2), epochs=1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         before.backward()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", mlp.optim.OPTIMIZERS)
+@pytest.mark.parametrize("engine", [None, *mlp.ENGINES])
+def test_a_step_is_seen_by_a_graph_that_was_made_before(engine, name, device):
+    assert_seen(engine, name, device)
+
+
+def test_a_compiled_epoch_is_seen_too():
+    pytest.importorskip("numba", reason="the compiled epoch needs numba")
+    assert_seen("epoch", "adam", "cpu")
