@@ -2,7 +2,7 @@
 
 `load` takes a name, such as "digits" or "mnist", or a path. A path leads to .npz, .npy and .mat
 files, or to a folder of images. The module `dataset` defines a data set. `arrays`, `files` and
-`images` read one.
+`images` read one. `tables` makes one from a table, whose file `frames` reads.
 """
 
 import importlib.util

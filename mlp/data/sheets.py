@@ -42,7 +42,8 @@ def save(figure: "Figure", path: Path, name: str) -> None:
             warnings.warn(one.message, stacklevel=2)
     if lacks:
         shown = "".join(sorted(lacks)[:_SHOWN])
-        announce([f"{name}: the font lacks {len(lacks)} characters, such as {shown}"])
+        count = f"{len(lacks)} character{'s' * (len(lacks) > 1)}"
+        announce([f"{name}: the font lacks {count}, such as {shown}"])
 
 
 def picture(row: torch.Tensor, data: Dataset) -> torch.Tensor:

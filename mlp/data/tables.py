@@ -31,6 +31,8 @@ _NUMBER, _CATEGORY = "number", "category"
 _EXACT = 2.0**53  # float64 holds all whole numbers up to this one
 _LARGEST = float(numpy.finfo(numpy.float32).max)
 _MOST = 0.5  # a column of texts is one of numbers if at least this share of them are numbers
+_FEW_FAR = 20  # with so many far numbers at most, the farthest is beyond √(rows / 20) deviations
+_LOOKED_AT = 1000  # rows, in which equal numbers are counted
 _Note = Callable[[str], Any]  # is called with a line about a decision
 
 
@@ -211,6 +213,7 @@ class _Number:
         for i, middle, width in zip(kept, mean, std):
             fill, flag = float(fills[i]), bool(some[i])
             found.append(Column(frame.columns[i], _NUMBER, middle, width, fill, flag))
+            _note_far(found[-1], filled[:, i], note)
         return found
 
     @staticmethod
@@ -245,6 +248,21 @@ class _Number:
     def described(column: Column, inputs: torch.Tensor) -> tuple[str, int]:
         gaps = int(inputs[:, 1].sum()) if column.flag else 0
         return f"numbers, mean {column.mean:.5g}, deviation {column.std:.5g}", gaps
+
+
+def _note_far(column: Column, values: numpy.ndarray, note: _Note) -> None:
+    """Call `note` if a few far numbers make most others equal once they are standardised."""
+    far = max(values.max() - column.mean, column.mean - values.min()) / column.std
+    if far * far * _FEW_FAR < len(values):
+        return
+    first = values[:_LOOKED_AT]
+    read = ((first - column.mean) / column.std).astype(numpy.float32)
+    if 2 * len(numpy.unique(read)) < len(numpy.unique(first)):
+        worst = values[abs(values - column.mean).argmax()]
+        note(
+            f"column {column.name!r}: most of its numbers become equal, as {worst:g} is far from "
+            f"them; correct it, or leave the column out with --drop {column.name}"
+        )
 
 
 class _Category:

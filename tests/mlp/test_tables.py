@@ -377,6 +377,15 @@ def test_few_texts_that_may_be_numbers_are_noted(cells, message):
     assert len(notes) == (message is not None) and all(message in note for note in notes)
 
 
+@pytest.mark.parametrize("far, noted", [(1e300, True), (1e9, True), (1e6, False)])
+def test_a_number_that_hides_the_others_is_noted(far, noted):
+    values = (1 + torch.arange(99) / 100).tolist()
+    frame, notes = pandas.DataFrame({"a": [*values, far], "y": [0.5, 1.5] * 50}), []
+    tables.fit(frame, ["y"], note=notes.append)
+    said = f"column 'a': most of its numbers become equal, as {far:g} is far from them"
+    assert len(notes) == noted and all(note.startswith(said) for note in notes)
+
+
 def test_an_index_without_a_name_is_left_out(tmp_path):
     """A file sorted by class would be learned from the numbers of its rows."""
     frame = pandas.DataFrame({"a": [0.5, 1.5, 2.0] * 10, "y": [0] * 15 + [1] * 15})
