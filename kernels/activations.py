@@ -21,11 +21,12 @@ from .language import tl, triton
 
 _aten: Any = torch.ops.aten
 _nn: Any = torch._C._nn
-# torch's own operators of derivatives that jump. On a CPU a torch.where takes up to 60 times as
-# long, because it branches for each element.
+# torch's own operators of derivatives. They read and write each element once. For derivatives that
+# jump, a torch.where takes up to 60 times as long on a CPU, because it branches for each element.
 _threshold_backward, _leaky_relu_backward = _aten.threshold_backward, _aten.leaky_relu_backward
-_elu_backward = _aten.elu_backward
-_leaky_relu, _elu = _nn.leaky_relu, _nn.elu
+_sigmoid_backward, _tanh_backward = _aten.sigmoid_backward, _aten.tanh_backward
+_elu_backward, _silu_backward = _aten.elu_backward, _aten.silu_backward
+_leaky_relu, _elu, _silu = _nn.leaky_relu, _nn.elu, _aten.silu
 
 # Keep these on the right of a product with a tensor. On the left, the interpreter would return a
 # constexpr instead of a tensor.
@@ -180,13 +181,19 @@ def relu_bwd_ref(
 def sigmoid_bwd_ref(
     dy: torch.Tensor, y: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    return torch.mul(dy, torch.addcmul(y, y, y, value=-1), out=out)  # y - y²
+    # dy (1 - y) y
+    if out is None:
+        return _sigmoid_backward.default(dy, y)
+    return _sigmoid_backward.grad_input(dy, y, grad_input=out)
 
 
 def tanh_bwd_ref(
     dy: torch.Tensor, y: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    return torch.mul(dy, 1 - y * y, out=out)
+    # dy (1 - y²)
+    if out is None:
+        return _tanh_backward.default(dy, y)
+    return _tanh_backward.grad_input(dy, y, grad_input=out)
 
 
 def leaky_relu_ref(z: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -203,20 +210,28 @@ def leaky_relu_bwd_ref(
 
 
 def gelu_ref(z: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    return torch.mul(z, 0.5 * (1 + torch.erf(z * SQRT_1_2.value)), out=out)
+    return torch.mul(z, _normal_cdf(z), out=out)
+
+
+def _normal_cdf(z: torch.Tensor) -> torch.Tensor:
+    """Φ(z) = (1 + erf(z / √2)) / 2."""
+    u = z * SQRT_1_2.value
+    # In place where nothing is differentiated, because fresh memory costs more than the numbers.
+    e = torch.erf(u) if u.requires_grad else u.erf_()
+    return torch.rsub(e, 0.5, alpha=-0.5)  # ½ + ½ e
 
 
 def gelu_bwd_ref(
     dy: torch.Tensor, z: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    cdf = 0.5 * (1 + torch.erf(z * SQRT_1_2.value))
-    pdf = INV_SQRT_2PI.value * torch.exp(-0.5 * z * z)
-    return torch.mul(dy, cdf + z * pdf, out=out)
+    e = (z * z).mul_(-0.5).exp_()
+    slope = _normal_cdf(z).addcmul_(z, e, value=INV_SQRT_2PI.value)  # Φ + z φ
+    return torch.mul(dy, slope, out=out)
 
 
 def gelu_tanh_ref(z: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    t = torch.tanh(SQRT_2_PI.value * (z + GELU_CUBIC.value * z**3))
-    return torch.mul(z, 0.5 * (1 + t), out=out)
+    u = torch.addcmul(z, z * z, z, value=GELU_CUBIC.value).mul_(SQRT_2_PI.value)
+    return torch.mul(z, torch.rsub(u.tanh_(), 0.5, alpha=-0.5), out=out)  # z (½ + ½ tanh u)
 
 
 def gelu_tanh_bwd_ref(
@@ -225,22 +240,29 @@ def gelu_tanh_bwd_ref(
     # (1 + tanh u) / 2 = σ(2u). σ(-2u) replaces 1 - σ(2u), because that difference cancels, which
     # would make the second derivative inexact.
     # Beyond ±16, σ is 0 or 1. There z² may overflow half precision, and 0 · inf would be NaN.
-    c = z.clamp(-16, 16)
-    u2 = 2 * SQRT_2_PI.value * (c + GELU_CUBIC.value * c**3)
-    du2 = 2 * SQRT_2_PI.value * (1 + 3 * GELU_CUBIC.value * c**2)
+    c, scale = z.clamp(-16, 16), 2 * SQRT_2_PI.value
+    squares = c * c
+    u2 = torch.addcmul(c, squares, c, value=GELU_CUBIC.value).mul_(scale)
+    du2 = torch.rsub(squares, scale, alpha=-3 * GELU_CUBIC.value * scale)
     s = torch.sigmoid(u2)
-    return torch.mul(dy, s + z * s * torch.sigmoid(-u2) * du2, out=out)
+    slope = torch.addcmul(s, z * s * torch.sigmoid(-u2), du2)
+    return torch.mul(dy, slope, out=out)
 
 
 def silu_ref(z: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    return torch.mul(z, torch.sigmoid(z), out=out)
+    return F.silu(z) if out is None else _silu.out(z, out=out)
 
 
 def silu_bwd_ref(
     dy: torch.Tensor, z: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    s = torch.sigmoid(z)
-    return torch.mul(dy, s * (1 + z * (1 - s)), out=out)
+    # dy (s + z s (1 - s)), s = σ(z)
+    if out is not None:
+        return _silu_backward.grad_input(dy, z, grad_input=out)
+    if torch.is_grad_enabled() and (z.requires_grad or dy.requires_grad):
+        s = torch.sigmoid(z)  # torch's operator has no derivative
+        return dy * (s * (1 + z * (1 - s)))
+    return _silu_backward.default(dy, z)
 
 
 def relu_squared_ref(z: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -281,6 +303,10 @@ class Activation(NamedTuple):
     kinks: tuple[float, ...] = ()  # where the derivative jumps
     # () -> the torch.nn module that computes it; `mlp.fuse` recognises this module
     module: Callable | None = None
+    # z -> y by torch's own differentiable operator, or None if there is no such operator. It may
+    # overwrite z if the backward needs y. Its values and derivatives equal those of the `_ref`
+    # functions, bit for bit.
+    on_tape: Callable | None = None
 
     @property
     def is_identity(self) -> bool:
@@ -303,12 +329,25 @@ ACTIVATIONS: dict[str, Activation] = {
         "nothing",
         (),
         nn.Identity,
+        identity_ref,
     ),
-    "relu": Activation(relu, relu_bwd, relu_ref, relu_bwd_ref, F.relu, "y", (0.0,), nn.ReLU),
+    "relu": Activation(
+        relu, relu_bwd, relu_ref, relu_bwd_ref, F.relu, "y", (0.0,), nn.ReLU, torch.relu_
+    ),
     "sigmoid": Activation(
-        sigmoid, sigmoid_bwd, torch.sigmoid, sigmoid_bwd_ref, F.sigmoid, "y", (), nn.Sigmoid
+        sigmoid,
+        sigmoid_bwd,
+        torch.sigmoid,
+        sigmoid_bwd_ref,
+        F.sigmoid,
+        "y",
+        (),
+        nn.Sigmoid,
+        torch.sigmoid_,
     ),
-    "tanh": Activation(tanh, tanh_bwd, torch.tanh, tanh_bwd_ref, F.tanh, "y", (), nn.Tanh),
+    "tanh": Activation(
+        tanh, tanh_bwd, torch.tanh, tanh_bwd_ref, F.tanh, "y", (), nn.Tanh, torch.tanh_
+    ),
     "leaky_relu": Activation(
         leaky_relu,
         leaky_relu_bwd,
@@ -318,6 +357,7 @@ ACTIVATIONS: dict[str, Activation] = {
         "y",
         (0.0,),
         nn.LeakyReLU,
+        lambda z: _nn.leaky_relu_(z, LEAKY_SLOPE.value),
     ),
     "gelu": Activation(gelu, gelu_bwd, gelu_ref, gelu_bwd_ref, F.gelu, "z", (), nn.GELU),
     "gelu_tanh": Activation(
@@ -330,7 +370,7 @@ ACTIVATIONS: dict[str, Activation] = {
         (),
         lambda: nn.GELU(approximate="tanh"),
     ),
-    "silu": Activation(silu, silu_bwd, silu_ref, silu_bwd_ref, F.silu, "z", (), nn.SiLU),
+    "silu": Activation(silu, silu_bwd, silu_ref, silu_bwd_ref, F.silu, "z", (), nn.SiLU, _nn.silu),
     "relu_squared": Activation(
         relu_squared,
         relu_squared_bwd,
@@ -340,7 +380,7 @@ ACTIVATIONS: dict[str, Activation] = {
         "z",
         (0.0,),
     ),
-    "elu": Activation(elu, elu_bwd, elu_ref, elu_bwd_ref, F.elu, "z", (0.0,), nn.ELU),
+    "elu": Activation(elu, elu_bwd, elu_ref, elu_bwd_ref, F.elu, "z", (0.0,), nn.ELU, _elu),
 }
 
 

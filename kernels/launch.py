@@ -177,7 +177,7 @@ def takes_loops(*tensors: torch.Tensor | None) -> bool:
     for t in tensors:
         if t is None:
             continue
-        if type(t) not in _PLAIN or not _has_loops(t):
+        if type(t) not in PLAIN or not _has_loops(t):
             return _takes_odd_loops(tensors)
         if t.layout is not torch.strided or t.is_nested or _batched(t):
             return _takes_odd_loops(tensors)
@@ -207,7 +207,7 @@ def path(*tensors: torch.Tensor | None) -> str:
     return backend(*tensors)
 
 
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _NO_TENSORS = frozenset((str, type(None), int, float, bool))
 # True for the batched gradients of is_grads_batched=True.
 _batched: Callable[[Any], bool] = torch._C._functorch.is_legacy_batchedtensor
@@ -230,7 +230,7 @@ def plain(*tensors: torch.Tensor | None) -> bool:
     """
     for t in tensors:
         kind: Any = type(t)
-        if kind not in _PLAIN:
+        if kind not in PLAIN:
             if kind in _NO_TENSORS or not isinstance(t, torch.Tensor):
                 continue
             if kind.__torch_dispatch__ is not _NO_DISPATCH:
@@ -253,11 +253,15 @@ def has_kernels(t: torch.Tensor) -> bool:
 def on_reference(t: torch.Tensor) -> bool:
     """True if t is plain memory that no kernel takes, and nothing follows torch's operations.
 
-    torch.compile is not asked. This one test of a call replaces several.
+    torch.compile is not asked. This one test of a call replaces several, and calls no `may_take`
+    because every call on a CPU makes it.
     """
     return (
-        type(t) in _PLAIN
-        and not may_take(t)
+        type(t) in PLAIN
+        and t.is_cpu
+        and not INTERPRETED
+        and (_forced is None or _forced == "numba")
+        and _target is None
         and not followed()
         and not t.is_nested
         and not _batched(t)
@@ -302,7 +306,7 @@ def planned(make: Callable[..., Any], tensors: tuple, *options: Any) -> Any:
     for t in tensors:
         if t is None:
             key.append(None)
-        elif type(t) in _PLAIN and t.layout is torch.strided and plain(t):
+        elif type(t) in PLAIN and t.layout is torch.strided and plain(t):
             key += (t.shape, t.stride(), t.dtype, t.device)
         else:
             return make(*tensors, *options)

@@ -43,8 +43,8 @@ class Differentiable:
     autocast_on: the types of devices on which autocast applies, as for torch's own function.
     on_tape: (*arguments) -> y by torch's own differentiable function, or None if it does not serve.
         It serves where there is no kernel, because torch's tape in C++ is faster than a Function in
-        Python. Its gradients are those of the reference, bit for bit. If `use` forces a backend,
-        the Function runs.
+        Python. Its gradients are those of the reference, bit for bit. If `use` forces the kernels
+        or the reference, the Function runs.
     fake_fwd, fake_bwd: results of the right shapes, for operations whose references ask fake
         tensors for more than their shapes. None means the references.
     """
@@ -128,7 +128,7 @@ def call(operation: Differentiable, *args) -> torch.Tensor:
     if not _SAVED.issuperset(map(type, flat)):
         _check_tensors(operation, args)
     elif _NO_TENSORS.issuperset(map(type, options)) and not launch.followed() and _dense(flat):
-        # By far the most calls come here.
+        # By far the most calls of kernels come here.
         if not torch.is_grad_enabled():
             return operation.fwd(*args)[0]
         return _apply((operation, args, lengths), *flat)
@@ -189,6 +189,25 @@ class Function(torch.autograd.Function):
 # `Function.apply` without the Python code that torch puts around it. That code serves transforms of
 # torch.func, which `launch.followed` excludes, and tensors that outlived such a transform.
 _apply: Callable = super(torch.autograd.Function, Function).apply
+
+
+class _Pointwise(torch.autograd.Function):
+    """An activation as one node of the tape, by its row's torch functions."""
+
+    @staticmethod
+    def forward(ctx, z, act):
+        y = act.forward_ref(z)
+        ctx.act = act
+        ctx.save_for_backward(y if act.needs == "y" else z)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return ctx.act.backward_ref(dy, *ctx.saved_tensors), None
+
+
+# (z, row) -> act(z), for rows without a torch operator of their own. See `_apply`.
+pointwise: Callable = super(torch.autograd.Function, _Pointwise).apply
 
 
 def _dense(flat: Sequence[torch.Tensor | None]) -> bool:

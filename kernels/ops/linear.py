@@ -38,6 +38,7 @@ from ..tiles import (
     tile_of_program,
 )
 
+_torch_linear: Any = torch._C._nn.linear
 # Sizes of dw for which MKL adds to zeros faster than it overwrites (two threads: 40 for 50 µs).
 _ZEROED = range(1 << 15, 1 << 18)
 MAX_SPLITS = 32  # of the batch in dw; the workspace is at most this many times as large as dw
@@ -775,6 +776,41 @@ def linear_bwd(
     )
 
 
+def layer_on_tape(x, w, b, activation):
+    """act(x wᵀ + b) by torch's own product, with the activation as a node after it, or None.
+
+    It serves where its gradients equal those of the reference, bit for bit. So x and w must be
+    contiguous, and x more than one number: torch's tape looks at the strides, and multiplies
+    transposed factors in another order.
+    """
+    act = activations.ACTIVATIONS.get(activation)
+    if act is None or launch.takes_loops() or not _serves_tape(x, w, b):
+        return None
+    x2 = x if x.dim() == 2 else as_matrix(x)
+    if not x2.is_contiguous() or x2.numel() == 1:
+        return None
+    z = _torch_linear(x2, w, b)
+    y = tape.pointwise(z, act) if act.on_tape is None else act.on_tape(z)
+    return y if x2 is x else tape.reshaped(y, (*x.shape[:-1], w.shape[0]))
+
+
+def _serves_tape(x, w, b) -> bool:
+    """True only if the tensors fit together and are dense, plain memory. x is known to be plain."""
+    kinds, dtype, dense = launch.PLAIN, x.dtype, torch.strided
+    if type(w) not in kinds or w.dtype is not dtype or not w.is_cpu or w.layout is not dense:
+        return False
+    if w.is_nested or w.dim() != 2 or x.layout is not dense or x.dim() == 0:
+        return False
+    rows, columns = w.shape
+    if x.shape[-1] != columns or w.stride() != (columns, 1) or not x.is_floating_point():
+        return False
+    if b is None:
+        return True
+    if type(b) not in kinds or b.dtype is not dtype or not b.is_cpu or b.layout is not dense:
+        return False
+    return not b.is_nested and b.dim() == 1 and b.shape[0] == rows
+
+
 LINEAR = tape.Differentiable(
     name="linear",
     fwd=linear_fwd,
@@ -784,6 +820,7 @@ LINEAR = tape.Differentiable(
     saved=LinearSaved,
     inputs=3,
     derived={"bias": lambda given: given["b"] is not None},
+    on_tape=layer_on_tape,
 )
 
 

@@ -25,6 +25,7 @@ from .linear import (
     Buffers,
     check_linear,
     fits,
+    layer_on_tape,
     layer_ref,
     linear_bwd_dw,
     linear_bwd_dw_ref,
@@ -243,6 +244,19 @@ def backward_into(
     return mlp_bwd(dy, *saved, needs=needs, out=out)[0]
 
 
+def _on_tape(x, weights, biases, activation, output_activation):
+    """The output of the stack by `layer_on_tape`, or None if that does not serve each layer."""
+    last = len(weights) - 1
+    if last < 0 or len(biases) != last + 1:
+        return None
+    y = x
+    for i in range(last):
+        y = layer_on_tape(y, weights[i], biases[i], activation)
+        if y is None:
+            return None
+    return layer_on_tape(y, weights[last], biases[last], output_activation)
+
+
 MLP = tape.Differentiable(
     name="mlp",
     fwd=mlp_fwd,
@@ -252,6 +266,7 @@ MLP = tape.Differentiable(
     saved=MLPSaved,
     inputs=3,
     derived={"bias": lambda given: tuple(b is not None for b in given["biases"])},
+    on_tape=_on_tape,
 )
 
 
