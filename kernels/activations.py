@@ -230,22 +230,24 @@ def gelu_bwd_ref(
 
 
 def gelu_tanh_ref(z: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    u = torch.addcmul(z, z * z, z, value=GELU_CUBIC.value).mul_(SQRT_2_PI.value)
-    return torch.mul(z, torch.rsub(u.tanh_(), 0.5, alpha=-0.5), out=out)  # z (½ + ½ tanh u)
+    # (1 + tanh u) / 2 = σ(2u), which keeps its digits for negative u. On a CPU torch's σ takes a
+    # quarter of the time of its tanh.
+    u2 = torch.addcmul(z, z * z, z, value=GELU_CUBIC.value).mul_(2 * SQRT_2_PI.value)
+    return torch.mul(z, u2.sigmoid_(), out=out)
 
 
 def gelu_tanh_bwd_ref(
     dy: torch.Tensor, z: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    # (1 + tanh u) / 2 = σ(2u). σ(-2u) replaces 1 - σ(2u), because that difference cancels, which
-    # would make the second derivative inexact.
+    # y = z s with s = σ(2u), so y' = s + z s σ(-2u) 2u'. σ(-2u) replaces 1 - s, because that
+    # difference cancels, which would make the second derivative inexact.
     # Beyond ±16, σ is 0 or 1. There z² may overflow half precision, and 0 · inf would be NaN.
     c, scale = z.clamp(-16, 16), 2 * SQRT_2_PI.value
     squares = c * c
     u2 = torch.addcmul(c, squares, c, value=GELU_CUBIC.value).mul_(scale)
     du2 = torch.rsub(squares, scale, alpha=-3 * GELU_CUBIC.value * scale)
     s = torch.sigmoid(u2)
-    slope = torch.addcmul(s, z * s * torch.sigmoid(-u2), du2)
+    slope = torch.addcmul(s, z * s * u2.neg_().sigmoid_(), du2)
     return torch.mul(dy, slope, out=out)
 
 
