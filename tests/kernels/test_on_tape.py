@@ -1,5 +1,6 @@
-"""On a CPU without the interpreter, torch's tape differentiates plain cross-entropy, squared error
-and Huber's loss. The Function and the manual API give the same numbers, bit for bit.
+"""On a CPU without the interpreter, torch's tape differentiates linear layers and their stacks,
+plain cross-entropy, squared error and Huber's loss. The Function and the manual API give the same
+numbers, bit for bit.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import kernels
 import mlp
 from kernels import launch, tape
+from kernels.activations import ACTIVATIONS
 from kernels.losses import LOSSES
 from kernels.ops.cross_entropy import CrossEntropySaved, is_late
 from tests.checks import assert_equal
@@ -206,3 +208,98 @@ def test_a_network_and_its_twin_by_hand():
         optimizers[0].step()
         optimizers[1].step(grads=net.grads)
     assert_equal(list(net.parameters.values()), [p.detach() for p in module.parameters()])
+
+
+def layers(name, dtype, lead=(5,)):
+    """(a layer, a stack, their tensors), with this activation."""
+    torch.manual_seed(0)
+    shapes = (*lead, 7), (6, 7), (6,), (3, 6), (3,)
+    x, w, b, v, c = ((2 * torch.randn(shape)).to(dtype) for shape in shapes)
+    tensors = [t.requires_grad_() for t in (x, w, b, v, c)]
+    layer = lambda x, w, b, v, c: kernels.linear(x, w, b, name)  # noqa: E731
+    stack = lambda x, w, b, v, c: kernels.mlp(x, (w, v), (b, c), name, name)  # noqa: E731
+    return layer, stack, tensors
+
+
+def gradients_of(function, tensors):
+    y = function(*tensors)
+    dy = torch.linspace(0.3, 1.7, y.numel()).view_as(y).to(y)
+    return y.detach(), *torch.autograd.grad(y, tensors, dy, allow_unused=True)
+
+
+@pytest.mark.parametrize("lead", [(5,), (), (2, 3), (0,)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_the_same_bits_of_layers(name, dtype, lead):
+    """Of a layer and of a stack, on the tape, by the Function and by hand."""
+    layer, stack, tensors = layers(name, dtype, lead)
+    ours = tape.Function._backward_cls
+    for function in (layer, stack):
+        assert not isinstance(function(*tensors).grad_fn, ours)
+        on_tape = gradients_of(function, tensors)
+        with kernels.use("torch"):
+            assert isinstance(function(*tensors).grad_fn, ours)
+            by_function = gradients_of(function, tensors)
+        torch.testing.assert_close(on_tape, by_function, rtol=0, atol=0)
+    x, w, b = (t.detach() for t in tensors[:3])
+    y, saved = kernels.linear_fwd(x, w, b, name)
+    dy = torch.linspace(0.3, 1.7, y.numel()).view_as(y).to(y)
+    by_hand = y, *kernels.linear_bwd(dy, *saved)
+    assert_equal(by_hand, gradients_of(layer, tensors)[:4])
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_derivatives_of_layers(name):
+    """First and second derivatives are right, also many at once, for an activation with a torch
+    operator and for one with a node of ours.
+    """
+    for function in layers(name, torch.float64)[:2]:
+        tensors = layers(name, torch.float64, (2,))[2]
+        assert gradcheck(function, tensors)
+        assert gradgradcheck(function, tensors)
+        y = function(*tensors)
+        used = tensors if y.shape[-1] == 3 else tensors[:3]
+        dys = torch.randn(3, *y.shape, dtype=y.dtype)
+        options = {"retain_graph": True}
+        batched = torch.autograd.grad(y, used, dys, is_grads_batched=True, **options)
+        each = [torch.autograd.grad(y, used, dy, **options) for dy in dys]
+        torch.testing.assert_close(batched, tuple(map(torch.stack, zip(*each))))
+
+
+def test_torchs_node_serves_contiguous_layers_only():
+    """torch's tape looks at the strides and multiplies in another order, so others have our node.
+    Errors are ours.
+    """
+    _, _, (x, w, b, v, _) = layers("relu", torch.float32)
+    ours = tape.Function._backward_cls
+    one = torch.ones(1, 1, requires_grad=True)
+    by_function = (
+        kernels.linear(torch.randn(7, 5).t(), w, b),
+        kernels.linear(x, torch.randn(7, 6, requires_grad=True).t(), b),
+        kernels.linear(x, torch.randn(1, 14, requires_grad=True)[:, ::2]),
+        kernels.linear(one, torch.ones(4, 1)),
+        kernels.mlp(x, (w, torch.randn(6, 3, requires_grad=True).t())),
+    )
+    for y in by_function:
+        assert isinstance(y.grad_fn, ours)
+    wrong = (
+        ("weight must be (out, in) with in = 7", (x, v, None)),
+        ("bias must be (6,)", (x, w, b[:1])),
+        ("bias must be torch.float32 as input is, got torch.float64", (x, w, b.double())),
+        ("weight must be dense", (x, w.to_sparse(), b)),
+        ("input must be floating point", (x.long(), w.long(), b.long())),
+    )
+    for message, arguments in wrong:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            kernels.linear(*arguments)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            kernels.mlp(arguments[0], arguments[1:2], arguments[2:], "relu")
+
+
+def test_a_layer_in_place():
+    """As in torch, a layer's output may be overwritten unless the backward needs it."""
+    x = torch.randn(2, 3, requires_grad=True)
+    kernels.linear(x, torch.eye(3), None, "identity").mul_(2).sum().backward()
+    assert_equal(x.grad, torch.full((2, 3), 2.0))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kernels.linear(x, torch.eye(3), None, "tanh").mul_(2).sum().backward()
