@@ -258,7 +258,8 @@ def huber_ref(y: torch.Tensor, t: torch.Tensor, delta: float | torch.Tensor) -> 
 def huber_gradient_ref(
     y: torch.Tensor, t: torch.Tensor, delta: float | torch.Tensor
 ) -> torch.Tensor:
-    return (y - t).clamp(-delta, delta)
+    limit: Any = delta  # clamp takes numbers or tensors, but its type knows no mixture
+    return (y - t).clamp(-limit, limit)
 
 
 def pinball_ref(y: torch.Tensor, t: torch.Tensor, quantile: float | torch.Tensor) -> torch.Tensor:
