@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import ctypes
+import functools
 import itertools
 import math
 import threading
@@ -38,6 +39,11 @@ _SPEED, _OVERHEAD = 2e11, 1e-5
 _SPARE = 8  # int32 that a list of terms is written past its end
 # Inputs that are 0 are left out of products, if at least this share of the data is 0.
 _ZEROS, _SAMPLED = 0.4, 64
+_BLOCK = 1024  # steps whose numbers are computed together, and kept
+# Memories of ended trainings, the latest last: at most so many, each of at most so many bytes.
+_idle: list["Memory"] = []
+_MOST_IDLE, _MOST_BYTES = 4, 8_000_000
+_lending = threading.Lock()
 _choices: dict[tuple, "_Choice"] = {}  # the key is (sizes, batch, threads, dtype)
 _compiling = threading.Lock()  # otherwise several threads would compile the same code
 _made: dict[np.dtype, "_Steps"] = {}
@@ -83,6 +89,7 @@ class Memory:
 
     def __init__(self, spec: Any, kind: np.dtype, batch: int, workers: int):
         self.spec, self.kind, self.batch, self.size = spec, kind, batch, 0
+        self.key = spec, kind, batch, workers
         self.lanes, scratch = VECTOR // kind.itemsize, loop.SCRATCH_BYTES // kind.itemsize
         count, lists = len(spec.sizes) - 1, len(spec.rule.states)
         acts = [spec.activation] * (count - 1) + [spec.output_activation]
@@ -114,9 +121,33 @@ class Memory:
         places[loop.BASE], places[loop.SIZE] = self.w.ctypes.data, self.size
         places[loop.LAYERS], places[loop.DEPTH] = layers.ctypes.data, len(layers)
         self.layers, self.places = layers, places
+        self._bind()
+        self._fill()
+
+    def _bind(self) -> None:
+        """Note the addresses of the functions, the loss's numbers, and where each tensor lies."""
+        functions = *rows.of(self.spec, self.kind), *products.compiled(self.kind)
+        self._steps = compiled(self.kind)
+        for place, function in enumerate((*functions, self._steps.code), loop.FORWARD):
+            self.places[place] = function.address
+        shape = self.batch, self.spec.sizes[-1]
+        numbers = np.array(self.spec.loss_numbers, self.kind)
+        self.loss_numbers = np.broadcast_to(numbers, shape).copy()  # for each output of each row
+        self.places[loop.PARAMETERS] = _at(self.loss_numbers)
+        state = int(self.places[loop.STATE])
+        self._insides = [self._inside(i * state) for i in range(1 + len(self.spec.rule.states))]
+
+    def _fill(self) -> None:
+        """Write what a new memory holds. The rest is 0."""
+        places = self.places
         self.w[places[loop.ONE]] = 1.0
         every = self.w[places[loop.EVERY] :][: places[loop.TERMS]].view(np.int32)
         every[: places[loop.TERMS]] = np.arange(places[loop.TERMS])
+
+    def renew(self) -> None:
+        """Make this memory as it was when it was new."""
+        self.w.fill(0)
+        self._fill()
 
     def _place(self, places: Any, workers: int, pitches: list[int], scratch: int) -> None:
         """Note sizes, and give a place to all that a step needs besides the layers.
@@ -161,34 +192,70 @@ class Memory:
         """A tensor as a contiguous array of this dtype, by default the network's."""
         return tensor.to(dtype or torch.from_numpy(self.w).dtype).contiguous().numpy()
 
-    def matrices(self, tensors: Any, at: int) -> Any:
-        """Yield (tensor as a numpy array, its place in w): all weights, then all biases.
+    def _inside(self, at: int) -> list[np.ndarray]:
+        """Views of w that have the shapes of [w_1, b_1, w_2, …], in this order.
 
         at: 0 for parameters. For states, the floats from a parameter to its state.
         """
-        step = 1 + self.spec.bias
-        for layer, tensor in zip(self.layers, tensors[::step]):
+        views = []
+        for layer in self.layers.tolist():
             k, n, start = layer[loop.K], layer[loop.N], at + layer[loop.W]
             tall, wide = layer[loop.TALL], layer[loop.WIDE]
             place = self.w[start : start + tall * wide].reshape(tall, wide)
-            yield tensor.numpy(), place[:, :k] if layer[loop.ACROSS] else place[:, :n].T
-        for layer, tensor in zip(self.layers, tensors[1::2] if self.spec.bias else ()):
-            start = at + layer[loop.W] + layer[loop.TALL] * layer[loop.WIDE]
-            yield tensor.numpy(), self.w[start : start + layer[loop.N]]
+            views.append(place[:, :k] if layer[loop.ACROSS] else place[:, :n].T)
+            if self.spec.bias:
+                views.append(self.w[start + tall * wide :][:n])
+        return views
 
-    def loss_numbers(self) -> np.ndarray:
-        """The loss's parameter for each output of each row, (batch, outputs)."""
-        shape = self.batch, self.spec.sizes[-1]
-        return np.broadcast_to(np.array(self.spec.loss_numbers, self.kind), shape).copy()
+    def pairs(self, lists: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(tensor as a numpy array, its place in w) of all parameters and states."""
+        return [
+            (tensor.numpy(), inside)
+            for tensors, insides in zip(lists, self._insides, strict=True)
+            for tensor, inside in zip(tensors, insides, strict=True)
+        ]
 
-    def copy(self, lists: Any, back: bool = False) -> None:
-        """Copy parameters and states into w. With `back`, copy them from w to the tensors."""
-        for i, tensors in enumerate(lists):
-            for outside, inside in self.matrices(tensors, i * self.places[loop.STATE]):
-                if back:
-                    outside[...] = inside
-                else:
-                    inside[...] = outside
+    def take(self, places: np.ndarray, worker: int, workers: int, begin: int, end: int) -> None:
+        """Take the steps from `begin` to `end` of these places, as one of so many workers."""
+        self._steps.call(_at(self.w), _at(places), worker, workers, begin, end, True)
+
+
+def _at(array: np.ndarray) -> int:
+    """The address of an array's first element."""
+    return array.__array_interface__["data"][0]
+
+
+def read(pairs: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Copy parameters and states into a memory. pairs: of `Memory.pairs`."""
+    for outside, inside in pairs:
+        inside[...] = outside
+
+
+def write(pairs: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Copy parameters and states from a memory to their tensors."""
+    for outside, inside in pairs:
+        outside[...] = inside
+
+
+def _lent(spec: Any, kind: np.dtype, batch: int, workers: int) -> Memory:
+    """A memory as new, for one training: one that is idle, or else a new one."""
+    key = spec, kind, batch, workers
+    with _lending:
+        found = next((memory for memory in _idle if memory.key == key), None)
+        if found is not None:
+            _idle.remove(found)
+    if found is None:
+        return Memory(*key)
+    found.renew()
+    return found
+
+
+def _give_back(memory: Memory) -> None:
+    """Keep a memory for the next training of this kind."""
+    if memory.w.nbytes <= _MOST_BYTES:
+        with _lending:
+            _idle.append(memory)
+            del _idle[:-_MOST_IDLE]
 
 
 def train_epoch(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
@@ -215,7 +282,7 @@ class Epochs:
     def __init__(self, run: Run, orders: torch.Tensor, hyper: torch.Tensor):
         spec, self.run, self.workers = run.spec, run, max(1, torch.get_num_threads())
         kind = DTYPES[run.parameters[0].dtype]
-        memory = Memory(spec, kind, min(run.batch, orders.shape[1]), self.workers)
+        memory = _lent(spec, kind, min(run.batch, orders.shape[1]), self.workers)
         steps = len(orders) * run.steps
         table = _numbers(spec.rule, hyper, float(run.count), steps, kind)
         self._task = _Task(memory, run.data, run.targets, orders, table, run.scale, run.shift)
@@ -224,26 +291,38 @@ class Epochs:
         self.correct = torch.from_numpy(self._task.correct).view(shape)
 
     def train(self, after_epoch: Callable[[int], None] | None = None) -> None:
-        """Train all epochs. An error or a KeyboardInterrupt ends this as in `train_epoch`.
+        """Train all epochs, once. An error or a KeyboardInterrupt ends this as in `train_epoch`.
 
         after_epoch: called with the number of each whole epoch, from 0 on, by the thread that
         trains. A KeyboardInterrupt cannot come between an epoch and this call.
         """
         task, run = self._task, self.run
+        choice = _choice(task.memory, self.workers)
+        pairs = task.memory.pairs([run.parameters, *run.states])
+        if after_epoch is None and choice.is_short(len(task.losses)):
+            try:
+                _train_here(task, pairs, choice)
+            finally:
+                run.count += task.done
+        else:
+            self._train_there(pairs, choice, after_epoch)
+        _give_back(task.memory)
+
+    def _train_there(self, pairs: list, choice: "_Choice", after_epoch: Any) -> None:
+        """Train in another thread, because Ctrl-C interrupts only the calling one."""
+        task, run = self._task, self.run
         known, stopped = threading.Event(), threading.Event()
-        arguments = _choice(task.memory, self.workers), stopped
-        lists = [run.parameters, *run.states]
 
         def train() -> None:
             known.wait()
             if not stopped.is_set():
-                _train(task, lists, *arguments, pool, after_epoch)
+                _train(task, pairs, choice, stopped, pool, after_epoch)
 
         with team.threads(self.workers) as pool:
             futures: list[concurrent.futures.Future] = []
             try:
-                # Another thread trains, because Ctrl-C interrupts only the calling one. It starts
-                # when its future is known here. So an interrupt leaves none that nobody waits for.
+                # The thread starts when its future is known here. So an interrupt leaves none that
+                # nobody waits for.
                 futures.append(pool.submit(train))
                 known.set()
                 futures[0].result()
@@ -263,12 +342,13 @@ def train_replicas(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     kind = DTYPES[run.parameters[0].dtype]
 
     def one(replica: int) -> _Task:
-        memory = Memory(spec, kind, batch, 1)
+        memory = _lent(spec, kind, batch, 1)
         numbers = _numbers(spec.rule, run.hyper[replica], float(run.count), run.steps, kind)
         order = run.order[replica]
         task = _Task(memory, run.data, run.targets, order, numbers, run.scale, run.shift)
         lists = [[t[replica] for t in tensors] for tensors in (run.parameters, *run.states)]
-        _train(task, lists, _choice(memory, 1), stopped)
+        _train(task, memory.pairs(lists), _choice(memory, 1), stopped)
+        _give_back(memory)
         return task
 
     compiled(kind), rows.of(spec, kind)  # compiled once, before the threads start
@@ -290,10 +370,32 @@ def _numbers(rule, hyper, taken: float, steps: int, kind: np.dtype) -> np.ndarra
     """The rule's numbers at each step: (steps, columns) of this dtype, computed in float64.
 
     hyper: one row, or one row for each step. For several trainings it is (…, 1, columns), and the
-    result is (…, steps, columns). taken: the steps taken so far.
+    result is (…, steps, columns). taken: the steps taken so far. Nobody may write into the result.
     """
-    at = torch.arange(taken + 1, taken + steps + 1, dtype=torch.float64, device="cpu")
     row = torch.as_tensor(hyper, dtype=torch.float64, device="cpu")
+    if row.dim() > 1:
+        at = torch.arange(taken + 1, taken + steps + 1, dtype=torch.float64, device="cpu")
+        return _columns(rule, row, at, kind)
+    first, start = divmod(int(taken), _BLOCK)
+    count = -(-(start + steps) // _BLOCK)
+    plain = tuple(row.tolist())
+    blocks = [_block(rule, plain, first + i, kind) for i in range(count)]
+    return (blocks[0] if count == 1 else np.concatenate(blocks))[start : start + steps]
+
+
+# Kept for the next epochs, which train with the same row.
+@functools.lru_cache(maxsize=8)
+def _block(rule, row: tuple[float, ...], index: int, kind: np.dtype) -> np.ndarray:
+    """The numbers of a block of steps, (_BLOCK, columns)."""
+    first = index * _BLOCK
+    at = torch.arange(first + 1, first + _BLOCK + 1, dtype=torch.float64, device="cpu")
+    made = _columns(rule, torch.tensor(row, dtype=torch.float64, device="cpu"), at, kind)
+    made.setflags(write=False)
+    return made
+
+
+def _columns(rule, row: torch.Tensor, at: torch.Tensor, kind: np.dtype) -> np.ndarray:
+    """The rule's numbers at these steps, which count from 1."""
     columns = rule.at_ref(row.unbind(-1), at)
     *columns, _ = torch.broadcast_tensors(*columns, at)
     return torch.stack(columns, -1).numpy().astype(kind)
@@ -303,7 +405,8 @@ class _Task:
     """A training's places, and the arrays whose addresses they hold. These must live as long.
 
     indices: (rows,), the order of an epoch, or (epochs, rows). numbers: (steps of all epochs,
-    columns). losses, correct: of all steps. done: the count of steps taken.
+    columns). losses, correct: of all steps. done: the count of steps whose results are in the
+    tensors, or will be when the training ends.
     """
 
     def __init__(self, memory: Memory, data, targets, indices, numbers, scale, shift):
@@ -319,13 +422,12 @@ class _Task:
         some = samples[:: max(1, len(samples) // _SAMPLED)]
         skips = np.count_nonzero(some) <= (1 - _ZEROS) * some.size
         shifts = (0.0, shift) if skips else (shift, 0.0)
+        self.orders, self.numbers = memory.array(indices, torch.int64), numbers
+        kinds = None if soft else torch.int64
         self.held = {
             loop.PIXELS if is_bytes else loop.REALS: samples,
-            loop.TARGETS if soft else loop.LABELS: memory.array(
-                targets, None if soft else torch.int64
-            ),
-            loop.PARAMETERS: memory.loss_numbers(),
-            loop.ORDER: memory.array(indices, torch.int64),
+            loop.TARGETS if soft else loop.LABELS: memory.array(targets, kinds),
+            loop.ORDER: self.orders,
             loop.NUMBERS: numbers,
             loop.FACTORS: np.array((scale, *shifts, spec.loss_scale), memory.kind),
             loop.LOSSES: self.losses,
@@ -335,29 +437,24 @@ class _Task:
         places = memory.places.copy()
         places[loop.ROWS_OF_EPOCH], places[loop.COUNT] = indices.shape[-1], numbers.shape[1]
         for place, array in self.held.items():
-            places[place] = array.ctypes.data
+            places[place] = _at(array)
         places[loop.BIAS_NUMBERS] = places[loop.NUMBERS]
-        places[loop.OCTETS] = products.OCTETS.ctypes.data if skips else 0
-        self._steps = compiled(memory.kind)
-        functions = *rows.of(spec, memory.kind), *products.compiled(memory.kind), self._steps.code
-        for place, function in enumerate(functions, loop.FORWARD):
-            places[place] = function.address
+        places[loop.OCTETS] = _at(products.OCTETS) if skips else 0
         self.places = places
 
     def take(self, worker: int, workers: int, begin: int, end: int) -> None:
         """Take the steps from `begin` to `end`, as one of so many workers."""
-        addresses = self.memory.w.ctypes.data, self.places.ctypes.data
-        self._steps.call(*addresses, worker, workers, begin, end, True)
+        self.memory.take(self.places, worker, workers, begin, end)
 
     def point_at(self, epoch: int) -> None:
         """Let the steps read the order and the numbers of this epoch, and write its results."""
-        places, held, first = self.places, self.held, epoch * self.steps
+        places, first = self.places, epoch * self.steps
         rows = epoch * int(places[loop.ROWS_OF_EPOCH])
-        places[loop.ORDER] = held[loop.ORDER].ravel()[rows:].ctypes.data
-        numbers = held[loop.NUMBERS][first:].ctypes.data
+        places[loop.ORDER] = _at(self.orders) + rows * self.orders.itemsize
+        numbers = _at(self.numbers) + first * self.numbers.strides[0]
         places[loop.NUMBERS] = places[loop.BIAS_NUMBERS] = numbers
-        places[loop.LOSSES] = self.losses[first:].ctypes.data
-        places[loop.CORRECT] = self.correct[first:].ctypes.data
+        places[loop.LOSSES] = _at(self.losses) + first * self.losses.itemsize
+        places[loop.CORRECT] = _at(self.correct) + first * self.correct.itemsize
 
 
 class _Choice:
@@ -397,11 +494,23 @@ class _Choice:
             return self._trial(others[self.again % len(others)], left)
         return best, int(min(steps, left))
 
+    def is_short(self, left: int) -> bool:
+        """True if the next piece takes all `left` steps on one thread, as far as is known."""
+        if self.counts != [1] and (self.trials or self.turn >= self.due):
+            return False
+        known = min(self.seconds.values(), default=self.guess)
+        return self.seconds.get(1, self.guess) == known and left * known <= _PIECE
+
     def _trial(self, workers: int, left: float) -> tuple[int, int]:
         # An unknown number may be much faster than the guess, and a trial must not be too short.
         unknown = min(self.seconds.values(), default=self.guess / 2) / 2
         known = self.seconds.get(workers, unknown)
         return workers, int(min(max(1, _TRIAL / known), left))
+
+    def took_short(self, seconds: float, steps: int) -> None:
+        """Note a short piece of one thread. seconds: of a step."""
+        self.turn += min(1.0, steps * seconds / _PIECE)
+        self.took(1, seconds)
 
     def took(self, workers: int, seconds: float) -> None:
         """Note that a step with `workers` threads took so many seconds."""
@@ -425,9 +534,27 @@ def seconds(memory: Memory) -> float:
     return _OVERHEAD + 6 * memory.batch * products * memory.kind.itemsize / _SPEED
 
 
+def _train_here(task: _Task, pairs: list, choice: _Choice) -> None:
+    """Train a short epoch in the calling thread. A KeyboardInterrupt leaves all of it or nothing.
+
+    Another thread takes up to 0.1 ms to start, as long as such an epoch.
+    """
+    read(pairs)
+    started, steps = time.perf_counter(), len(task.losses)
+    task.take(0, 1, 0, steps)
+    choice.took_short((time.perf_counter() - started) / steps, steps)
+    try:
+        write(pairs)
+        task.done = steps
+    except BaseException:  # an interrupt came between two copies
+        write(pairs)
+        task.done = steps
+        raise
+
+
 def _train(
     task: _Task,
-    lists: list[list[torch.Tensor]],
+    pairs: list,
     choice: _Choice,
     stopped: threading.Event,
     pool: Any = None,
@@ -435,10 +562,10 @@ def _train(
 ) -> None:
     """Take all steps in pieces, until `stopped` is set.
 
-    lists: parameters and states. They are read at the start and written at the end. after_epoch:
+    pairs: of `Memory.pairs`. The tensors are read at the start and written at the end. after_epoch:
     see `Epochs.train`.
     """
-    task.memory.copy(lists)
+    read(pairs)
     try:
         for epoch in range(len(task.losses) // task.steps):
             first, end = epoch * task.steps, (epoch + 1) * task.steps
@@ -453,7 +580,7 @@ def _train(
             if after_epoch is not None:
                 after_epoch(epoch)
     finally:
-        task.memory.copy(lists, back=True)
+        write(pairs)
 
 
 def _piece(task: _Task, workers: int, begin: int, count: int, pool=None) -> None:

@@ -419,7 +419,7 @@ class Session:
         data, targets = samples[:2]
         kind = DTYPES[parameters[0].dtype]
         self.memory = epoch.Memory(spec, kind, min(batch, count), workers)
-        self.lists = [parameters, *states]
+        self._pairs = self.memory.pairs([parameters, *states])
         self.steps, self.count, self.workers = -(-count // batch), count, workers
         order = torch.zeros(count, dtype=torch.int64, device="cpu")
         self._task = self._task_of(data, targets, order, samples)
@@ -445,11 +445,11 @@ class Session:
 
     def load(self) -> None:
         """Read parameters and states from their tensors."""
-        self.memory.copy(self.lists)
+        epoch.read(self._pairs)
 
     def store(self) -> None:
         """Write parameters and states to their tensors."""
-        self.memory.copy(self.lists, back=True)
+        epoch.write(self._pairs)
 
     def take_best(self) -> bool:
         """Let `store` write the parameters of the best epoch. False if none were kept."""

@@ -471,6 +471,7 @@ def test_an_interrupt_right_after_the_training_thread_started_leaves_no_training
     run = kernels.Run(
         spec, parameters, states, data, targets, order, 32, hyperparameters("adam"), count
     )
+    monkeypatch.setattr(epoch, "_PIECE", 0.0)  # no epoch is so short that no thread is needed
     monkeypatch.setattr(epoch.team, "threads", lambda count: contextlib.nullcontext(Pool()))
     with ThreadPoolExecutor(1) as threads:
         with pytest.raises(KeyboardInterrupt):
