@@ -479,7 +479,7 @@ class Trainer:
 
     def _still_serves(self, task: _Task) -> None:
         """Choose again if a callback changed what the engine trains, such as a parameter frozen."""
-        if self.engine.refuses(self.model, self.loss, self.optimizer, task.batch_size) is not None:
+        if not self.engine.still_serves(task.batch_size):
             self._choose(task.batch_size, self.engine.demands)
             if self.verbose:
                 print(self.engine_note)

@@ -7,7 +7,7 @@ the end of the epoch, and no gradients are stored. `Fused` is the common base of
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -98,6 +98,13 @@ def _criterion(loss, classes: int) -> dict | str:
     return f"takes the losses {', '.join(losses.LOSSES)}, got {type(loss).__name__}"
 
 
+class Trained(NamedTuple):
+    """What an epoch trains: network, loss and optimizer as they are at its start."""
+
+    spec: kernels.Spec
+    part: Part  # its parameters are those of the network, in the same order
+
+
 class Fused(Engine):
     """The base of `epoch` and `graph`: model, optimizer and data in the form for the kernels."""
 
@@ -107,13 +114,6 @@ class Fused(Engine):
     def spec(self) -> kernels.Spec | str:
         """Network, loss and optimizer as they are now, see `spec_of`."""
         return spec_of(self.model, self.loss, rule_of(self.model, self.optimizer))
-
-    @property
-    def part(self) -> Part:
-        """The optimizer's parameters as they are now. The kernels update them in its place."""
-        part = updates.whole(self.optimizer, parameters_of(self.model).values())
-        assert part is not None  # `refuses` checked it
-        return part
 
     def count(self, part: Part) -> torch.Tensor:
         """The count of steps taken, as one number on the device. The kernels increase it.
@@ -130,9 +130,8 @@ class Fused(Engine):
         """The network's current parameters, detached."""
         return [p.detach() for p in parameters_of(self.model).values()]
 
-    def targets(self, data: Dataset) -> torch.Tensor:
+    def targets(self, data: Dataset, outputs: int) -> torch.Tensor:
         """The targets in the form for the kernels: numbers have a column for each output."""
-        outputs = self.model.config()["sizes"][-1]
         return self.loss.columns(data.targets, outputs).contiguous()
 
     @classmethod
@@ -168,8 +167,9 @@ class Fused(Engine):
         """
         per_step, rules = self.demands.per_step, [part.rule for part in parts]
         tables: list[list] = [[] for _ in parts]
-        for part in parts:
-            part.advance(0)  # torch's schedulers check that a step was taken
+        if self.moves is not None:
+            for part in parts:
+                part.advance(0)  # torch's schedulers check that a step was taken
         for step in range(steps if per_step else 1):
             for part, rule, rows in zip(parts, rules, tables):
                 if part.rule is not rule:
@@ -187,22 +187,20 @@ class Fused(Engine):
 
     def run(
         self,
+        trained: Trained,
         data: Dataset,
         order: torch.Tensor,
         batch_size: int,
-        states: list[list[torch.Tensor]],
         count: torch.Tensor,
         numbers: torch.Tensor,
     ) -> kernels.Run:
         """An epoch of this training in the form for the kernels."""
-        spec = self.spec
-        assert not isinstance(spec, str)  # `refuses` checked it
         return kernels.Run(
-            spec,
-            self.parameters,
-            states,
+            trained.spec,
+            [p.detach() for p in trained.part.parameters],
+            trained.part.states(),
             data.inputs,
-            self.targets(data),
+            self.targets(data, trained.spec.sizes[-1]),
             order,
             batch_size,
             numbers,
@@ -241,6 +239,7 @@ class Epoch(Fused):
     """Trains an epoch in one launch. On a CPU it is one call of compiled code and needs numba."""
 
     name = "epoch"
+    _checked: takeover.Checked | None = None  # the network, as it was when it was last checked
 
     @classmethod
     def cannot(
@@ -267,6 +266,18 @@ class Epoch(Fused):
         optimizer: torch.optim.Optimizer,
         batch_size: int = 1,
     ) -> str | None:
+        return cls._refuses(cls.differs(model, loss, optimizer), model, loss, optimizer, batch_size)
+
+    @classmethod
+    def _refuses(
+        cls,
+        differs: str | None,
+        model: Net | torch.nn.Module,
+        loss: Any,
+        optimizer: torch.optim.Optimizer,
+        batch_size: int,
+    ) -> str | None:
+        """As `refuses`. differs: the reason why the kernels may not replace them, or None."""
         first = next(iter(parameters_of(model).values())).detach()
         on_cpu = cpu.serves(first)
         if not on_cpu and kernels.backend(first) != "triton":
@@ -274,9 +285,7 @@ class Epoch(Fused):
                 return f"epoch: {cpu.NEEDS}"
             if first.dtype == torch.float32:
                 return "epoch: needs a GPU"
-        spec = cls.differs(model, loss, optimizer) or spec_of(
-            model, loss, rule_of(model, optimizer)
-        )
+        spec = differs or spec_of(model, loss, rule_of(model, optimizer))
         if isinstance(spec, str):
             return f"epoch: {spec}"
         if reason := _wrong_states(optimizer, parameters_of(model).values()):
@@ -300,6 +309,20 @@ class Epoch(Fused):
         reason = cpu.costs(spec.sizes, batch_size, steps, first.dtype)
         return None if reason is None else f"epoch: {reason}"
 
+    def still_serves(self, batch_size: int) -> bool:
+        model, loss, optimizer = parts = self.model, self.loss, self.optimizer
+        if self._checked is None or not self._checked.holds(model):
+            self._checked = takeover.Checked.of(model)
+            return self.refuses(*parts, batch_size) is None
+        differs = takeover.criterion(loss) or takeover.optimizer(optimizer)
+        return self._refuses(differs, *parts, batch_size) is None
+
+    def _trained(self) -> Trained:
+        part = updates.whole(self.optimizer, parameters_of(self.model).values())
+        spec = spec_of(self.model, self.loss, None if part is None else part.rule)
+        assert part is not None and not isinstance(spec, str)  # `refuses` checked it
+        return Trained(spec, part)
+
     @torch.no_grad()
     def epoch(
         self,
@@ -308,10 +331,11 @@ class Epoch(Fused):
         batch_size: int,
         on_step: Callable[..., object] | None = None,
     ) -> EpochResult:
-        part = self.part
+        now = self._trained()
+        part = now.part
         count, steps = self.count(part), math.ceil(len(order) / batch_size)
         (numbers,) = self.numbers([part], steps)
-        before, run = int(count), self.run(data, order, batch_size, part.states(), count, numbers)
+        before, run = int(count), self.run(now, data, order, batch_size, count, numbers)
         alone = cpu.train_epoch if cpu.serves(run.parameters[0]) else kernels.train_epoch
         train = self.together or alone
         try:
@@ -335,14 +359,15 @@ class Epoch(Fused):
         found: list[EpochResult],
         after_epoch: Callable[[], None] | None = None,
     ) -> None:
-        part = self.part
+        now = self._trained()
+        part = now.part
         count, steps = self.count(part), math.ceil(orders.shape[1] / batch_size)
         if after_epoch is None or self.demands.per_step:
             (numbers,) = self.numbers([part], len(orders) * steps)
         else:
             numbers = self._numbers_of_epochs(part, len(orders), steps, after_epoch)
         first = numbers if numbers.dim() == 1 else numbers[:steps]
-        run = self.run(data, orders[0], batch_size, part.states(), count, first)
+        run = self.run(now, data, orders[0], batch_size, count, first)
         before, trained = int(count), cpu.epochs(run, orders, numbers)
 
         def note(epoch: int) -> None:

@@ -21,7 +21,7 @@ from ..data import Dataset
 from ..net import Net
 from ..state import parameters_of
 from . import updates
-from .epochwise import Fused
+from .epochwise import Fused, Trained
 from .stepwise import EpochResult, Manual
 
 _CAPTURED = 25  # steps in one CUDA graph
@@ -174,8 +174,10 @@ class _TwoLaunches:
     def __init__(self, engine: Graph, data: Dataset, now: Now, batch_size: int):
         self.engine = engine
         (part,), (count,), (numbers,) = now.parts, now.counts, now.numbers
-        own = now.order.clone(), batch_size, part.states(), count.clone(), numbers.clone()
-        run = engine.run(data, *own)
+        spec = engine.spec
+        assert not isinstance(spec, str)  # `_served` checked it
+        own = now.order.clone(), batch_size, count.clone(), numbers.clone()
+        run = engine.run(Trained(spec, part), data, *own)
         self.state = kernels.StepState(run)
         self.state.position[0] = run.steps  # past the end, so the first call only compiles
         step = lambda: kernels.train_step(self.state)  # noqa: E731
@@ -189,7 +191,9 @@ class _TwoLaunches:
         run.hyper.copy_(numbers)
         run.count.copy_(count)
         if run.targets.data_ptr() != data.targets.data_ptr():
-            run.targets.copy_(self.engine.targets(data))  # the run holds a copy as columns
+            run.targets.copy_(
+                self.engine.targets(data, run.spec.sizes[-1])
+            )  # the run holds a copy as columns
         self.state.position.zero_()
         # A step's update is applied by the step after it, so one more step follows the last.
         for _ in range(math.ceil((run.steps + 1) / _CAPTURED)):

@@ -108,6 +108,10 @@ class Engine:
         """The reason why this engine cannot train them, or None."""
         raise NotImplementedError
 
+    def still_serves(self, batch_size: int) -> bool:
+        """True if nothing has changed since the engine was chosen so that it refuses now."""
+        return self.refuses(self.model, self.loss, self.optimizer, batch_size) is None
+
     @classmethod
     def costs(
         cls,

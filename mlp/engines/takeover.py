@@ -166,6 +166,63 @@ def _parameters(model) -> str | None:
     return None
 
 
+class Checked:
+    """A network that `network` has accepted, to notice changes faster than `network` does.
+
+    It compares objects, not values: all attributes of all modules, and what is known of the
+    parameters. So it may take an equal network for a changed one, but no changed one for the same.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._facts, self._held = _facts(model)  # no held object's id can become another's
+
+    @classmethod
+    def of(cls, model: Net | nn.Module) -> "Checked | None":
+        """A network as it is now. None if `network` refuses it, or if it must check each time."""
+        if not isinstance(model, MLP) or any(map(_has_lists, model.modules())):
+            return None
+        return cls(model) if network(model) is None else None
+
+    def holds(self, model: nn.Module) -> bool:
+        """True if nothing has changed that `network` looks at."""
+        if any([kind.forward is not _FORWARD[kind] for kind in _FORWARD]):
+            return False
+        if any([getattr(nn.modules.module, f"_global{hooks}") for hooks in _HOOKS]):
+            return False
+        facts, _ = _facts(model)
+        return facts == self._facts and not torch.is_autocast_enabled("cpu")
+
+
+def _has_lists(module: nn.Module) -> bool:
+    """True if an attribute may change in place, other than those that nn.Module has."""
+    known = vars(nn.Module())
+    return any([type(v) in (list, set, dict) for k, v in vars(module).items() if k not in known])
+
+
+def _facts(model: nn.Module) -> tuple[list, list]:
+    """(what identifies a network's modules and parameters, the objects that it names by id)."""
+    held: list = []
+    facts: list = []
+    left: list = [model]
+    while left:
+        module = left.pop()
+        own = vars(module)
+        held += [module, type(module), *own.values()]
+        facts += own
+        for inner in own.values():
+            if isinstance(inner, dict) and inner:
+                held += inner.values()
+                facts += inner
+        left += own["_modules"].values()
+        for p in own["_parameters"].values():
+            if p is not None:
+                facts += (type(p), p.shape, p.dtype, p.device, p.data_ptr(), p.requires_grad)
+                hooks = p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)
+                facts += (p.is_contiguous(), not hooks)
+    facts += map(id, held)
+    return facts, held
+
+
 def criterion(loss: losses.LossFunction) -> str | None:
     """The reason why the loss may differ from its class, or has no gradient of ours; or None."""
     if type(loss) in losses.LOSSES.values():
