@@ -35,6 +35,7 @@ class Criterion:
         self.parameter = parameter  # a number, one number for each output, or None
         self._value: torch.Tensor | None = None
         self._seeded: torch.Tensor | None = None  # see `_seed`
+        self._seeded_scale = scale
 
     def __call__(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss as part of an autograd graph."""
@@ -114,7 +115,7 @@ class Criterion:
     def _seed(self):
         """The gradient of scale · value with respect to value.
 
-        It is kept until a value has another shape, device or dtype.
+        It is kept until `scale` changes, or a value has another shape, device or dtype.
         """
         value = self._value
         if value is None:
@@ -122,8 +123,9 @@ class Criterion:
                 f"{type(self).__name__}: backward was called before forward; call forward first"
             )
         seed = self._seeded
-        if seed is None or _kind(seed) != _kind(value):
+        if seed is None or self._seeded_scale != self.scale or _kind(seed) != _kind(value):
             self._seeded = seed = torch.full_like(value, self.scale)
+            self._seeded_scale = self.scale
         return seed
 
 

@@ -6,6 +6,7 @@ manual     a Net with preallocated buffers and no tape, for the networks whose b
 
 import contextlib
 import math
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -358,6 +359,7 @@ class Manual(Engine):
         super().__init__(model, loss, optimizer)
         self._recordings, self._labels_valid, self._is_convolving = Recordings(), False, False
         self._bound: tuple[int, ...] | None = None
+        self._arguments: list = []  # of the loss
         self.net = model if isinstance(model, Net) else Net.over(model)
         self._bind()
 
@@ -367,17 +369,22 @@ class Manual(Engine):
         return isinstance(self.update, updates.Inline)
 
     def _bind(self):
-        """Bind to the current parameters and optimizer states.
+        """Bind to the current parameters, optimizer states and arguments of the loss.
 
-        If they are other tensors than before, the recordings are removed.
+        If they are other objects than before, the recordings are removed.
         """
         named = parameters_of(self.model)
         if any(p.data_ptr() != self.net.parameters[name].data_ptr() for name, p in named.items()):
             self.net = Net.over(self.model)
         bound = memory(self.model, self.optimizer)
-        if bound != self._bound:
+        facts = getattr(self.loss, "__dict__", {})
+        arguments = [value for name, value in facts.items() if not name.startswith("_")]
+        same = len(arguments) == len(self._arguments)
+        if bound != self._bound or not (
+            same and all(map(operator.is_, arguments, self._arguments))
+        ):
             self._recordings.clear()
-            self._bound = bound
+            self._bound, self._arguments = bound, arguments
         self.update = updates.choose(self.net, self.optimizer, named, self.demands.clip_norm)
 
     def epoch(
