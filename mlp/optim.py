@@ -215,14 +215,15 @@ class _Ruled(_Torch):
     def load_state_dict(self, state_dict: dict) -> None:
         """As torch's. Parameters that have names here keep them.
 
-        ValueError if the state has an option that is not supported, or the same names in another
-        order.
+        ValueError if the state has an option that is not supported, is of another optimizer or of
+        other parameters, or has the same names in another order. Then nothing is changed.
 
         Step counts move to the CPU unless they are for CUDA graphs (capturable). To read a count on
         a GPU, the host would have to wait for the GPU.
         """
         for group in state_dict["param_groups"]:
             self._refuse(group)
+        check_state(self, state_dict)
         named = [group.get("param_names") for group in self.param_groups]
         for group, names in zip(state_dict["param_groups"], named):
             saved = group.get("param_names")
@@ -462,6 +463,37 @@ class _Ruled(_Torch):
         if self._are_numbers(group):
             kept[id(group)] = rule, given, row
         return row
+
+
+def check_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """ValueError if a `state_dict` is of another optimizer, or of parameters of other shapes.
+
+    torch loads such a state without an error, and the next step fails or computes something else.
+    Optimizers differ in the options that rules of `kernels.RULES` read.
+    """
+    kind, read = type(optimizer).__name__, {n for r in kernels.RULES.values() for n in _options(r)}
+    expected = read & optimizer.defaults.keys()
+    for group in state["param_groups"]:
+        found = read & group.keys()
+        if found != expected:
+            raise ValueError(
+                f"{kind}: the state is of another optimizer: it has the options "
+                f"{', '.join(sorted(found))}, but {kind} has {', '.join(sorted(expected))}"
+            )
+    saved = [index for group in state["param_groups"] for index in group["params"]]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for place, (index, p) in enumerate(zip(saved, params, strict=False)):
+        for name, value in state["state"].get(index, {}).items():
+            is_one = not isinstance(value, torch.Tensor) or value.numel() == 1
+            if not is_one and value.shape != p.shape:
+                raise ValueError(
+                    f"{kind}: the state is of other parameters: {name} of parameter {place} is "
+                    f"{tuple(value.shape)}, but the parameter is {tuple(p.shape)}"
+                )
+
+
+def _options(rule: kernels.Rule) -> list[str]:
+    return [name for name, _ in rule.hyperparameters]
 
 
 def _by_name(kind: str, names: list[str], grads: Mapping) -> list:

@@ -24,7 +24,7 @@ from .engines.updates import parameters as parameters_in
 from .metrics import measure, outputs
 from .modules import ends, loss_of, whole
 from .net import Net
-from .optim import OPTIMIZERS, SGD
+from .optim import OPTIMIZERS, SGD, check_state
 from .progress import shown
 from .schedule import Schedule, options_of, restore_options
 from .state import Snapshot, copied, in_mode, load_state, parameters_of, state_of
@@ -227,6 +227,18 @@ class Trainer:
                 f"counts them; give epochs={len(self.history) + epochs} to train {epochs} more"
             )
         self.stopping = resumed(self.stopping, early_stopping, self._parts())
+        stopping = self.stopping
+        if (
+            self.verbose
+            and stopping is not None
+            and stopping.is_over
+            and epochs > len(self.history)
+        ):
+            print(
+                f"nothing is trained: early stopping has ended this training, because "
+                f"{stopping.waited} epochs had no lower loss than epoch {stopping.epoch}; give "
+                f"early_stopping={stopping.waited + 1} or more, or None, to go on"
+            )
         if self.requested == "auto" and self.verbose:
             print(self.engine_note)
         left = max(epochs - len(self.history), 0) * math.ceil(task.samples / task.batch_size)
@@ -257,10 +269,14 @@ class Trainer:
 
         If the engine does not serve such batches, another one is chosen.
         """
-        task = self._task(train, batch_size, (evaluate, validation), 0, drop_last)
-        if augment:
-            check_shifts(task.train, whole("fit: augment", augment))
-        self._check(task, epochs, None)
+        seen = self._seen
+        try:
+            task = self._task(train, batch_size, (evaluate, validation), 0, drop_last)
+            if augment:
+                check_shifts(task.train, whole("fit: augment", augment))
+            self._check(task, epochs, None)
+        finally:
+            self._seen = seen  # nothing was trained on these data
 
     def _train(self, task: _Task, epochs: int, looks: bool, on_epoch, on_step) -> None:
         """Train until `epochs` epochs are done, or something ends the training.
@@ -687,24 +703,26 @@ class Trainer:
         """Restore a `state_dict`. The next `fit` goes on from there.
 
         If that training had a scheduler, the next `fit` must get it again. ValueError for the state
-        of another network or with missing parts.
+        of another network or optimizer, or with missing parts. After an error nothing is changed.
         """
-        for name, keys in _STATES.items():
-            part = state.get(name)
-            if part is not None and not (isinstance(part, dict) and keys <= part.keys()):
-                raise ValueError(f"the state of {name} must hold {', '.join(sorted(keys))}")
-        load_state(self.model, state["model"])
-        for part, kept in zip(self._parts()[1:], state.get("loss", ()), strict=False):
-            load_state(part, kept)
-        self._load_optimizer(state["optimizer"])
-        self.history, self.schedule = History(state["history"]), None
-        if state.get("precision") is not None:
-            self.precision.load_state_dict(state["precision"])
-        self._pending, self._seen, self.stopping = None, None, None
-        if state.get("stopping") is not None:
-            self.stopping = EarlyStopping.of(state["stopping"])
-        if state.get("seen") is not None:
-            self._seen = Seen.of_dict(state["seen"])
+        _check_parts(state, len(self._parts()))
+        stopping, seen = state.get("stopping"), state.get("seen")
+        stopping = None if stopping is None else EarlyStopping.of(stopping)
+        seen, history = None if seen is None else Seen.of_dict(seen), History(state["history"])
+        before, precision = _Saved(self), copied(self.precision.state_dict())
+        try:
+            for part, kept in zip(self._parts(), [state["model"], *state.get("loss", ())]):
+                load_state(part, kept)
+            check_state(self.optimizer, state["optimizer"])
+            self._load_optimizer(state["optimizer"])
+            if state.get("precision") is not None:
+                self.precision.load_state_dict(state["precision"])
+        except BaseException:
+            before.restore(self)
+            self.precision.load_state_dict(precision)
+            raise
+        self.history, self.schedule, self._pending = history, None, None
+        self._seen, self.stopping = seen, stopping
         if state.get("scheduler") is not None:
             self._pending = _Pending(state["scheduler"], options_of(self.optimizer))
 
@@ -796,6 +814,25 @@ class _Pending(NamedTuple):
 
     state: dict
     options: list[dict]
+
+
+def _check_parts(state: dict, parts: int) -> None:
+    """ValueError if a trainer's state lacks something. parts: network and loss, if it has weights.
+
+    The parts of a state are checked here only for what they hold.
+    """
+    missing = [name for name in ("model", "optimizer", "history") if name not in state]
+    if missing:
+        raise ValueError(f"the state of a trainer must hold {', '.join(missing)}")
+    for name, keys in _STATES.items():
+        part = state.get(name)
+        if part is not None and not (isinstance(part, dict) and keys <= part.keys()):
+            raise ValueError(f"the state of {name} must hold {', '.join(sorted(keys))}")
+    if len(state.get("loss", ())) != parts - 1:
+        raise ValueError(
+            f"the state is of another loss: it has the weights of {len(state.get('loss', ()))} "
+            f"losses, but {parts - 1} is needed"
+        )
 
 
 def _made_loss(loss):
