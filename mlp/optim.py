@@ -223,7 +223,6 @@ class _Ruled(_Torch):
         """
         for group in state_dict["param_groups"]:
             self._refuse(group)
-        check_state(self, state_dict)
         named = [group.get("param_names") for group in self.param_groups]
         for group, names in zip(state_dict["param_groups"], named):
             saved = group.get("param_names")
@@ -232,6 +231,7 @@ class _Ruled(_Torch):
                     f"{type(self).__name__}: the state is of the same parameters in another order, "
                     f"{', '.join(saved)}, not {', '.join(names)}"
                 )
+        check_state(self, state_dict)
         _light(super().load_state_dict)(state_dict)
         for group, names in zip(self.param_groups, named):
             if names:  # torch would take over the state's names, which may have a prefix
