@@ -47,7 +47,8 @@ def fuse(module: nn.Module, report: Callable[[str], object] | None = None) -> nn
 
     Outputs and gradients stay the same, also those of each layer called by itself. Modules and
     parameters are the same objects under the same names, so optimizers and checkpoints keep
-    working. TypeError if `module` is no nn.Module.
+    working. nn.MSELoss is the exception: where torch's repeats a target of another shape, ours
+    raises a ValueError. TypeError if `module` is no nn.Module.
 
     report: is called with one line for each layer, activation and loss. The line says what replaced
     it and what runs as one operation, or why it was left alone. `report=print` shows the lines and
