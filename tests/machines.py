@@ -4,7 +4,9 @@
 
 BLAS libraries and torch choose their code by the processor, and each code adds in its own order.
 Environment variables make them choose otherwise. Each row of `settings` that this processor can run
-is one run of the tests, with other random numbers. WORD: only settings with this in their name.
+is one run of the tests, with other random numbers. In the settings "numba …", numba compiles for
+another processor, whose vectors and registers the tiles of the compiled epoch then suit. These
+settings run the tests of compiled code. WORD: only settings with this in their name.
 --triton: one more run with another version of Triton, from a folder that
 `pip install --target FOLDER --no-deps triton==3.6.0` fills.
 
@@ -61,6 +63,14 @@ FILES = [
         )
     ),
 ]
+# The tests of code that numba compiles.
+COMPILED = [
+    "tests/kernels/test_numba.py",
+    *(
+        f"tests/mlp/test_{name}.py"
+        for name in ("cpu_epoch", "cpu_conv", "several_epochs", "every_rule")
+    ),
+]
 # Left out: tests in float64, where rounding decides nothing, tests that compare a computation with
 # itself, and tests that start processes, which draw other numbers.
 SKIPPED = "not gradcheck and not split_work and not in_kernels and not in_another_process"
@@ -75,6 +85,12 @@ CORES = {
     "SkylakeX": "avx512f",
 }
 TORCH = {"default": "sse4_2", "avx2": "avx2", "avx512": "avx512f"}
+# numba's name of a processor -> the flag that it needs, and what its name does not say to the tiles
+NUMBA = {
+    "nehalem": ("sse4_2", ""),
+    "haswell": ("avx2", ""),
+    "skylake-avx512": ("avx512f", "+avx512f"),
+}
 MKL = {"SSE4_2": "sse4_2", "AVX2": "avx2", "AVX512": "avx512f"}
 
 
@@ -92,6 +108,9 @@ def settings() -> dict[str, tuple[str, dict[str, str]]]:
     found["two threads"] = "sse4_2", threads | {"OMP_WAIT_POLICY": "passive"}
     plainest = {"OPENBLAS_CORETYPE": "Nehalem", "ATEN_CPU_CAPABILITY": "default"}
     found["plainest"] = "sse4_2", plainest | {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}
+    for processor, (flag, features) in NUMBA.items():
+        compiles = {"NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": features}
+        found[f"numba {processor}"] = flag, compiles
     return {
         name: (flag, {"HANDGRAD_TEST_SEED": str(seed)} | environment)
         for seed, (name, (flag, environment)) in enumerate(found.items())
@@ -107,7 +126,8 @@ def flags() -> set[str]:
 def run(environment: dict[str, str]) -> tuple[str, list[str]]:
     """(pytest's last line, the tests that failed)."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += ["-q", "--tb=line", "--durations=0", "--durations-min=60", "-k", SKIPPED, *FILES]
+    command += ["-q", "--tb=line", "--durations=0", "--durations-min=60"]
+    command += COMPILED if "NUMBA_CPU_NAME" in environment else ["-k", SKIPPED, *FILES]
     one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     if "HANDGRAD_TEST_THREADS" in environment:
         one["OMP_NUM_THREADS"] = environment["HANDGRAD_TEST_THREADS"]

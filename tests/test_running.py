@@ -122,7 +122,7 @@ def test_every_reason_to_skip_names_what_is_missing_and_a_command():
 
 
 def test_machines_are_of_tests_that_exist():
-    assert all((ROOT / file).exists() for file in machines.FILES)
+    assert all((ROOT / file).exists() for file in (*machines.FILES, *machines.COMPILED))
 
 
 def test_machines_refuses_a_setting_that_it_does_not_know(capsys):

@@ -8,13 +8,16 @@ product is cut into tiles, or on the number of threads.
 The array's dtype decides how many numbers a vector holds. Tiles are as many vectors for both.
 """
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-_MANY = bool(binding.get_host_cpu_features().get("avx512f"))  # True: 32 vector registers. False: 16
+# The processor that numba compiles for. NUMBA_CPU_NAME and NUMBA_CPU_FEATURES can name another one.
+_, _NAME, _FEATURES = cpu_target.target_context.codegen().magic_tuple()
+_MANY = "+avx512f" in _FEATURES.split(",")  # True: 32 vector registers of 64 bytes
 # znver4 computes 512 bits in two halves, so they gain nothing.
-_HALVED = binding.get_host_cpu_name() == "znver4"
+_HALVED = _NAME == "znver4"
 VECTOR = 64 if _MANY and not _HALVED else 32  # bytes of a vector
 # Rows of a tile, and its columns in vectors. The registers hold so many sums beside the operands.
 ROWS, COLUMNS = 4, 3 if not _MANY else 5 if _HALVED else 4

@@ -18,8 +18,9 @@ _compiler: Any = njit  # Any, because its stubs know fewer options
 inside = _compiler(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 _SPINS = 2000  # rounds before a waiting thread offers its core to others
 # The instruction that tells a processor that a thread waits: LLVM's name and the arguments.
-_YIELD = ("llvm.aarch64.hint", (1,))
-_PAUSES = {"x86_64": ("llvm.x86.sse2.pause", ()), "aarch64": _YIELD, "arm64": _YIELD}
+_X86, _ARM = ("llvm.x86.sse2.pause", ()), ("llvm.aarch64.hint", (1,))
+# Each system has its own name of a processor: Linux, Windows, macOS.
+_PAUSES = {"x86_64": _X86, "AMD64": _X86, "aarch64": _ARM, "ARM64": _ARM, "arm64": _ARM}
 
 
 def _pointer_to(kind):
