@@ -58,7 +58,7 @@ def use(
 
     `use("numba")` is for a CPU. `linear` and `mlp`, their launchers and their gradients then run in
     loops that numba compiles, on as many threads as torch uses, and so do the launchers of
-    cross-entropy for labels. Everything else, and products with more than 2 MB of weights, runs in
+    cross-entropy for labels. Everything else, and products with 1 MB of weights or more, runs in
     the reference. float32 and float64 are served. Results differ from torch's in the last digits,
     and are the same for any number of threads. The first call compiles for a few seconds, or reads
     the code from disk. It needs numba: pip install 'handgrad[cpu]'.
