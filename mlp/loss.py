@@ -133,6 +133,20 @@ def _kind(t: torch.Tensor) -> tuple:
     return t.shape, t.dtype, t.device
 
 
+def _tensor(
+    numbers: Sequence[float], output: torch.Tensor, kept: torch.Tensor | None
+) -> torch.Tensor:
+    """The numbers on the output's device, in float64 if the output is, else in float32.
+
+    kept: the result of an earlier call, or None. It is returned if it still fits.
+    """
+    dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
+    if kept is not None and (kept.dtype, kept.device) == (dtype, output.device):
+        return kept
+    with torch.inference_mode(False):  # a later call may be on the tape
+        return torch.tensor(numbers, dtype=dtype, device=output.device)
+
+
 class SoftmaxCrossEntropy(Criterion):
     """Softmax cross-entropy, with the arguments of `torch.nn.CrossEntropyLoss`.
 
@@ -153,9 +167,10 @@ class SoftmaxCrossEntropy(Criterion):
         scale: float = 1.0,
     ):
         super().__init__(reduction, scale)
-        self._listed = weight is not None and not isinstance(weight, torch.Tensor)
+        self._numbers: tuple[float, ...] | None = None  # weights that were given as a list
         if weight is not None and not isinstance(weight, torch.Tensor):
-            weight = torch.tensor(weight, dtype=torch.float32)
+            self._numbers = tuple(float(w) for w in weight)
+            weight = torch.tensor(self._numbers, dtype=torch.float32)
         self.options = (weight, ignore_index, reduction, label_smoothing)
 
     def targets_for(
@@ -175,15 +190,18 @@ class SoftmaxCrossEntropy(Criterion):
     def _options(self, output: torch.Tensor) -> tuple:
         """The arguments of the operation, with the weights on the output's device.
 
-        Weights that were given as a list are widened to the output's dtype, such as float64.
+        Weights that were given as a list are in float64 for outputs in float64, else in float32.
         """
         weight = self.options[0]
-        if weight is not None:
-            dtype = weight.dtype
-            if self._listed:
-                dtype = torch.promote_types(dtype, output.dtype)
-            if (weight.device, weight.dtype) != (output.device, dtype):
-                self.options = (weight.to(output.device, dtype), *self.options[1:])
+        if weight is None:
+            return self.options
+        if self._numbers is not None:
+            weight = _tensor(self._numbers, output, weight)
+        elif weight.device != output.device:
+            with torch.inference_mode(False):
+                weight = weight.to(output.device)
+        if weight is not self.options[0]:
+            self.options = (weight, *self.options[1:])
         return self.options
 
     def _on_tape(self, output, target):
@@ -237,11 +255,7 @@ class Elementwise(Criterion):
         """The arguments of the operation that follow the target."""
         parameter = self.parameter
         if isinstance(parameter, Sequence):
-            kept = getattr(self, "_kept", None)
-            if kept is None or kept.device != output.device:
-                numbers = self.row.numbers(parameter)
-                self._kept = kept = torch.tensor(numbers, device=output.device)
-            parameter = kept
+            self._kept = parameter = _tensor(parameter, output, getattr(self, "_kept", None))
         return self.row.name, parameter, None, self.reduction
 
     def _on_tape(self, output, target):

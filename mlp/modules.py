@@ -542,7 +542,10 @@ class PinballLoss(nn.Module):
         """See `kernels.pinball_loss`."""
         if target.shape != input.shape:
             target = self.loss.columns(target, input.shape[-1])
-        quantile = self.quantile if self._each is None else self._each.to(input.device)
+        quantile: Any = self.quantile
+        if self._each is not None:  # float32, because not every device has float64
+            is_double = input.dtype == torch.float64
+            quantile = self.loss._options(input)[1] if is_double else self._each.to(input.device)
         return kernels.pinball_loss(input, target, quantile, self.reduction)
 
     def extra_repr(self) -> str:

@@ -230,6 +230,41 @@ def test_quantiles_follow_the_input():
     assert found.device.type == "meta" and found.shape == ()
 
 
+@pytest.mark.parametrize(
+    ("loss", "torchs"),
+    [
+        (mlp.Pinball((0.1, 0.7)), None),
+        (mlp.PinballLoss((0.1, 0.7)), None),
+        (
+            mlp.BinaryCrossEntropy(pos_weight=(0.1, 0.7)),
+            lambda w: torch.nn.BCEWithLogitsLoss(pos_weight=w),
+        ),
+        (mlp.SoftmaxCrossEntropy((0.1, 0.7)), lambda w: torch.nn.CrossEntropyLoss(w)),
+    ],
+    ids=["Pinball", "PinballLoss", "BinaryCrossEntropy", "SoftmaxCrossEntropy"],
+)
+def test_numbers_of_a_list_follow_the_dtype(loss, torchs):
+    """They have all digits for float64 outputs, and serve other outputs before and after it.
+
+    It does not matter if the first call was in inference mode.
+    """
+    torch.manual_seed(0)
+    start, target = torch.randn(5, 2, dtype=torch.float64), torch.rand(5, 2, dtype=torch.float64)
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        x, t = start.to(dtype, copy=True).requires_grad_(), target.to(dtype)
+        with torch.inference_mode():
+            loss(x.detach(), t)
+        w = torch.tensor([0.1, 0.7], dtype=dtype)
+        d = t - x
+        expected = torchs(w)(x, t) if torchs else torch.maximum(w * d, (w - 1) * d).mean()
+        (slope,) = torch.autograd.grad(expected, x)
+        loss(x, t).backward()
+        torch.testing.assert_close(loss(x, t), expected)
+        torch.testing.assert_close(x.grad, slope)
+        if dtype == torch.float64:
+            assert (loss(x, t) - expected).abs() < 1e-14
+
+
 def test_per_sample():
     """A sum is divided by its rows, a mean is not. Any other function counts as a mean."""
     assert per_sample(MeanSquaredError("sum"), 6.0, 3) == 2.0
