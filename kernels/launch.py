@@ -179,7 +179,7 @@ def takes_loops(*tensors: torch.Tensor | None) -> bool:
             continue
         if type(t) not in PLAIN or not _has_loops(t):
             return _takes_odd_loops(tensors)
-        if t.layout is not torch.strided or t.is_nested or _batched(t):
+        if t.layout is not torch.strided or t.is_nested or is_batched(t):
             return _takes_odd_loops(tensors)
     return not watched()
 
@@ -210,7 +210,7 @@ def path(*tensors: torch.Tensor | None) -> str:
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _NO_TENSORS = frozenset((str, type(None), int, float, bool))
 # True for the batched gradients of is_grads_batched=True.
-_batched: Callable[[Any], bool] = torch._C._functorch.is_legacy_batchedtensor
+is_batched: Callable[[Any], bool] = torch._C._functorch.is_legacy_batchedtensor
 _NO_DISPATCH = torch.Tensor.__torch_dispatch__
 # These are torch's C functions themselves. Every call asks them, and one Python call in between
 # costs as much as the answer.
@@ -235,7 +235,7 @@ def plain(*tensors: torch.Tensor | None) -> bool:
                 continue
             if kind.__torch_dispatch__ is not _NO_DISPATCH:
                 return False
-        if t.is_nested or _batched(t):  # type: ignore[union-attr]  # None was skipped
+        if t.is_nested or is_batched(t):  # type: ignore[union-attr]  # None was skipped
             return False
     return True
 
@@ -264,7 +264,7 @@ def on_reference(t: torch.Tensor) -> bool:
         and _target is None
         and not followed()
         and not t.is_nested
-        and not _batched(t)
+        and not is_batched(t)
     )
 
 

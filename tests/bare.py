@@ -1,16 +1,19 @@
-"""Runs pytest as on a machine that has only torch, triton, numpy, pytest and what these need.
+"""Runs pytest as where packages are missing, which are hidden from imports.
 
     python -m tests.bare [ARGUMENTS OF PYTEST]
+    python -m tests.bare --without triton [ARGUMENTS OF PYTEST]
 
-All other packages are hidden from imports of this process. A machine with a GPU may be like that.
+The first finds only torch, triton, numpy, pytest and what these need. A machine with a GPU may be
+like that. The second finds all but one package. macOS has no Triton.
 """
 
-import importlib.machinery
 import os
+import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 
-import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -41,21 +44,22 @@ def hidden() -> set[str]:
     return {name for name, by in given if not kept & set(map(canonicalize_name, by))} - OURS
 
 
-def hide(names: set[str]) -> None:
-    """Lets Python's search for files find none of these packages."""
-
-    class Rest(importlib.machinery.PathFinder):
-        @classmethod
-        def find_spec(cls, fullname, path=None, target=None):
-            if fullname.partition(".")[0] in names:
-                return None
-            return super().find_spec(fullname, path, target)
-
-    place = sys.meta_path.index(importlib.machinery.PathFinder)
-    sys.meta_path[place] = Rest
+def without(names: set[str], environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment of a Python, and of all that it starts, that finds none of these packages."""
+    places = [str(Path(__file__).with_name("hidden")), environment.get("PYTHONPATH", "")]
+    return {
+        **environment,
+        "PYTHONPATH": os.pathsep.join(filter(None, places)),
+        "HANDGRAD_HIDDEN": ",".join(sorted(names)),
+    }
 
 
 if __name__ == "__main__":
-    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    hide(hidden())
-    sys.exit(pytest.main(sys.argv[1:]))
+    arguments, environment = sys.argv[1:], dict(os.environ)
+    if arguments[:1] == ["--without"]:
+        names, arguments = {arguments[1]}, arguments[2:]
+    else:
+        names = hidden()
+        environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    command = [sys.executable, "-m", "pytest", *arguments]
+    sys.exit(subprocess.run(command, env=without(names, environment)).returncode)

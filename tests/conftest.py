@@ -31,7 +31,7 @@ if HAS_TRITON and not ON_GPU:
 from torch._dynamo import trace_rules  # noqa: E402
 
 import kernels  # noqa: E402
-from kernels.language import triton  # noqa: E402
+from kernels.language import ADVICE, triton  # noqa: E402
 from tests import checks, seeds  # noqa: E402
 
 pytest_plugins = ["tests.running"]
@@ -51,8 +51,8 @@ if Path(kernels.__file__).parent != TESTS.parent / "kernels":
     )
 
 
-# Files whose tests need a package besides torch, triton, numpy and pytest. A GPU machine may have
-# only these four.
+# Files and folders whose tests need a package that may be missing. A machine with a GPU may have
+# only torch, triton, numpy and pytest. macOS has no Triton.
 NEEDS = {
     "expecttest": [
         "databases/test_modules.py",
@@ -71,6 +71,17 @@ NEEDS = {
         "test_types.py",
     ],
     "torchvision": ["mlp/test_fuse.py"],
+    "triton": [
+        "compile",
+        "kernels/test_exchange.py",
+        "kernels/test_extremes.py",
+        "kernels/test_products.py",
+        "kernels/test_tma.py",
+        "mlp/test_bench_exchange.py",
+        "proof",
+        "test_bench.py",
+        "test_mutants.py",
+    ],
     "typer": [
         "mlp/test_cli.py",
         "mlp/test_cli_errors.py",
@@ -96,6 +107,17 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "interpreter: in tests/mlp, use the kernels also on a CPU, in the interpreter"
     )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Without Triton, a test that runs kernels is skipped. The library's own error shows that."""
+    try:
+        return (yield)
+    except (RuntimeError, ValueError) as error:
+        if HAS_TRITON or ADVICE not in str(error):
+            raise
+        pytest.skip(ADVICE)
 
 
 def pytest_report_header():
@@ -143,7 +165,7 @@ def surroundings(request, monkeypatch):
         monkeypatch.setattr("kernels.cpu.is_loaded", lambda *_: False)
     on_kernels = request.node.get_closest_marker("interpreter")
     if on_kernels and not HAS_TRITON:
-        pytest.skip("needs Triton")
+        pytest.skip(ADVICE)
     if request.path.is_relative_to(TESTS / "mlp") and not ON_GPU and not on_kernels:
         with kernels.use("torch"):
             yield

@@ -32,7 +32,7 @@ KINDS = {
         "the folder",
     ),
     r"could not import|needs (numba|tqdm)": (None, 'To run: pip install -e ".[dev]"'),
-    r"needs Triton$": ("needs Triton", "To run: pip install triton"),
+    "Triton is not installed": ("needs Triton", "To run: on Linux: pip install triton"),
     "--full": ("takes minutes; needs --full", "To run: pytest -n auto --full"),
     r"C\+\+ compiler": ("needs a C++ compiler", "To run: apt install g++"),
     "C compiler": ("needs a C compiler", "To run: apt install gcc"),

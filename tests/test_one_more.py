@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 import typer
 
 import kernels
 import mlp
 from kernels import rules
 from kernels.activations import ACTIVATIONS, Activation
+from kernels.language import tl, triton
 from kernels.rules import RULES, Rule
 from mlp import data, optim, recipes
 from mlp.__main__ import main

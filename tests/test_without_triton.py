@@ -6,12 +6,10 @@ import sys
 
 import pytest
 
-from tests import PATIENCE, ROOT, uninterpreted
+from tests import PATIENCE, ROOT, bare, uninterpreted
 
 SCRIPT = """
 import json, sys
-from tests import bare
-bare.hide({"triton"})
 import torch
 import kernels, mlp
 from kernels import launch
@@ -40,7 +38,7 @@ def run(*arguments, **environment):
     return subprocess.run(
         [sys.executable, "-c", *arguments],
         cwd=ROOT,
-        env={**uninterpreted(), **environment},
+        env=bare.without({"triton"}, {**uninterpreted(), **environment}),
         capture_output=True,
         text=True,
         timeout=PATIENCE,
@@ -78,9 +76,7 @@ def test_scalars_of_the_tables_compile_for_the_cpu():
 
 
 def test_the_interpreter_is_refused():
-    done = run(
-        "from tests import bare; bare.hide({'triton'}); import kernels", TRITON_INTERPRET="1"
-    )
+    done = run("import kernels", TRITON_INTERPRET="1")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
         "ImportError: TRITON_INTERPRET=1 asks for Triton's interpreter, but Triton is not "

@@ -248,7 +248,7 @@ def _late_bwd_ref(dy, logp, counted, reduction, target, ignore_index):
     the same that its tape calls for `F.cross_entropy`.
     """
     options = reduction, target, ignore_index
-    if not launch.plain(dy):  # batched, by is_grads_batched=True
+    if launch.is_batched(dy):  # by is_grads_batched=True
         one = torch.ones(dy.shape, dtype=dy.dtype, device=dy.device)
         unit = _late_bwd_ref(one, logp, counted, *options)
         return unit * (dy.unsqueeze(1) if reduction == "none" else dy)

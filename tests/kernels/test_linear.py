@@ -3,13 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch.autograd import gradcheck, gradgradcheck
 
 import kernels
 from kernels import configs, launch, linear_bwd_dw
 from kernels.activations import ACTIVATIONS
+from kernels.language import tl, triton
 from kernels.operations import Make
 from kernels.ops import linear as linear_ops
 from kernels.ops.linear import linear_bwd_dw_ref

@@ -8,7 +8,6 @@ import mmap
 import pytest
 import torch
 import torch.nn.functional as F
-import triton.language as tl
 
 import kernels
 from kernels import (
@@ -22,6 +21,7 @@ from kernels import (
     tiles,
 )
 from kernels.activations import ACTIVATIONS
+from kernels.language import tl
 from kernels.operations import flatten
 from kernels.ops.linear import linear_bwd_dw_ref, linear_bwd_dx_ref, linear_bwd_dz_ref
 from tests.checks import LAYOUTS, assert_as_accurate, assert_equal, compare, double, stacked

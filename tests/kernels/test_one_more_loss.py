@@ -7,11 +7,10 @@ mlp/loss.py. Its cases in the table of operations follow from the row.
 import pytest
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 
 import kernels
 import mlp
+from kernels.language import tl, triton
 from kernels.losses import LOSSES, Loss, unchanged
 from kernels.operations import OPERATIONS, Make
 from mlp import loss as losses

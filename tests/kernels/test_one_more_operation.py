@@ -9,13 +9,12 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch.autograd import gradcheck, gradgradcheck
 
 import kernels
 import mlp
 from kernels import launch, tape
+from kernels.language import tl, triton
 from kernels.operations import OPERATIONS, Operation
 from kernels.tiles import cast
 from mlp import fusing
