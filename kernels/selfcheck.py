@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import launch, rounding
+from . import language, launch, rounding
 from .operations import OPERATIONS, Make
 
 _SHAPE = (33, 17, 7)  # batch, features in, features out; no tile size divides them
@@ -109,7 +109,10 @@ def run(say: Callable[[str], None] = print, names: Sequence[str] = ()) -> bool:
     """Runs the checks on the GPU if there is one, else in the interpreter. True if all passed.
 
     `say` gets each check's line when it is done. The interpreter runs in one process for each core.
+    ValueError: Triton is not installed.
     """
+    if not language.IS_INSTALLED:
+        raise ValueError(f"self-check: no kernel can run, because {language.ADVICE}")
     on_gpu = torch.cuda.is_available()
     if not on_gpu and not launch.INTERPRETED:
         return _in_processes(say)

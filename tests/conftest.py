@@ -105,7 +105,7 @@ collect_ignore = [file for files in MISSING.values() for file in files]
 
 def pytest_configure(config):
     config.addinivalue_line(
-        "markers", "interpreter: in tests/mlp, use the kernels also on a CPU, in the interpreter"
+        "markers", "interpreter: runs kernels, on a CPU in the interpreter, also in tests/mlp"
     )
 
 

@@ -81,7 +81,7 @@ def _numbers(row: losses.Loss, parameter, weight) -> tuple[float, ...] | None:
     if launch.watched():
         return None
     if row.parameter is None:
-        return ()
+        return None if parameter is not None else ()  # a row without one refuses it
     return (row.default if parameter is None else float(parameter),)
 
 

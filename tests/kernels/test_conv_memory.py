@@ -49,6 +49,7 @@ def test_needs(needs, device):
         assert torch.equal(part, gradient) if needed else part is None
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_split_batch(dtype, device, monkeypatch):
     """dw's positions are split over processors, also within an image. Their sums are added in a

@@ -55,6 +55,7 @@ def test_uint8_pixels_int32_indices_and_full_batches(device):
     assert_agrees(run, train_epoch, train_epoch_ref)
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize(
     "name", ["three layers", "wider than a tile, momentum", "AdamW, loss over classes too"]
 )
@@ -90,6 +91,7 @@ def test_repeats_are_bitwise_equal_and_leave_inputs_alone(device):
     assert_equal(given, before)
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("mean", [True, False])
 def test_label_that_is_no_class_shows_in_the_loss(mean, device):
     run = Training(Spec((6, 5, 3), loss_mean=mean), device)
@@ -275,6 +277,7 @@ def test_bad_arguments(wrong, message, device):
         run.train(train_epoch)
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -22,6 +22,7 @@ def recorded(function):
     return names
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 def test_kernels_take_their_precisions(dtype, device):
     x = torch.ones(2, 2, dtype=dtype, device=device)
@@ -192,6 +193,7 @@ def test_empty_grid_launches_nothing():
     assert recorded(lambda: launch.run("no kernel", (3, 0))) == []
 
 
+@pytest.mark.interpreter
 def test_observers_end_with_their_context(device):
     x, seen = torch.ones(2, 2, device=device), []
     with pytest.raises(KeyError), launch.observe(lambda *launched: seen.append(launched)):
@@ -291,6 +293,7 @@ def kinds(device):
     yield "meta", (x.to("meta"), w.to("meta"))
 
 
+@pytest.mark.interpreter
 def test_a_plan_is_made_once_for_each_kind(device):
     asked = []
 
@@ -354,6 +357,7 @@ def test_errors_are_raised_each_time(device):
             kernels.linear(x, w, None, "swoosh")
 
 
+@pytest.mark.interpreter
 def test_plans_are_forgotten_when_there_are_many(monkeypatch, device):
     monkeypatch.setattr(launch, "_MOST_PLANS", 3)
     asked = []

@@ -23,6 +23,7 @@ def inputs(shape, normalized, device, dtype=torch.float32):
     return x, *(torch.randn(normalized).to(device, dtype) for _ in range(2))
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("shape", "normalized"),
@@ -63,6 +64,7 @@ def test_rows_wider_than_a_tile(dtype, device):
     compare(ours, torchs, (x, w, b))
 
 
+@pytest.mark.interpreter
 def test_sums_over_split_rows(device, monkeypatch):
     """dw and db are as accurate from several programs as from one, and repeat to the bit."""
     x, w, b = inputs((201, 3), (3,), device)

@@ -82,6 +82,7 @@ def test_empty(sizes, device):
     )
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @PRECISIONS
 def test_split_batch(bias, dtype, device, monkeypatch):

@@ -83,6 +83,7 @@ def test_no_bias(device):
     compare(*pair("mean", 17, 10, device), (x, w, None), (w[:1] + x, 2 * w, None), (x - 1, w, None))
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("classes", [FUSED_CLASSES, FUSED_CLASSES + 1])
 def test_fused_up_to(classes, device):
     """Up to the limit the logits are never stored. With one class more, two operations run, to the
@@ -133,6 +134,7 @@ def test_layouts(layout, device):
         assert_as_accurate(ours, by_torch(torch.Tensor.detach), exact, layout)
 
 
+@pytest.mark.interpreter
 def test_labels_out_of_range(device, monkeypatch):
     x, w, b = draw(3, 4, 5, device, torch.float32)
     target = torch.tensor([0, 5, 1], device=device)

@@ -101,6 +101,7 @@ def test_output_may_be_overwritten(lead, backend, device):
         compare(lambda *i: F.relu_(kernels.linear(*i)), lambda *i: F.relu_(F.linear(*i)), inputs)
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize(
     ("shape", "strides", "wide"),
     [

@@ -19,6 +19,7 @@ from kernels.activations import ACTIVATIONS
 from kernels.losses import LOSSES
 from kernels.ops.cross_entropy import CrossEntropySaved, is_late
 from tests.checks import assert_equal
+from tests.pairs import PAIRS, cases, gradients, leaves
 
 IGNORED = {"none": (), "some": (0, 3), "all": (0, 1, 2, 3, 4)}
 EACH_REDUCTION = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -303,3 +304,27 @@ def test_a_layer_in_place():
     assert_equal(x.grad, torch.full((2, 3), 2.0))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         kernels.linear(x, torch.eye(3), None, "tanh").mul_(2).sum().backward()
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_compiled(name):
+    """torch.compile runs the reference, with eager's values and gradients."""
+    torch._dynamo.reset()
+    args, found = cases(name, "cpu")[0], []
+    for function in (PAIRS[name][0], torch.compile(PAIRS[name][0], backend="aot_eager")):
+        given = leaves(name, args)
+        y = function(*given)
+        found.append([y, *gradients([y], given)])
+    assert_equal(*found)
+
+
+def test_backward_within_autocast_is_torchs():
+    x, w, b = (torch.randn(shape) for shape in ((16, 12), (5, 12), (5,)))
+    found = []
+    for linear in (kernels.linear, F.linear):
+        given = [t.clone().requires_grad_() for t in (x, w, b)]
+        y = linear(*given)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y.backward(torch.full_like(y, 0.7))
+        found.append([t.grad for t in given])
+    assert_equal(*found)

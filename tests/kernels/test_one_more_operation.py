@@ -155,6 +155,7 @@ def listed(monkeypatch):
     monkeypatch.setitem(fusing.TWINS, torch.nn.GLU, Gated)
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kernels(dtype, device):
     for shape in ((7, 33, 16), (0, 7, 17)):

@@ -159,6 +159,7 @@ def test_rate_and_step_as_tensors(backend, device):
         )
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_more_tensors_than_one_launch_takes(count, device, monkeypatch):
     params, grads = draw(device, torch.float32)

@@ -99,6 +99,7 @@ def test_each_step_has_its_hyperparameters(way, rule, device):
     assert any((p - q).norm() > 1e-3 * q.norm() for p, q in zip(still.parameters, expected))
 
 
+@pytest.mark.interpreter
 def test_networks_have_their_own_tables(device):
     training = scheduled("adam", device, replicas=3)
     factors = torch.tensor([0.5, 1.0, 2.0], device=device)

@@ -12,6 +12,7 @@ from kernels.operations import OPERATIONS
 from tests.checks import LAYOUTS, Draw, assert_as_accurate, double
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_operation(name, device):
     op, launched = OPERATIONS[name], []

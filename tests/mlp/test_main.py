@@ -79,6 +79,7 @@ def test_names_are_loaded_when_asked_for():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.interpreter
 def test_info(monkeypatch, capsys):
     """`info --check` prints versions, each operation's backend, and the self-check. Only two
     operations run here, to be quick.
@@ -99,6 +100,7 @@ def test_info(monkeypatch, capsys):
     assert "FAIL" not in out and re.search(r"^linear +float32 .* ok ", out, re.M)
 
 
+@pytest.mark.interpreter
 def test_failed_self_check(monkeypatch, capsys):
     """A failed self-check prints the table, then one line, and exits with 2."""
     row = selfcheck.Check("linear", "float32", "a case", 1.0, 1e-7, 3e-7)
