@@ -389,11 +389,17 @@ def check_apart(op: str, out: Sequence, inputs: Sequence) -> None:
     A product reads its inputs while it writes. torch's own products then return wrong numbers.
     """
     buffers, inputs = ([t for t in ts if t is not None] for ts in (out, inputs))
-    for i, buffer in enumerate(buffers):
-        start, end = _span(buffer)
-        for k, other in enumerate([*inputs, *buffers[:i]]):
-            low, high = _span(other)
-            if low < end and start < high and _share(buffer, other):
+    if not buffers or launch.watched() or not launch.plain(*buffers, *inputs):
+        return
+    if buffers[0].is_meta:
+        return
+    spans = [_span(t) for t in (*inputs, *buffers)]
+    for i, (start, end) in enumerate(spans[len(inputs) :], len(inputs)):
+        for k, (low, high) in enumerate(spans[:i]):
+            if low >= end or start >= high:
+                continue
+            buffer, other = buffers[i - len(inputs)], (*inputs, *buffers)[k]
+            if _share(buffer, other):
                 kind = "input" if k < len(inputs) else "buffer"
                 raise ValueError(
                     f"{op}: each buffer of out needs memory of its own, but that of shape "
@@ -404,10 +410,13 @@ def check_apart(op: str, out: Sequence, inputs: Sequence) -> None:
 
 def _span(t: torch.Tensor) -> tuple[int, int]:
     """The addresses from the first element to behind the last. Equal where there is no memory."""
-    if t.numel() == 0 or not launch.plain(t) or launch.watched() or not (start := t.data_ptr()):
+    start, size = t.data_ptr(), t.nbytes
+    if not size or not start:
         return 0, 0
-    last = sum([(size - 1) * stride for size, stride in zip(t.shape, t.stride())])
-    return start, start + (last + 1) * t.element_size()
+    if not t.is_contiguous():
+        last = sum([(size - 1) * stride for size, stride in zip(t.shape, t.stride())])
+        size = (last + 1) * t.element_size()
+    return start, start + size
 
 
 def _share(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -416,7 +425,8 @@ def _share(a: torch.Tensor, b: torch.Tensor) -> bool:
         return True
     start = min(a.data_ptr(), b.data_ptr())
     ends = [_span(t)[1] for t in (a, b)]
-    used = torch.zeros((max(ends) - start) // a.element_size(), dtype=torch.bool, device=a.device)
+    # On a CPU: it holds no element, and a GPU would have to be waited for.
+    used = torch.zeros((max(ends) - start) // a.element_size(), dtype=torch.bool, device="cpu")
     views = [
         used.as_strided(t.shape, t.stride(), (t.data_ptr() - start) // t.element_size())
         for t in (a, b)
