@@ -121,8 +121,11 @@ def load_tile(a, offs_m, offs_n, mask):
 
 
 @triton.jit
-def tile_of_program():
-    """(row, column) of this program's tile, in a grid that has one program for each tile.
+def tile_of_program(rows):
+    """(row, column) of this program's tile, in a grid of one axis with one program for each tile.
+
+    rows: how many rows of tiles there are. One axis counts all tiles, because CUDA takes at most
+    65,535 programs along each other axis.
 
     A device starts programs by number, all rows of one column of tiles after another. Programs that
     run at once would read the whole left matrix again for each column. Here, programs take GROUP
@@ -130,9 +133,8 @@ def tile_of_program():
     still in the cache when they are read again. Triton's tutorial on matrix multiplication has the
     same order.
     """
-    rows = tl.num_programs(0)
-    columns = tl.num_programs(1)
-    number = tl.program_id(1) * rows + tl.program_id(0)
+    columns = tl.num_programs(0) // rows
+    number = tl.program_id(0)
     first = number // (GROUP * columns) * GROUP
     height = tl.minimum(rows - first, GROUP)
     within = number - first * columns

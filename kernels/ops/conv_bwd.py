@@ -134,8 +134,10 @@ def conv2d_bwd_dz_kernel(
     A tile is BLOCK_M planes of BLOCK_N convolution outputs. There are height × width windows in a
     plane, and each output reads whether it is the winner of its window.
     """
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    place = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    columns = tl.cdiv(OH * OW, BLOCK_N)  # of tiles
+    tile = tl.program_id(0)
+    row = (tile // columns).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    place = tile % columns * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     height = dy.H
     width = dy.W
     h = place // OW // G.PH
@@ -310,7 +312,7 @@ def conv2d_bwd_dz(
     block_m = 512 // block_n
     launch.run(
         conv2d_bwd_dz_kernel,
-        (triton.cdiv(N * O, block_m), triton.cdiv(OH * OW, block_n)),
+        (triton.cdiv(N * O, block_m) * triton.cdiv(OH * OW, block_n),),
         dz,
         as_images(dy),
         s,

@@ -204,7 +204,7 @@ def linear_fwd_kernel(
 
     z is stored too if z_ptr is not None.
     """
-    row, column = tile_of_program()
+    row, column = tile_of_program(tl.cdiv(y.rows, BLOCK_M))
     m = row * BLOCK_M
     n = column * BLOCK_N
     z, _ = product_tile(
@@ -214,7 +214,8 @@ def linear_fwd_kernel(
     offs_n = n + tl.arange(0, BLOCK_N)
     N = y.stride_row  # y is contiguous
     if b_ptr is not None:
-        z += tl.load(b_ptr + offs_n * stride_b, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+        b_ptrs = b_ptr + offs_n.to(tl.int64) * stride_b
+        z += tl.load(b_ptrs, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     offs = offsets(y, offs_m[:, None], offs_n[None, :])
     mask = (offs_m < y.rows)[:, None] & (offs_n < N)[None, :]
     if z_ptr is not None:
@@ -241,8 +242,10 @@ def linear_bwd_dz_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """Forward was y = act(z), so dz = dy ⊙ act'(z). act' is computed from s, which is y or z."""
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    columns = tl.cdiv(N, BLOCK_N)  # of tiles
+    tile = tl.program_id(0)
+    offs_m = (tile // columns).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    offs_n = (tile % columns).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     mask = (offs_m < dy.rows) & (offs_n < N)
     dz = ACT_BWD(load_tile(dy, offs_m, offs_n, mask), load_tile(s, offs_m, offs_n, mask))
     tl.store(dz_ptr + offs_m * N + offs_n, cast(dz, dz_ptr.dtype.element_ty), mask=mask)
@@ -268,7 +271,7 @@ def linear_bwd_dx_kernel(
 
     A tile of the result (M, K) is BLOCK_M × BLOCK_N. Its sum runs over n, BLOCK_K terms at a time.
     """
-    row, column = tile_of_program()
+    row, column = tile_of_program(tl.cdiv(dx.rows, BLOCK_M))
     m = row * BLOCK_M
     k = column * BLOCK_N
     tile, _ = product_tile(
@@ -305,10 +308,10 @@ def linear_bwd_dw_kernel(
     split·rows + rows). The programs of the first column of tiles read all of dz, so they also sum
     db, without atomics. Each split writes its own part, split_stride elements after the last one's.
     """
-    row, column = tile_of_program()
+    row, column = tile_of_program(tl.cdiv(dw.rows, BLOCK_M))
     n = row * BLOCK_M
     k = column * BLOCK_N
-    split = tl.program_id(2)
+    split = tl.program_id(1)
     start = split * rows
     end = tl.minimum(start + rows, M)
     BIAS: tl.constexpr = db_ptr is not None
@@ -508,7 +511,7 @@ class Plan(NamedTuple):
     act: activations.Activation
     sizes: tuple[int, int, int]  # rows and columns of the result, terms of a sum
     library: bool  # True if it is torch's own product
-    grid: tuple[int, int]
+    grid: tuple[int]
     options: dict  # of the fused kernel
     result: tuple  # layout of the result's Matrix
     left: tuple  # of the left factor's
@@ -536,12 +539,13 @@ def _plan_product(kernel, act, left, w, transposed: bool, **options) -> Plan:
     (M, K), N = left.shape, right.shape[0]
     product = configs.product(kernel, left, M, N, heavy=act.needs == "z")
     options |= product.over(K)
-    grid, library = product.grid(M, N), product.by_library(M, N, K)
+    (rows, columns), library = product.grid(M, N), product.by_library(M, N, K)
     layouts = layout((M, N), (N, 1)), matrix(left)[1:], matrix(right)[1:]
     block_m, block_n, block_k = product.config[:3]
     blocks = [block_m, block_k], [block_k, block_n] if transposed else [block_n, block_k]
     by_tma = product.by_tma(left, w)
-    return Plan(act, (M, N, K), library, grid, options, *layouts, blocks if by_tma else None)
+    sizes, grid = (M, N, K), (rows * columns,)
+    return Plan(act, sizes, library, grid, options, *layouts, blocks if by_tma else None)
 
 
 @torch.no_grad()
@@ -577,7 +581,7 @@ def linear_bwd_dz(
     block_m = 1024 // block_n
     launch.run(
         linear_bwd_dz_kernel,
-        (triton.cdiv(M, block_m), triton.cdiv(N, block_n)),
+        (triton.cdiv(M, block_m) * triton.cdiv(N, block_n),),
         dz,
         matrix(dy),
         matrix(s),
@@ -686,7 +690,7 @@ class DwPlan(NamedTuple):
     """How dw = dzᵀ x is computed."""
 
     options: dict  # of the kernel
-    tiles: tuple[int, int]  # rows and columns of tiles of dw
+    tiles: int  # of dw
     splits: int  # parts of the batch
     rows: int  # of the batch in each part
     library: bool  # True if it is torch's own product, in one part
@@ -701,8 +705,8 @@ def dw_plan(kernel: str, dz, x, heavy: bool = False, library: bool = True) -> Dw
     (M, N), K = dz.shape, x.shape[1]
     product = configs.product(kernel, dz, N, K, heavy)
     rows, columns = product.grid(N, K)
-    tiles = rows, max(columns, 1)  # if K = 0, one column for db
-    splits, length = _split_batch(M, tiles[0] * tiles[1], dz.device)
+    tiles = rows * max(columns, 1)  # if K = 0, one column for db
+    splits, length = _split_batch(M, tiles, dz.device)
     if library and product.by_library(N, K, length):
         splits, length, library = 1, M, True
     else:
@@ -736,7 +740,7 @@ def _fused_dw(dz, x, dw, db, split_stride, plan: DwPlan) -> None:
     (M, N), K = dz.shape, x.shape[1]
     outputs, sizes = (Matrix(dw, *layout((N, K), (K, 1))), db), (M, plan.rows, split_stride)
     transposed = Matrix(dz, *matrix(dz.t())[1:]), Matrix(x, *matrix(x.t())[1:])
-    inputs, grid = factors(*transposed, plan.blocks), (*plan.tiles, plan.splits)
+    inputs, grid = factors(*transposed, plan.blocks), (plan.tiles, plan.splits)
     launch.run(linear_bwd_dw_kernel, grid, *outputs, *inputs, *sizes, **plan.options)
 
 

@@ -83,7 +83,7 @@ def linear_update_kernel(
     The programs of the first column of tiles also take the step of b. The tiles are those of
     `linear_bwd_dw_kernel`.
     """
-    row, column = tile_of_program()
+    row, column = tile_of_program(tl.cdiv(dz.rows, BLOCK_M))
     n = row * BLOCK_M
     k = column * BLOCK_N
     numbers = numbers_at(hyper_ptr, read(step), RULE)
@@ -157,7 +157,7 @@ def linear_update(dz, x, parameters, states, hyper, step, rule):
         threads = options["num_warps"] * launch.lanes(launch.arch(dz.device))
         return launch.run(
             linear_update_kernel,
-            plan.tiles,
+            (plan.tiles,),
             net,
             matrix(dz.t()),
             matrix(x.t()),

@@ -1,6 +1,7 @@
 """How the backend is chosen, what a dry run lists, and which checks a launch plan saves."""
 
 import contextlib
+import math
 import threading
 from types import SimpleNamespace
 
@@ -188,6 +189,39 @@ def test_autograd_knows_what_updates_change(name, backend, device):
     assert all(t._version > old for t, old in zip(flatten(lists), before, strict=True))
 
 
+def sides_of_millions(make):
+    """Forward and backward of each operation that tiles a side of its result, where it is long."""
+    for features, outputs in ((2**23 + 1, 4), (4, 2**23 + 1)):
+        x, w = make(4, features), make(outputs, features)
+        y, saved = kernels.linear_fwd(x, w, None, "relu")
+        kernels.linear_bwd(y, *saved)
+        update = kernels.mlp_fwd(x, [w], [None])
+        kernels.mlp_update(*update, [w], [], torch.ones(2), 1, "sgd")
+    images, w = make(1, 1, 6000, 6000), make(2, 1, 3, 3)
+    y, saved = kernels.conv2d_fwd(images, w, activation="relu")
+    kernels.conv2d_bwd(y, *saved)
+    x, w = make(4, 2**23 + 1), make(2**23 + 1)
+    y, saved = kernels.layer_norm_fwd(x, w, w, w.shape)
+    kernels.layer_norm_bwd(y, *saved)
+    loss, saved = kernels.cross_entropy_fwd(x, make(4).long())
+    kernels.cross_entropy_bwd(loss, *saved)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("products", launch.PRODUCTS)
+def test_only_the_first_axis_of_a_grid_is_long(products):
+    """CUDA takes at most 65,535 programs along the other axes. It refuses a launch with more."""
+    launched = []
+    with (
+        launch.dry_run("sm_90", 132),
+        launch.use(products=products),
+        launch.observe(lambda kernel, grid, *_: launched.append((kernel.fn.__name__, grid))),
+    ):
+        sides_of_millions(lambda *shape: torch.empty(shape, dtype=torch.bfloat16, device="meta"))
+    assert max(math.prod(grid) for _, grid in launched) > 65_535
+    assert [(name, grid) for name, grid in launched if max(grid[1:], default=0) > 65_535] == []
+
+
 def test_empty_grid_launches_nothing():
     """An empty grid asks for no kernel and no device."""
     assert recorded(lambda: launch.run("no kernel", (3, 0))) == []
@@ -201,7 +235,7 @@ def test_observers_end_with_their_context(device):
         raise KeyError
     kernels.linear(x, x)
     ((_, grid, args, options),) = seen
-    assert grid == (1, 1) and args[2].ptr.data_ptr() == x.data_ptr() and "num_warps" in options
+    assert grid == (1,) and args[2].ptr.data_ptr() == x.data_ptr() and "num_warps" in options
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

@@ -151,6 +151,9 @@ def test_elements_2_31_apart(device):
     assert_equal(results(x, near[1], near[2]), expected, "x")
     assert_equal(results(near[0], w, near[2]), expected, "w")
     assert_equal(results(near[0], near[1], dz), expected, "dz")
+    b = far_apart(2, 1, device).as_strided((3,), (2**30,))  # the last one is 2³¹ after the first
+    w = torch.ones(3, 5, dtype=b.dtype, device=device)
+    assert_equal(linear_fwd(near[0], w, b)[0], linear_fwd(near[0], w, b.contiguous())[0], "b")
 
 
 @pytest.mark.parametrize("sizes", [(65, 48, 33), (7, 33, 1)], ids=str)
