@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 
 from .cpu_rivals import GROUPS, NETWORKS, STEPS
+from .harness import available_cores
 from .rivals import BATCH, SIZES
 from .table import Table
 
@@ -36,6 +37,9 @@ class _Rival:
     """A process that trains an epoch on command."""
 
     def __init__(self, name: str, cores: list[int]):
+        def pin():
+            os.sched_setaffinity(0, cores)
+
         threads = str(len(cores))
         environment = {**os.environ, **dict.fromkeys(_THREADS, threads), "JAX_PLATFORMS": "cpu"}
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -46,7 +50,7 @@ class _Rival:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            preexec_fn=lambda: os.sched_setaffinity(0, cores),
+            preexec_fn=pin if hasattr(os, "sched_setaffinity") else None,
         )
         self.name, self.seconds = name, []
         line = self.process.stdout.readline()
@@ -74,7 +78,7 @@ def run() -> Table:
     A best ratio is of the best times. A median ratio is the median over rounds, because in a round
     the rivals take turns within seconds.
     """
-    cores = sorted(os.sched_getaffinity(0))
+    there = available_cores()
     made = Table(
         f"CPU: training steps of {'-'.join(map(str, SIZES))} sigmoid, batch {BATCH}",
         "python -m bench cpu",
@@ -84,7 +88,7 @@ def run() -> Table:
     )
     rows = {name: {"": name} for group in GROUPS.values() for name in group}
     rows |= {ratio: {"": " / ".join(ratio)} for ratio in _RATIOS}
-    for label, used in {"one core": cores[-1:], f"{len(cores)} cores": cores}.items():
+    for label, used in {"one core": there[-1:], f"{len(there)} cores": there}.items():
         times, wrong = _times(used)
         for what, statistic in (("best", min), ("median", median)):
             micros = {name: statistic(each) / STEPS * 1e6 for name, each in times.items()}

@@ -3,7 +3,6 @@
 GridSearchCV runs twice: with scikit-learn's MLPClassifier and with ours.
 """
 
-import os
 import time
 import warnings
 from typing import Any
@@ -16,6 +15,7 @@ from sklearn.preprocessing import StandardScaler
 
 import mlp
 
+from .harness import available_cores
 from .table import Table
 
 FOLDS, EPOCHS = 5, 200
@@ -49,7 +49,7 @@ def run() -> Table:
     """
     x, y = load_breast_cancer(return_X_y=True)
     x = StandardScaler().fit_transform(x)
-    jobs = len(os.sched_getaffinity(0))
+    jobs = len(available_cores())
     settings = numpy.prod([len(values) for values in GRID.values()])
     title = f"A search over {settings} settings × {FOLDS} folds, breast cancer, {jobs} cores"
     table = Table(title, "python -m bench search")

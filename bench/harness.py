@@ -4,6 +4,7 @@ A provider is a function of no arguments that does the work once. Its result is 
 first provider's before anything is timed. A wrong provider gets no time.
 """
 
+import os
 import time
 from collections.abc import Callable
 from statistics import median
@@ -14,6 +15,13 @@ from .table import one_line
 
 _ROUNDS = 15  # in each round every provider has a turn, so that a busy moment affects them all
 _ROUND_SECONDS = 0.05
+
+
+def available_cores() -> list[int]:
+    """The numbers of the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))  # macOS and Windows do not tell it
 
 
 def synchronize() -> None:

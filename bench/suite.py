@@ -61,7 +61,7 @@ def execute(part: Part, limit: float, out: Path) -> dict:
     made, log = out / f"{part.name}.json", out / "logs" / f"{part.name}.log"
     made.unlink(missing_ok=True)  # from an earlier run
     started, status = time.monotonic(), None
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             part.command,
             cwd=ROOT,
@@ -77,11 +77,15 @@ def execute(part: Part, limit: float, out: Path) -> dict:
             status = summary.TIMED_OUT
         finally:
             if status in (None, summary.TIMED_OUT):  # interrupted or too slow
-                # ends its children, too
-                os.killpg(process.pid, signal.SIGKILL)
+                if hasattr(os, "killpg"):
+                    os.killpg(process.pid, signal.SIGKILL)  # ends its children, too
+                else:  # Windows
+                    process.kill()
                 process.wait()
-    text = log.read_text(errors="replace")
-    table = json.loads(made.read_text()) if part.quote is None and made.exists() else {}
+    text = log.read_text(encoding="utf-8", errors="replace")
+    table = (
+        json.loads(made.read_text(encoding="utf-8")) if part.quote is None and made.exists() else {}
+    )
     if table.get("not_run"):
         status = f"not run: {table['not_run']}"
     quoted = (

@@ -44,7 +44,7 @@ def passed(folder: Path, now: dict) -> dict[str, dict]:
     It is empty if that run was of another commit or machine.
     """
     try:
-        before = json.loads((folder / "summary.json").read_text())
+        before = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     if any(before.get(fact) != now[fact] for fact in ("commit", "machine")):
@@ -70,7 +70,7 @@ def write(summary: dict, folder: Path) -> None:
         ("summary.md", markdown(summary)),
     ):
         fresh = folder / f"{name}.new"
-        fresh.write_text(text + "\n")
+        fresh.write_text(text + "\n", encoding="utf-8")
         fresh.replace(folder / name)
 
 

@@ -22,7 +22,11 @@ def machine() -> str:
         name = torch.cuda.get_device_name()
     else:
         facts = Path("/proc/cpuinfo")  # only Linux has it
-        lines = facts.read_text().splitlines() if facts.exists() else []
+        lines = (
+            facts.read_text(encoding="utf-8", errors="replace").splitlines()
+            if facts.exists()
+            else []
+        )
         model = [text.split(":")[1].strip() for text in lines if text.startswith("model name")]
         name = f"{model[0] if model else platform.machine()}, {torch.get_num_threads()} threads"
     return (
@@ -80,8 +84,9 @@ class Table:
         """Writes NAME.md and NAME.json into `folder`. NAME comes from `python -m bench NAME …`."""
         folder.mkdir(parents=True, exist_ok=True)
         stem = self.command.split()[3]
-        (folder / f"{stem}.md").write_text(self.markdown() + "\n")
-        (folder / f"{stem}.json").write_text(json.dumps(asdict(self), indent=1) + "\n")
+        (folder / f"{stem}.md").write_text(self.markdown() + "\n", encoding="utf-8")
+        text = json.dumps(asdict(self), indent=1) + "\n"
+        (folder / f"{stem}.json").write_text(text, encoding="utf-8")
 
 
 def figure(value) -> str:

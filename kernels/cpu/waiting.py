@@ -3,10 +3,12 @@
 With them, threads wait for each other, call functions by their address and read memory ahead.
 """
 
+import ctypes
 import platform
+import sys
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -21,6 +23,11 @@ _SPINS = 2000  # rounds before a waiting thread offers its core to others
 _X86, _ARM = ("llvm.x86.sse2.pause", ()), ("llvm.aarch64.hint", (1,))
 # Each system has its own name of a processor: Linux, Windows, macOS.
 _PAUSES = {"x86_64": _X86, "AMD64": _X86, "aarch64": _ARM, "ARM64": _ARM, "arm64": _ARM}
+
+
+if sys.platform == "win32":  # it has another name there
+    _yield = ctypes.cast(ctypes.windll.kernel32.SwitchToThread, ctypes.c_void_p).value
+    binding.add_symbol("sched_yield", _yield)
 
 
 def _pointer_to(kind):

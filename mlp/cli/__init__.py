@@ -11,7 +11,7 @@ import typer
 
 from . import options, versions
 from .options import Values, command
-from .terminal import complain, say
+from .terminal import accept_all_characters, complain, say
 
 _INTERRUPTED = 130  # the exit status of shells and typer after Ctrl-C
 
@@ -160,6 +160,7 @@ def run(argv: list[str]) -> int:
 
     An error is one line on stderr. With HANDGRAD_DEBUG=1 it is raised with its traceback.
     """
+    accept_all_characters()
     versions.typed[:] = ["handgrad", *argv]
     try:
         status = app(argv, standalone_mode=False) or 0

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from .. import data, modules, recipes, scoring, spreading
-from ..data import frames, tables, units
+from ..data import frames, guards, tables, units
 from ..data.describe import describe, targets
 from ..engines.stepwise import Diverged
 from ..runs import Facts, Settings
@@ -323,7 +322,7 @@ def refuse_too_large(network: dict, copies: int = 1, dtype: torch.dtype = torch.
     except (RuntimeError, OverflowError):  # more elements than torch can count
         count = 2**63
     needed = count * copies * dtype.itemsize
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = guards.memory()
     if needed > memory:
         raise ValueError(
             f"{count * copies:.2g} parameters need {needed / 1e9:,.0f} GB, but this machine has "

@@ -4,6 +4,7 @@ Names, paths and messages come from files and arguments that others made. A cont
 them could clear the screen or forge a line, so it is escaped.
 """
 
+import io
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +19,16 @@ def shown(text: object) -> str:
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text)
     )
+
+
+def accept_all_characters() -> None:
+    """Let stdout and stderr write escapes for the characters that their encodings lack.
+
+    A pipe on Windows often has the encoding cp1252. Otherwise one such character ends a command.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def say(line: object = "", file: TextIO | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import sys
 from pathlib import Path
 
 from .dataset import DataError
@@ -31,10 +32,17 @@ def check_regular(path: Path) -> None:
 
 def memory() -> int:
     """Bytes of this machine's memory. A data set may take at most half of it."""
-    try:
+    if sys.platform == "win32":
+        import ctypes
+
+        # A MEMORYSTATUSEX: its size in bytes, and a percentage, in the first number. The second
+        # number is the memory.
+        status = (ctypes.c_uint64 * 8)(64)
+        if ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
+            return status[1]
+    elif {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= getattr(os, "sysconf_names", {}).keys():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):  # some systems do not tell it
-        return 2**34
+    return 2**34  # the system does not tell it
 
 
 def check_size(size: int, packed: int | None, what: str) -> None:

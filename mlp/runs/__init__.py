@@ -34,6 +34,7 @@ from .checkpoint import WEIGHTS, config_of, load_file, network, save
 from .disk import (
     CheckpointError,
     locked,
+    move,
     read_zip,
     remove_leftovers,
     replacing,
@@ -217,7 +218,7 @@ class RunFolder:
             torch.save(dict(vars(state)), part)
             seal_zip(part)
             if (self.path / LAST).exists():
-                os.replace(self.path / LAST, self.path / PREVIOUS)
+                move(self.path / LAST, self.path / PREVIOUS)
         save(trainer.model, self.path / WEIGHTS)
         self._write_history(trainer.history)
         self._written = time.monotonic()

@@ -12,8 +12,9 @@ import hashlib
 import os
 import re
 import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..schema import CheckpointError
@@ -21,7 +22,10 @@ from ..schema import CheckpointError
 CHECKSUM = "handgrad.sha256"  # the checksum's key in the metadata of a .safetensors file
 SEALED = "handgrad.network"  # a key in the metadata of every file with a checksum
 BLANK = "0" * 64  # the value before the checksum is known
-LOCK = ".lock"
+LOCK = ".lock"  # stays in the folder. A process that removes it may take away another's lock.
+WRITER = ".writer"  # names the process that holds the lock
+_WINDOWS = os.name == "nt"
+_PATIENCE, _PAUSE = 3.0, 0.05  # seconds in which a rename is tried again on Windows, and between
 _DIGITS = re.compile(rb'"handgrad.sha256":"([0-9a-f]{64})"')
 _PART = re.compile(r"\..+\.(\d+)\.part")
 _ZIP_MARK = b"handgrad sha256 "
@@ -46,26 +50,49 @@ def replacing(path: Path) -> Iterator[Path]:
         mask = os.umask(0)
         os.umask(mask)
         part.chmod(0o666 & ~mask)  # safetensors makes files that only their owner can read
-        _flush(part)
-        os.replace(part, path)
-        _flush(path.parent)
+        _flush(part, os.O_RDWR)  # Windows flushes only what may be written
+        move(part, path)
+        if not _WINDOWS:  # it cannot open a folder
+            _flush(path.parent, os.O_RDONLY)
     finally:
         part.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
+def _flush(path: Path, mode: int) -> None:
     """Wait until a file's content, or a folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, mode)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
+def move(source: Path, target: Path) -> None:
+    """Rename a file, and replace the target if there is one.
+
+    Windows refuses this while a program has one of the two open. A virus scanner ends soon, so it
+    is tried again for some seconds. PermissionError, in one line, if it stays open.
+    """
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            if not _WINDOWS:
+                raise
+            if time.monotonic() > deadline:
+                raise PermissionError(
+                    f"{target}: cannot be replaced, because another program has it open; close it "
+                    "there"
+                ) from None
+        time.sleep(_PAUSE)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Replace a file's content."""
+    """Replace a file's content by UTF-8 text. Its line ends are written as they are."""
     with replacing(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(text.encode())
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -84,6 +111,9 @@ def _remove_dead_parts(path: Path) -> None:
 
 
 def _lives(process: int) -> bool:
+    """True if the process may still run. It is not asked on Windows, where os.kill would end it."""
+    if _WINDOWS:
+        return True
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
@@ -98,33 +128,36 @@ def locked(folder: Path) -> Iterator[None]:
     """A context in which only this process writes to a folder.
 
     BusyError if another process does. It names that process. The lock is one of the operating
-    system, which frees it when the process ends for any reason.
+    system, which frees it when the process ends for any reason. OSError if the folder cannot be
+    locked, as on some network disks.
     """
-    import fcntl
+    from filelock import FileLock, Timeout  # torch needs it too
 
-    path = folder / LOCK
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
-            os.close(descriptor)
-            raise BusyError(
-                f"{folder}: {holder} is writing this run; wait until it has ended, or choose "
-                "another --out"
-            ) from None
-        # The earlier holder removed the file at its end. A lock on a removed file has no effect.
-        if path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor)):
-            break
-        os.close(descriptor)
+    lock, writer = FileLock(folder / LOCK, timeout=0), folder / WRITER
     try:
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        lock.acquire()
+    except Timeout:
+        raise BusyError(
+            f"{folder}: {_holder(writer)} is writing this run; wait until it has ended, or choose "
+            "another --out"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        raise OSError(f"{folder}: cannot be locked ({error}); choose another --out") from None
+    try:
+        writer.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         yield
     finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
+        with suppress(OSError):  # on Windows, while another process reads it
+            writer.unlink(missing_ok=True)
+        lock.release()
+
+
+def _holder(writer: Path) -> str:
+    """The process that holds the lock, as it names itself in this file."""
+    try:
+        return writer.read_text(encoding="utf-8", errors="replace").strip() or "another process"
+    except OSError:  # it has not written its name yet, or has just ended
+        return "another process"
 
 
 def seal_safetensors(path: Path) -> None:

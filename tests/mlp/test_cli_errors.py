@@ -13,6 +13,7 @@ from mlp import ENGINES, data
 from mlp.__main__ import main
 from mlp.cli.setup import PRECISIONS
 from mlp.recipes import LOSSES, OPTIMIZERS, RECIPES
+from mlp.runs.disk import LOCK
 
 CUDA_COUNT = torch.cuda.device_count()
 
@@ -138,7 +139,7 @@ def test_one_line_and_status_2(case, folder, capsys):
     assert err.startswith("handgrad: ") and err.count("\n") == 1 and re.search(message, err), err
     after = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     if case == "diverged":  # the run had started
-        assert [p.name for p in after.keys() - before.keys()] == ["config.json"]
+        assert {p.name for p in after.keys() - before.keys()} == {LOCK, "config.json"}
     else:
         assert after == before and out == "" and not (folder / "d").exists()
 

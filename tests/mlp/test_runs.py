@@ -2,6 +2,7 @@
 again.
 """
 
+import errno
 import json
 import os
 import subprocess
@@ -15,13 +16,13 @@ import mlp
 from mlp import MLP, runs
 from mlp.recipes import RECIPES
 from mlp.runs import RunFolder, Settings, report
-from mlp.runs.disk import BusyError, CheckpointError, locked, replacing
+from mlp.runs.disk import LOCK, WRITER, BusyError, CheckpointError, locked, replacing
 from tests import ROOT
 from tests.checks import assert_equal
 
 SIZES = (6, 5, 3)
 SETTINGS = Settings("digits", RECIPES["default"], "default", seed=1)
-FILES = {"config.json", "metrics.jsonl", "model.safetensors", "last.ckpt", "previous.ckpt"}
+FILES = {LOCK, "config.json", "metrics.jsonl", "model.safetensors", "last.ckpt", "previous.ckpt"}
 
 
 def values(model):
@@ -70,7 +71,7 @@ def test_a_run(tmp_path, every_epoch):
         (run.path / name).write_text("mine")
     with RunFolder.writing(run.path) as again:
         again.begin(SETTINGS, force=True)
-    assert set(os.listdir(run.path)) == {"notes.txt", "config.json"}
+    assert set(os.listdir(run.path)) == {LOCK, "notes.txt", "config.json"}
 
 
 def test_a_run_without_an_epoch_may_begin_again(tmp_path):
@@ -128,11 +129,27 @@ def test_one_writer(tmp_path):
         holder.wait()
         holder.stdin.close()
         holder.stdout.close()
-    assert os.listdir(tmp_path) == [".lock"], "a killed process leaves its lock file"
+    assert set(os.listdir(tmp_path)) == {LOCK, WRITER}, "a killed process leaves its name"
     busy = pytest.raises(BusyError, match=f"process {os.getpid()} on")
     with locked(tmp_path), busy, locked(tmp_path):
         pass
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == [LOCK]
+
+
+def test_a_disk_without_locks(tmp_path, monkeypatch):
+    """It is no other process's lock. A lock file without a lock names no process either."""
+
+    def flock(descriptor, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fcntl.flock", flock)
+        with pytest.raises(OSError, match=r"cannot be locked \(.*No locks.*choose another --out"):
+            locked(tmp_path).__enter__()
+    with locked(tmp_path):
+        (tmp_path / WRITER).unlink()
+        with pytest.raises(BusyError, match="another process is writing"), locked(tmp_path):
+            pass
 
 
 def test_leftovers_of_killed_writes_go(tmp_path):
@@ -140,10 +157,10 @@ def test_leftovers_of_killed_writes_go(tmp_path):
     part.write_text("half")
     (tmp_path / ".mine.part").write_text("no process wrote it")
     with RunFolder.writing(tmp_path):
-        assert sorted(os.listdir(tmp_path)) == [".lock", ".mine.part"]
+        assert sorted(os.listdir(tmp_path)) == [LOCK, ".mine.part", WRITER]
     part.write_text("half")
     mlp.save(MLP(SIZES), tmp_path / "model.safetensors")
-    assert sorted(os.listdir(tmp_path)) == [".mine.part", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == [LOCK, ".mine.part", "model.safetensors"]
 
 
 def test_files_are_on_the_disk_before_they_are_renamed(tmp_path, monkeypatch):
