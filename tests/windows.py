@@ -30,6 +30,9 @@ POSIX = (
 MODULES = ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog", "posix")
 RESERVED = set('<>:"|?*')
 OURS = str(Path(__file__).parent.parent)
+_REAL = types.SimpleNamespace(
+    open=io.open, os_open=os.open, fsync=os.fsync, replace=os.replace, unlink=os.unlink
+)
 
 
 def _called_from(*places: str) -> bool:
@@ -79,59 +82,66 @@ def _importer(real):
     return imported
 
 
+def _opened(file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, *rest, **more):
+    """`open`, with the encoding and the line ends of Windows."""
+    if isinstance(file, int):
+        return _REAL.open(file, mode, buffering, encoding, errors, newline, *rest, **more)
+    if (
+        "b" not in mode
+        and encoding in (None, "locale")
+        and _called_from(f"{OURS}/mlp", f"{OURS}/kernels")
+    ):
+        encoding = "cp1252"
+    if any(letter in mode for letter in "wax+"):
+        _check_name(file)
+    if "w" in mode and "b" not in mode and newline is None:
+        newline = "\r\n"
+    return _REAL.open(file, mode, buffering, encoding, errors, newline, *rest, **more)
+
+
+def _os_opened(path, flags, mode=0o777, **more):
+    """`os.open`, which opens no folder."""
+    if not _called_from("filelock", "shutil") and stat.S_ISDIR(
+        os.stat(path).st_mode if os.path.exists(path) else 0
+    ):
+        raise PermissionError(13, f"Permission denied: {path}")
+    return _REAL.os_open(path, flags, mode, **more)
+
+
+def _flushed(descriptor):
+    """`os.fsync` of what may be written."""
+    flags = Path(f"/proc/self/fdinfo/{descriptor}").read_text(encoding="utf-8").split()
+    if int(flags[flags.index("flags:") + 1], 8) & os.O_ACCMODE == os.O_RDONLY:
+        raise OSError(9, "Bad file descriptor")
+    _REAL.fsync(descriptor)
+
+
+def _replaced(source, target, **more):
+    """`os.replace` of files that are not open."""
+    _check_name(target)
+    _refuse_open(source, target)
+    _REAL.replace(source, target, **more)
+
+
+def _unlinked(path, **more):
+    """`os.unlink` of a file that is not open."""
+    if not _called_from("filelock"):  # it has another file for Windows
+        _refuse_open(path)
+    _REAL.unlink(path, **more)
+
+
+def _killed(process, number):
+    """`os.kill`."""
+    raise AssertionError("os.kill would end the process")
+
+
 def imitate() -> None:
     """Makes this process one of Windows."""
-    real_open, real_os_open, real_fsync = io.open, os.open, os.fsync
-    real_replace, real_unlink = os.replace, os.unlink
-
-    def opened(
-        file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, *rest, **more
-    ):
-        if isinstance(file, int):
-            return real_open(file, mode, buffering, encoding, errors, newline, *rest, **more)
-        if (
-            "b" not in mode
-            and encoding in (None, "locale")
-            and _called_from(f"{OURS}/mlp", f"{OURS}/kernels")
-        ):
-            encoding = "cp1252"
-        if any(letter in mode for letter in "wax+"):
-            _check_name(file)
-        if "w" in mode and "b" not in mode and newline is None:
-            newline = "\r\n"
-        return real_open(file, mode, buffering, encoding, errors, newline, *rest, **more)
-
-    def os_opened(path, flags, mode=0o777, **more):
-        if not _called_from("filelock", "shutil") and stat.S_ISDIR(
-            os.stat(path).st_mode if os.path.exists(path) else 0
-        ):
-            raise PermissionError(13, f"Permission denied: {path}")
-        return real_os_open(path, flags, mode, **more)
-
-    def flushed(descriptor):
-        flags = Path(f"/proc/self/fdinfo/{descriptor}").read_text(encoding="utf-8").split()
-        if int(flags[flags.index("flags:") + 1], 8) & os.O_ACCMODE == os.O_RDONLY:
-            raise OSError(9, "Bad file descriptor")
-        real_fsync(descriptor)
-
-    def replaced(source, target, **more):
-        _check_name(target)
-        _refuse_open(source, target)
-        real_replace(source, target, **more)
-
-    def unlinked(path, **more):
-        if not _called_from("filelock"):  # it has another file for Windows
-            _refuse_open(path)
-        real_unlink(path, **more)
-
-    def killed(process, number):
-        raise AssertionError("os.kill would end the process")
-
-    builtins.open = io.open = opened
+    builtins.open = io.open = _opened
     if hasattr(pathlib, "io"):
-        pathlib.io.open = opened
-    os.open, os.fsync, os.replace, os.kill = os_opened, flushed, replaced, killed
-    os.unlink = os.remove = unlinked
+        pathlib.io.open = _opened
+    os.open, os.fsync, os.replace, os.kill = _os_opened, _flushed, _replaced, _killed
+    os.unlink = os.remove = _unlinked
     builtins.__import__ = _importer(builtins.__import__)
 
 
