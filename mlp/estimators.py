@@ -289,8 +289,6 @@ class _Network(BaseEstimator):
             training.finish()
             warnings.warn("Training interrupted by user.", stacklevel=3)
             ran_out = False
-        finally:
-            training.close()
         if ran_out and not incremental:
             warnings.warn(
                 f"Stochastic Optimizer: Maximum iterations ({self.max_iter}) reached and the "

@@ -136,11 +136,6 @@ class Training:
             self.session.store()
             self.estimator._best = self.estimator._weights()
 
-    def close(self) -> None:
-        """End the threads of the compiled epochs. Nothing can be trained after this."""
-        if self.session is not None:
-            self.session.close()
-
     def _changes(self) -> bool:
         """True if the schedule changes the learning rate after each epoch."""
         return SCHEDULES[self.estimator.learning_rate] is not _constant

@@ -517,7 +517,8 @@ class _Choice:
         if workers in self.trials:
             self.trials.remove(workers)
         self._last[workers].append(seconds)
-        self.seconds[workers] = min(self._last[workers])
+        # Another thread that trains a network of this size may have cleared them meanwhile.
+        self.seconds[workers] = min(self._last[workers], default=seconds)
 
 
 def _choice(memory: Memory, workers: int) -> _Choice:

@@ -8,7 +8,6 @@ weights alone, and has another value for the last batch. The penalty is a part o
 
 import functools
 import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from numba import njit
 from ..rules import Rule, row_of
 from ..training import Spec
 from . import DTYPES, epoch, loop, rows
-from .waiting import call, inside, integers, meet, narrow_integers, number, numbers
+from .waiting import call, inside, integers, narrow_integers, number, numbers
 
 # What a `Watch` looks at after an epoch: the training loss, or a value of the held-out rows. That
 # is the loss, the share of right labels, the share of rows whose outputs all have the right sign,
@@ -97,7 +96,6 @@ class _Many(NamedTuple):
     shares: np.ndarray  # (steps,) float64: the factor of each step in an epoch's loss
     held_shares: np.ndarray  # (steps of the held-out rows,) float64, likewise
     spread: np.ndarray  # (outputs,) float64: Σ (t - mean t)² of the held-out targets
-    counters: np.ndarray  # (calls, 8) int64 zeros, by which several workers wait
     losses: np.ndarray  # (epochs,) float64
     values: np.ndarray  # (epochs,) float64
     watch: np.ndarray  # (_ENTRIES,) float64: a `Watch` and what happened
@@ -126,10 +124,10 @@ def _squares(run):
 
 
 @inside
-def _steps(run, worker, workers, begin, end, trains):
+def _steps(run, begin, end, trains):
     """`loop.steps`, called by its address. So this code holds no copy of it."""
     addresses = run.places[loop.BASE], np.int64(run.places.ctypes.data)
-    call(run.places[loop.STEPS], (*addresses, worker, workers, begin, end, trains))
+    call(run.places[loop.STEPS], (*addresses, loop.NONE, loop.ONCE, begin, end, trains))
 
 
 @inside
@@ -139,7 +137,7 @@ def _outputs(run, step):
     Returns the number of rows.
     """
     batch = run.places[loop.BATCH]
-    _steps(run, loop.NONE, loop.ONCE, step, step + 1, loop.NONE)
+    _steps(run, step, step + 1, loop.NONE)
     return min(batch, run.places[loop.ROWS_OF_EPOCH] - step * batch)
 
 
@@ -207,7 +205,7 @@ def _loss(run, shares):
 
     `loop.CORRECT` then has the number of right labels of each batch.
     """
-    _steps(run, loop.NONE, loop.ONCE, loop.NONE, np.int64(len(shares)), loop.NONE)
+    _steps(run, loop.NONE, np.int64(len(shares)), loop.NONE)
     total = 0.0
     for step in range(len(shares)):
         total += numbers(run.w, run.places[loop.LOSSES])[step] * shares[step]
@@ -330,10 +328,7 @@ def _point_at(run, many, e):
 
 @inside
 def _after_epoch(run, held, many, penalty):
-    """Note an epoch's loss and the watched value, and whether training ends here.
-
-    Only the first worker calls this.
-    """
+    """Note an epoch's loss and the watched value, and whether training ends here."""
     loss = penalty
     for step in range(len(many.shares)):
         value = numbers(run.w, run.places[loop.LOSSES])[step]
@@ -346,31 +341,23 @@ def _after_epoch(run, held, many, penalty):
     many.watch[_STOPPED] = _judge(run, many, loss, value)
 
 
-def _epochs(run, held, worker, workers, many):
-    """Train until the watch ends it, or until all epochs are done. Each worker calls this."""
-    steps, meetings, turn = len(many.shares), 1, 0
-    counters, words = np.int64(many.counters.ctypes.data), np.empty(624, np.uint32)
-    if worker == 0 and len(many.draws):
+def _epochs(run, held, many):
+    """Train until the watch ends it, or until all epochs are done."""
+    steps, words = len(many.shares), np.empty(624, np.uint32)
+    if len(many.draws):
         _temper(many.draws, words)
     for e in range(len(many.losses)):
-        if worker == 0 and len(many.draws):
+        if len(many.draws):
             _draw(many, words)
-        meetings = meet(counters, workers, meetings)
         _point_at(run, many, e)
         # With a penalty, a call takes one step, because it needs the weights before each step.
         size = 1 if many.penalty > 0 else steps
         penalty = 0.0
         for step in range(0, steps, size):
-            if worker == 0 and many.penalty > 0:
+            if many.penalty > 0:
                 penalty += many.penalty * _squares(run)
-            turn += 1
-            if workers > 1:
-                run.places[loop.COUNTER] = counters + 64 * turn
-            _steps(run, worker, workers, step, step + size, loop.ONCE)
-            meetings = meet(counters, workers, meetings)
-        if worker == 0:
-            _after_epoch(run, held, many, penalty)
-        meetings = meet(counters, workers, meetings)
+            _steps(run, step, step + size, loop.ONCE)
+        _after_epoch(run, held, many, penalty)
         if many.watch[_STOPPED]:
             break
 
@@ -402,7 +389,6 @@ class Session:
     count: rows of an epoch.
     batch: rows of a step.
     held: what is measured after each epoch.
-    workers: the number of threads.
     """
 
     def __init__(
@@ -414,13 +400,12 @@ class Session:
         count: int,
         batch: int,
         held: Held | None = None,
-        workers: int = 1,
     ) -> None:
         data, targets = samples[:2]
         kind = DTYPES[parameters[0].dtype]
-        self.memory = epoch.Memory(spec, kind, min(batch, count), workers)
+        self.memory = epoch.Memory(spec, kind, min(batch, count), 1)
         self._pairs = self.memory.pairs([parameters, *states])
-        self.steps, self.count, self.workers = -(-count // batch), count, workers
+        self.steps, self.count = -(-count // batch), count
         order = torch.zeros(count, dtype=torch.int64, device="cpu")
         self._task = self._task_of(data, targets, order, samples)
         self._held = self._task
@@ -435,7 +420,6 @@ class Session:
                 self._spread = np.square(true - true.mean(0)).sum(0)
         self._shares = _shares(spec, count, batch)
         self._best = np.empty(0, kind)
-        self._pool = ThreadPoolExecutor(workers - 1) if workers > 1 else None
         self.load()
 
     def _task_of(self, data: Any, targets: Any, order: torch.Tensor, samples: Any) -> Any:
@@ -500,7 +484,6 @@ class Session:
             *(watch.patience, watch.keeps),
         )
         state[_FAILED] = -1
-        calls = 1 + count * self.steps if self.workers > 1 else 1
         many = _Many(
             orders,
             np.empty(0, np.uint32) if draws is None else draws.state,
@@ -509,7 +492,6 @@ class Session:
             self._shares * scale,
             self._held_shares,
             self._spread,
-            np.zeros((calls, 8), np.int64),
             np.zeros(count),
             np.zeros(count),
             state,
@@ -543,19 +525,7 @@ class Session:
         run, held = (
             _Network(memory.w, memory.layers, task.places) for task in (self._task, self._held)
         )
-        others = [
-            self._pool.submit(train, run, held, worker, self.workers, many)
-            for worker in range(1, self.workers)
-            if self._pool is not None
-        ]
-        train(run, held, 0, self.workers, many)
-        for other in others:
-            other.result()
-
-    def close(self) -> None:
-        """End the threads."""
-        if self._pool is not None:
-            self._pool.shutdown()
+        train(run, held, many)
 
     def _tables(
         self, numbers: Any, taken: int, count: int, alpha: float | None

@@ -8,8 +8,10 @@ import ctypes
 import itertools
 import math
 import os
+import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -24,6 +26,7 @@ from kernels.losses import LOSSES
 from kernels.rules import RULES, hyperparameters
 from mlp import engines
 from mlp.data import permutation
+from tests import PATIENCE, run_command, uninterpreted
 from tests.checks import ctrl_c
 
 pytest.importorskip("numba", reason="the compiled epoch needs numba")
@@ -364,6 +367,63 @@ def test_threads_stay_on_cores_apart_while_they_work():
         assert pool.submit(os.sched_getaffinity, 0).result() == before
     with team.threads(2) as again:
         assert again is pool, "the pool must be kept for the next epoch"
+
+
+def test_a_team_has_all_its_threads_from_the_start():
+    """A pool that starts threads when it thinks that none is free may have one too few."""
+    before = set(threading.enumerate())
+    crew = team.Team(3)
+    assert len(set(threading.enumerate()) - before) == 3
+    meeting = threading.Barrier(3)
+    for _ in range(2):
+        waiting = [crew.submit(meeting.wait, timeout=PATIENCE) for _ in range(3)]
+        assert sorted(one.result() for one in waiting) == [0, 1, 2]
+
+
+def test_a_team_gives_results_and_errors_and_keeps_nothing():
+    crew, kept = team.Team(1), torch.zeros(1)
+    there = weakref.ref(kept)
+    assert crew.submit(divmod, 7, 2).result() == (3, 1)
+    with pytest.raises(SystemExit):
+        crew.submit(sys.exit, 3).result()
+    # The second call starts after the first one's memory was given up.
+    given = crew.submit(torch.Tensor.neg, kept)
+    assert given.result() == 0
+    del kept, given
+    crew.submit(int).result()
+    assert there() is None
+
+
+def test_a_team_that_gets_no_more_threads_ends_those_it_has(monkeypatch):
+    started, start = [], threading.Thread.start
+
+    def limited(thread):
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+        started.append(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with pytest.raises(RuntimeError, match="can't start"):
+        team.Team(4)
+    for thread in started:
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
+def test_a_thread_trains_on_after_the_main_one_has_ended():
+    code = (
+        "import threading, torch, mlp\n"
+        "torch.set_num_threads(2)\n"
+        "data = torch.randn(16, 9), torch.randint(3, (16,))\n"
+        "def train():\n"
+        "    threading.main_thread().join()\n"
+        "    trainer = mlp.Trainer(mlp.MLP([9, 7, 3]), engine='epoch', verbose=False)\n"
+        "    print(len(trainer.fit(data, 7, 8)))\n"
+        "threading.Thread(target=train).start()\n"
+    )
+    done = run_command([sys.executable, "-c", code], env=uninterpreted())
+    assert (done.returncode, done.stdout) == (0, "7\n"), done.stderr
 
 
 def test_an_error_waits_for_the_other_threads():
