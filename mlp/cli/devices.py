@@ -4,11 +4,14 @@ The process of rank 0 prints messages and writes the run. The others only comput
 """
 
 import contextlib
+import gc
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from .versions import typed
 
 _POLL = 0.1  # seconds between two checks of the processes
 _PATIENCE = 5.0  # seconds in which the others may end after one has failed
+_STARTED = "HANDGRAD_STARTED"  # a variable that only the processes of `start` have
 
 
 def world() -> int:
@@ -31,22 +35,48 @@ def rank() -> int:
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """A context in which this process can communicate with the others."""
+    """A context in which this process can communicate with the others.
+
+    If `start` has started this process, it ends with that one. At the end of the context, torch's
+    threads for communication have ended. They could otherwise abort a process that ends, because
+    they still hold a tensor ("terminate called without an active exception").
+    """
     import torch
     import torch.distributed as dist
 
+    from ..engines import shared  # noqa: F401  # before the group starts: it says why
+
+    if _STARTED in os.environ:
+        threading.Thread(target=_follow, daemon=True).start()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
         yield
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # their variables hold the model
+        raise
     finally:
+        gc.collect()  # the model in DistributedDataParallel holds the group
         dist.destroy_process_group()
 
 
+def _follow() -> None:
+    """End this process when the one that started it ends, even if that one is killed.
+
+    Then the operating system closes the other end of the pipe that is stdin here.
+    """
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
 def start(values: Values) -> None:
-    """Run this command in one process for each device. ValueError if a process fails."""
+    """Run this command in one process for each device. ValueError if a process fails.
+
+    The processes end if this one ends.
+    """
     count = values["devices"]
     if values["seeds"] is not None:
         raise ValueError("--seeds trains on one device; leave --devices out")
@@ -57,7 +87,7 @@ def start(values: Values) -> None:
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.communicate()  # closes the pipe, too
     if died is not None:
         status = processes[died].returncode
         raise ValueError(
@@ -97,6 +127,7 @@ def _process(index: int, count: int, port: int) -> subprocess.Popen:
     threads = max(1, (os.cpu_count() or 1) // count)
     root = str(Path(__file__).parents[2])
     more = {
+        _STARTED: "1",
         "RANK": str(index),
         "LOCAL_RANK": str(index),
         "WORLD_SIZE": str(count),
@@ -105,4 +136,5 @@ def _process(index: int, count: int, port: int) -> subprocess.Popen:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
     }
-    return subprocess.Popen([sys.executable, "-m", "mlp", *words], env={**os.environ, **more})
+    command = [sys.executable, "-m", "mlp", *words]
+    return subprocess.Popen(command, env={**os.environ, **more}, stdin=subprocess.PIPE)

@@ -14,6 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 from ..data.dataset import Dataset
 from . import means
 
+if dist.is_available():
+    # Its functions have the process group of the time of this import as a default argument, which
+    # keeps that group for ever. DistributedDataParallel imports it after the group has started.
+    # `destroy_process_group` then leaves the group's threads running, and they may abort a process
+    # that ends ("terminate called without an active exception").
+    import torch.distributed.nn.functional
+
 
 def world() -> int:
     """The number of processes that share this training, or 1."""

@@ -2,6 +2,7 @@
 ends both cleanly.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -30,8 +31,9 @@ def rank_of(process):
     return next((word.removeprefix("RANK=") for word in words if word.startswith("RANK=")), "")
 
 
-def test_two_processes(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+@contextlib.contextmanager
+def two_that_train():
+    """`handgrad train --devices 2 --out two`, after its first epoch. Gives the process."""
     words = ["train", "digits", *RULES, "--devices", "2", "--epochs", "100000", "--out", "two"]
     environment = {**uninterpreted(), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     parent = subprocess.Popen(
@@ -44,16 +46,23 @@ def test_two_processes(tmp_path, monkeypatch, capsys):
     )
     deadline = time.monotonic() + PATIENCE
     try:
-        while not Path("two/metrics.jsonl").exists() and time.monotonic() < deadline:
+        while not Path("two/metrics.jsonl").exists():
             assert parent.poll() is None, parent.communicate()[1]
+            assert time.monotonic() < deadline
             time.sleep(0.05)
+        yield parent
+    finally:
+        end(parent)
+        parent.wait()
+
+
+def test_two_processes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with two_that_train() as parent:
         children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
         (second,) = [int(child) for child in children if rank_of(child) == "1"]
         os.kill(second, signal.SIGKILL)
         _, err = parent.communicate(timeout=PATIENCE)
-    finally:
-        end(parent)
-        parent.wait()
     assert parent.returncode == 2
     assert "process 1 of 2 ended with status -9, so the training ended" in err
     count = len(rows("two"))
@@ -65,6 +74,49 @@ def test_two_processes(tmp_path, monkeypatch, capsys):
     assert main(["train", "--out", "two", "--resume", "--epochs", str(count + 1)]) == 0
     assert len(rows("two")) == count + 1
     assert "epoch" in capsys.readouterr().out
+
+
+def test_they_end_with_a_parent_that_is_killed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with two_that_train() as parent:
+        parent.kill()
+        # Both have the parent's stderr, which ends when they do.
+        parent.communicate(timeout=PATIENCE)
+    assert parent.returncode == -signal.SIGKILL
+
+
+# If the group is alive after the context, its threads are, too, and may abort the process.
+LEFT = """
+import weakref, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from mlp.cli import devices
+
+class Kept:
+    def __init__(self):  # the cycle holds the model after an error, and without one
+        self.model, self.itself = DistributedDataParallel(torch.nn.Linear(2, 2)), self
+
+def train(fails):
+    kept = Kept()
+    dist.all_reduce(torch.ones(1))
+    if fails:
+        raise ValueError("failed")
+
+for fails in (False, True):
+    try:
+        with devices.joined():
+            group = weakref.ref(dist.group.WORLD)
+            train(fails)
+    except ValueError as error:
+        assert fails and group() is None
+    assert group() is None
+print("no group is left")
+"""
+
+
+def test_the_group_ends_with_its_context():
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = run_command([sys.executable, "-c", LEFT], env={**uninterpreted(), **alone})
+    assert (done.returncode, done.stdout) == (0, "no group is left\n"), done.stderr[-3000:]
 
 
 def torchrun(folder, *words):
@@ -91,8 +143,9 @@ def test_torchrun_goes_on_with_a_run(tmp_path, monkeypatch):
             assert two[key] == pytest.approx(one[key], rel=1e-5)
 
 
-# It ends by os._exit after a barrier. Threads of torch's sharding abort an interpreter that ends by
-# itself, once in some twenty runs ("terminate called without an active exception").
+# It ends by os._exit after a barrier. torch's sharding keeps the process group for ever, and the
+# group's threads abort an interpreter that ends while they hold a tensor, once in some twenty runs
+# ("terminate called without an active exception").
 SHARDED = """
 import copy, os, torch, torch.distributed as dist, mlp
 from torch.distributed.fsdp import fully_shard
