@@ -469,7 +469,8 @@ def check_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """ValueError if a `state_dict` is of another optimizer, or of parameters of other shapes.
 
     torch loads such a state without an error, and the next step fails or computes something else.
-    Optimizers differ in the options that rules of `kernels.RULES` read.
+    Optimizers differ in the options that rules of `kernels.RULES` read, or in the states that they
+    keep.
     """
     kind, read = type(optimizer).__name__, {n for r in kernels.RULES.values() for n in _options(r)}
     expected = read & optimizer.defaults.keys()
@@ -480,6 +481,15 @@ def check_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
                 f"{kind}: the state is of another optimizer: it has the options "
                 f"{', '.join(sorted(found))}, but {kind} has {', '.join(sorted(expected))}"
             )
+        needed = {*optimizer.row(group).states} if isinstance(optimizer, _Ruled) else set()
+        for index in group["params"]:
+            kept = state["state"].get(index, {}).keys() - {"step"}
+            if needed - kept and kept - needed:
+                raise ValueError(
+                    f"{kind}: the state is of another optimizer: it keeps "
+                    f"{', '.join(sorted(kept))} of a parameter, but {kind} keeps "
+                    f"{', '.join(sorted(needed))}"
+                )
     saved = [index for group in state["param_groups"] for index in group["params"]]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for place, (index, p) in enumerate(zip(saved, params, strict=False)):

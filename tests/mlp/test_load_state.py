@@ -75,6 +75,17 @@ def test_the_state_of_another_optimizer(saved, name, epochs):
         assert_same(everything(trainer), before)
 
 
+def test_the_state_of_an_optimizer_with_the_same_options():
+    """Adamax has Adam's options, but keeps another second moment."""
+    (p,) = parameters = [torch.ones(3, requires_grad=True)]
+    p.grad = torch.ones(3)
+    theirs, ours = torch.optim.Adamax(parameters), mlp.Adam(parameters)
+    theirs.step()
+    with pytest.raises(ValueError, match="keeps exp_avg, exp_inf of a parameter, but Adam keeps"):
+        ours.load_state_dict(theirs.state_dict())
+    assert not ours.state
+
+
 @pytest.mark.parametrize("name", ["adam", "sgd", "rmsprop", "lion", "torch_adam"])
 def test_its_own_state_is_loaded(name):
     state, trainer = everything(fitted(name)), made(name, seed=3)
