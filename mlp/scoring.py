@@ -4,24 +4,14 @@ The measures are R², MAE and RMSE of numbers, and F1, AUC and log loss of class
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 
 from .data import Dataset, needs_extra
 
-# Key of a measure -> its name for people, and its format.
-NAMES = {
-    "r2": ("R²", ".4f"),
-    "mae": ("MAE", ".5g"),
-    "rmse": ("RMSE", ".5g"),
-    "f1": ("F1", ".4f"),
-    "auc": ("AUC", ".4f"),
-    "log_loss": ("log loss", ".4f"),
-    "exact": ("all labels right", ".2%"),
-    "accuracy": ("accuracy", ".2%"),
-}
 CLASS_WEIGHTS = ("balanced",)
 
 
@@ -34,70 +24,139 @@ def _sklearn() -> Any:
 
 
 def numbers(predicted: numpy.ndarray, true: numpy.ndarray) -> dict[str, float]:
-    """{"r2", "mae", "rmse"} of arrays (rows, targets), as means over the targets.
+    """The measures of OF_NUMBERS of arrays (rows, targets), as means over the targets.
 
     R² is NaN for one row, and if a target is constant. All are NaN unless predictions are finite.
     """
-    metrics = _sklearn()
-    if not numpy.isfinite(predicted).all():
-        return dict.fromkeys(("r2", "mae", "rmse"), math.nan)
-    varies = len(true) > 1 and bool((true.std(0) > 0).all())
-    return {
-        "r2": float(metrics.r2_score(true, predicted)) if varies else math.nan,
-        "mae": float(metrics.mean_absolute_error(true, predicted)),
-        "rmse": float(numpy.sqrt(((true - predicted) ** 2).mean(0)).mean()),
-    }
+    return _measured(OF_NUMBERS, predicted, true)
 
 
 def classes(probabilities: numpy.ndarray, labels: numpy.ndarray) -> dict[str, float]:
-    """{"f1", "auc", "log_loss"} of probabilities (rows, classes) and labels (rows,).
+    """The measures of OF_CLASSES of probabilities (rows, classes) and labels (rows,).
 
     F1 and AUC are means over the classes, each against all others. F1 leaves out classes that no
     row has and that are never predicted, as scikit-learn does. AUC is NaN if a class has no row.
     All are NaN unless all probabilities are finite.
     """
-    metrics, count = _sklearn(), probabilities.shape[1]
-    if not numpy.isfinite(probabilities).all():
-        return dict.fromkeys(("f1", "auc", "log_loss"), math.nan)
     # scikit-learn needs float64 rows that sum to 1. They sum to 0 if a network that was trained by
     # mse gives no positive output. Then it prefers no class.
     shares = probabilities.astype(numpy.float64)
     shares[shares.sum(1) == 0] = 1.0
-    shares = shares / shares.sum(1, keepdims=True)
-    known = range(count)
-    f1 = metrics.f1_score(labels, shares.argmax(1), average="macro", zero_division=0)
-    auc = math.nan
-    if count > 1 and len(set(labels.tolist())) == count:
-        scores = shares[:, 1] if count == 2 else shares
-        auc = float(metrics.roc_auc_score(labels, scores, multi_class="ovr", labels=known))
-    loss = metrics.log_loss(labels, shares, labels=known) if count > 1 else 0.0
-    return {"f1": float(f1), "auc": auc, "log_loss": float(loss)}
+    return _measured(OF_CLASSES, shares / shares.sum(1, keepdims=True), labels)
 
 
 def several(probabilities: numpy.ndarray, truths: numpy.ndarray) -> dict[str, float]:
-    """{"exact", "f1", "auc"} of probabilities and truths (rows, labels), where a truth is 0 or 1.
+    """The measures of OF_LABELS of probabilities and truths (rows, labels), each truth 0 or 1.
 
     "exact" is the share of rows whose labels are all right. F1 and AUC are means over the labels.
     AUC is NaN if a label is constant. All are NaN unless all probabilities are finite.
     """
-    metrics = _sklearn()
-    if not numpy.isfinite(probabilities).all():
-        return dict.fromkeys(("exact", "f1", "auc"), math.nan)
-    said, truths = (probabilities > 0.5).astype(int), truths.astype(int)
-    varies = bool((truths.min(0) != truths.max(0)).all())
-    # One label alone would be taken for two classes, so each label is measured on its own.
-    f1 = [metrics.f1_score(t, s, zero_division=0) for t, s in zip(truths.T, said.T)]
-    return {
-        "exact": float((said == truths).all(1).mean()),
-        "f1": float(numpy.mean(f1)),
-        "auc": float(metrics.roc_auc_score(truths, probabilities)) if varies else math.nan,
-    }
+    return _measured(OF_LABELS, probabilities, truths.astype(int))
 
 
 def one_label(probabilities: numpy.ndarray, truths: numpy.ndarray) -> dict[str, float]:
-    """{"accuracy", "f1", "auc"} of one label, as `several`. Both arrays are (rows, 1)."""
+    """As `several` of one label, whose "exact" is "accuracy" here. Both arrays are (rows, 1)."""
     found = several(probabilities, truths)
     return {"accuracy": found.pop("exact"), **found}
+
+
+def _measured(table: "dict[str, Measure]", predicted, true) -> dict[str, float]:
+    """Each measure of a table. All are NaN unless all predictions are finite."""
+    metrics = _sklearn()
+    if not numpy.isfinite(predicted).all():
+        return dict.fromkeys(table, math.nan)
+    return {key: float(row.of(metrics, predicted, true)) for key, row in table.items()}
+
+
+def _r2(metrics, predicted, true) -> float:
+    varies = len(true) > 1 and bool((true.std(0) > 0).all())
+    return metrics.r2_score(true, predicted) if varies else math.nan
+
+
+def _mae(metrics, predicted, true) -> float:
+    return metrics.mean_absolute_error(true, predicted)
+
+
+def _rmse(metrics, predicted, true) -> float:
+    return numpy.sqrt(((true - predicted) ** 2).mean(0)).mean()
+
+
+def _f1_of_classes(metrics, shares, labels) -> float:
+    return metrics.f1_score(labels, shares.argmax(1), average="macro", zero_division=0)
+
+
+def _auc_of_classes(metrics, shares, labels) -> float:
+    count = shares.shape[1]
+    if count == 1 or len(set(labels.tolist())) < count:
+        return math.nan
+    scores = shares[:, 1] if count == 2 else shares
+    return metrics.roc_auc_score(labels, scores, multi_class="ovr", labels=range(count))
+
+
+def _log_loss(metrics, shares, labels) -> float:
+    count = shares.shape[1]
+    return metrics.log_loss(labels, shares, labels=range(count)) if count > 1 else 0.0
+
+
+def _exact(metrics, probabilities, truths) -> float:
+    return ((probabilities > 0.5) == truths).all(1).mean()
+
+
+def _f1_of_labels(metrics, probabilities, truths) -> float:
+    # One label alone would be taken for two classes, so each label is measured on its own.
+    pairs = zip(truths.T, (probabilities > 0.5).astype(int).T)
+    return numpy.mean([metrics.f1_score(t, said, zero_division=0) for t, said in pairs])
+
+
+def _auc_of_labels(metrics, probabilities, truths) -> float:
+    varies = bool((truths.min(0) != truths.max(0)).all())
+    return metrics.roc_auc_score(truths, probabilities) if varies else math.nan
+
+
+class Measure(NamedTuple):
+    """A measure: its name for people, its format, and its value.
+
+    of: (scikit-learn's metrics, predictions, what is true) -> a number. brief: True if the line of
+    an epoch has it too. False if only `handgrad evaluate` prints it.
+    """
+
+    name: str
+    form: str
+    of: Callable[[Any, numpy.ndarray, numpy.ndarray], float]
+    brief: bool = True
+
+
+# To add a measure, write its function above and a row here. The key is its name in metrics.jsonl.
+OF_NUMBERS = {
+    "r2": Measure("R²", ".4f", _r2),
+    "mae": Measure("MAE", ".5g", _mae, brief=False),
+    "rmse": Measure("RMSE", ".5g", _rmse),
+}
+OF_CLASSES = {
+    "f1": Measure("F1", ".4f", _f1_of_classes),
+    "auc": Measure("AUC", ".4f", _auc_of_classes, brief=False),
+    "log_loss": Measure("log loss", ".4f", _log_loss),
+}
+OF_LABELS = {
+    "exact": Measure("all labels right", ".2%", _exact),
+    "f1": Measure("F1", ".4f", _f1_of_labels),
+    "auc": Measure("AUC", ".4f", _auc_of_labels, brief=False),
+}
+_OF_ONE_LABEL = {"accuracy": Measure("accuracy", ".2%", _exact)}
+_TABLES = OF_NUMBERS, OF_CLASSES, OF_LABELS, _OF_ONE_LABEL
+
+
+def _is_known(key: str) -> bool:
+    return any(key in table for table in _TABLES)
+
+
+def _row(key: str) -> Measure:
+    return next(table[key] for table in _TABLES if key in table)
+
+
+def brief(found: dict[str, float]) -> dict[str, float]:
+    """Those of the measures that the line of an epoch has."""
+    return {key: value for key, value in found.items() if _row(key).brief}
 
 
 def line(found: dict[str, float]) -> str:
@@ -107,12 +166,10 @@ def line(found: dict[str, float]) -> str:
     """
     said = []
     for key, value in found.items():
-        part, _, short = key.partition("_")
-        if key in NAMES:
-            part, short = "", key
-        name, form = NAMES.get(short, (short, ".4f"))
-        text = f"{value:{form}}" if math.isfinite(value) else "not defined"
-        said.append(f"  {part} {name} {text}" if part else f"  {name} {text}")
+        part, short = ("", key) if _is_known(key) else key.split("_", 1)
+        row = _row(short)
+        text = f"{value:{row.form}}" if math.isfinite(value) else "not defined"
+        said.append(f"  {part} {row.name} {text}" if part else f"  {row.name} {text}")
     return "".join(said)
 
 

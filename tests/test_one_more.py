@@ -21,7 +21,7 @@ from kernels import rules
 from kernels.activations import ACTIVATIONS, Activation
 from kernels.language import tl, triton
 from kernels.rules import RULES, Rule
-from mlp import data, optim, recipes
+from mlp import data, loss, optim, public, recipes, scoring
 from mlp.__main__ import main
 from mlp.cli import options, training
 from mlp.data import Dataset, files, frames, tables
@@ -183,6 +183,31 @@ def test_rule(monkeypatch, device):
     assert {"autograd", "manual"} <= set(served)
 
 
+def optimizers_rows():
+    """The names of the rules that the optimizers take, with and without momentum."""
+    changes = {}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}
+    for kind in optim.OPTIMIZERS.values():
+        made = kind([torch.zeros(1)])
+        yield from {made.row({**made.defaults, **change}).name for change in changes}
+
+
+def classes_of(module, base):
+    """The classes of a module that derive from `base` and name a row."""
+    found = [kind for kind in vars(module).values() if isinstance(kind, type)]
+    return {kind for kind in found if issubclass(kind, base) and "row" in vars(kind)} - {base}
+
+
+def test_every_row_has_a_public_class():
+    """A class that is left out of a table, or of mlp/public.py, would be missed by nobody else."""
+    assert set(optimizers_rows()) == set(RULES)
+    assert classes_of(optim, optim._Ruled) == set(optim.OPTIMIZERS.values())
+    assert set(loss.LOSSES) == set(kernels.LOSSES)
+    assert classes_of(loss, loss.Criterion) == set(loss.LOSSES.values())
+    kinds = *optim.OPTIMIZERS.values(), *loss.LOSSES.values()
+    assert [kind.__name__ for kind in kinds if getattr(mlp, kind.__name__, None) is not kind] == []
+    assert {kind.__name__ for kind in kinds} <= set(public.__all__)
+
+
 def test_engine(monkeypatch):
     """An engine needs a class and its place in `mlp.engines.ENGINES`. "auto" takes the last that
     serves.
@@ -228,6 +253,18 @@ def test_schedule(monkeypatch):
     assert trainer.optimizer.param_groups[0]["lr"] == 0.2
     assert "; schedule halved" in recipe.describe(recipe.network(batch()))
     assert "without a schedule" in recipe.beyond_pack()
+
+
+def test_measure(monkeypatch):
+    """A measure needs only a row of a table of mlp/scoring.py."""
+    pytest.importorskip("sklearn")
+    worst = scoring.Measure("worst", ".1f", lambda metrics, said, true: abs(said - true).max())
+    monkeypatch.setitem(scoring.OF_NUMBERS, "worst", worst)
+    said, true = np.array([[1.0], [2.0]]), np.array([[1.5], [4.0]])
+    found = scoring.numbers(said, true)
+    assert found["worst"] == 2.0 and "worst" in scoring.brief(found)
+    assert scoring.line({"test_worst": 2.0}) == "  test worst 2.0"
+    assert np.isnan(scoring.numbers(said * np.inf, true)["worst"])
 
 
 def test_option(monkeypatch, tmp_path, capsys):

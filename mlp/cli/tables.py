@@ -20,8 +20,6 @@ from . import setup
 from .options import Values
 from .terminal import check_file, complain, say
 
-_LESS = ("mae", "auc")  # measures that only `evaluate` prints, not the line of an epoch
-
 
 def own(found: torch.Tensor, units: Units | None) -> numpy.ndarray:
     """Outputs or targets (rows, targets) in the targets' own units, as a float64 array."""
@@ -63,11 +61,11 @@ def epoch_quality(trainer: Trainer, found: setup.Data) -> dict[str, float]:
     of_classes = found.facts.table is not None
     if of_classes or not found.test.is_classification:
         said = quality(trainer.model, loss, found.test, found.facts.units)
-        said = {f"test_{key}": value for key, value in said.items() if key not in _LESS}
+        said = {f"test_{key}": value for key, value in scoring.brief(said).items()}
     held = found.validation
     if held is not None and (of_classes or not held.is_classification):
         more = quality(trainer.model, loss, held, found.facts.units)
-        said |= {f"validation_{key}": v for key, v in more.items() if key not in _LESS}
+        said |= {f"validation_{key}": v for key, v in scoring.brief(more).items()}
     return said
 
 

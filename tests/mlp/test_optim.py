@@ -16,7 +16,8 @@ from mlp.optim import OPTIMIZERS
 from tests.checks import assert_equal
 from tests.lion import oracle
 
-VARIANTS = {
+USUAL = [{"lr": 0.01}, {"lr": 0.01, "maximize": True}]
+VARIANTS = dict.fromkeys(OPTIMIZERS, USUAL) | {
     "sgd": [
         {"lr": 0.1},
         {"lr": 0.1, "momentum": 0.9},
