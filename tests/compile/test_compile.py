@@ -5,7 +5,6 @@ tests/compile/worker.py, in a process of its own, finds the kernels and compiles
 """
 
 import json
-import os
 import sys
 
 import pytest
@@ -92,8 +91,7 @@ def cases():
 
 
 @pytest.mark.parametrize(("arch", "part"), list(cases()))
-def test_every_kernel(arch, part, request):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+def test_every_kernel(arch, part, request, environment):
     command = [sys.executable, "-m", "tests.compile.worker", arch, part]
     full = request.config.getoption("full")
     done = run_command(command + full * ["full"], (1 + 3 * full) * PATIENCE, env=environment)

@@ -10,7 +10,6 @@ Each row of MATRIX has a process of its own, because pytest's kernels are interp
 import functools
 import itertools
 import json
-import os
 import re
 import sys
 
@@ -225,8 +224,7 @@ def test_the_limits_are_the_largest_that_are_served(precision, monkeypatch):
 
 
 @pytest.mark.parametrize(("arch", "row"), list(cases()))
-def test_kernels_compile_without_spills_and_keep_their_order(arch, row):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+def test_kernels_compile_without_spills_and_keep_their_order(arch, row, environment):
     module = "tests.compile.test_epoch_kernels"
     command = [sys.executable, "-W", "ignore", "-m", module, arch, *row]
     done = run_command(command, env=environment)
