@@ -23,6 +23,7 @@ choice.
 import contextlib
 import functools
 import importlib.util
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,8 @@ PRODUCTS = ("fused", "library")
 _forced: str | None = None
 _products: str | None = None
 _tma: bool | None = None
+_open: list[list] = []  # [backend, products, tma] of every open block of `use`, the latest last
+_opening = threading.Lock()  # held while `_open` and the three settings change
 _observers: list = []
 # update of an optimizer -> how `compiled_optim` calls its operator
 operators: dict = {}
@@ -73,7 +76,8 @@ def use(
     from Hopper on. True: by the tensor memory accelerator. False: by pointers. Without tma,
     `kernels.configs` chooses by size. Results have the same bits.
 
-    The settings hold in every thread.
+    The settings hold in every thread. Threads may leave their blocks in any order. A setting holds
+    until the block that made it ends, or while a later block makes another.
 
     ValueError: no argument, an unknown value, or a backend that is not installed. Under
     `"triton"`, an operation also raises it for tensors that no kernel takes (float64, or on a CPU
@@ -103,14 +107,24 @@ def has_numba() -> bool:
 
 @contextlib.contextmanager
 def _using(backend, products, tma):
-    global _forced, _products, _tma
-    before = _forced, _products, _tma
-    _forced, _products = backend or _forced, products or _products
-    _tma = _tma if tma is None else tma
+    block = [backend, products, tma]
+    with _opening:
+        _open.append(block)
+        _set_latest()
     try:
         yield
     finally:
-        _forced, _products, _tma = before
+        with _opening:
+            # By identity, because another thread may have an equal block.
+            del _open[[other is block for other in _open].index(True)]
+            _set_latest()
+
+
+def _set_latest() -> None:
+    """Each setting is that of the latest open block that gives one."""
+    global _forced, _products, _tma
+    latest = [[given for given in column if given is not None] for column in zip(*_open)]
+    _forced, _products, _tma = [(found or [None])[-1] for found in latest or [[]] * 3]
 
 
 def products() -> str | None:

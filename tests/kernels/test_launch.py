@@ -67,6 +67,28 @@ def test_use_forces_and_ends(device):
     assert kernels.backend(x) == "triton"
 
 
+def test_threads_leave_use_in_any_order():
+    x, opened, left = torch.ones(2, 2), threading.Event(), threading.Event()
+    seen = []
+
+    def first():
+        with kernels.use("torch", products="library"):
+            opened.set()
+            left.wait(30)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    opened.wait(30)
+    with kernels.use("torch"):
+        left.set()
+        thread.join()  # the first block has ended, this one has not
+        seen += [kernels.backend(x), launch.products()]
+        with kernels.use(products="fused"):
+            seen += [kernels.backend(x), launch.products()]
+    assert seen == ["torch", None, "torch", "fused"]
+    assert (launch.is_forced(), launch.products(), launch.tma()) == (False, None, None)
+
+
 def test_use_triton_refuses_what_no_kernel_takes(device, monkeypatch):
     double = torch.ones(2, 2, dtype=torch.float64, device=device)
     with (
