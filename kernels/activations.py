@@ -217,7 +217,8 @@ def _normal_cdf(z: torch.Tensor) -> torch.Tensor:
     """Φ(z) = (1 + erf(z / √2)) / 2."""
     u = z * SQRT_1_2.value
     # In place where nothing is differentiated, because fresh memory costs more than the numbers.
-    e = torch.erf(u) if u.requires_grad else u.erf_()
+    # torch.jit.trace must see the same operations with and without gradients.
+    e = torch.erf(u) if u.requires_grad or torch.jit.is_tracing() else u.erf_()
     return torch.rsub(e, 0.5, alpha=-0.5)  # ½ + ½ e
 
 

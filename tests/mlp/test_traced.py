@@ -9,6 +9,7 @@ from torch import nn
 from torch.fx import symbolic_trace
 
 import mlp
+from kernels.activations import ACTIVATIONS
 
 
 class WithLosses(nn.Module):
@@ -61,6 +62,15 @@ def test_torchscript(name):
     torch.testing.assert_close(loaded(more), model(more))
     loaded(x).sum().backward()
     assert all(p.grad is not None for p in loaded.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated", "ignore::torch.jit.TracerWarning")
+def test_torchscript_takes_every_activation():
+    """A trace compares itself with another one without gradients."""
+    x = torch.randn(4, 7)
+    for name in ACTIVATIONS:
+        model = mlp.MLP((7, 5, 3), name)
+        torch.testing.assert_close(torch.jit.trace(model, (x,))(x), model(x))
 
 
 @pytest.mark.parametrize(
