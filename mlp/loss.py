@@ -50,6 +50,12 @@ class Criterion:
         The result is a scalar, or one number for each term under reduction="none". labels_valid:
         the caller knows that every label is a class, so the labels are not checked.
         """
+        for name, given in (("output", output), ("target", target)):
+            if not isinstance(given, torch.Tensor):
+                raise TypeError(
+                    f"{type(self).__name__}: {name} must be a torch.Tensor, got "
+                    f"{type(given).__name__}; convert it with torch.as_tensor"
+                )
         target = self.targets_for(output, target, labels_valid)
         value, self._saved = self._forward(output, target, labels_valid)
         self._value = value

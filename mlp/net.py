@@ -255,9 +255,9 @@ class Net:
         net._bind()
         return net
 
-    def _build(self, config, device, dtype):
+    def _build(self, config, device, dtype, given=None):
         self._describe(config)
-        self.parameters = self._views(device, dtype)
+        self.parameters = self._views(device, dtype, given=given)
         self.flat = self.parameters.flat
         self._bind()
 
@@ -270,13 +270,19 @@ class Net:
             name: shape for stage in self.stages for name, shape in stage.shapes.items()
         }
 
-    def _views(self, device, dtype, beside=None):
-        """Views of a flat tensor of zeros, each of its parameter's shape. beside: see `Views`."""
+    def _views(self, device, dtype, beside=None, given=None):
+        """Views of a flat tensor, each of its parameter's shape. beside: see `Views`.
+
+        given: tensors by name. If they are such views, theirs is the flat tensor, else it is new
+        and zero.
+        """
         dtype = dtype or torch.get_default_dtype()
         unit = _ALIGNMENT // torch.empty((), dtype=dtype).element_size()
         sizes = [torch.Size(shape).numel() for shape in self._shapes.values()]
         offsets = [0, *itertools.accumulate(-(-size // unit) * unit for size in sizes)]
-        flat = torch.zeros(offsets[-1], device=device, dtype=dtype)
+        flat = None if given is None else _flat_of([given[name] for name in self._shapes], offsets)
+        if flat is None:
+            flat = torch.zeros(offsets[-1], device=device, dtype=dtype)
         named = {
             name: flat[start : start + size].view(shape)
             for (name, shape), start, size in zip(self._shapes.items(), offsets, sizes)
@@ -324,14 +330,22 @@ class Net:
     @torch.no_grad()
     def __setstate__(self, state):
         parameters, grads = state.pop("parameters"), state.pop("grads")
-        pairs = [parameters] if grads is None else [parameters, grads]
         first = next(iter(parameters.values()))
-        self._build(state.pop("config"), first.device, first.dtype)
+        # Parameters stay in their memory, which other processes may share.
+        self._build(state.pop("config"), first.device, first.dtype, parameters)
         vars(self).update(state)
-        for kept in pairs:
-            made = self.parameters if kept is parameters else self.grads
+        pairs = [(self.parameters, parameters)]
+        if grads is not None:
+            # Each process has gradients of its own.
+            shared = any(tensor.is_shared() for tensor in grads.values())
+            self._grads = self._views(
+                first.device, first.dtype, self.parameters, None if shared else grads
+            )
+            pairs.append((self._grads, grads))
+        for made, kept in pairs:
             for name, tensor in kept.items():
-                made[name].copy_(tensor)
+                if made[name].data_ptr() != tensor.data_ptr():
+                    made[name].copy_(tensor)
                 tensor.data = made[name]
             made.update(kept)
         self._bind()
@@ -342,6 +356,7 @@ class Net:
         They are kept for `backward`, in a buffer that the next `forward` overwrites. x is kept too,
         not a copy. So change neither x nor the outputs in place before `backward`.
         """
+        _check_tensor("input", x)
         self._kept.clear()
         self._keep("input", x)
         y = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -356,6 +371,7 @@ class Net:
 
     def predict(self, x: torch.Tensor) -> torch.Tensor:
         """The outputs of `forward`, in new memory. Nothing is kept for `backward`."""
+        _check_tensor("input", x)
         y = x.reshape(-1, x.shape[-1])
         for stage in self.stages:
             y = stage.forward(y, keep=False)
@@ -398,6 +414,7 @@ class Net:
 
     def _rows(self, doutput):
         """The gradient of the latest outputs as a matrix (rows, outputs)."""
+        _check_tensor("the gradient", doutput)
         if self._shape is None:
             raise RuntimeError("Net: backward was called before forward; call forward first")
         for name, tensor, version in self._kept:
@@ -432,6 +449,31 @@ class Net:
             raise ValueError(f"Net: parameters must be {expected}, got {shapes}")
         for name, p in self.parameters.items():
             p.copy_(state[name])
+
+
+def _flat_of(tensors: list[torch.Tensor], offsets: list[int]) -> torch.Tensor | None:
+    """The flat tensor that these tensors are views of at these offsets, or None.
+
+    The last offset is its length.
+    """
+    first = tensors[0]
+    memory, start = first.untyped_storage(), first.storage_offset()
+    for tensor, offset in zip(tensors, offsets):
+        if tensor.untyped_storage().data_ptr() != memory.data_ptr():
+            return None
+        if tensor.storage_offset() != start + offset or not tensor.is_contiguous():
+            return None
+    if memory.nbytes() < (start + offsets[-1]) * first.element_size():
+        return None
+    return first.as_strided((offsets[-1],), (1,), start)
+
+
+def _check_tensor(name: str, given: object) -> None:
+    if not isinstance(given, torch.Tensor):
+        raise TypeError(
+            f"Net: {name} must be a torch.Tensor, got {type(given).__name__}; convert it with "
+            "torch.as_tensor"
+        )
 
 
 def _config_of(module: Any) -> dict:

@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+from multiprocessing.reduction import ForkingPickler
 
+import numpy as np
 import pytest
 import torch
 
@@ -100,3 +102,40 @@ def test_a_copy_has_its_own_flat_tensors(how):
     before = net.state_dict()
     sgd(copied).step(grads=copied.grads)
     assert_equal(net.state_dict(), before)
+
+
+def test_a_shallow_copy_shares_the_flat_tensors():
+    net = trained_once(mlp.Net([6, 5, 4], seed=1))
+    copied = copy.copy(net)
+    for one in (net, copied):
+        one.flat.fill_(1)
+        assert net.parameters.are_whole() and all(p.eq(1).all() for p in net.parameters.values())
+        assert copied.grads.are_of(copied.parameters.values())
+        one.flat.zero_()
+
+
+def test_processes_share_parameters_and_no_gradients():
+    """As a module that is sent to another process. The pickle is that of torch.multiprocessing."""
+    net = trained_once(mlp.Net([6, 5, 4], seed=1))
+    kept = net.flat_grad.clone()
+    received = pickle.loads(ForkingPickler.dumps(net))
+    received.flat.fill_(2)
+    assert all(p.eq(2).all() for p in net.parameters.values())
+    torch.testing.assert_close(received.flat_grad, kept, rtol=0, atol=0)
+    received.flat_grad.zero_()
+    assert torch.equal(net.flat_grad, kept)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda net, array: net.forward(array),
+        lambda net, array: net.predict(array),
+        lambda net, array: (net.forward(torch.ones(3, 6)), net.backward(array)),
+        lambda net, array: mlp.SoftmaxCrossEntropy().forward(torch.ones(3, 4), array),
+        lambda net, array: mlp.MeanSquaredError().forward(array, torch.ones(3, 4)),
+    ],
+)
+def test_arrays_are_refused(call):
+    with pytest.raises(TypeError, match=r"must be a torch\.Tensor, got ndarray; convert it with"):
+        call(mlp.Net([6, 4]), np.ones((3, 4)))
