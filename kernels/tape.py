@@ -24,6 +24,7 @@ from . import compiled, launch
 _any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 _is_functorch_tensor: Callable[[Any], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 _is_batched: Callable[[Any], bool] = torch._C._functorch.is_legacy_batchedtensor
+_unsafe_view: Any = torch.ops.aten._unsafe_view.default
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -230,7 +231,7 @@ def reshaped(y: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """
     if launch.followed():  # no Function runs then; a trace follows the sizes of `view` alone
         return y.view(shape)
-    return torch.ops.aten._unsafe_view(y, shape)
+    return _unsafe_view(y, shape)
 
 
 def _spread(inputs: tuple) -> tuple[Sequence, tuple | None]:

@@ -23,6 +23,7 @@ import torch
 from .. import activations, launch, tape
 from .linear import (
     Buffers,
+    as_matrix,
     check_linear,
     fits,
     layer_on_tape,
@@ -249,12 +250,15 @@ def _on_tape(x, weights, biases, activation, output_activation):
     last = len(weights) - 1
     if last < 0 or len(biases) != last + 1:
         return None
-    y = x
+    y = matrix = x if x.dim() == 2 else as_matrix(x) if x.dim() else x
     for i in range(last):
         y = layer_on_tape(y, weights[i], biases[i], activation)
         if y is None:
             return None
-    return layer_on_tape(y, weights[last], biases[last], output_activation)
+    y = layer_on_tape(y, weights[last], biases[last], output_activation)
+    if y is None or matrix is x:
+        return y
+    return tape.reshaped(y, (*x.shape[:-1], y.shape[-1]))
 
 
 MLP = tape.Differentiable(
