@@ -344,6 +344,28 @@ def _numbers(row, parameter):
     return numbers[0] if len(numbers) == 1 else numbers
 
 
+def check_outputs(op: str, loss: LossFunction, data: Any, outputs: int) -> None:
+    """ValueError if the numbers to meet of a Dataset do not fit so many outputs of a network.
+
+    loss: one that is not of this file may take any targets.
+    """
+    targets = data.targets
+    if not targets.is_floating_point() or not isinstance(loss, Criterion):
+        return
+    there = loss.columns(targets, outputs)
+    count = there.shape[1] if there.dim() == 2 else 1
+    if count != outputs:
+        raise ValueError(
+            f"{op}: the network has {_counted(outputs, 'output')}, but {data.name} has "
+            f"{_counted(count, 'target')} a row; make the network with "
+            f"{_counted(count, 'output')}"
+        )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
 def per_sample(loss: LossFunction, value: float, rows: int) -> float:
     """A batch's loss as a mean over its samples.
 

@@ -32,6 +32,7 @@ from .data.seen import Seen
 from .engines.epochwise import rule_of, spec_of
 from .engines.means import is_entropy
 from .init import initialise
+from .loss import check_outputs
 from .metrics import measure
 from .modules import MLP, blank, check_rate, loss_of
 from .optim import OPTIMIZERS
@@ -350,6 +351,8 @@ class Sweep:
                 f"has {train.features}"
             )
         evaluate, validation = self._parts((evaluate, validation))
+        for part in filter(None, (train, evaluate, validation)):
+            check_outputs("sweep", self.loss, part, self.config["sizes"][-1])
         count = len(train) // batch_size * batch_size if drop_last else len(train)
         hyper = self._hyper()
         losses = torch.full((self.replicas,), math.nan, device=self.device)

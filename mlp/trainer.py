@@ -21,6 +21,7 @@ from .engines import means, shared, takeover
 from .engines.precision import Precision
 from .engines.stepwise import Demands, Diverged, EpochResult
 from .engines.updates import parameters as parameters_in
+from .loss import check_outputs
 from .metrics import measure, outputs
 from .modules import ends, loss_of, whole
 from .net import Net
@@ -564,6 +565,7 @@ class Trainer:
         if takeover.description(self.model) is not None:
             return
         width = ends(self.model.config())[1]
+        check_outputs("fit", self.loss, data, width)
         if data.is_classification and width < len(data.classes):
             as_numbers = "" if means.is_entropy(self.loss) else "; give numbers as floating point"
             as_numbers += f"; {data._gaps}" if data._gaps else ""
@@ -604,6 +606,9 @@ class Trainer:
         taken = given.take(data, ignored).data if seen is None else seen.take(data, ignored)
         data = self._fitted(taken)
         self._check_features("evaluate", data)
+        if takeover.description(self.model) is None:
+            width = ends(self.model.config())[1]
+            check_outputs("evaluate", self.loss, data, width)
         if self._seen is not None:
             check_columns(data.columns, self._seen.columns, "evaluate")
         return self._measured(data)

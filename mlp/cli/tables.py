@@ -158,7 +158,8 @@ def _by_name(run: RunFolder, path: Path, features: int) -> torch.Tensor:
     decimal = run.settings.decimal if kind is None or kind.is_text else None
     frame = frames.read(path, table.texts, decimal, note)
     dropped = setup.names_of(run.settings.drop or "")
-    return table.inputs(frame.drop(columns=list(dropped), errors="ignore"), note)
+    with frames.naming(path):
+        return table.inputs(frame.drop(columns=list(dropped), errors="ignore"), note)
 
 
 def _by_order(run: RunFolder, path: Path, features: int) -> torch.Tensor:
@@ -187,7 +188,8 @@ def _by_order(run: RunFolder, path: Path, features: int) -> torch.Tensor:
     if not stored.is_floating_point and bool((raw == raw.round()).all()):
         raw = raw.long()  # a CSV does not tell 3 from 3.0
     seen = Seen(facts.reading, is_labels=True, words=None, column=False, shape=None)
-    return seen.read(raw, torch.float64).inputs
+    with frames.naming(path):
+        return seen.read(raw, torch.float64).inputs
 
 
 def _answers(facts: Facts, loss: Any, outputs: torch.Tensor) -> tuple[list[str], list[list[Any]]]:

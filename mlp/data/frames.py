@@ -26,7 +26,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import numpy
 import torch
 
-from .dataset import DataError, needs_extra
+from .dataset import DataError, MissingPackage, needs_extra
 from .guards import check_regular, check_size
 
 if TYPE_CHECKING:
@@ -96,13 +96,14 @@ def read(
         raise needs_extra("pandas", "reading tables") from None
     path = Path(path)
     if not path.exists():
-        raise DataError(f"there is no file {str(path)!r}")
+        raise DataError(f"{path}: there is no such file")
     check_regular(path)
     kind = format_of(path) or FORMATS[".csv"]
     if decimal is not None and not kind.is_text:
         raise DataError(f"{path}: --decimal is for text files; leave it out")
     try:
-        frame = kind.read(path, _contents(path), How(texts, decimal, note))
+        with naming(path):
+            frame = kind.read(path, _contents(path), How(texts, decimal, note))
     except DataError:
         raise
     except ImportError:
@@ -116,6 +117,17 @@ def read(
         raise DataError(f"{path}: has a header but no rows")
     # A copy has one block of memory for each dtype, where pandas reads a block for each column.
     return frame.rename(columns=str).reset_index(drop=True).copy()
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """A context in which every DataError about a file's contents begins with its path."""
+    try:
+        yield
+    except DataError as error:
+        if isinstance(error, MissingPackage) or str(error).startswith(f"{path}:"):
+            raise
+        raise DataError(f"{path}: {error}") from None
 
 
 @contextmanager
@@ -212,7 +224,7 @@ def _of_text(path: Path, contents: bytes, how: How) -> "pandas.DataFrame":
         warnings.simplefilter("error", pandas.errors.ParserWarning)
         try:
             plain = options if how.decimal is None else options | {"dtype": str}
-            frame = pandas.read_csv(io.BytesIO(contents), **plain)
+            frame = _parsed(io.BytesIO(contents), **plain)
         except pandas.errors.ParserWarning:
             raise DataError(
                 f"{path}: its rows have more values than the header's {len(names)} names; name "
@@ -220,7 +232,7 @@ def _of_text(path: Path, contents: bytes, how: How) -> "pandas.DataFrame":
             ) from None
     if how.decimal is not None:
         text = frame.apply(_plain_numbers, decimal=how.decimal).to_csv(index=False)
-        frame = pandas.read_csv(io.StringIO(text), skip_blank_lines=False, dtype=options["dtype"])
+        frame = _parsed(io.StringIO(text), skip_blank_lines=False, dtype=options["dtype"])
     elif separator == ";":  # where it separates columns, a comma is often the decimal point
         frame = _with_commas(contents, frame, options, how.note)
     for name in frame.select_dtypes(exclude=["number", "bool"]).columns:
@@ -229,8 +241,20 @@ def _of_text(path: Path, contents: bytes, how: How) -> "pandas.DataFrame":
         if not stripped.equals(texts_of):  # without the blanks they may be numbers, or gaps
             again = io.StringIO(stripped.to_csv(index=False))
             kind = {name: str} if name in texts else None
-            frame[name] = pandas.read_csv(again, skip_blank_lines=False, dtype=kind)[name]
+            frame[name] = _parsed(again, skip_blank_lines=False, dtype=kind)[name]
     return _with_codes(contents, frame, options) if how.texts is None else frame
+
+
+def _parsed(source: IO, **options: Any) -> "pandas.DataFrame":
+    """`pandas.read_csv`, in which every float is the one nearest to its text.
+
+    Before 3.1, pandas rounds some floats to a neighbour unless an option forbids it. Later versions
+    never do, and warn of the option.
+    """
+    import pandas
+
+    is_exact = tuple(map(int, pandas.__version__.split(".")[:2])) >= (3, 1)
+    return pandas.read_csv(source, **options, float_precision=None if is_exact else "round_trip")
 
 
 def _names(path: Path, contents: bytes) -> tuple[list[str], str]:
@@ -252,13 +276,11 @@ def _with_codes(
     contents: bytes, frame: "pandas.DataFrame", options: dict[str, Any]
 ) -> "pandas.DataFrame":
     """The frame, with columns of codes as texts, see `codes`."""
-    import pandas
-
     padded = _has_padded_cells(contents)
     doubtful = [name for name, series in frame.items() if _may_be_codes(series, padded)]
     if not doubtful:
         return frame
-    again = pandas.read_csv(io.BytesIO(contents), **options | {"dtype": str, "usecols": doubtful})
+    again = _parsed(io.BytesIO(contents), **options | {"dtype": str, "usecols": doubtful})
     for name in doubtful:
         texts = again[name].str.strip()
         known = texts[frame[name].notna()]
@@ -353,7 +375,7 @@ def _with_commas(
     """
     import pandas
 
-    other = pandas.read_csv(io.BytesIO(contents), decimal=",", **options)
+    other = _parsed(io.BytesIO(contents), decimal=",", **options)
     commas = [
         name
         for name in other.select_dtypes("number").columns
@@ -364,7 +386,7 @@ def _with_commas(
     points = [name for name in frame.select_dtypes("float").columns if name not in commas]
     if commas and points:
         kinds = {"dtype": str, "usecols": points}
-        again = pandas.read_csv(io.BytesIO(contents), **options | kinds)
+        again = _parsed(io.BytesIO(contents), **options | kinds)
         texts = pandas.concat([texts, again], axis=1)
     for name in texts.columns:
         mark = "," if name in commas else "."
@@ -423,6 +445,10 @@ def as_numbers(name: str, series: "pandas.Series") -> numpy.ndarray:
         raise DataError(
             f"column {name!r}: row {row_number(series, row)} is {numbers[row]}; it must be finite"
         )
+    if series.dtype.kind == "O":  # to_numeric rounds texts to a neighbour before pandas 3.1
+        known, values = ~numpy.isnan(numbers), series.to_numpy(object)
+        numbers = numpy.full(len(values), math.nan)
+        numbers[known] = values[known].astype(float)
     return numbers
 
 
@@ -444,10 +470,8 @@ def numbers(path: str | Path) -> tuple[torch.Tensor, list[str]]:
             f"{path}: the first line holds numbers ({listed(names)}), where names of columns are "
             "expected; write a line of names above it"
         )
-    try:
+    with naming(path):
         return torch.tensor(matrix(frame), device="cpu"), names
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
 
 
 def _is_number(text: str) -> bool:

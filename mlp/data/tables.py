@@ -18,7 +18,7 @@ import torch
 
 from . import DataError, Dataset, needs_extra
 from .dataset import centre, constant, moments
-from .frames import codes, listed, matrix, read, row_number
+from .frames import codes, listed, matrix, naming, read, row_number
 
 if TYPE_CHECKING:
     import pandas
@@ -669,7 +669,12 @@ def load(path: str | Path, choice: Choice, table: Table | None = None) -> Parts:
     Without it, one is fitted on the training rows. DataError, in one line, for a file that cannot
     be read or used.
     """
-    path, notes = Path(path), list[str]()
+    with naming(path):
+        return _load(Path(path), choice, table)
+
+
+def _load(path: Path, choice: Choice, table: Table | None) -> Parts:
+    notes: list[str] = []
     frame = read(path, None if table is None else table.texts, choice.decimal, notes.append)
     _check_rows(len(frame), str(path))
     if table is None:

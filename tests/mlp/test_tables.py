@@ -544,5 +544,44 @@ def test_errors_name_the_row_of_the_file(tmp_path):
     rows = [f"{i},{i / 7}" for i in range(60)]
     rows[50] = "inf,0.5"
     path.write_text("\n".join(["a,y", *rows]))
-    with pytest.raises(DataError, match="column 'a': row 51 is inf"):
+    with pytest.raises(DataError, match=r"^\S+t.csv: column 'a': row 51 is inf"):
         tables.load(path, tables.Choice(targets=("y",)))
+
+
+@pytest.mark.parametrize(
+    "content, choice, message",
+    [
+        ("a,y\n1,1\n2,1\n3,1\n4,1\n5,1\n", {}, "the target 'y' is 1 in every row"),
+        ("a,z\n1,1\n2,2\n3,3\n", {}, "there is no column 'y'"),
+        ("a,y\n1,1\n2,\n3,3\n", {}, "the target 'y' is missing in 1 of 3 rows"),
+        ("a,y\n1,1.5\n1,2.5\n1,3.5\n1,4\n1,5\n", {}, "no column is left to learn from"),
+        ("a,y\n1,1.5\n2,2.5\n3,3.5\n", {"task": "other"}, "unknown task 'other'"),
+        ("a,y\n1,1.5\n2,2.5\n3,3.5\n", {"validation": 0.9}, "the validation share must be"),
+        ("a,y\n1.5,1\n2.5,2\n", {"decimal": ","}, "column 'a': '1.5' in row 1 is no number"),
+    ],
+)
+def test_errors_name_the_file(tmp_path, content, choice, message):
+    path = tmp_path / "t.csv"
+    path.write_text(content)
+    with pytest.raises(DataError) as error:
+        tables.load(path, tables.Choice(targets=("y",), **choice))
+    assert str(error.value).startswith(f"{path}: {message}")
+    assert str(error.value).count(str(path)) == 1
+
+
+@pytest.mark.parametrize("separator, decimal", [(",", None), (";", None), (";", ","), (",", ".")])
+def test_floats_are_read_to_the_last_bit(tmp_path, separator, decimal):
+    """Older versions of pandas round some floats to a neighbour, unless they are told not to."""
+    torch.manual_seed(0)
+    powers = torch.randint(-300, 300, (2000,)).double()
+    numbers = torch.randn(2000, dtype=torch.float64) * 10.0**powers
+    mark = "," if separator == ";" else "."
+    rows = [f"{number!r}{separator}x".replace(".", mark) for number in numbers.tolist()]
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join([f"a{separator}b", *rows]))
+    frame = tables.read(path, (), decimal)
+    assert frame["a"].tolist() == numbers.tolist()
+    texts = pandas.Series(list(map(repr, numbers.tolist())), dtype=object)
+    assert frames.as_numbers("a", texts).tolist() == numbers.tolist()
+    texts[3] = None
+    assert math.isnan(frames.as_numbers("a", texts)[3])

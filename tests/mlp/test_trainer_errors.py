@@ -34,6 +34,33 @@ def test_diverged(engine, device):
     assert all(math.isfinite(row["train_loss"]) for row in rows), "training must be able to go on"
 
 
+@pytest.mark.parametrize("loss", ["mse", "bce", "huber", "pinball"])
+def test_numbers_that_do_not_fit_the_outputs(loss):
+    """The error names the data, what it has and what the network has, wherever they meet."""
+    x, y, two = torch.rand(9, 4), torch.rand(9).round(), torch.rand(9, 2).round()
+    trainer = Trainer(MLP([4, 1]), loss=loss, verbose=False)
+    fault = "the network has 1 output, but data has 2 targets a row; make the network with 2"
+    for call in (
+        lambda: trainer.fit((x, two), 1),
+        lambda: trainer.fit((x, y), 1, evaluate=(x, two)),
+        lambda: trainer.evaluate((x, two)),
+        lambda: mlp.Sweep([4, 1], 2, lr=0.1, loss=loss).fit((x, two), 1),
+    ):
+        with pytest.raises(ValueError, match=fault):
+            call()
+    assert len(trainer.history) == 0
+    other = Trainer(MLP([4, 3]), loss=loss, verbose=False)
+    with pytest.raises(ValueError, match="has 3 outputs, but data has 1 target a row"):
+        other.fit((x, y), 1)
+
+
+def test_a_quantile_for_each_output_needs_one_target():
+    x, y = torch.rand(9, 4), torch.rand(9)
+    for targets in (y, y[:, None], torch.rand(9, 3)):
+        trainer = Trainer(MLP([4, 3]), loss=mlp.Pinball((0.1, 0.5, 0.9)), verbose=False)
+        assert len(trainer.fit((x, targets), 1)) == 1
+
+
 def test_data_that_do_not_fit_the_network(device):
     x, y = tensors()
     numbers = torch.zeros(70, 2)
@@ -41,7 +68,12 @@ def test_data_that_do_not_fit_the_network(device):
         ((x[:, :5], y), None, 32, "fit: the network takes 6 features, but data has 5"),
         ((x, y), (x[:, :5], y), 32, "fit: the network takes 6 features, but data has 5"),
         ((x, y + 1), None, 32, "fit: the network has 3 outputs, but data has 4 classes"),
-        ((x, numbers), None, 32, r"\(\d+, 3\).*\(\d+, 2\)"),
+        (
+            (x, numbers),
+            None,
+            32,
+            "fit: the network has 3 outputs, but data has 2 targets a row; make the network with 2",
+        ),
         ((x, y), None, 0, "batch_size must be a whole number, at least 1, got 0"),
         ((x[:0], y[:0]), None, 32, "data: empty"),
     ):
