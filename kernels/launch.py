@@ -139,7 +139,7 @@ def products() -> str | None:
 
 
 def tma() -> bool | None:
-    """Whether fused products load tiles by TMA, or None if `configs` may choose."""
+    """True if fused products load tiles by TMA, False if not, None if `configs` may choose."""
     return _tma
 
 

@@ -69,44 +69,47 @@ class Recipe:
 
     def network(self, train: Dataset) -> dict:
         """The `config()` of this recipe's network for a data set."""
-        outputs = train.outputs
         if self.channels:
-            if not self.bias or not activations.get(self.output_activation).is_identity:
-                raise ValueError(
-                    "a network with convolutions has biases and no activation at its output, got "
-                    f"bias {self.bias} and output_activation {self.output_activation}"
-                )
-            if train.image_shape is None:
-                raise ValueError(
-                    f"a network with convolutions needs images, but {train.name} has rows of "
-                    f"{train.features} numbers"
-                )
-            smallest = 1
-            for _ in self.channels:
-                smallest = smallest * _POOL + _KERNEL - 1
-            if min(train.image_shape[1:]) < smallest:
-                raise ValueError(
-                    f"a network with {len(self.channels)} convolutions needs images of at least "
-                    f"{smallest} × {smallest} pixels, but those of {train.name} have "
-                    f"{' × '.join(map(str, train.image_shape[1:]))}; train on mnist, or take a "
-                    "recipe without convolutions"
-                )
-            return {
-                "kind": "convnet",
-                "image_shape": list(train.image_shape),
-                "channels": list(self.channels),
-                "kernel_size": _KERNEL,
-                "max_pool": _POOL,
-                "hidden": list(self.hidden),
-                "classes": outputs,
-                "activation": self.activation,
-            }
+            return self._convnet(train)
         return {
             "kind": "mlp",
-            "sizes": [train.features, *self.hidden, outputs],
+            "sizes": [train.features, *self.hidden, train.outputs],
             "activation": self.activation,
             "output_activation": self.output_activation,
             "bias": self.bias,
+        }
+
+    def _convnet(self, train: Dataset) -> dict:
+        """The `config()` of a network with convolutions. ValueError if it cannot take the data."""
+        if not self.bias or not activations.get(self.output_activation).is_identity:
+            raise ValueError(
+                "a network with convolutions has biases and no activation at its output, got "
+                f"bias {self.bias} and output_activation {self.output_activation}"
+            )
+        if train.image_shape is None:
+            raise ValueError(
+                f"a network with convolutions needs images, but {train.name} has rows of "
+                f"{train.features} numbers"
+            )
+        smallest = 1
+        for _ in self.channels:
+            smallest = smallest * _POOL + _KERNEL - 1
+        if min(train.image_shape[1:]) < smallest:
+            raise ValueError(
+                f"a network with {len(self.channels)} convolutions needs images of at least "
+                f"{smallest} × {smallest} pixels, but those of {train.name} have "
+                f"{' × '.join(map(str, train.image_shape[1:]))}; train on mnist, or take a "
+                "recipe without convolutions"
+            )
+        return {
+            "kind": "convnet",
+            "image_shape": list(train.image_shape),
+            "channels": list(self.channels),
+            "kernel_size": _KERNEL,
+            "max_pool": _POOL,
+            "hidden": list(self.hidden),
+            "classes": train.outputs,
+            "activation": self.activation,
         }
 
     def model(

@@ -170,10 +170,8 @@ class Sweep:
         if replicas < 1:
             raise ValueError(f"sweep: replicas must be at least 1, got {replicas}")
         self.replicas = replicas
-        self.lrs, self.momenta = (
-            _rates("lr", lr, replicas),
-            _rates("momentum", momentum, replicas),
-        )
+        self.lrs = _rates("lr", lr, replicas)
+        self.momenta = _rates("momentum", momentum, replicas)
         self.seeds = _one_each("seeds", range(replicas) if seeds is None else seeds, replicas)
         self.config: dict[str, Any] = {
             "sizes": list(sizes),
@@ -181,6 +179,13 @@ class Sweep:
             "output_activation": output_activation,
             "bias": bias,
         }
+        self._make_replicas(optimizer, options, init)
+
+    def _make_replicas(self, optimizer: str, options: dict[str, Any], init: str | None) -> None:
+        """Make the replicas of the network of `config`, and what the kernels need of them.
+
+        optimizer, options: its name and its arguments, without learning rate and momentum.
+        """
         with blank():
             model = MLP(**self.config)
         if max(self.momenta):
@@ -354,6 +359,21 @@ class Sweep:
         for part in filter(None, (train, evaluate, validation)):
             check_outputs("sweep", self.loss, part, self.config["sizes"][-1])
         count = len(train) // batch_size * batch_size if drop_last else len(train)
+        found = self._train_replicas(train, epochs, batch_size, count, on_epoch)
+        return self._ranked(*found, (evaluate, validation))
+
+    def _train_replicas(
+        self,
+        train: Dataset,
+        epochs: int,
+        batch_size: int,
+        count: int,
+        on_epoch: Callable[[int, torch.Tensor], Any] | None,
+    ) -> tuple[list[float], list[bool]]:
+        """Train all replicas on `count` samples an epoch.
+
+        Returns each one's mean loss of the last epoch, and True for each that diverged.
+        """
         hyper = self._hyper()
         losses = torch.full((self.replicas,), math.nan, device=self.device)
         diverged = torch.zeros(self.replicas, dtype=torch.bool, device=self.device)
@@ -383,7 +403,7 @@ class Sweep:
                 on_epoch(epoch, losses)
         for stacked in self.parameters:
             diverged |= ~stacked.flatten(1).isfinite().all(1)
-        return self._ranked(losses.tolist(), diverged.tolist(), (evaluate, validation))
+        return losses.tolist(), diverged.tolist()
 
     def _fit_shares(self, told: Any, data: tuple, options: dict[str, Any]) -> list[Row]:
         """Do the work of `fit`: train the share of each device in its own thread.

@@ -728,8 +728,8 @@ def cross_entropy(
 
     input: logits (N, C), (N, C, d1, …) or (C,). target: integer labels (N, d1, …), or probabilities
     of input's shape and dtype, which may need a gradient. weight: (C,) or None. reduction: "mean",
-    "sum" or "none". The result has input's dtype. Differentiable twice. Errors: see
-    `cross_entropy_fwd`.
+    "sum" or "none". The result has input's dtype. Differentiable twice. TypeError: target is no
+    tensor. Other errors: see `cross_entropy_fwd`.
     """
     if not isinstance(target, torch.Tensor):
         raise TypeError(

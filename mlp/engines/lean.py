@@ -128,14 +128,14 @@ class _Step:
         value = value.to(self.x.device)
         for piece in self.pieces:
             share = means.share(loss, y[piece], y, ignored)
-            output, (_, _, kept, *_) = kernels.linear_fwd(top[piece], *end, act)
+            output, saved = kernels.linear_fwd(top[piece], *end, act)
             labels.append(output.argmax(1))
             if share == 0:  # the loss ignores all labels of this piece
                 self.dz[piece].zero_()
                 continue
             target = means.aligned(y[piece], output)
             value += loss.forward(output, target, labels_valid=labels_valid) * share
-            dz = kernels.linear_bwd_dz(loss.backward(), kept, act)
+            dz = kernels.linear_bwd_dz(loss.backward(), saved.s, act)
             torch.mul(dz, share, out=self.dz[piece])
         self.top = top
         return torch.cat(labels), value
