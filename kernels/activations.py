@@ -111,14 +111,19 @@ def gelu_bwd(dy, z):
 
 @triton.jit
 def gelu_tanh(z):
-    return 0.5 * z * (1.0 + tanh((z + z * z * z * GELU_CUBIC) * SQRT_2_PI))
+    # (1 + tanh u) / 2 = σ(2u), which keeps its digits for negative u
+    return z * sigmoid((z + z * z * z * GELU_CUBIC) * SQRT_2_PI * 2.0)
 
 
 @triton.jit
 def gelu_tanh_bwd(dy, z):
-    t = tanh((z + z * z * z * GELU_CUBIC) * SQRT_2_PI)
-    du = (1.0 + z * z * GELU_CUBIC * 3.0) * SQRT_2_PI
-    return dy * 0.5 * (1.0 + t + z * (1.0 - t * t) * du)
+    # y = z s with s = σ(2u), so y' = s + z s σ(-2u) 2u'. σ(-2u) replaces 1 - s, because that
+    # difference cancels. Beyond ±16, σ is 0 or 1, and z² may overflow: 0 · inf would be NaN.
+    c = tl.where(z > 16.0, 16.0, tl.where(z < -16.0, -16.0, z))
+    u2 = (c + c * c * c * GELU_CUBIC) * SQRT_2_PI * 2.0
+    du2 = (1.0 + c * c * GELU_CUBIC * 3.0) * SQRT_2_PI * 2.0
+    s = sigmoid(u2)
+    return dy * (s + z * s * sigmoid(-u2) * du2)
 
 
 @triton.jit
@@ -210,16 +215,22 @@ def leaky_relu_bwd_ref(
 
 
 def gelu_ref(z: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    return torch.mul(z, _normal_cdf(z), out=out)
+    return _normal_cdf(z, out).mul_(z)
 
 
-def _normal_cdf(z: torch.Tensor) -> torch.Tensor:
-    """Φ(z) = (1 + erf(z / √2)) / 2."""
-    u = z * SQRT_1_2.value
-    # In place where nothing is differentiated, because fresh memory costs more than the numbers.
-    # torch.jit.trace must see the same operations with and without gradients.
-    e = torch.erf(u) if u.requires_grad or torch.jit.is_tracing() else u.erf_()
-    return torch.rsub(e, 0.5, alpha=-0.5)  # ½ + ½ e
+def _normal_cdf(z: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Φ(z) = erfc(-z / √2) / 2, which keeps its digits for negative z."""
+    u = torch.mul(z, -SQRT_1_2.value, out=out)
+    return (torch.erfc(u) if _is_recorded(u) else u.erfc_()).mul_(0.5)
+
+
+def _is_recorded(t: torch.Tensor) -> bool:
+    """True if a formula may not overwrite t, its own result, where that would save memory.
+
+    For large tensors, fresh memory takes more time than the numbers. But a derivative needs t, and
+    torch.jit.trace must see the same operations with and without gradients.
+    """
+    return t.requires_grad or torch.jit.is_tracing()
 
 
 def gelu_bwd_ref(
@@ -231,24 +242,22 @@ def gelu_bwd_ref(
 
 
 def gelu_tanh_ref(z: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    # (1 + tanh u) / 2 = σ(2u), which keeps its digits for negative u. On a CPU torch's σ takes a
-    # quarter of the time of its tanh.
-    u2 = torch.addcmul(z, z * z, z, value=GELU_CUBIC.value).mul_(2 * SQRT_2_PI.value)
-    return torch.mul(z, u2.sigmoid_(), out=out)
+    # z σ(2u), as in the scalar. On a CPU torch's σ takes a quarter of the time of its tanh.
+    u = torch.addcmul(z, z * z, z, value=GELU_CUBIC.value, out=out)
+    s = u.mul_(2 * SQRT_2_PI.value).sigmoid_()
+    return z * s if _is_recorded(s) else s.mul_(z)
 
 
 def gelu_tanh_bwd_ref(
     dy: torch.Tensor, z: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    # y = z s with s = σ(2u), so y' = s + z s σ(-2u) 2u'. σ(-2u) replaces 1 - s, because that
-    # difference cancels, which would make the second derivative inexact.
-    # Beyond ±16, σ is 0 or 1. There z² may overflow half precision, and 0 · inf would be NaN.
+    # dy (s + z s σ(-2u) 2u'), as in the scalar
     c, scale = z.clamp(-16, 16), 2 * SQRT_2_PI.value
     squares = c * c
     u2 = torch.addcmul(c, squares, c, value=GELU_CUBIC.value).mul_(scale)
     du2 = torch.rsub(squares, scale, alpha=-3 * GELU_CUBIC.value * scale)
     s = torch.sigmoid(u2)
-    slope = torch.addcmul(s, z * s * u2.neg_().sigmoid_(), du2)
+    slope = (z * s).mul_(u2.neg_().sigmoid_()).mul_(du2).add_(s)
     return torch.mul(dy, slope, out=out)
 
 
