@@ -421,7 +421,7 @@ class _Network(BaseEstimator):
     def _training(self, X, targets, weights, held, incremental) -> "Training":
         """Prepare data, loss and optimizer of one call. partial_fit keeps its last optimizer."""
         data = self._dataset(X, targets)
-        first, count = data.inputs, len(data)
+        count = len(data)
         batch: Any = min(_AUTO_BATCH, count) if self.batch_size == "auto" else self.batch_size
         if batch > count:
             warnings.warn(
@@ -435,11 +435,15 @@ class _Network(BaseEstimator):
         else:  # another alpha may need other groups
             settings = self._optimizer.param_groups[0]
             self._optimizer.param_groups[:] = [{**settings, **new} for new in self._groups()]
-        if weights is not None:
-            weights = _tensor(weights).to(first.device, first.dtype)
-        judges = None if held is None else self._dataset(*held[:2])
+        weights = self._weighed(weights)
+        judges = None if held is None else (self._dataset(*held[:2]), self._weighed(held[2]))
         epochs = 1 if incremental else self.max_iter
         return Training(self, data, judges, weights, int(batch), epochs)
+
+    def _weighed(self, weights) -> torch.Tensor | None:
+        """Weights of samples on the network's device and in its dtype, or None."""
+        first = next(self._model.parameters())
+        return None if weights is None else _tensor(weights).to(first.device, first.dtype)
 
     def _groups(self) -> list[dict]:
         """The optimizer's parameter groups.
@@ -473,10 +477,11 @@ class _Network(BaseEstimator):
 
     def _run_compiled(self, training: "Training", order: numpy.ndarray, epochs: int) -> bool:
         """Do the work of `_run` with many epochs in a call. The compiled code decides the stop."""
-        session, watch = training.session, self._watch()
+        watch = self._watch()
         while self.n_iter_ < epochs:
             with self._draws(order, training.ahead(epochs - self.n_iter_)) as (orders, draws):
                 found = training.epochs(orders, watch, draws)
+            failed = orders[min(len(found.losses), len(orders) - 1)]
             order = orders[min(len(found.losses), len(orders)) - 1]
             self._note_epochs(found.losses, len(order), found.values)
             self._no_improvement = watch.waited
@@ -485,7 +490,7 @@ class _Network(BaseEstimator):
             else:
                 self.best_loss_ = -watch.best
             if found.failed is not None:
-                raise self._diverged(session.bad_loss(found.failed))
+                raise training.failure(failed, found.failed)
             with training.optimizer_at_hand():
                 if self.solver == "sgd":
                     SCHEDULES[self.learning_rate](self, self._optimizer)

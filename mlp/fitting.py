@@ -1,7 +1,7 @@
 """The training of the estimators as in scikit-learn: solvers, schedules, and one call of `fit`.
 
-Compiled epochs of a CPU, an engine, or with sample weights steps by autograd train a network. The
-estimator decides when training ends, and keeps the attributes.
+Compiled epochs of a CPU or an engine train a network. With sample weights, steps by autograd take
+the engine's place. The estimator decides when training ends, and keeps the attributes.
 """
 
 import contextlib
@@ -64,33 +64,35 @@ SCHEDULES = {"constant": _constant, "invscaling": _invscaling, "adaptive": _cons
 class Training:
     """The training of one call of fit: data on the device, loss and optimizer.
 
-    Compiled epochs of a CPU or an engine train it. With sample weights, steps by autograd do.
-    judges: held-out rows that score each compiled epoch. weights: (samples,), or None.
+    Compiled epochs of a CPU or an engine train it. With sample weights, steps by autograd take the
+    engine's place. judges: (held-out rows, their weights or None) that score each compiled epoch.
+    weights: (samples,), or None.
     """
 
     def __init__(
         self,
         estimator: Any,
         data: Dataset,
-        judges: Dataset | None,
+        judges: tuple[Dataset, Any] | None,
         weights: Any,
         batch: int,
         epochs: int,
     ) -> None:
         self.estimator, self.data, self.weights, self.batch = estimator, data, weights, batch
         self.model, self.optimizer = estimator._model, estimator._optimizer
-        loss, self.per_output = estimator._make_loss("mean" if weights is None else "none")
-        self.loss = loss
+        self.loss, self.per_output = estimator._make_loss("mean")
         self.decayed = [p for g in self.optimizer.param_groups if g["decays"] for p in g["params"]]
         self.decays = bool(self.decayed)
         self.session: Any = None
-        if weights is None and (epochs > 1 or estimator.engine == "epoch"):
+        if epochs > 1 or estimator.engine == "epoch":
             self.session = self._session(judges, epochs)
-        if weights is None and self.session is None:
-            chosen = (estimator.engine, self.model, loss, self.optimizer, batch)
+        if weights is not None and self.session is None:
+            self.loss, self.per_output = estimator._make_loss("none")
+        elif self.session is None:
+            chosen = (estimator.engine, self.model, self.loss, self.optimizer, batch)
             self.engine, _ = engines.choose(*chosen)
 
-    def _session(self, judges: Dataset | None, epochs: int) -> Any:
+    def _session(self, judges: tuple[Dataset, Any] | None, epochs: int) -> Any:
         """The compiled epochs of a CPU. None if they cannot train this network or do not pay."""
         parameters = [p.detach() for p in self.model.parameters()]
         wanted, parts = self.estimator.engine, self.optimizer.parts()
@@ -114,11 +116,13 @@ class Training:
         ]
         held, count = None, len(self.data)
         if judges is not None:
-            held = Held(judges.inputs, self.loss.columns(judges.targets, spec.sizes[-1]))
+            rows, weights = judges
+            targets = self.loss.columns(rows.targets, spec.sizes[-1])
+            held = Held(rows.inputs, targets, weights=weights)
         self._parts, self._taken = parts, int(parts[0].taken)
         self._counted = self._taken  # steps that the optimizer knows of
         targets = self.loss.columns(self.data.targets, spec.sizes[-1])
-        samples = self.data.inputs, targets, 1.0, 0.0
+        samples = self.data.inputs, targets, 1.0, 0.0, self.weights
         return Session(spec, parameters, states, samples, count, self.batch, held)
 
     def finish(self) -> None:
@@ -176,6 +180,20 @@ class Training:
         found = self.session.epochs(*arguments, draws)
         self._taken += self.session.steps * len(found.losses)
         return found
+
+    def failure(self, order: numpy.ndarray, step: int) -> Exception:
+        """The error about a compiled epoch of this order, whose loss is not finite at `step`."""
+        rows = order[step * self.batch : (step + 1) * self.batch]
+        if self.weights is not None and not float(self.weights[rows].sum()):
+            return self._weightless(len(rows))
+        return self.estimator._diverged(self.session.bad_loss(step))
+
+    def _weightless(self, rows: int) -> ZeroDivisionError:
+        return ZeroDivisionError(
+            f"{type(self.estimator).__name__}: the sample weights of a batch of {rows} sum to "
+            "zero, so it has no mean loss; leave samples of weight 0 out, or take a larger "
+            "batch_size"
+        )
 
     def epoch(self, order: numpy.ndarray) -> float:
         """Train on all samples once, in this order (samples,).
@@ -239,11 +257,7 @@ class Training:
             weights = self.weights[rows]
             weight = float(weights.sum())
             if not weight:
-                raise ZeroDivisionError(
-                    f"{type(self.estimator).__name__}: the sample weights of a batch of "
-                    f"{len(rows)} sum to zero, so it has no mean loss; leave samples of weight 0 "
-                    "out, or take a larger batch_size"
-                )
+                raise self._weightless(len(rows))
             value = (losses * weights).sum() / weight
             self._set_decay(weight)
             self._shares.append(len(rows) / weight)  # the penalty is divided as the losses are

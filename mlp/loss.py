@@ -97,10 +97,18 @@ class Criterion:
         """The probability of each class, (N, C), from outputs (N, C), if the targets are labels."""
         return self.row.probabilities(output)
 
-    def criterion(self, outputs: int) -> dict | str:
+    def row_weights(self, target: torch.Tensor, like: torch.Tensor) -> torch.Tensor | None:
+        """The factors of the rows' losses, (N,) of like's dtype, or None if each row counts as 1.
+
+        A mean is divided by their sum over the batch.
+        """
+        return None
+
+    def criterion(self, outputs: int, like: torch.Tensor | None = None) -> dict | str:
         """The fields of `kernels.Spec` for this loss, in a network with `outputs` outputs.
 
-        If the training kernels cannot compute it, the result is a string that says why.
+        If the training kernels cannot compute it, the result is a string that says why. like: a
+        parameter of the network, if the caller multiplies rows by `row_weights`. Else None.
         """
         if self.reduction == "none":
             return f"takes reduced losses, got {type(self).__name__} with reduction 'none'"
@@ -187,11 +195,35 @@ class SoftmaxCrossEntropy(Criterion):
             raise ValueError(reason)
         return target
 
-    def criterion(self, outputs: int) -> dict | str:
+    def row_weights(self, target: torch.Tensor, like: torch.Tensor) -> torch.Tensor | None:
+        """The class weight of each row's label, or None if classes have no weights.
+
+        A label that is no class gets any class's weight, because the loss is NaN there. ValueError
+        for probabilities, whose class weights are no factors of rows.
+        """
+        weight = self._options(like)[0]
+        if weight is None:
+            return None
+        if target.is_floating_point():
+            raise ValueError(
+                "SoftmaxCrossEntropy: class weights multiply probabilities, not rows; use engine "
+                "'manual'"
+            )
+        return weight.detach()[target.long().clamp(0, len(weight) - 1)]
+
+    def criterion(self, outputs: int, like: torch.Tensor | None = None) -> dict | str:
         weight, ignore_index, _, smoothing = self.options
-        if weight is not None or smoothing != 0 or 0 <= ignore_index < outputs:
-            return "takes cross-entropy without class weights, smoothing or an ignored class"
-        return super().criterion(outputs)
+        if smoothing != 0 or 0 <= ignore_index < outputs or (weight is not None and like is None):
+            also = "class weights, " if like is None else ""
+            return f"takes cross-entropy without {also}smoothing or an ignored class"
+        if weight is not None and like is not None:
+            weight = self._options(like)[0]
+            if (weight.dtype, weight.shape) != (like.dtype, (outputs,)):
+                return (
+                    f"takes class weights {like.dtype} ({outputs},), got {weight.dtype} "
+                    f"{tuple(weight.shape)}"
+                )
+        return super().criterion(outputs, like)
 
     def _options(self, output: torch.Tensor) -> tuple:
         """The arguments of the operation, with the weights on the output's device.

@@ -18,7 +18,7 @@ import torch
 import kernels
 from kernels import cpu
 
-from .engines.epochwise import Epoch, rule_of, spec_of
+from .engines.epochwise import Epoch, rule_of
 from .trainer import Trainer
 
 Results = tuple[torch.Tensor, torch.Tensor]  # an epoch's (losses, correct), (steps,) each
@@ -116,11 +116,11 @@ class Together:
 def train_all(runs: Sequence[kernels.Run]) -> list[Results]:
     """Train an epoch of each network, and return the results in the same order.
 
-    Networks that read the same data must be of the same kind. One launch or call trains them.
-    Otherwise each network has its own launch or call.
+    Networks that read the same data, with the same weights of rows, must be of the same kind. One
+    launch or call trains them. Otherwise each network has its own launch or call.
     """
     first, on_cpu = runs[0], cpu.serves(runs[0].parameters[0])
-    if len(runs) == 1 or len({run.data.data_ptr() for run in runs}) > 1:
+    if len(runs) == 1 or not all(_reads_as(run, first) for run in runs):
         return [(cpu.train_epoch if on_cpu else kernels.train_epoch)(run) for run in runs]
     pack = dataclasses.replace(
         first,
@@ -142,6 +142,15 @@ def train_all(runs: Sequence[kernels.Run]) -> list[Results]:
     return list(zip(losses, correct, strict=True))
 
 
+def _reads_as(run: kernels.Run, other: kernels.Run) -> bool:
+    """True if two runs read the same data and weights of rows."""
+    if run.data.data_ptr() != other.data.data_ptr():
+        return False
+    if run.weights is None or other.weights is None:
+        return run.weights is other.weights
+    return torch.equal(run.weights, other.weights)
+
+
 def _stacked(lists: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
     """The tensors of all networks, stacked: (networks, …) each."""
     return [torch.stack(list(each)) for each in zip(*lists, strict=True)]
@@ -160,7 +169,7 @@ def refusal(trainer: Trainer, batch_size: int, steps: int) -> str | None:
         return reason
     if trainer.requested == "auto" and (costs := Epoch.costs(*parts, batch_size, steps)):
         return costs
-    spec = spec_of(trainer.model, trainer.loss, rule_of(trainer.model, trainer.optimizer))
+    spec = Epoch.described(trainer.model, trainer.loss, rule_of(trainer.model, trainer.optimizer))
     assert not isinstance(spec, str)  # `refuses` checked it
     first = next(iter(trainer.model.parameters())).detach()
     return None if cpu.serves(first) else kernels.refusal(spec, batch_size)

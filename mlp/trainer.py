@@ -466,6 +466,7 @@ class Trainer:
         demands = Demands(
             per_step=schedule is not None and schedule.per_step,
             ignored=mask is not None and not bool(mask.all()),
+            soft=means.reading(self.loss).weight is not None and not task.train.is_classification,
             precision=self.precision.name,
             clip_norm=self.clip_norm,
             world=shared.world(),

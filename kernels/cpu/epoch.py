@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +47,21 @@ _lending = threading.Lock()
 _choices: dict[tuple, "_Choice"] = {}  # the key is (sizes, batch, threads, dtype)
 _compiling = threading.Lock()  # otherwise several threads would compile the same code
 _made: dict[np.dtype, "_Steps"] = {}
+
+
+class Samples(NamedTuple):
+    """The rows that a network learns, as in `kernels.Run`. weights: (n,), or None for 1 each."""
+
+    data: torch.Tensor
+    targets: torch.Tensor
+    scale: float = 1.0
+    shift: float = 0.0
+    weights: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, run: Run) -> "Samples":
+        """The samples of a run."""
+        return cls(run.data, run.targets, run.scale, run.shift, run.weights)
 
 
 class _Steps:
@@ -285,7 +300,7 @@ class Epochs:
         memory = _lent(spec, kind, min(run.batch, orders.shape[1]), self.workers)
         steps = len(orders) * run.steps
         table = _numbers(spec.rule, hyper, float(run.count), steps, kind)
-        self._task = _Task(memory, run.data, run.targets, orders, table, run.scale, run.shift)
+        self._task = _Task(memory, Samples.of(run), orders, table)
         shape = len(orders), run.steps
         self.losses = torch.from_numpy(self._task.losses).view(shape)
         self.correct = torch.from_numpy(self._task.correct).view(shape)
@@ -344,8 +359,7 @@ def train_replicas(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     def one(replica: int) -> _Task:
         memory = _lent(spec, kind, batch, 1)
         numbers = _numbers(spec.rule, run.hyper[replica], float(run.count), run.steps, kind)
-        order = run.order[replica]
-        task = _Task(memory, run.data, run.targets, order, numbers, run.scale, run.shift)
+        task = _Task(memory, Samples.of(run), run.order[replica], numbers)
         lists = [[t[replica] for t in tensors] for tensors in (run.parameters, *run.states)]
         _train(task, memory.pairs(lists), _choice(memory, 1), stopped)
         _give_back(memory)
@@ -409,23 +423,24 @@ class _Task:
     tensors, or will be when the training ends.
     """
 
-    def __init__(self, memory: Memory, data, targets, indices, numbers, scale, shift):
+    def __init__(self, memory: Memory, samples: Samples, indices: Any, numbers: np.ndarray):
         spec, steps, self.memory, self.done = memory.spec, len(numbers), memory, 0
+        data, targets, scale, shift, weights = samples
         self.steps = -(-indices.shape[-1] // memory.batch)
         soft = targets.is_floating_point()
         self.losses, self.correct = np.zeros(steps, memory.kind), np.zeros(steps, np.int32)
         self.counter = np.zeros(8, np.int64)
         # The steps read bytes, or numbers of the network's dtype. Any other type is converted.
         is_bytes = data.dtype == torch.uint8
-        samples = memory.array(data, data.dtype if is_bytes else None)
+        inputs = memory.array(data, data.dtype if is_bytes else None)
         # The share of zeros depends on the data alone, so the results do too.
-        some = samples[:: max(1, len(samples) // _SAMPLED)]
+        some = inputs[:: max(1, len(inputs) // _SAMPLED)]
         skips = np.count_nonzero(some) <= (1 - _ZEROS) * some.size
         shifts = (0.0, shift) if skips else (shift, 0.0)
         self.orders, self.numbers = memory.array(indices, torch.int64), numbers
         kinds = None if soft else torch.int64
         self.held = {
-            loop.PIXELS if is_bytes else loop.REALS: samples,
+            loop.PIXELS if is_bytes else loop.REALS: inputs,
             loop.TARGETS if soft else loop.LABELS: memory.array(targets, kinds),
             loop.ORDER: self.orders,
             loop.NUMBERS: numbers,
@@ -434,6 +449,8 @@ class _Task:
             loop.CORRECT: self.correct,
             loop.COUNTER: self.counter,
         }
+        if weights is not None:
+            self.held[loop.WEIGHTS] = memory.array(weights)
         places = memory.places.copy()
         places[loop.ROWS_OF_EPOCH], places[loop.COUNT] = indices.shape[-1], numbers.shape[1]
         for place, array in self.held.items():

@@ -67,8 +67,9 @@ FORWARD, BACKWARD, OUT_FORWARD, OUT_BACKWARD, CRITERION, RULE = range(31, 37)
 PRODUCT, LISTED_PRODUCT, TRANSPOSED, STEPS, COUNTER = range(37, 42)
 # Addresses. BIAS_NUMBERS: the rule's numbers for biases, which may have another weight decay.
 # BASE, SIZE: the flat array and its floats. LAYERS, DEPTH: `Run.layers` and its rows. FACTORS: the
-# last four fields of `Run`. OCTETS: `products.OCTETS`, or 0 if few inputs are 0.
-BIAS_NUMBERS, BASE, SIZE, LAYERS, DEPTH, FACTORS, OCTETS, PLACES = range(42, 50)
+# last four fields of `Run`. OCTETS: `products.OCTETS`, or 0 if few inputs are 0. WEIGHTS: a float
+# for each row of the data, the factor of its loss. 0 if every row counts as 1.
+BIAS_NUMBERS, BASE, SIZE, LAYERS, DEPTH, FACTORS, OCTETS, WEIGHTS, PLACES = range(42, 51)
 LINE = 64  # bytes of a cache line
 SCRATCH_BYTES = 16384  # room for one worker's gradients, unless LEAST rows take more
 LEAST = 8  # rows of w that are updated at a time, or a multiple: a multiple of ROWS
@@ -529,23 +530,34 @@ def fill_targets(run, first, m, stop):
 
 
 @inside
-def row_weight(run, row):
-    """1, or 0 if the row's label is ignored, or NaN if it is no class.
-
-    row: its place in the order.
-    """
+def is_ignored(run, row):
+    """True if the row's label counts for nothing. row: its place in the order."""
     if run.places[LABELS] == 0:
-        return number(run.w, 1.0)
-    label = integers(run.places[LABELS])[integers(run.places[ORDER])[row]]
+        return False
+    return integers(run.places[LABELS])[integers(run.places[ORDER])[row]] == run.places[IGNORED]
+
+
+@inside
+def row_weight(run, row):
+    """The factor of a row's loss, or 0 if its label is ignored, or NaN if it is no class.
+
+    The factor is 1, unless rows have weights. row: its place in the order.
+    """
+    sample, weight = integers(run.places[ORDER])[row], number(run.w, 1.0)
+    if run.places[WEIGHTS]:
+        weight = numbers(run.w, run.places[WEIGHTS])[sample]
+    if run.places[LABELS] == 0:
+        return weight
+    label = integers(run.places[LABELS])[sample]
     if label == run.places[IGNORED]:
         return number(run.w, 0.0)
-    return number(run.w, 1.0 if 0 <= label < run.layers[-1, N] else np.nan)
+    return weight if 0 <= label < run.layers[-1, N] else number(run.w, np.nan)
 
 
 @inside
 def sum_of_weights(run, first, rows):
     """The sum of `row_weight` over a batch of `rows` rows, which starts at order[first]."""
-    if run.places[LABELS] == 0:
+    if run.places[LABELS] == 0 and run.places[WEIGHTS] == 0:
         return number(run.w, rows)
     total = number(run.w, 0.0)
     for row in range(first, first + rows):
@@ -590,21 +602,22 @@ def multiply(values, count, factor):
 def judge_rows(run, first, m, stop, gradient, factor):
     """Multiply losses and gradients of rows m to stop by the rows' weights and a factor.
 
-    Also note whether each row is right. gradient: the address of row m of ∂loss/∂y.
+    Also note whether each row is right, if there are labels. gradient: the address of row m of
+    ∂loss/∂y.
     """
     w, layer, classes = run.w, run.layers[-1], run.layers[-1, N]
     order, labels = integers(run.places[ORDER]), integers(run.places[LABELS])
     losses = numbers(w, _address(run, run.places[LOSS]))
     right = numbers(w, _address(run, run.places[RIGHT]))
     for row in range(m, stop):
-        weight = row_weight(run, first + row)
-        counted = weight != 0
-        losses[row] = losses[row] * weight * factor if counted else number(w, 0.0)
+        share = row_weight(run, first + row) * factor
+        counted = not is_ignored(run, first + row)
+        losses[row] = losses[row] * share if counted else number(w, 0.0)
         values = numbers(w, gradient + size_of(w) * (row - m) * classes)
         for i in range(classes):
-            values[i] = values[i] * factor if counted else number(w, 0.0)
+            values[i] = values[i] * share if counted else number(w, 0.0)
         hit = False
-        if counted:
+        if counted and run.places[LABELS]:
             y = numbers(w, _address(run, layer[Y] + row * layer[PITCH]))
             hit = largest(y, classes) == labels[order[first + row]]
         right[row] = 1.0 if hit else 0.0
@@ -632,7 +645,7 @@ def criterion(run, first, rows, m, stop):
     factor = count * number(w, 0.0) + run.loss_scale  # NaN if a label of the batch is no class
     if places[MEAN]:
         factor = factor / count
-    if places[LABELS]:
+    if places[LABELS] or places[WEIGHTS]:
         judge_rows(run, first, m, stop, gradient, factor)
     else:
         multiply(numbers(w, losses), stop - m, factor)

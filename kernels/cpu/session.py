@@ -18,7 +18,7 @@ from numba import njit
 from ..rules import Rule, row_of
 from ..training import Spec
 from . import DTYPES, epoch, loop, rows
-from .waiting import call, inside, integers, narrow_integers, number, numbers
+from .waiting import call, inside, integers, number, numbers
 
 # What a `Watch` looks at after an epoch: the training loss, or a value of the held-out rows. That
 # is the loss, the share of right labels, the share of rows whose outputs all have the right sign,
@@ -58,6 +58,7 @@ class Held(NamedTuple):
     data: torch.Tensor
     targets: torch.Tensor
     rows: torch.Tensor | None = None  # indices of the rows that count; None for all
+    weights: torch.Tensor | None = None  # (n,) how much each row counts; None for 1 each
 
 
 class Draws(NamedTuple):
@@ -95,12 +96,17 @@ class _Many(NamedTuple):
     bias_numbers: np.ndarray  # the same for biases
     shares: np.ndarray  # (steps,) float64: the factor of each step in an epoch's loss
     held_shares: np.ndarray  # (steps of the held-out rows,) float64, likewise
-    spread: np.ndarray  # (outputs,) float64: Σ (t - mean t)² of the held-out targets
+    held_weights: np.ndarray  # (held-out rows,) float64: how much each counts
+    spread: np.ndarray  # (outputs,) float64: Σ weight · (t - mean t)² of the held-out targets
     losses: np.ndarray  # (epochs,) float64
     values: np.ndarray  # (epochs,) float64
     watch: np.ndarray  # (_ENTRIES,) float64: a `Watch` and what happened
     best: np.ndarray  # (floats of the parameters,)
     penalty: np.float64  # before each step, penalty · Σ w² is added to the epoch's loss
+    # If rows have weights, the weight decay of a step is alpha / Σ weights of its batch. It belongs
+    # in this column of numbers. Else alpha is 0.
+    alpha: np.float64
+    column: np.int64
     kind: np.int64
 
 
@@ -149,13 +155,13 @@ def _targets(run, sample):
 
 
 @inside
-def _share_of_signs(run):
+def _share_of_signs(run, weights):
     """The share of rows whose outputs are positive exactly where targets are above one half.
 
-    NaN if an output is NaN.
+    weights: how much each row counts. NaN if an output is NaN.
     """
     layer, places = run.layers[-1], run.places
-    right, samples, classes = 0, places[loop.ROWS_OF_EPOCH], layer[loop.N]
+    right, whole, samples, classes = 0.0, 0.0, places[loop.ROWS_OF_EPOCH], layer[loop.N]
     for step in range((samples + places[loop.BATCH] - 1) // places[loop.BATCH]):
         for row in range(_outputs(run, step)):
             y = layer[loop.Y] + row * layer[loop.PITCH]
@@ -166,16 +172,19 @@ def _share_of_signs(run):
                 if run.w[y + i] != run.w[y + i]:
                     return np.nan
                 hit = hit and (run.w[y + i] > 0) == (targets[i] > 0.5)
-            right += hit
-    return right / samples
+            weight = weights[step * places[loop.BATCH] + row]
+            right += weight * hit
+            whole += weight
+    return right / whole
 
 
 @inside
-def _r2(run, spread):
+def _r2(run, spread, weights):
     """The mean R² of all outputs. NaN if an output is not finite.
 
-    spread: Σ (t - mean t)² of each output. If an output's targets are all the same, its R² is 1 if
-    they are met exactly, else 0. This is scikit-learn's rule.
+    spread: Σ weight · (t - mean t)² of each output. weights: how much each row counts. If an
+    output's targets are all the same, its R² is 1 if they are met exactly, else 0. This is
+    scikit-learn's rule.
     """
     layer, places = run.layers[-1], run.places
     samples, classes = places[loop.ROWS_OF_EPOCH], layer[loop.N]
@@ -185,9 +194,10 @@ def _r2(run, spread):
             y = layer[loop.Y] + row * layer[loop.PITCH]
             sample = integers(places[loop.ORDER])[step * places[loop.BATCH] + row]
             targets = _targets(run, sample)
+            weight = weights[step * places[loop.BATCH] + row]
             for i in range(classes):
                 d = np.float64(run.w[y + i]) - np.float64(targets[i])
-                errors[i] += d * d
+                errors[i] += weight * (d * d)
     total = 0.0
     for i in range(classes):
         if not np.isfinite(errors[i]):
@@ -201,10 +211,7 @@ def _r2(run, spread):
 
 @inside
 def _loss(run, shares):
-    """The mean loss of the held-out rows.
-
-    `loop.CORRECT` then has the number of right labels of each batch.
-    """
+    """The mean loss of the held-out rows."""
     _steps(run, loop.NONE, np.int64(len(shares)), loop.NONE)
     total = 0.0
     for step in range(len(shares)):
@@ -213,17 +220,22 @@ def _loss(run, shares):
 
 
 @inside
-def _share_of_labels(run, shares):
-    """The share of rows whose largest output is that of their label. NaN if the loss is not finite.
+def _share_of_labels(run, weights):
+    """The share of rows whose largest output is that of their label. NaN if a loss is not finite.
 
-    shares: as in `_loss`.
+    weights: how much each row counts.
     """
-    if not np.isfinite(_loss(run, shares)):
-        return np.nan
-    right = 0
-    for step in range(len(shares)):
-        right += narrow_integers(run.places[loop.CORRECT])[step]
-    return right / run.places[loop.ROWS_OF_EPOCH]
+    places, right, whole = run.places, 0.0, 0.0
+    samples = places[loop.ROWS_OF_EPOCH]
+    for step in range((samples + places[loop.BATCH] - 1) // places[loop.BATCH]):
+        rows_ = _outputs(run, step)
+        if not np.isfinite(numbers(run.w, places[loop.LOSSES])[step]):
+            return np.nan
+        for row in range(rows_):
+            weight = weights[step * places[loop.BATCH] + row]
+            right += weight * run.w[places[loop.RIGHT] + row]
+            whole += weight
+    return right / whole
 
 
 @inside
@@ -231,13 +243,13 @@ def _measured(held, many):
     """The value of the held-out rows that the watch looks at. `Session.epochs` checks its kind."""
     value = np.nan
     if many.kind == SIGNS:
-        value = _share_of_signs(held)
+        value = _share_of_signs(held, many.held_weights)
     elif many.kind == R2:
-        value = _r2(held, many.spread)
+        value = _r2(held, many.spread, many.held_weights)
     elif many.kind == LOSS:
         value = _loss(held, many.held_shares)
     elif many.kind == LABELS:
-        value = _share_of_labels(held, many.held_shares)
+        value = _share_of_labels(held, many.held_weights)
     return value
 
 
@@ -327,6 +339,38 @@ def _point_at(run, many, e):
 
 
 @inside
+def _rows_of(run, step):
+    """(the first row of a batch, the number of its rows)."""
+    first = step * run.places[loop.BATCH]
+    return first, min(run.places[loop.BATCH], run.places[loop.ROWS_OF_EPOCH] - first)
+
+
+@inside
+def _decay(run, many, step):
+    """A pointer to the weight decay of a step of this epoch. Its array's type forbids writing."""
+    address = loop.numbers_of(run, loop.NUMBERS, step)
+    return numbers(run.w, address + many.numbers.itemsize * many.column)
+
+
+@inside
+def _weigh_decays(run, many):
+    """Write the weight decay of each step of an epoch, which depends on the weights of its rows."""
+    for step in range(len(many.shares)):
+        total = np.float64(loop.sum_of_weights(run, *_rows_of(run, step)))
+        _decay(run, many, step)[0] = many.alpha / total
+
+
+@inside
+def _penalty(run, many, step):
+    """The penalty before a step of this epoch. It is divided as the losses are."""
+    share = 1.0
+    if many.alpha > 0:
+        decay = np.float64(_decay(run, many, step)[0])
+        share = _rows_of(run, step)[1] * decay / many.alpha
+    return many.penalty * share * _squares(run)
+
+
+@inside
 def _after_epoch(run, held, many, penalty):
     """Note an epoch's loss and the watched value, and whether training ends here."""
     loss = penalty
@@ -350,12 +394,14 @@ def _epochs(run, held, many):
         if len(many.draws):
             _draw(many, words)
         _point_at(run, many, e)
+        if many.alpha > 0:
+            _weigh_decays(run, many)
         # With a penalty, a call takes one step, because it needs the weights before each step.
         size = 1 if many.penalty > 0 else steps
         penalty = 0.0
         for step in range(0, steps, size):
             if many.penalty > 0:
-                penalty += many.penalty * _squares(run)
+                penalty += _penalty(run, many, step)
             _steps(run, step, step + size, loop.ONCE)
         _after_epoch(run, held, many, penalty)
         if many.watch[_STOPPED]:
@@ -385,7 +431,7 @@ class Session:
     parameters: [w_1, b_1, w_2, …], all float32 or all float64.
     states: a list of the same shapes for each state of the rule. Parameters and states are read
         here and written by `store`.
-    samples: (data, targets, scale, shift), as in `kernels.Run`.
+    samples: the fields of `epoch.Samples`, as in `kernels.Run`.
     count: rows of an epoch.
     batch: rows of a step.
     held: what is measured after each epoch.
@@ -396,36 +442,42 @@ class Session:
         spec: Spec,
         parameters: list[torch.Tensor],
         states: list[list[torch.Tensor]],
-        samples: tuple[torch.Tensor, torch.Tensor, float, float],
+        samples: tuple,
         count: int,
         batch: int,
         held: Held | None = None,
     ) -> None:
-        data, targets = samples[:2]
+        samples = epoch.Samples(*samples)
         kind = DTYPES[parameters[0].dtype]
         self.memory = epoch.Memory(spec, kind, min(batch, count), 1)
         self._pairs = self.memory.pairs([parameters, *states])
         self.steps, self.count = -(-count // batch), count
         order = torch.zeros(count, dtype=torch.int64, device="cpu")
-        self._task = self._task_of(data, targets, order, samples)
-        self._held = self._task
-        self._held_shares, self._spread = np.zeros(0), np.zeros(0)
+        self._task = self._task_of(samples, order)
+        self._held, self._weighted = self._task, samples.weights is not None
+        self._held_shares = self._spread = self._held_weights = np.zeros(0)
         if held is not None:
             every = torch.arange(len(held.data), device="cpu")
             chosen = every if held.rows is None else held.rows
-            self._held = self._task_of(held.data, held.targets, chosen, samples)
-            self._held_shares = _shares(spec, len(chosen), self.memory.batch)
+            rows_held = samples._replace(data=held.data, targets=held.targets, weights=held.weights)
+            self._held = self._task_of(rows_held, chosen)
+            weights = np.ones(len(chosen))
+            if held.weights is not None:
+                weights = held.weights[chosen].double().numpy()
+            self._held_weights = weights
+            self._held_shares = _shares(spec, weights, self.memory.batch)
             if held.targets.is_floating_point():
                 true = held.targets[chosen].double().numpy().reshape(len(chosen), -1)
-                self._spread = np.square(true - true.mean(0)).sum(0)
-        self._shares = _shares(spec, count, batch)
+                away = np.square(true - np.average(true, 0, weights))
+                self._spread = weights @ away
+        self._shares = _shares(spec, np.ones(count), batch)
         self._best = np.empty(0, kind)
         self.load()
 
-    def _task_of(self, data: Any, targets: Any, order: torch.Tensor, samples: Any) -> Any:
+    def _task_of(self, samples: epoch.Samples, order: torch.Tensor) -> Any:
         steps = -(-len(order) // self.memory.batch)
         numbers = np.zeros((steps, len(self.memory.spec.rule.columns)), self.memory.kind)
-        return epoch._Task(self.memory, data, targets, order, numbers, *samples[2:])
+        return epoch._Task(self.memory, samples, order, numbers)
 
     def load(self) -> None:
         """Read parameters and states from their tensors."""
@@ -461,7 +513,7 @@ class Session:
         numbers: a row of the rule's hyperparameters, or one row for each step.
         taken: the steps taken so far.
         alpha: scikit-learn's penalty. numbers are then the rule's hyperparameters by name, without
-            weight decay.
+            weight decay. It is divided by the rows of a batch, or by the sum of their weights.
         scale: a factor of the mean loss that is reported.
         draws: the state of numpy's RandomState, which then shuffles each order from the one before.
             `orders` has one row, which at first holds the order before the first epoch, and in the
@@ -491,12 +543,15 @@ class Session:
             of_biases,
             self._shares * scale,
             self._held_shares,
+            self._held_weights,
             self._spread,
             np.zeros(count),
             np.zeros(count),
             state,
             self._best,
             np.float64(0.5 * alpha / self.count if alpha else 0.0),
+            np.float64(alpha if alpha and self._weighted else 0.0),
+            np.int64(self.memory.spec.rule.columns.index("weight_decay")),
             watch.kind,
         )
         self._call(many)
@@ -541,7 +596,8 @@ class Session:
         batch, last = self.memory.batch, self.count - (self.steps - 1) * self.memory.batch
         decays = 0.0, alpha / batch, alpha / last
         rows_ = tuple(row_of(rule, **numbers, weight_decay=decay) for decay in decays)
-        return _decayed(rule, rows_, float(taken), steps, self.steps, kind)
+        of_weights, of_biases = _decayed(rule, rows_, float(taken), steps, self.steps, kind)
+        return of_weights.copy() if self._weighted else of_weights, of_biases
 
 
 # Kept for the other folds of a search, which train with the same numbers.
@@ -565,10 +621,10 @@ def _decayed(
     return of_weights, of_biases
 
 
-def _shares(spec: Spec, count: int, batch: int) -> np.ndarray:
+def _shares(spec: Spec, weights: np.ndarray, batch: int) -> np.ndarray:
     """The factor of each batch's loss in the mean over all rows.
 
-    A batch's loss is a mean or a sum.
+    A batch's loss is a mean or a sum. weights: how much each row counts, in the order of the rows.
     """
-    rows_ = np.diff([*range(0, count, batch), count])
-    return (rows_ if spec.loss_mean else np.ones(len(rows_))) / count
+    sums = np.add.reduceat(weights, range(0, len(weights), batch))
+    return (sums if spec.loss_mean else np.ones(len(sums))) / sums.sum()

@@ -132,22 +132,28 @@ def outgrown(spec: Spec, batch: int, engine: str = "epoch") -> str | None:
 
 
 def loss_ref(
-    spec: Spec, y: torch.Tensor, target: torch.Tensor
+    spec: Spec, y: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss (…,), ∂loss/∂y (…, M, C)) of outputs y (…, M, C).
 
-    target: labels (…, M), or numbers (…, M, C). IndexError: a label that is no class.
+    target: labels (…, M), or numbers (…, M, C). weights: (…, M) factors of the rows' losses, or
+    None. IndexError: a label that is no class.
     """
     row, t = spec.loss, target
     rows: int | torch.Tensor = y.shape[-2]
     if not target.is_floating_point():
         check_range(target, y.shape[-1], row.ignored, row.function)
         t = target.unsqueeze(-1) == torch.arange(y.shape[-1], device=y.device)
-        t, rows = t.to(torch.int8), (target.long() != row.ignored).sum(-1)
+        counted = target.long() != row.ignored
+        t, rows = t.to(torch.int8), counted.sum(-1)
+        weights = None if weights is None else weights * counted
     parameter = torch.tensor(spec.loss_numbers, dtype=y.dtype, device=y.device)
     factor = torch.as_tensor(spec.loss_scale, dtype=y.dtype, device=y.device)
+    rows = rows if weights is None else weights.sum(-1)
     factor = factor / rows if spec.loss_mean else factor
     loss, grad = row.value_ref(y, t, parameter), row.gradient_ref(y, t, parameter)
+    if weights is not None:
+        loss, grad = loss * weights[..., None], grad * weights[..., None]
     scale = factor.masked_fill(factor.isinf(), 0)  # no gradient if every row is ignored, as torch
     return loss.sum((-2, -1)) * factor, grad * scale[..., None, None]
 
@@ -163,18 +169,23 @@ def correct_ref(spec: Spec, y: torch.Tensor, target: torch.Tensor) -> torch.Tens
 
 
 def gradients_ref(
-    spec: Spec, parameters: list[torch.Tensor], x: torch.Tensor, target: torch.Tensor
+    spec: Spec,
+    parameters: list[torch.Tensor],
+    x: torch.Tensor,
+    target: torch.Tensor,
+    row_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """(loss, correct, gradients in the parameters' order) of inputs x (M, features).
 
-    For R stacked networks, x is (R, M, features), and there are R losses and counts.
+    row_weights: (M,) factors of the rows' losses, or None. For R stacked networks, x is (R, M,
+    features), and there are R losses and counts.
     """
     weights = parameters[:: 1 + spec.bias]
     biases = parameters[1::2] if spec.bias else [None] * len(weights)
     fwd, *bwd = _ALONE if x.dim() == 2 else _STACKED
     acts = spec.activation, spec.output_activation
     y, saved = stack_forward(x, weights, biases, *acts, None, fwd)
-    loss, dy = loss_ref(spec, y, target)
+    loss, dy = loss_ref(spec, y, target, row_weights)
     needs = (False, *(True,) * 2 * len(weights))
     _, dws, dbs = stack_backward(dy, saved, needs, None, *bwd)
     grads = [g for pair in zip(dws, dbs) for g in pair if g is not None]

@@ -65,10 +65,12 @@ class Run:
         each step of the epoch, as a schedule gives them.
     count: a one-element tensor, the number of steps taken so far. Training advances it.
     losses, correct: (steps,) buffers for the results, float32 and integer. Made if None.
+    weights: (n,) floating point, the factor of each row's loss. A mean is then divided by the sum
+        of the batch's weights. None counts every row as 1. The kernels of a GPU take no weights.
 
     For R networks, parameters, states, order (R, n), hyper (R, …), losses and correct have a first
-    dimension of R. Data, targets and count are shared. All tensors are on one device. ValueError,
-    which names both values: shapes or layouts that do not fit.
+    dimension of R. Data, targets, weights and count are shared. All tensors are on one device.
+    ValueError, which names both values: shapes or layouts that do not fit.
     """
 
     spec: Spec
@@ -84,6 +86,7 @@ class Run:
     shift: float = 0.0
     losses: torch.Tensor | None = None
     correct: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
     def __post_init__(self):
         self.order = self.order.contiguous()
@@ -139,7 +142,12 @@ class Run:
         return self.losses, self.correct
 
     def bundles(self) -> tuple[Results, Parameters, Samples, Order]:
-        """The arguments that all training kernels take."""
+        """The arguments that all training kernels take. ValueError if rows have weights."""
+        if self.weights is not None:
+            raise ValueError(
+                "training: the kernels count every row as 1, but the run has weights; train it on "
+                "a CPU, under kernels.use('torch')"
+            )
         net = Parameters(tuple(self.parameters), tuple(map(tuple, self.states)))
         samples = Samples(self.data, self.targets, float(self.scale), float(self.shift))
         order = Order(self.order, self.order.shape[-1], self.batch)
@@ -187,6 +195,14 @@ class Run:
                 f"training: targets must be contiguous {want}, got {tuple(targets.shape)} of "
                 f"strides {targets.stride()}"
             )
+        weights = self.weights
+        if weights is not None and not (
+            tuple(weights.shape) == (len(data),) and weights.is_floating_point()
+        ):
+            raise ValueError(
+                f"training: weights must be floating point ({len(data)},), one for each row, got "
+                f"{weights.dtype} {tuple(weights.shape)}"
+            )
 
     def _check_numbers(self):
         if self.order.dim() not in (1, 2) or self.batch < 1:
@@ -213,6 +229,7 @@ def step_ref(
     tensor (R, columns). step: the count of this step, 1 at the first.
     """
     x, target = run.inputs(rows), run.targets[rows]
-    loss, correct, grads = gradients_ref(run.spec, run.parameters, x, target)
+    weights = None if run.weights is None else run.weights[rows].to(x.dtype)
+    loss, correct, grads = gradients_ref(run.spec, run.parameters, x, target, weights)
     rules.apply_ref(run.spec.rule, run.parameters, grads, run.states, row, step)
     return loss, correct

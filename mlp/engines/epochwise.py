@@ -24,19 +24,21 @@ from .stepwise import Demands, Engine, EpochResult
 
 
 def spec_of(
-    model: Net | torch.nn.Module, loss: Any, rule: kernels.Rule | None
+    model: Net | torch.nn.Module, loss: Any, rule: kernels.Rule | None, weighs: bool = False
 ) -> kernels.Spec | str:
     """The description of network, loss and rule for the training kernels.
 
     If the kernels cannot train them, the result is a string that says why. rule: see `rule_of`.
+    weighs: True if the caller multiplies the losses of rows by `loss.row_weights`.
     """
     describe: Any = getattr(model, "config", None)
     config: dict[str, Any] = describe() if describe else {"kind": type(model).__name__}
     if config["kind"] != "mlp":
         return f"trains multilayer perceptrons, got {config['kind']}"
-    if reason := _wrong_dtype(list(parameters_of(model).values())):
+    parameters = list(parameters_of(model).values())
+    if reason := _wrong_dtype(parameters):
         return reason
-    criterion = _criterion(loss, config["sizes"][-1])
+    criterion = _criterion(loss, config["sizes"][-1], parameters[0].detach() if weighs else None)
     if isinstance(criterion, str):
         return criterion
     if rule is None:
@@ -91,10 +93,10 @@ def rule_of(model: Net | torch.nn.Module, optimizer: torch.optim.Optimizer) -> k
     return None if part is None else part.rule
 
 
-def _criterion(loss, classes: int) -> dict | str:
+def _criterion(loss, classes: int, like: torch.Tensor | None) -> dict | str:
     """The fields of `kernels.Spec` for a loss of `mlp.loss`, or the reason why there are none."""
     if hasattr(loss, "criterion"):
-        return loss.criterion(classes)
+        return loss.criterion(classes, like)
     return f"takes the losses {', '.join(losses.LOSSES)}, got {type(loss).__name__}"
 
 
@@ -207,6 +209,7 @@ class Fused(Engine):
             count,
             data.scale,
             data.shift,
+            weights=self.loss.row_weights(data.targets, trained.part.parameters[0].detach()),
         )
 
     def measured(
@@ -241,6 +244,14 @@ class Epoch(Fused):
     name = "epoch"
     _checked: takeover.Checked | None = None  # the network, as it was when it was last checked
 
+    @staticmethod
+    def described(
+        model: Net | torch.nn.Module, loss: Any, rule: kernels.Rule | None
+    ) -> kernels.Spec | str:
+        """See `spec_of`. On a CPU, rows may have weights."""
+        first = next(iter(parameters_of(model).values())).detach()
+        return spec_of(model, loss, rule, weighs=cpu.serves(first))
+
     @classmethod
     def cannot(
         cls,
@@ -249,8 +260,10 @@ class Epoch(Fused):
         loss: Any = None,
     ) -> str | None:
         """As `Fused.cannot`. But the compiled epoch of a CPU leaves out the labels that its row of
-        the table of losses ignores.
+        the table of losses ignores. It knows weights of rows, but not of a row's probabilities.
         """
+        if demands.soft:
+            return "epoch: multiplies rows by class weights, but the targets are probabilities"
         if demands.ignored and model is not None:
             on_cpu = cpu.serves(next(iter(parameters_of(model).values())).detach())
             row = getattr(loss, "row", None)
@@ -285,7 +298,7 @@ class Epoch(Fused):
                 return f"epoch: {cpu.NEEDS}"
             if first.dtype == torch.float32:
                 return "epoch: needs a GPU"
-        spec = differs or spec_of(model, loss, rule_of(model, optimizer))
+        spec = differs or cls.described(model, loss, rule_of(model, optimizer))
         if isinstance(spec, str):
             return f"epoch: {spec}"
         if reason := _wrong_states(optimizer, parameters_of(model).values()):
@@ -302,7 +315,7 @@ class Epoch(Fused):
         steps: int,
     ) -> str | None:
         first = next(iter(parameters_of(model).values())).detach()
-        spec = spec_of(model, loss, rule_of(model, optimizer))
+        spec = cls.described(model, loss, rule_of(model, optimizer))
         assert not isinstance(spec, str)  # `refuses` would have said so
         if not cpu.serves(first):
             return kernels.outgrown(spec, batch_size, "epoch")
@@ -319,7 +332,7 @@ class Epoch(Fused):
 
     def _trained(self) -> Trained:
         part = updates.whole(self.optimizer, parameters_of(self.model).values())
-        spec = spec_of(self.model, self.loss, None if part is None else part.rule)
+        spec = self.described(self.model, self.loss, None if part is None else part.rule)
         assert part is not None and not isinstance(spec, str)  # `refuses` checked it
         return Trained(spec, part)
 

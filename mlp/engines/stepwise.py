@@ -50,13 +50,15 @@ class Demands(NamedTuple):
     """The demands of a training on an engine, in addition to network, loss and optimizer.
 
     per_step: the optimizer's numbers change from step to step. ignored: some labels are the loss's
-    ignore_index. precision: a name in `mlp.engines.precision`. clip_norm: the largest norm of all
-    gradients together, or None. world: the number of processes that share the training, see
+    ignore_index. soft: class weights meet probabilities as targets, so they are no factors of rows.
+    precision: a name in `mlp.engines.precision`. clip_norm: the largest norm of all gradients
+    together, or None. world: the number of processes that share the training, see
     `mlp.engines.shared`.
     """
 
     per_step: bool = False
     ignored: bool = False
+    soft: bool = False
     precision: str = "fp32"
     clip_norm: float | None = None
     world: int = 1

@@ -86,7 +86,7 @@ def options(rule):
     return {name: OPTIONS[name] for name, _ in rule.hyperparameters if name in OPTIONS}
 
 
-def check(spec, parameters, states, data, targets, order, batch=32, taken=0):
+def check(spec, parameters, states, data, targets, order, batch=32, taken=0, weights=None):
     """Trains by the compiled epoch, and by the reference in float64. Losses, parameters and states
     must agree to the ERRORS of the parameters' dtype. In float32, that is about 8 ulps of a loss.
     """
@@ -111,11 +111,22 @@ def check(spec, parameters, states, data, targets, order, batch=32, taken=0):
             count,
             scale=scale,
             shift=shift,
+            weights=weights,
         )
     )
     expected, right = kernels.train_epoch_ref(
         kernels.Run(
-            spec, *exact, data, targets, order, batch, hyper, count_ref, scale=scale, shift=shift
+            spec,
+            *exact,
+            data,
+            targets,
+            order,
+            batch,
+            hyper,
+            count_ref,
+            scale=scale,
+            shift=shift,
+            weights=weights,
         )
     )
     assert losses.dtype == parameters[0].dtype
@@ -157,6 +168,55 @@ def test_every_loss_of_labels_and_of_numbers(name, dtype):
     numbers = {"soft": True, "pixels": False, "loss_mean": False}
     check(*training((50, 17, 6), loss=name, dtype=dtype))
     check(*training((50, 17, 6), loss=name, **numbers, dtype=dtype))
+
+
+@both
+@pytest.mark.parametrize("name", LOSSES)
+def test_rows_with_weights_in_every_loss(name, dtype, fixed):
+    fixed(3, 2)
+    weights = torch.rand(75, dtype=dtype) * 3
+    weights[::4] = 0.0
+    for mean in (True, False):
+        fields = {"loss": name, "rule": "momentum", "loss_mean": mean, "dtype": dtype}
+        check(*training((50, 17, 6), **fields), weights=weights)
+        check(*training((50, 17, 6), soft=True, pixels=False, **fields), weights=weights)
+    check(*training((50, 17, 6), n=1, **fields), weights=torch.full((6,), 0.3))
+
+
+def test_rows_with_weights_train_as_torch():
+    """The loss of a batch is Σ weight · loss / Σ weight, as with torch's weighted mean."""
+    order, weights = torch.randperm(23), torch.rand(23, dtype=torch.float64)
+    for row in LOSSES.values():
+        torch.manual_seed(0)
+        parts = [torch.randn(n, k, dtype=torch.float64) for k, n in ((5, 4), (4, 3))]
+        data, soft = torch.randn(23, 5, dtype=torch.float64), torch.rand(23, 3).double()
+        plain, losses = [p.clone().requires_grad_() for p in parts], []
+        for rows_ in order.split(9):
+            y = torch.sigmoid(data[rows_] @ plain[0].T) @ plain[1].T
+            t = soft[rows_] / soft[rows_].sum(1, keepdim=True)
+            terms = row.torch(y, t, row.default, "none").reshape(len(rows_), -1).sum(1)
+            loss = (terms * weights[rows_]).sum() / weights[rows_].sum()
+            for p, grad in zip(plain, torch.autograd.grad(loss, plain)):
+                p.data -= 0.1 * grad
+            losses.append(loss.item())
+        spec = kernels.Spec((5, 4, 3), "sigmoid", bias=False, loss=row)
+        soft = soft / soft.sum(1, keepdim=True)
+        numbers = hyperparameters("sgd", lr=0.1, dtype=torch.float64), torch.zeros(1)
+        run = kernels.Run(spec, parts, [], data, soft, order, 9, *numbers, weights=weights)
+        assert cpu.train_epoch(run)[0].tolist() == pytest.approx(losses, rel=1e-12)
+        for p, expected in zip(parts, plain):
+            torch.testing.assert_close(p, expected.data, rtol=1e-11, atol=1e-12)
+
+
+def test_weights_of_rows_are_checked():
+    spec, parameters, states, data, targets, order = training((20, 9, 4))
+    numbers = hyperparameters("sgd"), torch.zeros(1)
+    case = spec, parameters, states, data, targets, order, 32, *numbers
+    for bad in (torch.ones(74), torch.ones(75, 1), torch.ones(75, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"weights must be floating point \(75,\)"):
+            kernels.Run(*case, weights=bad)
+    with pytest.raises(ValueError, match="the kernels count every row as 1, but the run has"):
+        kernels.Run(*case, weights=torch.ones(75)).bundles()
 
 
 def test_a_loss_with_a_number_for_each_output():
@@ -219,8 +279,9 @@ def test_ignored_labels_count_for_nothing(dtype):
     check(spec, parameters, states, data, targets, order)
 
 
+@pytest.mark.parametrize("weight", [None, [0.2, 1.0, 3.0], [1.0, 0.0, 2.0]], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_a_training_leaves_out_ignored_labels(reduction):
+def test_a_training_leaves_out_ignored_labels(reduction, weight):
     """As engine manual: weights, loss and accuracy; a batch of them alone is no divergence."""
     torch.manual_seed(0)
     x, y = torch.rand(80, 6), torch.randint(0, 3, (80,))
@@ -230,7 +291,7 @@ def test_a_training_leaves_out_ignored_labels(reduction):
         torch.manual_seed(1)
         trainer = mlp.Trainer(
             mlp.MLP([6, 8, 3]),
-            mlp.SoftmaxCrossEntropy(reduction=reduction),
+            mlp.SoftmaxCrossEntropy(weight, reduction=reduction),
             lambda p: mlp.SGD(p, lr=0.05, momentum=0.9),
             engine,
             verbose=False,
@@ -242,6 +303,60 @@ def test_a_training_leaves_out_ignored_labels(reduction):
     assert ours == pytest.approx(loss, rel=1e-5) and share == accuracy
     for expected, got in zip(weights, trained, strict=True):
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("engine", ["manual", "epoch"])
+def test_class_weights_train_as_torchs_loss(engine):
+    """Losses, weights of the network and measures of a ragged batch, several epochs in a call."""
+    torch.manual_seed(0)
+    x, y = torch.rand(50, 6, dtype=torch.float64), torch.randint(0, 3, (50,))
+    weight = [0.2, 1.0, 3.0]
+    model = mlp.MLP([6, 8, 3], "tanh", dtype=torch.float64)
+    plain = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    for p, ours in zip(plain.double().parameters(), model.parameters(), strict=True):
+        p.data.copy_(ours)
+    criterion = torch.nn.CrossEntropyLoss(torch.tensor(weight, dtype=torch.float64))
+    optimizer, total = torch.optim.Adam(plain.parameters(), lr=0.01), criterion.weight[y].sum()
+    losses = []
+    for epoch_ in range(1, 6):
+        losses.append(0.0)
+        for rows_ in permutation(50, 0, epoch_).split(16):
+            loss = criterion(plain(x[rows_]), y[rows_])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1] += (loss * criterion.weight[y[rows_]].sum() / total).item()
+    loss = mlp.SoftmaxCrossEntropy(weight)
+    trainer = mlp.Trainer(model, loss, lambda p: mlp.Adam(p, lr=0.01), engine, verbose=False)
+    history = trainer.fit((x, y), 5, 16)
+    assert trainer.engine.name == engine
+    assert [row["train_loss"] for row in history] == pytest.approx(losses, rel=1e-9)
+    for ours, p in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, p, rtol=1e-7, atol=1e-9)
+    expected = criterion(plain(x), y).item()
+    assert trainer.evaluate((x, y))["test_loss"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_what_class_weights_do_not_multiply_is_left_to_engine_manual():
+    """Rows of probabilities, smoothed labels, and weights of another dtype."""
+    x, y = torch.rand(8, 6), torch.softmax(torch.rand(8, 3), 1)
+    weight = torch.tensor([1.0, 2.0, 3.0])
+
+    def chosen(targets, **options):
+        loss = mlp.SoftmaxCrossEntropy(**options)
+        trainer = mlp.Trainer(mlp.MLP([6, 3]), loss, lambda p: mlp.SGD(p, lr=0.1), verbose=False)
+        with kernels.cpu.many():
+            trainer.check((x, targets), 2)
+        return trainer.engine.name, trainer.engine_note
+
+    assert chosen(y.argmax(1), weight=weight)[0] == "epoch"
+    for targets, options, reason in (
+        (y, {"weight": weight}, "but the targets are probabilities"),
+        (y.argmax(1), {"weight": weight, "label_smoothing": 0.1}, "without smoothing"),
+        (y.argmax(1), {"weight": weight.double()}, r"class weights torch.float32 (3,), got"),
+    ):
+        name, note = chosen(targets, **options)
+        assert name == "manual" and reason in note
 
 
 def test_another_ignored_label_is_left_to_engine_manual():

@@ -148,6 +148,29 @@ def test_targets_and_inputs_of_all_kinds(kind, wine):
     assert_same(ours, theirs, x)
 
 
+@pytest.mark.parametrize("engine", ["epoch", "manual"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_sample_weights_have_scikit_learns_effect(options, engine, wine):
+    """In compiled epochs, and in steps by autograd. Held-out rows count by their weights too."""
+    random = numpy.random.RandomState(0)
+    weights = random.uniform(0, 3, len(wine[0])) * (random.rand(len(wine[0])) > 0.2)
+    ours, theirs = pair("MLPClassifier", **options)
+    ours.set_params(engine=engine)
+    assert_same(ours.fit(*wine, weights), theirs.fit(*wine, weights), wine[0])
+
+
+@pytest.mark.parametrize("options", [OPTIONS["adam"], OPTIONS["early stopping"]], ids=str)
+def test_sample_weights_of_numbers_and_of_several_labels(options, wine, diabetes):
+    weights = numpy.random.RandomState(0).uniform(0, 3, 178)
+    y = numpy.stack([wine[1] == 0, wine[1] > 0, wine[1] == 1], 1).astype(int)
+    for name, data in (("MLPRegressor", diabetes), ("MLPClassifier", (wine[0], y))):
+        ours, theirs = pair(name, **options)
+        ours.set_params(engine="epoch")
+        for estimator in (ours, theirs):
+            estimator.fit(*data, weights[: len(data[0])])
+        assert_same(ours, theirs, data[0])
+
+
 def test_partial_fit_and_warm_start(wine):
     x, y = wine
     ours, theirs = pair("MLPClassifier", warm_start=True)

@@ -36,7 +36,7 @@ CLIPS = {
     "epoch": "cannot clip the norm of them all",
     "sweep": "no setting 'clip_norm'",
 }
-WEIGHS = {"epoch": "takes cross-entropy without class weights, smoothing"}
+SMOOTHS = {"epoch": "takes cross-entropy without smoothing"}
 CASES = {
     **{
         f"weight decay {name}": Case(name, {"weight_decay": 0.05})
@@ -53,15 +53,15 @@ CASES = {
     "early stopping, plateau": Case(numbers={"lr": 1.5}, plan=("plateau", 0), early_stopping=2),
     "clipping": Case(clip_norm=0.05, refused=CLIPS),
     "clipping adam": Case("adam", clip_norm=0.05, refused=CLIPS),
-    "label smoothing": Case(label_smoothing=0.2, refused=WEIGHS),
-    "class weights": Case(weight=WEIGHT, refused=WEIGHS),
+    "label smoothing": Case(label_smoothing=0.2, refused=SMOOTHS),
+    "class weights": Case(weight=WEIGHT),
     "all together": Case(
         numbers={"weight_decay": 0.05, "momentum": 0.9},
         plan=("cosine", 1),
         early_stopping=3,
         label_smoothing=0.1,
         weight=WEIGHT,
-        refused=WEIGHS,
+        refused=SMOOTHS,
     ),
 }
 

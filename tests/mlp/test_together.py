@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import mlp
+from kernels import cpu
 from mlp import schedule, together
 
 COMPILED = pytest.mark.skipif(
@@ -124,6 +125,27 @@ def test_other_data_are_trained_one_after_another():
     alone.fit(sets[1], 2, 8)
     for ours, theirs in zip(made[1].model.parameters(), alone.model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@COMPILED
+def test_networks_with_other_class_weights_are_not_stacked(monkeypatch):
+    """Rows of the same data count differently in each network, as in a training alone."""
+    counts, train_replicas = [], cpu.train_replicas
+    monkeypatch.setattr(
+        cpu, "train_replicas", lambda run: counts.append(run.replicas) or train_replicas(run)
+    )
+    for others in ([1.0, 2.0], [3.0, 1.0]):
+        pack, train = together.Together(), data()
+        made = [trainer(seed, pack=pack) for seed in range(2)]
+        for one, weight in zip(made, ([1.0, 2.0], others), strict=True):
+            one.loss.options = (torch.tensor(weight), *one.loss.options[1:])
+        pack.call([functools.partial(one.fit, train, 2, 8) for one in made])
+        alone = trainer(1)
+        alone.loss.options = (torch.tensor(others), *alone.loss.options[1:])
+        alone.fit(train, 2, 8)
+        for ours, theirs in zip(made[1].model.parameters(), alone.model.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs)
+    assert counts == [2, 2]  # both epochs of the first pair
 
 
 @COMPILED
