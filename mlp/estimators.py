@@ -328,6 +328,7 @@ class _Network(BaseEstimator):
         is_double = X.dtype == numpy.float64 and X.shape[0] <= _FEW_ROWS
         auto = torch.float64 if is_double and device.type == "cpu" else torch.float32
         dtype = _PRECISIONS.get(self.precision, auto)
+        spreading.check_dtype(device, dtype)
         with blank():
             self._model = MLP(sizes, ACTIVATIONS[self.activation], device=device, dtype=dtype)
         with torch.no_grad():
@@ -620,7 +621,7 @@ class _Network(BaseEstimator):
         with torch.no_grad():
             # Without a tape: to prepare one takes longer than the products of a small network.
             outputs, _ = kernels.mlp_fwd(x, weights, biases, self._model.activation)
-        outputs = outputs.double().cpu()
+        outputs = outputs.cpu().double()
         is_single = check and numpy.result_type(dense, self._read) == numpy.float32
         return outputs.float() if is_single else outputs
 

@@ -443,7 +443,7 @@ class _Group:
             self.stream.synchronize()
         ended = []
         for i, member in enumerate(self.active):
-            values = self.values[i].double().cpu()
+            values = self.values[i].cpu().double()
             mean = _mean(member, values)
             if not math.isfinite(mean):
                 member.diverged = member.ended = True

@@ -15,6 +15,8 @@ import torch
 
 import kernels
 
+from .data.dataset import has_float64
+
 
 def existing(name: torch.device | str) -> torch.device:
     """The device of this name. ValueError, in one line, if this machine does not have it."""
@@ -28,7 +30,23 @@ def existing(name: torch.device | str) -> torch.device:
             f"device {name} was asked for, but this machine has {count} CUDA devices; use device "
             "cpu"
         )
+    try:
+        if device.type not in ("cpu", "cuda"):
+            torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises both
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device {name} was asked for, but torch cannot use it here ({reason}); use device cpu"
+        ) from None
     return device
+
+
+def check_dtype(device: torch.device, dtype: torch.dtype) -> None:
+    """ValueError if the device has no tensors of this dtype."""
+    if dtype == torch.float64 and not has_float64(device):
+        raise ValueError(
+            f"device {device} has no float64, which this precision needs; use device cpu, or fp32"
+        )
 
 
 _lock = threading.Lock()

@@ -311,6 +311,7 @@ def change_of_data(settings: Settings, found: Facts) -> str | None:
 def build(settings: Settings, train: data.Dataset, device: torch.device) -> torch.nn.Module:
     """The network of a run with its initial weights. ValueError if memory cannot hold it."""
     recipe, dtype = settings.recipe, pick_precision(settings.precision).weights
+    spreading.check_dtype(device, dtype)
     refuse_too_large(recipe.network(train), dtype=dtype)
     return recipe.model(train, settings.seed, device, dtype)
 

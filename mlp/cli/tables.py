@@ -23,7 +23,7 @@ from .terminal import check_file, complain, say
 
 def own(found: torch.Tensor, units: Units | None) -> numpy.ndarray:
     """Outputs or targets (rows, targets) in the targets' own units, as a float64 array."""
-    found = found.detach().double().cpu()
+    found = found.detach().cpu().double()
     return (found if units is None else units.own(found)).numpy()
 
 
@@ -33,7 +33,7 @@ def quality(
     """The measures of a network on samples, see `scoring.numbers`, `classes` and `several`."""
     if part.is_classification:
         found, labels = zip(*metrics.outputs(model, part))
-        shares = loss.probabilities(torch.cat(found)).double().cpu().numpy()
+        shares = loss.probabilities(torch.cat(found)).cpu().double().numpy()
         return scoring.classes(shares, torch.cat(labels).cpu().numpy())
     said, true, are_labels = _said(model, loss, part, units)
     if said.shape != true.shape:
@@ -197,7 +197,7 @@ def _answers(facts: Facts, loss: Any, outputs: torch.Tensor) -> tuple[list[str],
     table, count = facts.table, outputs.shape[1]
     classes = table is None or tables.TASKS[table.task].has_labels
     if classes and facts.classes:
-        shares = loss.probabilities(outputs).double().cpu().numpy()
+        shares = loss.probabilities(outputs).cpu().double().numpy()
         target = "class" if table is None else table.targets[0]
         header = [target, *(f"p({name})" for name in facts.classes)]
         return header, [[facts.classes[row.argmax()], *map(_short, row)] for row in shares]

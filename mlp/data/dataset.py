@@ -329,6 +329,8 @@ class Dataset:
         if self.mean is not None:
             raise DataError(f"{self.name}: is standardised already")
         on = self.inputs.device
+        if not has_float64(on):
+            return self.to("cpu").standardized(by).to(on)
         if by is None:
             mean, std = centre(moments(self.inputs))
         else:
@@ -441,6 +443,11 @@ def _gaps(labels: torch.Tensor, count: int) -> str:
         f"labels {shown} number the classes from 0, so {count - len(found)} of {count} classes "
         "have no sample; give them as words, or numpy.unique(labels, return_inverse=True)[1]"
     )
+
+
+def has_float64(device: torch.device) -> bool:
+    """False for Apple's GPU, on which torch makes no float64 tensor."""
+    return device.type != "mps"
 
 
 class Moments(NamedTuple):

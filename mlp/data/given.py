@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
-from .dataset import DataError, Dataset
+from .dataset import DataError, Dataset, has_float64
 from .labels import plain
 
 _WORDS = ("words", "bytes")  # kinds of labels that are names of classes
@@ -118,10 +118,12 @@ def fitted(data: Dataset, device: torch.device, dtype: torch.dtype, outputs: int
     The targets of a regression get the network's dtype. If the network has one output, they become
     a column (N, 1). outputs: of the network, or None if not known.
     """
-    data = data.to(device)
+    if not has_float64(device) and data.inputs.dtype == torch.float64:
+        data = data.narrowed()  # a batch would be rounded to float32 as well
     if data.is_classification:
-        return data
-    targets = data.targets.to(dtype)
+        return data.to(device)
+    data = data._with(targets=data.targets.to(dtype)).to(device)
+    targets = data.targets
     if targets.dim() == 1 and outputs == 1:
         targets = targets.unsqueeze(1)
     return replace(data, targets=targets, _buffers={})

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .dataset import DataError
+from .dataset import DataError, has_float64
 
 # If flat rows of these lengths hold pixels, they are images of this shape, as in known data sets.
 _WELL_KNOWN = {784: (1, 28, 28), 3072: (3, 32, 32)}
@@ -218,7 +218,7 @@ def check_units(tensors: Sequence[torch.Tensor], dtypes: Sequence[str], name: st
         return
     if within[-1] and len(set(dtypes)) == 1 and not tensors[0].is_floating_point():
         return
-    small, large = sorted(float(t.double().abs().mean()) for t in tensors)
+    small, large = sorted(float(_exact(t).abs().mean()) for t in tensors)
     if small > 0 and _TENFOLD * small <= large:
         said = [f"{d} {low:.6g} to {high:.6g}" for d, (low, high) in zip(dtypes, ranges)]
         raise DataError(
@@ -309,12 +309,16 @@ def understood(
     return _as_pixels(inputs, Look(shape, levels, 1.0, 0.0, notes), said, name)
 
 
+def _exact(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor if has_float64(tensor.device) else tensor.cpu()).double()
+
+
 def _as_table(tensor: torch.Tensor) -> torch.Tensor:
     """A table as floating point with all its digits.
 
     A standardisation must subtract the mean before it rounds to float32.
     """
-    return tensor if tensor.is_floating_point() else tensor.double()
+    return tensor if tensor.is_floating_point() else _exact(tensor)
 
 
 def _as_pixels(

@@ -226,7 +226,7 @@ class Seen(NamedTuple):
 
 def _size(data: Dataset) -> float:
     """The largest of the first inputs as read, without its sign. It tells bytes from shares."""
-    return float(data.read(data.inputs[:_FIRST], torch.float64).abs().max())
+    return float(data.read(data.inputs[:_FIRST].cpu(), torch.float64).abs().max())
 
 
 def _counted(names: tuple[str, ...]) -> bool:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..data.dataset import has_float64
 from ..loss import LossFunction, SoftmaxCrossEntropy
 
 _ENTROPIES = (SoftmaxCrossEntropy, nn.CrossEntropyLoss, nn.NLLLoss)
@@ -69,6 +70,7 @@ def weights(loss: LossFunction, targets: torch.Tensor) -> torch.Tensor:
     targets: labels (N,), or numbers (N, …), where every sample weighs 1. A loss with reduction
     "sum" is not divided. Its mean is taken over the samples that are not ignored, 1 each.
     """
+    targets = targets if has_float64(targets.device) else targets.cpu()
     weight, _, reduction = reading(loss)
     mask = counted(loss, targets)
     if mask is None:
@@ -127,7 +129,8 @@ def _batches(loss, targets: torch.Tensor, batch_size: int) -> tuple[list[float],
     plain = mask is None or (reading(loss).weight is None and bool(mask.all()))
     if mask is None or plain or not sizes:
         return [float(size) for size in sizes], [True] * len(sizes)
-    rows = torch.stack([weights(loss, targets), mask.double()])
+    shares = weights(loss, targets)
+    rows = torch.stack([shares, mask.to(shares)])
     padded = torch.nn.functional.pad(rows, (0, len(sizes) * batch_size - count))
     sums, counts = padded.view(2, len(sizes), batch_size).sum(2).tolist()
     return sums, [count > 0 for count in counts]
