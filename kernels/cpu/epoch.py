@@ -397,15 +397,14 @@ def _numbers(rule, hyper, taken: float, steps: int, kind: np.dtype) -> np.ndarra
     return (blocks[0] if count == 1 else np.concatenate(blocks))[start : start + steps]
 
 
-# Kept for the next epochs, which train with the same row.
+# Kept for the next epochs, which train with the same row. Nobody may write into it. It is not
+# read-only for numba, which would compile a session once more for read-only arrays.
 @functools.lru_cache(maxsize=8)
 def _block(rule, row: tuple[float, ...], index: int, kind: np.dtype) -> np.ndarray:
     """The numbers of a block of steps, (_BLOCK, columns)."""
     first = index * _BLOCK
     at = torch.arange(first + 1, first + _BLOCK + 1, dtype=torch.float64, device="cpu")
-    made = _columns(rule, torch.tensor(row, dtype=torch.float64, device="cpu"), at, kind)
-    made.setflags(write=False)
-    return made
+    return _columns(rule, torch.tensor(row, dtype=torch.float64, device="cpu"), at, kind)
 
 
 def _columns(rule, row: torch.Tensor, at: torch.Tensor, kind: np.dtype) -> np.ndarray:

@@ -7,9 +7,12 @@ network of the same rows compiles nothing. Numba keeps its compiled code on disk
 file contains a digest of the code, so an edited row is compiled again.
 """
 
+import contextlib
 import functools
 import hashlib
 import math
+import os
+import pickle
 import types as python_types
 from pathlib import Path
 from typing import Any
@@ -113,12 +116,37 @@ def named(function: Any, *texts: str, **known: Any) -> Any:
 
 def cached(compiler: Any, function: Any, *arguments: Any, **options: Any) -> Any:
     """`compiler(…)(function)`. Its result is kept on disk if there is a place to write to."""
+    _forget_if_damaged(function)
     try:
         return compiler(*arguments, cache=True, **options)(function)
     except RuntimeError as error:
         if "no locator" not in str(error):
             raise
         return compiler(*arguments, **options)(function)
+
+
+def _forget_if_damaged(function: Any) -> None:
+    """Empty the cache of a function if its files cannot be read.
+
+    numba itself would raise each time. A machine that loses its power may leave files that are cut
+    off, or that are zeros.
+    """
+    try:
+        cache = FunctionCache(function)
+    except RuntimeError:  # there is no place to write to
+        return
+    files = cache._cache_file
+    try:
+        for name in files._load_index().values():
+            with Path(files._cache_path, name).open("rb") as file:
+                file.seek(-1, os.SEEK_END)
+                if file.read() != pickle.STOP:  # to load it would take longer
+                    raise pickle.UnpicklingError
+    except FileNotFoundError:  # another process may be about to write it
+        return
+    except Exception:  # a damaged pickle may raise nearly any error
+        with contextlib.suppress(OSError):
+            cache.flush()
 
 
 def is_kept(function: Any) -> bool:

@@ -775,6 +775,35 @@ def test_only_code_for_this_processor_counts_as_kept(tmp_path, monkeypatch):
     assert not rows.is_kept(made[1].py_func)
 
 
+@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
+@pytest.mark.parametrize("damage", [b"", bytes(500), b"cut off"], ids=["empty", "zeros", "cut"])
+def test_damaged_files_are_compiled_again(suffix, damage, tmp_path, monkeypatch):
+    """Files are cut off, or zeros, where a machine lost its power, and numba raises for them."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+
+    def made():
+        return rows.cached(numba.njit, rows.named(_twice))
+
+    assert made()(3) == 6
+    (file,) = tmp_path.rglob(f"*.{suffix}")
+    whole = file.read_bytes()
+    file.write_bytes(damage)
+    assert made()(3) == 6
+    assert file.stat().st_size == len(whole) and rows.is_kept(made().py_func)
+
+
+def test_tables_of_numbers_have_one_type():
+    """numba compiles a function anew for arrays that are read-only, which takes many seconds."""
+    rule, row, kind = RULES["momentum"], hyperparameters("momentum").tolist(), np.dtype("float32")
+    steps = epoch._BLOCK + 1
+    tables = [
+        epoch._numbers(rule, row, 0, 3, kind),
+        epoch._numbers(rule, row, 0, steps, kind),
+        epoch._numbers(rule, [row] * 3, 0, 3, kind),
+    ]
+    assert len({numba.typeof(table) for table in tables}) == 1
+
+
 def test_the_call_of_many_epochs_is_compiled_for_itself(monkeypatch):
     """It takes longer to compile than the call of one epoch, which may be loaded already."""
     monkeypatch.setattr(cpu, "is_loaded", lambda dtype, call: call is cpu.EPOCH)
