@@ -140,7 +140,7 @@ def check_update(
     grads: list[torch.Tensor],
     states: Sequence[list[torch.Tensor]] = (),
 ) -> None:
-    """Raises a ValueError unless gradients and states fit the parameters.
+    """Raises a ValueError unless gradients and states fit the parameters. TypeError for arrays.
 
     op: a name for the error. There must be as many gradients, and as many tensors of each state, as
     parameters, and of the same shapes. Gradients must be dense and floating point. Parameters and
@@ -169,6 +169,11 @@ def check_update(
                     "as z.conj().imag is, and cannot be updated in place; give its .resolve_neg()"
                 )
     for i, (p, g) in enumerate(zip(params, grads)):
+        if not isinstance(g, torch.Tensor):
+            raise TypeError(
+                f"{op}: gradient {i} must be a torch.Tensor, got {type(g).__name__}; convert it "
+                "with torch.as_tensor"
+            )
         if p.shape != g.shape:
             raise ValueError(
                 f"{op}: gradient {i} must be {tuple(p.shape)} as its parameter is, got "

@@ -132,6 +132,7 @@ def test_processes_share_parameters_and_no_gradients():
         lambda net, array: net.forward(array),
         lambda net, array: net.predict(array),
         lambda net, array: (net.forward(torch.ones(3, 6)), net.backward(array)),
+        lambda net, array: sgd(net).step(grads=[array, torch.ones(4)]),
         lambda net, array: mlp.SoftmaxCrossEntropy().forward(torch.ones(3, 4), array),
         lambda net, array: mlp.MeanSquaredError().forward(array, torch.ones(3, 4)),
     ],
