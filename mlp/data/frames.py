@@ -38,6 +38,7 @@ _SEPARATORS = ",;\t|"
 _PIECE = 1 << 18  # bytes that are read or scanned at once
 _EXACT = 2.0**53  # float64 holds all whole numbers up to this one
 _CODE = re.compile(rb"0[0-9]+[\s\"]*([,;\t|\r\n]|$)")
+_HINT = re.compile(rb"(?:\xef\xbb\xbf)?\"?(sep=[ -~\t])\"?[\r\n]", re.IGNORECASE)
 
 
 class How(NamedTuple):
@@ -259,6 +260,10 @@ def _parsed(source: IO, **options: Any) -> "pandas.DataFrame":
 
 def _names(path: Path, contents: bytes) -> tuple[list[str], str]:
     """(names of the columns, separator) of a text file. DataError for names that cannot be used."""
+    if hint := _HINT.match(contents):
+        raise DataError(
+            f"{path}: its first line {hint[1].decode()!r} is for Excel; remove the line"
+        )
     for strict in (True, False):
         found = [(_header(contents, one, strict), one) for one in _SEPARATORS]
         header, separator = max(found, key=lambda row: len(row[0]))

@@ -553,6 +553,7 @@ def test_errors_name_the_row_of_the_file(tmp_path):
     [
         ("a,y\n1,1\n2,1\n3,1\n4,1\n5,1\n", {}, "the target 'y' is 1 in every row"),
         ("a,z\n1,1\n2,2\n3,3\n", {}, "there is no column 'y'"),
+        ("\ufeffsep=;\r\na;y\r\n1;2\r\n", {}, "its first line 'sep=;' is for Excel; remove the"),
         ("a,y\n1,1\n2,\n3,3\n", {}, "the target 'y' is missing in 1 of 3 rows"),
         ("a,y\n1,1.5\n1,2.5\n1,3.5\n1,4\n1,5\n", {}, "no column is left to learn from"),
         ("a,y\n1,1.5\n2,2.5\n3,3.5\n", {"task": "other"}, "unknown task 'other'"),
@@ -562,7 +563,7 @@ def test_errors_name_the_row_of_the_file(tmp_path):
 )
 def test_errors_name_the_file(tmp_path, content, choice, message):
     path = tmp_path / "t.csv"
-    path.write_text(content)
+    path.write_text(content, encoding="utf-8")
     with pytest.raises(DataError) as error:
         tables.load(path, tables.Choice(targets=("y",), **choice))
     assert str(error.value).startswith(f"{path}: {message}")
