@@ -366,7 +366,10 @@ class _Network(BaseEstimator):
             layer.activation = hidden
         first = next(self._model.parameters())
         device = first.device if self.device is None else spreading.existing(self.device)
-        self._model.to(device, _PRECISIONS.get(self.precision, first.dtype))
+        dtype = _PRECISIONS.get(self.precision, first.dtype)
+        if (device, dtype) == (first.device, first.dtype):
+            return
+        self._model.to(device, dtype)
         if self._optimizer is not None:  # its states follow the parameters
             self._optimizer.load_state_dict(self._optimizer.state_dict())
 
@@ -679,10 +682,16 @@ class MLPClassifier(ClassifierMixin, _Network):
             self.classes_ = self._binarizer.classes_
         else:
             self._check_classes(unique_labels(y))
-        binary = self._binarizer.transform(y)
-        self.n_outputs_ = binary.shape[1]
         self.out_activation_ = "softmax" if self._is_softmax() else "logistic"
-        targets = binary.argmax(1) if self._is_softmax() else binary.astype(numpy.float64)
+        if y.ndim > 1 or self._binarizer.y_type_.startswith("multilabel"):
+            targets = self._binarizer.transform(y)
+        else:  # the binarizer takes as long as a step of a small network
+            targets = numpy.searchsorted(self.classes_, y)
+        if self._is_softmax():
+            self.n_outputs_ = len(self.classes_)
+        else:
+            targets = targets.reshape(X.shape[0], -1).astype(numpy.float64)
+            self.n_outputs_ = targets.shape[1]
         return X, targets
 
     def _is_softmax(self) -> bool:

@@ -91,6 +91,7 @@ class Training:
         elif self.session is None:
             chosen = (estimator.engine, self.model, self.loss, self.optimizer, batch)
             self.engine, _ = engines.choose(*chosen)
+            self.engine.planned = epochs * -(-len(data) // batch)
 
     def _session(self, judges: tuple[Dataset, Any] | None, epochs: int) -> Any:
         """The compiled epochs of a CPU. None if they cannot train this network or do not pay."""

@@ -423,8 +423,9 @@ class Manual(Engine):
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         on_cpu = x.device.type == "cpu" and kernels.backend(x) == "torch"
-        # A replay would leave out compiled convolutions, because they are no calls of torch.
-        if self._is_convolving or not (on_cpu and self._labels_valid):
+        # A replay would leave out compiled convolutions, because they are no calls of torch. The
+        # recording of a single step is never replayed.
+        if self._is_convolving or self.planned == 1 or not (on_cpu and self._labels_valid):
             return self._train(x, y)
         numbers = None if self.demands.per_step else self.update.numbers()
         key = (x.data_ptr(), y.data_ptr(), len(x), numbers)

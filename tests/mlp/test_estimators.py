@@ -171,6 +171,24 @@ def test_sample_weights_of_numbers_and_of_several_labels(options, wine, diabetes
         assert_same(ours, theirs, data[0])
 
 
+@pytest.mark.parametrize(
+    "names",
+    [["b", "a", "longer"], [20, -1, 7], ["yes", "no", "yes"], [True, False, True]],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [None, object])
+def test_partial_fits_of_a_stream_with_classes_of_all_kinds(names, dtype, wine):
+    """A chunk may have some classes only, and classes may have any order."""
+    x, y = wine[0], numpy.array(names, dtype)[wine[1]]
+    if dtype is object and not isinstance(names[0], str):
+        y = y.astype(type(names[0]))
+    ours, theirs = pair("MLPClassifier")
+    for estimator in (ours, theirs):
+        for rows in (slice(100, 120), slice(0, 32), slice(None, None, 3)):
+            estimator.partial_fit(x[rows], y[rows], classes=numpy.unique(y))
+    assert_same(ours, theirs, x)
+
+
 def test_partial_fit_and_warm_start(wine):
     x, y = wine
     ours, theirs = pair("MLPClassifier", warm_start=True)
