@@ -44,6 +44,11 @@ KINDS = {
         "needs a machine without a GPU",
         "To run: CUDA_VISIBLE_DEVICES= pytest -n auto tests/mlp",
     ),
+    "without an Apple GPU": (
+        "needs a machine without an Apple GPU",
+        "To run: on Linux: pytest tests/mlp/test_apple.py",
+    ),
+    "on Linux only": (None, "To run: on Linux: pytest tests/mlp/test_windows.py"),
     "newer torch": ("needs a newer torch", "To run: pip install --upgrade torch triton"),
     "git checkout": ("needs a git checkout", "To run: git init && git add -A && pytest tests"),
     "two cores": (None, "To run: on Linux with two cores: pytest tests/mlp/test_cpu_epoch.py"),

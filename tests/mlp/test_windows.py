@@ -15,7 +15,9 @@ TABLE = "größe;stadt;preis\n" + "".join(
 )
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="imitated on Linux only")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/maps"), reason="Windows is imitated on Linux only"
+)
 def test_the_commands_as_on_windows(tmp_path):
     """Every command that writes a file works where the rules are those of Windows. What cp1252
     lacks is printed as an escape, and files have the same bytes as on Linux.
