@@ -1,13 +1,14 @@
-"""The three products of a linear layer, on matrices as torch stores them. Compiled by numba.
+"""The products of a linear layer, and its activation alone. Compiled by numba.
 
     forward   z = x wᵀ + b, y = act(z)     rows of w are multiplied by rows of x: `dot_tile`
     dx        dx = (dz w) ⊙ act'(s)        scalars of dz multiply rows of w: `outer_tile`
     dw        dw = dzᵀ x, db = Σ_m dz      scalars of dz multiply rows of x: `outer_tile`
+    pointwise y = act(z), dz = dy ⊙ act'(s)  without a product
 
-A row ends anywhere, so its last vector is read and written under a mask. A function takes the
-address of a block of int64, see `NEXT`. Several threads may call it with the same block. Each
-claims a share of the result, then the next one, until none is left. A number is computed within one
-share, so the number of threads changes no bit.
+Matrices lie as torch stores them. A row ends anywhere, so its last vector is read and written under
+a mask. A function takes the address of a block of int64, see `NEXT`. Several threads may call it
+with the same block. Each claims a share of the result, then the next one, until none is left. A
+number is computed within one share, so the number of threads changes no bit.
 """
 
 import numpy as np
@@ -223,4 +224,25 @@ def dw(address):
         share = claim(address)
 
 
-FUNCTIONS = forward, dx, dw
+def pointwise(address):
+    """Compute shares of act, from z (OUT) to y (BESIDE), or of dz (OUT) = dy ⊙ act'(s) (BESIDE).
+
+    LEFT is dy, which is copied to dz first, or 0. A share has HEIGHT rows.
+    """
+    block = integers(address)
+    w = carray(FLOATS(block[OUT]), (1,))
+    rows, columns, pitch = block[M], block[N], block[LEFT_PITCH]
+    r = claim(address) * HEIGHT
+    while r < rows:
+        height, start = min(np.int64(HEIGHT), rows - r), size_of(w) * r * columns
+        if block[LEFT]:
+            dz = numbers(w, block[OUT] + start)
+            dy = numbers(w, block[LEFT] + size_of(w) * r * pitch)
+            for row in range(height):
+                for n in range(columns):
+                    dz[row * columns + n] = dy[row * pitch + n]
+        call(block[ACT], (block[OUT] + start, block[BESIDE] + start, height * columns))
+        r = claim(address) * HEIGHT
+
+
+FUNCTIONS = forward, dx, dw, pointwise

@@ -22,6 +22,7 @@ _SHARED = 300_000
 _PACKED = 1 << 20
 _NEAREST = 1 << 15  # bytes of the nearest cache. It holds a share of w in `sparse.forward`.
 _SCRATCH = 1 << 15  # most numbers of a `_scratch`
+_PER_ELEMENT = 8  # multiply-adds that take as long as an activation of one number
 _threads = threading.local()
 _ONES = {dtype: torch.ones(1, dtype=dtype) for dtype in DTYPES}
 
@@ -32,6 +33,7 @@ class Code(NamedTuple):
     forward: blocks.Code
     dx: blocks.Code
     dw: blocks.Code
+    pointwise: blocks.Code
     look: blocks.Code
     sparse_forward: blocks.Code
     look_dw: blocks.Code
@@ -54,10 +56,10 @@ _made: dict[torch.dtype, Code] = {}
 
 def compiled(dtype: torch.dtype) -> Code:
     """The products for numbers of this dtype, compiled or read from disk."""
-    forward, dx, dw, look, sparse_forward, look_dw, sparse_dw = (
+    forward, dx, dw, pointwise, look, sparse_forward, look_dw, sparse_dw = (
         blocks.Code(function, dtype) for module in (dense, sparse) for function in module.FUNCTIONS
     )
-    made = Code(forward, dx, dw, look, sparse_forward, look_dw, sparse_dw, {})
+    made = Code(forward, dx, dw, pointwise, look, sparse_forward, look_dw, sparse_dw, {})
     return _made.setdefault(dtype, made)
 
 
@@ -178,9 +180,13 @@ def forward(
     is_odd = (at[0] | at[1] | at[2] | at[3] | at[4]) & (x.element_size() - 1)
     fits = _fits(y, shape, dtype) and (act.needs != "z" or _fits(z, shape, dtype))
     has_memory = at[0] and at[1] and at[2] and (b is None or at[4])
-    if is_odd or not has_memory or not fits or _packed(columns, terms, x):
+    is_packed, serves = _packed(columns, terms, x), not is_odd and has_memory and fits
+    if is_packed or not serves:
         _note(calls, None)
-        return linear.layer_ref(x, w, b, activation, out=out)
+        if not serves or not is_slow(act):
+            return linear.layer_ref(x, w, b, activation, out=out)
+        y, z = _by_library(x2, w2, b, activation, y, z)
+        return (y if x.dim() == 2 else tape.reshaped(y, (*x.shape[:-1], columns))), z
     code = _made.get(dtype) or compiled(dtype)
     loop = 0 if is_linear else _loops(code, dtype, activation)[0]
     block = 0, at[3], at[0], x2.stride(0), at[1], w2.stride(0), rows_, columns, terms
@@ -195,6 +201,50 @@ def forward(
     if x.dim() != 2:
         y = tape.reshaped(y, (*x.shape[:-1], columns))
     return y, linear.kept(act, y, z)
+
+
+def is_slow(act: activations.Activation) -> bool:
+    """True if torch computes act' (and act, from z) in several passes, for want of an operator."""
+    return act.on_tape is None and act.needs_z
+
+
+def _pointwise(loop: int, out: torch.Tensor, left: torch.Tensor | None, beside: torch.Tensor):
+    """Run an activation's loop over two contiguous matrices, see `dense.pointwise`."""
+    code, (rows_, columns) = _made.get(out.dtype) or compiled(out.dtype), out.shape
+    at, pitch = (0, 0) if left is None else (left.data_ptr(), left.stride(0))
+    block = 0, out.data_ptr(), at, pitch, 0, 0, rows_, columns, _PER_ELEMENT, 0, loop
+    _run(_call(code.pointwise, (*block, beside.data_ptr()), None))
+
+
+@torch.no_grad()
+def _by_library(x, w, b, activation: str, y, z) -> tuple[torch.Tensor, torch.Tensor]:
+    """`forward` by torch's product, into z, and the activation's loop."""
+    z = torch.mm(x, w.t(), out=z) if b is None else torch.addmm(b, x, w.t(), out=z)
+    code = _made.get(x.dtype) or compiled(x.dtype)
+    _pointwise(_loops(code, x.dtype, activation)[0], z, None, y)
+    note_changes([y])
+    return y, z
+
+
+def dz(
+    dy: torch.Tensor, s: torch.Tensor | None, activation: str, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`linear_bwd_dz_ref` of `kernels.ops.linear`, which also serves what these loops do not."""
+    if s is None or not is_slow(activations.get(activation)):
+        return linear.linear_bwd_dz_ref(dy, s, activation, out=out)
+    left, beside, dtype = matrix(dy), matrix(s).contiguous(), dy.dtype
+    shape = left.shape
+    made = torch.empty(shape, dtype=dtype) if out is None else out
+    at = left.data_ptr(), beside.data_ptr(), made.data_ptr()
+    fits = beside.shape == shape and beside.dtype is dtype and _fits(made, tuple(shape), dtype)
+    is_odd = (at[0] | at[1] | at[2]) & (dy.element_size() - 1)
+    if is_odd or not (at[0] and at[1] and at[2]) or not fits:
+        return linear.linear_bwd_dz_ref(dy, s, activation, out=out)
+    code = _made.get(dtype) or compiled(dtype)
+    _pointwise(_loops(code, dtype, activation)[1], made, left, beside)
+    if out is not None:
+        note_changes([made])
+    return made
 
 
 def _note(calls: list | None, call: Call | None) -> None:

@@ -17,7 +17,6 @@ import torch
 
 from .. import activations, launch
 from ..ops import mlp
-from ..ops.linear import linear_bwd_dz_ref
 from . import dense, linear
 
 _address, _is_contiguous = torch.Tensor.data_ptr, torch.Tensor.is_contiguous
@@ -117,7 +116,7 @@ def backward(
         at, below = noted.address(dy), first.address(saved.x)
         if at and below and noted.is_valid():
             s, name = saved.kept[-1], saved.output_activation
-            dz = linear_bwd_dz_ref(dy, s, name, out=out[0][-1])
+            dz = linear.dz(dy, s, name, out=out[0][-1])
             moved = [(dense.RIGHT - _LENGTH, below, saved.x.stride(0))]
             for start, _ in noted.calls[:2]:  # dx and dw of the last layer
                 moved.append((start + dense.LEFT, dz.data_ptr(), dz.stride(0)))
@@ -127,7 +126,7 @@ def backward(
         return False
     calls: list = []
     bwd_dx, bwd_dw = (partial(function, calls=calls) for function in (linear.dx, linear.dw))
-    mlp.stack_backward(dy, saved, needs, out, linear_bwd_dz_ref, bwd_dx, bwd_dw)
+    mlp.stack_backward(dy, saved, needs, out, linear.dz, bwd_dx, bwd_dw)
     grads = [t for pair in out[1] for t in pair if t is not None]
     tensors = [*saved.weights, *grads, *[t for t in saved.kept if t is not None]]
     if None not in calls and all(map(_is_contiguous, tensors)):

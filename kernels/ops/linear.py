@@ -520,6 +520,8 @@ def linear_bwd_dz(
     contiguous (M, N) buffer to fill. Reads dy and s once and writes dz once. ValueError: an unknown
     activation.
     """
+    if s is not None and launch.takes_loops(dy, s):
+        return loops().dz(dy, s, activation, out=out)
     if launch.backend(dy, s) != "triton" or s is None:
         return linear_bwd_dz_ref(dy, s, activation, out=out)
     dy = as_matrix(dy)

@@ -224,7 +224,7 @@ def mlp_bwd(
     """
     x, weights, *_ = saved
     if launch.takes_loops(dy, x, *weights):
-        parts = linear_bwd_dz_ref, loops().dx, loops().dw
+        parts = loops().dz, loops().dx, loops().dw
         return stack_backward(dy, saved, needs, out, *parts)
     if launch.backend(dy, x, *weights) != "triton":
         return mlp_bwd_ref(dy, *saved, needs=needs, out=out)

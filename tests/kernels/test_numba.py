@@ -229,6 +229,22 @@ def test_large_weights_are_multiplied_by_torch(monkeypatch):
         assert_equal(ours, [y, *kernels.linear_bwd(dy, *saved)])
 
 
+@EACH_DTYPE
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu_squared"])
+def test_activations_without_an_operator_of_torch(monkeypatch, activation, dtype):
+    """Their loops also run after torch's product, and on dy in place, on several threads."""
+    monkeypatch.setattr(linear_ops.loops(), "_PACKED", 4 * 49)
+    monkeypatch.setattr(linear_ops.loops(), "_SHARED", 1)
+    calls, tensors = called(monkeypatch), draw(activation, 30, 10, 9, dtype)
+    assert_served(tensors, activation)
+    assert len(calls) == 2  # act and act'
+    dy, s = tensors[-1], torch.randn(30, 9, dtype=dtype)
+    expected = kernels.linear_bwd_dz(dy, s, activation)
+    assert_equal(kernels.linear_bwd_dz(dy.t().contiguous().t(), s, activation), expected)
+    assert kernels.linear_bwd_dz(dy, s, activation, out=dy) is dy
+    assert_equal(dy, expected)
+
+
 def test_the_backend_and_what_it_refuses(monkeypatch):
     x = torch.ones(2, 2)
     assert kernels.backend(x) == kernels.backend(x.double(), None) == "numba"
