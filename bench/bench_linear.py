@@ -94,7 +94,7 @@ def run() -> Table:
     dtypes = (torch.float32, torch.bfloat16) if on.type == "cuda" else (torch.float32,)
     for m, k, n in SHAPES[on.type]:
         for dtype in dtypes:
-            for activation in ("relu", "sigmoid", "gelu"):
+            for activation in ("relu", "sigmoid", "gelu", "gelu_tanh"):
                 x, w, b, dy = (
                     torch.randn(s, device=on, dtype=dtype) for s in ((m, k), (n, k), (n,), (m, n))
                 )

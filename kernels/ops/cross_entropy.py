@@ -32,7 +32,6 @@ _nll: Any = torch.ops.aten.nll_loss_forward.default
 _nll_bwd: Any = torch.ops.aten.nll_loss_backward.default
 # What F.cross_entropy calls. Its own lines in Python cost a tenth of a small loss.
 _cross_entropy: Any = torch._C._nn.cross_entropy_loss
-_MEAN = REDUCTIONS.index("mean")
 _check_labels_on_device = False
 
 
@@ -681,7 +680,7 @@ def _on_tape(logits, target, weight, ignore_index, reduction, label_smoothing, _
 
     It serves where its gradient equals that of the reference, bit for bit.
     """
-    if reduction != "mean" or logits.dtype not in (torch.float32, torch.float64):
+    if reduction not in REDUCTIONS or logits.dtype not in (torch.float32, torch.float64):
         return None
     if not is_late(logits, target, weight, label_smoothing):
         return None
@@ -690,7 +689,8 @@ def _on_tape(logits, target, weight, ignore_index, reduction, label_smoothing, _
         check_cross_entropy(logits, target, *options)
         target = target.long()
     try:
-        return _cross_entropy(logits, target, None, _MEAN, ignore_index, 0.0)
+        kind = REDUCTIONS.index(reduction)
+        return _cross_entropy(logits, target, None, kind, ignore_index, 0.0)
     except (IndexError, RuntimeError, ValueError):
         check_cross_entropy(logits, target, *options)  # these two errors name both values
         check_range(target, logits.shape[1], ignore_index)

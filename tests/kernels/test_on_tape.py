@@ -128,17 +128,19 @@ def test_torchs_node_serves_plain_elements_only():
 
 
 def test_torchs_node_serves_plain_labels_only():
-    """The node is torch's for the mean over plain labels. It is ours in all other cases, and where
-    `use("torch")` forces it.
+    """The node is torch's for plain labels. It is ours in all other cases, and where `use("torch")`
+    forces it.
     """
     logits, target = drawn()
     logits.requires_grad_()
     ours = tape.Function._backward_cls
-    assert not isinstance(kernels.cross_entropy(logits, target).grad_fn, ours)
+    for reduction in ("mean", "sum", "none"):
+        loss = kernels.cross_entropy(logits, target, reduction=reduction)
+        assert not isinstance(loss.grad_fn, ours)
     with kernels.use("torch"):
         assert isinstance(kernels.cross_entropy(logits, target).grad_fn, ours)
     weights, half = torch.ones(7), logits.bfloat16()
-    for options in ({"weight": weights}, {"label_smoothing": 0.1}, {"reduction": "sum"}):
+    for options in ({"weight": weights}, {"label_smoothing": 0.1}):
         assert isinstance(kernels.cross_entropy(logits, target, **options).grad_fn, ours)
     for x, t in ((logits, logits.detach().softmax(1)), (half, target), (logits[0], target[0])):
         assert isinstance(kernels.cross_entropy(x, t).grad_fn, ours)
