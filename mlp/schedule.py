@@ -81,7 +81,8 @@ def _one_cycle(plan: Plan) -> Callable[[Optimizer], Any]:
     def make(optimizer):
         return lr_scheduler.OneCycleLR(
             optimizer,
-            [group["lr"] for group in optimizer.param_groups],
+            # In a resumed optimizer, "lr" is that of the last step.
+            [group.get("max_lr", group["lr"]) for group in optimizer.param_groups],
             total_steps=plan.epochs * plan.steps,
             pct_start=plan.warmup / plan.epochs or _RISE,
             cycle_momentum=False,

@@ -33,10 +33,9 @@ def existing(name: torch.device | str) -> torch.device:
     try:
         if device.type not in ("cpu", "cuda"):
             torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch raises both
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError):  # torch raises both
         raise ValueError(
-            f"device {name} was asked for, but torch cannot use it here ({reason}); use device cpu"
+            f"device {name} was asked for, but torch cannot use it on this machine; use device cpu"
         ) from None
     return device
 

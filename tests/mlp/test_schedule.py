@@ -10,7 +10,7 @@ import torch
 from torch.optim import lr_scheduler as s
 
 import mlp
-from mlp import ENGINES, MLP, Trainer
+from mlp import ENGINES, MLP, Trainer, schedule
 from mlp.schedule import Schedule, options_of
 
 STEPS = 3  # 40 samples in batches of 16
@@ -370,3 +370,25 @@ def test_one_cycle_by_epochs():
         scheduler.step()
     assert [lr for lr, _ in seen] == pytest.approx(expected)
     assert Schedule(make, optimizer).per_step and math.isfinite(seen[-1][0])
+
+
+@pytest.mark.parametrize("warmup", [0, 2])
+@pytest.mark.parametrize("name", schedule.SCHEDULES)
+def test_a_named_schedule_resumed(name, warmup):
+    """A run that was killed makes its schedule for an optimizer whose rate is that of its end."""
+    plan = schedule.Plan(6, STEPS, warmup)
+    try:
+        make = schedule.named(name, plan)
+    except ValueError as error:
+        assert warmup and "has no warm-up" in str(error)
+        return
+    make_optimizer, seen = recording(make)
+    trainer_of(make_optimizer).fit(tensors(), 6, 16, scheduler=make)
+    expected = seen.copy()
+    for stop in (1, 4):
+        seen.clear()
+        first, second = trainer_of(make_optimizer), trainer_of(make_optimizer, seed=1)
+        first.fit(tensors(), stop, 16, scheduler=make)
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+        second.fit(tensors(), 6, 16, scheduler=schedule.named(name, plan))
+        assert flat(seen) == flat(expected)
