@@ -11,6 +11,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -157,7 +158,10 @@ def surroundings(request, monkeypatch):
     # started. It must not read it while a test replaces such functions.
     trace_rules.get_torch_obj_rule_map()
     # gives each test the same numbers, whatever ran before
-    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+    seed = zlib.crc32(request.node.nodeid.encode())
+    torch.manual_seed(seed)
+    if hasattr(request.module, "RNG"):
+        monkeypatch.setattr(request.module, "RNG", np.random.default_rng(seed + seeds.SHIFT))
     if request.path.is_relative_to(TESTS / "kernels"):
         checks.poison_fresh_buffers(monkeypatch)
     if request.path.is_relative_to(TESTS / "mlp") and request.path.name != "test_search.py":
