@@ -27,6 +27,7 @@ from sklearn.metrics import check_scoring, get_scorer_names
 from sklearn.model_selection import ParameterGrid, ParameterSampler, StratifiedKFold, check_cv
 from sklearn.model_selection._search import BaseSearchCV
 from sklearn.model_selection._validation import _warn_or_raise_about_fit_failures
+from sklearn.utils import indexable
 
 from kernels import cpu
 
@@ -123,6 +124,8 @@ class SearchCV(BaseSearchCV):
                 is_plain = not params and self.scoring is None
                 quick = trusted(self.estimator, X, y) if is_plain else None
                 if quick is None or callable(self.refit):
+                    if not hasattr(BaseSearchCV, "_check_input_parameters"):
+                        self._fold(X, y, params)
                     return super().fit(X, y, **params)
                 self._fit_quickly(*quick)
                 if self.refit:
@@ -247,6 +250,13 @@ class SearchCV(BaseSearchCV):
             if name == _RESOURCE or name.endswith(f"__{_RESOURCE}")
         ]
         return names[0] if names else None
+
+    def _fold(self, X: Any, y: Any, params: dict[str, Any]) -> None:
+        """Draw the folds. Before scikit-learn 1.9, its own `fit` has no place where to do so."""
+        X, y = indexable(X, y)
+        self._checked_cv_orig = check_cv(self.cv, y, classifier=is_classifier(self.estimator))
+        split_params = self._get_routed_params_for_fit(params).splitter.split
+        self._check_input_parameters(X, y, split_params)
 
     def _check_input_parameters(self, X: Any, y: Any, split_params: dict) -> None:
         self._refuse_too_many_folds(y)
