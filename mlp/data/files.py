@@ -4,6 +4,7 @@ Sizes are read from a file's directory and headers before anything is unpacked. 
 not fit into memory is refused.
 """
 
+import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -92,7 +93,11 @@ def _mat(path: Path) -> dict[str, Any]:
         if twice := {name for name in names if names.count(name) > 1}:
             raise DataError(f"{path}: has the variable {min(twice)} twice; leave one out")
         check_size(size, path.stat().st_size, str(path))
-        return {name: v for name, v in loadmat(path).items() if not name.startswith("__")}
+        with warnings.catch_warnings():
+            # scipy 1.18 says that sparse variables will have another class. Both classes serve.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            found = loadmat(path)
+        return {name: v for name, v in found.items() if not name.startswith("__")}
     except NotImplementedError:
         raise DataError(f"{path}: is a MATLAB 7.3 file; save it with -v7") from None
 
