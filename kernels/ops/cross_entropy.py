@@ -136,7 +136,7 @@ def check_range(
         )
         index = bad.nonzero()[0].tolist()
         raise IndexError(
-            f"{op}: target{index} is {target[tuple(index)].item()}, but there are {classes} "
+            f"{op}: target{index or ''} is {target[tuple(index)].item()}, but there are {classes} "
             f"classes: labels are 0 to {classes - 1}"
             + ("" if ignore_index == NEVER.value else f", or ignore_index = {ignore_index}")
         )
@@ -678,22 +678,25 @@ def cross_entropy_bwd(
 def _on_tape(logits, target, weight, ignore_index, reduction, label_smoothing, _):
     """The loss by torch's own function, or None.
 
-    It serves where its gradient equals that of the reference, bit for bit.
+    It serves float32 and float64. For labels (N,) without weights or smoothing its gradient equals
+    that of the reference, bit for bit, and else to rounding.
     """
     if reduction not in REDUCTIONS or logits.dtype not in (torch.float32, torch.float64):
         return None
-    if not is_late(logits, target, weight, label_smoothing):
-        return None
     options = weight, ignore_index, reduction, label_smoothing
-    if target.dtype is not torch.int64:
+    fits = weight is None or (weight.dtype is logits.dtype and weight.shape == logits.shape[1:])
+    is_usual = target.dtype is torch.int64 and is_late(logits, target, None, label_smoothing)
+    if not (fits and is_usual):
+        # torch takes some arguments that we refuse.
         check_cross_entropy(logits, target, *options)
-        target = target.long()
+        target = target if target.is_floating_point() else target.long()
     try:
         kind = REDUCTIONS.index(reduction)
-        return _cross_entropy(logits, target, None, kind, ignore_index, 0.0)
+        return _cross_entropy(logits, target, weight, kind, ignore_index, label_smoothing)
     except (IndexError, RuntimeError, ValueError):
         check_cross_entropy(logits, target, *options)  # these two errors name both values
-        check_range(target, logits.shape[1], ignore_index)
+        if not target.is_floating_point():
+            check_range(target, logits.shape[logits.dim() > 1], ignore_index)
         raise
 
 

@@ -1,6 +1,6 @@
 """On a CPU without the interpreter, torch's tape differentiates linear layers and their stacks,
-plain cross-entropy, squared error and Huber's loss. The Function and the manual API give the same
-numbers, bit for bit.
+cross-entropy, squared error and Huber's loss. The Function and the manual API give the same
+numbers, bit for bit; for cross-entropies that are not of plain labels, to rounding.
 """
 
 import contextlib
@@ -127,24 +127,49 @@ def test_torchs_node_serves_plain_elements_only():
         kernels.mse_loss(x, t, reduction="max")
 
 
-def test_torchs_node_serves_plain_labels_only():
-    """The node is torch's for plain labels. It is ours in all other cases, and where `use("torch")`
-    forces it.
+def test_torchs_node_serves_a_cross_entropy():
+    """The node is torch's in float32 and float64. It is ours in half precision, and where
+    `use("torch")` forces it.
     """
     logits, target = drawn()
     logits.requires_grad_()
     ours = tape.Function._backward_cls
+    weights, probabilities = torch.ones(7), logits.detach().softmax(1)
     for reduction in ("mean", "sum", "none"):
         loss = kernels.cross_entropy(logits, target, reduction=reduction)
         assert not isinstance(loss.grad_fn, ours)
+    for options in ({"weight": weights}, {"label_smoothing": 0.1}):
+        loss = kernels.cross_entropy(logits, target, **options)
+        assert not isinstance(loss.grad_fn, ours)
+    for x, t in ((logits, probabilities), (logits[0], target[0])):
+        assert not isinstance(kernels.cross_entropy(x, t).grad_fn, ours)
     with kernels.use("torch"):
         assert isinstance(kernels.cross_entropy(logits, target).grad_fn, ours)
-    weights, half = torch.ones(7), logits.bfloat16()
-    for options in ({"weight": weights}, {"label_smoothing": 0.1}):
-        assert isinstance(kernels.cross_entropy(logits, target, **options).grad_fn, ours)
-    for x, t in ((logits, logits.detach().softmax(1)), (half, target), (logits[0], target[0])):
-        assert isinstance(kernels.cross_entropy(x, t).grad_fn, ours)
+    assert isinstance(kernels.cross_entropy(logits.bfloat16(), target).grad_fn, ours)
     assert not is_late(logits, target, weights) and not is_late(logits, target, None, 0.1)
+
+
+@EACH_REDUCTION
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", ["labels", "labels of (N, C, d)", "probabilities"])
+def test_other_cross_entropies(kind, weighted, smoothing, reduction):
+    """Class weights, smoothing, more dimensions, probabilities: torch's bits on the tape. The
+    Function gives them to rounding.
+    """
+    logits, target = drawn(torch.float64, "some")
+    if kind == "probabilities":
+        target = torch.rand(5, 7, dtype=torch.float64)
+    if kind == "labels of (N, C, d)":
+        logits, target = logits.unsqueeze(-1).expand(5, 7, 2), torch.stack([target, target], 1)
+    options = {"reduction": reduction, "label_smoothing": smoothing}
+    if weighted:
+        options["weight"] = torch.rand(7, dtype=torch.float64)
+    on_tape = gradient(kernels.cross_entropy, logits, target, **options)
+    assert_equal(gradient(F.cross_entropy, logits, target, **options), on_tape)
+    with kernels.use("torch"):
+        by_function = gradient(kernels.cross_entropy, logits, target, **options)
+    torch.testing.assert_close(by_function, on_tape, rtol=1e-12, atol=1e-14)
 
 
 @EACH_REDUCTION
@@ -184,6 +209,7 @@ def test_errors_are_ours():
         "target must be class probabilities": (ValueError, torch.rand(5, 6)),
         "target must be labels (5,) for logits (5, 7)": (ValueError, target[:4]),
         "integer labels or floating-point probabilities": (ValueError, target > 2),
+        "target must be torch.float32 as input is": (ValueError, torch.rand(5, 7).double()),
     }
     for message, (kind, bad) in wrong.items():
         for context in (contextlib.nullcontext(), kernels.use("torch")):
