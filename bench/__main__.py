@@ -28,7 +28,7 @@ from .table import Table
 
 NAMES = {
     "linear": "a linear layer with activation, forward and backward",
-    "cross_entropy": "softmax cross-entropy, forward and backward",
+    "losses": "losses, forward and backward",
     "train": "a training step with SGD: every engine, eager, compiled, captured",
     "cpu": "a training step on a CPU: ours, eager, compiled, JAX, scikit-learn, numpy; minutes",
     "adam": "a training step with Adam: every engine, torch's variants",

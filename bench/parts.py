@@ -40,7 +40,7 @@ TABLES = {
     "sweep": 10,
     "memory": 10,
     "linear": 30,
-    "cross_entropy": 15,
+    "losses": 30,
     "trainer": 20,
     "mnist": 120,
     "recipes": 25,

@@ -139,7 +139,7 @@ def test_a_table_that_needs_an_extra_while_it_runs_says_so(monkeypatch):
 
 def test_unknown_parts_are_refused(tmp_path):
     done = run_all(tmp_path, ["nonsense"])
-    assert done.returncode == 2 and "nonsense" in done.stderr and "cross_entropy" in done.stderr
+    assert done.returncode == 2 and "nonsense" in done.stderr and "losses" in done.stderr
 
 
 def recorded(monkeypatch, failing=()):
