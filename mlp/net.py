@@ -19,6 +19,7 @@ import torch
 
 import kernels
 from kernels import activations
+from kernels.ops.linear import as_matrix
 from kernels.ops.mlp import backward_into, check_mlp, forward_checked
 
 from .init import initialise
@@ -359,7 +360,7 @@ class Net:
         _check_tensor("input", x)
         self._kept.clear()
         self._keep("input", x)
-        y = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        y = x if x.dim() == 2 else _as_rows(x)
         for stage in self.stages:
             y = stage.forward(y)
         if self.stages[-1].keeps_output:
@@ -372,7 +373,7 @@ class Net:
     def predict(self, x: torch.Tensor) -> torch.Tensor:
         """The outputs of `forward`, in new memory. Nothing is kept for `backward`."""
         _check_tensor("input", x)
-        y = x.reshape(-1, x.shape[-1])
+        y = _as_rows(x)
         for stage in self.stages:
             y = stage.forward(y, keep=False)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -474,6 +475,13 @@ def _check_tensor(name: str, given: object) -> None:
             f"Net: {name} must be a torch.Tensor, got {type(given).__name__}; convert it with "
             "torch.as_tensor"
         )
+
+
+def _as_rows(x: torch.Tensor) -> torch.Tensor:
+    """An input (…, features) as a matrix (rows, features). ValueError without dimensions."""
+    if not x.dim():
+        raise ValueError("Net: input must be (…, features), got a tensor without dimensions")
+    return as_matrix(x)
 
 
 def _config_of(module: Any) -> dict:

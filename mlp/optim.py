@@ -27,7 +27,7 @@ import kernels
 from kernels import launch
 from kernels.ops.optim import apply_checked
 
-from .views import Views
+from .views import Views, are_plain
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -160,7 +160,8 @@ class _Ruled(_Torch):
 
         ValueError for another shape, for a name that is missing or unknown, and for a mapping
         without known names in which two gradients have the same shape: a wrong order of these
-        could not be noticed.
+        could not be noticed. RuntimeError without any gradient, if no parameter can have a .grad:
+        a `Net` keeps its own in `net.grads`.
         """
         # torch runs hooks and a profiler's record around every step. On a CPU this costs as much as
         # a small update. Here only a step with a hook or a profiler pays for it. If a subclass
@@ -328,7 +329,7 @@ class _Ruled(_Torch):
 
     def _update_groups(self, given_all: list | None) -> None:
         """One step of every group from these gradients, or from .grad if None."""
-        start = 0
+        start, updated = 0, False
         for group in self.param_groups:
             params = group["params"]
             if given_all is None:
@@ -342,6 +343,19 @@ class _Ruled(_Torch):
                 self._check(params, given)
             if params:
                 self._update(group, params, given)
+                updated = True
+        if given_all is None and not updated:
+            self._check_any_can_have_gradients()
+
+    def _check_any_can_have_gradients(self) -> None:
+        """RuntimeError if all parameters are plain tensors, such as a `Net`'s, which get no .grad.
+
+        No error for an `nn.Parameter` that is frozen: torch leaves it as it is.
+        """
+        if are_plain(self._params()):
+            raise RuntimeError(
+                f"{type(self).__name__}: step() got no gradients; call step(grads=net.grads)"
+            )
 
     def _are_known(self, params: list, grads: list) -> bool:
         """True if these parameters were checked before, and each gradient is like its parameter.

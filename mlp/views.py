@@ -49,3 +49,8 @@ class Views(dict[str, torch.Tensor]):
         if not isinstance(self.beside, Views) or not self.fit(parameters):
             return False
         return self.are_whole() and self.beside.are_whole()
+
+
+def are_plain(tensors: Iterable[torch.Tensor]) -> bool:
+    """True if torch's tape fills no tensor's .grad, and none is a module's frozen parameter."""
+    return not any([t.requires_grad or isinstance(t, torch.nn.Parameter) for t in tensors])

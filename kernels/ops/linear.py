@@ -368,11 +368,14 @@ def check_linear(x, w, b, op="linear") -> None:
 
     x (…, K), w (N, K), b (N,) or None, of one floating-point dtype on one device.
     """
-    if w.dim() != 2 or x.dim() < 1 or x.shape[-1] != w.shape[1]:
-        features = x.shape[-1] if x.dim() else "at least one dimension"
+    if w.dim() != 2:
+        raise ValueError(f"{op}: weight must be (out, in), got {tuple(w.shape)}")
+    if x.dim() < 1:
+        raise ValueError(f"{op}: input must be (…, {w.shape[1]}), got a tensor without dimensions")
+    if x.shape[-1] != w.shape[1]:
         raise ValueError(
-            f"{op}: weight must be (out, in) with in = {features} (input is {tuple(x.shape)}), "
-            f"got {tuple(w.shape)}"
+            f"{op}: input has {x.shape[-1]} features (its shape is {tuple(x.shape)}), but weight "
+            f"{tuple(w.shape)} takes {w.shape[1]}"
         )
     if b is not None and b.shape != w.shape[:1]:
         raise ValueError(

@@ -10,7 +10,7 @@ from ..runs import CONFIG, RunFolder, Settings, report
 from ..runs.disk import CheckpointError
 from ..stopping import kept_row
 from .options import Values
-from .terminal import complain, say
+from .terminal import check_folder, complain, say
 
 FIGURE = "compare.png"
 
@@ -46,8 +46,7 @@ def read(path: Path) -> Entry:
 def runs(values: Values) -> None:
     """List the runs below a folder."""
     folder = values["folder"] or Path("runs")
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: there is no such folder")
+    check_folder(folder)
     found = []
     for config in sorted(folder.rglob(CONFIG)):
         try:
@@ -67,8 +66,7 @@ def compare(paths: list[Path], out: Path | None) -> None:
     """
     require("matplotlib", "matplotlib", f"drawing {FIGURE}")
     folder = paths[0].absolute().parent if out is None else out
-    if not folder.is_dir():
-        raise ValueError(f"--out {folder}: there is no such folder")
+    check_folder(folder, "--out ")
     found = [read(path) for path in paths]
     for line in table(found):
         say(line)

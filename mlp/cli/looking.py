@@ -6,7 +6,7 @@ from ..data import describe
 from ..data.dataset import require
 from .options import Values
 from .setup import load
-from .terminal import say
+from .terminal import check_folder, say
 
 
 def data(values: Values) -> None:
@@ -14,8 +14,7 @@ def data(values: Values) -> None:
     folder = values["out"] or Path()
     if values["plots"]:
         require("matplotlib", "matplotlib", "--plots")
-        if not folder.is_dir():
-            raise ValueError(f"--out {folder}: there is no such folder")
+        check_folder(folder, "--out ")
     elif values["out"] is not None:
         raise ValueError("--out is the folder of the pictures that --plots draws; give both")
     read = load(values)

@@ -52,3 +52,10 @@ def check_file(path: Path, kept: Iterable[Path] = ()) -> None:
         raise ValueError(f"{path}: is a folder; name a file in it")
     if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}; make it first")
+
+
+def check_folder(path: Path, option: str = "") -> None:
+    """ValueError unless this is a folder. option: what its name stands after, such as "--out "."""
+    if not path.is_dir():
+        found = "is a file, not a folder" if path.exists() else "there is no such folder"
+        raise ValueError(f"{option}{path}: {found}")

@@ -271,7 +271,9 @@ def _names(path: Path, contents: bytes) -> tuple[list[str], str]:
             break
     names = [name.strip() or f"Unnamed: {i}" for i, name in enumerate(header)]
     if not names or any("\0" in name for name in names):
-        raise DataError(f"{path}: {'holds bytes that are no text' if names else 'is empty'}")
+        # before 3.11, Python's csv refuses a zero byte, so there are no names
+        binary = names or b"\0" in contents
+        raise DataError(f"{path}: {'holds bytes that are no text' if binary else 'is empty'}")
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(f"{path}: the header names {listed(repeated)} more than once")
     return names, separator

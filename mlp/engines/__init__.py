@@ -49,10 +49,14 @@ def choose(
 
     name: a key of ENGINES, or "auto" for the last engine that serves. steps: the number of steps of
     the training, if known. "auto" then passes over engines whose start costs more than they save.
-    ValueError for an unknown name, and if no engine serves.
+    ValueError for an unknown name, for a network on the meta device, and if no engine serves.
     """
     if name != "auto" and name not in ENGINES:
         raise ValueError(f"unknown engine {name!r}; known: auto, {', '.join(ENGINES)}")
+    if any(p.is_meta for p in parameters_of(model).values()):
+        raise ValueError(
+            "the network is on the device meta, where nothing has values; move it to the data's"
+        )
     demands = demands or Demands()
     candidates = list(ENGINES) if name == "auto" else [name]
     refusals: list[str] = []

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from kernels import tape
+
 from .. import loss as losses
 from ..modules import MLP, Conv2d, ConvNet, Linear, build
 from ..net import Net
@@ -129,7 +131,7 @@ def _hooks(model) -> str | None:
             return f"{name or type(model).__name__} has a hook"
     if any(getattr(nn.modules.module, f"_global{hooks}") for hooks in _HOOKS):
         return "a hook on all modules is registered"
-    if torch.is_autocast_enabled(next(model.parameters()).device.type):
+    if tape.autocasting(next(model.parameters())):
         return "autocast is on, so a call of the network computes in fewer bits"
     for name, p in model.named_parameters():
         if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):

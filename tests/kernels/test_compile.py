@@ -192,7 +192,7 @@ def test_opcheck_rules(rule):
     [
         (
             lambda x, w: kernels.linear(x, w),
-            r"weight must be \(out, in\) with in = 4 .*got \(5, 6\)",
+            r"linear: input has 4 features .* weight \(5, 6\) takes 6",
         ),
         (lambda x, w: kernels.mlp(x, [x[:, :4], w]), r"weight 1 must be \(out, 3\)"),
         (

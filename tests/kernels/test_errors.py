@@ -17,8 +17,8 @@ photo = make.real(2, 2, 8, 8)
 ERRORS = {
     "in features": (
         lambda: kernels.linear(x, make.real(10, 128)),
-        r"linear: weight must be \(out, in\) with in = 784 \(input is \(32, 784\)\), "
-        r"got \(10, 128\)",
+        r"linear: input has 784 features \(its shape is \(32, 784\)\), "
+        r"but weight \(10, 128\) takes 128$",
     ),
     "weight's dimensions": (
         lambda: kernels.linear(x, b),
@@ -26,7 +26,7 @@ ERRORS = {
     ),
     "input without dimensions": (
         lambda: kernels.linear(x[0, 0], w),
-        r"with in = at least one dimension",
+        r"linear: input must be \(…, 784\), got a tensor without dimensions",
     ),
     "bias": (
         lambda: kernels.linear(x, w, b[:3]),
@@ -59,7 +59,10 @@ ERRORS = {
         lambda: kernels.mlp(x, [w, make.real(10, 100)], [b, make.real(1)]),
         r"mlp, layer 1: bias must be \(10,\) as weight is \(10, 100\), got \(1,\)",
     ),
-    "first width": (lambda: kernels.mlp(x, [make.real(5, 7)]), r"with in = 784 .*got \(5, 7\)"),
+    "first width": (
+        lambda: kernels.mlp(x, [make.real(5, 7)]),
+        r"mlp: input has 784 features .* weight \(5, 7\) takes 7$",
+    ),
     "stack's activation": (
         lambda: kernels.mlp(x, [w], activation="swish", output_activation="swish"),
         "unknown activation",
@@ -110,7 +113,7 @@ ERRORS = {
     ),
     "its weight": (
         lambda: kernels.linear_cross_entropy(x, w[:, :3], b, labels),
-        r"linear_cross_entropy: weight must be \(out, in\)",
+        r"linear_cross_entropy: input has 784 features .* weight \(100, 3\) takes 3$",
     ),
     "its labels": (
         lambda: kernels.linear_cross_entropy(x, w, b, labels[:3]),

@@ -131,9 +131,7 @@ def test_compiled(transform, device):
 
 
 def test_errors_are_ours():
-    with pytest.raises(
-        ValueError, match=r"linear: weight must be \(out, in\) with in = 3 .*got \(4, 5\)"
-    ):
+    with pytest.raises(ValueError, match=r"linear: input has 3 features .* \(4, 5\) takes 5"):
         vmap(kernels.linear, in_dims=(0, None))(torch.randn(2, 3), torch.randn(4, 5))
 
 

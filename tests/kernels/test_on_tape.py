@@ -312,7 +312,7 @@ def test_torchs_node_serves_contiguous_layers_only():
     for y in by_function:
         assert isinstance(y.grad_fn, ours)
     wrong = (
-        ("weight must be (out, in) with in = 7", (x, v, None)),
+        ("input has 7 features", (x, v, None)),
         ("bias must be (6,)", (x, w, b[:1])),
         ("bias must be torch.float32 as input is, got torch.float64", (x, w, b.double())),
         ("weight must be dense", (x, w.to_sparse(), b)),

@@ -207,6 +207,65 @@ def test_a_network_that_the_engine_may_no_longer_replace(change):
     assert_same(ours, Fitted("autograd", change))
 
 
+def eval_mode(fitted):
+    fitted.model.eval()
+
+
+def narrowed(fitted):
+    fitted.model.float()
+
+
+def halved(fitted):
+    fitted.model.half()
+
+
+def another_group(fitted):
+    kept = fitted.group["params"]
+    fitted.group["params"] = kept[:2]
+    fitted.optimizer.add_param_group({"params": kept[2:], "lr": 0.05})
+
+
+def without_values(fitted):
+    fitted.model.to("meta")
+
+
+# change -> {engine: what its refusal says}, with None for engines that are not named
+OF_ALL: dict = {
+    eval_mode: {},
+    narrowed: {"epoch": "make a new optimizer", None: "dtype"},
+    halved: {"epoch": "trains float32 and float64 networks", None: "dtype"},
+    another_group: {"epoch": "trains with one parameter group"},
+    without_values: {None: "the network is on the device meta"},
+}
+
+
+@pytest.mark.parametrize("engine", ["epoch", "manual", "auto"])
+@pytest.mark.parametrize("change", OF_ALL)
+def test_a_change_of_the_whole_network(engine, change):
+    """The next epoch is as under autograd, or refused in one line. No old memory is trained."""
+    refusals = OF_ALL[change]
+    message = refusals.get(engine, refusals.get(None))
+    if message is None:
+        assert_same(Fitted(engine, change), Fitted("autograd", change))
+        return
+    with pytest.raises((ValueError, RuntimeError), match=message) as caught:
+        Fitted(engine, change)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("engine", ["manual", "auto"])
+@pytest.mark.parametrize("change", [narrowed, halved])
+def test_a_network_of_another_dtype_without_states(engine, change):
+    """SGD keeps nothing of the old dtype, so the training goes on in the new one."""
+    ours, other = (
+        Fitted(kind, change, lambda parameters: mlp.SGD(parameters, lr=0.1))
+        for kind in (engine, "autograd")
+    )
+    assert ours.model[0].weight.dtype is other.model[0].weight.dtype is not torch.float64
+    for row, reference in zip(ours.trainer.history, other.trainer.history, strict=True):
+        assert row["train_loss"] == pytest.approx(reference["train_loss"], rel=2e-3)
+
+
 def test_memory_that_is_lent_again_is_as_new(monkeypatch):
     from kernels.cpu import epoch
 

@@ -160,6 +160,8 @@ def test_pictures_of_data(kind, handgrad):
             assert len(image.getcolors(10**6)) > 3, "the picture is empty"
     status, _, err = handgrad("data", "d.npz", "--plots", "--out", "nowhere")
     assert status == 2 and "--out nowhere: there is no such folder" in err
+    status, _, err = handgrad("runs", "d.npz")
+    assert status == 2 and "d.npz: is a file, not a folder" in err
 
 
 def test_names_are_shown_escaped(handgrad):

@@ -171,6 +171,21 @@ def test_refusals():
                 kind(*arguments)
 
 
+@pytest.mark.parametrize("call", ["forward", "predict"])
+def test_a_wrong_input_is_named(call):
+    """The refusal names the input's width and the network's, and the network still works."""
+    net = Net([5, 4, 3])
+    run = getattr(net, call)
+    with pytest.raises(ValueError, match=r"Net: input must be \(…, features\), got a tensor with"):
+        run(torch.tensor(1.0))
+    wide = r"mlp: input has 6 features \(its shape is \(2, 6\)\), but weight \(4, 5\) takes 5$"
+    with pytest.raises(ValueError, match=wide):
+        run(torch.ones(2, 6))
+    with pytest.raises(ValueError, match="mlp: input has 0 features"):
+        run(torch.ones(2, 3, 0))
+    assert run(torch.ones(2, 7, 5)).shape == (2, 7, 3)
+
+
 def test_a_net_of_another_module_is_refused():
     with pytest.raises(ValueError, match=r"Net: needs an mlp\.MLP or mlp\.ConvNet, got Linear"):
         Net.of(torch.nn.Linear(3, 2))

@@ -134,6 +134,31 @@ def test_gradients_of_a_net(name, make):
         assert_equal(dict(twin.parameters), dict(expected.parameters))
 
 
+@EACH
+def test_a_step_of_a_net_without_its_gradients_is_refused(name):
+    """A net's parameters never have a .grad, so such a step could only do nothing."""
+    net = mlp.Net([3, 2], seed=1)
+    before = net.flat.clone()
+    for parameters in (net.parameters.values(), net.parameters.items()):
+        optimizer = OPTIMIZERS[name](parameters, lr=0.1)
+        with pytest.raises(RuntimeError, match=r"no gradients; call step\(grads=net\.grads\)"):
+            optimizer.step()
+        assert torch.equal(net.flat, before)
+        optimizer.step(grads=[torch.ones_like(p) for p in net.parameters.values()])
+        assert not torch.equal(net.flat, before)
+        before = net.flat.clone()
+
+
+@EACH
+def test_a_step_without_gradients_of_modules_does_nothing(name):
+    """As in torch: all parameters are frozen, or no backward has run."""
+    model = torch.nn.Linear(3, 2)
+    before = model.weight.clone()
+    for needed in (True, False):
+        OPTIMIZERS[name](model.requires_grad_(needed).parameters(), lr=0.1).step()
+        assert torch.equal(model.weight, before)
+
+
 def test_gradients_of_another_net():
     net, other = backward(mlp.Net([3, 3, 3])), mlp.Net([3, 3, 3])
     before = other.state_dict()
