@@ -541,6 +541,54 @@ def test_a_thread_trains_on_after_the_main_one_has_ended():
     assert (done.returncode, done.stdout) == (0, "7\n"), done.stderr
 
 
+def trained_here(threads, meeting=None):
+    """The weights, as bytes, that engine epoch trains. torch has other threads in each epoch.
+
+    threads: of the first epoch. 1 stays. meeting: a Barrier, with which trainings at the same time
+    start each epoch together.
+    """
+    generator = torch.Generator().manual_seed(0)
+    model = mlp.MLP([9, 7, 3])
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator))
+    data = torch.randn(900, 9, generator=generator), torch.arange(900) % 3
+
+    def change(row):
+        torch.set_num_threads(1 + row["epoch"] % 4)
+        if meeting is not None:
+            meeting.wait(PATIENCE)
+
+    torch.set_num_threads(threads)
+    trainer = mlp.Trainer(model, engine="epoch", verbose=False)
+    trainer.fit(data, 9, 8, seed=0, on_epoch=change if threads > 1 else None)
+    return b"".join(p.detach().numpy().tobytes() for p in model.parameters())
+
+
+def test_trainings_at_once_and_threads_that_change_leave_the_bits(monkeypatch):
+    """Also where the threads outnumber the cores that they may use."""
+    monkeypatch.setattr(epoch, "_choices", {})
+    monkeypatch.setattr(team, "_idle", {})  # new threads may use the cores of those that start them
+    before, meeting = torch.get_num_threads(), threading.Barrier(3)
+
+    def on_one_core():
+        if hasattr(os, "sched_setaffinity"):  # it holds for this thread and those that it starts
+            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+    try:
+        expected = trained_here(1)
+        assert trained_here(8) == expected
+        for start in (None, on_one_core):
+            team._idle.clear()
+            with ThreadPoolExecutor(3, initializer=start) as pool:
+                at_once = [pool.submit(trained_here, 8, meeting) for _ in range(3)]
+                assert [one.result(PATIENCE) for one in at_once] == [expected] * 3
+        used = {count for choice in epoch._choices.values() for count in choice.seconds}
+        assert used >= {1, 2, 3, 4}
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_an_error_waits_for_the_other_threads():
     """They use the caller's memory, which it gives up after the error."""
     raised, ended = threading.Event(), []
