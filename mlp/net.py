@@ -12,6 +12,7 @@ All parameters are views of one flat tensor, all gradients of another.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -162,6 +163,7 @@ class Convolution:
         prefix: str,
     ):
         self.image_shape, self.options = image_shape, (1, 0, activation, max_pool)
+        self.features = math.prod(image_shape)
         self.shapes = {
             f"{prefix}weight": (channels, image_shape[0], kernel_size, kernel_size),
             f"{prefix}bias": (channels,),
@@ -182,6 +184,11 @@ class Convolution:
 
     def forward(self, x: torch.Tensor, keep: bool = True) -> torch.Tensor:
         """(rows, C·H·W) -> (rows, features of the pooled images)."""
+        if x.shape[1] != self.features:  # else two halves of an image would become one
+            raise ValueError(
+                f"Net: input has {x.shape[1]} features, but images {tuple(self.image_shape)} have "
+                f"{self.features}"
+            )
         y, saved = kernels.conv2d_fwd(
             x.view(-1, *self.image_shape), self.weight, self.bias, *self.options
         )

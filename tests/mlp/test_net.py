@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kernels.activations import ACTIVATIONS
-from mlp import MLP, SGD, Net
+from mlp import MLP, SGD, ConvNet, Net
 from mlp.loss import LOSSES
 from tests.checks import assert_equal
 
@@ -184,6 +184,17 @@ def test_a_wrong_input_is_named(call):
     with pytest.raises(ValueError, match="mlp: input has 0 features"):
         run(torch.ones(2, 3, 0))
     assert run(torch.ones(2, 7, 5)).shape == (2, 7, 3)
+
+
+@pytest.mark.parametrize("features", [18, 40])
+def test_half_an_image_is_no_image(features):
+    """Two rows of half an image each would otherwise be one image."""
+    net = Net.of(ConvNet((1, 6, 6), (2,), 3, 2, (4,), 3))
+    wrong = rf"Net: input has {features} features, but images \(1, 6, 6\) have 36$"
+    for run in (net.forward, net.predict):
+        with pytest.raises(ValueError, match=wrong):
+            run(torch.ones(2, features))
+        assert run(torch.ones(2, 36)).shape == (2, 3)
 
 
 def test_a_net_of_another_module_is_refused():
