@@ -531,11 +531,15 @@ def test_a_thread_trains_on_after_the_main_one_has_ended():
         "import threading, torch, mlp\n"
         "torch.set_num_threads(2)\n"
         "data = torch.randn(16, 9), torch.randint(3, (16,))\n"
+        "trains = threading.Event()\n"
         "def train():\n"
-        "    threading.main_thread().join()\n"
         "    trainer = mlp.Trainer(mlp.MLP([9, 7, 3]), engine='epoch', verbose=False)\n"
+        "    trainer.fit(data, 2, 8)\n"
+        "    trains.set()\n"
+        "    threading.main_thread().join()\n"
         "    print(len(trainer.fit(data, 7, 8)))\n"
         "threading.Thread(target=train).start()\n"
+        "trains.wait()\n"  # since Python 3.12, no thread starts after the main one has ended
     )
     done = run_command([sys.executable, "-c", code], env=uninterpreted())
     assert (done.returncode, done.stdout) == (0, "7\n"), done.stderr
