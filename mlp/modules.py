@@ -392,8 +392,16 @@ class ConvNet(nn.Module):
             initialise(dict(self.named_parameters()), init)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(N, C, H, W), or flattened (N, C·H·W), -> (N, classes)."""
-        y = input.reshape(-1, *self.arguments["image_shape"])
+        """(N, C, H, W), or flattened (N, C·H·W), -> (N, classes). ValueError: other rows."""
+        shape = self.arguments["image_shape"]
+        widths = shape[-1], math.prod(shape)
+        # torch.fx passes a proxy, which has no width.
+        if isinstance(input, torch.Tensor) and input.shape[-1:].numel() not in widths:
+            raise ValueError(  # else two halves of an image would become one
+                f"ConvNet: input is {tuple(input.shape)}, but images are {tuple(shape)}, or "
+                f"rows of {math.prod(shape)} numbers"
+            )
+        y = input.reshape(-1, *shape)
         for layer in self.conv:
             y = layer(y)
         return self.mlp(y.flatten(1))

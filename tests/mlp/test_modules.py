@@ -197,3 +197,13 @@ def test_distributed_data_parallel(tmp_path):
         assert_equal([p.grad for p in parallel.parameters()], [p.grad for p in module.parameters()])
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_rows_that_are_no_whole_images():
+    """Two halves of an image would become one image."""
+    network = ConvNet(hidden=(4,), classes=3)
+    for shape in ((2, 1, 28, 28), (2, 784), (2, 28, 28)):
+        assert network(torch.rand(shape)).shape == (2, 3)
+    message = "ConvNet: input is (2, 392), but images are (1, 28, 28), or rows of 784 numbers"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        network(torch.rand(2, 392))
