@@ -23,6 +23,7 @@ choice.
 import contextlib
 import functools
 import importlib.util
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -47,7 +48,7 @@ _forced: str | None = None
 _products: str | None = None
 _tma: bool | None = None
 _open: list[list] = []  # [backend, products, tma] of every open block of `use`, the latest last
-_opening = threading.Lock()  # held while `_open` and the three settings change
+_opening = threading.RLock()  # held while `_open` and the three settings change
 _observers: list = []
 # update of an optimizer -> how `compiled_optim` calls its operator
 operators: dict = {}
@@ -108,16 +109,29 @@ def has_numba() -> bool:
 @contextlib.contextmanager
 def _using(backend, products, tma):
     block = [backend, products, tma]
-    with _opening:
+    with _alone():
         _open.append(block)
         _set_latest()
     try:
         yield
     finally:
-        with _opening:
+        with _alone():
             # By identity, because another thread may have an equal block.
             del _open[[other is block for other in _open].index(True)]
             _set_latest()
+
+
+def _alone():
+    """A context for one thread at a time. torch.compile traces in one, and takes no lock."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _opening
+
+
+if hasattr(os, "register_at_fork"):  # else a child may wait for a thread that it does not have
+    os.register_at_fork(
+        before=_opening.acquire,
+        after_in_parent=_opening.release,
+        after_in_child=_opening.release,
+    )
 
 
 def _set_latest() -> None:

@@ -99,6 +99,8 @@ class Training:
         wanted, parts = self.estimator.engine, self.optimizer.parts()
         if wanted not in ("auto", "epoch") or not cpu.serves(parameters[0]):
             return None
+        if judges is not None and judges[1] is not None and not judges[1].any():
+            return None  # scikit-learn's scores then name the reason
         spec = spec_of(self.model, self.loss, parts[0].rule)  # its groups differ only in decay
         steps = epochs * -(-len(self.data) // self.batch)
         call = parameters[0].dtype, cpu.MANY_EPOCHS

@@ -337,6 +337,18 @@ class Conv2d(_Drawn, nn.Conv2d):
         return f"{super().extra_repr()}, activation={self.activation}, max_pool={self.max_pool}"
 
 
+def _are_images(input: torch.Tensor, shape: Sequence[int]) -> bool:
+    """True if the last dimensions are an image (C, H, W), flattened or with rows of C·H·W or H·W.
+
+    The 1 of one channel may be left out. torch.fx passes a proxy, whose shape is not known.
+    """
+    if not isinstance(input, torch.Tensor):
+        return True
+    c, h, w = shape
+    forms = [(c, h, w), (c * h * w,), (c, h * w), *[(h, w)] * (c == 1)]
+    return any([tuple(input.shape[-len(form) :]) == form for form in forms])
+
+
 class ConvNet(nn.Module):
     """Convolutions, each with activation and max-pool, then a multilayer perceptron.
 
@@ -394,9 +406,7 @@ class ConvNet(nn.Module):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W), or flattened (N, C·H·W), -> (N, classes). ValueError: other rows."""
         shape = self.arguments["image_shape"]
-        widths = shape[-1], math.prod(shape)
-        # torch.fx passes a proxy, which has no width.
-        if isinstance(input, torch.Tensor) and input.shape[-1:].numel() not in widths:
+        if not _are_images(input, shape):
             raise ValueError(  # else two halves of an image would become one
                 f"ConvNet: input is {tuple(input.shape)}, but images are {tuple(shape)}, or "
                 f"rows of {math.prod(shape)} numbers"

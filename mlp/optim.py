@@ -350,9 +350,11 @@ class _Ruled(_Torch):
     def _check_any_can_have_gradients(self) -> None:
         """RuntimeError if all parameters are plain tensors, such as a `Net`'s, which get no .grad.
 
-        No error for an `nn.Parameter` that is frozen: torch leaves it as it is.
+        No error for an `nn.Parameter` that is frozen, or if there were gradients before: torch then
+        leaves the parameters as they are.
         """
-        if are_plain(self._params()):
+        params = self._params()
+        if params and are_plain(params) and not any(self.__dict__.get("_known", ())):
             raise RuntimeError(
                 f"{type(self).__name__}: step() got no gradients; call step(grads=net.grads)"
             )

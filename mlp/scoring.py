@@ -42,7 +42,9 @@ def classes(probabilities: numpy.ndarray, labels: numpy.ndarray) -> dict[str, fl
     # mse gives no positive output. Then it prefers no class.
     shares = probabilities.astype(numpy.float64)
     shares[shares.sum(1) == 0] = 1.0
-    return _measured(OF_CLASSES, shares / shares.sum(1, keepdims=True), labels)
+    with numpy.errstate(invalid="ignore"):  # of probabilities that are not finite
+        shares /= shares.sum(1, keepdims=True)
+    return _measured(OF_CLASSES, shares, labels)
 
 
 def several(probabilities: numpy.ndarray, truths: numpy.ndarray) -> dict[str, float]:

@@ -238,6 +238,8 @@ def dz(
     at = left.data_ptr(), beside.data_ptr(), made.data_ptr()
     fits = beside.shape == shape and beside.dtype is dtype and _fits(made, tuple(shape), dtype)
     is_odd = (at[0] | at[1] | at[2]) & (dy.element_size() - 1)
+    spans = [(start, start + t.nbytes) for start, t in ((at[1], beside), (at[2], made))]
+    fits = fits and (spans[0][1] <= spans[1][0] or spans[1][1] <= spans[0][0])
     if is_odd or not (at[0] and at[1] and at[2]) or not fits:
         return linear.linear_bwd_dz_ref(dy, s, activation, out=out)
     code = _made.get(dtype) or compiled(dtype)

@@ -215,7 +215,8 @@ def _loss(run, shares):
     _steps(run, loop.NONE, np.int64(len(shares)), loop.NONE)
     total = 0.0
     for step in range(len(shares)):
-        total += numbers(run.w, run.places[loop.LOSSES])[step] * shares[step]
+        if shares[step] != 0:  # else its weights sum to 0, and it has no mean loss
+            total += numbers(run.w, run.places[loop.LOSSES])[step] * shares[step]
     return total
 
 
@@ -228,13 +229,14 @@ def _share_of_labels(run, weights):
     places, right, whole = run.places, 0.0, 0.0
     samples = places[loop.ROWS_OF_EPOCH]
     for step in range((samples + places[loop.BATCH] - 1) // places[loop.BATCH]):
-        rows_ = _outputs(run, step)
-        if not np.isfinite(numbers(run.w, places[loop.LOSSES])[step]):
-            return np.nan
+        rows_, before = _outputs(run, step), whole
         for row in range(rows_):
             weight = weights[step * places[loop.BATCH] + row]
             right += weight * run.w[places[loop.RIGHT] + row]
             whole += weight
+        # A batch whose weights sum to 0 has no mean loss, and counts for nothing.
+        if whole != before and not np.isfinite(numbers(run.w, places[loop.LOSSES])[step]):
+            return np.nan
     return right / whole
 
 

@@ -683,6 +683,8 @@ def _on_tape(logits, target, weight, ignore_index, reduction, label_smoothing, _
     """
     if reduction not in REDUCTIONS or logits.dtype not in (torch.float32, torch.float64):
         return None
+    if isinstance(weight, torch.Tensor) and weight.requires_grad:
+        weight = weight.detach()  # it gets no gradient, and torch refuses to leave it out
     options = weight, ignore_index, reduction, label_smoothing
     fits = weight is None or (weight.dtype is logits.dtype and weight.shape == logits.shape[1:])
     is_usual = target.dtype is torch.int64 and is_late(logits, target, None, label_smoothing)

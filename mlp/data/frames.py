@@ -453,9 +453,10 @@ def as_numbers(name: str, series: "pandas.Series") -> numpy.ndarray:
             f"column {name!r}: row {row_number(series, row)} is {numbers[row]}; it must be finite"
         )
     if series.dtype.kind == "O":  # to_numeric rounds texts to a neighbour before pandas 3.1
-        known, values = ~numpy.isnan(numbers), series.to_numpy(object)
-        numbers = numpy.full(len(values), math.nan)
-        numbers[known] = values[known].astype(float)
+        values = series.to_numpy(object)
+        is_text = ~numpy.isnan(numbers) & [isinstance(value, str) for value in values]
+        numbers = numbers.copy()
+        numbers[is_text] = values[is_text].astype(float)
     return numbers
 
 
@@ -477,7 +478,7 @@ def numbers(path: str | Path) -> tuple[torch.Tensor, list[str]]:
             f"{path}: the first line holds numbers ({listed(names)}), where names of columns are "
             "expected; write a line of names above it"
         )
-    with naming(path):
+    with naming(Path(path)):
         return torch.tensor(matrix(frame), device="cpu"), names
 
 

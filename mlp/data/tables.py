@@ -669,8 +669,9 @@ def load(path: str | Path, choice: Choice, table: Table | None = None) -> Parts:
     Without it, one is fitted on the training rows. DataError, in one line, for a file that cannot
     be read or used.
     """
+    path = Path(path)
     with naming(path):
-        return _load(Path(path), choice, table)
+        return _load(path, choice, table)
 
 
 def _load(path: Path, choice: Choice, table: Table | None) -> Parts:

@@ -133,8 +133,11 @@ def locked(folder: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout  # torch needs it too
 
-    lock, writer = FileLock(folder / LOCK, timeout=0), folder / WRITER
+    writer = folder / WRITER
     try:
+        # Who may write to the folder may lock it later, because the file stays.
+        mode = 0o600 | folder.stat().st_mode & 0o066
+        lock = FileLock(folder / LOCK, timeout=0, mode=mode)
         lock.acquire()
     except Timeout:
         raise BusyError(
@@ -144,6 +147,7 @@ def locked(folder: Path) -> Iterator[None]:
     except (OSError, NotImplementedError) as error:
         raise OSError(f"{folder}: cannot be locked ({error}); choose another --out") from None
     try:
+        writer.unlink(missing_ok=True)  # of a process that was killed, perhaps another user's
         writer.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         yield
     finally:

@@ -89,6 +89,17 @@ def test_threads_leave_use_in_any_order():
     assert (launch.is_forced(), launch.products(), launch.tma()) == (False, None, None)
 
 
+def test_use_within_a_compiled_function():
+    def doubled(x):
+        with kernels.use("torch"):
+            return kernels.linear(x, x) * 2
+
+    x = torch.rand(3, 3)
+    compiled = torch.compile(doubled, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), 2 * x @ x.t())
+    assert not launch.is_forced()
+
+
 def test_use_triton_refuses_what_no_kernel_takes(device, monkeypatch):
     double = torch.ones(2, 2, dtype=torch.float64, device=device)
     with (

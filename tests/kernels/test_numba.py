@@ -137,6 +137,16 @@ def test_a_stack_by_hand_and_by_autograd(bias):
     )
 
 
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu_squared"])
+def test_dz_over_what_it_reads(activation):
+    """The gradient may take the place of dy or of s."""
+    dy, s = torch.randn(5, 7), torch.randn(5, 7)
+    expected = kernels.linear_bwd_dz(dy, s, activation)
+    mine = dy.clone()
+    torch.testing.assert_close(kernels.linear_bwd_dz(mine, s, activation, out=mine), expected)
+    torch.testing.assert_close(kernels.linear_bwd_dz(dy, s, activation, out=s), expected)
+
+
 def test_buffers_are_filled_and_others_refused():
     """`out` is written in place. One that the loops cannot fill goes to torch, which says why."""
     x, w, b, dz = draw("gelu", 6, 10, 5)

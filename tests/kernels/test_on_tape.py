@@ -172,6 +172,16 @@ def test_other_cross_entropies(kind, weighted, smoothing, reduction):
     torch.testing.assert_close(by_function, on_tape, rtol=1e-12, atol=1e-14)
 
 
+def test_class_weights_get_no_gradient():
+    logits, target = drawn()
+    weight = torch.rand(7).requires_grad_()
+    for t in (target, logits.softmax(1)):
+        loss = kernels.cross_entropy(logits.clone().requires_grad_(), t, weight)
+        loss.backward()
+        assert weight.grad is None
+        assert not kernels.cross_entropy(logits, t, weight).requires_grad
+
+
 @EACH_REDUCTION
 @pytest.mark.parametrize("forced", [False, True])
 def test_derivatives(forced, reduction):

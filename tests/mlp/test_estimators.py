@@ -546,3 +546,33 @@ def test_an_interrupt_keeps_what_was_trained(engine, early_stopping, wine, monke
         monkeypatch.undo()
         start.fit(*wine)
     assert not numpy.allclose(ours.coefs_[0], start.coefs_[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("engine", ["epoch", "autograd"])
+def test_held_out_rows_without_weight(engine, monkeypatch):
+    """A batch of them counts for nothing. If all weigh 0, the error is scikit-learn's."""
+    random = numpy.random.RandomState(0)
+    x, weights, held = random.randn(200, 5).astype("f4"), numpy.arange(1.0, 201), []
+    y = (x[:, 0] > 0).astype(int) + (x[:, 1] > 1)
+    hold_out = mlp.MLPClassifier._hold_out
+
+    def seen(self, *arguments):
+        parts = hold_out(self, *arguments)
+        held.append(parts[3])
+        return parts
+
+    def fit():
+        options = {"early_stopping": True, "batch_size": 10, "learning_rate_init": 0.01}
+        network = mlp.MLPClassifier((8,), max_iter=30, random_state=0, engine=engine, **options)
+        return network.fit(x, y, sample_weight=weights)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlp.MLPClassifier, "_hold_out", seen)
+        fit()
+    rows = numpy.asarray(held[0][2]).astype(int) - 1
+    weights[rows[:10]] = 0
+    scores = fit().validation_scores_
+    assert numpy.isfinite(scores).all() and scores[-1] > 0.6
+    weights[rows] = 0
+    with pytest.raises(ValueError, match="at least one non-zero"):
+        fit()

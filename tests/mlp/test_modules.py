@@ -202,8 +202,14 @@ def test_distributed_data_parallel(tmp_path):
 def test_rows_that_are_no_whole_images():
     """Two halves of an image would become one image."""
     network = ConvNet(hidden=(4,), classes=3)
-    for shape in ((2, 1, 28, 28), (2, 784), (2, 28, 28)):
+    for shape in ((2, 1, 28, 28), (2, 784), (2, 28, 28), (2, 1, 784)):
         assert network(torch.rand(shape)).shape == (2, 3)
+    for shape in ((2, 1, 14, 28), (2, 14, 28)):
+        with pytest.raises(ValueError, match="ConvNet: input is"):
+            network(torch.rand(shape))
+    colours = ConvNet((3, 12, 16), (2,), 3, hidden=(4,), classes=3)
+    x = torch.rand(2, 3, 12, 16)
+    assert_equal(colours(x.flatten(2)), colours(x))
     message = "ConvNet: input is (2, 392), but images are (1, 28, 28), or rows of 784 numbers"
     with pytest.raises(ValueError, match=re.escape(message)):
         network(torch.rand(2, 392))

@@ -244,3 +244,15 @@ def test_a_step_is_seen_by_a_graph_that_was_made_before(engine, name, device):
 def test_a_compiled_epoch_is_seen_too():
     pytest.importorskip("numba", reason="the compiled epoch needs numba")
     assert_seen("epoch", "adam", "cpu")
+
+
+def test_steps_that_torch_takes_as_nothing():
+    """An empty group, and tensors whose gradients came by hand and were then removed."""
+    mlp.SGD([{"params": []}], lr=0.1).step()
+    weight = torch.ones(3)
+    weight.grad = torch.ones(3)
+    optimizer = mlp.SGD([weight], lr=0.1)
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.step()
+    torch.testing.assert_close(weight, torch.full((3,), 0.9))

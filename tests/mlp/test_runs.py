@@ -5,6 +5,7 @@ again.
 import errno
 import json
 import os
+import stat
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -150,6 +151,17 @@ def test_a_disk_without_locks(tmp_path, monkeypatch):
         (tmp_path / WRITER).unlink()
         with pytest.raises(BusyError, match="another process is writing"), locked(tmp_path):
             pass
+
+
+def test_a_shared_folder_is_locked_by_all_who_may_write_to_it(tmp_path):
+    """The lock file stays, so its owner's umask must not keep others out."""
+    for mode, expected in ((0o777, 0o666), (0o770, 0o660), (0o700, 0o600)):
+        folder = tmp_path / oct(mode)
+        folder.mkdir()
+        folder.chmod(mode)
+        with locked(folder):
+            pass
+        assert stat.S_IMODE((folder / LOCK).stat().st_mode) == expected
 
 
 def test_leftovers_of_killed_writes_go(tmp_path):

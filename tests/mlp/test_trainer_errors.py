@@ -54,6 +54,21 @@ def test_numbers_that_do_not_fit_the_outputs(loss):
         other.fit((x, y), 1)
 
 
+class FirstOutput(mlp.MeanSquaredError):
+    """A user's own loss: the squared error of the first output alone."""
+
+    def __call__(self, output, target):
+        return super().__call__(output[:, :1], target[:, None])
+
+
+def test_a_class_derived_from_a_loss_may_take_other_targets():
+    x, y = torch.rand(9, 4), torch.rand(9)
+    trainer = Trainer(MLP([4, 2]), loss=FirstOutput(), engine="autograd", verbose=False)
+    assert len(trainer.fit((x, y), 1)) == 1
+    with pytest.raises(ValueError, match=r"target must be \(9, 4\) as input is, got \(9, 2, 2\)"):
+        Trainer(MLP([4, 4]), loss="mse", verbose=False).fit((x, torch.rand(9, 2, 2)), 1)
+
+
 def test_a_quantile_for_each_output_needs_one_target():
     x, y = torch.rand(9, 4), torch.rand(9)
     for targets in (y, y[:, None], torch.rand(9, 3)):
