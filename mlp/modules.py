@@ -345,8 +345,12 @@ def _are_images(input: torch.Tensor, shape: Sequence[int]) -> bool:
     if not isinstance(input, torch.Tensor):
         return True
     c, h, w = shape
-    forms = [(c, h, w), (c * h * w,), (c, h * w), *[(h, w)] * (c == 1)]
-    return any([tuple(input.shape[-len(form) :]) == form for form in forms])
+    # The shortest first. A longer one would be compared with the number of images, which
+    # torch.export then takes for a constant.
+    for form in ((c * h * w,), *[(h, w)] * (c == 1), (c, h * w), (c, h, w)):
+        if tuple(input.shape[-len(form) :]) == form:
+            return True
+    return False
 
 
 class ConvNet(nn.Module):
